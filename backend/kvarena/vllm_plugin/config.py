@@ -1,0 +1,114 @@
+"""Settings of the blend inside vLLM, and their way through vLLM's command line.
+
+One frozen dataclass with every setting. It travels to the scheduler's and the workers' processes as the
+`kv_connector_extra_config` of `--kv-transfer-config`, and `BlendConfig.from_extra_config` is the one edge where it
+is read and checked there. What a single request may change is `BlendParams`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+MODEL_PROFILE_NAME = "kvarena.json"
+PROFILE_FIELDS = ("separator", "policy", "ratio", "check_layer")
+
+PolicyName = Literal["kv_deviation", "none", "all"]
+StoreName = Literal["lmcache", "memory"]
+POLICIES: tuple[str, ...] = get_args(PolicyName)
+STORES: tuple[str, ...] = get_args(StoreName)
+
+
+@dataclass(frozen=True)
+class BlendConfig:
+    """Every setting of the blend.
+
+    `separator` marks chunk boundaries in a prompt's text (empty: none). `check_layer` is the layer whose fresh keys
+    are compared with the reused ones (0-based). `index_path` is where the known chunks' token ids survive a restart;
+    empty: they don't. Sizes are in bytes, times in seconds.
+    """
+
+    policy: str = "kv_deviation"
+    ratio: float = 0.15
+    check_layer: int = 1
+    separator: str = " # # "
+    min_chunk_tokens: int = 16
+    store: str = "lmcache"
+    store_bytes: int = 2 << 30
+    lmcache_url: str = "tcp://127.0.0.1:5555"
+    lmcache_http_url: str = "http://127.0.0.1:8080"
+    lmcache_timeout_s: float = 2.0
+    index_path: str = ""
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy)
+        check_ratio(self.ratio)
+        check_layer_index(self.check_layer)
+        if self.store not in STORES:
+            raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
+        if self.min_chunk_tokens < 1:
+            raise ValueError(f"min_chunk_tokens must be at least 1, not {self.min_chunk_tokens}")
+        if self.store_bytes < 0:
+            raise ValueError(f"store_bytes must not be negative, not {self.store_bytes}")
+
+    def to_extra_config(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_extra_config(cls, extra: dict[str, Any]) -> BlendConfig:
+        """Raises `ValueError` naming the key for one that isn't a setting."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(extra) - known):
+            raise ValueError(f"unknown blend setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**extra)
+
+
+def kv_transfer_config(config: BlendConfig) -> str:
+    """The value of vLLM's `--kv-transfer-config` that loads the blend with these settings."""
+    return json.dumps(
+        {
+            "kv_connector": "KVArenaConnector",
+            "kv_connector_module_path": "kvarena.vllm_plugin.connector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": config.to_extra_config(),
+        }
+    )
+
+
+def read_model_profile(model: str) -> dict[str, Any]:
+    """The settings in `MODEL_PROFILE_NAME` of a local model folder; empty where there is none.
+
+    Raises `ValueError` for a file that is not a JSON object of `PROFILE_FIELDS`.
+    """
+    path = Path(model) / MODEL_PROFILE_NAME
+    if not path.is_file():
+        return {}
+    try:
+        profile = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(profile, dict) or (unknown := set(profile) - set(PROFILE_FIELDS)):
+        names = ", ".join(PROFILE_FIELDS)
+        raise ValueError(f"{path} must be a JSON object with keys among {names}, not {unknown or profile!r}")
+    return profile
+
+
+def check_policy(policy: object) -> str:
+    if policy not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+    return str(policy)
+
+
+def check_ratio(ratio: object) -> float:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be a number from 0 to 1, not {ratio!r}")
+    return float(ratio)
+
+
+def check_layer_index(layer: object) -> int:
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"check_layer must be a layer number from 0, not {layer!r}")
+    return layer
