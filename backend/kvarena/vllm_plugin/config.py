@@ -2,7 +2,7 @@
 
 One frozen dataclass with every setting. It travels to the scheduler's and the workers' processes as the
 `kv_connector_extra_config` of `--kv-transfer-config`, and `BlendConfig.from_extra_config` is the one edge where it
-is read and checked there. What a single request may change is `BlendParams`.
+is read and checked there. What a single request may change is `kvarena.reuse.params.BlendParams`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
+
+from kvarena.reuse.params import BlendParams
 
 MODEL_PROFILE_NAME = "kvarena.json"
 PROFILE_FIELDS = ("separator", "policy", "ratio", "check_layer")
 
-PolicyName = Literal["kv_deviation", "none", "all"]
-StoreName = Literal["lmcache", "memory"]
-POLICIES: tuple[str, ...] = get_args(PolicyName)
-STORES: tuple[str, ...] = get_args(StoreName)
+STORES = ("lmcache", "memory")
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,21 @@ class BlendConfig:
     store_bytes: int = 2 << 30
     lmcache_url: str = "tcp://127.0.0.1:5555"
     lmcache_http_url: str = "http://127.0.0.1:8080"
-    lmcache_timeout_s: float = 2.0
+    lmcache_timeout_s: float = 1.0
     index_path: str = ""
 
     def __post_init__(self) -> None:
-        check_policy(self.policy)
-        check_ratio(self.ratio)
-        check_layer_index(self.check_layer)
+        BlendParams(self.policy, self.ratio, self.check_layer)
         if self.store not in STORES:
             raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
         if self.min_chunk_tokens < 1:
             raise ValueError(f"min_chunk_tokens must be at least 1, not {self.min_chunk_tokens}")
         if self.store_bytes < 0:
             raise ValueError(f"store_bytes must not be negative, not {self.store_bytes}")
+
+    @property
+    def params(self) -> BlendParams:
+        return BlendParams(self.policy, self.ratio, self.check_layer)
 
     def to_extra_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -94,21 +95,3 @@ def read_model_profile(model: str) -> dict[str, Any]:
         names = ", ".join(PROFILE_FIELDS)
         raise ValueError(f"{path} must be a JSON object with keys among {names}, not {unknown or profile!r}")
     return profile
-
-
-def check_policy(policy: object) -> str:
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
-    return str(policy)
-
-
-def check_ratio(ratio: object) -> float:
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must be a number from 0 to 1, not {ratio!r}")
-    return float(ratio)
-
-
-def check_layer_index(layer: object) -> int:
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise ValueError(f"check_layer must be a layer number from 0, not {layer!r}")
-    return layer

@@ -1,0 +1,49 @@
+"""The seam to an engine: one prompt's KV cache there, and the model's own forward over chosen tokens of it.
+
+An adapter per engine implements `PrefilledModel`; the blend is written once against it. Positions are the prompt's
+token positions, ascending, int64; keys are rotated for their position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from kvarena.reuse.plan import TokenIds
+from kvarena.reuse.rope import Rotation
+
+
+class PrefilledModel(Protocol):
+    """A prompt's cache in an engine. Valid during one step of the engine; calls follow each other.
+
+    `rotations` has an entry for each layer, None for a layer without rotary embedding.
+    """
+
+    rotations: Sequence[Rotation | None]
+    head_size: int
+    device: torch.device
+
+    def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
+        """The KV `(2, L, T, H_kv * D)` of each text as a sequence of its own, at positions 0 to T-1.
+
+        May use the cache from the first reused position on as scratch, so it comes before `write`. None for a text
+        that has no room there.
+        """
+        ...
+
+    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values `(T, H_kv, D)` into the cache from position `start` on."""
+        ...
+
+    def keys_at(self, layer: int, start: int, end: int) -> torch.Tensor:
+        """Fresh keys `(T, H_kv, D)` of all tokens of `[start, end)` at a layer, over what the cache holds.
+
+        The layers below are run in full and leave their fresh KV in the cache; nothing runs above.
+        """
+        ...
+
+    def forward(self, positions: torch.Tensor) -> None:
+        """Run all layers over the tokens at these positions: their fresh KV replaces what the cache held."""
+        ...

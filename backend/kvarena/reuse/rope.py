@@ -1,0 +1,66 @@
+"""Moving keys: rotary embeddings add up, so a key rotated for position p moves to q by one more rotation by q - p.
+
+Works for every scaling with fixed frequencies (default, linear, llama3, YaRN): angles are kept in fp32 and magnitude
+factors (YaRN's `mscale`) never enter, since the stored key has its own already. Frequencies that depend on the length
+of the text have no such constant angle; `Rotation.from_cos_sin` refuses them.
+RoPE: Su et al., arXiv 2104.09864; YaRN: Peng et al., arXiv 2309.00071.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """A model's rotation of keys: one frequency in radians per position for every rotated pair.
+
+    `inv_freq` is fp32 `(D_rot / 2,)`; `is_neox` says whether pair i is (i, i + D_rot/2), as in Llama, or (2i, 2i + 1),
+    as in GPT-J. Dimensions from `D_rot` on are not rotated.
+    """
+
+    inv_freq: torch.Tensor
+    is_neox: bool = True
+
+    @classmethod
+    def from_cos_sin(cls, cos: torch.Tensor, sin: torch.Tensor, *, is_neox: bool = True) -> Rotation:
+        """Read the frequencies off a table of cosines and sines, fp32 `(positions, D_rot / 2)`, at any magnitude.
+
+        Raises `ValueError` when a position's angle is not its number times a constant.
+        """
+        rows = min(len(cos), 4096)
+        angles = torch.atan2(sin[1].double(), cos[1].double())
+        expected = torch.arange(rows, dtype=torch.float64)[:, None] * angles
+        magnitude = torch.hypot(cos[:rows].double(), sin[:rows].double())
+        error = torch.maximum(
+            (cos[:rows] - magnitude * expected.cos()).abs().max(),
+            (sin[:rows] - magnitude * expected.sin()).abs().max(),
+        )
+        if not error < 2e-3:
+            raise ValueError(
+                f"rotary frequencies are not constant over positions (error {error:.1e}): keys can't be moved"
+            )
+        return cls(angles.float(), is_neox)
+
+    def move(self, keys: torch.Tensor, distance: int) -> torch.Tensor:
+        """Keys `(..., D)` moved by `distance` positions, in their dtype; the sum is made in fp32. A new tensor."""
+        if distance == 0:
+            return keys
+        angle = self.inv_freq.to(keys.device) * distance
+        cos, sin = angle.cos(), angle.sin()
+        rotated = 2 * len(self.inv_freq)
+        moved = torch.empty_like(keys)
+        first, second = self._halves(keys[..., :rotated])
+        moved_first, moved_second = self._halves(moved[..., :rotated])
+        moved_first.copy_(first * cos - second * sin)
+        moved_second.copy_(second * cos + first * sin)
+        moved[..., rotated:] = keys[..., rotated:]
+        return moved
+
+    def _halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_neox:
+            first, second = x.chunk(2, dim=-1)
+            return first, second
+        return x[..., 0::2], x[..., 1::2]

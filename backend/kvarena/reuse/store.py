@@ -1,0 +1,114 @@
+"""Where chunk KV is kept: the contract of every store, and the store in this process's memory.
+
+A store maps a chunk to its KV, a tensor `(2, L, T, H_kv * D)`: keys, rotated for positions 0 to T-1, and values.
+A lost, corrupt or unreachable entry is a miss and is counted; a store never raises for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from kvarena.reuse.plan import Chunk, ChunkKey, TokenIds
+
+
+@dataclass
+class StoreStats:
+    """Counts since the store was made. `errors` are misses and lost puts because the store failed."""
+
+    hits: int = 0
+    misses: int = 0
+    puts: int = 0
+    evictions: int = 0
+    errors: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class ChunkStore(Protocol):
+    """Contract of a store. Tensors that go in or come out are not written to afterwards, by either side."""
+
+    stats: StoreStats
+
+    def get_many(self, chunks: list[Chunk]) -> list[torch.Tensor | None]:
+        """The KV of each chunk, None for a miss. Counts a hit or a miss per chunk."""
+        ...
+
+    def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
+        """Keep the KV of a chunk; False when the store couldn't. An entry of the same chunk is replaced."""
+        ...
+
+    def contains(self, chunk: Chunk) -> bool: ...
+
+    def clear(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MemoryStore:
+    """Chunk KV in memory, least recently used out first, never more than `budget_bytes`. Thread-safe."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.num_bytes = 0
+        self.stats = StoreStats()
+        self._entries: OrderedDict[ChunkKey, tuple[TokenIds, torch.Tensor]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get_many(self, chunks: list[Chunk]) -> list[torch.Tensor | None]:
+        with self._lock:
+            return [self._get(chunk) for chunk in chunks]
+
+    def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
+        with self._lock:
+            self._drop(chunk.key)
+            if kv.nbytes > self.budget_bytes:
+                return False
+            self._entries[chunk.key] = (chunk.token_ids, kv)
+            self.num_bytes += kv.nbytes
+            while self.num_bytes > self.budget_bytes:
+                self._drop(next(iter(self._entries)))
+                self.stats.evictions += 1
+            self.stats.puts += 1
+            return True
+
+    def contains(self, chunk: Chunk) -> bool:
+        return chunk.key in self._entries
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.num_bytes = 0
+
+    def close(self) -> None:
+        self.clear()
+
+    def check_integrity(self) -> None:
+        """Compare every derived figure with the entries themselves. Raises `AssertionError`."""
+        with self._lock:
+            assert self.num_bytes == sum(kv.nbytes for _, kv in self._entries.values()) <= self.budget_bytes
+            for key, (token_ids, kv) in self._entries.items():
+                assert kv.shape[2] == len(token_ids), f"entry {key.hex()} has {kv.shape[2]} of {len(token_ids)} tokens"
+
+    def _get(self, chunk: Chunk) -> torch.Tensor | None:
+        entry = self._entries.get(chunk.key)
+        if entry is None or not np.array_equal(entry[0], chunk.token_ids):
+            self.stats.misses += 1
+            return None
+        self._entries.move_to_end(chunk.key)
+        self.stats.hits += 1
+        return entry[1]
+
+    def _drop(self, key: ChunkKey) -> None:
+        entry = self._entries.pop(key, None)
+        if entry:
+            self.num_bytes -= entry[1].nbytes

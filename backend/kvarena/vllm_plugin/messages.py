@@ -1,0 +1,100 @@
+"""What travels between the two halves of the connector, and from there to the API server. All of it pickles."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvarena.reuse.blender import BlendReport
+from kvarena.reuse.params import BlendParams
+from kvarena.reuse.plan import ReusePlan, TokenIds
+
+
+@dataclass(frozen=True)
+class BlendJob:
+    """Scheduler to worker: fill `[start, end)` of a prompt in its own blocks, before this step's forward."""
+
+    request_id: str
+    token_ids: TokenIds
+    block_ids: list[int]
+    start: int
+    end: int
+    plan: ReusePlan
+    params: BlendParams
+    store_new: bool
+
+
+@dataclass
+class BlendJobs(KVConnectorMetadata):
+    """The jobs of one step, in the order in which their requests were scheduled."""
+
+    jobs: list[BlendJob] = field(default_factory=list)
+
+
+@dataclass
+class BlendReports(KVConnectorWorkerMetadata):
+    """Worker to scheduler: what the jobs of one step did, by request id."""
+
+    reports: dict[str, BlendReport]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, BlendReports)
+        return BlendReports({**other.reports, **self.reports})
+
+
+@dataclass
+class RequestReport:
+    """What a request's prompt was made of; the API's `kvarena` object (docs/architecture.md)."""
+
+    request_id: str
+    params: BlendParams
+    approximate: bool
+    num_prompt_tokens: int
+    num_prefix_tokens: int = 0
+    blend: BlendReport | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        blend = self.blend or BlendReport()
+        reused = self.num_prefix_tokens + blend.num_reused_tokens
+        times = {name: round(value, 3) for name, value in asdict(blend).items() if name.endswith("_ms")}
+        return {
+            "request_id": self.request_id,
+            "contender": "blend",
+            "approximate": self.approximate,
+            **asdict(self.params),
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_reused_tokens": reused,
+            "num_recomputed_tokens": blend.num_recomputed_tokens,
+            "num_computed_tokens": self.num_prompt_tokens - reused - blend.num_recomputed_tokens,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "store_hits": blend.store_hits,
+            "store_misses": blend.store_misses,
+            "store_errors": blend.store_errors,
+            **times,
+            "spans": self._spans(blend),
+        }
+
+    def log_line(self) -> str:
+        figures = self.as_dict()
+        kind = "approximate" if self.approximate else "exact"
+        return (
+            f"kvarena request={self.request_id} {kind} prompt={self.num_prompt_tokens} "
+            f"reused={figures['num_reused_tokens']} recomputed={figures['num_recomputed_tokens']} "
+            f"computed={figures['num_computed_tokens']} blend_ms={figures['blend_ms']:.1f} "
+            f"store_hits={figures['store_hits']} store_misses={figures['store_misses']} "
+            f"store_errors={figures['store_errors']}"
+        )
+
+    def _spans(self, blend: BlendReport) -> list[dict[str, Any]]:
+        reused = [(0, self.num_prefix_tokens, "prefix"), *((start, end, "reused") for start, end in blend.spans)]
+        spans: list[tuple[int, int, str]] = []
+        position = 0
+        for start, end, source in [*reused, (self.num_prompt_tokens, self.num_prompt_tokens, "")]:
+            spans += [(position, start, "computed"), (start, end, source)]
+            position = end
+        return [{"start": start, "end": end, "source": source} for start, end, source in spans if start < end]

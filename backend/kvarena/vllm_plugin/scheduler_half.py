@@ -1,0 +1,209 @@
+"""The connector in the scheduler: what of a new prompt can be reused, in which blocks, and what came of it.
+
+| tokens of a prompt | who fills their KV |
+|---|---|
+| `[0, L)` | vLLM's prefix cache |
+| `[L, E)` | a blend job, before the step's forward |
+| `[E, n)`, at least one token | vLLM's own prefill |
+
+Blended KV is approximate and stays in vLLM's prefix cache under a salt of its own, one for each setting, so a
+follow-up finds it and no exact request ever does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm import envs
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.request import Request, RequestStatus
+
+from kvarena.reuse.plan import ReusePlan, TokenIds, as_token_ids
+from kvarena.reuse.planner import Planner
+from kvarena.vllm_plugin.config import BlendConfig
+from kvarena.vllm_plugin.known_chunks import KnownChunks
+from kvarena.vllm_plugin.messages import BlendJob, BlendJobs, BlendReports, RequestReport
+from kvarena.vllm_plugin.request_params import RequestParams, read_request_params
+from kvarena.vllm_plugin.segmenter import Segmenter
+from kvarena.vllm_plugin.stats import BlendStats
+
+logger = logging.getLogger(__name__)
+
+_MIN_REUSED_SHARE = 0.5
+
+
+@dataclass
+class _Tracked:
+    """A request from its arrival to its end. `answer` is what its response carries, filled in as it becomes known."""
+
+    request: Request
+    params: RequestParams
+    token_ids: TokenIds
+    plan: ReusePlan
+    report: RequestReport
+    num_local_tokens: int = 0
+    answer: dict[str, Any] = field(default_factory=dict)
+
+
+class SchedulerHalf:
+    def __init__(self, config: BlendConfig, model: str, tokenizer: Any, block_size: int) -> None:
+        self._config = config
+        self._block_size = block_size
+        self._known = KnownChunks(config.index_path if config.store == "lmcache" else "", model)
+        self._planner = Planner(self._known.index, min_chunk_tokens=config.min_chunk_tokens)
+        self._segmenter = Segmenter(tokenizer, config.separator)
+        self._tracked: dict[str, _Tracked] = {}
+        self._jobs: list[BlendJob] = []
+        self._finished: list[_Tracked] = []
+
+    def on_new_request(self, request: Request) -> None:
+        """Plan the prompt, and set the request's approximate KV apart before vLLM looks for cached blocks."""
+        params = self._read_params(request)
+        token_ids = as_token_ids(request.prompt_token_ids or [])
+        plan = self._plan(request, params, token_ids) if _is_plain_text(request) else ReusePlan()
+        approximate = not (plan.is_prefix or params.blend.recomputes_all)
+        report = RequestReport(_answer_id(request.request_id), params.blend, approximate, request.num_prompt_tokens)
+        self._tracked[request.request_id] = _Tracked(request, params, token_ids, plan, report)
+        if approximate:
+            _set_apart(request, params)
+
+    def num_matched_tokens(self, request: Request, num_local_tokens: int) -> int | None:
+        """How many tokens behind the prefix cache's a blend will supply. None: ask again in the next step."""
+        tracked = self._tracked[request.request_id]
+        if self._stands_on_unfinished_blocks(tracked, num_local_tokens):
+            return None
+        tracked.num_local_tokens = num_local_tokens
+        end = self._blend_end(tracked, num_local_tokens)
+        return max(0, end - num_local_tokens)
+
+    def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        tracked = self._tracked[request.request_id]
+        if request.num_preemptions == 0:
+            tracked.report.num_prefix_tokens = tracked.num_local_tokens
+        if num_external_tokens == 0:
+            return
+        start = tracked.num_local_tokens
+        end = start + num_external_tokens
+        if tracked.params.store_new:
+            for span in tracked.plan.clipped(start, end):
+                if span.is_whole_chunk:
+                    self._known.add(span.chunk)
+        self._jobs.append(
+            BlendJob(
+                request.request_id,
+                tracked.token_ids[:end],
+                list(blocks.get_block_ids()[0]),
+                start,
+                end,
+                tracked.plan.clipped(start, end),
+                tracked.params.blend,
+                tracked.params.store_new,
+            )
+        )
+
+    def take_jobs(self) -> BlendJobs:
+        jobs, self._jobs = self._jobs, []
+        return BlendJobs(jobs)
+
+    def on_reports(self, reports: BlendReports) -> None:
+        """Reports of a step come after the requests that finished in it: their answers are completed here."""
+        for request_id, blend in reports.reports.items():
+            finished = (t for t in self._finished if t.request.request_id == request_id)
+            tracked = self._tracked.get(request_id) or next(finished, None)
+            if tracked and tracked.report.blend is None:
+                tracked.report.blend = blend
+                if tracked.answer:
+                    tracked.answer.update(tracked.report.as_dict())
+
+    def request_finished(self, request: Request) -> dict[str, Any] | None:
+        """What the response carries; the dictionary is completed by `on_reports` before it is sent."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return None
+        self._jobs = [job for job in self._jobs if job.request_id != request.request_id]
+        tracked.answer.update(tracked.report.as_dict())
+        self._finished.append(tracked)
+        if request.status == RequestStatus.FINISHED_ABORTED:
+            self.take_stats()
+        return {"kvarena": tracked.answer}
+
+    def take_stats(self) -> BlendStats | None:
+        """Reports of the requests that have finished, each logged once."""
+        finished, self._finished = self._finished, []
+        for tracked in finished:
+            logger.info(tracked.report.log_line())
+        return BlendStats.of([tracked.report.as_dict() for tracked in finished]) if finished else None
+
+    def clear(self) -> None:
+        self._known.clear()
+
+    def close(self) -> None:
+        self._known.close()
+
+    def _read_params(self, request: Request) -> RequestParams:
+        try:
+            return read_request_params(request.kv_transfer_params, self._config.params)
+        except ValueError as error:
+            logger.error("request %s: %s; default settings are used", request.request_id, error)
+            return RequestParams(self._config.params)
+
+    def _plan(self, request: Request, params: RequestParams, token_ids: TokenIds) -> ReusePlan:
+        self._known.refresh()
+        segments = self._segmenter.segments(token_ids, params.chunks)
+        return self._planner.plan(token_ids, segments, _chunk_salt(request))
+
+    def _blend_end(self, tracked: _Tracked, start: int) -> int:
+        """The last span's end that leaves mostly reused tokens before it; what follows is cheaper as plain prefill."""
+        spans = tracked.plan.clipped(start, tracked.request.num_prompt_tokens - 1).spans
+        reused = sum(map(len, spans))
+        for span in reversed(spans):
+            if reused >= max(_MIN_REUSED_SHARE * (span.end - start), self._config.min_chunk_tokens):
+                return span.end
+            reused -= len(span)
+        return start
+
+    def _stands_on_unfinished_blocks(self, tracked: _Tracked, num_local_tokens: int) -> bool:
+        """Whether the prefix cache offers blocks that another request only fills in this step's forward.
+
+        vLLM may share such blocks, for its own forward fills them layer by layer; a blend runs before it.
+        """
+        blocks = tracked.request.block_hashes[: num_local_tokens // self._block_size]
+        running = (t.request for t in self._tracked.values() if t.request.status == RequestStatus.RUNNING)
+        return any(_is_filling_one_of(other, blocks, self._block_size) for other in running)
+
+
+def _is_filling_one_of(other: Request, blocks: Sequence[bytes], block_size: int) -> bool:
+    ready = other.num_computed_tokens // block_size
+    return ready < min(len(blocks), len(other.block_hashes)) and bool(other.block_hashes[ready] == blocks[ready])
+
+
+def _answer_id(request_id: str) -> str:
+    """The id that the client sees: the engine appends a dash and eight random characters."""
+    return request_id if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION else request_id.rpartition("-")[0]
+
+
+def _is_plain_text(request: Request) -> bool:
+    """Whether the KV of this prompt follows from its token ids and may be served from a cache."""
+    return bool(
+        request.prompt_token_ids
+        and request.prompt_embeds is None
+        and not request.mm_features
+        and request.pooling_params is None
+        and not request.skip_reading_prefix_cache
+    )
+
+
+def _chunk_salt(request: Request) -> str:
+    """Chunks of one salt and one LoRA adapter are neither found nor used by another."""
+    parts = [request.cache_salt or "", request.lora_request.lora_name if request.lora_request else ""]
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest() if any(parts) else ""
+
+
+def _set_apart(request: Request, params: RequestParams) -> None:
+    request.cache_salt = f"{request.cache_salt or ''}\0kvarena {params.blend}"
+    request.block_hashes.clear()
+    request.update_block_hashes()

@@ -1,0 +1,74 @@
+"""The connector in a worker: blends each new prompt into vLLM's paged cache before the step's own forward."""
+
+from __future__ import annotations
+
+import logging
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from kvarena.reuse.blender import Blender
+from kvarena.reuse.store import ChunkStore, MemoryStore
+from kvarena.vllm_plugin.config import BlendConfig
+from kvarena.vllm_plugin.messages import BlendJobs, BlendReports
+from kvarena.vllm_plugin.model_id import model_id
+from kvarena.vllm_plugin.paged_model import VllmModel
+from kvarena.vllm_plugin.plugin import loaded_model
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerHalf:
+    """Made before the KV cache is; the model is taken up once the cache is there (`attach`)."""
+
+    def __init__(self, config: BlendConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        self._config = config
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._engine: VllmModel | None = None
+        self._blender: Blender | None = None
+        self._reports = BlendReports({})
+
+    def attach(self) -> None:
+        """Raises `ValueError` for a model that can't be blended."""
+        self._engine = VllmModel(loaded_model(), self._vllm_config, self._kv_cache_config)
+        self._blender = Blender(self._make_store(self._engine))
+        logger.info("blending %d layers over the %s store", len(self._engine.layers), self._config.store)
+
+    def blend(self, work: BlendJobs) -> None:
+        if not work.jobs:
+            return
+        assert self._engine is not None, "a blend before the KV cache was registered"
+        assert self._blender is not None, "a blend without a store"
+        for job in work.jobs:
+            prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
+            self._reports.reports[job.request_id] = self._blender.blend(
+                prompt, job.plan, job.start, job.end, job.params, store_new=job.store_new
+            )
+
+    def take_reports(self) -> BlendReports | None:
+        taken, self._reports = self._reports, BlendReports({})
+        return taken if taken.reports else None
+
+    def clear(self) -> None:
+        if self._blender:
+            self._blender.store.clear()
+
+    def close(self) -> None:
+        if self._blender:
+            self._blender.store.close()
+
+    def _make_store(self, engine: VllmModel) -> ChunkStore:
+        if self._config.store == "memory":
+            return MemoryStore(self._config.store_bytes)
+        from kvarena.reuse.lmcache_store import KVGeometry, LMCacheStore
+
+        geometry = KVGeometry(
+            f"kvarena-{model_id(self._vllm_config)}",
+            len(engine.layers),
+            engine.num_kv_heads,
+            engine.head_size,
+            engine.dtype,
+        )
+        url, http_url = self._config.lmcache_url, self._config.lmcache_http_url
+        return LMCacheStore(geometry, url, http_url, timeout_s=self._config.lmcache_timeout_s)
