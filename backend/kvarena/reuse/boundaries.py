@@ -23,10 +23,13 @@ class SeparatorFinder:
     """Finds a separator in token ids.
 
     `token_text(id)` is a token's text as it reads behind another token; `vocabulary` are the tokens' raw forms by
-    id, used to skip every stretch of the prompt that can't hold the separator.
+    id, used to skip every stretch of the prompt that can't hold the separator. Raises `ValueError` for a separator
+    that isn't ASCII: a token may then carry part of a character.
     """
 
     def __init__(self, separator: str, token_text: Callable[[int], str], vocabulary: Sequence[str | None]) -> None:
+        if not separator.isascii():
+            raise ValueError(f"separator must be ASCII, not {separator!r}")
         self.separator = separator
         self._core = separator.strip()
         self._needs_space_before = separator[:1].isspace()
@@ -56,7 +59,7 @@ class SeparatorFinder:
         hits = np.flatnonzero(self._may_hold[inside])
         if not len(hits):
             return
-        breaks = np.flatnonzero(np.diff(hits) > 1)
+        breaks = np.flatnonzero(np.diff(hits) > len(self._core))
         for first, last in zip(hits[np.r_[0, breaks + 1]], hits[np.r_[breaks, len(hits) - 1]], strict=True):
             yield max(0, int(first) - 1), min(len(token_ids), int(last) + 2)
 
@@ -102,8 +105,6 @@ def text_segments(token_ids: TokenIds, texts: Sequence[TokenIds]) -> list[Segmen
 
 
 def _tokens_with_any(core: str, vocabulary: Sequence[str | None]) -> npt.NDArray[np.bool_]:
-    """Which tokens may carry a part of `core`. Raw forms spell ASCII as itself; for the rest every token may."""
+    """Which tokens may carry a part of `core`: raw forms spell ASCII as itself. The last entry is for ids beyond."""
     characters = {character for character in core if not character.isspace()}
-    everything = not core.isascii()
-    marks = [everything or token is None or not characters.isdisjoint(token) for token in vocabulary]
-    return np.array([*marks, True])
+    return np.array([*(token is None or not characters.isdisjoint(token) for token in vocabulary), True])

@@ -46,6 +46,8 @@ class BlendConfig:
         BlendParams(self.policy, self.ratio, self.check_layer)
         if self.store not in STORES:
             raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
+        if not self.separator.isascii():
+            raise ValueError(f"separator must be ASCII, not {self.separator!r}")
         if self.min_chunk_tokens < 1:
             raise ValueError(f"min_chunk_tokens must be at least 1, not {self.min_chunk_tokens}")
         if self.store_bytes < 0:
