@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Installs what the tests need beside what the stack needs, then checks and tests everything.
+#
+#   ./run-tests.sh             all of it: style, types, fast tests, real servers, a real browser
+#   ./run-tests.sh --fast      style, types and the fast tests
+#   ./run-tests.sh -k PATTERN  whatever pytest takes
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+cd "$root"
+bin=$root/.venv/bin
+marks=()
+if [[ ${1:-} == --fast ]]; then
+    marks=(-m "not slow")
+    shift
+fi
+
+has_one_of() {
+    local name
+    for name in "$@"; do
+        command -v "$name" >/dev/null 2>&1 && return
+    done
+    return 1
+}
+
+# Debian's packages, where they are missing and may be installed.
+install_debian() {
+    if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null 2>&1; then
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
+    else
+        printf 'note: %s is not installed; what needs it is skipped\n' "$*" >&2
+    fi
+}
+
+./run-server.sh setup --profile cpu
+"$bin/python" -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
+has_one_of chromium chromium-browser google-chrome || [[ ${marks[*]} ]] || install_debian chromium
+has_one_of shellcheck || install_debian shellcheck
+
+echo '== style and types'
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+if has_one_of shellcheck; then
+    shellcheck run-server.sh run-tests.sh .ci/run
+fi
+
+echo '== tests'
+exec "$bin/python" -m pytest --durations=15 ${marks[@]+"${marks[@]}"} "$@"
