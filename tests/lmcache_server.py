@@ -1,0 +1,73 @@
+"""A real LMCache server on free ports, for tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class LMCacheServer:
+    """A context; `kill` and `start` may be called inside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "lmcache.log"
+        self.port, self.http_port = free_port(), free_port()
+        self.url = f"tcp://127.0.0.1:{self.port}"
+        self.http_url = f"http://127.0.0.1:{self.http_port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        command = [str(Path(sys.executable).with_name("lmcache")), "server", "--l1-size-gb", "1"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
+        command += ["--prometheus-port", str(free_port()), "--eviction-policy", "LRU", "--chunk-size", "32"]
+        command += ["--supported-transfer-mode", "auto", "--shm-name", f"kvarena_test_{uuid.uuid4().hex[:8]}"]
+        settings = {"PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not self._is_healthy():
+            assert self._process.poll() is None, self.log.read_text()[-2000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-2000:]
+            time.sleep(0.3)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.http_url}/config", timeout=2).is_success
+        except httpx.HTTPError:
+            return False
+
+    def __enter__(self) -> LMCacheServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()

@@ -1,0 +1,145 @@
+"""The blend against independent computations, on real vLLM with tiny random models.
+
+Ratio 1.0 equals plain vLLM, token for token and in its KV; ratio 0 equals naive reuse written with Hugging Face.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from engine import MEMORY, Step, plain_tokens, prefill_kv, run_in_engine, run_steps
+
+from tiny_models import random_text, save_tiny_llama
+
+pytestmark = pytest.mark.slow
+SEPARATOR = " # # "
+NUM_TOKENS = 32
+
+
+def make_prompts(seed: int, count: int, *, all_separated: bool = False) -> list[str]:
+    """Prompts over one pool of chunks of uneven length, 2 to 8 in each, in several orders, some without separators."""
+    rng = random.Random(seed)
+    pool = [random_text(rng, rng.choice([8, 20, 35, 60])) for _ in range(14)]
+    prompts = []
+    for i in range(count):
+        chunks = rng.sample(pool, rng.randint(2, 8))
+        joiner = SEPARATOR if all_separated or i % 4 else "\n"
+        prompts.append(joiner.join([random_text(rng, 4), *chunks, random_text(rng, 5)]))
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def bf16_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("bf16"), dtype=torch.bfloat16))
+
+
+def test_ratio_one_equals_plain_vllm(model: str) -> None:
+    prompts = make_prompts(0, 24)
+    expected = run_in_engine(plain_tokens, model, prompts, NUM_TOKENS)
+    steps = [Step([prompt], NUM_TOKENS, {"ratio": 1.0}) for prompt in prompts]
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, {})
+    assert [outcome.tokens[0] for outcome in outcomes] == expected
+    reports = [outcome.reports[0] for outcome in outcomes]
+    assert sum(report["num_recomputed_tokens"] for report in reports) > 1000
+    assert sum(report["store_hits"] for report in reports) > 20
+    for report in reports:
+        assert not report["approximate"]
+        assert_counts(report)
+
+
+def test_ratio_one_in_batches_and_pieces_equals_plain_vllm(model: str) -> None:
+    prompts = make_prompts(1, 24)
+    expected = run_in_engine(plain_tokens, model, prompts, NUM_TOKENS)
+    pieces = {"max_num_batched_tokens": 128, "max_num_seqs": 16}
+    steps = [Step(prompts, NUM_TOKENS, {"policy": "all"})]
+    (outcome,) = run_in_engine(run_steps, model, MEMORY, steps, pieces)
+    assert outcome.tokens == expected
+    assert outcome.num_left_behind == 0
+
+
+def test_ratio_zero_equals_naive_reuse_in_hugging_face(model: str) -> None:
+    prompts = make_prompts(2, 20, all_separated=True)
+    steps = [Step([prompt], NUM_TOKENS, {"ratio": 0}) for prompt in prompts]
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, {})
+    reference = NaiveReuse(model)
+    assert sum(outcome.reports[0]["num_reused_tokens"] for outcome in outcomes) > 1000
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        tokens, report = outcome.tokens[0], outcome.reports[0]
+        assert report["approximate"]
+        assert report["num_recomputed_tokens"] == 0
+        assert_counts(report)
+        assert tokens == reference.generate(prompt, report["spans"], NUM_TOKENS)
+
+
+def test_ratio_one_leaves_plain_vllms_kv(bf16_model: str) -> None:
+    (prompt,) = make_prompts(3, 1, all_separated=True)
+    plain = run_in_engine(prefill_kv, bf16_model, None, prompt, "bfloat16")
+    blended = run_in_engine(prefill_kv, bf16_model, MEMORY, prompt, "bfloat16")
+    for layer, (ours, theirs) in enumerate(zip(blended, plain, strict=True)):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).norm() < 0.01 * theirs.norm(), f"KV of layer {layer}"
+
+
+class NaiveReuse:
+    """Chunks computed alone, keys turned to their place, laid side by side; the rest computed over them in order."""
+
+    def __init__(self, model: str) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    @torch.inference_mode()
+    def generate(self, prompt: str, spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
+        from transformers import DynamicCache
+
+        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        cache = DynamicCache()
+        logits = torch.empty(0)
+        for span in spans:
+            piece = ids[:, span["start"] : span["end"]]
+            if span["source"] == "reused":
+                self._append_alone(cache, piece, span["start"])
+            else:
+                logits = self._forward(cache, piece, span["start"])
+        tokens = [int(logits.argmax())]
+        while len(tokens) < num_tokens:
+            logits = self._forward(cache, torch.tensor([tokens[-1:]]), ids.shape[1] + len(tokens) - 1)
+            tokens.append(int(logits.argmax()))
+        return tokens
+
+    def _forward(self, cache: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
+        positions = torch.arange(start, start + ids.shape[1])[None]
+        output = self.model(ids, past_key_values=cache, position_ids=positions, use_cache=True)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def _append_alone(self, cache: Any, ids: torch.Tensor, start: int) -> None:
+        """Computed with the positions it has in the prompt, and nothing before it: RoPE makes that the moved KV."""
+        from transformers import DynamicCache
+
+        alone = DynamicCache()
+        positions = torch.arange(start, start + ids.shape[1])[None]
+        mask = torch.ones(1, ids.shape[1], dtype=torch.long)
+        self.model(ids, past_key_values=alone, position_ids=positions, attention_mask=mask, use_cache=True)
+        for layer, entry in enumerate(alone.layers):
+            cache.update(entry.keys, entry.values, layer)
+
+
+def assert_counts(report: dict[str, Any]) -> None:
+    parts = [report[f"num_{part}_tokens"] for part in ("reused", "recomputed", "computed")]
+    assert sum(parts) == report["num_prompt_tokens"]
+    assert min(parts) >= 0
+    edges = [(span["start"], span["end"]) for span in report["spans"]]
+    assert edges[0][0] == 0
+    assert edges[-1][1] == report["num_prompt_tokens"]
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(edges))
