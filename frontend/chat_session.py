@@ -1,0 +1,201 @@
+"""All HTTP of the page: one `ChatSession` per contender, and nothing of Streamlit.
+
+A session owns one worker thread that runs one event loop and one HTTP client for as long as the page's process
+lives, so no connection and no client is built inside a measurement. Time stamps are taken in that thread, where the
+bytes arrive. An answer is a stream of events (`events.py`) that the worker hands to a callback; cancelling its future
+closes the connection, upon which the server stops generating.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import httpx
+
+from errors import ContenderError, explained, http_error, stream_error
+from events import Done, Event, Failed, FirstToken, Text
+from figures import Figures, Stopwatch, from_usage, with_report, without_report
+from settings import Contender
+from wire import Blend, Message, Sampling, Server, completion_request
+
+T = TypeVar("T")
+
+STATE_TIMEOUT_S = 2.0
+TOKENIZE_TIMEOUT_S = 20.0
+REPORT_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+KEEPALIVE_S = 4.0  # shorter than uvicorn's 5 s, so that the client never reuses a connection that is being closed
+
+
+class ChatSession:
+    """The page's line to one contender. Every method may be called from any thread.
+
+    `server` is what the last `refresh` that got through saw, and stays when the server goes down;
+    `problem` is why the latest one didn't get through, empty while the server is up.
+    """
+
+    def __init__(self, contender: Contender, api_key: str = "", timeout_s: float = 600.0) -> None:
+        self.contender = contender
+        self.server: Server | None = None
+        self.problem = "not asked yet"
+        self.refreshed_s = float("-inf")
+        self._timeout_s = timeout_s
+        self._loop = asyncio.new_event_loop()
+        self._http = httpx.AsyncClient(
+            base_url=contender.url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(timeout_s, connect=5.0),
+            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
+            trust_env=False,
+        )
+        threading.Thread(target=self._loop.run_forever, name=f"chat-{contender.name}", daemon=True).start()
+
+    @property
+    def up(self) -> bool:
+        return not self.problem
+
+    def refresh(self) -> Future[None]:
+        """Asks the server what it is; the outcome is in `server` and `problem`, never raised."""
+        return self._submit(self._refresh())
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt's token ids as this server's chat template and tokenizer make them.
+
+        Raises `ContenderError`, as `text_ids` does.
+        """
+        return self._submit(self._tokenize({"messages": list(messages)})).result()
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a bare text, without the special tokens of a prompt."""
+        payload = {"prompt": text, "add_special_tokens": False}
+        return self._submit(self._tokenize(payload)).result()
+
+    def answer(self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None]) -> Future[None]:
+        """Starts an answer. `put` gets, in the worker's thread: Text and one FirstToken, then Done or Failed.
+
+        Cancelling the future ends the stream; nothing is put after that but what was under way.
+        """
+        return self._submit(self._answer(list(messages), sampling, put))
+
+    def close(self) -> None:
+        """Ends the worker; the session is of no use afterwards."""
+        self._submit(self._http.aclose()).result(timeout=STATE_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    # -- in the worker's thread ------------------------------------------------------------------------------------
+
+    async def _refresh(self) -> None:
+        try:
+            with explained(self.contender, STATE_TIMEOUT_S):
+                self.server = await self._describe()
+            self.problem = ""
+        except ContenderError as error:
+            self.problem = str(error)
+        self.refreshed_s = time.monotonic()
+
+    async def _describe(self) -> Server:
+        models = await self._http.get("/v1/models", timeout=STATE_TIMEOUT_S)
+        if models.is_error:
+            raise http_error(self.contender, models)
+        offer = await self._http.get("/kvarena", timeout=STATE_TIMEOUT_S)
+        if offer.is_error and offer.status_code != httpx.codes.NOT_FOUND:
+            raise http_error(self.contender, offer)
+        model = models.json()["data"][0]
+        blend = None if offer.is_error else Blend.read(offer.json())
+        return Server(model["id"], model.get("max_model_len"), blend)
+
+    async def _tokenize(self, payload: dict[str, Any]) -> list[int]:
+        with explained(self.contender, TOKENIZE_TIMEOUT_S):
+            server = await self._known_server()
+            payload = {"model": server.model, **payload}
+            reply = await self._http.post("/tokenize", json=payload, timeout=TOKENIZE_TIMEOUT_S)
+            if reply.is_error:
+                raise http_error(self.contender, reply)
+            return [int(token) for token in reply.json()["tokens"]]
+
+    async def _answer(self, messages: list[Message], sampling: Sampling, put: Callable[[Event], None]) -> None:
+        try:
+            with explained(self.contender, self._timeout_s):
+                server = await self._known_server()
+                put(await self._stream(server, messages, sampling, put))
+        except ContenderError as error:
+            put(Failed(str(error)))
+
+    async def _known_server(self) -> Server:
+        if self.server is None:
+            self.server = await self._describe()
+        return self.server
+
+    async def _stream(
+        self,
+        server: Server,
+        messages: list[Message],
+        sampling: Sampling,
+        put: Callable[[Event], None],
+    ) -> Done:
+        request_id, usage, finish_reason, num_texts = "", None, None, 0
+        first_s = last_s = None
+        body = completion_request(server, messages, sampling)
+        sent_s = time.perf_counter()
+        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.is_error:
+                await response.aread()
+                raise http_error(self.contender, response)
+            async for chunk in self._chunks(response):
+                now_s = time.perf_counter()
+                request_id = chunk.get("id") or request_id
+                usage = chunk.get("usage") or usage
+                for choice in chunk.get("choices") or ():
+                    delta = choice.get("delta") or {}
+                    text = delta.get("content") or delta.get("reasoning_content") or ""
+                    finish_reason = choice.get("finish_reason") or finish_reason
+                    if text or finish_reason:
+                        last_s = now_s
+                        if first_s is None:
+                            first_s = now_s
+                            put(FirstToken((first_s - sent_s) * 1000))
+                    if text:
+                        num_texts += 1
+                        put(Text(text))
+        if finish_reason is None:
+            raise stream_error(self.contender, num_texts)
+        figures = from_usage(Stopwatch(sent_s, first_s, last_s), usage)
+        return Done(await self._reported(server, request_id, figures), finish_reason)
+
+    async def _chunks(self, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+        """The stream's JSON objects. An error object in the stream, or no JSON, raises `ContenderError`."""
+        async for line in response.aiter_lines():
+            if not line.startswith("data:"):
+                continue
+            data = line.removeprefix("data:").strip()
+            if data == "[DONE]":
+                return
+            try:
+                chunk = json.loads(data)
+            except json.JSONDecodeError as error:
+                raise ContenderError(f"{self.contender.title} sent something that is no JSON: {data[:200]}") from error
+            if chunk.get("error"):
+                raise http_error(self.contender, response, chunk)
+            yield chunk
+
+    async def _reported(self, server: Server, request_id: str, figures: Figures) -> Figures:
+        """The figures with the request report, which may come a moment after the stream's end."""
+        if server.blend is None:
+            return figures
+        for delay_s in REPORT_DELAYS_S:
+            await asyncio.sleep(delay_s)
+            try:
+                reply = await self._http.get(f"/kvarena/requests/{request_id}", timeout=STATE_TIMEOUT_S)
+                if reply.is_success:
+                    return with_report(figures, reply.json())
+            except (httpx.HTTPError, ValueError, KeyError, TypeError):
+                break
+        return without_report(figures)

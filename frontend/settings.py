@@ -1,0 +1,88 @@
+"""What the page is told from outside: the contenders, the chunk folder, an API key.
+
+The environment is read here and nowhere else in the frontend. Without any of the variables the page expects the
+stack's default ports and the repository's `data/`.
+
+    KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}
+    KVARENA_DATA_DIR     folder of chunk files
+    KVARENA_API_KEY      sent to every contender as a bearer token
+    KVARENA_TIMEOUT_S    longest silence of a server, in seconds
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEFAULT_DATA_DIR = Path(__file__).resolve().parent.parent / "data"
+DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_SEPARATOR = " # # "
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server in the arena. `name` identifies it (letters, digits, - and _), `title` is what people read."""
+
+    name: str
+    title: str
+    url: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"a contender's name is made of letters, digits, - and _, not {self.name!r}")
+        if not re.match(r"https?://[^/]", self.url):
+            raise ValueError(f"a contender's url begins with http:// or https://, not {self.url!r}")
+
+
+DEFAULT_CONTENDERS = (
+    Contender("blend", "vLLM with LMCache", "http://127.0.0.1:8000"),
+    Contender("plain", "vLLM without LMCache", "http://127.0.0.1:8001"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    contenders: tuple[Contender, ...] = DEFAULT_CONTENDERS
+    data_dir: Path = DEFAULT_DATA_DIR
+    api_key: str = field(default="", repr=False)
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Raises `ValueError` that names the variable and what it should hold."""
+    return Settings(
+        contenders=_contenders(environment.get("KVARENA_CONTENDERS", "")),
+        data_dir=Path(environment.get("KVARENA_DATA_DIR") or DEFAULT_DATA_DIR),
+        api_key=environment.get("KVARENA_API_KEY", ""),
+        timeout_s=_seconds(environment.get("KVARENA_TIMEOUT_S", "")),
+    )
+
+
+def _contenders(text: str) -> tuple[Contender, ...]:
+    if not text.strip():
+        return DEFAULT_CONTENDERS
+    try:
+        contenders = tuple(
+            Contender(entry["name"], entry["title"], entry["url"].rstrip("/")) for entry in json.loads(text)
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'KVARENA_CONTENDERS must be a JSON list of {{"name", "title", "url"}}: {error}') from error
+    names = [contender.name for contender in contenders]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"KVARENA_CONTENDERS needs at least one contender, each once; got {names}")
+    return contenders
+
+
+def _seconds(text: str) -> float:
+    if not text.strip():
+        return DEFAULT_TIMEOUT_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"KVARENA_TIMEOUT_S must be a number of seconds above 0, not {text!r}")
+    return seconds

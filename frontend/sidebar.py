@@ -1,0 +1,169 @@
+"""The sidebar: which servers, which chunks in which order, and how to ask. Returns the choices, asks nobody."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import streamlit as st
+from streamlit_sortables import sort_items  # type: ignore[import-untyped]
+
+import state
+from chat_session import ChatSession
+from chats import OpenChat
+from history import Context
+from kvarena.context import TextChunk, load_system_prompt
+from wire import Sampling
+
+NUM_DEFAULT_CHUNKS = 6
+POLL_S = 4.0
+SORTABLE_STYLE = """
+.sortable-component.vertical .sortable-container { padding: 0; background: #f3f5f9; }
+.sortable-container-body { padding: 0; background: #f3f5f9; }
+.sortable-component .sortable-item, .sortable-component .sortable-item:hover { background: #fff; color: #172033;
+  border: 1px solid #c9d3e3; border-radius: 6px; margin: 0 0 4px; padding: 4px 10px; text-align: left;
+  font-family: "Source Sans", "Source Sans Pro", sans-serif; font-size: 13px; height: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Choices:
+    context: Context
+    sampling: Sampling
+    sessions: dict[str, ChatSession]
+    in_sequence: bool
+
+
+def draw_sidebar(opened: OpenChat) -> Choices:
+    chunks = state.chunk_files()
+    _begin(opened, list(chunks))
+    with st.sidebar:
+        st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened])
+        sessions, in_sequence = _draw_contenders(opened.busy)
+        context = _draw_context(chunks)
+        sampling = _draw_sampling()
+    return Choices(context, sampling, sessions, in_sequence)
+
+
+def choose_chunks(names: Sequence[str]) -> None:
+    """Sets the selection and its order; only before the sidebar is drawn."""
+    st.session_state["chunks"] = list(names)
+    st.session_state["order"] = st.session_state["dealt"] = list(names)
+
+
+def _begin(opened: OpenChat, names: list[str]) -> None:
+    """A page's first script run takes up where its chat stands, or with the first few chunks."""
+    if "chunks" in st.session_state:
+        return
+    turns = opened.chat.turns
+    context = turns[-1].context if turns else None
+    before = [chunk.name for chunk in context.chunks if chunk.name in names] if context else None
+    choose_chunks(names[:NUM_DEFAULT_CHUNKS] if before is None else before)
+    folder = state.page_settings().data_dir
+    st.session_state["system-prompt"] = context.system if context else load_system_prompt(folder)
+
+
+def _start_new_chat(opened: OpenChat) -> None:
+    opened.stop()
+    state.new_chat()
+
+
+def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
+    st.subheader("Contenders")
+    if not busy:
+        state.refresh_servers()
+    drawn = state.servers_seen()
+    _draw_servers(drawn, busy)
+    chosen = {
+        name: session
+        for name, session in state.chat_sessions().items()
+        if st.checkbox(session.contender.title, value=True, key=f"run-{name}")
+    }
+    in_sequence = st.toggle(
+        "One after the other",
+        key="in-sequence",
+        help="Off: both answer at the same time. On: the second one is asked when the first is done, so that they "
+        "can't slow each other down where they share a machine.",
+    )
+    return chosen, in_sequence
+
+
+@st.fragment(run_every=POLL_S)
+def _draw_servers(drawn: tuple[object, ...], busy: bool) -> None:
+    """Looks after the servers while nobody clicks; draws the page anew when one went up or down."""
+    if not busy:
+        state.refresh_servers()
+        if state.servers_seen() != drawn:
+            st.rerun()
+    st.html("".join(_server_html(session) for session in state.chat_sessions().values()))
+
+
+def _server_html(session: ChatSession) -> str:
+    contender, server = session.contender, session.server
+    up = "up" if session.up else "down"
+    detail = server.model if session.up and server else session.problem
+    if session.up and server and server.max_model_len:
+        detail += f", context of {server.max_model_len:,} tokens"
+    return (
+        f'<div class="ka-server" data-testid="server-{escape(contender.name)}" data-state="{up}"><i></i>'
+        f"<div>{escape(contender.title)}: {up}<small>{escape(detail)}</small></div></div>"
+    )
+
+
+def _draw_context(chunks: dict[str, TextChunk]) -> Context:
+    st.subheader("Context")
+    st.session_state["chunks"] = [n for n in st.session_state["chunks"] if n in chunks]
+    picked = st.multiselect(
+        "Chunks",
+        list(chunks),
+        key="chunks",
+        placeholder="Pick chunks",
+        help=f"Text files of {state.page_settings().data_dir}. New files show up by themselves.",
+    )
+    order = _draw_order(picked)
+    system = st.text_area("System prompt", key="system-prompt", height=80)
+    return Context(system.strip(), tuple(chunks[name] for name in order), state.separator())
+
+
+def _draw_order(picked: list[str]) -> list[str]:
+    """Drag and drop. `dealt` is the order that the widget was given, `order` what was made of it by hand."""
+    order: list[str] = st.session_state["order"]
+    if set(order) != set(picked):
+        order = [name for name in order if name in picked]
+        order += [name for name in picked if name not in order]
+        st.session_state["order"] = st.session_state["dealt"] = order
+    if len(order) < 2:
+        return order
+    st.caption("Order: drag to change it")
+    dealt: list[str] = st.session_state["dealt"]
+    key = "order-" + hashlib.sha256("\0".join(dealt).encode()).hexdigest()[:16]
+    with st.container(key="chunk-order"):
+        order = sort_items(dealt, direction="vertical", custom_style=SORTABLE_STYLE, key=key)
+    st.session_state["order"] = order
+    return order
+
+
+def _draw_sampling() -> Sampling:
+    offer = state.blend_offer()
+    policy = ratio = None
+    if offer and offer.policies:
+        st.subheader("Reuse")
+        default = offer.policies.index(offer.policy) if offer.policy in offer.policies else 0
+        policy = st.selectbox(
+            "Policy", offer.policies, index=default, key="policy", help="Which reused tokens are recomputed."
+        )
+        ratio = st.slider(
+            "Ratio", 0.0, 1.0, offer.ratio, 0.01, key="ratio", help="Share of reused tokens to recompute."
+        )
+    st.subheader("Answer")
+    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature")
+    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens")
+    ignore_eos = st.toggle(
+        "Always max tokens",
+        key="ignore-eos",
+        help="Goes on after the end of the answer (`ignore_eos`): text of equal length on both sides, "
+        "for comparing tokens per second.",
+    )
+    return Sampling(temperature, int(max_tokens), ignore_eos, policy, ratio)

@@ -1,0 +1,102 @@
+"""What outlives a script run: the lines to the contenders, the chats, and what this page has chosen.
+
+Resources are shared by every page of the process; `st.session_state` is this page's alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import wait
+from dataclasses import replace
+
+import streamlit as st
+
+from chat_session import ChatSession
+from chats import ChatStore, OpenChat
+from context_view import TokenCount, count_context
+from history import Context
+from kvarena.context import TextChunk, load_chunks
+from settings import DEFAULT_SEPARATOR, Settings, read_settings
+from wire import Blend, Server
+
+REFRESH_AGE_S = 3.0
+
+
+@st.cache_resource(show_spinner=False)
+def page_settings() -> Settings:
+    return read_settings(os.environ)
+
+
+@st.cache_resource(show_spinner=False)
+def chat_sessions() -> dict[str, ChatSession]:
+    """One line per contender, kept open for as long as the page's process lives."""
+    settings = page_settings()
+    return {
+        contender.name: ChatSession(contender, settings.api_key, settings.timeout_s)
+        for contender in settings.contenders
+    }
+
+
+@st.cache_resource(show_spinner=False)
+def chat_store() -> ChatStore:
+    return ChatStore()
+
+
+@st.cache_data(ttl=3, show_spinner=False)
+def chunk_files() -> dict[str, TextChunk]:
+    """The chunk folder's chunks by name; two files with the same name but another suffix get a number."""
+    chunks: dict[str, TextChunk] = {}
+    for chunk in load_chunks(page_settings().data_dir):
+        name, number = chunk.name, 2
+        while name in chunks:
+            name, number = f"{chunk.name} ({number})", number + 1
+        chunks[name] = replace(chunk, name=name)
+    return chunks
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def _counted(_session: ChatSession, url: str, model: str, context: Context) -> TokenCount:
+    return count_context(_session, context)
+
+
+def token_count(session: ChatSession, context: Context) -> TokenCount:
+    """As `count_context`, kept for as long as the same server serves the same model."""
+    model = session.server.model if session.server else ""
+    return _counted(session, session.contender.url, model, context)
+
+
+def refresh_servers() -> None:
+    """Asks every contender at once what it is, unless that is known from a moment ago."""
+    now_s = time.monotonic()
+    stale = [s for s in chat_sessions().values() if now_s - s.refreshed_s > REFRESH_AGE_S]
+    wait([session.refresh() for session in stale])
+
+
+def servers_seen() -> tuple[tuple[str, str, Server | None], ...]:
+    """What the page draws of the servers; a change of it is worth a new drawing."""
+    return tuple((name, s.problem, s.server) for name, s in chat_sessions().items())
+
+
+def blend_offer() -> Blend | None:
+    """The first blending contender's offer, the last known one when it is down."""
+    offers = (session.server.blend for session in chat_sessions().values() if session.server)
+    return next((offer for offer in offers if offer), None)
+
+
+def separator() -> str:
+    """The same for every contender, so that all get the same prompt."""
+    offer = blend_offer()
+    return offer.separator if offer else DEFAULT_SEPARATOR
+
+
+def open_chat() -> OpenChat:
+    """The chat of the page's address; a new one, and its key in the address, where there is none."""
+    opened = chat_store().get(st.query_params.get("chat", ""))
+    return opened or new_chat()
+
+
+def new_chat() -> OpenChat:
+    opened = chat_store().new()
+    st.query_params["chat"] = opened.chat.key
+    return opened

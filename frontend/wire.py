@@ -1,0 +1,69 @@
+"""What goes over the wire, as data: what a contender says it is, and the request that it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What `GET /kvarena` offers. A contender that answers 404 there has none."""
+
+    policies: tuple[str, ...]
+    policy: str
+    ratio: float
+    separator: str
+
+    @classmethod
+    def read(cls, offer: Mapping[str, Any]) -> Blend:
+        defaults = offer.get("defaults") or {}
+        policies = tuple(offer.get("policies") or ())
+        return cls(
+            policies=policies,
+            policy=defaults.get("policy") or (policies[0] if policies else ""),
+            ratio=float(defaults.get("ratio") or 0.0),
+            separator=offer.get("separator") or "",
+        )
+
+
+@dataclass(frozen=True)
+class Server:
+    """A contender that is up."""
+
+    model: str
+    max_model_len: int | None
+    blend: Blend | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is asked of every contender alike; `policy` and `ratio` go to those that blend, None: their default."""
+
+    temperature: float = 0.0
+    max_tokens: int = 128
+    ignore_eos: bool = False
+    policy: str | None = None
+    ratio: float | None = None
+
+
+def completion_request(server: Server, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
+    """The body of `POST /v1/chat/completions`: OpenAI's fields, and vLLM's where the question needs them."""
+    body: dict[str, Any] = {
+        "model": server.model,
+        "messages": list(messages),
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if sampling.ignore_eos:
+        body["ignore_eos"] = True
+    chosen = {"policy": sampling.policy, "ratio": sampling.ratio}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    if server.blend and chosen:
+        body["kv_transfer_params"] = {"kvarena": chosen}
+    return body

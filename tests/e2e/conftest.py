@@ -1,0 +1,75 @@
+"""The real stack, and a real browser that may talk to loopback only.
+
+The stack is started once for all tests, as a user would: `kvarena up`. With `KVARENA_E2E_HOME` the tests use the one
+that runs there already, and leave it running.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from running_stack import Stack, free_port_base
+
+UP_TIMEOUT_S = 900
+BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+)
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    if running := os.environ.get("KVARENA_E2E_HOME"):
+        yield Stack(Path(running))
+        return
+    stack = Stack(tmp_path_factory.mktemp("kvarena"))
+    try:
+        started = stack.command("up", "--port-base", str(free_port_base()), timeout_s=UP_TIMEOUT_S)
+        assert started.returncode == 0, started.stdout + started.stderr
+        yield stack
+    finally:
+        stack.command("down")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    path = next((found for name in BROWSER_NAMES if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(BROWSER_FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(stack: Stack, browser: Browser) -> Iterator[Page]:
+    """The open page. The test fails when anything in it asked for an address beyond loopback."""
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    addresses: list[str] = []
+    page.on("request", lambda request: addresses.append(request.url))
+    page.on("websocket", lambda websocket: addresses.append(websocket.url))
+    page.goto(stack.address("page"))
+    page.get_by_test_id("context").wait_for(timeout=60_000)
+    yield page
+    page.close()
+    assert addresses
+    assert not [url for url in addresses if not _is_local(url)]
+
+
+def _is_local(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("data", "blob", "about") or parts.hostname in LOOPBACK

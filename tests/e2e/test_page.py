@@ -1,0 +1,250 @@
+"""A person at the page, against the real stack: picks, drags, asks, reads, stops, reloads; a server dies."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from kvarena.context import load_chunks
+from running_stack import Stack
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SCREENSHOT = ROOT / "docs" / "images" / "arena.png"
+NAMES = ("blend", "plain")
+ANSWER_MS = 120_000
+
+
+def across_questions() -> list[dict[str, Any]]:
+    """Shipped questions whose answer needs a chunk and the one before it."""
+    lines = (ROOT / "data" / "questions.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == "across"]
+
+
+def pick_chunks(page: Page, names: list[str]) -> None:
+    chunks = page.locator(".st-key-chunks")
+    chunks.get_by_role("button", name="Clear all").click()
+    for name in names:
+        chunks.locator("input").fill(name)
+        page.get_by_role("option", name=name, exact=True).click()
+        expect(page.get_by_test_id("chunk").last).to_have_attribute("data-chunk", name)
+    page.keyboard.press("Escape")
+
+
+def shown_order(page: Page) -> list[str | None]:
+    return [chunk.get_attribute("data-chunk") for chunk in page.get_by_test_id("chunk").all()]
+
+
+def drag_chunk(page: Page, name: str, target: str) -> None:
+    """With the mouse, as a hand does it: press, move in steps, let go a little past the target's middle."""
+    items = page.frame_locator(".st-key-chunk-order iframe").locator(".sortable-item")
+    source, onto = items.filter(has_text=name), items.filter(has_text=target)
+    source.scroll_into_view_if_needed()
+    a, b = source.bounding_box(), onto.bounding_box()
+    assert a is not None
+    assert b is not None
+    page.mouse.move(a["x"] + a["width"] / 2, a["y"] + a["height"] / 2)
+    page.mouse.down()
+    past = 4 if b["y"] > a["y"] else -4
+    page.mouse.move(b["x"] + b["width"] / 2, b["y"] + b["height"] / 2 + past, steps=12)
+    page.wait_for_timeout(200)
+    page.mouse.up()
+
+
+def ask(page: Page, question: str) -> None:
+    box = page.get_by_test_id("stChatInputTextArea")
+    expect(box).to_be_enabled(timeout=ANSWER_MS)
+    box.fill(question)
+    box.press("Enter")
+    expect(page.get_by_test_id("question").last).to_have_text(question, timeout=30_000)
+
+
+def ask_at_length(page: Page, question: str, num_tokens: int) -> None:
+    """The demo model's answers are a word or two: goes on to `num_tokens`, as the page's switch allows."""
+    box = page.locator(".st-key-max-tokens input")
+    box.fill(str(num_tokens))
+    box.press("Enter")
+    switch = page.locator(".st-key-ignore-eos input")
+    if not switch.is_checked():
+        page.locator(".st-key-ignore-eos label").first.click()
+    expect(switch).to_be_checked()
+    settle(page)
+    ask(page, question)
+
+
+def settle(page: Page) -> None:
+    """Until the page has drawn what the last click led to."""
+    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning", timeout=30_000)
+
+
+def pane(page: Page, name: str) -> Locator:
+    return page.get_by_test_id(f"pane-{name}").last
+
+
+def expect_states(page: Page, **states: str) -> None:
+    for name, state in states.items():
+        expect(pane(page, name)).to_have_attribute("data-state", state, timeout=ANSWER_MS)
+
+
+def answer_text(page: Page, name: str) -> str:
+    return page.get_by_test_id(f"answer-{name}").last.inner_text().strip()
+
+
+def figures(page: Page, name: str) -> dict[str, float | None]:
+    found = pane(page, name).locator("[data-figure]").all()
+    pairs = [(item.get_attribute("data-figure") or "", item.get_attribute("data-value")) for item in found]
+    return {key: float(value) if value else None for key, value in pairs}
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "condition not met in time"
+        time.sleep(0.05)
+
+
+def test_pick_reorder_ask_and_read_the_figures(page: Page) -> None:
+    example = across_questions()[0]
+    needed = example["chunks"][:4]
+    pick_chunks(page, [needed[1], needed[0], *needed[2:]])
+    drag_chunk(page, needed[0], needed[1])
+    until(lambda: shown_order(page) == needed, 20)
+    settle(page)
+    ask(page, example["question"])
+    expect_states(page, blend="done", plain="done")
+
+    assert {answer_text(page, name) for name in NAMES} == set(example["answers"])
+    blend, plain = (figures(page, name) for name in NAMES)
+    for side in (blend, plain):
+        assert side["num_prompt_tokens"] == (
+            (side["num_reused_tokens"] or 0) + (side["num_recomputed_tokens"] or 0) + (side["num_computed_tokens"] or 0)
+        )
+        assert (side["first_token_ms"] or 0) > 0
+        assert (side["total_ms"] or 0) >= (side["first_token_ms"] or 0)
+        assert (side["num_output_tokens"] or 0) >= 1
+    assert blend["num_prompt_tokens"] == plain["num_prompt_tokens"]
+    assert (blend["num_reused_tokens"] or 0) > 0
+    assert (blend["num_recomputed_tokens"] or 0) > 0
+    assert plain["num_recomputed_tokens"] == 0
+    expect(pane(page, "blend")).to_contain_text("approximate")
+    expect(pane(page, "plain")).to_contain_text("exact")
+    assert_speed_line_tells_the_truth(page, blend, plain)
+
+
+def assert_speed_line_tells_the_truth(
+    page: Page, blend: dict[str, float | None], plain: dict[str, float | None]
+) -> None:
+    line = page.get_by_test_id("speed-up").last
+    times = {"blend": blend["first_token_ms"] or 0, "plain": plain["first_token_ms"] or 0}
+    winner = min(times, key=lambda name: times[name])
+    expect(line).to_have_attribute("data-winner", winner)
+    factor = max(times.values()) / min(times.values())
+    text = line.inner_text()
+    if factor >= 1.06:
+        said = float(text.split(":")[1].split()[0])
+        assert said == pytest.approx(factor, rel=0.06)
+
+
+def test_context_shows_boundaries_that_add_up(page: Page) -> None:
+    names = [chunk.name for chunk in load_chunks(ROOT / "data")][:3]
+    pick_chunks(page, names)
+    settle(page)
+    title = page.locator(".st-key-context-view summary, .st-key-context-view button").first.inner_text()
+    total = int(title.replace(",", "").split()[-2])
+    spans = [text.inner_text().replace(",", "").split() for text in page.get_by_test_id("chunk-tokens").all()]
+    places = [(int(words[0]), int(words[3]), int(words[5])) for words in spans]
+    assert all(end - start == count for count, start, end in places)
+    assert all(a[2] < b[1] for a, b in itertools.pairwise(places)), "a separator lies between"
+    assert places[-1][2] < total
+
+
+RECORD_LENGTHS = """() => {
+    const length = name => {
+        const found = document.querySelectorAll(`[data-testid="answer-${name}"]`);
+        return found.length ? found[found.length - 1].textContent.length : 0;
+    };
+    window.lengths = [];
+    new MutationObserver(() => window.lengths.push([length("blend"), length("plain")]))
+        .observe(document.body, {childList: true, subtree: true, characterData: true});
+}"""
+
+
+def test_both_panes_grow_at_the_same_time(page: Page) -> None:
+    page.evaluate(RECORD_LENGTHS)
+    ask_at_length(page, "What does everybody keep?", 1500)
+    expect_states(page, blend="done", plain="done")
+    lengths = sorted({tuple(pair) for pair in page.evaluate("window.lengths")})
+    blend_end, plain_end = lengths[-1]
+    between = [(blend, plain) for blend, plain in lengths if 0 < blend < blend_end and 0 < plain < plain_end]
+    assert len({blend for blend, _ in between}) >= 5, lengths
+    assert len({plain for _, plain in between}) >= 5, lengths
+    assert all(figures(page, name)["num_output_tokens"] == 1500 for name in NAMES)
+
+
+def test_stop_keeps_what_had_arrived_and_the_chat_goes_on(page: Page, stack: Stack) -> None:
+    ask_at_length(page, "What does everybody drink?", 3000)
+    until(lambda: all(len(answer_text(page, name)) > 100 for name in NAMES))
+    page.locator(".st-key-in-sequence label").first.click()
+    seen = {name: len(answer_text(page, name)) for name in NAMES}
+    until(lambda: all(len(answer_text(page, name)) > seen[name] for name in NAMES))
+    page.locator(".st-key-in-sequence label").first.click()
+    page.locator(".st-key-stop button").click()
+    expect_states(page, blend="interrupted", plain="interrupted")
+    kept = {name: answer_text(page, name) for name in NAMES}
+    assert all(len(text) > 100 for text in kept.values())
+    until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
+
+    ask_at_length(page, "And what does nobody drink?", 8)
+    expect_states(page, blend="done", plain="done")
+    expect(page.get_by_test_id("question")).to_have_count(2)
+    for name in NAMES:
+        first = page.get_by_test_id(f"answer-{name}").first
+        assert first.inner_text().strip() == kept[name]
+
+
+def test_reload_in_the_middle_keeps_the_partial_turn(page: Page, stack: Stack) -> None:
+    ask_at_length(page, "What does everybody collect?", 3000)
+    until(lambda: all(len(answer_text(page, name)) > 100 for name in NAMES))
+    page.reload()
+    expect_states(page, blend="interrupted", plain="interrupted")
+    expect(page.get_by_test_id("question")).to_have_text(["What does everybody collect?"])
+    assert all(len(answer_text(page, name)) > 100 for name in NAMES)
+    until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
+
+
+def test_screenshot(page: Page) -> None:
+    """The picture of the README, taken when `KVARENA_SCREENSHOT` is set."""
+    ask(page, "What does everybody play?")
+    expect_states(page, blend="done", plain="done")
+    page.locator(".st-key-new-chat button").click()
+    expect(page.get_by_test_id("question")).to_have_count(0)
+    page.locator(".st-key-example-2 button").click()
+    expect_states(page, blend="done", plain="done")
+    expect(page.get_by_test_id("speed-up")).to_be_visible()
+    settle(page)
+    if os.environ.get("KVARENA_SCREENSHOT"):
+        page.wait_for_timeout(1000)
+        SCREENSHOT.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOT)
+
+
+def test_a_killed_server_has_its_error_in_its_own_pane_and_comes_back(page: Page, stack: Stack) -> None:
+    os.kill(stack.service("plain")["pid"], signal.SIGKILL)
+    ask(page, across_questions()[0]["question"])
+    expect_states(page, blend="done", plain="failed")
+    expect(pane(page, "plain").get_by_test_id("error")).to_contain_text(stack.address("plain"))
+    assert answer_text(page, "blend")
+    expect(page.get_by_test_id("server-plain")).to_have_attribute("data-state", "down", timeout=30_000)
+    expect(page.get_by_test_id("server-plain")).to_have_attribute("data-state", "up", timeout=300_000)
+    ask(page, "And now?")
+    expect_states(page, blend="done", plain="done")

@@ -1,0 +1,134 @@
+"""The whole page in Streamlit's own test runner, over small servers: it sees the settled page, no stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from small_openai_server import OFFER, SmallServer
+
+APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
+Open = Callable[..., AppTest]
+
+
+@pytest.fixture
+def open_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Open:
+    """A page over these servers, named blend and plain, and the chunks `one`, `two`, `three`."""
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.txt").write_text(f"This is {name}.")
+    (tmp_path / "sys_prompt.txt").write_text("Be brief.")
+
+    def page(*servers: SmallServer) -> AppTest:
+        contenders = [
+            {"name": name, "title": name.title(), "url": server.url}
+            for name, server in zip(("blend", "plain"), servers, strict=True)
+        ]
+        monkeypatch.setenv("KVARENA_CONTENDERS", json.dumps(contenders))
+        monkeypatch.setenv("KVARENA_DATA_DIR", str(tmp_path))
+        st.cache_resource.clear()
+        st.cache_data.clear()
+        return AppTest.from_file(str(APP), default_timeout=20).run()
+
+    return page
+
+
+def html(page: AppTest) -> str:
+    assert not page.exception, page.exception
+    return "\n".join(element.proto.body for element in page.get("html"))
+
+
+def test_page_shows_servers_context_and_its_tokens(small_server, open_page: Open) -> None:
+    page = open_page(small_server(offer=OFFER), small_server())
+    body = html(page)
+    assert all(f'data-testid="server-{name}" data-state="up"' in body for name in ("blend", "plain"))
+    assert body.count('data-testid="chunk"') == 3
+    assert page.selectbox(key="policy").options == OFFER["policies"]
+    assert page.slider(key="ratio").value == 0.15
+    assert page.expander[0].label == "Context: 3 chunks, 18 tokens"
+
+
+def test_question_goes_to_both_with_the_choices_on_the_page(small_server, open_page: Open) -> None:
+    blend, plain = small_server(offer=OFFER), small_server()
+    page = open_page(blend, plain)
+    page.multiselect(key="chunks").set_value(["two", "one"]).run()
+    page.selectbox(key="policy").set_value("none").run()
+    page.number_input(key="max-tokens").set_value(9).run()
+    page.chat_input[0].set_value("Who?").run()
+
+    body = html(page)
+    for name in ("blend", "plain"):
+        assert f'data-testid="pane-{name}" data-state="done"' in body
+    assert "Hello, world" in body
+    assert 'data-testid="speed-up"' in body
+    (to_blend,), (to_plain,) = blend.completions(), plain.completions()
+    assert to_blend["messages"] == to_plain["messages"]
+    separator = OFFER["separator"]
+    assert to_blend["messages"][1]["content"] == f"{separator}This is one.{separator}This is two.{separator}Who?"
+    assert to_blend["kv_transfer_params"]["kvarena"]["policy"] == "none"
+    assert to_blend["max_tokens"] == to_plain["max_tokens"] == 9
+
+
+def test_follow_up_and_changed_context(small_server, open_page: Open) -> None:
+    blend, plain = small_server(offer=OFFER), small_server()
+    page = open_page(blend, plain)
+    for question in ("First?", "Second?"):
+        page.chat_input[0].set_value(question).run()
+    assert [message["role"] for message in plain.completions()[1]["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+    page.text_area(key="system-prompt").set_value("Be long.").run()
+    assert any("starts a new conversation" in caption.value for caption in page.caption)
+    page.chat_input[0].set_value("Third?").run()
+    assert len(plain.completions()[2]["messages"]) == 2
+    assert html(page).count('data-testid="divider"') == 2
+
+
+def test_a_server_that_is_down_has_its_error_in_its_pane(small_server, open_page: Open) -> None:
+    blend, plain = small_server(offer=OFFER), small_server()
+    page = open_page(blend, plain)
+    plain.stop()
+    page.chat_input[0].set_value("Who?").run()
+    body = html(page)
+    assert 'data-testid="pane-blend" data-state="done"' in body
+    assert 'data-testid="pane-plain" data-state="failed"' in body
+    assert "Nothing answers" in body
+
+
+def test_only_the_chosen_contender_is_asked(small_server, open_page: Open) -> None:
+    blend, plain = small_server(offer=OFFER), small_server()
+    page = open_page(blend, plain)
+    page.checkbox(key="run-blend").uncheck().run()
+    page.chat_input[0].set_value("Who?").run()
+    assert not blend.completions()
+    assert len(plain.completions()) == 1
+    page.checkbox(key="run-plain").uncheck().run()
+    assert page.chat_input[0].disabled
+
+
+def test_reloaded_page_finds_its_chat(small_server, open_page: Open) -> None:
+    page = open_page(small_server(offer=OFFER), small_server())
+    page.multiselect(key="chunks").set_value(["two"]).run()
+    page.chat_input[0].set_value("Who?").run()
+    again = AppTest.from_file(str(APP), default_timeout=20)
+    again.query_params["chat"] = page.query_params["chat"]
+    again.run()
+    assert "Who?" in html(again)
+    assert again.multiselect(key="chunks").value == ["two"]
+    again.button(key="new-chat").click().run()
+    assert "Who?" not in html(again)
+
+
+def test_bad_setting_is_shown_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVARENA_CONTENDERS", "nonsense")
+    st.cache_resource.clear()
+    page = AppTest.from_file(str(APP), default_timeout=20).run()
+    assert not page.exception
+    assert "KVARENA_CONTENDERS" in page.error[0].value

@@ -1,0 +1,106 @@
+"""Chunk boundaries in tokens, the drawn context, examples, settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from boundaries import ChunkSpan, chunk_spans, common_prefix
+from chat_session import ChatSession
+from context_view import context_html, count_context
+from examples import load_examples
+from history import Answer, Context
+from kvarena.context import TextChunk, load_chunks, load_system_prompt
+from panes import answer_html
+from settings import DEFAULT_CONTENDERS, Contender, read_settings
+
+HOSTILE = '<script>alert(1)</script> **bold** $x^2$ :smile: 🐝 &amp; "quoted"'
+
+
+def test_spans_follow_the_order_of_the_chunks() -> None:
+    prompt = [1, 9, 9, 5, 6, 7, 8, 9, 9, 2, 3, 4, 9, 9, 5, 6, 7, 8, 0]
+    spans = chunk_spans(prompt, [[5, 6, 7, 8], [2, 3, 4], [5, 6, 7, 8]])
+    assert [(span.start, span.end) for span in spans] == [(3, 7), (9, 12), (14, 18)]
+
+
+def test_an_edge_that_merged_with_its_neighbour_is_bridged() -> None:
+    chunk = [20, 21, 22, 23, 24, 25]
+    prompt = [1, 2, 99, 21, 22, 23, 24, 98, 3]
+    assert chunk_spans(prompt, [chunk]) == [ChunkSpan(6, 2, 8)]
+
+
+def test_a_chunk_that_is_not_found_has_its_count_and_no_place() -> None:
+    assert chunk_spans([1, 2, 3], [[7, 8, 9], [2, 3], []]) == [ChunkSpan(3), ChunkSpan(2, 1, 3), ChunkSpan(0)]
+
+
+def test_text_before_the_chunks_is_not_taken_for_one() -> None:
+    assert common_prefix([7, 1, 2, 3], [7, 1, 5]) == 2
+    assert chunk_spans([7, 7, 9, 7], [[7]], start=2) == [ChunkSpan(1, 3, 4)]
+
+
+def test_tokens_are_counted_by_the_contender(small_server) -> None:
+    server = small_server()
+    session = ChatSession(Contender("c", "C", server.url))
+    chunks = (TextChunk("a", "Ann keeps bees"), TextChunk("b", "Be brief"))
+    count = count_context(session, Context("Be brief", chunks, " <sep> "))
+    session.close()
+    # [system] Be brief [user] <sep> Ann keeps bees <sep> Be brief <sep> [assistant]
+    assert count.total == 13
+    assert [(span.start, span.end) for span in count.spans] == [(5, 8), (9, 11)]
+
+
+def test_texts_are_shown_letter_for_letter() -> None:
+    context = Context(HOSTILE, (TextChunk(HOSTILE, HOSTILE),), HOSTILE)
+    answer = Answer(Contender("c", HOSTILE, "http://x"), text=HOSTILE, state="failed", error=HOSTILE)
+    for html in (context_html(context, None), answer_html(answer)):
+        assert "<script" not in html
+        assert "&lt;script&gt;" in html
+        assert "**bold** $x^2$ :smile: 🐝" in html
+
+
+def test_shipped_town_is_complete() -> None:
+    folder = read_settings({}).data_dir
+    names = [chunk.name for chunk in load_chunks(folder)]
+    examples = load_examples(folder, names)
+    lines = (folder / "questions.jsonl").read_text().splitlines()
+    assert len(names) == 16
+    assert load_system_prompt(folder)
+    assert len(examples) == len(lines) >= 40
+    assert all(json.loads(line)["answers"] for line in lines)
+    assert [example.kind for example in examples[:4]] == ["across", "single", "across", "single"]
+
+
+def test_examples_that_cant_be_used_are_left_out(tmp_path: Path) -> None:
+    good = {"question": "Who?", "answers": ["Ann"], "kind": "single", "chunks": ["a"]}
+    bad = ["", "no json", "[]", json.dumps({**good, "chunks": ["gone"]}), json.dumps({"question": "Who?"})]
+    (tmp_path / "questions.jsonl").write_text("\n".join([*bad, json.dumps(good)]))
+    assert [example.question for example in load_examples(tmp_path, ["a", "b"])] == ["Who?"]
+    assert load_examples(tmp_path / "nowhere", ["a"]) == []
+
+
+def test_settings_come_from_the_environment() -> None:
+    entry = {"name": "mine", "title": "Mine", "url": "http://host:1/"}
+    settings = read_settings({"KVARENA_CONTENDERS": json.dumps([entry]), "KVARENA_DATA_DIR": "/tmp/chunks"})
+    assert settings.contenders == (Contender("mine", "Mine", "http://host:1"),)
+    assert settings.data_dir == Path("/tmp/chunks")
+    assert read_settings({}).contenders == DEFAULT_CONTENDERS
+    assert "secret" not in repr(read_settings({"KVARENA_API_KEY": "secret"}))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"KVARENA_CONTENDERS": "blend"},
+        {"KVARENA_CONTENDERS": "[]"},
+        {"KVARENA_CONTENDERS": '[{"name": "a b", "title": "A", "url": "http://x"}]'},
+        {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A", "url": "localhost:8000"}]'},
+        {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A"}]'},
+        {"KVARENA_TIMEOUT_S": "soon"},
+        {"KVARENA_TIMEOUT_S": "-1"},
+    ],
+)
+def test_bad_settings_name_their_variable(environment: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=next(iter(environment))):
+        read_settings(environment)

@@ -1,0 +1,65 @@
+"""What is computed from measured figures, and what is said when there is nothing to compute from."""
+
+from __future__ import annotations
+
+import pytest
+
+from charts import token_bar, token_parts
+from figures import Figures, Stopwatch, from_usage, prefix_cache_note, speed_line, with_report
+from small_openai_server import REPORT
+
+
+def test_decode_speed_leaves_the_first_token_out() -> None:
+    watch = Stopwatch(sent_s=10.0, first_token_s=11.0, last_token_s=13.0)
+    assert watch.first_token_ms == 1000
+    assert watch.total_ms == 3000
+    assert watch.tokens_per_s(21) == 10.0
+
+
+@pytest.mark.parametrize(("last_s", "num_tokens"), [(11.0, 2), (11.0001, 2), (12.0, 1), (12.0, None), (None, 5)])
+def test_decode_speed_is_unknown_without_a_time_between_tokens(last_s: float | None, num_tokens: int | None) -> None:
+    assert Stopwatch(10.0, 11.0, last_s).tokens_per_s(num_tokens) is None
+
+
+def test_usage_that_is_missing_leaves_counts_unknown() -> None:
+    figures = from_usage(Stopwatch(0.0, 1.0, 2.0), None)
+    assert (figures.num_prompt_tokens, figures.num_reused_tokens, figures.num_computed_tokens) == (None, None, None)
+    without_details = from_usage(Stopwatch(0.0, 1.0, 2.0), {"prompt_tokens": 9, "completion_tokens": 3})
+    assert (without_details.num_prompt_tokens, without_details.num_computed_tokens) == (9, None)
+
+
+def test_parts_of_the_bar_add_up_to_the_prompt() -> None:
+    parts = {part.kind: part.num_tokens for part in token_parts(with_report(Figures(), REPORT))}
+    assert parts == {"prefix": 5, "reused": 65, "recomputed": 20, "computed": 10}
+    assert sum(parts.values()) == REPORT["num_prompt_tokens"]
+
+
+def test_no_bar_for_unknown_counts() -> None:
+    assert token_bar(Figures(num_prompt_tokens=7)) == ""
+
+
+@pytest.mark.parametrize(
+    ("times", "line"),
+    [
+        ([("A", 10.0), ("B", 45.0)], "A: 4.5 times faster to the first token"),
+        ([("A", 45.0), ("B", 30.0)], "B: 1.50 times faster to the first token"),
+        ([("A", 10.0), ("B", 10.2)], "Both equally fast to the first token"),
+        ([("A", 10.0)], ""),
+        ([], ""),
+        (
+            [("A", 30.0), ("B", 10.0), ("C", 20.0)],
+            "B was first to its first token: 2.0 times faster than C, 3.0 times faster than A",
+        ),
+    ],
+)
+def test_speed_line_names_whoever_was_faster(times: list[tuple[str, float]], line: str) -> None:
+    assert speed_line(times) == line
+
+
+def test_prefix_cache_is_mentioned_for_either_side() -> None:
+    cold = Figures(num_prompt_tokens=100, num_prefix_tokens=0)
+    warm = Figures(num_prompt_tokens=100, num_prefix_tokens=96)
+    assert prefix_cache_note([("A", cold), ("B", cold)]) == ""
+    assert prefix_cache_note([("A", cold), ("B", warm)]) == (
+        "Not a fresh prompt: B had 96 of 100 prompt tokens in its prefix cache."
+    )

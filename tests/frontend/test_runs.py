@@ -1,0 +1,126 @@
+"""A question under way on real sessions: at the same time, one after the other, stopped, one side down."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from chat_session import ChatSession
+from chats import ChatStore
+from history import Chat, Context
+from runs import Run
+from settings import Contender
+from small_openai_server import OFFER, SmallServer
+from wire import Sampling
+
+Prepare = Callable[..., Run]
+CONTEXT = Context("Be brief.")
+SLOW = {"pieces": ["word "] * 50, "delay_s": 0.02}
+
+
+@pytest.fixture
+def prepare() -> Iterator[Prepare]:
+    """A run of one question over servers named a, b, ...; nothing is sent before its first `advance`."""
+    opened: list[ChatSession] = []
+
+    def run(*servers: SmallServer, chat: Chat | None = None, in_sequence: bool = False) -> Run:
+        contenders = [Contender(name, name, server.url) for name, server in zip("abc", servers, strict=False)]
+        sessions = {contender.name: ChatSession(contender) for contender in contenders}
+        opened.extend(sessions.values())
+        return Run.of_question(chat or Chat(), CONTEXT, "Who?", sessions, Sampling(), in_sequence)
+
+    yield run
+    for session in opened:
+        session.close()
+
+
+def watch(run: Run, condition: Callable[[], bool] = lambda: False, timeout_s: float = 20.0) -> None:
+    """Advances the run until it is over or the condition holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while run.advance() and not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_both_answer_at_the_same_time(small_server, prepare: Prepare) -> None:
+    a, b = small_server(**SLOW), small_server(**SLOW)
+    run = prepare(a, b)
+    watch(run, lambda: a.num_open_streams == b.num_open_streams == 1)
+    watch(run, lambda: all(0 < len(answer.text) < 250 for answer in run.turn.answers.values()))
+    assert a.num_open_streams == b.num_open_streams == 1
+    watch(run)
+    assert [answer.state for answer in run.turn.answers.values()] == ["done", "done"]
+    assert all(answer.text == "word " * 50 for answer in run.turn.answers.values())
+
+
+def test_one_after_the_other_never_overlaps(small_server, prepare: Prepare) -> None:
+    a, b = small_server(pieces=["word "] * 5, delay_s=0.02), small_server(pieces=["word "] * 5, delay_s=0.02)
+    run = prepare(a, b, in_sequence=True)
+    first, second = run.turn.answers.values()
+    while run.advance():
+        assert first.over or second.started_s is None
+        assert a.num_open_streams + b.num_open_streams <= 1
+        time.sleep(0.005)
+    assert (first.state, second.state) == ("done", "done")
+
+
+def test_one_contender_down_leaves_the_other_alone(small_server, prepare: Prepare) -> None:
+    dead, alive = small_server(), small_server(offer=OFFER)
+    dead.stop()
+    for in_sequence in (False, True):
+        run = prepare(dead, alive, in_sequence=in_sequence)
+        watch(run)
+        a, b = run.turn.answers.values()
+        assert a.state == "failed"
+        assert "Nothing answers" in a.error
+        assert (b.state, b.text) == ("done", "Hello, world")
+
+
+def test_stop_keeps_partial_text_and_ends_the_streams(small_server, prepare: Prepare) -> None:
+    slow, waiting = small_server(**SLOW), small_server()
+    run = prepare(slow, waiting, in_sequence=True)
+    first, second = run.turn.answers.values()
+    watch(run, lambda: len(first.text) > 20)
+    run.stop()
+    partial = first.text
+    assert 20 < len(partial) < 250
+    assert (first.state, second.state, second.text) == ("interrupted", "interrupted", "")
+    deadline_s = time.monotonic() + 5
+    while not slow.num_broken_streams:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert not run.advance()
+    assert first.text == partial
+    assert not waiting.completions(), "whoever had not been asked is not asked any more"
+
+
+def test_several_watchers_lose_and_repeat_nothing(small_server, prepare: Prepare) -> None:
+    pieces = [f"{number} " for number in range(200)]
+    run = prepare(small_server(pieces=pieces), small_server(pieces=pieces))
+    watchers = [threading.Thread(target=watch, args=[run]) for _ in range(4)]
+    for watcher in watchers:
+        watcher.start()
+    for watcher in watchers:
+        watcher.join()
+    assert all(answer.text == "".join(pieces) for answer in run.turn.answers.values())
+
+
+def test_contenders_get_the_same_messages(small_server, prepare: Prepare) -> None:
+    blend, plain = small_server(offer=OFFER), small_server()
+    watch(prepare(blend, plain))
+    assert blend.completions()[0]["messages"] == plain.completions()[0]["messages"]
+
+
+def test_forgotten_chat_is_stopped(small_server, prepare: Prepare) -> None:
+    store = ChatStore(max_chats=2)
+    old = store.new()
+    old.run = run = prepare(small_server(**SLOW), chat=old.chat)
+    watch(run, lambda: len(run.turn.answers["a"].text) > 0)
+    kept = store.new()
+    assert store.get(kept.chat.key) is kept
+    store.new()
+    assert store.get(old.chat.key) is None
+    assert run.turn.answers["a"].state == "interrupted"

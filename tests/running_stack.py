@@ -1,0 +1,50 @@
+"""A stack that was started through the command line, as tests see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KVARENA = Path(sys.executable).with_name("kvarena")
+PORT_OFFSETS = (0, 1, 501, 502, 503)
+
+
+@dataclass(frozen=True)
+class Stack:
+    home: Path
+
+    def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "KVARENA_HOME": str(self.home)}
+        return subprocess.run([KVARENA, *arguments], env=environment, text=True, capture_output=True, timeout=timeout_s)
+
+    def service(self, name: str) -> dict[str, Any]:
+        status = json.loads(self.command("status", "--json").stdout)
+        return next(service for service in status["services"] if service["name"] == name)
+
+    def address(self, name: str) -> str:
+        return str(self.service(name)["address"])
+
+    def num_running_requests(self, name: str) -> float:
+        with urllib.request.urlopen(f"{self.address(name)}/metrics", timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
+def free_port_base() -> int:
+    for base in range(23000, 60000, 700):
+        if all(_is_free(base + offset) for offset in PORT_OFFSETS):
+            return base
+    raise AssertionError("no free ports for a stack")
+
+
+def _is_free(port: int) -> bool:
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

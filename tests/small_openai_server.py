@@ -1,0 +1,185 @@
+"""A small real HTTP server that speaks the part of the contenders' API that the page uses.
+
+What it does with the next completion is set on its attributes: stream at some pace, refuse, break off in the middle.
+Its tokenizer gives each distinct word a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+REQUEST_ID = "chatcmpl-1"
+OFFER = {
+    "contender": "blend",
+    "policies": ["kv_deviation", "none", "all"],
+    "defaults": {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 2},
+    "separator": " <sep> ",
+}
+REPORT = {
+    "approximate": True,
+    "policy": "kv_deviation",
+    "ratio": 0.15,
+    "num_prompt_tokens": 100,
+    "num_reused_tokens": 70,
+    "num_recomputed_tokens": 20,
+    "num_computed_tokens": 10,
+    "num_prefix_tokens": 5,
+    "spans": [{"start": 0, "end": 90, "source": "reused"}, {"start": 90, "end": 100, "source": "computed"}],
+}
+
+
+@dataclass
+class SmallServer:
+    """`offer` None makes it a plain contender. `cut_after` pieces of text, the connection is closed."""
+
+    pieces: list[str] = field(default_factory=lambda: ["Hello", ", ", "world"])
+    offer: dict[str, Any] | None = None
+    report: dict[str, Any] = field(default_factory=lambda: dict(REPORT))
+    num_missing_reports: int = 0
+    cached_tokens: int = 0
+    delay_s: float = 0.0
+    silence_s: float = 0.0
+    cut_after: int | None = None
+    error: tuple[int, str] | None = None
+    stream_error: str = ""
+    requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
+    num_open_streams: int = 0
+    num_broken_streams: int = 0
+
+    def __post_init__(self) -> None:
+        self.words: dict[str, int] = {}
+        self._connections: list[socket.socket] = []
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Takes no more connections and closes those there are."""
+        self._http.shutdown()
+        self._http.server_close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def completions(self) -> list[dict[str, Any]]:
+        return [body for path, body, _ in self.requests if path == "/v1/chat/completions"]
+
+    def tokens(self, text: str) -> list[int]:
+        return [self.words.setdefault(word, len(self.words)) for word in text.split()]
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def setup(self) -> None:
+                super().setup()
+                server._connections.append(self.connection)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._record({})
+                if self.path == "/v1/models":
+                    self._reply(200, {"data": [{"id": "small", "max_model_len": 4096}]})
+                elif self.path == "/kvarena" and server.offer:
+                    self._reply(200, server.offer)
+                elif self.path == f"/kvarena/requests/{REQUEST_ID}" and server.offer:
+                    self._reply_report()
+                else:
+                    self._reply(404, {"detail": "Not Found"})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self._record(body)
+                if self.path == "/tokenize":
+                    text = body.get("prompt") or prompt_text(body["messages"])
+                    self._reply(200, {"tokens": server.tokens(text)})
+                elif server.error:
+                    status, message = server.error
+                    self._reply(status, {"error": {"message": message, "type": "BadRequestError", "code": status}})
+                else:
+                    self._stream()
+
+            def _record(self, body: dict[str, Any]) -> None:
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                server.requests.append((self.path, body, headers))
+
+            def _reply_report(self) -> None:
+                if server.num_missing_reports > 0:
+                    server.num_missing_reports -= 1
+                    self._reply(404, {"error": {"message": "unknown request"}})
+                else:
+                    self._reply(200, server.report)
+
+            def _reply(self, status: int, body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def _stream(self) -> None:
+                server.num_open_streams += 1
+                try:
+                    self._write_stream()
+                except OSError:
+                    server.num_broken_streams += 1
+                    self.close_connection = True
+                finally:
+                    server.num_open_streams -= 1
+
+            def _write_stream(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self._event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+                time.sleep(server.silence_s)
+                for index, piece in enumerate(server.pieces):
+                    if index == server.cut_after:
+                        self.close_connection = True
+                        self.connection.shutdown(socket.SHUT_RDWR)
+                        return
+                    self._event({"choices": [{"delta": {"content": piece}}]})
+                    time.sleep(server.delay_s)
+                if server.stream_error:
+                    self._event({"error": {"message": server.stream_error}})
+                self._event({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+                self._event({"choices": [], "usage": self._usage()})
+                self._chunk(b"data: [DONE]\n\n")
+                self._chunk(b"")
+
+            def _usage(self) -> dict[str, Any]:
+                details = {"cached_tokens": server.cached_tokens}
+                return {
+                    "prompt_tokens": 100,
+                    "completion_tokens": len(server.pieces) + 1,
+                    "prompt_tokens_details": details,
+                }
+
+            def _event(self, body: dict[str, Any]) -> None:
+                self._chunk(b"data: " + json.dumps({"id": REQUEST_ID, **body}).encode() + b"\n\n")
+
+            def _chunk(self, data: bytes) -> None:
+                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+                self.wfile.flush()
+
+        return Handler
+
+
+def prompt_text(messages: list[dict[str, str]]) -> str:
+    """A chat template: every message after its role, then the assistant's turn."""
+    return " ".join(f"[{message['role']}] {message['content']}" for message in messages) + " [assistant]"
