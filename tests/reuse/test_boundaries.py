@@ -34,7 +34,9 @@ def test_segments_are_the_texts_between_separators(kind: str, separator: str) ->
     texts = [random_text(rng, rng.randrange(1, 40)) for _ in range(8)]
     ids = as_token_ids(tokenizer.encode(separator.join(texts), add_special_tokens=False))
     segments = Segmenter(tokenizer, separator).segments(ids)
-    assert [tokenizer.decode(ids[start:end]).strip() for start, end in segments] == texts[:-1]
+    decoded = [tokenizer.decode(ids[start:end]).strip().removeprefix(separator.strip()) for start, end in segments]
+    assert [text.strip() for text in decoded] == texts[:-1]
+    assert [start for start, _ in segments[1:]] == [end for _, end in segments[:-1]]
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

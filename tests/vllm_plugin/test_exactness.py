@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine import MEMORY, Step, plain_tokens, prefill_kv, run_in_engine, run_steps
+from references import CacheBlend, NaiveReuse
 
 from tiny_models import random_text, save_tiny_llama
 
@@ -80,6 +81,21 @@ def test_ratio_zero_equals_naive_reuse_in_hugging_face(model: str) -> None:
         assert tokens == reference.generate(prompt, report["spans"], NUM_TOKENS)
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 128, "max_num_seqs": 4}], ids=["whole", "pieces"])
+@pytest.mark.parametrize(("ratio", "check_layer"), [(0.15, 1), (0.4, 2)])
+def test_kv_deviation_equals_cacheblend_written_out(
+    model: str, settings: dict[str, Any], ratio: float, check_layer: int
+) -> None:
+    prompts = make_prompts(4, 8, all_separated=True)
+    steps = [Step([prompt], NUM_TOKENS, {"ratio": ratio, "check_layer": check_layer}) for prompt in prompts]
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, settings)
+    reference = CacheBlend(model, ratio, check_layer)
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        assert outcome.tokens[0] == reference.generate(prompt, outcome.reports[0]["spans"], NUM_TOKENS)
+        assert outcome.reports[0]["num_recomputed_tokens"] == reference.num_selected
+        assert_counts(outcome.reports[0])
+
+
 def test_ratio_one_leaves_plain_vllms_kv(bf16_model: str) -> None:
     (prompt,) = make_prompts(3, 1, all_separated=True)
     plain = run_in_engine(prefill_kv, bf16_model, None, prompt, "bfloat16")
@@ -87,52 +103,6 @@ def test_ratio_one_leaves_plain_vllms_kv(bf16_model: str) -> None:
     for layer, (ours, theirs) in enumerate(zip(blended, plain, strict=True)):
         assert ours.shape == theirs.shape
         assert (ours - theirs).norm() < 0.01 * theirs.norm(), f"KV of layer {layer}"
-
-
-class NaiveReuse:
-    """Chunks computed alone, keys turned to their place, laid side by side; the rest computed over them in order."""
-
-    def __init__(self, model: str) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-
-    @torch.inference_mode()
-    def generate(self, prompt: str, spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
-        from transformers import DynamicCache
-
-        ids = torch.tensor([self.tokenizer.encode(prompt)])
-        cache = DynamicCache()
-        logits = torch.empty(0)
-        for span in spans:
-            piece = ids[:, span["start"] : span["end"]]
-            if span["source"] == "reused":
-                self._append_alone(cache, piece, span["start"])
-            else:
-                logits = self._forward(cache, piece, span["start"])
-        tokens = [int(logits.argmax())]
-        while len(tokens) < num_tokens:
-            logits = self._forward(cache, torch.tensor([tokens[-1:]]), ids.shape[1] + len(tokens) - 1)
-            tokens.append(int(logits.argmax()))
-        return tokens
-
-    def _forward(self, cache: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
-        positions = torch.arange(start, start + ids.shape[1])[None]
-        output = self.model(ids, past_key_values=cache, position_ids=positions, use_cache=True)
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits
-
-    def _append_alone(self, cache: Any, ids: torch.Tensor, start: int) -> None:
-        """Computed with the positions it has in the prompt, and nothing before it: RoPE makes that the moved KV."""
-        from transformers import DynamicCache
-
-        alone = DynamicCache()
-        positions = torch.arange(start, start + ids.shape[1])[None]
-        mask = torch.ones(1, ids.shape[1], dtype=torch.long)
-        self.model(ids, past_key_values=alone, position_ids=positions, attention_mask=mask, use_cache=True)
-        for layer, entry in enumerate(alone.layers):
-            cache.update(entry.keys, entry.values, layer)
 
 
 def assert_counts(report: dict[str, Any]) -> None:

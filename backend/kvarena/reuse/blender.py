@@ -37,7 +37,6 @@ class BlendReport:
     fetch_ms: float = 0.0
     prefill_chunks_ms: float = 0.0
     write_ms: float = 0.0
-    select_ms: float = 0.0
     recompute_ms: float = 0.0
     blend_ms: float = 0.0
     spans: list[tuple[int, int]] = field(default_factory=list)
@@ -101,15 +100,12 @@ class Blender:
         pieces = [kv[span.chunk][:, :, span.offset : span.offset + len(span)] for span in plan]
         with report.timed("write_ms"):
             _write(model, plan, pieces)
-        with report.timed("select_ms"):
-            policy = make_policy(params)
-            selected = policy.select(plan, start, model, lambda layer: _moved_keys(model, plan, pieces, layer))
         with report.timed("recompute_ms"):
+            selection = make_policy(params).select(plan, lambda layer: _moved_keys(model, plan, pieces, layer))
             gaps = [torch.arange(low, high) for low, high in plan.gaps(start, end)]
-            positions = torch.cat([selected, *gaps]).sort().values
-            if len(positions):
-                model.forward(positions)
-        _count(report, plan, start, end, num_recomputed=len(selected))
+            positions = torch.cat([selection.positions, *gaps]).sort().values
+            computed = model.forward(positions, selection.narrowing) if len(positions) else positions
+        _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
 
     def _fetch(self, plan: ReusePlan, report: BlendReport) -> dict[Chunk, torch.Tensor]:
         chunks = list(dict.fromkeys(span.chunk for span in plan))

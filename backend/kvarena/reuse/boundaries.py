@@ -1,12 +1,12 @@
 """Segments of a prompt that the client marked: by a separator string, or by naming the texts.
 
 A separator tokenises differently in different surroundings (LMCache issues 1136, 2639), so it is looked for in the
-*text* of the tokens: " # # " is found whichever tokens carry it. Its own white space belongs to its neighbours: a
-token such as " The" behind a separator is the chunk's first token.
+*text* of the tokens: " # # " is found whichever tokens carry it. White space at its ends may be part of other tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -48,10 +48,14 @@ class SeparatorFinder:
         return found
 
     def segments(self, token_ids: TokenIds) -> list[Segment]:
-        """What stands before and between separators. What follows the last one is the question, not a segment."""
-        separators = self.find(token_ids)
-        starts = [0, *(end for _, end in separators)]
-        return [(start, end) for start, (end, _) in zip(starts, separators, strict=False) if start < end]
+        """What stands before the first separator, and each separator with what follows it up to the next one.
+
+        The separator is part of the chunk behind it: the first token of a text computed alone draws attention that
+        no token of the prompt deserves, and so it is one that means nothing. Behind the last separator is the
+        question, which is no segment.
+        """
+        starts = [0, *(start for start, _ in self.find(token_ids))]
+        return [(start, end) for start, end in itertools.pairwise(starts) if start < end]
 
     def _candidate_ranges(self, token_ids: TokenIds) -> Iterable[Segment]:
         """Ranges around tokens that share a character with the separator, one more token on each side."""

@@ -6,13 +6,26 @@ token positions, ascending, int64; keys are rotated for their position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from kvarena.reuse.plan import TokenIds
 from kvarena.reuse.rope import Rotation
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """From `layer` on only chosen tokens go on; the others keep what the cache held there.
+
+    `choose` takes the positions `(T,)` of the tokens under way and their fresh keys `(T, H_kv, D)` at that layer, and
+    returns the ascending indices of those that go on.
+    """
+
+    layer: int
+    choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class PrefilledModel(Protocol):
@@ -37,13 +50,9 @@ class PrefilledModel(Protocol):
         """Put keys and values `(T, H_kv, D)` into the cache from position `start` on."""
         ...
 
-    def keys_at(self, layer: int, start: int, end: int) -> torch.Tensor:
-        """Fresh keys `(T, H_kv, D)` of all tokens of `[start, end)` at a layer, over what the cache holds.
+    def forward(self, positions: torch.Tensor, narrowing: Narrowing | None = None) -> torch.Tensor:
+        """Run the model over the tokens at these positions: their fresh KV replaces what the cache held.
 
-        The layers below are run in full and leave their fresh KV in the cache; nothing runs above.
+        Returns the positions that went through all layers. Tokens attend to everything before them.
         """
-        ...
-
-    def forward(self, positions: torch.Tensor) -> None:
-        """Run all layers over the tokens at these positions: their fresh KV replaces what the cache held."""
         ...

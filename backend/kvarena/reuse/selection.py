@@ -1,7 +1,8 @@
 """Which reused tokens to recompute.
 
-A policy is a small dataclass whose fields are its paper's parameters; `select` returns positions of reused tokens.
-What no chunk covers is always computed and isn't a policy's business.
+A policy is a small dataclass whose fields are its paper's parameters. It names the reused tokens to start with, and may
+narrow them down at a layer, when their fresh keys there are known: what was run until then is not run twice. What no
+chunk covers is always computed and isn't a policy's business.
 """
 
 from __future__ import annotations
@@ -15,32 +16,39 @@ import torch
 
 from kvarena.reuse.params import BlendParams
 from kvarena.reuse.plan import ReusePlan
-from kvarena.reuse.prefilled import PrefilledModel
+from kvarena.reuse.prefilled import Narrowing
 
-MovedKeys = Callable[[int], torch.Tensor]
+ReusedKeys = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of reused tokens, ascending, and how they are narrowed down on the way."""
+
+    positions: torch.Tensor
+    narrowing: Narrowing | None = None
 
 
 class SelectionPolicy(Protocol):
-    """`select` may run part of the model; `moved_keys(layer)` are the reused keys `(T_reused, H_kv, D)` as they
-    were written to the cache, in the order of the plan's spans. Returns ascending positions."""
+    """`reused_keys(layer)` are the keys `(T_reused, H_kv, D)` in the cache, in the order of the plan's spans."""
 
-    def select(self, plan: ReusePlan, start: int, model: PrefilledModel, moved_keys: MovedKeys) -> torch.Tensor: ...
+    def select(self, plan: ReusePlan, reused_keys: ReusedKeys) -> Selection: ...
 
 
 @dataclass(frozen=True)
 class RecomputeAll:
     """Every token: full prefill through the blend's own path."""
 
-    def select(self, plan: ReusePlan, start: int, model: PrefilledModel, moved_keys: MovedKeys) -> torch.Tensor:
-        return reused_positions(plan)
+    def select(self, plan: ReusePlan, reused_keys: ReusedKeys) -> Selection:
+        return Selection(reused_positions(plan))
 
 
 @dataclass(frozen=True)
 class RecomputeNone:
     """No token: chunks are used as they were computed, blind to each other."""
 
-    def select(self, plan: ReusePlan, start: int, model: PrefilledModel, moved_keys: MovedKeys) -> torch.Tensor:
-        return torch.empty(0, dtype=torch.int64)
+    def select(self, plan: ReusePlan, reused_keys: ReusedKeys) -> Selection:
+        return Selection(torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,18 @@ class KVDeviation:
     ratio: float
     check_layer: int = 1
 
-    def select(self, plan: ReusePlan, start: int, model: PrefilledModel, moved_keys: MovedKeys) -> torch.Tensor:
-        positions = reused_positions(plan)
-        fresh = model.keys_at(self.check_layer, start, plan.end)
-        fresh = fresh[(positions - start).to(fresh.device)]
-        deviation = (fresh.float() - moved_keys(self.check_layer).float()).square_().sum(dim=(1, 2))
-        count = min(len(positions), math.ceil(self.ratio * len(positions)))
-        return positions[deviation.topk(count).indices.sort().values.cpu()]
+    def select(self, plan: ReusePlan, reused_keys: ReusedKeys) -> Selection:
+        reused = reused_positions(plan)
+        count = math.ceil(self.ratio * len(reused))
+
+        def most_deviating(positions: torch.Tensor, fresh_keys: torch.Tensor) -> torch.Tensor:
+            is_reused = torch.isin(positions, reused)
+            indices = is_reused.nonzero().flatten().to(fresh_keys.device)
+            difference = fresh_keys[indices].float() - reused_keys(self.check_layer).float()
+            chosen = indices[difference.square_().sum(dim=(1, 2)).topk(count).indices].cpu()
+            return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
+
+        return Selection(reused, Narrowing(self.check_layer, most_deviating) if count else None)
 
 
 def make_policy(params: BlendParams) -> SelectionPolicy:

@@ -2,28 +2,27 @@
 
 Every forward here is the model's own, inside vLLM's `set_forward_context`, with metadata from the attention backend's
 own builder, as vLLM's speculative decoder does it. A stretch of neighbouring tokens is one row of the batch: so many
-query tokens, a sequence that ends with the last of them, and the prompt's own blocks. Hooks are on the attention
-layers only while such a forward runs; stock traffic is never hooked.
+query tokens, a sequence that ends with the last of them, and the prompt's own blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvarena.reuse.plan import TokenIds
+from kvarena.reuse.prefilled import Narrowing
 from kvarena.reuse.rope import Rotation
+from kvarena.vllm_plugin.layer_hooks import KVKnown, NarrowedLayer, decoder_layers, reading_kv
 from kvarena.vllm_plugin.supported import attention_layers, refuse_unsupported, rotations_of
-
-KeysHook = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,13 @@ class Row:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def positions(self) -> torch.Tensor:
+        return torch.arange(self.first, self.first + len(self))
+
     def split(self, size: int) -> tuple[Row, Row]:
         rest = Row(self.token_ids[size:], self.first + size, self.block_ids)
         return Row(self.token_ids[:size], self.first, self.block_ids), rest
-
-
-class _KeysKnown(Exception):
-    """Ends a forward pass on purpose: the keys that it was run for are known."""
 
 
 class VllmModel:
@@ -54,6 +53,7 @@ class VllmModel:
         self.model = model
         self.vllm_config = vllm_config
         self.layers = attention_layers(model)
+        self.blocks = decoder_layers(model, self.layers)
         self.rotations: Sequence[Rotation | None] = rotations_of(model, self.layers)
         self.layer_names = [layer.layer_name for layer in self.layers]
         self.num_kv_heads: int = self.layers[0].num_kv_heads
@@ -68,49 +68,42 @@ class VllmModel:
         return PagedPrompt(self, token_ids, block_ids, start)
 
     def forward(self, rows: Sequence[Row]) -> None:
-        """Run the model over rows, in order, as many at once as vLLM would run. Logits are not computed."""
-        for batch in _batches(rows, self.max_batch_tokens):
-            self._forward(batch)
-
-    @contextmanager
-    def capturing(self, on_keys: KeysHook, layers: Sequence[int]) -> Iterator[None]:
-        """Call `on_keys(layer, keys, values)` (each `(T, H_kv * D)`, valid only during the call) in our forwards."""
-
-        def hook_of(layer: int) -> Callable[..., None]:
-            def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-                _, key, value = [*args, *kwargs.values()][:3]
-                on_keys(layer, key.flatten(1), value.flatten(1))
-
-            return hook
-
-        handles = [self.layers[i].register_forward_pre_hook(hook_of(i), with_kwargs=True) for i in layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def slots(self, row: Row) -> torch.Tensor:
-        positions = torch.arange(row.first, row.first + len(row))
-        return row.block_ids.long()[positions // self.block_size] * self.block_size + positions % self.block_size
-
-    def _forward(self, rows: Sequence[Row]) -> None:
+        """Run rows in one batch until their KV is complete: behind the last layer's keys nothing is needed."""
         token_ids = torch.cat([row.token_ids for row in rows]).to(self.device)
-        positions = torch.cat([torch.arange(row.first, row.first + len(row)) for row in rows]).to(self.device)
-        slots = torch.cat([self.slots(row) for row in rows]).to(self.device)
-        metadata = self._builder.build(0, self._common_metadata(rows, positions, slots))
-        with set_forward_context(
-            dict.fromkeys(self.layer_names, metadata),
-            self.vllm_config,
-            num_tokens=len(token_ids),
-            slot_mapping=dict.fromkeys(self.layer_names, slots),
-            skip_compiled=True,
+        positions = torch.cat([row.positions for row in rows]).to(self.device)
+        metadata, slots = self.attention_metadata(rows)
+        last = len(self.layers) - 1
+        with (
+            set_forward_context(
+                metadata, self.vllm_config, num_tokens=len(token_ids), slot_mapping=slots, skip_compiled=True
+            ),
+            reading_kv(self.layers, [last], self._write_and_stop),
+            suppress(KVKnown),
         ):
             self.model(input_ids=token_ids, positions=positions)
 
-    def _common_metadata(
-        self, rows: Sequence[Row], positions: torch.Tensor, slots: torch.Tensor
-    ) -> CommonAttentionMetadata:
+    def attention_metadata(self, rows: Sequence[Row]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What vLLM's forward context holds for a batch of rows: metadata and slots by layer name."""
+        slots = torch.cat([self.slots(row) for row in rows]).to(self.device)
+        metadata = self._builder.build(0, self._common_metadata(rows, slots))
+        return dict.fromkeys(self.layer_names, metadata), dict.fromkeys(self.layer_names, slots)
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keys and values `(T, H_kv, D)` to their slots of the paged cache."""
+        attention = self.layers[layer]
+        attention.impl.do_kv_cache_update(attention, keys, values.contiguous(), attention.kv_cache, slots)
+
+    def _write_and_stop(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        slots = get_forward_context().slot_mapping[self.layer_names[layer]]
+        heads = (len(keys), self.num_kv_heads, self.head_size)
+        self.write(layer, slots, keys.reshape(heads), values.reshape(heads))
+        raise KVKnown
+
+    def slots(self, row: Row) -> torch.Tensor:
+        blocks = row.block_ids.long()[row.positions // self.block_size]
+        return blocks * self.block_size + row.positions % self.block_size
+
+    def _common_metadata(self, rows: Sequence[Row], slots: torch.Tensor) -> CommonAttentionMetadata:
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
         query_start = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         seq_lens = torch.tensor([row.first + len(row) for row in rows], dtype=torch.int32)
@@ -120,13 +113,13 @@ class VllmModel:
             query_start_loc_cpu=query_start,
             seq_lens=seq_lens.to(self.device),
             num_reqs=len(rows),
-            num_actual_tokens=len(positions),
+            num_actual_tokens=len(slots),
             max_query_len=int(lengths.max()),
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=blocks.to(self.device),
             slot_mapping=slots,
             causal=True,
-            positions=positions,
+            positions=torch.cat([row.positions for row in rows]).to(self.device),
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),
             seq_lens_cpu_upper_bound=seq_lens,
         )
@@ -142,6 +135,7 @@ class PagedPrompt:
     """One prompt in the paged cache: `[0, start)` is there, the blocks from there on are this prompt's alone."""
 
     def __init__(self, engine: VllmModel, token_ids: TokenIds, block_ids: Sequence[int], start: int) -> None:
+        assert start % engine.block_size == 0, f"cached prefix of {start} tokens ends inside a block"
         self.rotations = engine.rotations
         self.head_size = engine.head_size
         self.device = engine.device
@@ -150,32 +144,28 @@ class PagedPrompt:
         self._block_ids = torch.tensor(block_ids, dtype=torch.int32)
         self._slots = engine.slots(Row(self._token_ids, 0, self._block_ids)).to(engine.device)
         self._scratch = self._block_ids[start // engine.block_size :]
-        assert start % engine.block_size == 0, f"cached prefix of {start} tokens ends inside a block"
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        attention = self._engine.layers[layer]
-        slots = self._slots[start : start + len(keys)]
-        attention.impl.do_kv_cache_update(attention, keys, values.contiguous(), attention.kv_cache, slots)
+        self._engine.write(layer, self._slots[start : start + len(keys)], keys, values)
 
-    def forward(self, positions: torch.Tensor) -> None:
-        self._engine.forward(self._rows(positions))
+    def forward(self, positions: torch.Tensor, narrowing: Narrowing | None = None) -> torch.Tensor:
+        batches = list(batches_of(self.rows(positions), self._engine.max_batch_tokens))
+        if narrowing is None:
+            for batch in batches:
+                self._engine.forward(batch)
+            return positions
+        with NarrowedLayer(self._engine, narrowing, positions, len(batches), self.rows) as narrowed:
+            for batch in batches:
+                self._engine.forward(batch)
+        return narrowed.kept
 
-    def keys_at(self, layer: int, start: int, end: int) -> torch.Tensor:
-        if layer >= len(self._engine.layers):
-            layer = len(self._engine.layers) - 1
-        pieces: list[torch.Tensor] = []
-
-        def stop(_layer: int, keys: torch.Tensor, _values: torch.Tensor) -> None:
-            pieces.append(keys.clone())
-            raise _KeysKnown
-
-        with self._engine.capturing(stop, [layer]):
-            for batch in _batches(self._rows(torch.arange(start, end)), self._engine.max_batch_tokens):
-                try:
-                    self._engine.forward(batch)
-                except _KeysKnown:
-                    continue
-        return torch.cat(pieces).view(end - start, -1, self.head_size)
+    def rows(self, positions: torch.Tensor) -> list[Row]:
+        """One row for each run of neighbouring positions."""
+        if not len(positions):
+            return []
+        breaks = (positions.diff() != 1).nonzero().flatten() + 1
+        runs = positions.tensor_split(breaks)
+        return [Row(self._token_ids[run], int(run[0]), self._block_ids) for run in runs]
 
     def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
         return [kv for batch in self._scratch_batches(texts) for kv in self._prefill_batch(batch)]
@@ -195,8 +185,9 @@ class PagedPrompt:
             kv[1, layer, at : at + len(keys)] = values
 
         if fitting:
-            with self._engine.capturing(keep, range(len(self._engine.layers))):
-                self._engine.forward(fitting)
+            with reading_kv(self._engine.layers, range(len(self._engine.layers)), keep):
+                for batch in batches_of(fitting, self._engine.max_batch_tokens):
+                    self._engine.forward(batch)
         parts = iter(torch.split(kv, [len(row) for row in fitting], dim=2))
         return [None if row is None else next(parts).clone() for row in rows]
 
@@ -216,16 +207,8 @@ class PagedPrompt:
         if batch:
             yield batch
 
-    def _rows(self, positions: torch.Tensor) -> list[Row]:
-        """One row for each run of neighbouring positions."""
-        if not len(positions):
-            return []
-        breaks = (positions.diff() != 1).nonzero().flatten() + 1
-        runs = positions.tensor_split(breaks)
-        return [Row(self._token_ids[run], int(run[0]), self._block_ids) for run in runs]
 
-
-def _batches(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
+def batches_of(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
     """Rows in order, cut where a batch is full: what comes later may attend to what came before."""
     batch: list[Row] = []
     room = max_tokens

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 TOKEN_COUNTS = ("num_reused_tokens", "num_recomputed_tokens", "num_computed_tokens")
 STORE_COUNTS = ("store_hits", "store_misses", "store_errors")
-STAGES = ("fetch", "prefill_chunks", "write", "select", "recompute")
+STAGES = ("fetch", "prefill_chunks", "write", "recompute")
 
 
 class ReportLog:

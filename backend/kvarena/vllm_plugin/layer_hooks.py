@@ -1,0 +1,166 @@
+"""Hooks on a model's layers during our own forwards: reading keys and values, and going on with fewer tokens.
+
+They are on the model only while such a forward runs; stock traffic is never hooked. A forward that has yielded what it
+was run for is ended by `KVKnown`, which its caller catches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_map
+from vllm.forward_context import get_forward_context
+
+from kvarena.reuse.prefilled import Narrowing
+
+if TYPE_CHECKING:
+    from kvarena.vllm_plugin.paged_model import Row, VllmModel
+
+KVHook = Callable[[int, torch.Tensor, torch.Tensor], None]
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class KVKnown(Exception):
+    """Ends a forward pass on purpose."""
+
+
+@contextmanager
+def reading_kv(
+    attentions: Sequence[torch.nn.Module], layers: Sequence[int], on_kv: KVHook, *, before_others: bool = False
+) -> Iterator[None]:
+    """Call `on_kv(layer, keys, values)` (each `(T, H_kv * D)`, valid only during the call) before these attend."""
+
+    def hook_of(layer: int) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+            _, key, value = [*args, *kwargs.values()][:3]
+            on_kv(layer, key.flatten(1), value.flatten(1))
+
+        return hook
+
+    handles = [
+        attentions[i].register_forward_pre_hook(hook_of(i), with_kwargs=True, prepend=before_others) for i in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class NarrowedLayer:
+    """A context in which a layer goes on with chosen tokens only. `kept` are their positions, once it has run.
+
+    The layer is run up to its keys to let `choose` see them, and is then called again with the rows of its inputs
+    that were chosen; the forward context changes along with them, and so do the inputs that the model hands to every
+    layer alike (positions). Where a prompt takes several batches, the first ones end at this layer and leave their
+    inputs, and the last one goes on with what was chosen of all.
+    """
+
+    def __init__(
+        self,
+        engine: VllmModel,
+        narrowing: Narrowing,
+        positions: torch.Tensor,
+        num_batches: int,
+        rows_of: Callable[[torch.Tensor], list[Row]],
+    ) -> None:
+        """`positions` are those of all batches."""
+        self.kept = torch.empty(0, dtype=torch.int64)
+        self._engine = engine
+        self._layer = min(narrowing.layer, len(engine.layers) - 1)
+        self._choose = narrowing.choose
+        self._positions = positions
+        self._waiting = num_batches
+        self._rows_of = rows_of
+        self._calls: list[LayerCall] = []
+        self._keys: list[torch.Tensor] = []
+        self._narrowed_inputs: dict[int, torch.Tensor] = {}
+        self._block, *self._later_blocks = engine.blocks[self._layer :]
+        self._is_probing = False
+
+    def __enter__(self) -> NarrowedLayer:
+        self._handles = [self._block.register_forward_pre_hook(self._hook, with_kwargs=True)]
+        self._handles += [
+            block.register_forward_pre_hook(self._later_hook, with_kwargs=True) for block in self._later_blocks
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
+        if self._is_probing:
+            return None
+        self._calls.append((args, kwargs))
+        self._keys.append(self._probe_keys(args, kwargs))
+        self._waiting -= 1
+        if self._waiting:
+            raise KVKnown
+        return self._narrowed()
+
+    def _later_hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+        call: LayerCall = tree_map(lambda x: self._narrowed_inputs.get(id(x), x), (args, kwargs))
+        return call
+
+    def _probe_keys(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The layer's keys `(T, H_kv, D)`, from a copy of its inputs: fused norms write into them."""
+        found: list[torch.Tensor] = []
+
+        def stop(_layer: int, keys: torch.Tensor, _values: torch.Tensor) -> None:
+            found.append(keys.reshape(len(keys), -1, self._engine.head_size).clone())
+            raise KVKnown
+
+        copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
+        self._is_probing = True
+        try:
+            with reading_kv(self._engine.layers, [self._layer], stop, before_others=True), suppress(KVKnown):
+                self._block(*copied_args, **copied_kwargs)
+        finally:
+            self._is_probing = False
+        return found[0]
+
+    def _narrowed(self) -> LayerCall:
+        chosen = self._choose(self._positions, torch.cat(self._keys))
+        self.kept = self._positions[chosen]
+        context = get_forward_context()
+        context.attn_metadata, context.slot_mapping = self._engine.attention_metadata(self._rows_of(self.kept))
+        return self._chosen_rows(chosen.to(self._keys[0].device))
+
+    def _chosen_rows(self, chosen: torch.Tensor) -> LayerCall:
+        """One call with the chosen rows of every call's inputs; what has no row per token is the last call's."""
+        counts = [len(keys) for keys in self._keys]
+
+        def join(*inputs: Any) -> Any:
+            if all(torch.is_tensor(x) and x.dim() and len(x) == n for x, n in zip(inputs, counts, strict=True)):
+                return self._narrowed_inputs.setdefault(id(inputs[-1]), torch.cat(inputs)[chosen])
+            return inputs[-1]
+
+        joined: LayerCall = tree_map(join, *self._calls)
+        return joined
+
+
+def decoder_layers(model: torch.nn.Module, attentions: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """For each attention layer, the element of the model's list of layers that it is in.
+
+    Raises `ValueError` for a model that keeps them in no list.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return [_decoder_layer(model, names[attention].split(".")) for attention in attentions]
+
+
+def _decoder_layer(model: torch.nn.Module, path: list[str]) -> torch.nn.Module:
+    for depth in range(len(path) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(path[:depth])), torch.nn.ModuleList):
+            return model.get_submodule(".".join(path[: depth + 1]))
+    raise ValueError(f"{type(model).__name__} can't be blended: its layers are in no list")
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if torch.is_tensor(x) else x

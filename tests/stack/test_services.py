@@ -1,0 +1,228 @@
+"""The list of services: commands, environments, ports and order, for every kind of plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from kvarena.stack import machine
+from kvarena.stack.errors import StackError
+from kvarena.stack.home import Home
+from kvarena.stack.plan import Plan, make_plan
+from kvarena.stack.record import Record, differences, read_record
+from kvarena.stack.service import Service
+from kvarena.stack.services import build_services
+from kvarena.stack.settings import load_settings
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "physical_cores", lambda: [(0,), (1,)])
+    monkeypatch.setattr(machine, "has_compiler", lambda: True)
+
+
+def make(home: Home, tmp_path: Path, **command_line: object) -> tuple[Plan, dict[str, Service]]:
+    made = make_plan(load_settings(tmp_path / ".env", **({"profile": "cpu"} | command_line)), home)
+    return made, {service.name: service for service in build_services(made, home)}
+
+
+def option(service: Service, name: str) -> str:
+    return service.command[service.command.index(name) + 1]
+
+
+def extra_config(service: Service) -> dict[str, object]:
+    extra: dict[str, object] = json.loads(option(service, "--kv-transfer-config"))["kv_connector_extra_config"]
+    return extra
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_the_default_stack(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    assert list(services) == ["lmcache", "blend", "plain", "page"]
+    assert [service.port for service in services.values()] == [5555, 8000, 8001, 8501]
+    assert services["lmcache"].other_ports == (8080,)
+    assert services["blend"].depends_on == ("lmcache",)
+    assert services["plain"].depends_on == ()
+    for service in services.values():
+        assert "127.0.0.1" in service.command
+        assert service.address.endswith(f"127.0.0.1:{service.port}")
+        assert service.environment["PYTHONHASHSEED"] == "0"
+        assert service.environment["LMCACHE_TRACK_USAGE"] == "false"
+        assert service.log_path == str(home.path / "logs" / f"{service.name}.log")
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_the_two_vllms_differ_in_the_blend_only(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    blend, plain = list(services["blend"].command), list(services["plain"].command)
+    for name in ("--kv-transfer-config", "--middleware"):
+        at = blend.index(name)
+        del blend[at : at + 2]
+    blend[blend.index("8000")] = "8001"
+    assert blend == plain
+    assert "--enable-prefix-caching" in plain
+    assert "--enable-prompt-tokens-details" in plain
+    different = dict(services["blend"].environment.items() ^ services["plain"].environment.items())
+    assert set(different) == {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_PLUGINS"}
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_each_vllm_has_its_own_cores(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    assert services["blend"].cpus == (0,)
+    assert services["plain"].cpus == (1,)
+    assert services["blend"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+    assert services["plain"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "1"
+    assert services["page"].cpus == ()
+    _, alone = make(home, tmp_path, contenders="plain")
+    assert alone["plain"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
+
+
+def test_plain_alone_needs_no_lmcache(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, contenders="plain", ui=False)
+    assert list(services) == ["plain"]
+
+
+def test_the_blend_is_set_by_the_models_profile(home: Home, tmp_path: Path) -> None:
+    made, services = make(home, tmp_path, contenders="blend")
+    profile = json.loads((Path(made.model.name) / "kvarena.json").read_text())
+    config = extra_config(services["blend"])
+    assert {key: config[key] for key in profile} == profile
+    assert config["lmcache_url"] == "tcp://127.0.0.1:5555"
+    assert config["lmcache_http_url"] == "http://127.0.0.1:8080"
+    assert str(config["index_path"]).startswith(str(home.path))
+
+
+def test_settings_win_over_the_models_profile(home: Home, tmp_path: Path) -> None:
+    _, services = make(
+        home, tmp_path, separator="\n\n# ; %", blend_policy="all", blend_ratio=0.5, blend_check_layer=3, port_base=9000
+    )
+    config = extra_config(services["blend"])
+    assert config["separator"] == "\n\n# ; %"
+    assert (config["policy"], config["ratio"], config["check_layer"]) == ("all", 0.5, 3)
+    assert config["lmcache_url"] == "tcp://127.0.0.1:9502"
+
+
+def test_a_policy_that_is_none(home: Home, tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"policy must be one of kv_deviation, .*, not 'magic'"):
+        make(home, tmp_path, blend_policy="magic")
+
+
+def test_a_broken_model_profile(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "kvarena.json").write_text('{"sparator": "x"}')
+    with pytest.raises(StackError, match="sparator"):
+        make(home, tmp_path, model=str(tmp_path / "m"))
+
+
+def test_options_go_through(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, load_format="dummy", max_model_len=512, kv_cache_gb=3, lmcache_gb=0.5)
+    for name in ("blend", "plain"):
+        assert option(services[name], "--load-format") == "dummy"
+        assert option(services[name], "--max-model-len") == "512"
+        assert services[name].environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert option(services["lmcache"], "--l1-size-gb") == "0.5"
+
+
+def test_local_and_hub_models(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, services = make(home, tmp_path)
+    assert made.model.served_name == "demo"
+    assert services["plain"].environment["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.chdir(tmp_path)
+    made, services = make(home, tmp_path, model="org/model", local_hf_home=tmp_path)
+    assert option(services["plain"], "--served-model-name") == "org/model"
+    assert services["plain"].environment["HF_HOME"] == str(tmp_path)
+    assert "HF_HUB_OFFLINE" not in services["plain"].environment
+
+
+def test_without_a_compiler_nothing_is_compiled(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in (True, False):
+        monkeypatch.setattr(machine, "has_compiler", lambda found=found: found)
+        _, services = make(home, tmp_path)
+        for name in ("blend", "plain"):
+            assert ("--enforce-eager" in services[name].command) == (not found)
+            assert ("TORCHDYNAMO_DISABLE" in services[name].environment) == (not found)
+
+
+def test_the_page_knows_its_contenders(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, data_dir=tmp_path)
+    environment = services["page"].environment
+    assert json.loads(environment["KVARENA_CONTENDERS"]) == [
+        {"name": "blend", "title": "vLLM with LMCache", "url": "http://127.0.0.1:8000"},
+        {"name": "plain", "title": "vLLM without LMCache", "url": "http://127.0.0.1:8001"},
+    ]
+    assert environment["KVARENA_DATA_DIR"] == str(tmp_path)
+
+
+def _with_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: str) -> None:
+    monkeypatch.setattr(machine, "visible_gpus", lambda: list(gpus))
+    monkeypatch.setattr(machine, "installed_vllm", lambda: "gpu")
+
+
+def test_one_gpu_is_shared(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpus(monkeypatch, "0")
+    made, services = make(home, tmp_path, profile="auto")
+    assert made.profile == "gpu"
+    assert made.model.name == "mistralai/Mistral-7B-Instruct-v0.2"
+    for name in ("blend", "plain"):
+        assert services[name].environment["CUDA_VISIBLE_DEVICES"] == "0"
+        assert option(services[name], "--gpu-memory-utilization") == "0.45"
+        assert services[name].cpus == ()
+    assert services["plain"].depends_on == ("blend",), "vLLM measures free memory while it starts"
+
+
+def test_two_gpus_are_divided(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpus(monkeypatch, "2", "5", "6")
+    _, services = make(home, tmp_path, profile="gpu", kv_cache_gb=10)
+    assert services["blend"].environment["CUDA_VISIBLE_DEVICES"] == "2"
+    assert services["plain"].environment["CUDA_VISIBLE_DEVICES"] == "5"
+    assert services["plain"].depends_on == ()
+    assert option(services["plain"], "--kv-cache-memory-bytes") == str(10 << 30)
+    assert "--gpu-memory-utilization" not in services["plain"].command
+
+
+def test_auto_takes_the_cpu_when_vllm_is_built_for_it(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_gpus(monkeypatch, "0")
+    monkeypatch.setattr(machine, "installed_vllm", lambda: "cpu")
+    assert make(home, tmp_path, profile="auto")[0].profile == "cpu"
+
+
+def test_a_gpu_profile_needs_a_gpu(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpus(monkeypatch)
+    with pytest.raises(StackError, match="no GPU on this machine"):
+        make(home, tmp_path, profile="gpu")
+
+
+def test_the_record_reads_back(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    record = Record(tuple(services.values()), "/tmp/s", "data", "demo")
+    home.create()
+    record.write(home)
+    assert read_record(home) == record
+    assert differences(record, record) == []
+    home.record.write_text("{}")
+    assert read_record(home) is None
+
+
+def test_differences_are_told_in_words(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, ui=False)
+    _, others = make(home, tmp_path, max_model_len=512, contenders="plain", data_dir=tmp_path / "notes")
+    running = Record(tuple(services.values()), "", "data", "demo")
+    wanted = Record(tuple(others.values()), "", "notes", "demo")
+    lines = differences(running, wanted)
+    assert "blend is running and was not asked for" in lines
+    assert "page is not running" in lines
+    assert "plain: --max-model-len is not set, not 512" in lines
+    assert "data folder data, not notes" in lines
+
+
+def test_services_are_plain_data(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    for service in services.values():
+        json.dumps(dataclasses.asdict(service))

@@ -1,0 +1,120 @@
+"""Settings: command line before environment before `.env` before defaults; errors name the value and the choices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvarena.stack.errors import StackError
+from kvarena.stack.home import project_root
+from kvarena.stack.settings import CONTENDERS, Ports, load_settings
+
+
+@pytest.fixture
+def env_file(tmp_path: Path) -> Path:
+    return tmp_path / ".env"
+
+
+def test_defaults(env_file: Path) -> None:
+    settings = load_settings(env_file)
+    assert settings.contenders == ("blend", "plain")
+    assert settings.profile == "auto"
+    assert settings.ports == Ports(blend=8000, plain=8001, page=8501, lmcache=5555, lmcache_http=8080)
+    assert settings.data_dir == project_root() / "data"
+    assert settings.ui
+
+
+def test_precedence(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env_file.write_text("MODEL=from-file\nKV_CACHE_GB=3\nBLEND_RATIO=0.3\n")
+    monkeypatch.setenv("KV_CACHE_GB", "4")
+    monkeypatch.setenv("BLEND_RATIO", "0.4")
+    settings = load_settings(env_file, blend_ratio=0.5, model=None)
+    assert settings.model == "from-file"
+    assert settings.kv_cache_gb == 4
+    assert settings.blend_ratio == 0.5
+
+
+def test_quotes_keep_the_spaces_of_a_separator(env_file: Path) -> None:
+    env_file.write_text('SEPARATOR=" # # "\n')
+    assert load_settings(env_file).separator == " # # "
+
+
+def test_an_empty_value_is_none(env_file: Path) -> None:
+    env_file.write_text("HF_TOKEN=\nMODEL=\n")
+    settings = load_settings(env_file)
+    assert settings.hf_token is None
+    assert settings.model is None
+
+
+def test_the_token_is_not_shown(env_file: Path) -> None:
+    env_file.write_text("HF_TOKEN=hf_secret\n")
+    settings = load_settings(env_file)
+    assert "hf_secret" not in repr(settings)
+    assert settings.hf_token is not None
+    assert settings.hf_token.get_secret_value() == "hf_secret"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODLE=x", "unknown key MODLE; known: .*MODEL"),
+        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, not 'fast'"),
+        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, not ''"),
+        ("PROFILE=tpu", "PROFILE must be one of auto, cpu, gpu, not 'tpu'"),
+        ("BLEND_RATIO=1.5", "BLEND_RATIO must be less than or equal to 1, not '1.5'"),
+        ("BLEND_CHECK_LAYER=-1", "BLEND_CHECK_LAYER must be greater than or equal to 0, not '-1'"),
+        ("KV_CACHE_GB=lots", "KV_CACHE_GB must be a valid integer.*not 'lots'"),
+        ("KV_CACHE_GB=0", "KV_CACHE_GB must be greater than or equal to 1, not '0'"),
+        ("LMCACHE_GB=0", "LMCACHE_GB must be greater than 0, not '0'"),
+        ("BLEND_PORT=70000", "BLEND_PORT must be less than or equal to 65535, not '70000'"),
+        ("PORT_BASE=65100", "PORT_BASE must be less than or equal to 65032, not '65100'"),
+        ("MAX_MODEL_LEN=0", "MAX_MODEL_LEN must be greater than or equal to 1, not '0'"),
+    ],
+)
+def test_errors_name_the_value_and_the_choices(env_file: Path, text: str, message: str) -> None:
+    env_file.write_text(text + "\n")
+    with pytest.raises(StackError, match=message):
+        load_settings(env_file)
+
+
+def test_every_wrong_value_is_named_at_once(env_file: Path) -> None:
+    env_file.write_text("PROFILE=tpu\nMODLE=x\n")
+    with pytest.raises(StackError) as error:
+        load_settings(env_file)
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["plain,blend", "blend, plain", "plain,blend,plain"])
+def test_contenders_come_once_each_in_one_order(env_file: Path, text: str) -> None:
+    assert load_settings(env_file, contenders=text).contenders == CONTENDERS
+
+
+def test_port_rule(env_file: Path) -> None:
+    env_file.write_text("PORT_BASE=9000\nPLAIN_PORT=9999\n")
+    in_file = load_settings(env_file)
+    assert in_file.ports == Ports(blend=9000, plain=9999, page=9501, lmcache=9502, lmcache_http=9503)
+    on_command_line = load_settings(env_file, port_base=7000)
+    assert on_command_line.ports == Ports(blend=7000, plain=7001, page=7501, lmcache=7502, lmcache_http=7503)
+
+
+def test_relative_folders_count_from_the_project(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(env_file.parent)
+    env_file.write_text("DATA_DIR=notes\nLOCAL_HF_HOME=~/models\n")
+    settings = load_settings(env_file)
+    assert settings.data_dir == project_root() / "notes"
+    assert settings.local_hf_home == Path.home() / "models"
+
+
+def test_the_example_lists_every_key_with_its_default(env_file: Path) -> None:
+    from kvarena.stack.settings import Settings
+
+    lines = (project_root() / ".env.example").read_text().splitlines()
+    settings = [line.removeprefix("#") for line in lines if line.startswith("#") and not line.startswith("# ")]
+    assert {line.partition("=")[0] for line in settings} == {name.upper() for name in Settings.model_fields}
+
+    env_file.write_text("\n".join(settings))
+    shown, defaults = load_settings(env_file), load_settings(env_file.with_name("none"))
+    assert shown.ports == defaults.ports
+    for name in ("contenders", "profile", "ui", "data_dir", "lmcache_gb", "hf_token", "local_hf_home"):
+        assert getattr(shown, name) == getattr(defaults, name)

@@ -1,0 +1,206 @@
+"""The real thing: `kvarena up` with vLLM and the demo model, as a person types it, to the last process gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from kvarena.stack.home import Home
+from kvarena.stack.processes import processes_of, stop_leftovers
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytest.importorskip("vllm")
+
+FIRST_PORT, LAST_PORT = 21000, 21900
+
+
+def free_port_base() -> int:
+    for base in range(FIRST_PORT, LAST_PORT, 10):
+        try:
+            with socket.socket() as blend, socket.socket() as plain, socket.socket() as lmcache:
+                for probe, port in ((blend, base), (plain, base + 1), (lmcache, base + 502)):
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return base
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="module")
+def module_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    home = Home(tmp_path_factory.mktemp("stack") / "home")
+    yield home
+    stop_leftovers(home)
+
+
+@pytest.fixture(scope="module")
+def port_base() -> int:
+    return free_port_base()
+
+
+def kvarena(home: Home, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from kvarena.cli import main; main()", *arguments]
+
+
+def environment(home: Home) -> dict[str, str]:
+    return {**os.environ, "KVARENA_HOME": str(home.path), "KV_CACHE_GB": "1", "LMCACHE_GB": "0.5", "PROFILE": "cpu"}
+
+
+def up_plain(home: Home, port_base: int, *more: str) -> subprocess.CompletedProcess[str]:
+    return kvarena(home, "up", "--contenders", "plain", "--no-ui", "--port-base", str(port_base), *more)
+
+
+def assert_nothing_left(home: Home) -> None:
+    assert not processes_of(home)
+    assert not list(Path("/dev/shm").glob(f"*{home.shm_name}*"))
+    assert kvarena(home, "status").returncode == 3
+
+
+def test_from_up_to_down(module_home: Home, port_base: int) -> None:
+    home = module_home
+    url = f"http://127.0.0.1:{port_base + 1}"
+
+    started = up_plain(home, port_base)
+    assert started.returncode == 0, started.stderr + started.stdout
+    assert "plain (vLLM without LMCache): healthy" in started.stdout
+    assert url in started.stdout
+
+    request = {"model": "demo", "prompt": "You answer questions", "max_tokens": 3, "temperature": 0}
+    answer = httpx.post(f"{url}/v1/completions", json=request, timeout=60).raise_for_status().json()
+    assert answer["usage"]["completion_tokens"] == 3
+    assert httpx.get(f"{url}/kvarena").status_code == 404
+
+    status = kvarena(home, "status", "--json")
+    assert status.returncode == 0
+    (plain,) = json.loads(status.stdout)["services"]
+    assert (plain["name"], plain["state"], plain["address"]) == ("plain", "healthy", url)
+    _check_binding(plain["pid"])
+
+    again = up_plain(home, port_base)
+    assert again.returncode == 0
+    assert json.loads(kvarena(home, "status", "--json").stdout)["services"][0]["pid"] == plain["pid"]
+    other = up_plain(home, port_base, "--max-model-len", "512")
+    assert other.returncode == 1
+    assert "--max-model-len is not set, not 512" in other.stderr
+
+    assert kvarena(home, "restart", "plain").returncode == 0
+    restarted = json.loads(kvarena(home, "status", "--json").stdout)["services"][0]
+    assert restarted["state"] == "healthy"
+    assert restarted["pid"] != plain["pid"]
+    assert "Application startup complete" in kvarena(home, "logs", "plain", "-n", "40").stdout
+
+    shared_memory = _shared_memory_of(home)
+    assert shared_memory
+    stopped = kvarena(home, "down")
+    assert stopped.returncode == 0
+    assert "Stopped: plain." in stopped.stdout
+    assert_nothing_left(home)
+    assert not [path for path in shared_memory if path.exists()]
+
+
+def _check_binding(pid: int) -> None:
+    """vLLM alone has every core, and its OpenMP threads are bound to one each."""
+    usable = os.sched_getaffinity(0)
+    (worker,) = [
+        child for child in psutil.Process(pid).children(recursive=True) if "Worker" in " ".join(child.cmdline())
+    ]
+    bound = {frozenset(os.sched_getaffinity(thread.id)) for thread in worker.threads()}
+    assert all(cpus <= usable for cpus in bound)
+    assert any(len(cpus) == 1 for cpus in bound)
+
+
+def _shared_memory_of(home: Home) -> set[Path]:
+    """The files in shared memory that the instance's processes have open."""
+    return {
+        Path(mapped.path)
+        for process in processes_of(home)
+        for mapped in process.memory_maps()
+        if mapped.path.startswith("/dev/shm/")
+    }
+
+
+def test_a_vllm_that_cannot_start(module_home: Home, port_base: int) -> None:
+    failed = up_plain(module_home, port_base, "--max-model-len", "1000000")
+    assert failed.returncode == 1
+    assert "error: plain died while it was starting" in failed.stderr
+    assert "User-specified max_model_len (1000000) is greater" in failed.stderr
+    assert 5 < len(failed.stderr.splitlines()) < 40
+    assert_nothing_left(module_home)
+
+
+def test_ctrl_c(module_home: Home, port_base: int) -> None:
+    arguments = ("up", "--contenders", "plain", "--no-ui", "--port-base", str(port_base))
+    with subprocess.Popen(
+        command(*arguments), env=environment(module_home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while len(processes_of(module_home)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Stopping what was started." in output
+    assert_nothing_left(module_home)
+
+
+def test_lmcache_comes_back_after_it_was_killed(module_home: Home, port_base: int) -> None:
+    """Its shared memory is still there then, and is taken over."""
+    from rich.console import Console
+
+    from kvarena.stack import lifecycle
+    from kvarena.stack.plan import make_plan
+    from kvarena.stack.record import Record
+    from kvarena.stack.services import build_services
+    from kvarena.stack.settings import load_settings
+    from kvarena.stack.status import stack_status
+
+    settings = load_settings(Path("none"), contenders="blend", profile="cpu", port_base=port_base, lmcache_gb=0.5)
+    lmcache = build_services(make_plan(settings, module_home), module_home)[0]
+    assert lmcache.name == "lmcache"
+    record = Record((lmcache,), "", "data", "demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVARENA_HOME", str(module_home.path))
+        lifecycle.bring_up(record, module_home, Console(), check=lambda missing: None, secrets={})
+    before = stack_status(module_home).services[0]
+    assert list(Path("/dev/shm").glob(f"*{module_home.shm_name}*"))
+    os.kill(before.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        now = stack_status(module_home).services[0]
+        if now.state == "healthy" and now.pid != before.pid:
+            break
+        time.sleep(0.5)
+    assert now.state == "healthy"
+    lifecycle.down(module_home, Console())
+    assert_nothing_left(module_home)
+
+
+def test_vllms_own_command_line(module_home: Home) -> None:
+    version = kvarena(module_home, "vllm", "--version")
+    assert version.returncode == 0, version.stderr
+    assert version.stdout.split()[-1][0].isdigit()
+    bench = kvarena(module_home, "vllm", "bench", "serve", "--help")
+    assert bench.returncode == 0
+    assert "Benchmark the online serving throughput" in bench.stdout

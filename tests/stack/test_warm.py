@@ -1,0 +1,139 @@
+"""Warming: every chunk is sent once, between two separators, and counted by what the report says."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import pytest
+
+from kvarena.context import TextChunk
+from kvarena.stack.warm import ChunkOutcome, warm
+
+
+class Blend(ThreadingHTTPServer):
+    """Answers as the blend does: a chunk is a miss once and a hit from then on."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: list[dict[str, Any]] = []
+        self.known: set[str] = set()
+        self.lock = threading.Lock()
+        self.running = self.most_running = 0
+        self.all_arrived = threading.Barrier(4)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Blend
+
+    def do_GET(self) -> None:
+        self._answer(200 if self.path == "/kvarena" else 404, {"separator": "<note>"})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = request["prompt"]
+        with self.server.lock:
+            self.server.requests.append(request)
+            self.server.running += 1
+            self.server.most_running = max(self.server.most_running, self.server.running)
+            is_known = prompt in self.server.known
+            self.server.known.add(prompt)
+        if "wait" in prompt:
+            self.server.all_arrived.wait(10)
+        with self.server.lock:
+            self.server.running -= 1
+        if "long" in prompt:
+            self._answer(400, {"error": {"message": "too many tokens", "code": 400}})
+        elif "stock" in prompt:
+            self._answer(200, {"kv_transfer_params": None})
+        else:
+            counts = {"store_hits": int(is_known), "store_misses": int(not is_known), "store_errors": 0}
+            if "tiny" in prompt:
+                counts = dict.fromkeys(counts, 0)
+            if "broken" in prompt:
+                counts |= {"store_errors": 2}
+            self._answer(200, {"kv_transfer_params": {"kvarena": counts}})
+
+    def _answer(self, status: int, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def blend() -> Iterator[Blend]:
+    with Blend() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def url(server: Blend) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def test_the_request(blend: Blend) -> None:
+    warm(url(blend), "demo", [TextChunk("a", "text")])
+    (request,) = blend.requests
+    assert request["prompt"] == "<note>text<note>"
+    assert request["model"] == "demo"
+    assert request["max_tokens"] == 1
+    assert request["kv_transfer_params"] == {"kvarena": {"store": True}}
+
+
+def test_counts(blend: Blend) -> None:
+    chunks = [TextChunk(name, f"{name} text") for name in ("one", "two", "tiny", "long", "stock", "broken")]
+    seen: list[ChunkOutcome] = []
+    result = warm(url(blend), "demo", chunks, seen.append)
+    assert [chunk.name for chunk in result.outcomes] == [chunk.name for chunk in chunks]
+    assert sorted(chunk.name for chunk in seen) == sorted(chunk.name for chunk in chunks)
+    assert [chunk.outcome for chunk in result.outcomes] == [
+        "warmed",
+        "warmed",
+        "too_short",
+        "failed",
+        "failed",
+        "failed",
+    ]
+    assert [failed.reason for failed in result.failures] == [
+        "too many tokens",
+        "the answer carries no request report",
+        "2 store errors",
+    ]
+    again = warm(url(blend), "demo", chunks[:2])
+    assert again.to_json() == {
+        "num_chunks": 2,
+        "num_warmed": 0,
+        "num_already_there": 2,
+        "num_too_short": 0,
+        "num_failed": 0,
+        "failures": [],
+    }
+
+
+def test_four_at_a_time(blend: Blend) -> None:
+    warm(url(blend), "demo", [TextChunk(f"c{i}", f"wait {i}") for i in range(8)])
+    assert blend.most_running == 4
+
+
+def test_chunks_of_one_name_are_told_apart(blend: Blend) -> None:
+    result = warm(url(blend), "demo", [TextChunk("a", "one"), TextChunk("a", "long")])
+    assert [chunk.outcome for chunk in result.outcomes] == ["warmed", "failed"]
+
+
+def test_no_chunks(blend: Blend) -> None:
+    assert warm(url(blend), "demo", []).outcomes == ()
+
+
+def test_no_server() -> None:
+    with pytest.raises(httpx.ConnectError):
+        warm("http://127.0.0.1:9", "demo", [TextChunk("a", "text")])

@@ -1,0 +1,131 @@
+"""Reuse written out plainly over Hugging Face's Llama, sharing no code with what it checks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+
+class NaiveReuse:
+    """Chunks computed alone, keys turned to their place, laid side by side; the rest computed over them in order."""
+
+    def __init__(self, model: str) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+    @torch.inference_mode()
+    def generate(self, prompt: str, spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
+        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        cache = DynamicCache()
+        logits = torch.empty(0)
+        for span in spans:
+            piece = ids[:, span["start"] : span["end"]]
+            if span["source"] == "reused":
+                self._append_alone(cache, piece, span["start"])
+            else:
+                logits = self._forward(cache, piece, span["start"])
+        tokens = [int(logits.argmax())]
+        while len(tokens) < num_tokens:
+            logits = self._forward(cache, torch.tensor([tokens[-1:]]), ids.shape[1] + len(tokens) - 1)
+            tokens.append(int(logits.argmax()))
+        return tokens
+
+    def _forward(self, cache: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
+        positions = torch.arange(start, start + ids.shape[1])[None]
+        output = self.model(ids, past_key_values=cache, position_ids=positions, use_cache=True)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def _append_alone(self, cache: Any, ids: torch.Tensor, start: int) -> None:
+        """Computed with the positions it has in the prompt, and nothing before it: RoPE makes that the moved KV."""
+        alone = DynamicCache()
+        positions = torch.arange(start, start + ids.shape[1])[None]
+        mask = torch.ones(1, ids.shape[1], dtype=torch.long)
+        self.model(ids, past_key_values=alone, position_ids=positions, attention_mask=mask, use_cache=True)
+        for layer, entry in enumerate(alone.layers):
+            cache.update(entry.keys, entry.values, layer)
+
+
+class CacheBlend(NaiveReuse):
+    """arXiv 2405.16444: full layers below the check layer, then only the tokens whose keys deviate most, over the
+    naive KV. What no chunk covers goes through all layers."""
+
+    def __init__(self, model: str, ratio: float, check_layer: int) -> None:
+        super().__init__(model)
+        self.ratio = ratio
+        self.check_layer = check_layer
+        self.num_selected = 0
+
+    @torch.inference_mode()
+    def generate(self, prompt: str, spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
+        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        reused = [span for span in spans if span["source"] == "reused"]
+        end = reused[-1]["end"]
+        cache = self._blended(ids[:, :end], reused)
+        logits = self._forward(cache, ids[:, end:], end)
+        tokens = [int(logits.argmax())]
+        while len(tokens) < num_tokens:
+            logits = self._forward(cache, torch.tensor([tokens[-1:]]), ids.shape[1] + len(tokens) - 1)
+            tokens.append(int(logits.argmax()))
+        return tokens
+
+    def _blended(self, ids: torch.Tensor, reused: list[dict[str, Any]]) -> Any:
+        length = ids.shape[1]
+        naive_keys, naive_values, is_reused = self._naive_kv(ids, reused)
+        positions = torch.arange(length)
+        hidden = self.model.model.embed_tokens(ids)
+        cache = DynamicCache()
+        for number, layer in enumerate(self.model.model.layers):
+            query, key, value = self._qkv(layer, hidden, positions)
+            if number == self.check_layer:
+                deviation = (key[0] - naive_keys[number][0]).square().sum(dim=(0, 2))
+                deviation[~is_reused] = math.inf
+                self.num_selected = math.ceil(self.ratio * int(is_reused.sum()))
+                count = self.num_selected + int((~is_reused).sum())
+                positions = deviation.topk(count).indices.sort().values
+                hidden, query, key, value = hidden[:, positions], *(x[:, :, positions] for x in (query, key, value))
+            keys, values = naive_keys[number].clone(), naive_values[number].clone()
+            keys[:, :, positions], values[:, :, positions] = key, value
+            cache.update(keys, values, number)
+            hidden = self._attend(layer, hidden, query, keys, values, positions)
+        return cache
+
+    def _naive_kv(self, ids: torch.Tensor, reused: list[dict[str, Any]]) -> tuple[Any, Any, torch.Tensor]:
+        layers, config = len(self.model.model.layers), self.model.config
+        shape = (1, config.num_key_value_heads, ids.shape[1], config.head_dim)
+        keys, values = ([torch.zeros(shape) for _ in range(layers)] for _ in range(2))
+        is_reused = torch.zeros(ids.shape[1], dtype=torch.bool)
+        for span in reused:
+            alone = DynamicCache()
+            self._append_alone(alone, ids[:, span["start"] : span["end"]], span["start"])
+            is_reused[span["start"] : span["end"]] = True
+            for number, entry in enumerate(alone.layers):
+                keys[number][:, :, span["start"] : span["end"]] = entry.keys
+                values[number][:, :, span["start"] : span["end"]] = entry.values
+        return keys, values, is_reused
+
+    def _qkv(self, layer: Any, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        heads = (1, hidden.shape[1], -1, self.model.config.head_dim)
+        query, key, value = (projection(normed).view(heads).transpose(1, 2) for projection in projections)
+        cos, sin = self.model.model.rotary_emb(hidden, positions[None])
+        return (*apply_rotary_pos_emb(query, key, cos, sin), value)
+
+    def _attend(
+        self,
+        layer: Any,
+        hidden: torch.Tensor,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        mask = torch.arange(keys.shape[2])[None] <= positions[:, None]
+        out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask[None, None], enable_gqa=True)
+        hidden = hidden + layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
