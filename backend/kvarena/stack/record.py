@@ -1,0 +1,94 @@
+"""What an instance runs, written down when it is started: the services, the folder of their sockets, the data folder.
+
+status, logs, restart, warm and down go by this record and not by today's settings, so that they speak of what really
+runs. It holds no secrets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvarena.stack.home import Home
+from kvarena.stack.service import Service
+
+TUPLE_FIELDS = ("command", "other_ports", "depends_on", "cpus")
+
+
+@dataclass(frozen=True)
+class Record:
+    services: tuple[Service, ...]
+    run_folder: str
+    data_dir: str
+    served_model: str
+
+    @property
+    def socket_path(self) -> Path:
+        """Where supervisord listens."""
+        return Path(self.run_folder) / "supervisor.sock"
+
+    def service(self, name: str) -> Service | None:
+        return next((service for service in self.services if service.name == name), None)
+
+    def write(self, home: Home) -> None:
+        temporary = home.record.with_suffix(".new")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        temporary.replace(home.record)
+
+
+def read_record(home: Home) -> Record | None:
+    """`None` when nothing was started, or when the file is of another version of this project."""
+    try:
+        fields = json.loads(home.record.read_text())
+        services = tuple(_service(entry) for entry in fields.pop("services"))
+        return Record(services=services, **fields)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _service(entry: dict[str, Any]) -> Service:
+    tuples = {name: tuple(entry[name]) for name in TUPLE_FIELDS}
+    return Service(**(entry | tuples))
+
+
+def differences(running: Record, wanted: Record) -> list[str]:
+    """In words, what a stack that runs has otherwise than one that is asked for; empty when they are the same."""
+    lines = []
+    for name in _names(running, wanted):
+        old, new = running.service(name), wanted.service(name)
+        if old is None or new is None:
+            lines.append(f"{name} {'is not running' if old is None else 'is running and was not asked for'}")
+        elif old != new:
+            lines += [f"{name}: {change}" for change in _changes(old, new)]
+    if running.data_dir != wanted.data_dir:
+        lines.append(f"data folder {running.data_dir}, not {wanted.data_dir}")
+    return lines
+
+
+def _names(*records: Record) -> list[str]:
+    return list(dict.fromkeys(service.name for record in records for service in record.services))
+
+
+def _changes(old: Service, new: Service) -> list[str]:
+    changes = []
+    for before, after in ((_options(old), _options(new)), (old.environment, new.environment)):
+        for key in dict.fromkeys([*before, *after]):
+            if before.get(key) != after.get(key):
+                changes.append(f"{key} is {before.get(key, 'not set')}, not {after.get(key, 'left out')}")
+    return changes or ["started in another way"]
+
+
+def _options(service: Service) -> dict[str, str]:
+    """`--key value` pairs of a command; the words before them under `command`."""
+    options: dict[str, str] = {}
+    key = "command"
+    for word in service.command:
+        if word.startswith("--"):
+            key = word
+            options[key] = ""
+        else:
+            options[key] = f"{options.get(key, '')} {word}".strip()
+    return options

@@ -1,0 +1,118 @@
+"""How the stack looks on a terminal: the table of services, the message of a service that failed, the warm-up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvarena.context import load_chunks
+from kvarena.stack.errors import ServiceFailedError, StackError
+from kvarena.stack.record import Record
+from kvarena.stack.status import StackStatus
+from kvarena.stack.warm import ChunkOutcome, WarmResult, warm
+
+STATE_STYLES = {"healthy": "green", "starting": "yellow", "restarting": "yellow", "stopping": "yellow"}
+MAX_FAILURES_SHOWN = 10
+
+
+def show_status(status: StackStatus, console: Console) -> None:
+    if status.num_unsupervised:
+        console.print(
+            f"{status.num_unsupervised} processes are running without their supervisor, which was killed; "
+            "kvarena down ends them."
+        )
+    elif not status.services:
+        console.print("Nothing is running; start the stack with kvarena up.")
+    else:
+        console.print(status_table(status))
+
+
+def status_table(status: StackStatus) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("service", "address", "state", "uptime", "log"):
+        table.add_column(column, no_wrap=column != "log", overflow="fold")
+    for service in status.services:
+        style = STATE_STYLES.get(service.state, "red")
+        table.add_row(
+            service.name,
+            service.address,
+            f"[{style}]{service.state}[/]",
+            duration(service.uptime_s) if service.pid else "-",
+            escape(_short_path(service.log)),
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s"
+
+
+def show_error(error: StackError, console: Console) -> None:
+    """The message, and for a service that failed the end of its log."""
+    if isinstance(error, ServiceFailedError) and error.log_tail:
+        console.print(f"The end of {error.log_path}:", highlight=False, soft_wrap=True, style="dim")
+        console.print(escape(error.log_tail), highlight=False, soft_wrap=True)
+        console.print()
+    console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def warm_with_progress(record: Record, console: Console) -> WarmResult:
+    """Fills the chunk cache of a running blend from the stack's data folder, with a bar.
+
+    Raises `StackError` when there is no blend, no folder, or no answer.
+    """
+    blend = record.service("blend")
+    if blend is None:
+        raise StackError("blend is not among the running contenders; only it has a chunk cache")
+    try:
+        chunks = load_chunks(Path(record.data_dir))
+    except ValueError as error:
+        raise StackError(str(error)) from error
+    columns = (
+        TextColumn("filling the chunk cache"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(chunks))
+
+        def advance(outcome: ChunkOutcome) -> None:
+            bar.advance(task)
+
+        try:
+            return warm(blend.address, record.served_model, chunks, advance)
+        except (httpx.HTTPError, ValueError) as error:
+            raise StackError(f"blend does not answer: {error or type(error).__name__}") from error
+
+
+def show_warm_result(result: WarmResult, data_dir: str, console: Console) -> None:
+    if not result.outcomes:
+        console.print(f"No chunks in {_short_path(data_dir)}: the chunk cache is empty.", highlight=False)
+        return
+    counts = [f"{result.count('warmed')} computed", f"{result.count('already_there')} already there"]
+    if too_short := result.count("too_short"):
+        counts.append(f"{too_short} too short to be kept")
+    if result.failures:
+        counts.append(f"[red]{len(result.failures)} refused[/]")
+    console.print(f"Chunk cache: {', '.join(counts)}.", highlight=False)
+    for failed in result.failures[:MAX_FAILURES_SHOWN]:
+        console.print(f"  {escape(failed.name)}: {escape(failed.reason)}", highlight=False)
+    if (more := len(result.failures) - MAX_FAILURES_SHOWN) > 0:
+        console.print(f"  and {more} more", highlight=False)
+
+
+def _short_path(path: str) -> str:
+    """Relative to the working directory where it is below that."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path

@@ -1,0 +1,162 @@
+"""The services of the stack, as data: what each is, how it is started and how it tells that it is well.
+
+`build_services` is the one list. It starts nothing and looks at nothing but its arguments, so that whatever runs the
+services, a supervisor of processes here or containers elsewhere, takes them from it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+
+from kvarena.stack.home import Home
+from kvarena.stack.plan import Plan
+from kvarena.stack.service import HOST, Service
+from kvarena.vllm_plugin.config import kv_transfer_config
+
+LMCACHE_CHUNK_TOKENS = 32
+GPU_MEMORY_SHARE = 0.9
+
+TITLES = {
+    "lmcache": "LMCache server",
+    "blend": "vLLM with LMCache",
+    "plain": "vLLM without LMCache",
+    "page": "the page",
+}
+
+COMMON_ENVIRONMENT: Mapping[str, str] = {
+    "PYTHONHASHSEED": "0",  # LMCache's keys agree only between processes with the same seed
+    "PYTHONUNBUFFERED": "1",
+    "LMCACHE_TRACK_USAGE": "false",
+    "LMCACHE_DISABLE_BANNER": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "SPT_NOENV": "1",  # a process that renames itself keeps its environment readable, and with it our marker
+}
+
+
+def build_services(plan: Plan, home: Home) -> list[Service]:
+    """Every service of this plan, each after those it depends on."""
+    services = []
+    if "blend" in plan.contenders:
+        services.append(_lmcache(plan, home))
+    services += [_vllm(name, plan, home) for name in plan.contenders]
+    if plan.page:
+        services.append(_page(plan, home))
+    return services
+
+
+def _lmcache(plan: Plan, home: Home) -> Service:
+    ports = plan.ports
+    command = [sys.executable, "-m", "lmcache.cli.main", "server"]
+    command += ["--host", HOST, "--port", str(ports.lmcache)]
+    command += ["--http-host", HOST, "--http-port", str(ports.lmcache_http)]
+    command += ["--l1-size-gb", f"{plan.lmcache_gb:g}", "--eviction-policy", "LRU"]
+    command += ["--chunk-size", str(LMCACHE_CHUNK_TOKENS), "--supported-transfer-mode", "auto"]
+    command += ["--shm-name", home.shm_name]
+    command += ["--disable-metrics"]  # they would be served on every interface, on a port of their own
+    return Service(
+        name="lmcache",
+        title=TITLES["lmcache"],
+        command=tuple(command),
+        port=ports.lmcache,
+        other_ports=(ports.lmcache_http,),
+        address=f"tcp://{HOST}:{ports.lmcache}",
+        health_url=f"http://{HOST}:{ports.lmcache_http}/healthcheck",
+        log_path=str(home.log("lmcache")),
+        environment=COMMON_ENVIRONMENT,
+        directory=str(home.path),
+        start_timeout_s=120.0,
+    )
+
+
+def _vllm(name: str, plan: Plan, home: Home) -> Service:
+    port = getattr(plan.ports, name)
+    index = plan.contenders.index(name)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
+    command += ["--host", HOST, "--port", str(port)]
+    command += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
+    command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
+    if plan.max_model_len is not None:
+        command += ["--max-model-len", str(plan.max_model_len)]
+    if plan.load_format is not None:
+        command += ["--load-format", plan.load_format]
+    if not plan.compile:
+        command += ["--enforce-eager"]
+    command += _gpu_memory(plan)
+    environment = _vllm_environment(plan, home) | plan.device_environment(index)
+    depends_on: tuple[str, ...] = ()
+    if name == "blend":
+        depends_on = ("lmcache",)
+        command += ["--kv-transfer-config", kv_transfer_config(plan.blend)]
+        command += ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
+    else:
+        environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
+    if plan.shares_a_gpu(index):  # vLLM measures free memory while it starts: one after the other
+        depends_on += plan.contenders[:index]
+    return Service(
+        name=name,
+        title=TITLES[name],
+        command=tuple(command),
+        port=port,
+        address=f"http://{HOST}:{port}",
+        health_url=f"http://{HOST}:{port}/health",
+        log_path=str(home.log(name)),
+        environment=environment,
+        depends_on=depends_on,
+        cpus=plan.core_shares[index].cpus if plan.core_shares else (),
+        directory=str(home.path),
+        start_timeout_s=600.0 if plan.model.is_local else 7200.0,  # the first start of a hub model downloads it
+        stop_timeout_s=20.0,
+    )
+
+
+def _gpu_memory(plan: Plan) -> list[str]:
+    if plan.profile == "cpu":
+        return []
+    if plan.kv_cache_gb is not None:
+        return ["--kv-cache-memory-bytes", str(plan.kv_cache_gb << 30)]
+    return ["--gpu-memory-utilization", f"{GPU_MEMORY_SHARE / plan.servers_per_gpu:.2f}"]
+
+
+def _vllm_environment(plan: Plan, home: Home) -> dict[str, str]:
+    environment = {
+        **COMMON_ENVIRONMENT,
+        "VLLM_CACHE_ROOT": str(home.cache / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(home.cache / "inductor"),
+    }
+    if plan.hf_home is not None:
+        environment["HF_HOME"] = str(plan.hf_home)
+    if plan.model.is_local:
+        environment["HF_HUB_OFFLINE"] = "1"
+    if not plan.compile:  # --enforce-eager is for the model; samplers would be compiled at their first request
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    return environment
+
+
+def _page(plan: Plan, home: Home) -> Service:
+    contenders = [
+        {"name": name, "title": TITLES[name], "url": f"http://{HOST}:{getattr(plan.ports, name)}"}
+        for name in plan.contenders
+    ]
+    script = plan.root / "frontend" / "app.py"
+    command = [sys.executable, "-m", "streamlit", "run", str(script)]
+    command += ["--server.address", HOST, "--server.port", str(plan.ports.page)]
+    command += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
+    return Service(
+        name="page",
+        title=TITLES["page"],
+        command=tuple(command),
+        port=plan.ports.page,
+        address=f"http://{HOST}:{plan.ports.page}",
+        health_url=f"http://{HOST}:{plan.ports.page}/_stcore/health",
+        log_path=str(home.log("page")),
+        environment={
+            **COMMON_ENVIRONMENT,
+            "KVARENA_CONTENDERS": json.dumps(contenders),
+            "KVARENA_DATA_DIR": str(plan.data_dir),
+        },
+        directory=str(script.parent),
+    )

@@ -1,0 +1,136 @@
+"""The stack's settings: one frozen class, read from the command line, the environment and `.env`, in that order.
+
+`load_settings` is the only place where they are read. A bad value and an unknown key in `.env` raise `StackError`
+with the key, the value and the choices. What depends on the machine (which profile `auto` means, the model that
+goes with it, cores, GPUs) is decided later, in `plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from kvarena.stack.errors import StackError
+from kvarena.stack.home import project_root
+
+ContenderName = Literal["blend", "plain"]
+ProfileName = Literal["auto", "cpu", "gpu"]
+CONTENDERS: tuple[str, ...] = get_args(ContenderName)
+PROFILES: tuple[str, ...] = get_args(ProfileName)
+
+PORT_OFFSETS = {"blend": 0, "plain": 1, "page": 501, "lmcache": 502, "lmcache_http": 503}
+"""Where each port is from `PORT_BASE`."""
+DEFAULT_PORTS = {"blend": 8000, "plain": 8001, "page": 8501, "lmcache": 5555, "lmcache_http": 8080}
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+PortBase = Annotated[int, Field(ge=1024, le=65535 - max(PORT_OFFSETS.values()))]
+
+
+@dataclass(frozen=True)
+class Ports:
+    blend: int
+    plain: int
+    page: int
+    lmcache: int
+    lmcache_http: int
+
+
+class Settings(BaseSettings):
+    """Every setting of the stack; field names are the keys of the environment and of `.env`, in lower case.
+
+    `None` means: whatever suits the machine, the model's own profile, or the engine's own default.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True, env_file_encoding="utf-8")
+
+    contenders: Annotated[tuple[ContenderName, ...], NoDecode] = ("blend", "plain")
+    profile: ProfileName = "auto"
+    model: str | None = None
+    load_format: str | None = None
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    hf_token: SecretStr | None = None
+    local_hf_home: Path | None = None
+    data_dir: Path = Path("data")
+    ui: bool = True
+
+    port_base: PortBase | None = None
+    blend_port: Port | None = None
+    plain_port: Port | None = None
+    ui_port: Port | None = None
+    lmcache_port: Port | None = None
+    lmcache_http_port: Port | None = None
+
+    kv_cache_gb: Annotated[int, Field(ge=1)] | None = None
+    lmcache_gb: Annotated[float, Field(gt=0)] = 2.0
+
+    separator: str | None = None
+    blend_policy: str | None = None
+    blend_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    blend_check_layer: Annotated[int, Field(ge=0)] | None = None
+
+    @field_validator("contenders", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("contenders")
+    @classmethod
+    def _each_once_in_the_known_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in CONTENDERS if name in value)
+
+    @field_validator("data_dir", "local_hf_home")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        """Relative paths of the environment and of `.env` count from the project's folder."""
+        return None if value is None else project_root() / value.expanduser()
+
+    @property
+    def ports(self) -> Ports:
+        """A port's own key first, then `PORT_BASE` plus its offset, then the default."""
+        own = {
+            "blend": self.blend_port,
+            "plain": self.plain_port,
+            "page": self.ui_port,
+            "lmcache": self.lmcache_port,
+            "lmcache_http": self.lmcache_http_port,
+        }
+        base = self.port_base
+        derived = {name: base + offset for name, offset in PORT_OFFSETS.items()} if base else DEFAULT_PORTS
+        return Ports(**{name: port or derived[name] for name, port in own.items()})
+
+
+def load_settings(env_file: Path | None = None, **command_line: Any) -> Settings:
+    """The settings; `command_line` holds what was given there, `None` for what was not.
+
+    `--port-base` on the command line moves every port, whatever the environment and `.env` say of single ones.
+    """
+    given = {key: value for key, value in command_line.items() if value is not None}
+    path = env_file if env_file is not None else project_root() / ".env"
+    try:
+        settings = Settings(_env_file=path, **given)  # type: ignore[call-arg]  # pydantic-settings takes it
+    except ValidationError as error:
+        raise StackError(_explain(error, path)) from error
+    if "port_base" in given:
+        keys = ("blend_port", "plain_port", "ui_port", "lmcache_port", "lmcache_http_port")
+        settings = settings.model_copy(update=dict.fromkeys(keys))
+    return settings
+
+
+def _explain(error: ValidationError, env_file: Path) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = str(problem["loc"][0]).upper()
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(name.upper() for name in Settings.model_fields)
+            lines.append(f"{env_file}: unknown key {key}; known: {known}")
+        elif problem["type"] == "literal_error":
+            choices = CONTENDERS if key == "CONTENDERS" else PROFILES
+            lines.append(f"{key} must be one of {', '.join(choices)}, not {problem['input']!r}")
+        else:
+            reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+            lines.append(f"{key} {reason.replace('be ', 'must be ', 1)}, not {problem['input']!r}")
+    return "\n".join(lines)

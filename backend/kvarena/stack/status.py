@@ -1,0 +1,94 @@
+"""What runs, and how it is: the supervisor's word on each process together with the service's own health."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvarena.stack.health import Health, probe
+from kvarena.stack.home import Home
+from kvarena.stack.processes import processes_of
+from kvarena.stack.service import Service
+from kvarena.stack.supervision import ProcessInfo, running_supervisor
+
+EXIT_HEALTHY, EXIT_UNHEALTHY, EXIT_NOTHING_RUNS = 0, 1, 3
+STATES_OF_SUPERVISOR = {
+    "STOPPED": "stopped",
+    "STOPPING": "stopping",
+    "EXITED": "exited",
+    "BACKOFF": "restarting",
+    "FATAL": "failed",
+}
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """`state` is healthy, starting, not answering, restarting, stopping, stopped, exited or failed.
+    `pid` and `uptime_s` are 0 without a process."""
+
+    name: str
+    title: str
+    state: str
+    address: str
+    pid: int
+    uptime_s: float
+    log: str
+
+
+@dataclass(frozen=True)
+class StackStatus:
+    instance: str
+    services: tuple[ServiceStatus, ...]
+    num_unsupervised: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        if not self.services and not self.num_unsupervised:
+            return EXIT_NOTHING_RUNS
+        healthy = all(service.state == "healthy" for service in self.services)
+        return EXIT_HEALTHY if healthy and not self.num_unsupervised else EXIT_UNHEALTHY
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "instance": self.instance,
+            "running": bool(self.services),
+            "healthy": self.exit_code == EXIT_HEALTHY,
+            "num_unsupervised_processes": self.num_unsupervised,
+            "services": [asdict(service) for service in self.services],
+        }
+
+
+def stack_status(home: Home) -> StackStatus:
+    """Asks supervisord and every service; changes nothing. Leftovers of a killed supervisor are counted."""
+    record, supervisor = running_supervisor(home)
+    if record is None or supervisor is None:
+        return StackStatus(str(home.path), (), num_unsupervised=len(processes_of(home)))
+    processes = supervisor.processes()
+    with ThreadPoolExecutor(max_workers=len(record.services)) as pool:
+        answers = list(pool.map(probe, record.services))
+    services = tuple(
+        _status(service, processes[service.name], health)
+        for service, health in zip(record.services, answers, strict=True)
+    )
+    return StackStatus(str(home.path), services)
+
+
+def _status(service: Service, process: ProcessInfo, health: Health) -> ServiceStatus:
+    return ServiceStatus(
+        name=service.name,
+        title=service.title,
+        state=_state(service, process, health),
+        address=service.address,
+        pid=process.pid,
+        uptime_s=round(process.uptime_s, 1),
+        log=service.log_path,
+    )
+
+
+def _state(service: Service, process: ProcessInfo, health: Health) -> str:
+    if not process.is_up:
+        return STATES_OF_SUPERVISOR.get(process.state, process.state.lower())
+    if health == "not ready" and process.uptime_s < service.start_timeout_s:
+        return "starting"
+    return "healthy" if health == "healthy" else "not answering"

@@ -1,0 +1,125 @@
+"""Fills the chunk cache: every chunk of a folder is sent once to the blend, which keeps its KV.
+
+Goes through the public API: a completion of one token whose prompt is the chunk between two separators. The request
+report in each answer says whether the chunk was computed now or was there already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+
+from kvarena.context import TextChunk, join_chunks
+
+PARALLEL_REQUESTS = 4
+REQUEST_TIMEOUT_S = 600.0
+
+Outcome = Literal["warmed", "already_there", "too_short", "failed"]
+
+
+@dataclass(frozen=True)
+class ChunkOutcome:
+    """What became of one chunk; `reason` says why it failed."""
+
+    name: str
+    outcome: Outcome
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class WarmResult:
+    """`num_too_short` counts chunks of so few tokens that the blend doesn't keep them: they are computed each time."""
+
+    outcomes: tuple[ChunkOutcome, ...]
+
+    def count(self, outcome: Outcome) -> int:
+        return Counter(chunk.outcome for chunk in self.outcomes)[outcome]
+
+    @property
+    def failures(self) -> tuple[ChunkOutcome, ...]:
+        return tuple(chunk for chunk in self.outcomes if chunk.outcome == "failed")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_chunks": len(self.outcomes),
+            "num_warmed": self.count("warmed"),
+            "num_already_there": self.count("already_there"),
+            "num_too_short": self.count("too_short"),
+            "num_failed": self.count("failed"),
+            "failures": [{"chunk": failed.name, "reason": failed.reason} for failed in self.failures],
+        }
+
+
+def warm(
+    base_url: str,
+    model: str,
+    chunks: Sequence[TextChunk],
+    on_chunk: Callable[[ChunkOutcome], None] = lambda outcome: None,
+) -> WarmResult:
+    """Sends the chunks, a few at a time; one that is refused doesn't stop the others.
+
+    `on_chunk` is called after each. Raises `httpx.HTTPError` when the server doesn't answer at all, or isn't a blend.
+    """
+    return asyncio.run(_warm_all(base_url, model, chunks, on_chunk))
+
+
+async def _warm_all(
+    base_url: str,
+    model: str,
+    chunks: Sequence[TextChunk],
+    on_chunk: Callable[[ChunkOutcome], None],
+) -> WarmResult:
+    gate = asyncio.Semaphore(PARALLEL_REQUESTS)
+    async with httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client:
+        described = (await client.get("/kvarena")).raise_for_status().json()
+        separator = str(described.get("separator", ""))
+
+        async def one(chunk: TextChunk) -> ChunkOutcome:
+            async with gate:
+                outcome = await _warm_chunk(client, model, chunk, separator)
+            on_chunk(outcome)
+            return outcome
+
+        return WarmResult(tuple(await asyncio.gather(*(one(chunk) for chunk in chunks))))
+
+
+async def _warm_chunk(client: httpx.AsyncClient, model: str, chunk: TextChunk, separator: str) -> ChunkOutcome:
+    request = {
+        "model": model,
+        "prompt": join_chunks([chunk.text], separator),
+        "max_tokens": 1,
+        "temperature": 0,
+        "kv_transfer_params": {"kvarena": {"store": True}},
+    }
+    try:
+        response = await client.post("/v1/completions", json=request)
+        if response.is_error:
+            return ChunkOutcome(chunk.name, "failed", error_message(response))
+        report = (response.json().get("kv_transfer_params") or {}).get("kvarena")
+    except (httpx.HTTPError, ValueError) as error:
+        return ChunkOutcome(chunk.name, "failed", str(error) or type(error).__name__)
+    if not isinstance(report, dict):
+        return ChunkOutcome(chunk.name, "failed", "the answer carries no request report")
+    return ChunkOutcome(chunk.name, *_outcome(report))
+
+
+def _outcome(report: dict[str, Any]) -> tuple[Outcome, str]:
+    if report.get("store_errors"):
+        return "failed", f"{report['store_errors']} store errors"
+    if report.get("store_misses"):
+        return "warmed", ""
+    return ("already_there" if report.get("store_hits") else "too_short"), ""
+
+
+def error_message(response: httpx.Response) -> str:
+    """The message of an OpenAI error object, or what else the answer has."""
+    try:
+        error = response.json()["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return f"status {response.status_code}: {response.text[:200]}".strip()

