@@ -194,6 +194,6 @@ def test_lmcache_killed_and_back_under_load(stack: Stack) -> None:
                 break
             time.sleep(1)
         assert salted["store_errors"] == 0
-        ask(http, body(TEXTS[4:8], "Who?"))
-        again = ask(http, body(TEXTS[7:3:-1], "Who?"))["report"]
+        ask(http, body(TEXTS[4:8], "Who?", cache_salt="afterwards"))
+        again = ask(http, body(TEXTS[7:3:-1], "Who?", cache_salt="afterwards"))["report"]
     assert again["store_hits"] == 4

@@ -47,7 +47,7 @@ def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
     weights = (Path(plan.model.name) / "model.safetensors").stat().st_size
     assert need.weight_bytes == 2 * weights
     assert need.kv_cache_bytes == 2 * 3 * GIB
-    assert need.lmcache_bytes == 2 * GIB
+    assert need.lmcache_bytes == plan.lmcache_gb * GIB
     alone = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain",), page=False))
     assert (alone.weight_bytes, alone.lmcache_bytes) == (weights, 0)
     on_gpu = preflight.estimate_memory(dataclasses.replace(plan, profile="gpu"))

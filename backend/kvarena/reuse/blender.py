@@ -101,8 +101,11 @@ class Blender:
         with report.timed("write_ms"):
             _write(model, plan, pieces)
         with report.timed("recompute_ms"):
-            selection = make_policy(params).select(plan, lambda layer: _moved_keys(model, plan, pieces, layer))
-            gaps = [torch.arange(low, high) for low, high in plan.gaps(start, end)]
+            first = start if params.recomputes_all else _exact_end(plan, start)
+            inexact = plan.clipped(first, end)
+            pieces = pieces[len(plan.spans) - len(inexact.spans) :]
+            selection = make_policy(params).select(inexact, lambda layer: _moved_keys(model, inexact, pieces, layer))
+            gaps = [torch.arange(low, high) for low, high in plan.gaps(first, end)]
             positions = torch.cat([selection.positions, *gaps]).sort().values
             computed = model.forward(positions, selection.narrowing) if len(positions) else positions
         _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
@@ -148,6 +151,12 @@ def _write(model: PrefilledModel, plan: ReusePlan, pieces: Sequence[torch.Tensor
         keys = _moved(model, span, keys)
         for layer in range(len(model.rotations)):
             model.write(layer, span.start, keys[layer], values[layer])
+
+
+def _exact_end(plan: ReusePlan, start: int) -> int:
+    """Where the tokens end that are reused in their own place behind their own context: nothing there deviates."""
+    begins_prompt = start == 0 and plan.spans and plan.spans[0].start == plan.spans[0].offset == 0
+    return plan.spans[0].end if begins_prompt else start
 
 
 def _moved_keys(model: PrefilledModel, plan: ReusePlan, pieces: Sequence[torch.Tensor], layer: int) -> torch.Tensor:

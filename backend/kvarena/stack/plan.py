@@ -18,7 +18,7 @@ from kvarena.stack.model import Model, find_model
 from kvarena.stack.settings import Ports, Settings
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
-DEFAULT_CPU_KV_CACHE_GB = 2
+DEFAULT_CPU_KV_CACHE_GB = 1
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     lmcache_http_port: Port | None = None
 
     kv_cache_gb: Annotated[int, Field(ge=1)] | None = None
-    lmcache_gb: Annotated[float, Field(gt=0)] = 2.0
+    lmcache_gb: Annotated[float, Field(gt=0)] = 1.0
 
     separator: str | None = None
     blend_policy: str | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from kvarena.reuse.params import POLICIES
 from kvarena.vllm_plugin.config import BlendConfig
-from kvarena.vllm_plugin.request_params import KEY, RequestParams, read_request_params
+from kvarena.vllm_plugin.request_params import KEY, given_params, read_request_params
 from kvarena.vllm_plugin.stats import report_log
 
 Message = MutableMapping[str, Any]
@@ -82,20 +82,19 @@ async def _send_report(send: Send, request_id: str) -> None:
         await _send_json(send, 200, report)
 
 
-def _check(request: dict[str, Any], scope: Scope) -> RequestParams:
+def _check(request: dict[str, Any], scope: Scope) -> None:
+    """Raise `ValueError` for parameters of ours that the engine would not understand."""
+    given = given_params(request.get("kv_transfer_params"))
     params = read_request_params(request.get("kv_transfer_params"), _config(scope).params)
     num_layers = _vllm_config(scope).model_config.hf_text_config.num_hidden_layers
-    given = (request.get("kv_transfer_params") or {}).get(KEY) or {}
     if "check_layer" in given and params.blend.check_layer >= num_layers:
         raise ValueError(f"check_layer must be from 0 to {num_layers - 1}, not {params.blend.check_layer}")
-    return params
 
 
 def _message_parts(request: dict[str, Any]) -> list[str]:
     """The texts of messages that come in several text parts; none where the client names its chunks itself."""
-    messages = request.get("messages")
-    given = (request.get("kv_transfer_params") or {}).get(KEY) or {}
-    if not isinstance(messages, list) or "chunks" in given:
+    messages, transfer = request.get("messages"), request.get("kv_transfer_params")
+    if not isinstance(messages, list) or not isinstance(transfer, dict | None) or "chunks" in given_params(transfer):
         return []
     texts: list[str] = []
     for message in messages:
@@ -107,7 +106,7 @@ def _message_parts(request: dict[str, Any]) -> list[str]:
 
 def _with_chunks(request: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     transfer = request.get("kv_transfer_params") or {}
-    ours = {**(transfer.get(KEY) or {}), "chunks": texts}
+    ours = {**given_params(transfer), "chunks": texts}
     return {**request, "kv_transfer_params": {**transfer, KEY: ours}}
 
 

@@ -23,11 +23,7 @@ class RequestParams:
 
 def read_request_params(kv_transfer_params: object, defaults: BlendParams) -> RequestParams:
     """Raises `ValueError` naming the key or value and the choices. Keys of other connectors are left alone."""
-    given = kv_transfer_params.get(KEY) if isinstance(kv_transfer_params, Mapping) else None
-    if given is None:
-        return RequestParams(defaults)
-    if not isinstance(given, Mapping):
-        raise ValueError(f"kv_transfer_params.{KEY} must be an object, not {given!r}")
+    given = given_params(kv_transfer_params)
     choices = [field.name for field in dataclasses.fields(BlendParams)]
     if unknown := sorted(set(given) - {*choices, "store", "chunks"}):
         raise ValueError(
@@ -35,6 +31,14 @@ def read_request_params(kv_transfer_params: object, defaults: BlendParams) -> Re
         )
     blend = dataclasses.replace(defaults, **{name: given[name] for name in choices if name in given})
     return RequestParams(blend, _read_store(given), _read_chunks(given))
+
+
+def given_params(kv_transfer_params: object) -> Mapping[str, Any]:
+    """The request's own `kvarena` object, empty where it has none. Raises `ValueError` for one that isn't an object."""
+    given = kv_transfer_params.get(KEY) if isinstance(kv_transfer_params, Mapping) else None
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"kv_transfer_params.{KEY} must be an object, not {given!r}")
+    return given or {}
 
 
 def _read_store(given: Mapping[str, Any]) -> bool:
