@@ -64,7 +64,9 @@ def drag_chunk(page: Page, name: str, target: str) -> None:
 def ask(page: Page, question: str) -> None:
     box = page.get_by_test_id("stChatInputTextArea")
     expect(box).to_be_enabled(timeout=ANSWER_MS)
+    settle(page)
     box.fill(question)
+    expect(box).to_have_value(question)
     box.press("Enter")
     expect(page.get_by_test_id("question").last).to_have_text(question, timeout=30_000)
 
@@ -83,7 +85,8 @@ def ask_at_length(page: Page, question: str, num_tokens: int) -> None:
 
 
 def settle(page: Page) -> None:
-    """Until the page has drawn what the last click led to."""
+    """Until the page has drawn what the last click led to; the click takes a moment to reach the script."""
+    page.wait_for_timeout(500)
     expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning", timeout=30_000)
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ Result = TypeVar("Result")
 _FILLER_TOKEN = 0x7FFFFFFF
 _BLOCK_TOKENS = 32
 _POLL_S = 0.001
+_NUM_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,14 @@ class _Context(LMCacheSDKContext):
         super().__init__(store.url, store.http_url, store.geometry.model_id, timeout=store.timeout_s)
         if self.chunk_size % _BLOCK_TOKENS:
             raise LMCacheSDKError(f"--chunk-size must be a multiple of {_BLOCK_TOKENS}, not {self.chunk_size}")
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kvarena-lmcache")
         self._world_size = 1
         self._num_kv_readers = 1
         self._register(store.geometry)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)
+        super().close()
 
     @property
     def _zmq_context(self) -> zmq.Context[Any]:
@@ -175,19 +182,23 @@ class _Context(LMCacheSDKContext):
         self._transfer_ctx = ContiguousTransferWrapper(transfer.engine_driven_context, self.chunk_size)
 
     def retrieve_many(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
-        """Every lookup is sent before the first answer is awaited, so tiers are read side by side."""
-        lookups = [(f"kvarena-{uuid.uuid4().hex}", self._padded(chunk)) for chunk in chunks]
-        asked = [
-            self._req_client.lookup(self._key(chunk, ids, name).no_worker_id_version(), 1)
-            for chunk, (name, ids) in zip(chunks, lookups, strict=True)
-        ]
-        for answer in asked:
+        """Chunks are asked for side by side: a round trip each, one after the other, would cost more than the data."""
+        names = [f"kvarena-{uuid.uuid4().hex}" for _ in chunks]
+        padded = [self._padded(chunk) for chunk in chunks]
+        keys = [self._key(*call) for call in zip(chunks, padded, names, strict=True)]
+        for answer in [self._req_client.lookup(key.no_worker_id_version(), 1) for key in keys]:
             answer.result(timeout=self.mq_timeout)
-        found = [
-            self._retrieve(chunk, ids, name) if self._num_found(name) == len(ids) else None
-            for chunk, (name, ids) in zip(chunks, lookups, strict=True)
-        ]
-        self._end(*(name for name, _ in lookups))
+        asked = [self._req_client.query_prefetch_status(name) for name in names]
+        held = [self._num_found(name, answer) for name, answer in zip(names, asked, strict=True)]
+
+        def retrieve(i: int) -> torch.Tensor | None:
+            if held[i] != len(padded[i]):
+                return None
+            kv = self.transfer_ctx.retrieve(self._key(chunks[i], padded[i], names[i], worker_id=0), self.instance_id)
+            return None if kv is None else kv[:, :, : len(chunks[i])]
+
+        found = list(self._threads.map(retrieve, range(len(chunks))))
+        self._end(*names)
         return found
 
     def store_padded(self, chunk: Chunk, kv: torch.Tensor) -> bool:
@@ -199,23 +210,21 @@ class _Context(LMCacheSDKContext):
     def holds(self, chunk: Chunk) -> bool:
         name, ids = f"kvarena-{uuid.uuid4().hex}", self._padded(chunk)
         self._req_client.lookup(self._key(chunk, ids, name).no_worker_id_version(), 1).result(timeout=self.mq_timeout)
-        held = self._num_found(name) == len(ids)
+        held = self._num_found(name, self._req_client.query_prefetch_status(name)) == len(ids)
         self._end(name)
         return held
 
     def clear_server(self) -> None:
         requests.post(f"{self._http_url}/cache/clear", timeout=self.mq_timeout).raise_for_status()
 
-    def _retrieve(self, chunk: Chunk, ids: list[int], name: str) -> torch.Tensor | None:
-        kv = self.transfer_ctx.retrieve(self._key(chunk, ids, name, worker_id=0), self.instance_id)
-        return None if kv is None else kv[:, :, : len(chunk)]
-
-    def _num_found(self, name: str) -> int:
+    def _num_found(self, name: str, answer: Any) -> int:
+        """Tokens that a look-up found; it is asked again for as long as the server has not finished it."""
         deadline = time.monotonic() + self.mq_timeout
-        while (pieces := self._req_client.query_prefetch_status(name).result(timeout=self.mq_timeout)) is None:
+        while (pieces := answer.result(timeout=self.mq_timeout)) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"lookup took longer than {self.mq_timeout} s")
             time.sleep(_POLL_S)
+            answer = self._req_client.query_prefetch_status(name)
         return int(pieces * self.chunk_size)
 
     def _end(self, *names: str) -> None:

@@ -6,12 +6,18 @@ can't carry every path and separator. The process id stays the same, so the supe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from pathlib import Path
 
 from kvarena.stack.home import Home
 from kvarena.stack.logs import START_MARK
 from kvarena.stack.record import read_record
+
+
+NICENESS = 5
+GROUP_NICENESS = "15"
 
 
 def main() -> None:
@@ -22,9 +28,20 @@ def main() -> None:
         sys.exit(f"no service {name!r} is recorded in {Home.find().record}")
     if service.cpus:
         os.sched_setaffinity(0, service.cpus)
+        _yield_to_others()
     os.chdir(service.directory)
     print(f"{START_MARK}{service.title}", flush=True)
     os.execvpe(service.command[0], service.command, {**os.environ, **service.environment})
+
+
+def _yield_to_others() -> None:
+    """A vLLM server keeps its cores busy for as long as it answers; page and browser must not starve beside it.
+
+    Where Linux schedules sessions as groups (autogroup), niceness only counts inside one, and the group has its own.
+    """
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(GROUP_NICENESS)
 
 
 if __name__ == "__main__":

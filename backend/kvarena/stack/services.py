@@ -17,8 +17,6 @@ from kvarena.vllm_plugin.config import kv_transfer_config
 
 LMCACHE_CHUNK_TOKENS = 32
 GPU_MEMORY_SHARE = 0.9
-CPU_NICENESS = 5
-"""A vLLM server keeps its cores busy for as long as it answers; the page and the browser must not starve beside it."""
 
 TITLES = {
     "lmcache": "LMCache server",
@@ -76,8 +74,7 @@ def _lmcache(plan: Plan, home: Home) -> Service:
 def _vllm(name: str, plan: Plan, home: Home) -> Service:
     port = getattr(plan.ports, name)
     index = plan.contenders.index(name)
-    command = ["nice", "-n", str(CPU_NICENESS)] if plan.profile == "cpu" else []
-    command += [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", HOST, "--port", str(port)]
     command += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
