@@ -15,7 +15,6 @@ from kvarena.stack.home import Home
 from kvarena.stack.logs import START_MARK
 from kvarena.stack.record import read_record
 
-
 NICENESS = 5
 GROUP_NICENESS = "15"
 
