@@ -29,6 +29,7 @@ class LMCacheServer:
         self.port, self.http_port = free_port(), free_port()
         self.url = f"tcp://127.0.0.1:{self.port}"
         self.http_url = f"http://127.0.0.1:{self.http_port}"
+        self._shm_name = f"kvarena_test_{uuid.uuid4().hex[:8]}"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -41,7 +42,7 @@ class LMCacheServer:
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
         command += ["--prometheus-port", str(free_port()), "--eviction-policy", "LRU", "--chunk-size", "32"]
-        command += ["--supported-transfer-mode", "auto", "--shm-name", f"kvarena_test_{uuid.uuid4().hex[:8]}"]
+        command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name]
         settings = {"PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
@@ -71,3 +72,4 @@ class LMCacheServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+        Path(f"/dev/shm/lmcache_l1_pool_{self._shm_name}").unlink(missing_ok=True)
