@@ -86,8 +86,8 @@ class ChunkIndex:
         for position in self._hit_positions(token_ids, salt):
             if position < end:
                 continue
-            span = self._longest_match(token_ids, salt, int(position), end)
-            if span and (len(span) >= min_tokens or span.is_whole_chunk):
+            span = self._longest_match(token_ids, salt, int(position), end, min_tokens)
+            if span:
                 self._chunks.move_to_end(span.chunk.key)
                 spans.append(span)
                 end = span.end
@@ -120,12 +120,13 @@ class ChunkIndex:
             return np.empty(0, np.int64)
         return np.flatnonzero(np.fromiter((value in windows for value in hashes.tolist()), bool, len(hashes)))
 
-    def _longest_match(self, token_ids: TokenIds, salt: str, position: int, low: int) -> Span | None:
+    def _longest_match(self, token_ids: TokenIds, salt: str, position: int, low: int, min_tokens: int) -> Span | None:
         value = int(window_hashes(token_ids[position : position + self.window], self.window)[0])
         best: Span | None = None
         for key, offset in self._windows[salt][value][-self.max_candidates :]:
             span = _extend(token_ids, self._chunks[key], position, offset, low, self.window)
-            if span and (best is None or len(span) > len(best)):
+            counts = span and (len(span) >= min_tokens or span.is_whole_chunk)
+            if span and counts and (best is None or len(span) > len(best)):
                 best = span
         return best
 
