@@ -100,11 +100,6 @@ class LMCacheStore:
                 self._context.close()
             self._context = None
 
-    @property
-    def is_up(self) -> bool:
-        """Whether the last call succeeded; the server may have gone since."""
-        return self._context is not None
-
     def _ask(self, what: str, call: Callable[[_Context], Result], *, default: Result) -> Result:
         with self._lock:
             if time.monotonic() < self._down_until:
