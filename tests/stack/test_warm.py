@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -88,6 +89,15 @@ def test_the_request(blend: Blend) -> None:
     assert request["model"] == "demo"
     assert request["max_tokens"] == 1
     assert request["kv_transfer_params"] == {"kvarena": {"store": True}}
+
+
+def test_inside_a_running_event_loop(blend: Blend) -> None:
+    """As in a notebook."""
+
+    async def cell() -> int:
+        return warm(url(blend), "demo", [TextChunk("a", "text")]).count("warmed")
+
+    assert asyncio.run(cell()) == 1
 
 
 def test_counts(blend: Blend) -> None:

@@ -6,9 +6,9 @@ report in each answer says whether the chunk was computed now or was there alrea
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,30 +65,19 @@ def warm(
 
     `on_chunk` is called after each. Raises `httpx.HTTPError` when the server doesn't answer at all, or isn't a blend.
     """
-    return asyncio.run(_warm_all(base_url, model, chunks, on_chunk))
-
-
-async def _warm_all(
-    base_url: str,
-    model: str,
-    chunks: Sequence[TextChunk],
-    on_chunk: Callable[[ChunkOutcome], None],
-) -> WarmResult:
-    gate = asyncio.Semaphore(PARALLEL_REQUESTS)
-    async with httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client:
-        described = (await client.get("/kvarena")).raise_for_status().json()
+    with (
+        httpx.Client(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client,
+        ThreadPoolExecutor(PARALLEL_REQUESTS) as pool,
+    ):
+        described = client.get("/kvarena").raise_for_status().json()
         separator = str(described.get("separator", ""))
-
-        async def one(chunk: TextChunk) -> ChunkOutcome:
-            async with gate:
-                outcome = await _warm_chunk(client, model, chunk, separator)
-            on_chunk(outcome)
-            return outcome
-
-        return WarmResult(tuple(await asyncio.gather(*(one(chunk) for chunk in chunks))))
+        running = [pool.submit(_warm_chunk, client, model, chunk, separator) for chunk in chunks]
+        for warmed in as_completed(running):
+            on_chunk(warmed.result())
+        return WarmResult(tuple(warmed.result() for warmed in running))
 
 
-async def _warm_chunk(client: httpx.AsyncClient, model: str, chunk: TextChunk, separator: str) -> ChunkOutcome:
+def _warm_chunk(client: httpx.Client, model: str, chunk: TextChunk, separator: str) -> ChunkOutcome:
     request = {
         "model": model,
         "prompt": join_chunks([chunk.text], separator),
@@ -97,7 +86,7 @@ async def _warm_chunk(client: httpx.AsyncClient, model: str, chunk: TextChunk, s
         "kv_transfer_params": {"kvarena": {"store": True}},
     }
     try:
-        response = await client.post("/v1/completions", json=request)
+        response = client.post("/v1/completions", json=request)
         if response.is_error:
             return ChunkOutcome(chunk.name, "failed", error_message(response))
         report = (response.json().get("kv_transfer_params") or {}).get("kvarena")
