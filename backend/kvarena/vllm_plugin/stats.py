@@ -6,8 +6,6 @@ request reports themselves: there they are counted for `/metrics` and kept for `
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,31 +14,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-TOKEN_COUNTS = ("num_reused_tokens", "num_recomputed_tokens", "num_computed_tokens")
+from kvarena.api.report_log import TOKEN_COUNTS, ReportLog
+
 STORE_COUNTS = ("store_hits", "store_misses", "store_errors")
 STAGES = ("fetch", "prefill_chunks", "write", "recompute")
-
-
-class ReportLog:
-    """The last reports by request id. Thread-safe."""
-
-    def __init__(self, max_reports: int = 1024) -> None:
-        self._max_reports = max_reports
-        self._reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def add(self, report: dict[str, Any]) -> None:
-        with self._lock:
-            self._reports[report["request_id"]] = report
-            while len(self._reports) > self._max_reports:
-                self._reports.popitem(last=False)
-
-    def get(self, request_id: str) -> dict[str, Any] | None:
-        """By the id of the answer. The engine's own ids have a suffix behind it, and so has each prompt of many."""
-        with self._lock:
-            newest_first = reversed(self._reports.items())
-            found = next((r for key, r in newest_first if key == request_id or key.startswith(request_id + "-")), None)
-        return found and {**found, "request_id": request_id}
 
 
 report_log = ReportLog()

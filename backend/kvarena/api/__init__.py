@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server over an engine. It knows no engine: whoever implements `Engine` is served."""
