@@ -22,7 +22,7 @@ from errors import ContenderError, explained, http_error, stream_error
 from events import Done, Event, Failed, FirstToken, Text
 from figures import Figures, Stopwatch, from_usage, with_report, without_report
 from settings import Contender
-from wire import Blend, Message, Sampling, Server, completion_request
+from wire import Message, Sampling, Server, completion_request
 
 T = TypeVar("T")
 
@@ -108,9 +108,7 @@ class ChatSession:
         offer = await self._http.get("/kvarena", timeout=STATE_TIMEOUT_S)
         if offer.is_error and offer.status_code != httpx.codes.NOT_FOUND:
             raise http_error(self.contender, offer)
-        model = models.json()["data"][0]
-        blend = None if offer.is_error else Blend.read(offer.json())
-        return Server(model["id"], model.get("max_model_len"), blend)
+        return Server.read(models.json()["data"][0], None if offer.is_error else offer.json())
 
     async def _tokenize(self, payload: dict[str, Any]) -> list[int]:
         with explained(self.contender, TOKENIZE_TIMEOUT_S):
@@ -188,7 +186,7 @@ class ChatSession:
 
     async def _reported(self, server: Server, request_id: str, figures: Figures) -> Figures:
         """The figures with the request report, which may come a moment after the stream's end."""
-        if server.blend is None:
+        if not server.keeps_reports:
             return figures
         for delay_s in REPORT_DELAYS_S:
             await asyncio.sleep(delay_s)

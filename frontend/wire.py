@@ -11,7 +11,7 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Blend:
-    """What `GET /kvarena` offers. A contender that answers 404 there has none."""
+    """What `GET /kvarena` of a contender that blends offers."""
 
     policies: tuple[str, ...]
     policy: str
@@ -37,6 +37,18 @@ class Server:
     model: str
     max_model_len: int | None
     blend: Blend | None
+    keeps_reports: bool
+
+    @classmethod
+    def read(cls, model: Mapping[str, Any], offer: Mapping[str, Any] | None) -> Server:
+        """`offer`: what `GET /kvarena` answered; None where there is no such path, as in stock vLLM."""
+        blends = offer is not None and offer.get("contender") == "blend"
+        return cls(
+            model=model["id"],
+            max_model_len=model.get("max_model_len"),
+            blend=Blend.read(offer) if offer is not None and blends else None,
+            keeps_reports=offer is not None,
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 WORDS = [
     "tea",
@@ -30,6 +37,7 @@ WORDS = [
     "cat",
     "green",
 ]
+FAMILIES: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 
 
@@ -46,7 +54,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+def save_tiny_model(
+    folder: Path, family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
     """Four layers of hidden size 128 with weights large enough for answers that depend on the whole prompt."""
     tokenizer = tiny_tokenizer()
     settings: dict[str, Any] = {
@@ -64,7 +74,7 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.f
         "dtype": dtype,
     }
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**(settings | config)))
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](**(settings | config)))
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvarena.bench.command import app as bench
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,8 +29,10 @@ app = typer.Typer(
     help="Serve one model with several ways of reusing its KV cache, side by side.",
 )
 
+app.add_typer(bench, name="bench")
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Name = Annotated[str, typer.Argument(help="lmcache, blend, plain or page.")]
+Name = Annotated[str, typer.Argument(help="lmcache, a contender, or page.")]
 
 
 def _consoles(as_json: bool = False) -> tuple[Console, Console]:
@@ -42,14 +46,14 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
 @app.command()
 def up(
     contenders: Annotated[
-        str | None, typer.Option(help="Which servers, separated by commas. [default: blend,plain]")
+        str | None, typer.Option(help="Which of blend, plain, prefix, separated by commas. [default: blend,plain]")
     ] = None,
     profile: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [default: auto]")] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name.")] = None,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the page.")] = False,
     port_base: Annotated[
         int | None,
-        typer.Option(help="blend N, plain N+1, page N+501, LMCache N+502 and N+503."),
+        typer.Option(help="blend N, plain N+1, prefix N+2, page N+501, LMCache N+502 and N+503."),
     ] = None,
     load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,
     max_model_len: Annotated[

@@ -50,12 +50,16 @@ def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
     assert need.lmcache_bytes == plan.lmcache_gb * GIB
     alone = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain",), page=False))
     assert (alone.weight_bytes, alone.lmcache_bytes) == (weights, 0)
+    with_prefix = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain", "prefix"), page=False))
+    assert (with_prefix.kv_cache_bytes, with_prefix.prefix_bytes) == (3 * GIB, plan.prefix_cache_gb * GIB)
     on_gpu = preflight.estimate_memory(dataclasses.replace(plan, profile="gpu"))
     assert (on_gpu.weight_bytes, on_gpu.kv_cache_bytes) == (0, 0)
 
 
 def test_too_little_memory_gives_the_numbers() -> None:
-    need = MemoryNeed(weight_bytes=2 * GIB, kv_cache_bytes=4 * GIB, lmcache_bytes=GIB, process_bytes=GIB)
+    need = MemoryNeed(
+        weight_bytes=2 * GIB, kv_cache_bytes=3 * GIB, prefix_bytes=GIB, lmcache_bytes=GIB, process_bytes=GIB
+    )
     preflight.check_memory(need, 8 * GIB)
     message = r"may need 8.0 GiB \(model weights 2.0 GiB, KV caches 4.0 GiB, .*and 7.5 GiB is available; .*KV_CACHE_GB"
     with pytest.raises(StackError, match=message):

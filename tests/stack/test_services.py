@@ -81,6 +81,20 @@ def test_each_vllm_has_its_own_cores(home: Home, tmp_path: Path) -> None:
     assert alone["plain"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_prefix_is_a_pytorch_server_on_its_own_port(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, contenders="prefix,plain", max_model_len=512, prefix_cache_gb=0.5)
+    assert list(services) == ["plain", "prefix", "page"]
+    prefix = services["prefix"]
+    assert (prefix.port, prefix.cpus, prefix.environment["OMP_NUM_THREADS"]) == (8002, (1,), "1")
+    assert option(prefix, "--cache-gb") == "0.5"
+    assert option(prefix, "--max-model-len") == "512"
+    assert option(prefix, "--served-model-name") == option(services["plain"], "--served-model-name")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in prefix.environment
+    shown = json.loads(services["page"].environment["KVARENA_CONTENDERS"])
+    assert [contender["name"] for contender in shown] == ["plain", "prefix"]
+
+
 def test_plain_alone_needs_no_lmcache(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path, contenders="plain", ui=False)
     assert list(services) == ["plain"]

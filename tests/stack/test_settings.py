@@ -8,7 +8,7 @@ import pytest
 
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
-from kvarena.stack.settings import CONTENDERS, Ports, load_settings
+from kvarena.stack.settings import Ports, load_settings
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def test_defaults(env_file: Path) -> None:
     settings = load_settings(env_file)
     assert settings.contenders == ("blend", "plain")
     assert settings.profile == "auto"
-    assert settings.ports == Ports(blend=8000, plain=8001, page=8501, lmcache=5555, lmcache_http=8080)
+    assert settings.ports == Ports(blend=8000, plain=8001, prefix=8002, page=8501, lmcache=5555, lmcache_http=8080)
     assert settings.data_dir == project_root() / "data"
     assert settings.ui
 
@@ -59,8 +59,8 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
     ("text", "message"),
     [
         ("MODLE=x", "unknown key MODLE; known: .*MODEL"),
-        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, not 'fast'"),
-        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, not ''"),
+        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, not 'fast'"),
+        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, not ''"),
         ("PROFILE=tpu", "PROFILE must be one of auto, cpu, gpu, not 'tpu'"),
         ("BLEND_RATIO=1.5", "BLEND_RATIO must be less than or equal to 1, not '1.5'"),
         ("BLEND_CHECK_LAYER=-1", "BLEND_CHECK_LAYER must be greater than or equal to 0, not '-1'"),
@@ -87,15 +87,17 @@ def test_every_wrong_value_is_named_at_once(env_file: Path) -> None:
 
 @pytest.mark.parametrize("text", ["plain,blend", "blend, plain", "plain,blend,plain"])
 def test_contenders_come_once_each_in_one_order(env_file: Path, text: str) -> None:
-    assert load_settings(env_file, contenders=text).contenders == CONTENDERS
+    assert load_settings(env_file, contenders=text).contenders == ("blend", "plain")
 
 
 def test_port_rule(env_file: Path) -> None:
     env_file.write_text("PORT_BASE=9000\nPLAIN_PORT=9999\n")
     in_file = load_settings(env_file)
-    assert in_file.ports == Ports(blend=9000, plain=9999, page=9501, lmcache=9502, lmcache_http=9503)
+    assert in_file.ports == Ports(blend=9000, plain=9999, prefix=9002, page=9501, lmcache=9502, lmcache_http=9503)
     on_command_line = load_settings(env_file, port_base=7000)
-    assert on_command_line.ports == Ports(blend=7000, plain=7001, page=7501, lmcache=7502, lmcache_http=7503)
+    assert on_command_line.ports == Ports(
+        blend=7000, plain=7001, prefix=7002, page=7501, lmcache=7502, lmcache_http=7503
+    )
 
 
 def test_relative_folders_count_from_the_project(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,29 @@ def test_a_vllm_that_cannot_start(module_home: Home, port_base: int) -> None:
     assert_nothing_left(module_home)
 
 
+def test_the_prefix_contender(tmp_path: Path, port_base: int) -> None:
+    """Alone, so without vLLM: up, asked twice, its cache at work, the request in its log, down."""
+    home = Home(tmp_path / "home")
+    try:
+        up = kvarena(home, "up", "--contenders", "prefix", "--no-ui", "--port-base", str(port_base))
+        assert up.returncode == 0, up.stdout + up.stderr
+        chat = {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "Bruno plays the lute . " * 10 + "What does Bruno play ?"}],
+            "max_tokens": 4,
+        }
+        with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 2}", timeout=60, trust_env=False) as http:
+            answers = [http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json() for _ in range(2)]
+            cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+            assert cached == [0, answers[0]["usage"]["prompt_tokens"]]
+            assert answers[0]["choices"] == answers[1]["choices"]
+            assert http.get("/cache/stats").json()["hits"] == 1
+        assert "prefix_cache_hit=true" in kvarena(home, "logs", "prefix").stdout
+    finally:
+        assert kvarena(home, "down").returncode == 0
+    assert_nothing_left(home)
+
+
 def test_ctrl_c(module_home: Home, port_base: int) -> None:
     arguments = ("up", "--contenders", "plain", "--no-ui", "--port-base", str(port_base))
     with subprocess.Popen(

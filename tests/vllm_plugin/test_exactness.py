@@ -14,7 +14,7 @@ import torch
 from engine import MEMORY, Step, plain_tokens, prefill_kv, run_in_engine, run_steps
 from references import CacheBlend, NaiveReuse
 
-from tiny_models import random_text, save_tiny_llama
+from tiny_models import random_text, save_tiny_model
 
 pytestmark = pytest.mark.slow
 SEPARATOR = " # # "
@@ -35,12 +35,12 @@ def make_prompts(seed: int, count: int, *, all_separated: bool = False) -> list[
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_llama(tmp_path_factory.mktemp("model")))
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
 def bf16_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_llama(tmp_path_factory.mktemp("bf16"), dtype=torch.bfloat16))
+    return str(save_tiny_model(tmp_path_factory.mktemp("bf16"), dtype=torch.bfloat16))
 
 
 def test_ratio_one_equals_plain_vllm(model: str) -> None:

@@ -12,7 +12,7 @@ from engine import MEMORY, Step, plain_tokens, run_in_engine, run_steps
 
 from kvarena.vllm_plugin.config import BlendConfig
 from lmcache_server import LMCacheServer
-from tiny_models import random_text, save_tiny_llama
+from tiny_models import random_text, save_tiny_model
 
 pytestmark = pytest.mark.slow
 SEPARATOR = " # # "
@@ -20,7 +20,7 @@ SEPARATOR = " # # "
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_llama(tmp_path_factory.mktemp("model")))
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

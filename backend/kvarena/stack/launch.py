@@ -16,7 +16,7 @@ from kvarena.stack.logs import START_MARK
 from kvarena.stack.record import read_record
 
 NICENESS = 5
-GROUP_NICENESS = "15"
+GROUP_NICENESS = "5"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What this run of the stack shall be: the settings, with everything decided that they leave to the machine.
 
 `make_plan` picks the profile and the model that goes with it, lets the settings that came with the model fill in
-what nobody set, and divides cores or GPUs between the vLLM servers.
+what nobody set, and divides cores or GPUs between the servers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kvarena.stack.settings import Ports, Settings
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
 DEFAULT_CPU_KV_CACHE_GB = 1
+VLLM_CONTENDERS = ("blend", "plain")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Plan:
     data_dir: Path
     hf_home: Path | None
     lmcache_gb: float
+    prefix_cache_gb: float
+    prefix_storage: str
     kv_cache_gb: int | None
     max_model_len: int | None
     load_format: str | None
@@ -52,11 +55,14 @@ class Plan:
         return bool(self.gpus) and index >= len(self.gpus)
 
     def device_environment(self, index: int) -> dict[str, str]:
-        """The environment that gives a vLLM server its cores or its GPU."""
+        """The environment that gives a server its cores or its GPU; vLLM and PyTorch read theirs."""
         if self.profile == "gpu":
             return {"CUDA_VISIBLE_DEVICES": self.gpus[index % len(self.gpus)]}
+        omp_cpus = self.core_shares[index].omp_cpus
+        if self.contenders[index] not in VLLM_CONTENDERS:
+            return {"OMP_NUM_THREADS": str(len(omp_cpus))}
         return {
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, self.core_shares[index].omp_cpus)),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, omp_cpus)),
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb),
         }
 
@@ -79,6 +85,8 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         data_dir=settings.data_dir,
         hf_home=settings.local_hf_home,
         lmcache_gb=settings.lmcache_gb,
+        prefix_cache_gb=settings.prefix_cache_gb,
+        prefix_storage=settings.prefix_storage,
         kv_cache_gb=settings.kv_cache_gb or (DEFAULT_CPU_KV_CACHE_GB if on_cpu else None),
         max_model_len=settings.max_model_len,
         load_format=settings.load_format,

@@ -16,12 +16,12 @@ from pathlib import Path
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
 from kvarena.stack.model import check_hub_access
-from kvarena.stack.plan import Plan
+from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
 from kvarena.stack.service import HOST, Service
 
 GIB = 1 << 30
-VLLM_OVERHEAD_BYTES = 3 * GIB // 2
+SERVER_OVERHEAD_BYTES = 3 * GIB // 2
 LMCACHE_OVERHEAD_BYTES = GIB // 2
 PAGE_BYTES = GIB // 4
 
@@ -42,7 +42,7 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
 
 
 def check_packages(plan: Plan) -> None:
-    needed = {"vllm": plan.profile}
+    needed = {"vllm" if name in VLLM_CONTENDERS else "transformers": plan.profile for name in plan.contenders}
     if "blend" in plan.contenders:
         needed["lmcache"] = plan.profile
     if plan.page:
@@ -100,24 +100,28 @@ class MemoryNeed:
 
     weight_bytes: int
     kv_cache_bytes: int
+    prefix_bytes: int
     lmcache_bytes: int
     process_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_cache_bytes + self.lmcache_bytes + self.process_bytes
+        return self.weight_bytes + self.kv_cache_bytes + self.prefix_bytes + self.lmcache_bytes + self.process_bytes
 
 
 def estimate_memory(plan: Plan) -> MemoryNeed:
     """Main memory only: on a GPU the weights and the KV cache are not in it."""
     num_servers = len(plan.contenders)
+    num_vllm = sum(name in VLLM_CONTENDERS for name in plan.contenders)
+    prefix_is_here = "prefix" in plan.contenders and (plan.profile == "cpu" or plan.prefix_storage == "cpu")
     on_cpu = plan.profile == "cpu"
     lmcache = "blend" in plan.contenders
     return MemoryNeed(
         weight_bytes=num_servers * plan.model.weight_bytes(plan.hf_home) if on_cpu else 0,
-        kv_cache_bytes=num_servers * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
+        kv_cache_bytes=num_vllm * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
+        prefix_bytes=int(plan.prefix_cache_gb * GIB) if prefix_is_here else 0,
         lmcache_bytes=int(plan.lmcache_gb * GIB) if lmcache else 0,
-        process_bytes=num_servers * VLLM_OVERHEAD_BYTES
+        process_bytes=num_servers * SERVER_OVERHEAD_BYTES
         + (LMCACHE_OVERHEAD_BYTES if lmcache else 0)
         + (PAGE_BYTES if plan.page else 0),
     )
@@ -128,10 +132,10 @@ def check_memory(need: MemoryNeed, available_bytes: int) -> None:
         return
     raise StackError(
         f"too little memory: the stack may need {_gib(need.total_bytes)} "
-        f"(model weights {_gib(need.weight_bytes)}, KV caches {_gib(need.kv_cache_bytes)}, "
+        f"(model weights {_gib(need.weight_bytes)}, KV caches {_gib(need.kv_cache_bytes + need.prefix_bytes)}, "
         f"LMCache {_gib(need.lmcache_bytes)}, the processes {_gib(need.process_bytes)}) and "
-        f"{_gib(available_bytes)} is available; set KV_CACHE_GB or LMCACHE_GB lower, start fewer --contenders, "
-        "or take a smaller --model"
+        f"{_gib(available_bytes)} is available; set KV_CACHE_GB, PREFIX_CACHE_GB or LMCACHE_GB lower, start fewer "
+        "--contenders, or take a smaller --model"
     )
 
 

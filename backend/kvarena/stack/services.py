@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 
 from kvarena.stack.home import Home
-from kvarena.stack.plan import Plan
+from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.service import HOST, Service
 from kvarena.vllm_plugin.config import kv_transfer_config
 
@@ -22,6 +22,7 @@ TITLES = {
     "lmcache": "LMCache server",
     "blend": "vLLM with LMCache",
     "plain": "vLLM without LMCache",
+    "prefix": "PyTorch with prefix cache",
     "page": "the page",
 }
 
@@ -41,7 +42,9 @@ def build_services(plan: Plan, home: Home) -> list[Service]:
     services = []
     if "blend" in plan.contenders:
         services.append(_lmcache(plan, home))
-    services += [_vllm(name, plan, home) for name in plan.contenders]
+    services += [
+        _vllm(name, plan, home) if name in VLLM_CONTENDERS else _prefix(plan, home) for name in plan.contenders
+    ]
     if plan.page:
         services.append(_page(plan, home))
     return services
@@ -73,7 +76,6 @@ def _lmcache(plan: Plan, home: Home) -> Service:
 
 def _vllm(name: str, plan: Plan, home: Home) -> Service:
     port = getattr(plan.ports, name)
-    index = plan.contenders.index(name)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", HOST, "--port", str(port)]
@@ -86,7 +88,7 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     if not plan.compile:
         command += ["--enforce-eager"]
     command += _gpu_memory(plan)
-    environment = _vllm_environment(plan, home) | plan.device_environment(index)
+    environment = _vllm_environment(plan, home)
     depends_on: tuple[str, ...] = ()
     if name == "blend":
         depends_on = ("lmcache",)
@@ -94,6 +96,32 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
         command += ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
     else:
         environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
+    return _contender(name, plan, home, command, environment, depends_on)
+
+
+def _prefix(plan: Plan, home: Home) -> Service:
+    command = [sys.executable, "-m", "kvarena.engines.prefix"]
+    command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
+    command += ["--host", HOST, "--port", str(plan.ports.prefix)]
+    command += ["--device", "cuda" if plan.profile == "gpu" else "cpu"]
+    command += ["--cache-gb", f"{plan.prefix_cache_gb:g}", "--storage", plan.prefix_storage]
+    if plan.max_model_len is not None:
+        command += ["--max-model-len", str(plan.max_model_len)]
+    if plan.load_format is not None:
+        command += ["--load-format", plan.load_format]
+    return _contender("prefix", plan, home, command, {**COMMON_ENVIRONMENT, **_hub_environment(plan)}, ())
+
+
+def _contender(
+    name: str,
+    plan: Plan,
+    home: Home,
+    command: list[str],
+    environment: Mapping[str, str],
+    depends_on: tuple[str, ...],
+) -> Service:
+    """A server of the arena, on its share of the machine."""
+    index, port = plan.contenders.index(name), getattr(plan.ports, name)
     if plan.shares_a_gpu(index):  # vLLM measures free memory while it starts: one after the other
         depends_on += plan.contenders[:index]
     return Service(
@@ -104,7 +132,7 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
         address=f"http://{HOST}:{port}",
         health_url=f"http://{HOST}:{port}/health",
         log_path=str(home.log(name)),
-        environment=environment,
+        environment={**environment, **plan.device_environment(index)},
         depends_on=depends_on,
         cpus=plan.core_shares[index].cpus if plan.core_shares else (),
         directory=str(home.path),
@@ -126,13 +154,19 @@ def _vllm_environment(plan: Plan, home: Home) -> dict[str, str]:
         **COMMON_ENVIRONMENT,
         "VLLM_CACHE_ROOT": str(home.cache / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(home.cache / "inductor"),
+        **_hub_environment(plan),
     }
+    if not plan.compile:  # --enforce-eager is for the model; samplers would be compiled at their first request
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    return environment
+
+
+def _hub_environment(plan: Plan) -> dict[str, str]:
+    environment = {}
     if plan.hf_home is not None:
         environment["HF_HOME"] = str(plan.hf_home)
     if plan.model.is_local:
         environment["HF_HUB_OFFLINE"] = "1"
-    if not plan.compile:  # --enforce-eager is for the model; samplers would be compiled at their first request
-        environment["TORCHDYNAMO_DISABLE"] = "1"
     return environment
 
 

@@ -17,14 +17,14 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 
-ContenderName = Literal["blend", "plain"]
+ContenderName = Literal["blend", "plain", "prefix"]
 ProfileName = Literal["auto", "cpu", "gpu"]
+PrefixStorage = Literal["cpu", "device"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
-PROFILES: tuple[str, ...] = get_args(ProfileName)
 
-PORT_OFFSETS = {"blend": 0, "plain": 1, "page": 501, "lmcache": 502, "lmcache_http": 503}
+PORT_OFFSETS = {"blend": 0, "plain": 1, "prefix": 2, "page": 501, "lmcache": 502, "lmcache_http": 503}
 """Where each port is from `PORT_BASE`."""
-DEFAULT_PORTS = {"blend": 8000, "plain": 8001, "page": 8501, "lmcache": 5555, "lmcache_http": 8080}
+DEFAULT_PORTS = {"blend": 8000, "plain": 8001, "prefix": 8002, "page": 8501, "lmcache": 5555, "lmcache_http": 8080}
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 PortBase = Annotated[int, Field(ge=1024, le=65535 - max(PORT_OFFSETS.values()))]
@@ -34,6 +34,7 @@ PortBase = Annotated[int, Field(ge=1024, le=65535 - max(PORT_OFFSETS.values()))]
 class Ports:
     blend: int
     plain: int
+    prefix: int
     page: int
     lmcache: int
     lmcache_http: int
@@ -60,12 +61,15 @@ class Settings(BaseSettings):
     port_base: PortBase | None = None
     blend_port: Port | None = None
     plain_port: Port | None = None
+    prefix_port: Port | None = None
     ui_port: Port | None = None
     lmcache_port: Port | None = None
     lmcache_http_port: Port | None = None
 
     kv_cache_gb: Annotated[int, Field(ge=1)] | None = None
     lmcache_gb: Annotated[float, Field(gt=0)] = 1.0
+    prefix_cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    prefix_storage: PrefixStorage = "cpu"
 
     separator: str | None = None
     blend_policy: str | None = None
@@ -94,6 +98,7 @@ class Settings(BaseSettings):
         own = {
             "blend": self.blend_port,
             "plain": self.plain_port,
+            "prefix": self.prefix_port,
             "page": self.ui_port,
             "lmcache": self.lmcache_port,
             "lmcache_http": self.lmcache_http_port,
@@ -115,7 +120,7 @@ def load_settings(env_file: Path | None = None, **command_line: Any) -> Settings
     except ValidationError as error:
         raise StackError(_explain(error, path)) from error
     if "port_base" in given:
-        keys = ("blend_port", "plain_port", "ui_port", "lmcache_port", "lmcache_http_port")
+        keys = ("blend_port", "plain_port", "prefix_port", "ui_port", "lmcache_port", "lmcache_http_port")
         settings = settings.model_copy(update=dict.fromkeys(keys))
     return settings
 
@@ -128,8 +133,8 @@ def _explain(error: ValidationError, env_file: Path) -> str:
             known = ", ".join(name.upper() for name in Settings.model_fields)
             lines.append(f"{env_file}: unknown key {key}; known: {known}")
         elif problem["type"] == "literal_error":
-            choices = CONTENDERS if key == "CONTENDERS" else PROFILES
-            lines.append(f"{key} must be one of {', '.join(choices)}, not {problem['input']!r}")
+            choices = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+            lines.append(f"{key} must be one of {choices}, not {problem['input']!r}")
         else:
             reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
             lines.append(f"{key} {reason.replace('be ', 'must be ', 1)}, not {problem['input']!r}")

@@ -1,0 +1,224 @@
+"""`kvarena bench`: reads the command line, shows progress, prints a table and saves the result file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvarena.bench.prefix_bench import PrefixTarget
+    from kvarena.bench.results import Row
+    from kvarena.engines.prefix.engine import PrefixEngine
+
+app = typer.Typer(no_args_is_help=True, help="Measure contenders and save the figures.")
+
+
+@app.command()
+def prefix(
+    url: Annotated[
+        str | None, typer.Option(help="A prefix contender's address. [default: an engine in this process]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Without --url: a local folder or a hub name. [default: the demo model]")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Without --url: random weights of a size, 180m, 500m or 1b.")
+    ] = None,
+    context_tokens: Annotated[str, typer.Option(help="Lengths of the shared prefix, separated by commas.")] = (
+        "470,1024,4096"
+    ),
+    levels: Annotated[
+        str, typer.Option(help="Which levels of caching, separated by commas.")
+    ] = "no KV cache,KV cache,prefix cache",
+    num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 8,
+    cache_gb: Annotated[float, typer.Option(min=0, help="Without --url: memory for prefixes, in GiB.")] = 2.0,
+    storage: Annotated[str, typer.Option(help="Without --url: cpu or device.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
+    output: Annotated[Path, typer.Option(help="The result file; the plot goes beside it.")] = Path(
+        "results/prefix.json"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """What each layer of caching gains: none, a KV cache, a prefix cache; cold, repeated, with a new question."""
+    from rich.console import Console
+
+    from kvarena.bench import prefix_bench, prefix_plot
+    from kvarena.bench.results import load_results, save_results
+
+    console = Console(stderr=as_json)
+    with _explained():
+        workload = prefix_bench.PrefixWorkload(
+            context_tokens=_numbers(context_tokens),
+            levels=tuple(level.strip() for level in levels.split(",")),
+            num_requests=num_requests,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        target, described = _target(url, model, shape, cache_gb, storage)
+        with _progress(workload.num_steps, console) as advance:
+            rows = prefix_bench.run(target, workload, advance)
+    save_results(output, prefix_bench.settings(workload, **described), rows)
+    image = output.with_suffix(".png")
+    prefix_plot.plot(output, image)
+    if as_json:
+        print(json.dumps(load_results(output), indent=1))
+    else:
+        _show_prefix(rows, console)
+        console.print(f"Figures are in {output}, the plot in {image}.", soft_wrap=True)
+
+
+@app.command()
+def decode(
+    url: Annotated[
+        str | None, typer.Option(help="An OpenAI server of the same model to measure too, such as plain vLLM.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. [default: the demo model]")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of a size, 180m, 500m or 1b.")] = None,
+    context_tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "128,1024",
+    num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 33,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/decode.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Time per output token: the PyTorch engine, Hugging Face generate, and a server if one is named."""
+    from rich.console import Console
+
+    from kvarena.bench import decode_bench
+    from kvarena.bench.results import load_results, save_results
+
+    console = Console(stderr=as_json)
+    with _explained():
+        workload = decode_bench.DecodeWorkload(_numbers(context_tokens), max_new_tokens, num_requests, seed)
+        contenders = {url: decode_bench.server_decode(url, os.environ.get("KVARENA_API_KEY", ""))} if url else {}
+        with _model_folder(model, shape) as folder:
+            engine = _engine(folder, model, shape, cache_gb=0.0, storage="cpu")
+            reference = decode_bench.generate_decode(folder, engine.model, random_weights=shape is not None)
+        contenders |= {decode_bench.ENGINE: decode_bench.engine_decode(engine), decode_bench.GENERATE: reference}
+        with _progress(workload.num_steps, console) as advance:
+            rows = decode_bench.run(contenders, engine.model.vocab_size, workload, advance)
+    settings = {"benchmark": "decode", "model": engine.model_name, "url": url, **vars(workload)}
+    save_results(output, settings, rows)
+    if as_json:
+        print(json.dumps(load_results(output), indent=1))
+    else:
+        _show_decode(rows, console)
+        console.print(f"Figures are in {output}.", soft_wrap=True)
+
+
+def _target(
+    url: str | None, model: str | None, shape: str | None, cache_gb: float, storage: str
+) -> tuple[PrefixTarget, dict[str, object]]:
+    from kvarena.bench.prefix_targets import InProcess, Server
+
+    if url:
+        if model or shape:
+            raise ValueError("--url measures the server's own model; --model and --shape go without it")
+        return Server(url, os.environ.get("KVARENA_API_KEY", "")), {"url": url}
+    with _model_folder(model, shape) as folder:
+        engine = _engine(folder, model, shape, cache_gb, storage)
+    return InProcess(engine), {"model": engine.model_name, "storage": storage, "cache_gb": cache_gb}
+
+
+@contextmanager
+def _model_folder(model: str | None, shape: str | None) -> Iterator[str]:
+    """A model's name or folder; a shape's is temporary. Raises `ValueError` when both are given."""
+    from kvarena.bench.shapes import write_shape
+    from kvarena.stack.home import project_root
+
+    if model and shape:
+        raise ValueError("--model and --shape exclude each other")
+    demo = project_root() / "backend" / "models" / "demo"
+    if not shape:
+        yield model or str(demo)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write_shape(shape, Path(folder), demo))
+
+
+def _engine(folder: str, model: str | None, shape: str | None, cache_gb: float, storage: str) -> PrefixEngine:
+    from kvarena.engines.hf_model import HFModel
+    from kvarena.engines.prefix.engine import PrefixEngine
+
+    loaded = HFModel.load(folder, random=shape is not None)
+    return PrefixEngine(loaded, shape or model or "demo", cache_bytes=int(cache_gb * 2**30), storage=storage)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What a user can put right is told in a line."""
+    from rich.console import Console
+
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _progress(num_steps: int, console: Console) -> Iterator[Callable[[], None]]:
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("measuring", total=num_steps)
+        yield lambda: bar.advance(task)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of numbers separated by commas") from error
+
+
+def _show_prefix(rows: list[Row], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title="Time to first token, lookup and transfer included; medians; against cold")
+    for name in ("level", "scenario"):
+        table.add_column(name, no_wrap=True)
+    for name in ("prompt", "reused", "TTFT ms", "ms/token", "sooner by"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["level"],
+            row["scenario"],
+            f"{row['context_tokens']:,}",
+            f"{row['reused_ratio']:.0%}",
+            f"{row['ttft_ms']['median']:,.1f}",
+            f"{row['tpot_ms']['median']:,.1f}",
+            f"{row['speedup_vs_cold']['median']:,.1f}x",
+            end_section=row["scenario"] == "new question",
+        )
+    console.print(table)
+
+
+def _show_decode(rows: list[Row], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title="Time per output token; median")
+    table.add_column("contender", no_wrap=True)
+    for name in ("prompt", "ms/token", "of engine's", "least to most"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        ratio = row["ratio_to_engine"]
+        table.add_row(
+            row["contender"],
+            f"{row['context_tokens']:,}",
+            f"{row['tpot_ms']['median']:,.2f}",
+            f"{ratio['median']:.2f}x",
+            f"{ratio['low']:.2f} to {ratio['high']:.2f}",
+        )
+    console.print(table)

