@@ -34,7 +34,7 @@ def prefix(
         str | None, typer.Option(help="Without --url: random weights of a size, 180m, 500m or 1b.")
     ] = None,
     context_tokens: Annotated[str, typer.Option(help="Lengths of the shared prefix, separated by commas.")] = (
-        "470,1024,4096"
+        "470,1000,4000"
     ),
     levels: Annotated[
         str, typer.Option(help="Which levels of caching, separated by commas.")
@@ -184,9 +184,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _show_prefix(rows: list[Row], console: Console) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Time to first token, lookup and transfer included; medians; against cold")
+    table = Table(title="Time to first token, lookup and transfer included; medians", box=box.SIMPLE_HEAD)
     for name in ("level", "scenario"):
         table.add_column(name, no_wrap=True)
     for name in ("prompt", "reused", "TTFT ms", "ms/token", "sooner by"):
@@ -206,9 +207,10 @@ def _show_prefix(rows: list[Row], console: Console) -> None:
 
 
 def _show_decode(rows: list[Row], console: Console) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Time per output token; median")
+    table = Table(title="Time per output token; medians", box=box.SIMPLE_HEAD)
     table.add_column("contender", no_wrap=True)
     for name in ("prompt", "ms/token", "of engine's", "least to most"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -62,7 +62,7 @@ class PrefixTarget(Protocol):
 class PrefixWorkload:
     """`num_requests` repetitions of each; the first of all is a warm-up and left out."""
 
-    context_tokens: tuple[int, ...] = (470, 1024, 4096)
+    context_tokens: tuple[int, ...] = (470, 1000, 4000)
     levels: tuple[str, ...] = tuple(LEVELS)
     num_requests: int = 3
     max_new_tokens: int = 8
