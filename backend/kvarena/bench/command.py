@@ -187,7 +187,7 @@ def _show_prefix(rows: list[Row], console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Time to first token, lookup and transfer included; medians", box=box.SIMPLE_HEAD)
+    table = Table(title="Time to first token, lookup and transfer included; medians", box=box.SIMPLE_HEAD, collapse_padding=True)
     for name in ("level", "scenario"):
         table.add_column(name, no_wrap=True)
     for name in ("prompt", "reused", "TTFT ms", "ms/token", "sooner by"):
@@ -210,7 +210,7 @@ def _show_decode(rows: list[Row], console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Time per output token; medians", box=box.SIMPLE_HEAD)
+    table = Table(title="Time per output token; medians", box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("contender", no_wrap=True)
     for name in ("prompt", "ms/token", "of engine's", "least to most"):
         table.add_column(name, justify="right", no_wrap=True)
