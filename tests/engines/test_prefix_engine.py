@@ -13,6 +13,7 @@ from kvarena.api.engine import Sampling
 from kvarena.engines.hf_model import HFModel
 from kvarena.engines.prefix.engine import PrefixEngine
 from prefix_engine import GREEDY, Prefix, make_prefix
+from tiny_models import save_tiny_model
 
 NUM_PROMPTS = 60
 
@@ -53,6 +54,13 @@ def test_seeded_samples_are_generates(any_prefix: Prefix) -> None:
         expected = any_prefix.generate(prompt, sampling)
         assert any_prefix.ask(prompt, sampling).token_ids == expected
         assert any_prefix.ask(prompt, sampling).token_ids == expected, "the same from the kept logits"
+
+
+def test_a_window_that_slides(tmp_path: Path) -> None:
+    prefix = make_prefix(save_tiny_model(tmp_path, "mistral", sliding_window=24), min_tokens=4)
+    for prompt in prompts_with_shared_parts(prefix.engine.model.vocab_size, 12, seed=13):
+        assert prefix.ask(prompt).token_ids == prefix.generate(prompt)
+    prefix.engine.close()
 
 
 def test_after_evictions(model_folders: dict[str, Path]) -> None:
