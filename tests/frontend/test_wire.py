@@ -1,0 +1,24 @@
+"""What a contender says of itself decides what it is asked, and whether its reports are fetched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from wire import Sampling, Server, completion_request
+
+MODEL = {"id": "demo", "max_model_len": 4096}
+BLEND = {"contender": "blend", "policies": ["none"], "defaults": {"policy": "none", "ratio": 0.1}, "separator": "|"}
+
+
+@pytest.mark.parametrize(
+    ("offer", "blends", "keeps_reports"),
+    [(None, False, False), (BLEND, True, True), ({"contender": "prefix", "defaults": {}}, False, True)],
+)
+def test_what_a_server_is(offer: dict[str, Any] | None, blends: bool, keeps_reports: bool) -> None:
+    server = Server.read(MODEL, offer)
+    assert (server.model, server.max_model_len) == ("demo", 4096)
+    assert (server.blend is not None, server.keeps_reports) == (blends, keeps_reports)
+    body = completion_request(server, [], Sampling(policy="none", ratio=0.5))
+    assert ("kv_transfer_params" in body) == blends
