@@ -187,7 +187,8 @@ def _show_prefix(rows: list[Row], console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Time to first token, lookup and transfer included; medians", box=box.SIMPLE_HEAD, collapse_padding=True)
+    title = "Time to first token, lookup and transfer included; medians"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
     for name in ("level", "scenario"):
         table.add_column(name, no_wrap=True)
     for name in ("prompt", "reused", "TTFT ms", "ms/token", "sooner by"):
