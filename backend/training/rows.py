@@ -1,0 +1,164 @@
+"""Training rows: a town's chunks as context, and behind it branches with questions and answers.
+
+    <s>system<user><note>chunk<note>chunk<note>      |  question<assistant>answer</s>[<user>follow-up<assistant>...]
+    context, padded to `context_tokens`              |  branches, together padded to `branch_tokens`
+
+Every branch goes on at the context's end: its positions start there, and it sees the context and itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from curriculum import Mix, RowShape
+from tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, PAD_ID, USER_ID
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from kvarena.context import join_chunks
+from kvarena.worlds import chat
+from kvarena.worlds.questions import Question, Quiz
+from kvarena.worlds.sentence import Chunk, chunk_text
+from kvarena.worlds.town import TownShape, write_town
+
+KINDS = (
+    "single", "same_person", "same_shop", "same_street", "same_day", "nickname", "unanswerable", "followup", "history"
+)  # fmt: skip
+_TURN_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`targets` (B, T) are the next tokens, `labels` (B, T) what kind of target: -1 none, 0 context, 1 + kind."""
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    labels: Tensor
+    branch_mask: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Without padding."""
+        return int((self.ids != PAD_ID).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+
+class TextCoder:
+    """Token ids of texts that stand alone between special tokens; the same few sentences come again and again."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self.encode = lru_cache(50_000)(self._encode)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def context(self, system: str, texts: Sequence[str], separator: str) -> list[int]:
+        """Everything before the first question, which then tokenises as if it stood alone (but see `question`)."""
+        shared = join_chunks(texts, separator)
+        return [BOS_ID, *self._encode(system), USER_ID, *self._encode(shared.rstrip(" "))]
+
+    def question(self, text: str, separator: str) -> tuple[int, ...]:
+        """The first question: behind nothing at all its first word lacks the space it has elsewhere."""
+        return self.encode(f".{text}")[len(self.encode(".")) :] if separator == "" else self.encode(text)
+
+    def branch(self, question: Question, separator: str) -> tuple[list[int], list[int]]:
+        """Token ids and their labels."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, turn in enumerate(question.turns):
+            asked = (USER_ID, *self.encode(turn.question)) if index else self.question(turn.question, separator)
+            answer = (*self.encode(turn.answer), EOS_ID)
+            ids += [*asked, ASSISTANT_ID, *answer]
+            kind = kind_name(question) if index == len(question.history) else "history"
+            labels += [0] * (len(asked) + 1) + [1 + KINDS.index(kind)] * len(answer)
+        return ids, labels
+
+
+def make_batch(coder: TextCoder, shape: RowShape, mix: Mix, rng: random.Random) -> Batch:
+    start, end = shape.context_tokens, shape.context_tokens + shape.branch_tokens
+    ids = np.full((shape.num_rows, end), PAD_ID, np.int64)
+    targets, positions = ids.copy(), np.zeros_like(ids)
+    labels, branches = np.full_like(ids, -1), np.full_like(ids, -1)
+    for row in range(shape.num_rows):
+        _fill_row(coder, shape, mix, rng, ids[row], positions[row], targets[row], labels[row], branches[row])
+    own = (branches[:, start:, None] == branches[:, None, :]) & np.tri(end - start, end, start, dtype=bool)
+    seen = own | (branches[:, None, :] == 0)
+    return Batch(*(torch.from_numpy(array) for array in (ids, positions, targets, labels, seen[:, None])))
+
+
+def _fill_row(
+    coder: TextCoder,
+    shape: RowShape,
+    mix: Mix,
+    rng: random.Random,
+    ids: np.ndarray,
+    positions: np.ndarray,
+    targets: np.ndarray,
+    labels: np.ndarray,
+    branches: np.ndarray,
+) -> None:
+    separator = rng.choice(mix.separators) if mix.separators else chat.random_separator(rng)
+    chunks, context = _context(coder, shape, mix, rng, separator)
+    n = len(context)
+    ids[:n], positions[:n], branches[:n] = context, np.arange(n), 0
+    targets[: n - 1], labels[: n - 1] = context[1:], 0
+    at = shape.context_tokens
+    asked = pick_questions(Quiz(chunks, rng, mix.num_wordings), mix, shape.branch_tokens // _TURN_TOKENS, rng)
+    for number, question in enumerate(asked, 1):
+        branch, branch_labels = coder.branch(question, separator)
+        end = at + len(branch)
+        if end > len(ids):
+            break
+        ids[at:end], positions[at:end], branches[at:end] = branch, n + np.arange(end - at), number
+        targets[at : end - 1] = branch[1:]
+        labels[at : end - 1] = branch_labels[1:]
+        at = end
+
+
+def _context(
+    coder: TextCoder, shape: RowShape, mix: Mix, rng: random.Random, separator: str
+) -> tuple[list[Chunk], list[int]]:
+    """As many chunks of a new town as fit; the last one ends early."""
+    system = chat.SYSTEM_PROMPT if mix.has_usual_system else chat.random_system_prompt(rng)
+    chunk_tokens = min(rng.choice(mix.chunk_tokens), shape.context_tokens // 3)
+    town = TownShape(
+        num_chunks=max(2, round(1.1 * shape.context_tokens / chunk_tokens)),
+        chunk_tokens=chunk_tokens,
+        num_relations=rng.choice(mix.num_relations),
+        across_ratio=mix.across_ratio,
+        links=mix.links,
+        num_wordings=mix.num_wordings,
+    )
+    chunks = write_town(rng, town)
+    if rng.random() < mix.shuffle_ratio:
+        rng.shuffle(chunks)
+    while len(ids := coder.context(system, [chunk_text(chunk) for chunk in chunks], separator)) > shape.context_tokens:
+        chunks[-1] = chunks[-1][:-1]
+        if not chunks[-1]:
+            chunks.pop()
+    return chunks, ids
+
+
+def pick_questions(quiz: Quiz, mix: Mix, count: int, rng: random.Random) -> list[Question]:
+    """About `count` turns in random order; across chunks more often than they come."""
+    num_unanswerable, num_followups = round(count * mix.unanswerable_ratio), round(count * mix.followup_ratio / 2)
+    special = quiz.unanswerable(num_unanswerable) + quiz.followups(num_followups)
+    weights = {"single": 1.0, "across": mix.across_weight}
+    facts = quiz.all_facts()
+    facts.sort(key=lambda asked: rng.random() ** (1 / weights[asked.kind]), reverse=True)
+    picked = facts[: max(0, count - len(special))] + special
+    rng.shuffle(picked)
+    return picked
+
+
+def kind_name(question: Question) -> str:
+    return question.detail if question.kind == "across" else question.kind
