@@ -72,7 +72,7 @@ LONGEST = RowShape(4096, 768, 1)
 STAGES = (
     Stage(
         "few",
-        0.14,
+        0.06,
         0.85,
         ((FEW, 1.0),),
         Mix((16, 20, 24), (1, 1, 2), links=(), unanswerable_ratio=0.0, followup_ratio=0.0, num_wordings=1),
@@ -80,20 +80,20 @@ STAGES = (
     ),
     Stage(
         "binding",
-        0.20,
+        0.10,
         0.85,
         ((FEW, 0.3), (BINDING, 0.7)),
         Mix((20, 30, 40), (1, 2, 2), links=(), unanswerable_ratio=0.0, followup_ratio=0.0),
         0.3,
     ),
-    Stage("mixed", 0.28, 0.90, ((SHORT, 1.0),), Mix((20, 30, 40), (1, 2, 3)), 0.2),
+    Stage("mixed", 0.14, 0.90, ((SHORT, 1.0),), Mix((20, 30, 40), (1, 2, 3)), 0.2),
     Stage(
-        "across", 0.42, 0.95, ((SHORT, 0.3), (MIDDLE, 0.7)), Mix((24, 32, 48, 64), (2, 3, 5, 8), across_weight=7.0), 0.1
+        "across", 0.22, 0.95, ((SHORT, 0.3), (MIDDLE, 0.7)), Mix((24, 32, 48, 64), (2, 3, 5, 8), across_weight=7.0), 0.1
     ),
-    Stage("notes", 0.62, 0.97, ((MIDDLE, 0.35), (NOTES, 0.65)), Mix((32, 48, 64, 100), (3, 5, 6, 8)), 0.05),
+    Stage("notes", 0.42, 0.97, ((MIDDLE, 0.35), (NOTES, 0.65)), Mix((32, 48, 64, 100), (3, 5, 6, 8)), 0.05),
     Stage(
         "long",
-        0.88,
+        0.72,
         0.98,
         ((MIDDLE, 0.15), (NOTES, 0.4), (LONG, 0.45)),
         Mix((48, 64, 100, 150), (3, 5, 8), links=DEFAULT_LINKS),
