@@ -1,10 +1,11 @@
-"""What the page is told from outside: the contenders, the chunk folder, an API key.
+"""What the page is told from outside: the contenders, the folders of chunks and of results, an API key.
 
 The environment is read here and nowhere else in the frontend. Without any of the variables the page expects the
-stack's default ports and the repository's `data/`.
+stack's default ports, the repository's `data/` and its `results/`.
 
     KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}
     KVARENA_DATA_DIR     folder of chunk files
+    KVARENA_RESULTS_DIR  folder of result files
     KVARENA_API_KEY      sent to every contender as a bearer token
     KVARENA_TIMEOUT_S    longest silence of a server, in seconds
 """
@@ -17,7 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DEFAULT_DATA_DIR = Path(__file__).resolve().parent.parent / "data"
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_DATA_DIR = ROOT / "data"
+DEFAULT_RESULTS_DIR = ROOT / "results"
+SHIPPED_RESULTS_DIR = ROOT / "docs" / "results"
 DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_SEPARATOR = " # # "
 
@@ -47,6 +51,7 @@ DEFAULT_CONTENDERS = (
 class Settings:
     contenders: tuple[Contender, ...] = DEFAULT_CONTENDERS
     data_dir: Path = DEFAULT_DATA_DIR
+    results_dir: Path = DEFAULT_RESULTS_DIR
     api_key: str = field(default="", repr=False)
     timeout_s: float = DEFAULT_TIMEOUT_S
 
@@ -56,6 +61,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     return Settings(
         contenders=_contenders(environment.get("KVARENA_CONTENDERS", "")),
         data_dir=Path(environment.get("KVARENA_DATA_DIR") or DEFAULT_DATA_DIR),
+        results_dir=Path(environment.get("KVARENA_RESULTS_DIR") or DEFAULT_RESULTS_DIR),
         api_key=environment.get("KVARENA_API_KEY", ""),
         timeout_s=_seconds(environment.get("KVARENA_TIMEOUT_S", "")),
     )

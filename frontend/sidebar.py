@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Final
 
 import streamlit as st
 from streamlit_sortables import sort_items  # type: ignore[import-untyped]
@@ -19,6 +20,7 @@ from wire import Sampling
 
 NUM_DEFAULT_CHUNKS = 6
 POLL_S = 4.0
+KEEP: Final = "session"  # what a widget holds outlives a look at another page
 SORTABLE_STYLE = """
 .sortable-component.vertical .sortable-container { padding: 0; background: #f3f5f9; }
 .sortable-container-body { padding: 0; background: #f3f5f9; }
@@ -79,11 +81,12 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
     chosen = {
         name: session
         for name, session in state.chat_sessions().items()
-        if st.checkbox(session.contender.title, value=True, key=f"run-{name}")
+        if st.checkbox(session.contender.title, value=True, key=f"run-{name}", persist_state=KEEP)
     }
     in_sequence = st.toggle(
         "One after the other",
         key="in-sequence",
+        persist_state=KEEP,
         help="Off: both answer at the same time. On: the second one is asked when the first is done, so that they "
         "can't slow each other down where they share a machine.",
     )
@@ -119,11 +122,12 @@ def _draw_context(chunks: dict[str, TextChunk]) -> Context:
         "Chunks",
         list(chunks),
         key="chunks",
+        persist_state=KEEP,
         placeholder="Pick chunks",
         help=f"Text files of {state.page_settings().data_dir}. New files show up by themselves.",
     )
     order = _draw_order(picked)
-    system = st.text_area("System prompt", key="system-prompt", height=80)
+    system = st.text_area("System prompt", key="system-prompt", height=80, persist_state=KEEP)
     return Context(system.strip(), tuple(chunks[name] for name in order), state.separator())
 
 
@@ -152,17 +156,30 @@ def _draw_sampling() -> Sampling:
         st.subheader("Reuse")
         default = offer.policies.index(offer.policy) if offer.policy in offer.policies else 0
         policy = st.selectbox(
-            "Policy", offer.policies, index=default, key="policy", help="Which reused tokens are recomputed."
+            "Policy",
+            offer.policies,
+            index=default,
+            key="policy",
+            persist_state=KEEP,
+            help="Which reused tokens are recomputed.",
         )
         ratio = st.slider(
-            "Ratio", 0.0, 1.0, offer.ratio, 0.01, key="ratio", help="Share of reused tokens to recompute."
+            "Ratio",
+            0.0,
+            1.0,
+            offer.ratio,
+            0.01,
+            key="ratio",
+            persist_state=KEEP,
+            help="Share of reused tokens to recompute.",
         )
     st.subheader("Answer")
-    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature")
-    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens")
+    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state=KEEP)
+    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens", persist_state=KEEP)
     ignore_eos = st.toggle(
         "Always max tokens",
         key="ignore-eos",
+        persist_state=KEEP,
         help="Goes on after the end of the answer (`ignore_eos`): text of equal length on both sides, "
         "for comparing tokens per second.",
     )

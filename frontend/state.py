@@ -91,12 +91,17 @@ def separator() -> str:
 
 
 def open_chat() -> OpenChat:
-    """The chat of the page's address; a new one, and its key in the address, where there is none."""
-    opened = chat_store().get(st.query_params.get("chat", ""))
-    return opened or new_chat()
+    """The chat of the page's address, else the one that was open before another page was; a new one at first."""
+    key = st.query_params.get("chat") or st.session_state.get("chat", "")
+    opened = chat_store().get(key)
+    return _remember(opened) if opened else new_chat()
 
 
 def new_chat() -> OpenChat:
-    opened = chat_store().new()
-    st.query_params["chat"] = opened.chat.key
+    return _remember(chat_store().new())
+
+
+def _remember(opened: OpenChat) -> OpenChat:
+    """In the address, for a reload; and in this session, for a page that is left takes its address along."""
+    st.query_params["chat"] = st.session_state["chat"] = opened.chat.key
     return opened

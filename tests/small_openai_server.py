@@ -18,7 +18,7 @@ from typing import Any
 REQUEST_ID = "chatcmpl-1"
 OFFER = {
     "contender": "blend",
-    "policies": ["kv_deviation", "none", "all"],
+    "policies": ["kv_deviation", "random", "none", "all"],
     "defaults": {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 2},
     "separator": " <sep> ",
 }

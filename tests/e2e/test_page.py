@@ -16,6 +16,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from kvarena.context import load_chunks
 from running_stack import Stack
+from small_eval_result import small_eval_result
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -223,6 +224,27 @@ def test_reload_in_the_middle_keeps_the_partial_turn(page: Page, stack: Stack) -
     expect(page.get_by_test_id("question")).to_have_text(["What does everybody collect?"])
     assert all(len(answer_text(page, name)) > 100 for name in NAMES)
     until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
+
+
+def test_quality_of_a_result_file_and_back_to_the_chat(page: Page, tmp_path: Path) -> None:
+    ask(page, "What does everybody play?")
+    expect_states(page, blend="done", plain="done")
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(small_eval_result()))
+    page.get_by_role("link", name="Quality").click()
+    page.get_by_role("button", name="Open a file").click()
+    page.locator(".st-key-upload input[type=file]").set_input_files(path)
+    expect(page.get_by_role("combobox", name="Result file")).to_have_value("measured.json")
+    page.keyboard.press("Escape")
+    settle(page)
+    charts = page.get_by_test_id("stVegaLiteChart")
+    expect(charts).to_have_count(2)
+    for chart in charts.all():
+        expect(chart.locator("canvas, svg").first).to_be_visible()
+    expect(page.get_by_test_id("stDataFrame").first).to_be_visible()
+
+    page.get_by_role("link", name="Arena").click()
+    expect(page.get_by_test_id("question")).to_have_text(["What does everybody play?"])
 
 
 def test_screenshot(page: Page) -> None:

@@ -126,6 +126,24 @@ def test_reloaded_page_finds_its_chat(small_server, open_page: Open) -> None:
     assert "Who?" not in html(again)
 
 
+def test_the_arena_is_as_it_was_after_a_look_at_another_page(small_server, open_page: Open) -> None:
+    page = open_page(small_server(offer=OFFER), small_server())
+    page.multiselect(key="chunks").set_value(["three", "one"]).run()
+    page.slider(key="ratio").set_value(0.4).run()
+    page.text_area(key="system-prompt").set_value("Be long.").run()
+    page.checkbox(key="run-plain").uncheck().run()
+    page.chat_input[0].set_value("Who?").run()
+    page.switch_page("views/quality.py").run()
+    assert "Who?" not in html(page)
+    page.query_params.clear()
+    page.switch_page("views/arena.py").run()
+    assert "Who?" in html(page)
+    assert page.multiselect(key="chunks").value == ["three", "one"]
+    assert page.slider(key="ratio").value == 0.4
+    assert page.text_area(key="system-prompt").value == "Be long."
+    assert not page.checkbox(key="run-plain").value
+
+
 def test_bad_setting_is_shown_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVARENA_CONTENDERS", "nonsense")
     st.cache_resource.clear()

@@ -82,9 +82,10 @@ def test_examples_that_cant_be_used_are_left_out(tmp_path: Path) -> None:
 
 def test_settings_come_from_the_environment() -> None:
     entry = {"name": "mine", "title": "Mine", "url": "http://host:1/"}
-    settings = read_settings({"KVARENA_CONTENDERS": json.dumps([entry]), "KVARENA_DATA_DIR": "/tmp/chunks"})
+    folders = {"KVARENA_DATA_DIR": "/tmp/chunks", "KVARENA_RESULTS_DIR": "/tmp/results"}
+    settings = read_settings({"KVARENA_CONTENDERS": json.dumps([entry]), **folders})
     assert settings.contenders == (Contender("mine", "Mine", "http://host:1"),)
-    assert settings.data_dir == Path("/tmp/chunks")
+    assert (settings.data_dir, settings.results_dir) == (Path("/tmp/chunks"), Path("/tmp/results"))
     assert read_settings({}).contenders == DEFAULT_CONTENDERS
     assert "secret" not in repr(read_settings({"KVARENA_API_KEY": "secret"}))
 

@@ -163,13 +163,14 @@ def test_without_a_compiler_nothing_is_compiled(home: Home, tmp_path: Path, monk
 
 
 def test_the_page_knows_its_contenders(home: Home, tmp_path: Path) -> None:
-    _, services = make(home, tmp_path, data_dir=tmp_path)
+    _, services = make(home, tmp_path, data_dir=tmp_path, results_dir=tmp_path / "results")
     environment = services["page"].environment
     assert json.loads(environment["KVARENA_CONTENDERS"]) == [
         {"name": "blend", "title": "vLLM with LMCache", "url": "http://127.0.0.1:8000"},
         {"name": "plain", "title": "vLLM without LMCache", "url": "http://127.0.0.1:8001"},
     ]
     assert environment["KVARENA_DATA_DIR"] == str(tmp_path)
+    assert environment["KVARENA_RESULTS_DIR"] == str(tmp_path / "results")
 
 
 def _with_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: str) -> None:

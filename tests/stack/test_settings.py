@@ -102,9 +102,10 @@ def test_port_rule(env_file: Path) -> None:
 
 def test_relative_folders_count_from_the_project(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(env_file.parent)
-    env_file.write_text("DATA_DIR=notes\nLOCAL_HF_HOME=~/models\n")
+    env_file.write_text("DATA_DIR=notes\nRESULTS_DIR=measured\nLOCAL_HF_HOME=~/models\n")
     settings = load_settings(env_file)
     assert settings.data_dir == project_root() / "notes"
+    assert settings.results_dir == project_root() / "measured"
     assert settings.local_hf_home == Path.home() / "models"
 
 
@@ -118,5 +119,5 @@ def test_the_example_lists_every_key_with_its_default(env_file: Path) -> None:
     env_file.write_text("\n".join(settings))
     shown, defaults = load_settings(env_file), load_settings(env_file.with_name("none"))
     assert shown.ports == defaults.ports
-    for name in ("contenders", "profile", "ui", "data_dir", "lmcache_gb", "hf_token", "local_hf_home"):
+    for name in ("contenders", "profile", "ui", "data_dir", "results_dir", "lmcache_gb", "hf_token", "local_hf_home"):
         assert getattr(shown, name) == getattr(defaults, name)

@@ -35,6 +35,7 @@ class Plan:
     blend: BlendConfig
     ports: Ports
     data_dir: Path
+    results_dir: Path
     hf_home: Path | None
     lmcache_gb: float
     prefix_cache_gb: float
@@ -83,6 +84,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         blend=_blend_config(settings, model, home),
         ports=settings.ports,
         data_dir=settings.data_dir,
+        results_dir=settings.results_dir,
         hf_home=settings.local_hf_home,
         lmcache_gb=settings.lmcache_gb,
         prefix_cache_gb=settings.prefix_cache_gb,

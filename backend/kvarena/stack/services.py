@@ -191,6 +191,7 @@ def _page(plan: Plan, home: Home) -> Service:
             **COMMON_ENVIRONMENT,
             "KVARENA_CONTENDERS": json.dumps(contenders),
             "KVARENA_DATA_DIR": str(plan.data_dir),
+            "KVARENA_RESULTS_DIR": str(plan.results_dir),
         },
         directory=str(script.parent),
     )

@@ -56,6 +56,7 @@ class Settings(BaseSettings):
     hf_token: SecretStr | None = None
     local_hf_home: Path | None = None
     data_dir: Path = Path("data")
+    results_dir: Path = Path("results")
     ui: bool = True
 
     port_base: PortBase | None = None
@@ -86,7 +87,7 @@ class Settings(BaseSettings):
     def _each_once_in_the_known_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in CONTENDERS if name in value)
 
-    @field_validator("data_dir", "local_hf_home")
+    @field_validator("data_dir", "results_dir", "local_hf_home")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         """Relative paths of the environment and of `.env` count from the project's folder."""

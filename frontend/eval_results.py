@@ -1,0 +1,186 @@
+"""A result file of `kvarena eval`, as data: how well each way of answering did, and every single answer.
+
+Reads and checks; draws nothing and knows nothing of Streamlit. A figure that the file doesn't have is None, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+BENCHMARK = "eval"
+ALL_KINDS = "all"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and where it may lie."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A contender and how it was asked. The other three are None where it doesn't blend."""
+
+    contender: str
+    policy: str | None = None
+    ratio: float | None = None
+    check_layer: int | None = None
+
+    @property
+    def label(self) -> str:
+        """As a result's settings name it."""
+        parts = [self.contender, self.policy, None if self.ratio is None else f"{100 * self.ratio:g} %"]
+        parts.append(None if self.check_layer is None else f"layer {self.check_layer}")
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a variant did on the questions of one kind, or on all of them.
+
+    `recomputed_ratio` is the share of the chunks' tokens that was recomputed, `reused_ratio` that of the prompt which
+    was not.
+    """
+
+    variant: Variant
+    kind: str
+    num_questions: int
+    num_failed: int
+    num_unparsed: int
+    exact_match: Interval | None
+    exact_match_vs_reference: Interval | None
+    f1: Interval | None
+    agreement: Interval | None
+    first_token_kl: Interval | None
+    ttft_median_ms: float | None
+    ttft_p95_ms: float | None
+    reused_ratio: float | None
+    recomputed_ratio: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`outcome` is answered, unparsed or failed; `detail` says why it failed."""
+
+    text: str
+    outcome: str
+    exact_match: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    gold: tuple[str, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """`answers` is by variant and by the question's place in `questions`; single ones may be missing.
+
+    `reference` is what the others are compared with, as a rule plain vLLM; else a blend that recomputes everything.
+    """
+
+    settings: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    reference: Variant | None
+    rows: tuple[Row, ...]
+    questions: tuple[Question, ...] = ()
+    answers: Mapping[tuple[Variant, int], Answer] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[str]:
+        """In the order of the file, `all` first."""
+        return sorted(dict.fromkeys(row.kind for row in self.rows), key=lambda kind: kind != ALL_KINDS)
+
+    @property
+    def variants(self) -> list[Variant]:
+        return list(dict.fromkeys(row.variant for row in self.rows))
+
+    def rows_of(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row.kind == kind]
+
+
+def read_result(text: str) -> EvalResult | None:
+    """None for JSON that is something else. Raises `ValueError` for what is no JSON or lacks what it should have."""
+    found = json.loads(text)
+    settings = found.get("settings") if isinstance(found, dict) else None
+    if not isinstance(settings, dict) or settings.get("benchmark") != BENCHMARK:
+        return None
+    try:
+        return _read(found)
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"a value has the wrong type: {error}") from error
+
+
+def _read(found: Mapping[str, Any]) -> EvalResult:
+    rows = tuple(_row(entry) for entry in found["rows"])
+    if not rows:
+        raise ValueError("rows is empty")
+    reference = found["settings"].get("reference")
+    return EvalResult(
+        settings=found["settings"],
+        machine=found.get("machine") or {},
+        reference=next((row.variant for row in rows if row.variant.label == reference), None),
+        rows=rows,
+        questions=tuple(_question(entry) for entry in found.get("questions") or ()),
+        answers={(_variant(entry), int(entry["question"])): _answer(entry) for entry in found.get("answers") or ()},
+    )
+
+
+def _variant(entry: Mapping[str, Any]) -> Variant:
+    return Variant(entry["contender"], entry.get("policy"), _number(entry.get("ratio")), entry.get("check_layer"))
+
+
+def _row(entry: Mapping[str, Any]) -> Row:
+    ttft_ms = entry.get("ttft_ms") or {}
+    return Row(
+        variant=_variant(entry),
+        kind=entry["kind"],
+        num_questions=int(entry["num_questions"]),
+        num_failed=int(entry["num_failed"]),
+        num_unparsed=int(entry["num_unparsed"]),
+        exact_match=_interval(entry.get("exact_match")),
+        exact_match_vs_reference=_interval(entry.get("exact_match_vs_reference")),
+        f1=_interval(entry.get("f1")),
+        agreement=_interval(entry.get("agreement")),
+        first_token_kl=_interval(entry.get("first_token_kl")),
+        ttft_median_ms=_number(ttft_ms.get("median")),
+        ttft_p95_ms=_number(ttft_ms.get("p95")),
+        reused_ratio=_number(entry.get("reused_ratio")),
+        recomputed_ratio=_number(entry.get("recomputed_ratio")),
+    )
+
+
+def _answer(entry: Mapping[str, Any]) -> Answer:
+    return Answer(
+        text=entry.get("text") or "",
+        outcome=entry["outcome"],
+        exact_match=_number(entry.get("exact_match")),
+        detail=entry.get("detail") or "",
+    )
+
+
+def _question(entry: Mapping[str, Any]) -> Question:
+    return Question(entry["question"], tuple(entry["answers"]), entry["kind"])
+
+
+def _interval(group: Mapping[str, Any] | None) -> Interval | None:
+    numbers = [_number(group[key]) for key in ("mean", "low", "high")] if group else []
+    mean, low, high = numbers or (None, None, None)
+    return None if mean is None or low is None or high is None else Interval(mean, low, high)
+
+
+def _number(value: Any) -> float | None:
+    number = None if value is None else float(value)
+    return number if number is None or math.isfinite(number) else None

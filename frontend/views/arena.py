@@ -1,0 +1,115 @@
+"""Arena: the same question to every contender, side by side. Draws only; `chat_session.py` does all HTTP.
+
+A script run reads the choices, draws the context and the chat, and then watches the question under way, if any.
+"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+import state
+from chats import OpenChat
+from context_view import TokenCount, context_html, summary
+from errors import ContenderError
+from examples import Example, load_examples
+from history import Context
+from runs import Run
+from sidebar import Choices, choose_chunks, draw_sidebar
+from turns import draw_turns, watch
+
+NUM_EXAMPLES = 4
+
+
+def main() -> None:
+    st.html('<div class="ka-title">KV Arena<small>the same question, with and without reused KV</small></div>')
+    try:
+        opened = state.open_chat()
+        choices = draw_sidebar(opened)
+    except ValueError as error:
+        st.error(str(error))
+        st.stop()
+    draw_context(choices.context)
+    ask(opened, choices)
+    if not opened.chat.turns:
+        draw_examples()
+    view = draw_turns(opened)
+    draw_input(opened, choices)
+    if opened.run and view:
+        watch(opened, opened.run, view)
+
+
+def ask(opened: OpenChat, choices: Choices) -> None:
+    """Turns the question that was typed or clicked into a run, with the choices that are on the page now."""
+    question = st.session_state.pop("asked", "")
+    if question and choices.sessions and not opened.busy:
+        opened.run = Run.of_question(
+            opened.chat,
+            choices.context,
+            question,
+            choices.sessions,
+            choices.sampling,
+            choices.in_sequence,
+        )
+
+
+def draw_input(opened: OpenChat, choices: Choices) -> None:
+    if opened.chat.turns and not opened.busy and not opened.chat.continues(choices.context):
+        st.caption("The context has changed: the next question starts a new conversation over it.")
+    if opened.busy:
+        with st.bottom:
+            st.button("Stop", key="stop", type="primary", on_click=opened.stop)
+    placeholder = "Ask about the chunks" if choices.sessions else "Choose a contender first"
+    st.chat_input(
+        "Answering" if opened.busy else placeholder,
+        key="question",
+        disabled=opened.busy or not choices.sessions,
+        on_submit=_take_question,
+    )
+
+
+def _take_question() -> None:
+    st.session_state["asked"] = (st.session_state["question"] or "").strip()
+
+
+def draw_context(context: Context) -> None:
+    count, problem = _count(context)
+    with st.expander(summary(context, count), expanded=True, key="context-view"):
+        st.html(context_html(context, count))
+        if problem:
+            st.caption(f"Tokens can't be counted now. {problem}")
+
+
+def _count(context: Context) -> tuple[TokenCount | None, str]:
+    """By the first contender that is up; the reason why not, otherwise."""
+    problem = "No contender is up."
+    for session in state.chat_sessions().values():
+        if session.up:
+            try:
+                return state.token_count(session, context), ""
+            except ContenderError as error:
+                problem = str(error)
+    return None, problem
+
+
+def draw_examples() -> None:
+    examples = load_examples(state.page_settings().data_dir, state.chunk_files().keys())
+    if not examples:
+        st.caption("Pick chunks on the left, then ask below.")
+        return
+    st.caption("Pick chunks on the left and ask below, or begin with one of these; it brings its chunks along.")
+    for index, (column, example) in enumerate(zip(st.columns(NUM_EXAMPLES), examples, strict=False)):
+        column.button(
+            example.question,
+            key=f"example-{index}",
+            width="stretch",
+            on_click=_take_example,
+            args=[example],
+        )
+
+
+def _take_example(example: Example) -> None:
+    choose_chunks(example.chunks)
+    st.session_state["asked"] = example.question
+
+
+main()
