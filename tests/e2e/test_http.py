@@ -58,7 +58,7 @@ def test_settings_are_told(stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"policy": "best"}, "kv_deviation, none, all"),
+        ({"policy": "best"}, "kv_deviation, random, none, all"),
         ({"ratio": 1.5}, "from 0 to 1"),
         ({"ratio": "half"}, "from 0 to 1"),
         ({"check_layer": 99}, "from 0 to 4"),

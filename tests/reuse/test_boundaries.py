@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvarena.reuse.plan import as_token_ids
-from kvarena.vllm_plugin.segmenter import Segmenter
+from kvarena.reuse.segmenter import Segmenter
 from tiny_models import random_text, tiny_tokenizer
 
 

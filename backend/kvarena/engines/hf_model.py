@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 class UnsupportedModel(ValueError):
-    """The model's cache isn't one key and one value per token and layer."""
+    """An engine can't use this model; the message says why."""
 
 
 class HFModel:
@@ -39,9 +39,10 @@ class HFModel:
         max_model_len: int | None = None,
         piece_tokens: int = PREFILL_PIECE_TOKENS,
     ) -> None:
-        self._model: Any = model.eval()
+        self.module: Any = model.eval()
+        """The network itself, for work in the model's thread."""
         self.tokenizer = tokenizer
-        config: Any = self._model.config.get_text_config()
+        config: Any = self.module.config.get_text_config()
         own_len = int(getattr(config, "max_position_embeddings", 0) or 0)
         self.max_model_len = max_model_len or own_len
         if self.max_model_len < 1 or (own_len and self.max_model_len > own_len):
@@ -122,26 +123,29 @@ class HFModel:
 
     # -- in the model's thread -------------------------------------------------------------------------------------
 
-    def _forward(self, token_ids: Sequence[int], kv: SequenceKV | None) -> torch.Tensor:
+    def forward(self, token_ids: Sequence[int], **arguments: Any) -> Any:
+        """The network's own output for these tokens; `arguments` are Hugging Face's. Called in the model's thread."""
         self.num_forwards += 1
         self.num_forward_tokens += len(token_ids)
         input_ids = torch.tensor([list(token_ids)], device=self.kv_shape.device)
-        output = self._model(input_ids=input_ids, past_key_values=kv, use_cache=kv is not None, logits_to_keep=1)
-        logits: torch.Tensor = output.logits[0, -1]
+        return self.module(input_ids=input_ids, logits_to_keep=1, **arguments)
+
+    def _forward(self, token_ids: Sequence[int], kv: SequenceKV | None) -> torch.Tensor:
+        logits: torch.Tensor = self.forward(token_ids, past_key_values=kv, use_cache=kv is not None).logits[0, -1]
         return logits
 
     def _probe(self) -> KVShape:
         """Looks at what the model keeps of one token."""
         if os.environ.get("OMP_NUM_THREADS") is None:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
-        device = next(self._model.parameters()).device
-        output = self._model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=True)
+        device = next(self.module.parameters()).device
+        output = self.module(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=True)
         cache = output.past_key_values
         layers = cache.layers if isinstance(cache, DynamicCache) else []
         shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers if _is_plain(layer)}
         if len(shapes) != 1 or not all(_is_plain(layer) for layer in layers):
             raise UnsupportedModel(
-                f"{type(self._model).__name__} doesn't keep one key and one value of a shape per layer"
+                f"{type(self.module).__name__} doesn't keep one key and one value of a shape per layer"
             )
         (keys, values), *_ = shapes
         if keys != values:

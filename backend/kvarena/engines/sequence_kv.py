@@ -56,12 +56,16 @@ class SequenceKV(Cache):
     def capacity(self) -> int:
         return self._memory.capacity
 
+    def extend(self, num_tokens: int) -> torch.Tensor:
+        """Counts so many more tokens as filled. Returns their memory `(L, 2, H_kv, T, D)`, for the caller to fill."""
+        start, end = self.length, self.length + num_tokens
+        self._memory.reserve(end)
+        self._memory.length = end
+        return self.filled(start, end)
+
     def restore(self, kv: torch.Tensor) -> None:
         """Puts kept KV `(L, 2, H_kv, T, D)` behind what is there; from another device it is moved."""
-        memory, end = self._memory, self.length + kv.shape[3]
-        memory.reserve(end)
-        memory.kv[:, :, :, memory.length : end].copy_(kv, non_blocking=True)
-        memory.length = end
+        self.extend(kv.shape[3]).copy_(kv, non_blocking=True)
 
     def filled(self, start: int, end: int) -> torch.Tensor:
         """A view `(L, 2, H_kv, end - start, D)`."""

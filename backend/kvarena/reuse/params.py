@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = ("kv_deviation", "none", "all")
+POLICIES = ("kv_deviation", "random", "none", "all")
 
 
 @dataclass(frozen=True)

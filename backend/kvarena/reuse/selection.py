@@ -76,12 +76,31 @@ class KVDeviation:
         return Selection(reused, Narrowing(self.check_layer, most_deviating) if count else None)
 
 
+@dataclass(frozen=True)
+class RandomTokens:
+    """The `ratio` of reused tokens, drawn uniformly: what a choice by deviation has to beat.
+
+    The same plan always gives the same tokens. No layer is run over all of them first.
+    """
+
+    ratio: float
+    seed: int = 0
+
+    def select(self, plan: ReusePlan, reused_keys: ReusedKeys) -> Selection:
+        reused = reused_positions(plan)
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(len(reused), generator=generator)[: math.ceil(self.ratio * len(reused))]
+        return Selection(reused[drawn.sort().values])
+
+
 def make_policy(params: BlendParams) -> SelectionPolicy:
     """Ratio 0 and 1 need no selection, whatever the policy."""
     if params.recomputes_all:
         return RecomputeAll()
     if params.recomputes_none:
         return RecomputeNone()
+    if params.policy == "random":
+        return RandomTokens(params.ratio)
     return KVDeviation(params.ratio, params.check_layer)
 
 

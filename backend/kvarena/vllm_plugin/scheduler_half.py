@@ -24,11 +24,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvarena.reuse.plan import ReusePlan, TokenIds, as_token_ids
 from kvarena.reuse.planner import Planner
+from kvarena.reuse.segmenter import Segmenter
 from kvarena.vllm_plugin.config import BlendConfig
 from kvarena.vllm_plugin.known_chunks import KnownChunks
 from kvarena.vllm_plugin.messages import BlendJob, BlendJobs, BlendReports, RequestReport
 from kvarena.vllm_plugin.request_params import RequestParams, read_request_params
-from kvarena.vllm_plugin.segmenter import Segmenter
 from kvarena.vllm_plugin.stats import BlendStats
 
 logger = logging.getLogger(__name__)

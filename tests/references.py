@@ -1,4 +1,4 @@
-"""Reuse written out plainly over Hugging Face's Llama, sharing no code with what it checks."""
+"""Reuse written out plainly over Hugging Face's Llama and its kin, sharing no code with what it checks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class CacheBlend(NaiveReuse):
         ids = torch.tensor([self.tokenizer.encode(prompt)])
         reused = [span for span in spans if span["source"] == "reused"]
         end = reused[-1]["end"]
-        cache = self._blended(ids[:, :end], reused)
+        cache = self.blended_kv(ids[:, :end], reused)
         logits = self._forward(cache, ids[:, end:], end)
         tokens = [int(logits.argmax())]
         while len(tokens) < num_tokens:
@@ -73,7 +73,9 @@ class CacheBlend(NaiveReuse):
             tokens.append(int(logits.argmax()))
         return tokens
 
-    def _blended(self, ids: torch.Tensor, reused: list[dict[str, Any]]) -> Any:
+    @torch.inference_mode()
+    def blended_kv(self, ids: torch.Tensor, reused: list[dict[str, Any]]) -> Any:
+        """The cache of `ids` `(1, T)`, behind whose last token no span ends."""
         length = ids.shape[1]
         naive_keys, naive_values, is_reused = self._naive_kv(ids, reused)
         positions = torch.arange(length)
@@ -112,7 +114,10 @@ class CacheBlend(NaiveReuse):
         attention, normed = layer.self_attn, layer.input_layernorm(hidden)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         heads = (1, hidden.shape[1], -1, self.model.config.head_dim)
-        query, key, value = (projection(normed).view(heads).transpose(1, 2) for projection in projections)
+        query, key, value = (projection(normed).view(heads) for projection in projections)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         cos, sin = self.model.model.rotary_emb(hidden, positions[None])
         return (*apply_rotary_pos_emb(query, key, cos, sin), value)
 

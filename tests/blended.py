@@ -1,0 +1,90 @@
+"""A blender over a tiny model, beside the same weights in stock Hugging Face."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kvarena.engines.blend.prefill import BlendedPrefill, HFBlender
+from kvarena.engines.hf_model import HFModel
+from kvarena.reuse.params import BlendParams
+from kvarena.reuse.store import ChunkStore, MemoryStore
+from tiny_models import random_text
+
+SEPARATOR = " # # "
+
+
+def make_prompts(seed: int, count: int, *, first_words: int = 3) -> list[str]:
+    """Prompts over one pool of chunks, several in each, in changing order; with 3 words before them, no chunk's own."""
+    rng = random.Random(seed)
+    pool = [random_text(rng, rng.choice([20, 35, 60])) for _ in range(5)]
+    return [
+        SEPARATOR.join([random_text(rng, first_words), *rng.sample(pool, 4), random_text(rng, 5)]) for _ in range(count)
+    ]
+
+
+@dataclass
+class Blended:
+    model: HFModel
+    reference: Any
+    store: ChunkStore = field(default_factory=lambda: MemoryStore(1 << 28))
+
+    def __post_init__(self) -> None:
+        self.blender = HFBlender(self.model, self.store, separator=SEPARATOR)
+
+    @classmethod
+    def load(cls, folder: Path, **settings: Any) -> Blended:
+        model = HFModel.load(str(folder), device="cpu", dtype="float32")
+        return cls(model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), **settings)
+
+    def encode(self, prompt: str) -> list[int]:
+        return self.model.tokenizer.encode(prompt)
+
+    def prefill(self, ids: list[int], params: BlendParams) -> BlendedPrefill:
+        """Checks the counts of every prefill."""
+        result = self.blender.prefill(ids, params, capacity=64)
+        report = result.report
+        assert report.num_reused_tokens + report.num_recomputed_tokens + report.num_computed_tokens == len(ids)
+        assert min(report.num_reused_tokens, report.num_recomputed_tokens, report.num_computed_tokens) >= 0
+        in_spans = sum(end - start for start, end in report.spans)
+        assert in_spans == report.num_reused_tokens + report.num_recomputed_tokens
+        assert all(left[1] <= right[0] for left, right in itertools.pairwise(report.spans))
+        assert result.kv.length == len(ids)
+        return result
+
+    def greedy(self, result: BlendedPrefill, num_tokens: int) -> list[int]:
+        answer = [int(result.logits.argmax())]
+        while len(answer) < num_tokens:
+            answer.append(int(self.model.decode(result.kv, answer[-1]).argmax()))
+        return answer
+
+    def generate(self, ids: list[int], num_tokens: int) -> list[int]:
+        """Hugging Face's own answer."""
+        prompt = torch.tensor([ids])
+        lengths = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+        output = self.reference.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **lengths)
+        answer: list[int] = output[0, len(ids) :].tolist()
+        return answer
+
+    @torch.inference_mode()
+    def blind(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Naive reuse, as one stock forward in which spans attend to themselves only: KV `(L, 2, H_kv, T, D)` and the
+        last logits. Rotary distances inside a span are the same wherever it stands, so nothing needs moving.
+        """
+        mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        for start, end in spans:
+            mask[start:end, :start] = False
+        cache = DynamicCache()
+        output = self.reference(torch.tensor([ids]), attention_mask=mask[None, None], past_key_values=cache)
+        return cached_kv(cache), output.logits[0, -1]
+
+
+def cached_kv(cache: Any) -> torch.Tensor:
+    """`(L, 2, H_kv, T, D)`."""
+    return torch.stack([torch.cat([layer.keys, layer.values]) for layer in cache.layers])

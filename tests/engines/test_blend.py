@@ -1,0 +1,273 @@
+"""The blend over Hugging Face models against stock forwards of the same weights, on tiny random models in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+from blended import Blended, cached_kv, make_prompts
+from kvarena.engines.blend.blendable import BlendableModel
+from kvarena.engines.blend.prefilled import HFPrefilledModel
+from kvarena.engines.hf_model import HFModel, UnsupportedModel
+from kvarena.reuse.params import BlendParams
+from kvarena.reuse.plan import Chunk, as_token_ids
+from kvarena.reuse.prefilled import Narrowing
+from kvarena.reuse.store import MemoryStore
+from references import CacheBlend
+from tiny_models import FAMILIES, save_tiny_model, tiny_tokenizer
+
+ALL, NONE = BlendParams("all"), BlendParams("none")
+NUM_TOKENS = 16
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+}
+ODD_KEYS: dict[str, dict[str, Any]] = {
+    "cohere": {},
+    "glm": {"pad_token_id": 0, "partial_rotary_factor": 0.5},
+    "phi3": {"pad_token_id": 0, "partial_rotary_factor": 0.5},
+    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0, 1, 0]},
+}
+"""Pairs that lie side by side, dimensions that aren't rotated, layers without rotation."""
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES])
+def any_blended(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Iterator[Blended]:
+    blended = Blended.load(model_folders[request.param])
+    yield blended
+    blended.model.close()
+
+
+@pytest.fixture
+def blended(model_folders: dict[str, Path]) -> Iterator[Blended]:
+    blended = Blended.load(model_folders["llama"])
+    yield blended
+    blended.model.close()
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-3)
+
+
+def assert_exact(blended: Blended, prompts: list[str], params: BlendParams) -> None:
+    """Logits, KV and a greedy answer are those of a full prefill."""
+    for ids in map(blended.encode, prompts):
+        result = blended.prefill(ids, params)
+        kv, logits = blended.blind(ids, [])
+        assert_close(result.kv.filled(0, len(ids)), kv)
+        assert_close(result.logits, logits)
+        assert blended.greedy(result, NUM_TOKENS) == blended.generate(ids, NUM_TOKENS)
+
+
+def assert_blind(blended: Blended, prompts: list[str]) -> None:
+    """Without recomputing, KV and logits are those of spans that see nothing else."""
+    for ids in map(blended.encode, prompts):
+        result = blended.prefill(ids, NONE)
+        assert result.report.num_reused_tokens > 100
+        kv, logits = blended.blind(ids, result.report.spans)
+        assert_close(result.kv.filled(0, len(ids)), kv)
+        assert_close(result.logits, logits)
+
+
+def tiny_model(kind: str, **settings: Any) -> HFModel:
+    """Four layers of a family that is only looked at."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 384, "head_dim": 32, "num_hidden_layers": 4, "max_position_embeddings": 1024}
+    attention = settings.pop("attn_implementation", "sdpa")
+    config = AutoConfig.for_model(kind, **(shape | sizes | settings))
+    torch.manual_seed(0)
+    return HFModel(AutoModelForCausalLM.from_config(config, attn_implementation=attention), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("piece_tokens", [512, 50])
+@pytest.mark.parametrize("params", [ALL, BlendParams(ratio=1.0)], ids=["all", "ratio one"])
+def test_ratio_one_equals_full_prefill(
+    any_blended: Blended, monkeypatch: pytest.MonkeyPatch, params: BlendParams, piece_tokens: int
+) -> None:
+    monkeypatch.setattr(any_blended.model, "piece_tokens", piece_tokens)
+    assert_exact(any_blended, make_prompts(0, 2), params)
+
+
+def test_ratio_zero_equals_chunks_that_see_nothing_else(any_blended: Blended) -> None:
+    assert_blind(any_blended, make_prompts(1, 3))
+
+
+@pytest.mark.parametrize("piece_tokens", [512, 50])
+@pytest.mark.parametrize(("ratio", "check_layer"), [(0.15, 1), (0.4, 2), (0.2, 3)])
+def test_kv_deviation_equals_cacheblend_written_out(
+    any_blended: Blended, monkeypatch: pytest.MonkeyPatch, ratio: float, check_layer: int, piece_tokens: int
+) -> None:
+    monkeypatch.setattr(any_blended.model, "piece_tokens", piece_tokens)
+    reference = CacheBlend(any_blended.reference.config.name_or_path, ratio, check_layer)
+    for ids in map(any_blended.encode, make_prompts(2, 2)):
+        result = any_blended.prefill(ids, BlendParams(ratio=ratio, check_layer=check_layer))
+        spans = [{"start": start, "end": end} for start, end in result.report.spans]
+        end = spans[-1]["end"]
+        kv = cached_kv(reference.blended_kv(torch.tensor([ids[:end]]), spans))
+        assert_close(result.kv.filled(0, end), kv)
+        assert result.report.num_recomputed_tokens == reference.num_selected
+        assert result.report.store_errors == 0
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scaled_frequencies(tmp_path: Path, name: str) -> None:
+    blended = Blended.load(save_tiny_model(tmp_path, rope_parameters={"rope_theta": 1e4, **SCALINGS[name]}))
+    assert_blind(blended, make_prompts(3, 2))
+    assert_exact(blended, make_prompts(3, 1), ALL)
+
+
+@pytest.mark.parametrize("kind", ODD_KEYS)
+def test_keys_that_turn_otherwise(kind: str) -> None:
+    model = tiny_model(kind, **ODD_KEYS[kind])
+    blended = Blended(model, model.module)
+    assert_blind(blended, make_prompts(4, 2))
+    rotations = BlendableModel(model).rotations
+    assert [rotation is not None for rotation in rotations] == [
+        bool(x) for x in ODD_KEYS[kind].get("no_rope_layers", [1] * 4)
+    ]
+
+
+def test_without_chunks_it_is_the_prefill_itself(blended: Blended) -> None:
+    ids = blended.encode(make_prompts(5, 1)[0].replace(" # # ", " "))
+    result = blended.prefill(ids, BlendParams())
+    kv = blended.model.new_kv(len(ids))
+    assert torch.equal(result.logits, blended.model.prefill(kv, ids, lambda: False))
+    assert torch.equal(result.kv.filled(0, len(ids)), kv.filled(0, len(ids)))
+    assert (result.report.num_computed_tokens, result.report.spans) == (len(ids), [])
+
+
+def test_chunks_are_computed_once_wherever_they_stand(blended: Blended) -> None:
+    first, second = map(blended.encode, make_prompts(6, 2))
+    cold = blended.prefill(first, NONE).report
+    assert (cold.store_hits, cold.store_misses) == (0, 4)
+    warm = blended.prefill(second, NONE).report
+    assert warm.store_hits >= 3
+    before = blended.model.num_forward_tokens
+    again = blended.prefill(second, NONE).report
+    assert (again.store_hits, again.store_misses) == (4, 0)
+    assert blended.model.num_forward_tokens - before == again.num_computed_tokens < 40
+
+
+def test_known_chunks_are_found_without_separators(blended: Blended) -> None:
+    (prompt,) = make_prompts(7, 1)
+    blended.prefill(blended.encode(prompt), NONE)
+    ids = blended.encode(prompt.replace(" # # ", " old road "))
+    result = blended.prefill(ids, NONE)
+    assert result.report.num_reused_tokens > len(ids) / 2
+    assert_close(blended.prefill(ids, ALL).logits, blended.blind(ids, [])[1])
+
+
+def test_what_begins_the_prompt_is_exact_and_not_chosen(blended: Blended) -> None:
+    ids = blended.encode(make_prompts(8, 1, first_words=40)[0])
+    report = blended.prefill(ids, BlendParams(ratio=1e-6)).report
+    assert report.spans[0][0] == 0
+    result = blended.prefill(ids, BlendParams(ratio=0.5))
+    (_, end), *others = result.report.spans
+    assert result.report.num_recomputed_tokens == -(-sum(high - low for low, high in others) // 2)
+    assert_close(result.kv.filled(0, end), blended.blind(ids, [])[0][:, :, :, :end])
+
+
+def test_random_recomputes_the_same_share_each_time(blended: Blended) -> None:
+    ids = blended.encode(make_prompts(9, 1)[0])
+    results = [blended.prefill(ids, BlendParams("random", ratio=0.25)) for _ in range(2)]
+    assert torch.equal(results[0].logits, results[1].logits)
+    report = results[1].report
+    reused = torch.cat([torch.arange(start, end) for start, end in report.spans])
+    assert report.num_recomputed_tokens == -(-len(reused) // 4)
+    blind, _ = blended.blind(ids, report.spans)
+    deviation = (results[1].kv.filled(0, len(ids)) - blind)[-1, :, :, reused].abs().amax(dim=(0, 1, 3))
+    # A chosen token of the first chunk may have nothing new to see.
+    assert report.num_recomputed_tokens * 0.8 < (deviation > 2e-3).sum() <= report.num_recomputed_tokens
+
+
+@pytest.mark.parametrize("loses", ["everything", "every other", "with an error", "shapes"])
+def test_a_bad_store_costs_time_only(model_folders: dict[str, Path], loses: str) -> None:
+    class BadStore(MemoryStore):
+        def get_many(self, chunks: list[Chunk]) -> list[torch.Tensor | None]:
+            found = super().get_many(chunks)
+            if loses == "with an error":
+                raise ConnectionError("store is down")
+            if loses == "shapes":
+                return [kv if kv is None else kv[:, :, :5] for kv in found]
+            return [None if loses == "everything" or i % 2 else kv for i, kv in enumerate(found)]
+
+    blended = Blended.load(model_folders["llama"], store=BadStore(1 << 28))
+    prompts = make_prompts(10, 3)
+    assert_exact(blended, prompts, ALL)
+    result = blended.prefill(blended.encode(prompts[0]), BlendParams(ratio=0.3))
+    if loses in ("with an error", "shapes"):
+        assert result.report.store_errors == 1
+        assert_close(result.logits, blended.blind(blended.encode(prompts[0]), [])[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "length of the text",
+        ),
+        ("mistral", {"sliding_window": 512}, "window of 512 tokens is shorter than the context of 1024"),
+        ("gemma3_text", {}, "sliding|several rotary"),
+        ("gpt2", {"n_embd": 64, "n_head": 2, "n_layer": 4}, "without rotary embeddings"),
+        ("llama", {"attn_implementation": "eager"}, "attention is 'eager'"),
+        (
+            "phi3",
+            {
+                "pad_token_id": 0,
+                "original_max_position_embeddings": 512,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 16,
+                    "long_factor": [2.0] * 16,
+                },
+            },
+            "longrope",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cant_be_blended_is_refused(kind: str, settings: dict[str, Any], reason: str) -> None:
+    model = tiny_model(kind, **settings)
+    with pytest.raises(UnsupportedModel, match=f"can't be blended: .*({reason})"):
+        BlendableModel(model)
+    model.close()
+
+
+def test_keys_that_turn_otherwise_than_their_table_says_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k * cos[:, None]))
+    with pytest.raises(UnsupportedModel, match="keys of layer 0 don't turn"):
+        BlendableModel(model)
+    model.close()
+
+
+def test_a_check_layer_beyond_the_last_is_refused(blended: Blended) -> None:
+    with pytest.raises(ValueError, match="check_layer must be from 0 to 3, not 4"):
+        blended.prefill(blended.encode("old road"), BlendParams(check_layer=4))
+
+
+def test_hooks_are_gone_after_a_failure(blended: Blended) -> None:
+    def fail(positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"{len(positions)} positions, keys {tuple(keys.shape)}")
+
+    engine = BlendableModel(blended.model)
+    prompt = HFPrefilledModel(engine, as_token_ids(range(2, 50)), blended.model.new_kv(48))
+    with pytest.raises(RuntimeError, match=r"48 positions, keys \(48, 2, 32\)"):
+        blended.model.run(prompt.forward, torch.arange(48), Narrowing(2, fail))
+    assert not any(layer._forward_pre_hooks for layer in engine.layers)
