@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvarena.bench.command import app as bench
+from kvarena.bench.quality.command import evaluate
 from kvarena.worlds.command import worlds
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Serve one model with several ways of reusing its KV cache, side by side.",
 )
 
 app.add_typer(bench, name="bench")
+app.command("eval")(evaluate)
 app.command()(worlds)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from kvarena.bench.console import explained, integers, progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from kvarena.bench.results import Row
     from kvarena.engines.prefix.engine import PrefixEngine
 
-app = typer.Typer(no_args_is_help=True, help="Measure contenders and save the figures.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure contenders and save the figures.")
 
 
 @app.command()
@@ -56,16 +58,16 @@ def prefix(
     from kvarena.bench.results import load_results, save_results
 
     console = Console(stderr=as_json)
-    with _explained():
+    with explained():
         workload = prefix_bench.PrefixWorkload(
-            context_tokens=_numbers(context_tokens),
+            context_tokens=integers(context_tokens),
             levels=tuple(level.strip() for level in levels.split(",")),
             num_requests=num_requests,
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
         target, described = _target(url, model, shape, cache_gb, storage)
-        with _progress(workload.num_steps, console) as advance:
+        with progress(workload.num_steps, console) as advance:
             rows = prefix_bench.run(target, workload, advance)
     save_results(output, prefix_bench.settings(workload, **described), rows)
     image = output.with_suffix(".png")
@@ -98,14 +100,14 @@ def decode(
     from kvarena.bench.results import load_results, save_results
 
     console = Console(stderr=as_json)
-    with _explained():
-        workload = decode_bench.DecodeWorkload(_numbers(context_tokens), max_new_tokens, num_requests, seed)
+    with explained():
+        workload = decode_bench.DecodeWorkload(integers(context_tokens), max_new_tokens, num_requests, seed)
         contenders = {url: decode_bench.server_decode(url, os.environ.get("KVARENA_API_KEY", ""))} if url else {}
         with _model_folder(model, shape) as folder:
             engine = _engine(folder, model, shape, cache_gb=0.0, storage="cpu")
             reference = decode_bench.generate_decode(folder, engine.model, random_weights=shape is not None)
         contenders |= {decode_bench.ENGINE: decode_bench.engine_decode(engine), decode_bench.GENERATE: reference}
-        with _progress(workload.num_steps, console) as advance:
+        with progress(workload.num_steps, console) as advance:
             rows = decode_bench.run(contenders, engine.model.vocab_size, workload, advance)
     settings = {"benchmark": "decode", "model": engine.model_name, "url": url, **vars(workload)}
     save_results(output, settings, rows)
@@ -152,35 +154,6 @@ def _engine(folder: str, model: str | None, shape: str | None, cache_gb: float, 
 
     loaded = HFModel.load(folder, random=shape is not None)
     return PrefixEngine(loaded, shape or model or "demo", cache_bytes=int(cache_gb * 2**30), storage=storage)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """What a user can put right is told in a line."""
-    from rich.console import Console
-
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def _progress(num_steps: int, console: Console) -> Iterator[Callable[[], None]]:
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("measuring", total=num_steps)
-        yield lambda: bar.advance(task)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no list of numbers separated by commas") from error
 
 
 def _show_prefix(rows: list[Row], console: Console) -> None:

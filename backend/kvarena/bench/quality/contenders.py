@@ -1,0 +1,63 @@
+"""Which contenders are asked: servers by address, services of the running stack by name, or engines in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from kvarena.bench.quality.answers import Answerer
+from kvarena.bench.quality.in_process import CONTENDERS, BlendAnswerer, PlainAnswerer
+from kvarena.bench.quality.over_http import HTTPAnswerer
+from kvarena.engines.hf_model import HFModel
+from kvarena.stack.home import Home
+from kvarena.stack.model import find_model
+from kvarena.stack.record import read_record
+from kvarena.stack.settings import CONTENDERS as STACK_CONTENDERS
+from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+
+
+def servers(wanted: Sequence[str], timeout_s: float, has_logprobs: bool) -> dict[str, Answerer]:
+    """`wanted` are names of the running stack, or `name=address`; all of the stack's when empty.
+
+    Raises `ValueError` for a name that doesn't run and for an address at which nothing answers.
+    """
+    record = read_record(Home.find())
+    running = {
+        service.name: service.address
+        for service in (record.services if record else ())
+        if service.name in STACK_CONTENDERS
+    }
+    if not wanted and not running:
+        raise ValueError("nothing runs; start the stack with kvarena up, or name servers: --contender name=address")
+    addresses = dict(_address(given, running) for given in wanted) if wanted else running
+    key = os.environ.get("KVARENA_API_KEY", "")
+    return {name: HTTPAnswerer(name, url, key, timeout_s, has_logprobs) for name, url in addresses.items()}
+
+
+def engines(wanted: Sequence[str], model: str | None, separator: str | None, store_gb: float) -> dict[str, Answerer]:
+    """`plain`, `blend` or both on a model in this process; they share its weights. Raises `ValueError`, `OSError`."""
+    if unknown := [name for name in wanted if name not in CONTENDERS]:
+        raise ValueError(f"in this process there are {', '.join(CONTENDERS)}, not {unknown[0]!r}")
+    found = find_model(model, "cpu")
+    profile = read_model_profile(found.name)
+    config = BlendConfig(**(profile | ({"separator": separator} if separator is not None else {})))
+    loaded = HFModel.load(found.name)
+    made: dict[str, Answerer] = {}
+    for name in wanted or CONTENDERS:
+        if name == "blend":
+            made[name] = BlendAnswerer(name, loaded, config.separator, config.params, int(store_gb * 2**30))
+        else:
+            made[name] = PlainAnswerer(name, loaded, config.separator)
+    return made
+
+
+def _address(given: str, running: dict[str, str]) -> tuple[str, str]:
+    name, _, url = given.partition("=")
+    if url:
+        return name, url if "://" in url else f"http://{url}"
+    if name not in running:
+        raise ValueError(
+            f"{name} isn't running; running: {', '.join(running) or 'nothing'}. "
+            "Start it with kvarena up --contenders, or give its address: --contender name=address"
+        )
+    return name, running[name]

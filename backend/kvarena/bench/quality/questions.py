@@ -1,0 +1,123 @@
+"""Questions with gold answers on text chunks, from a JSONL file and a folder of chunk files."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvarena.context import TextChunk, load_chunks, load_system_prompt, read_text
+from kvarena.worlds.chat import messages
+from kvarena.worlds.questions import Turn
+
+DEFAULT_KIND = "question"
+
+
+@dataclass(frozen=True)
+class EvalQuestion:
+    """`answers` are all accepted ones. `history` are earlier turns of the same chat, answered by the gold answers."""
+
+    question: str
+    answers: tuple[str, ...]
+    chunks: tuple[TextChunk, ...]
+    kind: str = DEFAULT_KIND
+    detail: str = ""
+    history: tuple[Turn, ...] = ()
+
+    def messages(self, system: str, separator: str) -> list[dict[str, str]]:
+        turns = (*self.history, Turn(self.question, self.answers[0]))
+        return messages([chunk.text for chunk in self.chunks], turns, separator, system)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "answers": list(self.answers),
+            "kind": self.kind,
+            "detail": self.detail,
+            "chunks": [chunk.name for chunk in self.chunks],
+        }
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions over one folder of chunks, and the system prompt that goes with it."""
+
+    system: str
+    questions: tuple[EvalQuestion, ...]
+
+    @property
+    def chunks(self) -> list[TextChunk]:
+        """All that a question uses, each once."""
+        return list(dict.fromkeys(chunk for question in self.questions for chunk in question.chunks))
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(question.kind for question in self.questions))
+
+
+def load_exam(path: Path, folder: Path | None = None, limit: int | None = None) -> Exam:
+    """The questions of a JSONL file over the chunks of a folder, by default the one that the file is in.
+
+    A line is an object with `question` and `answers` (a list, or one text); `chunks` are names of chunk files in the
+    order of the context, all chunks of the folder where it's left out; `kind`, `detail` and `history` (a list of
+    `question` and `answer`) are optional. With `limit`, so many of them, always the same. Raises `ValueError` that
+    names the file and the line.
+    """
+    folder = folder or path.parent
+    chunks = {chunk.name: chunk for chunk in load_chunks(folder)}
+    if not chunks:
+        raise ValueError(f"there are no .txt or .md files in {folder} to ask about")
+    try:
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                questions.append(_question(json.loads(line), chunks))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not questions:
+        raise ValueError(f"{path} has no questions")
+    if limit is not None and limit < len(questions):
+        places = sorted(random.Random(0).sample(range(len(questions)), limit))
+        questions = [questions[place] for place in places]
+    return Exam(load_system_prompt(folder), tuple(questions))
+
+
+def _question(record: Any, chunks: Mapping[str, TextChunk]) -> EvalQuestion:
+    if not isinstance(record, dict):
+        raise ValueError(f"a question is a JSON object, not {record!r}")
+    given = record.get("answers")
+    answers = _texts([given] if isinstance(given, str) else given, "answers")
+    question = record.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question must be a text, not {question!r}")
+    names = _texts(record["chunks"], "chunks") if record.get("chunks") is not None else list(chunks)
+    if unknown := [name for name in names if name not in chunks]:
+        raise ValueError(f"there is no chunk {unknown[0]!r}; the folder has {', '.join(list(chunks)[:20])}")
+    return EvalQuestion(
+        question,
+        tuple(answers),
+        tuple(chunks[name] for name in names),
+        str(record.get("kind") or DEFAULT_KIND),
+        str(record.get("detail") or ""),
+        _history(record.get("history") or []),
+    )
+
+
+def _history(given: Any) -> tuple[Turn, ...]:
+    try:
+        return tuple(Turn(str(turn["question"]), str(turn["answer"])) for turn in given)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"history must be a list of objects with question and answer, not {given!r}") from error
+
+
+def _texts(given: Any, name: str) -> Sequence[str]:
+    if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
+        raise ValueError(f"{name} must be a list of texts, not {given!r}")
+    return given

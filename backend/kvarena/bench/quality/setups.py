@@ -1,0 +1,64 @@
+"""What is compared: a contender with one choice of policy, ratio and check layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvarena.reuse.params import BlendParams
+
+_WITHOUT_RATIO = ("none", "all")
+_WITH_CHECK_LAYER = ("kv_deviation",)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What isn't chosen is None: contenders that don't blend have nothing to choose, `none` and `all` no ratio."""
+
+    contender: str
+    policy: str | None = None
+    ratio: float | None = None
+    check_layer: int | None = None
+
+    @property
+    def label(self) -> str:
+        parts = [self.contender, self.policy, None if self.ratio is None else f"{100 * self.ratio:g} %"]
+        parts.append(None if self.check_layer is None else f"layer {self.check_layer}")
+        return " ".join(part for part in parts if part)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What was chosen, by its name in `kv_transfer_params.kvarena`."""
+        chosen = {"policy": self.policy, "ratio": self.ratio, "check_layer": self.check_layer}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    @property
+    def recomputes_all(self) -> bool:
+        return self.policy is not None and BlendParams(**self.choices).recomputes_all
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("contender", "policy", "ratio", "check_layer")}
+
+
+def blend_setups(
+    contender: str, policies: Sequence[str], ratios: Sequence[float], check_layers: Sequence[int]
+) -> list[Setup]:
+    """Every policy at every ratio, and the check layers for those that have one; no layers: the server's own.
+
+    Raises `ValueError` naming a value that can't be chosen, and the choices.
+    """
+    setups = []
+    for policy in policies:
+        layers: Sequence[int | None] = check_layers if policy in _WITH_CHECK_LAYER and check_layers else [None]
+        for ratio in [None] if policy in _WITHOUT_RATIO else ratios:
+            setups += [Setup(contender, policy, ratio, layer) for layer in layers]
+    for setup in setups:
+        BlendParams(**setup.choices)
+    return list(dict.fromkeys(setups))
+
+
+def find_reference(setups: Sequence[Setup]) -> Setup | None:
+    """The one that stands for full prefill: a contender that doesn't approximate, or else a blend of all tokens."""
+    exact = [setup for setup in setups if setup.policy is None]
+    return next(iter([*exact, *(setup for setup in setups if setup.recomputes_all)]), None)

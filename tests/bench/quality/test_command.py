@@ -1,0 +1,92 @@
+"""`kvarena eval` as it is typed: files, plot, table, exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from exam_folder import write_exam_folder
+from kvarena.bench.quality.plot import plot
+from kvarena.bench.results import load_results, save_results
+from kvarena.cli import app
+from real_server import serving
+from scripted_engine import ScriptedEngine
+from tiny_models import save_tiny_model
+
+TEA = {"question": "\nsay tea", "answers": ["tea"], "kind": "single"}
+
+
+def test_a_server(tmp_path: Path) -> None:
+    questions = write_exam_folder(tmp_path / "town", [TEA, TEA | {"answers": ["rain"], "kind": "across"}])
+    output = tmp_path / "new" / "x.json"
+    arguments = ["eval", "--questions", str(questions), "--output", str(output)]
+    with serving(ScriptedEngine()) as server:
+        result = CliRunner().invoke(app, [*arguments, "--contender", f"scripted={server.url}"])
+        assert result.exit_code == 0, result.output
+        printed = CliRunner().invoke(app, [*arguments, "--contender", f"scripted={server.url}", "--json"])
+    assert "100.0" in result.output
+    saved = json.loads(output.read_text())
+    assert json.loads(printed.stdout) == saved
+    assert saved["settings"]["benchmark"] == "eval"
+    assert saved["settings"]["reference"] == "scripted"
+    assert {row["kind"]: row["exact_match"]["mean"] for row in saved["rows"]} == {"all": 0.5, "single": 1, "across": 0}
+    assert [one["text"] for one in saved["answers"]] == ["tea", "tea"]
+    assert saved["questions"][1]["chunks"] == ["1-tea", "2-rain", "10-road"]
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_failed_answers_are_an_exit_status(tmp_path: Path) -> None:
+    questions = write_exam_folder(tmp_path, [TEA, TEA | {"question": "\nrefuse"}])
+    output = tmp_path / "x.json"
+    with serving(ScriptedEngine()) as server:
+        arguments = ["--contender", f"scripted={server.url}", "--questions", str(questions), "--output", str(output)]
+        result = CliRunner().invoke(app, ["eval", *arguments])
+    assert result.exit_code == 1
+    assert "1 answers failed, the first: refused before the first token" in result.output
+    row = load_results(output)["rows"][0]
+    assert (row["num_questions"], row["num_failed"], row["exact_match"]["mean"]) == (2, 1, 1)
+
+
+@pytest.mark.slow
+def test_policies_in_this_process(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    questions = write_exam_folder(tmp_path / "town", [{"question": "tea rain?", "answers": ["x"]}] * 2)
+    output = tmp_path / "x.json"
+    arguments = ["--engine", "hf", "--model", str(model), "--questions", str(questions), "--output", str(output)]
+    arguments += ["--policy", "kv_deviation", "--policy", "random", "--ratio", "0,0.5,1", "--max-tokens", "4"]
+    result = CliRunner().invoke(app, ["eval", *arguments])
+    assert result.exit_code == 0, result.output
+    rows = {(row["policy"], row["ratio"]): row for row in load_results(output)["rows"]}
+    assert set(rows) == {(None, None), *((p, r) for p in ("kv_deviation", "random") for r in (0, 0.5, 1))}
+    assert rows["kv_deviation", 0]["recomputed_ratio"] == 0
+    assert 0.5 <= rows["random", 0.5]["recomputed_ratio"] < 0.6
+    for policy in ("kv_deviation", "random"):
+        assert rows[policy, 1]["num_unparsed"] == 2 or rows[policy, 1]["agreement"]["mean"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--engine", "jax"], "engine is 'jax'; it is http or hf"),
+        (["--ratio", "a"], "'a' is no list of numbers"),
+        (["--engine", "hf", "--ratio", "2"], "ratio must be a number from 0 to 1"),
+        (["--engine", "hf", "--policy", "best"], "policy must be one of"),
+        (["--model", "x"], "--model goes with --engine hf"),
+        (["--questions", "missing.jsonl", "--data", "data"], "can't be read"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["eval", *arguments])
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_plot_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "prefix.json"
+    save_results(path, {"benchmark": "prefix"}, [{"ttft_ms": {"median": 1}}])
+    with pytest.raises(ValueError, match="holds no eval"):
+        plot(path, tmp_path / "x.png")

@@ -1,0 +1,126 @@
+"""Contenders that answer questions: over a real HTTP server, and in this process beside Hugging Face `generate`."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from exam_folder import write_exam_folder
+from kvarena.bench.quality.answers import NoAnswer
+from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Attempt, ask_all
+from kvarena.bench.quality.contenders import engines, servers
+from kvarena.bench.quality.over_http import HTTPAnswerer
+from kvarena.bench.quality.questions import load_exam
+from kvarena.bench.quality.setups import Setup, blend_setups
+from real_server import RealServer, serving
+from scripted_engine import ScriptedEngine
+from tiny_models import save_tiny_model
+
+SETUP = Setup("scripted")
+NUM_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[RealServer[ScriptedEngine]]:
+    with serving(ScriptedEngine()) as server:
+        yield server
+
+
+def said(script: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"#One.#Two.#\n{script}"}]
+
+
+def test_an_answer_over_http(real: RealServer[ScriptedEngine]) -> None:
+    server = HTTPAnswerer("scripted", real.url + "/v1")
+    answer = server.answer(said("say the old lamp"), SETUP, 20)
+    assert answer.text == "the old lamp"
+    assert answer.is_complete
+    assert answer.ttft_ms > 0
+    assert answer.reuse
+    assert 0 < answer.reuse.num_reused_tokens < answer.reuse.num_prompt_tokens
+    assert answer.first_logprobs
+    assert max(answer.first_logprobs.values()) == pytest.approx(-0.5)
+    assert not server.answer(said("forever"), SETUP, 3).is_complete
+    assert HTTPAnswerer("x", real.url, has_logprobs=False).answer(said("say tea"), SETUP, 9).first_logprobs is None
+    assert not server.is_blend
+    server.warm([], "#", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"), [("refuse", "nothing is accepted"), ("fail", "."), ("break one two three four", ".")]
+)
+def test_what_goes_wrong_has_its_reason(real: RealServer[ScriptedEngine], script: str, why: str) -> None:
+    with pytest.raises(NoAnswer, match=why):
+        HTTPAnswerer("scripted", real.url).answer(said(script), SETUP, 9)
+
+
+def test_choices_reach_the_server(real: RealServer[ScriptedEngine]) -> None:
+    with pytest.raises(NoAnswer, match="policy"):  # which this engine doesn't have
+        HTTPAnswerer("scripted", real.url).answer(said("say tea"), Setup("scripted", "random", 0.1), 9)
+
+
+def test_no_server() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ValueError, match=rf"there: no OpenAI server answers at http://127.0.0.1:{port}"):
+        servers([f"there=127.0.0.1:{port}"], 1.0, True)
+
+
+def test_names_without_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVARENA_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="nothing runs; start the stack"):
+        servers([], 1.0, True)
+    with pytest.raises(ValueError, match="blend isn't running; running: nothing"):
+        servers(["blend"], 1.0, True)
+    with pytest.raises(ValueError, match="there are plain, blend, not 'prefix'"):
+        engines(["prefix"], None, None, 1.0)
+
+
+def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[ScriptedEngine], tmp_path: Path) -> None:
+    records = [{"question": "\nsay tea", "answers": ["tea"]}] * (MAX_FAILURES_IN_A_ROW + 3)
+    exam = load_exam(write_exam_folder(tmp_path, records))
+    alive = HTTPAnswerer("alive", real.url)
+    with serving(ScriptedEngine()) as stopped:
+        dead = HTTPAnswerer("dead", stopped.url)
+    attempts: list[Attempt] = []
+    ask_all(exam, [Setup("alive"), Setup("dead")], {"alive": alive, "dead": dead}, "#", 9, attempts.append)
+    outcomes = {name: [one.outcome for one in attempts if one.setup.contender == name] for name in ("alive", "dead")}
+    assert outcomes == {"alive": ["answered"] * len(records), "dead": ["failed"] * len(records)}
+    reasons = [one.reason for one in attempts if one.setup.contender == "dead"]
+    assert sum(reason.startswith("not asked") for reason in reasons) == 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_in_process_answers_are_those_of_generate(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    made = engines([], str(folder), " # ", 0.1)
+    setups = [Setup("plain"), *blend_setups("blend", ["kv_deviation", "all"], [1.0], [])]
+    for words in ("tea rain hill goat blue river", "stone seven market lamp road bread under morning old"):
+        text = f" # {words * 6} # {words[::-1] * 5} # {words}"
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        output = reference.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False)
+        expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        for setup in setups:
+            assert made[setup.contender].answer(messages, setup, NUM_TOKENS).text == expected, setup
+    made["plain"].close()
+
+
+def test_too_long_for_the_model(folder: Path) -> None:
+    made = engines(["plain"], str(folder), None, 0.1)
+    with pytest.raises(NoAnswer, match="are more than the model's 2048"):
+        made["plain"].answer([{"role": "user", "content": "tea " * 3000}], Setup("plain"), 9)
+    made["plain"].close()

@@ -1,0 +1,145 @@
+"""Scores, intervals, setups and rows, against values computed by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exam_folder import write_exam_folder
+from kvarena.bench.quality.answers import Answer, Reuse
+from kvarena.bench.quality.asking import Attempt
+from kvarena.bench.quality.intervals import mean_interval
+from kvarena.bench.quality.questions import Exam, load_exam
+from kvarena.bench.quality.rows import Sheet
+from kvarena.bench.quality.scoring import first_token_kl, is_same_answer, squad_score
+from kvarena.bench.quality.setups import Setup, blend_setups, find_reference
+
+PLAIN = Setup("plain")
+NAIVE = Setup("blend", "kv_deviation", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "exact", "f1"),
+    [
+        ("The lute.", ["lute"], 1, 1),
+        ("  LUTE ", ["harp", "a lute"], 1, 1),
+        ("the old lute", ["lute"], 0, 2 / 3),
+        ("lute harp", ["harp drum", "x"], 0, 1 / 2),
+        ("drum", ["lute"], 0, 0),
+    ],
+)
+def test_squad_scores(text: str, answers: list[str], exact: float, f1: float) -> None:
+    score = squad_score(text, answers)
+    assert score.exact_match == exact
+    assert score.f1 == pytest.approx(f1)
+
+
+def test_same_answer_goes_by_the_same_normalisation() -> None:
+    assert is_same_answer("The lute", "lute.") == 1
+    assert is_same_answer("lute", "harp") == 0
+
+
+def test_kl_is_that_of_the_distributions_when_all_tokens_are_listed() -> None:
+    p, q = [0.7, 0.2, 0.1], [0.5, 0.25, 0.25]
+    listed = [dict(zip("abc", map(math.log, values), strict=True)) for values in (p, q)]
+    assert first_token_kl(*listed) == pytest.approx(
+        sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), abs=1e-6
+    )
+    assert first_token_kl(listed[0], listed[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_kl_of_listed_tokens_is_a_lower_bound() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p, q = rng.dirichlet(np.ones(40)), rng.dirichlet(np.ones(40))
+        full = float((p * np.log(p / q)).sum())
+        tops = [{str(i): math.log(d[i]) for i in np.argsort(d)[-20:]} for d in (p, q)]
+        assert 0 <= first_token_kl(*tops) <= full + 1e-6
+    assert first_token_kl({"a": -0.01}, {"b": -0.01}) == 0  # nothing in common says nothing
+
+
+def test_intervals() -> None:
+    assert mean_interval([]) is None
+    assert mean_interval([1.0, 1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    values = [1.0] * 60 + [0.0] * 40
+    found = mean_interval(values)
+    assert found
+    assert found["mean"] == pytest.approx(0.6)
+    assert found["low"] == pytest.approx(0.6 - 1.96 * 0.049, abs=0.02)
+    assert found["high"] == pytest.approx(0.6 + 1.96 * 0.049, abs=0.02)
+    assert found == mean_interval(values)
+
+
+def test_setups_and_their_reference() -> None:
+    setups = blend_setups("blend", ["kv_deviation", "random", "none"], [0.0, 0.15], [1, 2])
+    assert [setup.label for setup in setups] == [
+        "blend kv_deviation 0 % layer 1",
+        "blend kv_deviation 0 % layer 2",
+        "blend kv_deviation 15 % layer 1",
+        "blend kv_deviation 15 % layer 2",
+        "blend random 0 %",
+        "blend random 15 %",
+        "blend none",
+    ]
+    assert setups[2].choices == {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 1}
+    assert find_reference(setups) is None
+    whole = blend_setups("blend", ["kv_deviation"], [0.5, 1.0], [])
+    assert find_reference(whole) == whole[1]
+    assert find_reference([*whole, PLAIN]) == PLAIN
+    assert find_reference([Setup("blend", "all")]) == Setup("blend", "all")
+
+
+@pytest.mark.parametrize(("policy", "ratio"), [("best", 0.1), ("random", 1.5), ("random", -0.1)])
+def test_what_cannot_be_chosen_is_said(policy: str, ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"must be"):
+        blend_setups("blend", [policy], [ratio], [])
+
+
+@pytest.fixture
+def exam(tmp_path: Path) -> Exam:
+    kinds = ("single", "single", "across")
+    records = [{"question": f"{kind}?", "answers": ["tea"], "kind": kind} for kind in kinds]
+    return load_exam(write_exam_folder(tmp_path, records))
+
+
+def answer(text: str, *, is_complete: bool = True, logprob: float = -0.1, reuse: Reuse | None = None) -> Answer:
+    return Answer(text, is_complete, 100.0, reuse, {"tea": logprob})
+
+
+def test_rows_count_what_failed_and_score_the_rest(exam: Exam) -> None:
+    attempts = [
+        Attempt(PLAIN, 0, answer("tea")),
+        Attempt(PLAIN, 1, answer("tea")),
+        Attempt(PLAIN, 2, answer("Tea.")),
+        Attempt(NAIVE, 0, answer("tea", reuse=Reuse(100, 60, 20))),
+        Attempt(NAIVE, 1, None, "time-out"),
+        Attempt(NAIVE, 2, answer("rain", logprob=-2.0, reuse=Reuse(100, 80, 0, 40))),
+    ]
+    rows = {(row["contender"], row["kind"]): row for row in Sheet(exam, attempts, PLAIN).rows()}
+    assert list(rows) == [(name, kind) for name in ("plain", "blend") for kind in ("all", "single", "across")]
+    plain, naive = rows["plain", "all"], rows["blend", "all"]
+    assert plain["exact_match"]["mean"] == 1
+    assert plain["agreement"] is plain["first_token_kl"] is plain["exact_match_vs_reference"] is None
+    assert plain["reused_ratio"] is plain["recomputed_ratio"] is None
+    assert (naive["num_questions"], naive["num_failed"], naive["num_unparsed"]) == (3, 1, 0)
+    assert naive["exact_match"]["mean"] == naive["agreement"]["mean"] == 0.5
+    assert naive["exact_match_vs_reference"]["mean"] == -0.5
+    assert naive["reused_ratio"] == pytest.approx(140 / 200)
+    assert naive["recomputed_ratio"] == pytest.approx(20 / 120, abs=1e-4)
+    assert rows["blend", "single"]["exact_match"]["mean"] == 1
+    assert rows["blend", "across"]["exact_match"]["mean"] == 0
+    p, q = math.exp(-0.1), math.exp(-2.0)
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert rows["blend", "across"]["first_token_kl"]["mean"] == pytest.approx(kl, abs=1e-4)
+
+
+def test_what_cannot_be_read_is_no_zero(exam: Exam) -> None:
+    attempts = [Attempt(PLAIN, 0, answer("tea and so on", is_complete=False)), Attempt(PLAIN, 1, answer("  "))]
+    row = Sheet(exam, attempts, PLAIN).rows()[0]
+    assert row["num_unparsed"] == 2
+    assert row["exact_match"] is row["f1"] is None
+    assert row["ttft_ms"]["median"] == 100
+    assert [one["outcome"] for one in Sheet(exam, attempts, PLAIN).answers()] == ["unparsed", "unparsed"]
