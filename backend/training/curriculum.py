@@ -96,7 +96,7 @@ STAGES = (
         0.72,
         0.98,
         ((MIDDLE, 0.15), (NOTES, 0.4), (LONG, 0.45)),
-        Mix((48, 64, 100, 150), (3, 5, 8), links=DEFAULT_LINKS),
+        Mix((48, 64, 100, 150), (3, 5, 8), links=DEFAULT_LINKS, unanswerable_ratio=0.1),
         0.05,
     ),
     Stage(
@@ -104,7 +104,7 @@ STAGES = (
         1.0,
         2.0,
         ((MIDDLE, 0.1), (NOTES, 0.35), (LONG, 0.27), (LONGER, 0.24), (LONGEST, 0.04)),
-        Mix((64, 100, 150, 250), (4, 6, 8), links=DEFAULT_LINKS),
+        Mix((64, 100, 150, 250), (4, 6, 8), links=DEFAULT_LINKS, unanswerable_ratio=0.1),
         0.05,
     ),
 )

@@ -208,7 +208,9 @@ class Tally:
 
 def kind_weight(kind: str) -> float:
     """Of a kind's answers in the loss: more for what is learned late."""
-    return 4.0 if kind == "nickname" else 2.0 if kind.startswith("same_") else 1.0
+    if kind == "nickname":
+        return 4.0
+    return 2.0 if kind == "unanswerable" or kind.startswith("same_") else 1.0
 
 
 def model_config(settings: Settings, vocab_size: int) -> ModelConfig:
