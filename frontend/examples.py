@@ -16,7 +16,7 @@ QUESTIONS_NAME = "questions.jsonl"
 
 @dataclass(frozen=True)
 class Example:
-    """`kind` is `single` (one chunk holds the answer) or `across` (a chunk leans on the one before)."""
+    """`kind` is `across` where a chunk leans on the one before; a follow-up is no example, for it opens no chat."""
 
     question: str
     kind: str
@@ -38,6 +38,9 @@ def _read(line: str, chunk_names: Collection[str]) -> Example | None:
     try:
         entry = json.loads(line)
         example = Example(str(entry["question"]), str(entry["kind"]), tuple(entry["chunks"]))
-    except (ValueError, KeyError, TypeError):
+        is_follow_up = bool(entry.get("history"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if is_follow_up:
         return None
     return example if set(example.chunks) <= set(chunk_names) and example.chunks else None

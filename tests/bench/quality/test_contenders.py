@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exam_folder import write_exam_folder
-from kvarena.bench.quality.answers import NoAnswer
+from kvarena.bench.quality.answers import Answer, Messages, NoAnswer
 from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Attempt, ask_all
 from kvarena.bench.quality.contenders import engines, servers
 from kvarena.bench.quality.over_http import HTTPAnswerer
@@ -94,6 +94,26 @@ def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[Scri
     assert outcomes == {"alive": ["answered"] * len(records), "dead": ["failed"] * len(records)}
     reasons = [one.reason for one in attempts if one.setup.contender == "dead"]
     assert sum(reason.startswith("not asked") for reason in reasons) == 3
+
+
+class Counting(HTTPAnswerer):
+    num_asked = 0
+
+    def answer(self, messages: Messages, setup: Setup, max_tokens: int) -> Answer:
+        self.num_asked += 1
+        return super().answer(messages, Setup(self.name), max_tokens)
+
+
+def test_what_is_the_same_work_is_done_once(real: RealServer[ScriptedEngine], tmp_path: Path) -> None:
+    exam = load_exam(write_exam_folder(tmp_path, [{"question": "\nsay tea", "answers": ["tea"]}] * 3))
+    blend = Counting("blend", real.url)
+    setups = blend_setups("blend", ["kv_deviation", "random"], [0.0, 0.5, 1.0], [1, 2])
+    attempts: list[Attempt] = []
+    ask_all(exam, setups, {"blend": blend}, "#", 9, attempts.append)
+    assert sorted((one.question, one.setup.label) for one in attempts) == sorted(
+        (number, setup.label) for number in range(3) for setup in setups
+    )
+    assert blend.num_asked == 3 * 5  # none, all, two check layers, random
 
 
 @pytest.fixture(scope="module")

@@ -76,10 +76,10 @@ def test_intervals() -> None:
 def test_setups_and_their_reference() -> None:
     setups = blend_setups("blend", ["kv_deviation", "random", "none"], [0.0, 0.15], [1, 2])
     assert [setup.label for setup in setups] == [
-        "blend kv_deviation 0 % layer 1",
-        "blend kv_deviation 0 % layer 2",
-        "blend kv_deviation 15 % layer 1",
-        "blend kv_deviation 15 % layer 2",
+        "blend kv_deviation 0 % @1",
+        "blend kv_deviation 0 % @2",
+        "blend kv_deviation 15 % @1",
+        "blend kv_deviation 15 % @2",
         "blend random 0 %",
         "blend random 15 %",
         "blend none",
@@ -89,6 +89,8 @@ def test_setups_and_their_reference() -> None:
     whole = blend_setups("blend", ["kv_deviation"], [0.5, 1.0], [])
     assert find_reference(whole) == whole[1]
     assert find_reference([*whole, PLAIN]) == PLAIN
+    assert [setup.work == setup for setup in [*whole, PLAIN]] == [True, False, True]
+    assert setups[0].work == setups[1].work == setups[4].work == setups[6].work != whole[1].work
     assert find_reference([Setup("blend", "all")]) == Setup("blend", "all")
 
 

@@ -214,7 +214,7 @@ def _show(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> None:
     ):
         table.add_column("contender", no_wrap=True)
         for name in names:
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right")
     for row in rows:
         if row["kind"] != ALL_KINDS:
             continue

@@ -41,14 +41,14 @@ def engines(wanted: Sequence[str], model: str | None, separator: str | None, sto
     found = find_model(model, "cpu")
     profile = read_model_profile(found.name)
     config = BlendConfig(**(profile | ({"separator": separator} if separator is not None else {})))
-    loaded = HFModel.load(found.name)
-    made: dict[str, Answerer] = {}
-    for name in wanted or CONTENDERS:
-        if name == "blend":
-            made[name] = BlendAnswerer(name, loaded, config.separator, config.params, int(store_gb * 2**30))
-        else:
-            made[name] = PlainAnswerer(name, loaded, config.separator)
-    return made
+    shared = HFModel.load(found.name), found.served_name, config.separator
+    store_bytes = int(store_gb * 2**30)
+    return {
+        name: BlendAnswerer(name, *shared, config.params, store_bytes)
+        if name == "blend"
+        else PlainAnswerer(name, *shared)
+        for name in wanted or CONTENDERS
+    }
 
 
 def _address(given: str, running: dict[str, str]) -> tuple[str, str]:

@@ -24,9 +24,9 @@ class PlainAnswerer:
 
     is_blend = False
 
-    def __init__(self, name: str, model: HFModel, separator: str | None) -> None:
+    def __init__(self, name: str, model: HFModel, model_name: str, separator: str | None) -> None:
         self.name, self.separator = name, separator
-        self._model = model
+        self._model, self._model_name = model, model_name
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         """Keeps nothing."""
@@ -52,7 +52,9 @@ class PlainAnswerer:
         return Answer(text, is_complete, ttft_ms, reuse, first_logprobs)
 
     def describe(self) -> dict[str, object]:
-        return {"num_threads": torch.get_num_threads(), "device": str(self._model.kv_shape.device)}
+        shape = self._model.kv_shape
+        device, dtype = str(shape.device), str(shape.dtype).removeprefix("torch.")
+        return {"model": self._model_name, "num_threads": torch.get_num_threads(), "device": device, "dtype": dtype}
 
     def close(self) -> None:
         self._model.close()
@@ -72,8 +74,10 @@ class BlendAnswerer(PlainAnswerer):
 
     is_blend = True
 
-    def __init__(self, name: str, model: HFModel, separator: str, defaults: BlendParams, store_bytes: int) -> None:
-        super().__init__(name, model, separator)
+    def __init__(
+        self, name: str, model: HFModel, model_name: str, separator: str, defaults: BlendParams, store_bytes: int
+    ) -> None:
+        super().__init__(name, model, model_name, separator)
         self._defaults = defaults
         self._store = MemoryStore(store_bytes)
         self._blender = HFBlender(model, self._store, separator=separator)

@@ -23,8 +23,9 @@ class Setup:
 
     @property
     def label(self) -> str:
+        """Such as `blend kv_deviation 15 % @2`, where 2 is the check layer."""
         parts = [self.contender, self.policy, None if self.ratio is None else f"{100 * self.ratio:g} %"]
-        parts.append(None if self.check_layer is None else f"layer {self.check_layer}")
+        parts.append(None if self.check_layer is None else f"@{self.check_layer}")
         return " ".join(part for part in parts if part)
 
     @property
@@ -36,6 +37,16 @@ class Setup:
     @property
     def recomputes_all(self) -> bool:
         return self.policy is not None and BlendParams(**self.choices).recomputes_all
+
+    @property
+    def work(self) -> Setup:
+        """What is really done: with nothing or all to recompute, policies and check layers don't differ."""
+        if self.policy is None:
+            return self
+        params = BlendParams(**self.choices)
+        if params.recomputes_all or params.recomputes_none:
+            return Setup(self.contender, "all" if params.recomputes_all else "none")
+        return self
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("contender", "policy", "ratio", "check_layer")}
