@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvarena.bench.command import app as bench
+from kvarena.bench.quality.calibrate_command import calibrate
 from kvarena.bench.quality.command import evaluate
 from kvarena.worlds.command import worlds
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.command("eval")(evaluate)
+app.command()(calibrate)
 app.command()(worlds)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

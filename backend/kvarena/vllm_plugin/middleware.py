@@ -68,7 +68,12 @@ def _describe(scope: Scope) -> dict[str, Any]:
         "separator": config.separator,
         "store": config.store,
         "min_chunk_tokens": config.min_chunk_tokens,
+        "num_layers": _num_layers(scope),
     }
+
+
+def _num_layers(scope: Scope) -> int:
+    return int(_vllm_config(scope).model_config.hf_text_config.num_hidden_layers)
 
 
 async def _send_report(send: Send, request_id: str) -> None:
@@ -86,7 +91,7 @@ def _check(request: dict[str, Any], scope: Scope) -> None:
     """Raise `ValueError` for parameters of ours that the engine would not understand."""
     given = given_params(request.get("kv_transfer_params"))
     params = read_request_params(request.get("kv_transfer_params"), _config(scope).params)
-    num_layers = _vllm_config(scope).model_config.hf_text_config.num_hidden_layers
+    num_layers = _num_layers(scope)
     if "check_layer" in given and params.blend.check_layer >= num_layers:
         raise ValueError(f"check_layer must be from 0 to {num_layers - 1}, not {params.blend.check_layer}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from kvarena.bench.quality.setups import Setup
@@ -46,6 +47,9 @@ class Answerer(Protocol):
     is_blend: bool
     separator: str | None
     """What it cuts chunks at, or its model's profile says; None where nothing is known."""
+    num_layers: int | None
+    model_folder: Path | None
+    """The served model's, where it is one on this machine."""
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         """Has the KV of these chunks ready where the contender keeps any."""

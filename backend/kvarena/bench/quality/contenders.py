@@ -41,7 +41,7 @@ def engines(wanted: Sequence[str], model: str | None, separator: str | None, sto
     found = find_model(model, "cpu")
     profile = read_model_profile(found.name)
     config = BlendConfig(**(profile | ({"separator": separator} if separator is not None else {})))
-    shared = HFModel.load(found.name), found.served_name, config.separator
+    shared = HFModel.load(found.name), found, config.separator
     store_bytes = int(store_gb * 2**30)
     return {
         name: BlendAnswerer(name, *shared, config.params, store_bytes)

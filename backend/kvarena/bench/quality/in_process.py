@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -15,6 +16,7 @@ from kvarena.engines.hf_model import HFModel
 from kvarena.engines.sequence_kv import SequenceKV
 from kvarena.reuse.params import BlendParams
 from kvarena.reuse.store import MemoryStore
+from kvarena.stack.model import Model
 
 CONTENDERS = ("plain", "blend")
 
@@ -24,9 +26,11 @@ class PlainAnswerer:
 
     is_blend = False
 
-    def __init__(self, name: str, model: HFModel, model_name: str, separator: str | None) -> None:
+    def __init__(self, name: str, model: HFModel, source: Model, separator: str | None) -> None:
         self.name, self.separator = name, separator
-        self._model, self._model_name = model, model_name
+        self.num_layers: int | None = model.kv_shape.num_layers
+        self.model_folder = Path(source.name) if source.is_local else None
+        self._model, self._model_name = model, source.served_name
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         """Keeps nothing."""
@@ -75,9 +79,9 @@ class BlendAnswerer(PlainAnswerer):
     is_blend = True
 
     def __init__(
-        self, name: str, model: HFModel, model_name: str, separator: str, defaults: BlendParams, store_bytes: int
+        self, name: str, model: HFModel, source: Model, separator: str, defaults: BlendParams, store_bytes: int
     ) -> None:
-        super().__init__(name, model, model_name, separator)
+        super().__init__(name, model, source, separator)
         self._defaults = defaults
         self._store = MemoryStore(store_bytes)
         self._blender = HFBlender(model, self._store, separator=separator)

@@ -42,8 +42,12 @@ class HTTPAnswerer:
             raise ValueError(f"{name}: no OpenAI server answers at {self.url} ({error})") from error
         self.model: str = model["id"]
         self.is_blend = bool(self._offer and self._offer.get("contender") == "blend")
-        profile = read_model_profile(root) if (root := model.get("root")) and Path(root).is_dir() else {}
-        self.separator: str | None = (self._offer or {}).get("separator") or profile.get("separator")
+        offered = self._offer or {}
+        self.num_layers: int | None = offered.get("num_layers")
+        root = Path(model.get("root") or "")
+        self.model_folder = root if root.is_absolute() and root.is_dir() else None
+        profile = read_model_profile(str(root)) if self.model_folder else {}
+        self.separator: str | None = offered.get("separator") or profile.get("separator")
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         if not self.is_blend:

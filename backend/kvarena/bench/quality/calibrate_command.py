@@ -1,0 +1,148 @@
+"""`kvarena calibrate`: tries policies, check layers and ratios on a sample, and makes the best one the model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvarena.bench.console import decimals, explained, integers
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvarena.bench.results import Row
+
+DEFAULT_POLICIES = ("kv_deviation",)
+INTERRUPTED = 130
+
+
+def calibrate(
+    contender: Annotated[
+        str, typer.Option(help="A blend of the running stack, or name=address; with --engine hf: blend.")
+    ] = "blend",
+    engine: Annotated[str, typer.Option(help="http: a server; hf: in this process.")] = "http",
+    model: Annotated[
+        str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the demo model]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of .txt and .md chunks like those to be served. [default: data]")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="JSONL with questions. [default: the folder's, else prompts that suit any text]")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Policies to try; repeatable. [default: kv_deviation]")
+    ] = None,
+    check_layer: Annotated[
+        str | None, typer.Option(help="Check layers to try, separated by commas. [default: some up to half of all]")
+    ] = None,
+    ratio: Annotated[str, typer.Option(help="Ratios to try, separated by commas.")] = "0,0.05,0.1,0.15,0.2,0.3",
+    target: Annotated[float, typer.Option(min=0, max=1, help="Least agreement with full prefill (token F1).")] = 0.97,
+    num_questions: Annotated[int, typer.Option(min=1, help="Size of the sample.")] = 24,
+    separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's or the model's]")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to here.")] = 24,
+    timeout_s: Annotated[float, typer.Option(min=1, help="For one answer of a server.")] = 120.0,
+    write: Annotated[bool, typer.Option(help="Write the setting into the model's kvarena.json.")] = True,
+    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/calibration.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Find the fastest blend of a model that agrees with full prefill, and make it the model's own.
+
+    Exit status: 0 found, 1 an error or no setting that agrees enough, 130 interrupted. Servers read the profile when
+    they start.
+    """
+    from rich.console import Console
+
+    from kvarena.bench.quality import calibration
+    from kvarena.bench.quality.questions import load_exam
+    from kvarena.bench.quality.rows import ALL_KINDS, Sheet
+    from kvarena.bench.quality.session import Wanted, session
+    from kvarena.bench.quality.setups import Setup, blend_setups
+    from kvarena.bench.results import load_results, save_results, shown_path
+    from kvarena.stack.home import project_root
+    from kvarena.worlds.folder import QUESTIONS_NAME
+
+    console = Console(stderr=as_json)
+    folder = data or (questions.parent if questions else project_root() / "data")
+    path = questions or folder / QUESTIONS_NAME
+    wanted = Wanted(engine, [contender], model, separator, timeout_s, has_logprobs=False)
+    with explained():
+        has_questions = questions is not None or path.is_file()
+        exam = (
+            load_exam(path, folder, num_questions)
+            if has_questions
+            else calibration.document_exam(folder, num_questions)
+        )
+        with session(wanted, console) as asked:
+            (blend,) = asked.answerers.values()
+            if not blend.is_blend:
+                raise ValueError(f"{blend.name} doesn't blend; there is nothing to calibrate")
+            layers = integers(check_layer) if check_layer else calibration.check_layers(blend.num_layers)
+            candidates = blend_setups(blend.name, policy or DEFAULT_POLICIES, decimals(ratio), layers)
+            asked.warm(exam)
+            full, is_interrupted = asked.ask(exam, [Setup(blend.name, "all")], max_tokens)
+            if not is_interrupted:
+                exam = calibration.with_answers_of(exam, full)
+                attempts, is_interrupted = asked.ask(exam, candidates, max_tokens)
+    if is_interrupted:
+        console.print("Interrupted: nothing was decided.")
+        raise typer.Exit(INTERRUPTED)
+    rows = [
+        row for row in Sheet(exam, calibration.as_far_as_they_go(attempts), None).rows() if row["kind"] == ALL_KINDS
+    ]
+    chosen = calibration.fastest(rows, target)
+    settings = {
+        "benchmark": "calibrate",
+        "engine": engine,
+        "documents": shown_path(folder),
+        "num_questions": len(exam.questions),
+        "target": target,
+        "separator": asked.separator,
+        "contender": blend.describe(),
+        "chosen": chosen and {name: chosen[name] for name in ("policy", "ratio", "check_layer")},
+    }
+    save_results(output, settings, rows)
+    if as_json:
+        print(json.dumps(load_results(output), indent=1))
+    else:
+        _show(rows, chosen, console)
+    if chosen is None:
+        best = max((row["f1"]["mean"] for row in rows if row["f1"]), default=0.0)
+        console.print(
+            f"[red]No setting reaches {100 * target:g} % agreement[/red]; the closest has {100 * best:.1f} %. "
+            "Nothing was written. Try higher ratios or other check layers.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    if write and blend.model_folder:
+        with explained():
+            profile = calibration.write_profile(blend.model_folder, chosen, asked.separator)
+        console.print(f"Written to {profile}; servers that start from now on use it.", soft_wrap=True)
+    elif write:
+        console.print("The model isn't a folder on this machine: set BLEND_POLICY and the like where it is served.")
+
+
+def _show(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="Agreement with full prefill (token F1, %)", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in ("policy", "check layer", "ratio", "agreement", "interval", "TTFT ms", "failed", ""):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for row in rows:
+        found = row["f1"]
+        table.add_row(
+            row["policy"],
+            "-" if row["check_layer"] is None else str(row["check_layer"]),
+            "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
+            f"{100 * found['mean']:.1f}" if found else "-",
+            f"{100 * found['low']:.0f}-{100 * found['high']:.0f}" if found else "-",
+            f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else "-",
+            str(row["num_failed"]),
+            "chosen" if row is chosen else "",
+        )
+    console.print(table)
