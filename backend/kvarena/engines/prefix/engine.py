@@ -22,6 +22,7 @@ from kvarena.engines.hf_model import Cancelled, HFModel
 from kvarena.engines.prefix.options import PrefixOptions
 from kvarena.engines.prefix.payload import KVSegment, LastLogits
 from kvarena.engines.prefix.prefix_cache import MIN_TOKENS, PrefixCache
+from kvarena.engines.prompt import num_tokens_to_generate, token_ids_of
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.sequence_kv import SequenceKV
 
@@ -131,8 +132,8 @@ class PrefixGeneration:
 
         # 1. Tokenise.
         with measure("tokenize_ms", "ttft_ms"):
-            prompt = self.prompt_token_ids = self._tokenize()
-            max_tokens = self._num_tokens_to_generate(prompt)
+            prompt = self.prompt_token_ids = token_ids_of(self._request, model)
+            max_tokens = num_tokens_to_generate(len(prompt), sampling.max_tokens, model)
             sampler = Sampler(sampling, model.kv_shape.device)
 
         # 2. Look up the longest cached prefix.
@@ -192,27 +193,6 @@ class PrefixGeneration:
                     self._keep(partial(cache.insert, computed, len(prompt), salt=salt), kv, len(prompt), logits)
             if lease:
                 lease.close()
-
-    def _tokenize(self) -> list[int]:
-        prompt, vocab_size = self._request.prompt, self._model.vocab_size
-        if isinstance(prompt, str):
-            return self._engine.tokenizer.encode(prompt, add_special_tokens=self._request.add_special_tokens)
-        if bad := [token for token in prompt if not 0 <= token < vocab_size]:
-            raise ValueError(f"token id {bad[0]} is not in the vocabulary: ids go from 0 to {vocab_size - 1}")
-        return list(prompt)
-
-    def _num_tokens_to_generate(self, prompt: list[int]) -> int:
-        longest, wanted = self._model.max_model_len, self._request.sampling.max_tokens
-        if not prompt:
-            raise ValueError("the prompt is empty; it needs at least one token")
-        if len(prompt) >= longest:
-            raise ValueError(f"the prompt has {len(prompt)} tokens; this model's context of {longest} leaves no room")
-        if wanted is not None and len(prompt) + wanted > longest:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {wanted}; together they exceed the context "
-                f"of {longest} tokens"
-            )
-        return longest - len(prompt) if wanted is None else wanted
 
     def _count(self, num_prompt_tokens: int, num_prefix_tokens: int) -> None:
         self.report.num_prompt_tokens = num_prompt_tokens

@@ -1,0 +1,144 @@
+"""Reuse of all layers where a new prompt's tokens are a similar earlier prompt's: further than Sim-LLM goes.
+
+The earlier prompt is a `Chunk`. The longest runs of tokens that both prompts share are spans of it, wherever they
+stand; `Blender` moves their keys by rotation, and computes the rest and the share of reused tokens that deviates most,
+by the model's own forward. A prompt that repeats the earlier one, or its beginning, is reused exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.engines.blend.blendable import BlendableModel
+from kvarena.engines.blend.prefilled import HFPrefilledModel
+from kvarena.engines.hf_model import HFModel
+from kvarena.engines.sequence_kv import SequenceKV
+from kvarena.reuse.blender import Blender
+from kvarena.reuse.matcher import ChunkIndex
+from kvarena.reuse.plan import Chunk, ReusePlan, TokenIds, as_token_ids
+from kvarena.reuse.store import MemoryStore
+from kvarena.simllm.entry import LayerKVShape, TaskCacheEntry, TopLayerKV, WholeKV
+from kvarena.simllm.manager import InterTaskKVManager, TaskMatch
+from kvarena.simllm.outcome import TaskOutcome
+from kvarena.simllm.params import AlignedParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AlignedTask:
+    """A prompt on its way: `kv` holds all but its last token, which has to give the logits.
+
+    `is_worth_keeping`: its KV is exact, and not all of it is in the earlier task's.
+    """
+
+    token_ids: TokenIds
+    embedding: torch.Tensor
+    outcome: TaskOutcome
+    kv: SequenceKV | None
+    is_worth_keeping: bool
+
+
+class AlignedReuse:
+    """Over one model and one manager. Call it in the model's thread, but for making it.
+
+    Raises `UnsupportedModel` for a model whose keys can't be moved, `ValueError` for a manager of another model or a
+    check layer that the model doesn't have.
+    """
+
+    def __init__(self, model: HFModel, manager: InterTaskKVManager, params: AlignedParams) -> None:
+        shape = model.kv_shape
+        if params.blend.policy == "kv_deviation" and params.blend.check_layer >= shape.num_layers:
+            raise ValueError(f"check_layer must be from 0 to {shape.num_layers - 1}, not {params.blend.check_layer}")
+        self._model = model
+        self._embed = model.module.get_input_embeddings()
+        self._blendable = BlendableModel(model)
+        self._manager = manager
+        self._params = params
+        manager.expect(self._embed.embedding_dim, LayerKVShape(shape.num_kv_heads, shape.head_size))
+
+    def begin(self, token_ids: Sequence[int], task_id: str, capacity: int, salt: str = "") -> AlignedTask:
+        """Search, and on a hit all of the prompt but its last token; on a miss `kv` is None, for the caller to fill."""
+        if not token_ids:
+            raise ValueError("a prompt is empty; it needs at least one token")
+        ids = as_token_ids(token_ids)
+        embedding = self._embed(torch.from_numpy(ids).to(self._model.kv_shape.device, torch.int64)).float().mean(dim=0)
+        match = self._manager.search(
+            embedding, lambda entry: entry.salt == salt and self._plan(entry, ids).num_reused_tokens > 0
+        )
+        if match is None:
+            passes = len(ids) * self._model.kv_shape.num_layers
+            return AlignedTask(ids, embedding, TaskOutcome(task_id, len(ids), passes), None, True)
+        return self._reuse(ids, embedding, task_id, match, capacity)
+
+    def keep(self, task: AlignedTask, kv: torch.Tensor, salt: str = "") -> None:
+        """Keeps a prompt's KV `(L, 2, H_kv, T, D)`. An answer doesn't fail because it couldn't be kept."""
+        if not task.is_worth_keeping:
+            return
+        keys, values = kv[-1][:, None]  # (1, H_kv, T, D) each
+        top_layer_kv: TopLayerKV = (keys, values)
+        whole_kv = WholeKV(Chunk(task.token_ids), kv.permute(1, 0, 3, 2, 4).flatten(3))
+        try:
+            self._manager.add_task(task.outcome.task_id, task.embedding, top_layer_kv, whole_kv, salt)
+        except ValueError:
+            logger.exception("the KV of task %s was not kept", task.outcome.task_id)
+
+    def _plan(self, entry: TaskCacheEntry, ids: TokenIds) -> ReusePlan:
+        """What of the prompt the earlier one covers, its last token left out. A common beginning may be short."""
+        if entry.whole_kv is None:
+            return ReusePlan()
+        chunk = entry.whole_kv.chunk
+        num_tokens = self._params.min_run_tokens
+        index = ChunkIndex(window=max(1, num_tokens // 2))
+        index.add(chunk)
+        plan = ReusePlan(tuple(index.match(ids, min_tokens=num_tokens))).clipped(0, len(ids) - 1)
+        return ReusePlan(tuple(span for span in plan if len(span) >= num_tokens or span.start == span.offset == 0))
+
+    def _reuse(
+        self, ids: TokenIds, embedding: torch.Tensor, task_id: str, match: TaskMatch, capacity: int
+    ) -> AlignedTask:
+        whole_kv = match.entry.whole_kv
+        assert whole_kv is not None, "a task without it has no plan"
+        plan, blend = self._plan(match.entry, ids), self._params.blend
+        kv = self._model.new_kv(max(capacity, len(ids)))
+        store = MemoryStore(whole_kv.kv.nbytes)
+        store.put(whole_kv.chunk, whole_kv.kv)
+        with _counted_layer_passes(self._blendable.layers) as passes:
+            prompt = HFPrefilledModel(self._blendable, ids[:-1], kv)
+            report = Blender(store).blend(prompt, plan, 0, len(ids) - 1, blend, store_new=False)
+        num_passes = sum(passes) + self._model.kv_shape.num_layers
+        is_exact = plan.is_prefix or blend.recomputes_all
+        outcome = TaskOutcome(
+            task_id,
+            len(ids),
+            num_layer_passes=num_passes,
+            matched_task_id=match.entry.task_id,
+            similarity=match.similarity,
+            is_approximate=not is_exact,
+            num_reused_tokens=report.num_reused_tokens,
+            num_recomputed_tokens=report.num_recomputed_tokens,
+            spans=tuple(report.spans),
+        )
+        is_news = plan.end < len(ids) - 1 or len(ids) > match.entry.num_tokens
+        return AlignedTask(ids, embedding, outcome, kv, is_exact and is_news)
+
+
+@contextmanager
+def _counted_layer_passes(layers: Sequence[torch.nn.Module]) -> Iterator[list[int]]:
+    """How many tokens each attention of these layers was run over; the look at a check layer's keys counts too."""
+    passes: list[int] = []
+
+    def count(_attention: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        passes.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    handles = [layer.get_submodule("self_attn").register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()

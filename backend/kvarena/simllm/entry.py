@@ -1,0 +1,80 @@
+"""What is kept of a processed task, and when it is sound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.reuse.plan import Chunk
+
+TopLayerKV = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerKVShape:
+    """What one layer keeps of a token: `H_kv` heads of size `D`."""
+
+    num_kv_heads: int
+    head_size: int
+
+    @classmethod
+    def of(cls, kv: TopLayerKV) -> LayerKVShape:
+        """The shape of keys and values `(1, H_kv, T, D)`. Raises `ValueError` for anything else."""
+        if len(kv) != 2 or not all(isinstance(part, torch.Tensor) and part.dim() == 4 for part in kv):
+            raise ValueError("top_layer_kv must be two tensors, keys and values, each (1, H_kv, T, D)")
+        return cls(kv[0].shape[1], kv[0].shape[3])
+
+    def problem_of(self, kv: TopLayerKV) -> str | None:
+        """What is wrong with keys and values of one layer; None when they are `(1, H_kv, T, D)` each and finite."""
+        expected = f"must be keys and values (1, {self.num_kv_heads}, T, {self.head_size}), T from 1"
+        if len(kv) != 2:
+            return f"{expected}, not {len(kv)} tensors"
+        keys, values = kv
+        num_tokens = keys.shape[2] if keys.dim() == 4 else 0
+        shape = (1, self.num_kv_heads, num_tokens, self.head_size)
+        if num_tokens == 0 or keys.shape != shape or values.shape != shape:
+            return f"{expected}, not {tuple(keys.shape)} and {tuple(values.shape)}"
+        if not (keys.isfinite().all() and values.isfinite().all()):
+            return f"{expected}, and finite; there is NaN or infinity in it"
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class WholeKV:
+    """A prompt's token ids and its KV of all layers, `(2, L, T, H_kv * D)`, keys rotated for positions 0 to T-1."""
+
+    chunk: Chunk
+    kv: torch.Tensor
+
+    def is_sound(self, num_tokens: int) -> bool:
+        has_shape = self.kv.dim() == 4 and self.kv.shape[2] == len(self.chunk) == num_tokens
+        return has_shape and bool(self.kv.isfinite().all())
+
+
+@dataclass(frozen=True, eq=False)
+class TaskCacheEntry:
+    """A task whose KV was computed in full.
+
+    `task_embedding` `(E,)` is the mean of the prompt's input embeddings, fp32, on the CPU. `top_layer_kv` are the last
+    layer's keys, rotated for positions 0 to T-1, and values, each `(1, H_kv, T, D)`, on the manager's device.
+    `timestamp` is when it was added, in seconds since the epoch. `whole_kv` is there in mode "aligned". Tasks of
+    different salts never match.
+    """
+
+    task_id: str
+    task_embedding: torch.Tensor
+    lsh_hash: str
+    top_layer_kv: TopLayerKV
+    timestamp: float
+    whole_kv: WholeKV | None = None
+    salt: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.top_layer_kv[0].shape[2]
+
+    def is_sound(self, shape: LayerKVShape) -> bool:
+        if shape.problem_of(self.top_layer_kv) is not None:
+            return False
+        return self.whole_kv is None or self.whole_kv.is_sound(self.num_tokens)

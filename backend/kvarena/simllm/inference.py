@@ -1,0 +1,241 @@
+"""Inter-task KV reuse behind one class: prompts in, answers out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicCache
+
+from kvarena.api.tokenizer import Tokenizer
+from kvarena.engines.hf_model import HFModel
+from kvarena.simllm.aligned import AlignedReuse
+from kvarena.simllm.batch import PaddedBatch, joined_cache, unpadded_kv
+from kvarena.simllm.device import available_device
+from kvarena.simllm.manager import InterTaskKVManager
+from kvarena.simllm.modeling import LlamaForCausalLMWithKVReuse, refuse_repeated_prefill
+from kvarena.simllm.outcome import TaskOutcome
+from kvarena.simllm.params import AlignedParams, SimLLMParams, checked_threshold
+
+
+@dataclass(frozen=True)
+class TaskAnswer:
+    """`token_ids` end before the end-of-sequence token; `text` is without special tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    outcome: TaskOutcome
+
+
+class SimLLMInference:
+    """A Llama model whose prompts reuse the KV of similar earlier ones. Thread-safe: calls take turns with the model.
+
+    Answers of prompts that miss are Hugging Face's `generate`'s. Raises `ValueError` for an empty prompt, or one that
+    has no room in the model's context with `max_new_tokens`.
+
+    >>> simllm = SimLLMInference.from_pretrained("meta-llama/Llama-3.2-1B-Instruct")
+    >>> simllm.generate("What is machine learning?")
+    >>> simllm.generate("Explain machine learning.")
+    >>> simllm.get_statistics()["num_hits"]
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLMWithKVReuse, tokenizer: Tokenizer, params: SimLLMParams | None = None
+    ) -> None:
+        self.params = params or SimLLMParams()
+        self.manager = InterTaskKVManager(
+            model.config.hidden_size,
+            self.params.max_cache_size,
+            self.params.similarity_threshold,
+            self.params.num_hyperplanes,
+            str(model.device),
+        )
+        model.set_kv_manager(self.manager)
+        self.model = HFModel(model, tokenizer)
+        self.aligned: AlignedReuse | None = None
+        if self.params.mode == "aligned":
+            self.aligned = AlignedReuse(self.model, self.manager, self.params.aligned)
+        self._lock = threading.Lock()
+        self._num_prompts = self._num_prompt_tokens = self._num_layer_passes = 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: str,
+        max_cache_size: int = 100,
+        similarity_threshold: float = 0.8,
+        num_hyperplanes: int = 16,
+        device: str = "cuda",
+        mode: str = "top_layer",
+        aligned: AlignedParams | None = None,
+        **model_kwargs: Any,
+    ) -> SimLLMInference:
+        """From a local folder or a hub name; `model_kwargs` are those of `LlamaForCausalLM.from_pretrained`.
+
+        Warns and takes the CPU where there is no such device. Raises `OSError` when there is no such model, and
+        `ValueError` for one that isn't a Llama.
+        """
+        params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned or AlignedParams())
+        kind = AutoConfig.from_pretrained(model_path).model_type
+        if kind != "llama":
+            raise ValueError(f"the model must be of type llama, not {kind}")
+        model = LlamaForCausalLMWithKVReuse.from_pretrained(model_path, **model_kwargs)
+        return cls(model.to(available_device(device)), AutoTokenizer.from_pretrained(model_path), params)
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        do_sample: bool = False,
+        task_id: str | None = None,
+        enable_kv_reuse: bool = True,
+        **generate_kwargs: Any,
+    ) -> str:
+        """The answer to one prompt. Greedy, unless `do_sample` says to draw at a `temperature` above 0."""
+        drawing: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if do_sample:
+            if not temperature > 0 or not 0 < top_p <= 1:
+                raise ValueError(
+                    f"do_sample needs a temperature above 0 and top_p above 0, at most 1, not {temperature} and {top_p}"
+                )
+            drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        task_ids = None if task_id is None else [task_id]
+        settings = drawing | generate_kwargs
+        return self.answer([prompt], max_new_tokens, enable_kv_reuse, task_ids=task_ids, **settings)[0].text
+
+    def batch_generate(
+        self, prompts: Sequence[str], max_new_tokens: int = 100, enable_kv_reuse: bool = True, **generate_kwargs: Any
+    ) -> list[str]:
+        """The greedy answers to several prompts, in one batch; each may hit or miss."""
+        return [answer.text for answer in self.answer(prompts, max_new_tokens, enable_kv_reuse, **generate_kwargs)]
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 100,
+        enable_kv_reuse: bool = True,
+        *,
+        task_ids: Sequence[str] | None = None,
+        **generate_kwargs: Any,
+    ) -> list[TaskAnswer]:
+        """One batch, and what reuse did for each prompt. `generate_kwargs` are Hugging Face's `generate`'s."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a sequence of texts, not one text")
+        if not prompts:
+            return []
+        rows = [self._encode(prompt, max_new_tokens) for prompt in prompts]
+        ids = list(task_ids) if task_ids else [self.manager.generate_task_id(prompt) for prompt in prompts]
+        module = self.model.module
+        if enable_kv_reuse:
+            refuse_repeated_prefill(generate_kwargs, module.generation_config)
+        elif generate_kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError("num_return_sequences must be 1: a prompt has one answer")
+        settings = {"do_sample": False} | generate_kwargs | {"return_dict_in_generate": False}
+        settings |= {"max_new_tokens": max_new_tokens, "pad_token_id": self._pad_token_id()}
+        run = self._run_without_reuse
+        if enable_kv_reuse:
+            run = self._run_aligned if self.aligned else self._run_top_layer
+        answers, outcomes = self.model.run(run, rows, ids, settings)
+        self._count(outcomes)
+        decode = self.model.tokenizer.decode
+        return [
+            TaskAnswer(decode(answer, skip_special_tokens=True), tuple(answer), outcome)
+            for answer, outcome in zip(answers, outcomes, strict=True)
+        ]
+
+    def get_statistics(self) -> dict[str, Any]:
+        """The manager's counts, and layer passes over prompt tokens beside those of standard passes."""
+        with self._lock:
+            return self.manager.get_statistics() | {
+                "mode": self.params.mode,
+                "num_prompts": self._num_prompts,
+                "num_prompt_tokens": self._num_prompt_tokens,
+                "num_layer_passes": self._num_layer_passes,
+                "num_layer_passes_without_reuse": self._num_prompt_tokens * self.model.kv_shape.num_layers,
+            }
+
+    def reset_cache(self) -> None:
+        """Forget all tasks and counts."""
+        with self._lock:
+            self.manager.reset()
+            self._num_prompts = self._num_prompt_tokens = self._num_layer_passes = 0
+
+    def set_similarity_threshold(self, threshold: float) -> None:
+        """A cosine similarity. Raises `ValueError` for anything else."""
+        self.manager.similarity_threshold = checked_threshold(threshold)
+
+    def close(self) -> None:
+        self.model.close()
+
+    # -- in the model's thread -------------------------------------------------------------------------------------
+
+    def _run_without_reuse(
+        self, rows: list[list[int]], task_ids: list[str], settings: dict[str, Any]
+    ) -> tuple[list[list[int]], list[TaskOutcome]]:
+        num_layers = self.model.kv_shape.num_layers
+        outcomes = [
+            TaskOutcome(name, len(row), len(row) * num_layers) for name, row in zip(task_ids, rows, strict=True)
+        ]
+        return self._generate(rows, settings, None), outcomes
+
+    def _run_top_layer(
+        self, rows: list[list[int]], task_ids: list[str], settings: dict[str, Any]
+    ) -> tuple[list[list[int]], list[TaskOutcome]]:
+        kv = self.model.module.new_task_kv(task_ids, max_new_tokens=settings["max_new_tokens"])
+        return self._generate(rows, settings, kv), kv.outcomes
+
+    def _run_aligned(
+        self, rows: list[list[int]], task_ids: list[str], settings: dict[str, Any]
+    ) -> tuple[list[list[int]], list[TaskOutcome]]:
+        assert self.aligned, "the mode is aligned"
+        begin, longest = self.aligned.begin, max(map(len, rows))
+        tasks = [begin(row, task_id, longest) for row, task_id in zip(rows, task_ids, strict=True)]
+        cache = DynamicCache()
+        if any(task.kv for task in tasks):
+            known = [task.kv and task.kv.filled(0, task.kv.length) for task in tasks]
+            cache = joined_cache(self.model, [row[:-1] for row in rows], known, self._pad_token_id())
+        answers = self._generate(rows, settings, cache)
+        for number, (task, row) in enumerate(zip(tasks, rows, strict=True)):
+            if task.is_worth_keeping:
+                self.aligned.keep(task, unpadded_kv(cache, number, longest - len(row), longest))
+        return answers, [task.outcome for task in tasks]
+
+    def _generate(self, rows: list[list[int]], settings: dict[str, Any], cache: Cache | None) -> list[list[int]]:
+        batch = PaddedBatch.of(rows, self._pad_token_id(), self.model.kv_shape.device)
+        output = self.model.module.generate(
+            batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, **settings
+        )
+        answers: list[list[int]] = output[:, batch.input_ids.shape[1] :].tolist()
+        return [self._until_end(answer) for answer in answers]
+
+    def _until_end(self, answer: list[int]) -> list[int]:
+        ends = [place for place, token in enumerate(answer) if token in self.model.eos_token_ids]
+        return answer[: ends[0]] if ends else answer
+
+    # -- in the caller's thread ------------------------------------------------------------------------------------
+
+    def _encode(self, prompt: str, max_new_tokens: int) -> list[int]:
+        row = self.model.tokenizer.encode(prompt) if prompt else []
+        if not row:
+            raise ValueError(f"a prompt must be a text of at least one token, not {prompt!r}")
+        if len(row) + max_new_tokens > self.model.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(row)} tokens and max_new_tokens is {max_new_tokens}; together they exceed the "
+                f"context of {self.model.max_model_len} tokens"
+            )
+        return row
+
+    def _pad_token_id(self) -> int:
+        pad = getattr(self.model.tokenizer, "pad_token_id", None)
+        return int(pad if pad is not None else self.model.tokenizer.eos_token_id or 0)
+
+    def _count(self, outcomes: list[TaskOutcome]) -> None:
+        with self._lock:
+            self._num_prompts += len(outcomes)
+            self._num_prompt_tokens += sum(outcome.num_prompt_tokens for outcome in outcomes)
+            self._num_layer_passes += sum(outcome.num_layer_passes for outcome in outcomes)

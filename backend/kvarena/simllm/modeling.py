@@ -1,0 +1,210 @@
+"""Llama with inter-task KV reuse: Sim-LLM (Luo et al., NeurIPS 2025), as subclasses of the stock classes.
+
+**Miss**: the standard pass; then the last layer's keys and values of the prompt are kept with its embedding.
+
+**Hit**: the prompt's input embeddings go straight into the last layer, over the earlier prompt's KV there. With an
+earlier prompt of `T_e` tokens and a new one of `T`:
+
+| token | position | runs through | attends to, in the last layer | attends to, in the layers below |
+|---|---|---|---|---|
+| earlier prompt's | 0 .. T_e-1 | nothing: its keys and values are as they were kept | | |
+| new prompt's i-th | T_e + i | the last layer, from its input embedding | all T_e, new tokens 0 .. i | |
+| answer's j-th | T_e + T + j | all layers | all T_e, all T, answer tokens 0 .. j | answer tokens 0 .. j |
+
+So the new prompt stands behind the earlier one, whose keys need no moving, and attends to all of it however long it is.
+Of the new prompt the last layer's keys and values are kept, for the answer; below there are none, and the answer's
+tokens see nothing there but each other. Nothing that was computed on a hit is kept for later tasks, for it is
+approximate. The paper's Algorithm 1 says when a similar task's KV is reused; positions, and what an answer attends to
+in layers that have no KV of the prompt, are settled here. Unlike there, a miss runs the model as it is, without a
+sandwich configuration, so that it gives what the model gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from kvarena.simllm.entry import LayerKVShape
+from kvarena.simllm.manager import InterTaskKVManager, TaskMatch
+from kvarena.simllm.outcome import TaskOutcome
+from kvarena.simllm.task_kv import TaskKV
+
+logger = logging.getLogger(__name__)
+
+
+class LlamaModelWithKVReuse(LlamaModel):
+    """Differs from `LlamaModel` when it is given a `TaskKV`: its first forward searches, skips layers and keeps."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.kv_manager: InterTaskKVManager | None = None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock, unless `past_key_values` is a `TaskKV`; then `position_ids` follow from `attention_mask` `(B, T)`."""
+        if not isinstance(past_key_values, TaskKV):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        assert input_ids is not None, "tasks are told apart by their tokens"
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), past_key_values.num_columns + input_ids.shape[1])
+        if past_key_values.has_begun:
+            hidden = self._forward_tasks(self.embed_tokens(input_ids), attention_mask, past_key_values)
+        else:
+            hidden = self._prefill_tasks(input_ids, attention_mask, past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+    def task_embedding(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The mean of a prompt's input embeddings, `(E,)` in fp32. `input_ids` `(T,)` are without padding."""
+        embedding: torch.Tensor = self.embed_tokens(input_ids).float().mean(dim=0)
+        return embedding
+
+    def _prefill_tasks(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kv: TaskKV) -> torch.Tensor:
+        manager = self.kv_manager
+        if manager is None:
+            raise ValueError("there is no KV manager; set_kv_manager gives the model one")
+        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("a prompt is empty; it needs at least one token")
+        assert len(prompts) == len(kv.task_ids), f"{len(prompts)} prompts, {len(kv.task_ids)} task ids"
+
+        # 1. Search.
+        task_embeddings = [self.task_embedding(prompt) for prompt in prompts]
+        matches = [
+            manager.search(embedding, partial(kv.can_use, num_tokens=len(prompt)))
+            for embedding, prompt in zip(task_embeddings, prompts, strict=True)
+        ]
+
+        # 2. The prompts that missed go through all layers, those that hit through the last one.
+        embeddings = self.embed_tokens(input_ids)
+        kv.begin(matches, embeddings, input_ids.shape[1])
+        hidden = self._forward_tasks(embeddings, attention_mask, kv)
+        kv.end_prefill()
+
+        # 3. Keep what was computed in full.
+        kv.outcomes = [
+            self._outcome(task_id, len(prompt), match)
+            for task_id, prompt, match in zip(kv.task_ids, prompts, matches, strict=True)
+        ]
+        for row, (task_id, prompt, match) in enumerate(zip(kv.task_ids, prompts, matches, strict=True)):
+            if match is None:
+                self._keep(manager, task_id, task_embeddings[row], kv.prompt_top_layer_kv(row, len(prompt)), kv.salt)
+        return hidden
+
+    def _forward_tasks(self, embeddings: torch.Tensor, attention_mask: torch.Tensor, kv: TaskKV) -> torch.Tensor:
+        """The running rows through the layers below the last, then all rows through the last: `(B, T, E)`."""
+        num_tokens = embeddings.shape[1]
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:] + kv.offsets
+        hidden, rows = embeddings.clone(), kv.running
+        below = embeddings[rows]
+        if len(rows) and kv.top:
+            mask = create_causal_mask(self.config, below, kv.mask_below(attention_mask), kv, layer_idx=0)
+            hidden[rows] = self._run_layers(self.layers[: kv.top], below, mask, positions[rows], kv)
+        mask = create_causal_mask(self.config, hidden, kv.mask_top(attention_mask), kv, layer_idx=kv.top)
+        normed: torch.Tensor = self.norm(self._run_layers(self.layers[kv.top :], hidden, mask, positions, kv))
+        return normed
+
+    def _run_layers(
+        self, layers: Any, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, kv: TaskKV
+    ) -> torch.Tensor:
+        rotary = self.rotary_emb(hidden, position_ids=positions)
+        for layer in layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=kv,
+                use_cache=True,
+                position_embeddings=rotary,
+            )
+        return hidden
+
+    def _outcome(self, task_id: str, num_tokens: int, match: TaskMatch | None) -> TaskOutcome:
+        if match is None:
+            return TaskOutcome(task_id, num_tokens, num_layer_passes=num_tokens * len(self.layers))
+        return TaskOutcome(
+            task_id,
+            num_tokens,
+            num_layer_passes=num_tokens,
+            matched_task_id=match.entry.task_id,
+            similarity=match.similarity,
+            is_approximate=True,
+            num_reused_tokens=num_tokens,
+        )
+
+    def _keep(
+        self, manager: InterTaskKVManager, task_id: str, embedding: torch.Tensor, top_layer_kv: Any, salt: str
+    ) -> None:
+        """An answer doesn't fail because its KV couldn't be kept."""
+        try:
+            manager.add_task(task_id, embedding, top_layer_kv, salt=salt)
+        except ValueError:
+            logger.exception("the KV of task %s was not kept", task_id)
+
+
+class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
+    """Differs from `LlamaForCausalLM` in its `LlamaModelWithKVReuse`; `generate` itself is stock and reuses nothing."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = LlamaModelWithKVReuse(config)
+        self.post_init()
+
+    def set_kv_manager(self, manager: InterTaskKVManager) -> None:
+        """Tasks are kept and searched there. Raises `ValueError` for one that was made for another model."""
+        manager.expect(self.config.hidden_size, LayerKVShape(self.config.num_key_value_heads, self.config.head_dim))
+        self.model.kv_manager = manager
+
+    def new_task_kv(self, task_ids: Sequence[str], *, max_new_tokens: int = 0, salt: str = "") -> TaskKV:
+        """The cache for a forward over prompts, one for each id, that reuse is to be tried for."""
+        return TaskKV(
+            self.config,
+            task_ids,
+            max_positions=self.config.max_position_embeddings,
+            max_new_tokens=max_new_tokens,
+            salt=salt,
+        )
+
+    def generate_with_kv_reuse(self, input_ids: torch.Tensor, task_id: str | Sequence[str], **kwargs: Any) -> Any:
+        """`generate` for prompts `(B, T)`, padded on the left, each of which may hit or miss; the same result.
+
+        `task_id`: one for each prompt; `kwargs` are `generate`'s. Raises `ValueError` for an empty prompt, and for
+        ways of generating that run a prompt more than once or in pieces.
+        """
+        task_ids = [task_id] if isinstance(task_id, str) else list(task_id)
+        if input_ids.dim() != 2 or len(task_ids) != len(input_ids) or not input_ids.shape[1]:
+            raise ValueError(
+                f"input_ids must be ({len(task_ids)}, T), a row for each task id and T from 1, "
+                f"not {tuple(input_ids.shape)}"
+            )
+        config = kwargs.get("generation_config") or self.generation_config
+        refuse_repeated_prefill(kwargs, config)
+        kv = self.new_task_kv(task_ids, max_new_tokens=kwargs.get("max_new_tokens") or config.max_new_tokens or 0)
+        return self.generate(input_ids, past_key_values=kv, **kwargs)
+
+
+def refuse_repeated_prefill(settings: dict[str, Any], config: Any) -> None:
+    """Raises `ValueError` where `generate` would run a prompt more than once, in pieces, or without a cache."""
+    required = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "prefill_chunk_size": None}
+    for name, only in required.items():
+        value = settings.get(name, getattr(config, name, None))
+        if value not in (None, only):
+            raise ValueError(f"{name} must be {only} with KV reuse, not {value!r}")

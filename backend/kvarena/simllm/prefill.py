@@ -1,0 +1,80 @@
+"""One prompt's prefill with inter-task KV reuse, for who draws the answer's tokens itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvarena.engines.hf_model import HFModel
+from kvarena.simllm.aligned import AlignedReuse
+from kvarena.simllm.outcome import TaskOutcome
+
+FIRST_CAPACITY_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class TaskPrefill:
+    """`kv` is filled with the whole prompt, and `HFModel.decode` goes on from it; `logits` `(V,)` are behind the
+    prompt's last token. `num_positions` are taken in the context: in mode "top_layer" the earlier prompt's are too.
+    """
+
+    kv: Any
+    logits: torch.Tensor
+    outcome: TaskOutcome
+    num_positions: int
+
+
+@dataclass(frozen=True)
+class TaskPrefiller:
+    """Over a `LlamaForCausalLMWithKVReuse` that has its manager. `aligned` None is mode "top_layer".
+
+    Prefills go in pieces, so that other requests' tokens go in between; those of mode "top_layer" in one.
+    """
+
+    model: HFModel
+    aligned: AlignedReuse | None
+
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        task_id: str,
+        max_new_tokens: int,
+        *,
+        salt: str = "",
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> TaskPrefill:
+        """Searches, reuses, and keeps what is exact. A task is used that leaves room for `max_new_tokens`.
+
+        Raises `Cancelled` when it was given up or the model closed.
+        """
+        if self.aligned is not None:
+            return self._aligned(self.aligned, token_ids, task_id, salt, is_cancelled)
+        kv = self.model.module.new_task_kv([task_id], max_new_tokens=max_new_tokens, salt=salt)
+        output = self.model.run(self.model.forward, token_ids, past_key_values=kv, use_cache=True)
+        return TaskPrefill(kv, output.logits[0, -1], kv.outcomes[0], int(kv.offsets) + len(token_ids))
+
+    def prefill_without_reuse(
+        self, token_ids: Sequence[int], task_id: str, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> TaskPrefill:
+        kv = self.model.new_kv(len(token_ids) + FIRST_CAPACITY_TOKENS)
+        logits = self.model.prefill(kv, token_ids, is_cancelled)
+        num_passes = len(token_ids) * self.model.kv_shape.num_layers
+        return TaskPrefill(kv, logits, TaskOutcome(task_id, len(token_ids), num_passes), len(token_ids))
+
+    def _aligned(
+        self,
+        aligned: AlignedReuse,
+        token_ids: Sequence[int],
+        task_id: str,
+        salt: str,
+        is_cancelled: Callable[[], bool],
+    ) -> TaskPrefill:
+        capacity = len(token_ids) + FIRST_CAPACITY_TOKENS
+        task = self.model.run(aligned.begin, token_ids, task_id, capacity, salt)
+        kv = task.kv or self.model.new_kv(capacity)
+        logits = self.model.prefill(kv, token_ids[kv.length :], is_cancelled)
+        self.model.run(aligned.keep, task, kv.filled(0, len(token_ids)), salt)
+        return TaskPrefill(kv, logits, task.outcome, len(token_ids))
