@@ -27,7 +27,8 @@ def draw(entries: list[dict[str, Any]]) -> Figure:
     loss.plot(millions, [entry["context_loss"] for entry in train], label="context", alpha=0.5)
     loss.set(ylabel="loss (nats per token)", ylim=(0, 4))
     for kind in KINDS:
-        points = [(entry["num_tokens"] / 1e6, 100 * entry["exact"][CONTEXT].get(kind, 0)) for entry in evals]
+        asked = [entry for entry in evals if kind in entry["exact"][CONTEXT]]
+        points = [(entry["num_tokens"] / 1e6, 100 * entry["exact"][CONTEXT][kind]) for entry in asked]
         exact.plot(*zip(*points, strict=True) if points else ((), ()), label=kind, marker=".")
     exact.set(xlabel="million tokens", ylabel=f"exact match (%), {CONTEXT} tokens of notes", ylim=(0, 101))
     for before, entry in itertools.pairwise(train):

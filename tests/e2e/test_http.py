@@ -61,7 +61,7 @@ def test_settings_are_told(stack: Stack) -> None:
         ({"policy": "best"}, "kv_deviation, random, none, all"),
         ({"ratio": 1.5}, "from 0 to 1"),
         ({"ratio": "half"}, "from 0 to 1"),
-        ({"check_layer": 99}, "from 0 to 4"),
+        ({"check_layer": 99}, "from 0 to 5"),
         ({"store": "yes"}, "true or false"),
         ({"chunks": "text"}, "list of strings"),
         ({"rate": 1}, "policy, ratio, check_layer, store, chunks"),

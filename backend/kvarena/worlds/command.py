@@ -23,7 +23,7 @@ def worlds(
     links: Annotated[
         str | None,
         typer.Option(
-            help="What later chunks refer back to: person, shop, street, day, nickname. [default: all but day]"
+            help="What later chunks refer back to: person, shop, street, day, nickname. [default: person, shop, street]"
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that has files in it.")] = False,

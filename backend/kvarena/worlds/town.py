@@ -30,8 +30,8 @@ from kvarena.worlds.sentence import Chunk, Claim, Reference, Sentence
 from kvarena.worlds.words import sentence_case, with_article
 
 LINKS: tuple[Category, ...] = ("person", "shop", "street", "day", "nickname")
-DEFAULT_LINKS: tuple[Category, ...] = ("person", "shop", "street", "nickname")
-"""Without days: they are what a small model learns last."""
+DEFAULT_LINKS: tuple[Category, ...] = ("person", "shop", "street")
+"""Without days and nicknames: they are what a small model learns last."""
 _TOKENS_PER_FACT = 8.0
 _MAX_TRIES = 60
 
