@@ -48,6 +48,8 @@ def shown_order(page: Page) -> list[str | None]:
 
 def drag_chunk(page: Page, name: str, target: str) -> None:
     """With the mouse, as a hand does it: press, move in steps, let go a little past the target's middle."""
+    settle(page)
+    expect(page.locator(".st-key-chunk-order iframe")).to_have_count(1)  # the list before the last pick has gone
     items = page.frame_locator(".st-key-chunk-order iframe").locator(".sortable-item")
     source, onto = items.filter(has_text=name), items.filter(has_text=target)
     source.scroll_into_view_if_needed()
