@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from engine import MEMORY, Step, plain_tokens, prefill_kv, run_in_engine, run_steps
-from references import CacheBlend, NaiveReuse
 
+from references import CacheBlend, NaiveReuse
 from tiny_models import random_text, save_tiny_model
 
 pytestmark = pytest.mark.slow
