@@ -77,12 +77,32 @@ class Blended:
         """Naive reuse, as one stock forward in which spans attend to themselves only: KV `(L, 2, H_kv, T, D)` and the
         last logits. Rotary distances inside a span are the same wherever it stands, so nothing needs moving.
         """
-        mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-        for start, end in spans:
-            mask[start:end, :start] = False
         cache = DynamicCache()
-        output = self.reference(torch.tensor([ids]), attention_mask=mask[None, None], past_key_values=cache)
+        output = self.reference(torch.tensor([ids]), attention_mask=blind_mask(ids, spans), past_key_values=cache)
         return cached_kv(cache), output.logits[0, -1]
+
+    @torch.inference_mode()
+    def attention_of_question(self, ids: list[int], spans: list[tuple[int, int]], layer: int) -> torch.Tensor:
+        """What the reused tokens `(T_reused,)` get at a layer of the attention of the tokens behind the last span but
+        for the last token, among themselves: averaged over heads, from stock eager attention's own weights.
+        """
+        self.reference.set_attn_implementation("eager")
+        try:
+            mask = torch.zeros(1, 1, len(ids), len(ids)).masked_fill_(~blind_mask(ids, spans), float("-inf"))
+            output = self.reference(torch.tensor([ids]), attention_mask=mask, output_attentions=True)
+        finally:
+            self.reference.set_attn_implementation("sdpa")
+        reused = torch.cat([torch.arange(start, end) for start, end in spans])
+        weights = output.attentions[layer][0, :, spans[-1][1] : -1, reused]  # (H, T_q, T_reused)
+        return (weights / weights.sum(dim=-1, keepdim=True)).mean(dim=(0, 1))
+
+
+def blind_mask(ids: list[int], spans: list[tuple[int, int]]) -> torch.Tensor:
+    """`(1, 1, T, T)`: causal, and a span's tokens see nothing before it."""
+    mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    for start, end in spans:
+        mask[start:end, :start] = False
+    return mask[None, None]
 
 
 def cached_kv(cache: Any) -> torch.Tensor:

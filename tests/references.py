@@ -54,10 +54,11 @@ class CacheBlend(NaiveReuse):
     """arXiv 2405.16444: full layers below the check layer, then only the tokens whose keys deviate most, over the
     naive KV. What no chunk covers goes through all layers."""
 
-    def __init__(self, model: str, ratio: float, check_layer: int) -> None:
+    def __init__(self, model: str, ratios: dict[int, float], deviation: str = "keys") -> None:
+        """`ratios`: what of the reused tokens goes on, by layer."""
         super().__init__(model)
-        self.ratio = ratio
-        self.check_layer = check_layer
+        self.ratios = ratios
+        self.deviation = deviation
         self.num_selected = 0
 
     @torch.inference_mode()
@@ -76,20 +77,29 @@ class CacheBlend(NaiveReuse):
     @torch.inference_mode()
     def blended_kv(self, ids: torch.Tensor, reused: list[dict[str, Any]]) -> Any:
         """The cache of `ids` `(1, T)`, behind whose last token no span ends."""
-        length = ids.shape[1]
+        return self._recomputed(ids, reused, torch.arange(ids.shape[1]))
+
+    @torch.inference_mode()
+    def kv_with_chosen(self, ids: torch.Tensor, reused: list[dict[str, Any]], chosen: torch.Tensor) -> Any:
+        """The same where these reused positions are recomputed from the first layer on."""
+        _, _, is_reused = self._naive_kv(ids, reused)
+        return self._recomputed(ids, reused, torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values)
+
+    def _recomputed(self, ids: torch.Tensor, reused: list[dict[str, Any]], positions: torch.Tensor) -> Any:
         naive_keys, naive_values, is_reused = self._naive_kv(ids, reused)
-        positions = torch.arange(length)
-        hidden = self.model.model.embed_tokens(ids)
+        hidden = self.model.model.embed_tokens(ids)[:, positions]
         cache = DynamicCache()
         for number, layer in enumerate(self.model.model.layers):
             query, key, value = self._qkv(layer, hidden, positions)
-            if number == self.check_layer:
-                deviation = (key[0] - naive_keys[number][0]).square().sum(dim=(0, 2))
-                deviation[~is_reused] = math.inf
-                self.num_selected = math.ceil(self.ratio * int(is_reused.sum()))
+            if number in self.ratios:
+                fresh, naive = (key, naive_keys) if self.deviation == "keys" else (value, naive_values)
+                deviation = (fresh[0] - naive[number][0][:, positions]).square().sum(dim=(0, 2))
+                deviation[~is_reused[positions]] = math.inf
+                self.num_selected = math.ceil(self.ratios[number] * int(is_reused.sum()))
                 count = self.num_selected + int((~is_reused).sum())
-                positions = deviation.topk(count).indices.sort().values
-                hidden, query, key, value = hidden[:, positions], *(x[:, :, positions] for x in (query, key, value))
+                rows = deviation.topk(count).indices.sort().values
+                positions = positions[rows]
+                hidden, query, key, value = hidden[:, rows], *(x[:, :, rows] for x in (query, key, value))
             keys, values = naive_keys[number].clone(), naive_values[number].clone()
             keys[:, :, positions], values[:, :, positions] = key, value
             cache.update(keys, values, number)

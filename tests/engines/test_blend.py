@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from transformers.models.llama import modeling_llama
 
 from blended import Blended, cached_kv, make_prompts
 from kvarena.engines.blend.blendable import BlendableModel
+from kvarena.engines.blend.prefill import BlendedPrefill
 from kvarena.engines.blend.prefilled import HFPrefilledModel
 from kvarena.engines.hf_model import HFModel, UnsupportedModel
 from kvarena.reuse.params import BlendParams
 from kvarena.reuse.plan import Chunk, as_token_ids
-from kvarena.reuse.prefilled import Narrowing
+from kvarena.reuse.prefilled import LayerKV, Narrowing
 from kvarena.reuse.store import MemoryStore
 from references import CacheBlend
 from tiny_models import FAMILIES, save_tiny_model, tiny_tokenizer
@@ -111,7 +113,7 @@ def test_kv_deviation_equals_cacheblend_written_out(
     any_blended: Blended, monkeypatch: pytest.MonkeyPatch, ratio: float, check_layer: int, piece_tokens: int
 ) -> None:
     monkeypatch.setattr(any_blended.model, "piece_tokens", piece_tokens)
-    reference = CacheBlend(any_blended.reference.config.name_or_path, ratio, check_layer)
+    reference = CacheBlend(any_blended.reference.config.name_or_path, {check_layer: ratio})
     for ids in map(any_blended.encode, make_prompts(2, 2)):
         result = any_blended.prefill(ids, BlendParams(ratio=ratio, check_layer=check_layer))
         spans = [{"start": start, "end": end} for start, end in result.report.spans]
@@ -120,6 +122,78 @@ def test_kv_deviation_equals_cacheblend_written_out(
         assert_close(result.kv.filled(0, end), kv)
         assert result.report.num_recomputed_tokens == reference.num_selected
         assert result.report.store_errors == 0
+
+
+@pytest.mark.parametrize("piece_tokens", [512, 50])
+@pytest.mark.parametrize(
+    ("params", "ratios"),
+    [
+        (BlendParams(ratio=0.2, deviation="values"), {1: 0.2}),
+        (BlendParams(ratio=0.2, num_filters=3), {1: 0.4, 2: 0.3, 3: 0.2}),
+        (BlendParams(ratio=0.2, check_layer=2, num_filters=9, deviation="values"), {2: 0.4, 3: 0.2}),
+    ],
+    ids=["values", "three filters", "no more filters than layers"],
+)
+def test_its_variants_equal_cacheblend_written_out(
+    blended: Blended,
+    monkeypatch: pytest.MonkeyPatch,
+    params: BlendParams,
+    ratios: dict[int, float],
+    piece_tokens: int,
+) -> None:
+    monkeypatch.setattr(blended.model, "piece_tokens", piece_tokens)
+    reference = CacheBlend(blended.reference.config.name_or_path, ratios, params.deviation)
+    for ids in map(blended.encode, make_prompts(2, 2)):
+        result = blended.prefill(ids, params)
+        spans = [{"start": start, "end": end} for start, end in result.report.spans]
+        end = spans[-1]["end"]
+        kv = cached_kv(reference.blended_kv(torch.tensor([ids[:end]]), spans))
+        assert_close(result.kv.filled(0, end), kv)
+        assert result.report.num_recomputed_tokens == reference.num_selected
+        assert result.report.store_errors == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "num_tokens"),
+    [(BlendParams("chunk_head", 0.1), None), (BlendParams("chunk_head", 0.1, head_tokens=7), 7)],
+    ids=["a share", "a number"],
+)
+def test_chunk_head_equals_the_heads_recomputed(any_blended: Blended, params: BlendParams, num_tokens: int) -> None:
+    reference = CacheBlend(any_blended.reference.config.name_or_path, {})
+    for ids in map(any_blended.encode, make_prompts(2, 2)):
+        result = any_blended.prefill(ids, params)
+        spans = result.report.spans
+        counts = [num_tokens or math.ceil(0.1 * (end - start)) for start, end in spans]
+        heads = [torch.arange(start, start + count) for (start, _), count in zip(spans, counts, strict=True)]
+        assert_equals_recomputed(any_blended, reference, ids, result, torch.cat(heads))
+
+
+@pytest.mark.parametrize("piece_tokens", [512, 4])
+@pytest.mark.parametrize("check_layer", [0, 1, 3])
+def test_query_attention_equals_it_written_out(
+    any_blended: Blended, monkeypatch: pytest.MonkeyPatch, check_layer: int, piece_tokens: int
+) -> None:
+    """The queries are those of a stock forward in which chunks see nothing but themselves, and the question all."""
+    monkeypatch.setattr(any_blended.model, "piece_tokens", piece_tokens)
+    reference = CacheBlend(any_blended.reference.config.name_or_path, {})
+    for ids in map(any_blended.encode, make_prompts(2, 2)):
+        result = any_blended.prefill(ids, BlendParams("query_attention", 0.1, check_layer))
+        spans = result.report.spans
+        in_spans = torch.cat([torch.arange(start, end) for start, end in spans])
+        scores = any_blended.attention_of_question(ids, spans, check_layer)
+        chosen = in_spans[scores.topk(math.ceil(0.1 * len(in_spans))).indices].sort().values
+        assert_equals_recomputed(any_blended, reference, ids, result, chosen)
+
+
+def assert_equals_recomputed(
+    blended: Blended, reference: CacheBlend, ids: list[int], result: BlendedPrefill, chosen: torch.Tensor
+) -> None:
+    spans = [{"start": start, "end": end} for start, end in result.report.spans]
+    end = spans[-1]["end"]
+    kv = cached_kv(reference.kv_with_chosen(torch.tensor([ids[:end]]), spans, chosen))
+    assert_close(result.kv.filled(0, end), kv)
+    assert result.report.num_recomputed_tokens == len(chosen)
+    assert result.report.store_errors == 0
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -263,11 +337,11 @@ def test_a_check_layer_beyond_the_last_is_refused(blended: Blended) -> None:
 
 
 def test_hooks_are_gone_after_a_failure(blended: Blended) -> None:
-    def fail(positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError(f"{len(positions)} positions, keys {tuple(keys.shape)}")
+    def fail(positions: torch.Tensor, fresh: LayerKV) -> torch.Tensor:
+        raise RuntimeError(f"{len(positions)} positions, keys {tuple(fresh.keys.shape)}")
 
     engine = BlendableModel(blended.model)
     prompt = HFPrefilledModel(engine, as_token_ids(range(2, 50)), blended.model.new_kv(48))
     with pytest.raises(RuntimeError, match=r"48 positions, keys \(48, 2, 32\)"):
-        blended.model.run(prompt.forward, torch.arange(48), Narrowing(2, fail))
+        blended.model.run(prompt.forward, torch.arange(48), [Narrowing(2, fail)])
     assert not any(layer._forward_pre_hooks for layer in engine.layers)

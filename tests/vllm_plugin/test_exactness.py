@@ -89,7 +89,7 @@ def test_kv_deviation_equals_cacheblend_written_out(
     prompts = make_prompts(4, 8, all_separated=True)
     steps = [Step([prompt], NUM_TOKENS, {"ratio": ratio, "check_layer": check_layer}) for prompt in prompts]
     outcomes = run_in_engine(run_steps, model, MEMORY, steps, settings)
-    reference = CacheBlend(model, ratio, check_layer)
+    reference = CacheBlend(model, {check_layer: ratio})
     for prompt, outcome in zip(prompts, outcomes, strict=True):
         assert outcome.tokens[0] == reference.generate(prompt, outcome.reports[0]["spans"], NUM_TOKENS)
         assert outcome.reports[0]["num_recomputed_tokens"] == reference.num_selected

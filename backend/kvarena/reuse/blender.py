@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvarena.reuse.evidence import BlendEvidence
+from kvarena.reuse.moving import moved_kv
 from kvarena.reuse.params import BlendParams
-from kvarena.reuse.plan import Chunk, ReusePlan, Span
+from kvarena.reuse.plan import Chunk, ReusePlan
 from kvarena.reuse.prefilled import PrefilledModel
 from kvarena.reuse.selection import make_policy
 from kvarena.reuse.store import ChunkStore
@@ -104,10 +106,11 @@ class Blender:
             first = start if params.recomputes_all else _exact_end(plan, start)
             inexact = plan.clipped(first, end)
             pieces = pieces[len(plan.spans) - len(inexact.spans) :]
-            selection = make_policy(params).select(inexact, lambda layer: _moved_keys(model, inexact, pieces, layer))
+            evidence = BlendEvidence(model, inexact, pieces, first, end)
+            selection = make_policy(params).select(inexact, evidence)
             gaps = [torch.arange(low, high) for low, high in plan.gaps(first, end)]
             positions = torch.cat([selection.positions, *gaps]).sort().values
-            computed = model.forward(positions, selection.narrowing) if len(positions) else positions
+            computed = model.forward(positions, selection.narrowings) if len(positions) else positions
         _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
 
     def _fetch(self, plan: ReusePlan, report: BlendReport) -> dict[Chunk, torch.Tensor]:
@@ -147,8 +150,7 @@ class Blender:
 def _write(model: PrefilledModel, plan: ReusePlan, pieces: Sequence[torch.Tensor]) -> None:
     """Move every span's KV `(2, L, T, H_kv * D)` to its place in the prompt, and write it into the cache."""
     for span, piece in zip(plan, pieces, strict=True):
-        keys, values = _heads(model, piece)
-        keys = _moved(model, span, keys)
+        keys, values = moved_kv(model, span, piece)
         for layer in range(len(model.rotations)):
             model.write(layer, span.start, keys[layer], values[layer])
 
@@ -157,33 +159,6 @@ def _exact_end(plan: ReusePlan, start: int) -> int:
     """Where the tokens end that are reused in their own place behind their own context: nothing there deviates."""
     begins_prompt = start == 0 and plan.spans and plan.spans[0].start == plan.spans[0].offset == 0
     return plan.spans[0].end if begins_prompt else start
-
-
-def _moved_keys(model: PrefilledModel, plan: ReusePlan, pieces: Sequence[torch.Tensor], layer: int) -> torch.Tensor:
-    """One layer's moved keys of all spans, `(T_reused, H_kv, D)`, as `_write` wrote them."""
-    rotation = model.rotations[layer]
-    keys = [_heads(model, piece[0, layer]) for piece in pieces]
-    if rotation:
-        keys = [rotation.move(k, span.start - span.offset) for span, k in zip(plan, keys, strict=True)]
-    return torch.cat(keys)
-
-
-def _moved(model: PrefilledModel, span: Span, keys: torch.Tensor) -> torch.Tensor:
-    """Keys of all layers `(L, T, H_kv, D)` at the span's place; layers with the same rotation go together."""
-    rotations = dict.fromkeys(model.rotations)
-    if len(rotations) == 1 and (rotation := next(iter(rotations))):
-        return rotation.move(keys, span.start - span.offset)
-    moved = keys.clone()
-    for rotation in rotations:
-        layers = [layer for layer, own in enumerate(model.rotations) if own is rotation]
-        if rotation:
-            moved[layers] = rotation.move(keys[layers], span.start - span.offset)
-    return moved
-
-
-def _heads(model: PrefilledModel, flat: torch.Tensor) -> torch.Tensor:
-    """`(..., H_kv * D)` as `(..., H_kv, D)`, on the model's device."""
-    return flat.to(model.device, non_blocking=True).view(*flat.shape[:-1], -1, model.head_size)
 
 
 def _count(report: BlendReport, plan: ReusePlan, start: int, end: int, *, num_recomputed: int) -> None:

@@ -4,32 +4,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = ("kv_deviation", "random", "none", "all")
+POLICIES = ("kv_deviation", "chunk_head", "query_attention", "random", "none", "all")
+DEVIATIONS = ("keys", "values")
+WITH_CHECK_LAYER = ("kv_deviation", "query_attention")
+"""The policies that look at layers; the others choose before the first."""
 
 
 @dataclass(frozen=True)
 class BlendParams:
     """Selection policy, share of reused tokens that it recomputes, and the layer (from 0) it looks at.
 
+    `deviation` and `num_filters` are those of `kv_deviation`, `head_tokens` that of `chunk_head`: so many tokens of
+    each chunk in place of a share; 0 means the share. `kvarena.reuse.selection` says more of each.
     Raises `ValueError` naming the value and the choices.
     """
 
     policy: str = "kv_deviation"
     ratio: float = 0.15
     check_layer: int = 1
+    deviation: str = "keys"
+    num_filters: int = 1
+    head_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio must be a number from 0 to 1, not {self.ratio!r}")
-        if isinstance(self.check_layer, bool) or not isinstance(self.check_layer, int) or self.check_layer < 0:
-            raise ValueError(f"check_layer must be a layer number from 0, not {self.check_layer!r}")
+        if self.deviation not in DEVIATIONS:
+            raise ValueError(f"deviation must be one of {', '.join(DEVIATIONS)}, not {self.deviation!r}")
+        _check_count("check_layer", self.check_layer, 0, "a layer number from 0")
+        _check_count("num_filters", self.num_filters, 1, "a number of layers from 1")
+        _check_count("head_tokens", self.head_tokens, 0, "a number of tokens from 0")
 
     @property
     def recomputes_all(self) -> bool:
-        return self.policy == "all" or (self.policy != "none" and self.ratio == 1)
+        return self.policy == "all" or (self._goes_by_ratio and self.ratio == 1)
 
     @property
     def recomputes_none(self) -> bool:
-        return self.policy == "none" or (self.policy != "all" and self.ratio == 0)
+        return self.policy == "none" or (self._goes_by_ratio and self.ratio == 0)
+
+    @property
+    def _goes_by_ratio(self) -> bool:
+        return self.policy not in ("none", "all") and not (self.policy == "chunk_head" and self.head_tokens)
+
+    def check_for(self, num_layers: int) -> None:
+        """Raises `ValueError` for a check layer that the model doesn't have, where the policy has one."""
+        if self.policy in WITH_CHECK_LAYER and self.check_layer >= num_layers:
+            raise ValueError(f"check_layer must be from 0 to {num_layers - 1}, not {self.check_layer}")
+
+
+def _check_count(name: str, value: object, least: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be {what}, not {value!r}")

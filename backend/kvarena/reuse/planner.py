@@ -22,12 +22,15 @@ class Planner:
 
     `min_chunk_tokens`: shorter segments are not worth a chunk. `min_match_tokens`: shorter partial matches are not
     worth a span. `min_coverage`: a segment covered by known chunks to at least this share isn't made a chunk itself.
+    `min_reused_ratio`, `max_joined_tokens`: see `blend_end`.
     """
 
     index: ChunkIndex
     min_chunk_tokens: int = 16
     min_match_tokens: int = 32
     min_coverage: float = 0.5
+    min_reused_ratio: float = 0.5
+    max_joined_tokens: int = 128
 
     def plan(self, token_ids: TokenIds, segments: Sequence[Segment] = (), salt: str = "") -> ReusePlan:
         """The plan of a prompt. `segments` must be in order and without overlap. Changes nothing but recency."""
@@ -40,6 +43,21 @@ class Planner:
             position = end
         spans += matches.clipped(position, len(token_ids))
         return ReusePlan(tuple(span for span in spans if self._worth_it(span)))
+
+    def blend_end(self, plan: ReusePlan, start: int, last: int) -> int:
+        """Up to where a prompt is blended from `start` on; `last` is its last token, which has to give the logits.
+
+        The last span's end that leaves mostly reused tokens before it; what follows is cheaper as plain prefill. A
+        short rest, the question, joins the blend: its tokens come along in a forward that is made anyway. `start`
+        stands for nothing.
+        """
+        spans = plan.clipped(start, last).spans
+        reused = sum(map(len, spans))
+        for span in reversed(spans):
+            if reused >= max(self.min_reused_ratio * (span.end - start), self.min_chunk_tokens):
+                return last if last - span.end <= self.max_joined_tokens else span.end
+            reused -= len(span)
+        return start
 
     def _plan_segment(self, token_ids: TokenIds, start: int, end: int, salt: str, matches: ReusePlan) -> Sequence[Span]:
         chunk = Chunk(token_ids[start:end].copy(), salt)

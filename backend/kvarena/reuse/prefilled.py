@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,16 +16,23 @@ from kvarena.reuse.plan import TokenIds
 from kvarena.reuse.rope import Rotation
 
 
+class LayerKV(NamedTuple):
+    """Keys and values of one layer, `(T, H_kv, D)` each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Narrowing:
     """From `layer` on only chosen tokens go on; the others keep what the cache held there.
 
-    `choose` takes the positions `(T,)` of the tokens under way and their fresh keys `(T, H_kv, D)` at that layer, and
-    returns the ascending indices of those that go on.
+    `choose` takes the positions `(T,)` of the tokens under way and their fresh KV at that layer, and returns the
+    ascending indices of those that go on.
     """
 
     layer: int
-    choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    choose: Callable[[torch.Tensor, LayerKV], torch.Tensor]
 
 
 class PrefilledModel(Protocol):
@@ -50,9 +57,17 @@ class PrefilledModel(Protocol):
         """Put keys and values `(T, H_kv, D)` into the cache from position `start` on."""
         ...
 
-    def forward(self, positions: torch.Tensor, narrowing: Narrowing | None = None) -> torch.Tensor:
+    def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
         """Run the model over the tokens at these positions: their fresh KV replaces what the cache held.
 
-        Returns the positions that went through all layers. Tokens attend to everything before them.
+        `narrowings` are in the order of their layers. Returns the positions that went through all layers. Tokens attend
+        to everything before them.
+        """
+        ...
+
+    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
+        """The queries `(T, H, D)` of the tokens at these positions at this layer, rotated.
+
+        They are run as by `forward`, but only up to this layer, and so is their KV in the cache then.
         """
         ...

@@ -53,8 +53,7 @@ class AlignedReuse:
 
     def __init__(self, model: HFModel, manager: InterTaskKVManager, params: AlignedParams) -> None:
         shape = model.kv_shape
-        if params.blend.policy == "kv_deviation" and params.blend.check_layer >= shape.num_layers:
-            raise ValueError(f"check_layer must be from 0 to {shape.num_layers - 1}, not {params.blend.check_layer}")
+        params.blend.check_for(shape.num_layers)
         self._model = model
         self._embed = model.module.get_input_embeddings()
         self._blendable = BlendableModel(model)

@@ -15,12 +15,13 @@ import torch
 from torch.utils._pytree import tree_map
 from vllm.forward_context import get_forward_context
 
-from kvarena.reuse.prefilled import Narrowing
+from kvarena.reuse.prefilled import LayerKV, Narrowing
 
 if TYPE_CHECKING:
     from kvarena.vllm_plugin.paged_model import Row, VllmModel
 
 KVHook = Callable[[int, torch.Tensor, torch.Tensor], None]
+QueriesHook = Callable[[torch.Tensor], None]
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -41,9 +42,25 @@ def reading_kv(
 
         return hook
 
-    handles = [
-        attentions[i].register_forward_pre_hook(hook_of(i), with_kwargs=True, prepend=before_others) for i in layers
-    ]
+    with _hooked([(attentions[layer], hook_of(layer)) for layer in layers], prepend=before_others):
+        yield
+
+
+@contextmanager
+def reading_queries(attention: torch.nn.Module, on_queries: QueriesHook) -> Iterator[None]:
+    """Call `on_queries(queries)` (`(T, H * D)`, rotated, valid only during the call) before this layer attends."""
+
+    def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+        query = next(iter([*args, *kwargs.values()]))
+        on_queries(query.flatten(1))
+
+    with _hooked([(attention, hook)]):
+        yield
+
+
+@contextmanager
+def _hooked(hooks: Sequence[tuple[torch.nn.Module, Callable[..., None]]], *, prepend: bool = False) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend) for module, hook in hooks]
     try:
         yield
     finally:
@@ -54,7 +71,7 @@ def reading_kv(
 class NarrowedLayer:
     """A context in which a layer goes on with chosen tokens only. `kept` are their positions, once it has run.
 
-    The layer is run up to its keys to let `choose` see them, and is then called again with the rows of its inputs
+    The layer is run up to its KV to let `choose` see it, and is then called again with the rows of its inputs
     that were chosen; the forward context changes along with them, and so do the inputs that the model hands to every
     layer alike (positions). Where a prompt takes several batches, the first ones end at this layer and leave their
     inputs, and the last one goes on with what was chosen of all.
@@ -64,20 +81,20 @@ class NarrowedLayer:
         self,
         engine: VllmModel,
         narrowing: Narrowing,
-        positions: torch.Tensor,
+        before: torch.Tensor | NarrowedLayer,
         num_batches: int,
         rows_of: Callable[[torch.Tensor], list[Row]],
     ) -> None:
-        """`positions` are those of all batches."""
+        """`before`: the positions of all batches, or the layer before this one that goes on with fewer."""
         self.kept = torch.empty(0, dtype=torch.int64)
         self._engine = engine
         self._layer = min(narrowing.layer, len(engine.layers) - 1)
         self._choose = narrowing.choose
-        self._positions = positions
+        self._before = before
         self._waiting = num_batches
         self._rows_of = rows_of
         self._calls: list[LayerCall] = []
-        self._keys: list[torch.Tensor] = []
+        self._kv: list[LayerKV] = []
         self._narrowed_inputs: dict[int, torch.Tensor] = {}
         self._block, *self._later_blocks = engine.blocks[self._layer :]
         self._is_probing = False
@@ -99,7 +116,7 @@ class NarrowedLayer:
         if self._is_probing:
             return None
         self._calls.append((args, kwargs))
-        self._keys.append(self._probe_keys(args, kwargs))
+        self._kv.append(self._probe_kv(args, kwargs))
         self._waiting -= 1
         if self._waiting:
             raise KVKnown
@@ -109,12 +126,13 @@ class NarrowedLayer:
         call: LayerCall = tree_map(lambda x: self._narrowed_inputs.get(id(x), x), (args, kwargs))
         return call
 
-    def _probe_keys(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The layer's keys `(T, H_kv, D)`, from a copy of its inputs: fused norms write into them."""
-        found: list[torch.Tensor] = []
+    def _probe_kv(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerKV:
+        """The layer's fresh KV, from a copy of its inputs: fused norms write into them."""
+        found: list[LayerKV] = []
 
-        def stop(_layer: int, keys: torch.Tensor, _values: torch.Tensor) -> None:
-            found.append(keys.reshape(len(keys), -1, self._engine.head_size).clone())
+        def stop(_layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            heads = (len(keys), -1, self._engine.head_size)
+            found.append(LayerKV(keys.reshape(heads).clone(), values.reshape(heads).clone()))
             raise KVKnown
 
         copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
@@ -127,15 +145,16 @@ class NarrowedLayer:
         return found[0]
 
     def _narrowed(self) -> LayerCall:
-        chosen = self._choose(self._positions, torch.cat(self._keys))
-        self.kept = self._positions[chosen]
+        positions = self._before if torch.is_tensor(self._before) else self._before.kept
+        chosen = self._choose(positions, LayerKV(*map(torch.cat, zip(*self._kv, strict=True))))
+        self.kept = positions[chosen]
         context = get_forward_context()
         context.attn_metadata, context.slot_mapping = self._engine.attention_metadata(self._rows_of(self.kept))
-        return self._chosen_rows(chosen.to(self._keys[0].device))
+        return self._chosen_rows(chosen.to(self._engine.device))
 
     def _chosen_rows(self, chosen: torch.Tensor) -> LayerCall:
         """One call with the chosen rows of every call's inputs; what has no row per token is the last call's."""
-        counts = [len(keys) for keys in self._keys]
+        counts = [len(kv.keys) for kv in self._kv]
 
         def join(*inputs: Any) -> Any:
             if all(torch.is_tensor(x) and x.dim() and len(x) == n for x, n in zip(inputs, counts, strict=True)):

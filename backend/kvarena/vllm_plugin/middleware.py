@@ -92,8 +92,8 @@ def _check(request: dict[str, Any], scope: Scope) -> None:
     given = given_params(request.get("kv_transfer_params"))
     params = read_request_params(request.get("kv_transfer_params"), _config(scope).params)
     num_layers = _num_layers(scope)
-    if "check_layer" in given and params.blend.check_layer >= num_layers:
-        raise ValueError(f"check_layer must be from 0 to {num_layers - 1}, not {params.blend.check_layer}")
+    if "check_layer" in given:
+        params.blend.check_for(num_layers)
 
 
 def _message_parts(request: dict[str, Any]) -> list[str]:

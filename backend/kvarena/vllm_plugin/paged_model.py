@@ -8,7 +8,7 @@ query tokens, a sequence that ends with the last of them, and the prompt's own b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from kvarena.reuse.plan import TokenIds
 from kvarena.reuse.prefilled import Narrowing
 from kvarena.reuse.rope import Rotation
-from kvarena.vllm_plugin.layer_hooks import KVKnown, NarrowedLayer, decoder_layers, reading_kv
+from kvarena.vllm_plugin.layer_hooks import KVKnown, NarrowedLayer, decoder_layers, reading_kv, reading_queries
 from kvarena.vllm_plugin.supported import attention_layers, refuse_unsupported, rotations_of
 
 
@@ -148,16 +148,31 @@ class PagedPrompt:
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._engine.write(layer, self._slots[start : start + len(keys)], keys, values)
 
-    def forward(self, positions: torch.Tensor, narrowing: Narrowing | None = None) -> torch.Tensor:
-        batches = list(batches_of(self.rows(positions), self._engine.max_batch_tokens))
-        if narrowing is None:
+    def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
+        batches = self._batches(positions)
+        num_batches, narrowed = len(batches), None
+        with ExitStack() as stack:
+            for narrowing in narrowings:
+                layer = NarrowedLayer(self._engine, narrowing, narrowed or positions, num_batches, self.rows)
+                narrowed, num_batches = stack.enter_context(layer), 1
             for batch in batches:
                 self._engine.forward(batch)
-            return positions
-        with NarrowedLayer(self._engine, narrowing, positions, len(batches), self.rows) as narrowed:
-            for batch in batches:
+        return narrowed.kept if narrowed else positions
+
+    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+
+        def keep(queries: torch.Tensor) -> None:
+            found.append(queries.reshape(len(queries), -1, self.head_size).clone())
+            raise KVKnown
+
+        with reading_queries(self._engine.layers[layer], keep):
+            for batch in self._batches(positions):
                 self._engine.forward(batch)
-        return narrowed.kept
+        return torch.cat(found)
+
+    def _batches(self, positions: torch.Tensor) -> list[list[Row]]:
+        return list(batches_of(self.rows(positions), self._engine.max_batch_tokens))
 
     def rows(self, positions: torch.Tensor) -> list[Row]:
         """One row for each run of neighbouring positions."""

@@ -33,9 +33,6 @@ from kvarena.vllm_plugin.stats import BlendStats
 
 logger = logging.getLogger(__name__)
 
-_MIN_REUSED_SHARE = 0.5
-_MAX_JOINED_TOKENS = 128
-
 
 @dataclass
 class _Tracked:
@@ -78,7 +75,7 @@ class SchedulerHalf:
         if self._stands_on_unfinished_blocks(tracked, num_local_tokens):
             return None
         tracked.num_local_tokens = num_local_tokens
-        end = self._blend_end(tracked, num_local_tokens)
+        end = self._planner.blend_end(tracked.plan, num_local_tokens, request.num_prompt_tokens - 1)
         return max(0, end - num_local_tokens)
 
     def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -156,21 +153,6 @@ class SchedulerHalf:
         self._known.refresh()
         segments = self._segmenter.segments(token_ids, params.chunks)
         return self._planner.plan(token_ids, segments, _chunk_salt(request))
-
-    def _blend_end(self, tracked: _Tracked, start: int) -> int:
-        """The last span's end that leaves mostly reused tokens before it; what follows is cheaper as plain prefill.
-
-        A short rest, the question, joins the blend: its tokens come along in a forward that is made anyway, and leave
-        vLLM's own prefill the one token that it can't do without.
-        """
-        last = tracked.request.num_prompt_tokens - 1
-        spans = tracked.plan.clipped(start, last).spans
-        reused = sum(map(len, spans))
-        for span in reversed(spans):
-            if reused >= max(_MIN_REUSED_SHARE * (span.end - start), self._config.min_chunk_tokens):
-                return last if last - span.end <= _MAX_JOINED_TOKENS else span.end
-            reused -= len(span)
-        return start
 
     def _stands_on_unfinished_blocks(self, tracked: _Tracked, num_local_tokens: int) -> bool:
         """Whether the prefix cache offers blocks that another request only fills in this step's forward.

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvarena.reuse.params import BlendParams
+from kvarena.reuse.params import WITH_CHECK_LAYER, BlendParams
 
 _WITHOUT_RATIO = ("none", "all")
-_WITH_CHECK_LAYER = ("kv_deviation",)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def blend_setups(
     """
     setups = []
     for policy in policies:
-        layers: Sequence[int | None] = check_layers if policy in _WITH_CHECK_LAYER and check_layers else [None]
+        layers: Sequence[int | None] = check_layers if policy in WITH_CHECK_LAYER and check_layers else [None]
         for ratio in [None] if policy in _WITHOUT_RATIO else ratios:
             setups += [Setup(contender, policy, ratio, layer) for layer in layers]
     for setup in setups:

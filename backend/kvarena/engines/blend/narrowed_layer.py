@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from kvarena.engines.blend.prompt_cache import KVKnown, PromptCache
-from kvarena.reuse.prefilled import Narrowing
+from kvarena.reuse.prefilled import LayerKV, Narrowing
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -18,7 +18,7 @@ LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 class NarrowedLayer:
     """A context in which a layer goes on with chosen tokens only. `kept` are their positions, once it has run.
 
-    The layer is run up to its keys to let `choose` see them, and is then called with the rows of its inputs that were
+    The layer is run up to its KV to let `choose` see them, and is then called with the rows of its inputs that were
     chosen; so are the layers behind it, which the model hands the same masks, angles and positions. Where a prompt
     takes several pieces, the first ones end at this layer and leave their inputs, and the last one goes on with what
     was chosen of all.
@@ -34,7 +34,7 @@ class NarrowedLayer:
         self._num_pieces = num_pieces
         self._calls: list[LayerCall] = []
         self._positions: list[torch.Tensor] = []
-        self._keys: list[torch.Tensor] = []
+        self._kv: list[LayerKV] = []
         self._narrowed_inputs: dict[int, torch.Tensor] = {}
 
     def __enter__(self) -> NarrowedLayer:
@@ -53,9 +53,9 @@ class NarrowedLayer:
     def _hook(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
         self._calls.append((args, kwargs))
         self._positions.append(self._cache.positions)
-        self._keys.append(self._cache.probed_keys(module.forward, *args, **kwargs))
+        self._kv.append(self._cache.probed_kv(module.forward, *args, **kwargs))
         if len(self._calls) < self._num_pieces:
-            raise KVKnown(self._keys[-1])
+            raise KVKnown(self._kv[-1])
         return self._narrowed()
 
     def _later_hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
@@ -65,12 +65,13 @@ class NarrowedLayer:
     def _narrowed(self) -> LayerCall:
         """One call with the chosen rows of every piece's inputs; what has no row per token is the last piece's."""
         positions = torch.cat(self._positions)
-        chosen = self._choose(positions.cpu(), torch.cat(self._keys)).to(positions.device)
+        fresh = LayerKV(*map(torch.cat, zip(*self._kv, strict=True)))
+        chosen = self._choose(positions.cpu(), fresh).to(positions.device)
         self.kept = positions[chosen].cpu()
         mask_of_all = self._cache.mask
         self._cache.go_on_with(positions[chosen])
         self._narrowed_inputs[id(mask_of_all)] = self._cache.mask
-        counts = [len(keys) for keys in self._keys]
+        counts = [len(piece) for piece in self._positions]
 
         def join(*inputs: Any) -> Any:
             known = self._narrowed_inputs.get(id(inputs[-1]))

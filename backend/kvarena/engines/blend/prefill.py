@@ -50,9 +50,7 @@ class HFBlender:
 
         Raises `ValueError` for a check layer that the model doesn't have, `Cancelled` when the model was closed.
         """
-        num_layers = self._model.kv_shape.num_layers
-        if params.policy == "kv_deviation" and params.check_layer >= num_layers:
-            raise ValueError(f"check_layer must be from 0 to {num_layers - 1}, not {params.check_layer}")
+        params.check_for(self._model.kv_shape.num_layers)
         kv = self._model.new_kv(capacity)
         report = self._model.run(self._blend, as_token_ids(token_ids), params, kv)
         rest = token_ids[kv.length :]
@@ -60,12 +58,13 @@ class HFBlender:
         return BlendedPrefill(kv, self._model.prefill(kv, rest, is_cancelled=lambda: False), report)
 
     def _blend(self, token_ids: TokenIds, params: BlendParams, kv: SequenceKV) -> BlendReport:
-        """Fills `kv` up to the last span's end, at most up to the last token, which has to give the logits."""
-        plan = self._plan(token_ids).clipped(0, len(token_ids) - 1)
-        if not plan.end:
+        """Fills `kv` as far as there is something to reuse."""
+        plan = self._plan(token_ids)
+        end = self._planner.blend_end(plan, 0, len(token_ids) - 1)
+        if not end:
             return BlendReport()
-        prompt = HFPrefilledModel(self._blendable, token_ids[: plan.end], kv)
-        return self._blender.blend(prompt, plan, 0, plan.end, params)
+        prompt = HFPrefilledModel(self._blendable, token_ids[:end], kv)
+        return self._blender.blend(prompt, plan.clipped(0, end), 0, end, params)
 
     def _plan(self, token_ids: TokenIds) -> ReusePlan:
         """In the model's thread, to which the index belongs."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import torch
 
+from kvarena.engines import attention
 from kvarena.engines.blend.blendable import BlendableModel
 from kvarena.engines.blend.narrowed_layer import NarrowedLayer
 from kvarena.engines.blend.prompt_cache import KVKnown, PromptCache
 from kvarena.engines.sequence_kv import SequenceKV
 from kvarena.reuse.plan import TokenIds
 from kvarena.reuse.prefilled import Narrowing
+
+
+class QueriesKnown(Exception):
+    """Ends a forward pass on purpose."""
 
 
 class HFPrefilledModel:
@@ -39,16 +44,41 @@ class HFPrefilledModel:
         own[0] = keys.transpose(0, 1)
         own[1] = values.transpose(0, 1)
 
-    def forward(self, positions: torch.Tensor, narrowing: Narrowing | None = None) -> torch.Tensor:
-        pieces = torch.split(positions, self._engine.model.piece_tokens)
-        if narrowing is None:
+    def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
+        pieces = self._pieces(positions)
+        num_pieces, kept = len(pieces), positions
+        with ExitStack() as stack:
+            narrowed = []
+            for narrowing in narrowings:
+                layer = NarrowedLayer(self._engine.layers, narrowing, self._cache, num_pieces)
+                narrowed.append(stack.enter_context(layer))
+                num_pieces = 1
             for piece in pieces:
                 self._run(piece)
-            return positions
-        with NarrowedLayer(self._engine.layers, narrowing, self._cache, len(pieces)) as narrowed:
-            for piece in pieces:
-                self._run(piece)
-        return narrowed.kept
+            if narrowed:
+                kept = narrowed[-1].kept
+        return kept
+
+    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+
+        def keep(number: int, queries: torch.Tensor) -> None:
+            if number == layer:
+                found.append(queries[0].transpose(0, 1))
+                raise QueriesKnown
+
+        self._cache.ends_with_last_keys = False
+        try:
+            with attention.reading_queries(self._engine.model.module, keep):
+                for piece in self._pieces(positions):
+                    with suppress(QueriesKnown):
+                        self._run(piece)
+        finally:
+            self._cache.ends_with_last_keys = True
+        return torch.cat(found)
+
+    def _pieces(self, positions: torch.Tensor) -> Sequence[torch.Tensor]:
+        return torch.split(positions, self._engine.model.piece_tokens)
 
     def _prefill_one_alone(self, text: TokenIds) -> torch.Tensor:
         kv = SequenceKV(self._engine.model.kv_shape, len(text))

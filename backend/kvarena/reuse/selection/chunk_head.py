@@ -1,0 +1,30 @@
+"""`chunk_head`: the first tokens of each chunk (EPIC's LegoLink)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.reuse.plan import ReusePlan, Span
+from kvarena.reuse.selection.policy import Evidence, Selection, share_of
+
+
+@dataclass(frozen=True)
+class ChunkHead:
+    """The first `head_tokens` of each reused chunk, or with 0 the first `ratio` of its tokens.
+
+    LegoLink (EPIC, arXiv 2410.15332): a chunk that was computed alone has an attention sink in its own first tokens;
+    computed anew behind others, they lose it. A chunk that begins the prompt is exact and isn't touched. Nothing has to
+    be run to choose.
+    """
+
+    ratio: float
+    head_tokens: int = 0
+
+    def select(self, plan: ReusePlan, evidence: Evidence) -> Selection:
+        heads = [torch.arange(span.start, span.start + self._num_tokens(span)) for span in plan]
+        return Selection(torch.cat(heads) if heads else torch.empty(0, dtype=torch.int64))
+
+    def _num_tokens(self, span: Span) -> int:
+        return min(self.head_tokens or share_of(len(span), self.ratio), len(span))

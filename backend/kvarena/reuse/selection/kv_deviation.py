@@ -1,0 +1,60 @@
+"""`kv_deviation`: the tokens whose fresh KV at a check layer differs most from the reused (CacheBlend)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.reuse.plan import ReusePlan
+from kvarena.reuse.prefilled import LayerKV, Narrowing
+from kvarena.reuse.selection.policy import Evidence, Selection, reused_positions, share_of
+
+
+@dataclass(frozen=True)
+class KVDeviation:
+    """The `ratio` of reused tokens with the largest squared distance between fresh and reused KV at `check_layer`.
+
+    CacheBlend (arXiv 2405.16444, section 4.3) selects at layer 1. What a token fetches from another chunk in the
+    attention of layer n first shows in the keys of layer n + 1, so which layer is best depends on the model.
+
+    `deviation`: "keys", as LMCache compares, or "values", as the paper's authors do. `num_filters`: from the check
+    layer on, so many layers in a row filter, from twice the ratio evenly down to the ratio; 1 selects at once. The
+    paper's gradual filtering begins with somewhat more than the ratio too; how much more, it leaves open.
+    """
+
+    ratio: float
+    check_layer: int = 1
+    deviation: str = "keys"
+    num_filters: int = 1
+
+    def select(self, plan: ReusePlan, evidence: Evidence) -> Selection:
+        reused = reused_positions(plan)
+        last = evidence.num_layers - 1
+        first = min(self.check_layer, last)
+        layers = range(first, min(first + self.num_filters, last + 1))
+        narrowings = [
+            Narrowing(layer, self._chooser(reused, evidence, layer, share_of(len(reused), ratio)))
+            for layer, ratio in zip(layers, self._ratios(len(layers)), strict=True)
+        ]
+        return Selection(reused, tuple(narrowings) if len(reused) else ())
+
+    def _ratios(self, num_filters: int) -> list[float]:
+        steps = [1 + (num_filters - 1 - i) / max(1, num_filters - 1) for i in range(num_filters)]
+        return [min(1.0, step * self.ratio) for step in ([1.0] if num_filters == 1 else steps)]
+
+    def _chooser(
+        self, reused: torch.Tensor, evidence: Evidence, layer: int, count: int
+    ) -> Callable[[torch.Tensor, LayerKV], torch.Tensor]:
+        def most_deviating(positions: torch.Tensor, fresh: LayerKV) -> torch.Tensor:
+            is_reused = torch.isin(positions, reused)
+            candidates = is_reused.nonzero().flatten()
+            rows = torch.searchsorted(reused, positions[candidates]).to(fresh.keys.device)
+            before = getattr(evidence.reused(layer), self.deviation)[rows]
+            now = getattr(fresh, self.deviation)[candidates.to(rows.device)]
+            distance = (now.float() - before.float()).square_().sum(dim=(1, 2)).cpu()
+            chosen = candidates[distance.topk(count).indices]
+            return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
+
+        return most_deviating

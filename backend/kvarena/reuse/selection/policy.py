@@ -1,0 +1,57 @@
+"""The contract of a selection policy.
+
+A policy is a small dataclass whose fields are its paper's parameters. It names the reused tokens to start with, and may
+narrow them down at some layers, when their fresh KV there is known: what was run until then is not run twice. What no
+chunk covers is always computed and isn't a policy's business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kvarena.reuse.plan import ReusePlan
+from kvarena.reuse.prefilled import LayerKV, Narrowing
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of reused tokens, ascending, and how they are narrowed down on the way, layer after layer."""
+
+    positions: torch.Tensor
+    narrowings: tuple[Narrowing, ...] = ()
+
+
+class Evidence(Protocol):
+    """What a policy may look at. All of it is on the model's device, and costs nothing before it is asked for."""
+
+    num_layers: int
+
+    def reused(self, layer: int) -> LayerKV:
+        """The KV in the cache, keys moved, in the order of the plan's spans."""
+        ...
+
+    def question_queries(self, layer: int) -> torch.Tensor:
+        """The question's queries `(T_q, H, D)` at this layer, rotated for their positions.
+
+        The question stands behind the last span. It sees the reused KV as it is, and what no chunk covers computed over
+        that. Costs a forward over those tokens up to this layer.
+        """
+        ...
+
+
+class SelectionPolicy(Protocol):
+    def select(self, plan: ReusePlan, evidence: Evidence) -> Selection: ...
+
+
+def reused_positions(plan: ReusePlan) -> torch.Tensor:
+    ranges = [torch.arange(span.start, span.end) for span in plan]
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+
+
+def share_of(num_tokens: int, ratio: float) -> int:
+    """So many tokens are that share, rounded up."""
+    return math.ceil(ratio * num_tokens)

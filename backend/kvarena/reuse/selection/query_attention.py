@@ -1,0 +1,45 @@
+"""`query_attention`: the tokens that the question attends to (ProphetKV, QCFuse)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.reuse.plan import ReusePlan
+from kvarena.reuse.selection.policy import Evidence, Selection, reused_positions, share_of
+
+
+@dataclass(frozen=True)
+class QueryAttention:
+    """The `ratio` of reused tokens that get the most attention from the question at `check_layer`.
+
+    ProphetKV (arXiv 2602.02579) and QCFuse (arXiv 2606.05875) recompute what the question needs, not what deviates: the
+    question's own queries score the cached keys. A token's score is its attention probability among the reused tokens,
+    averaged over the question's tokens and the heads. No layer is run over the context.
+
+    One layer, where the papers take several together: which layers look for what the question is about depends on the
+    model, and early ones drown it.
+    """
+
+    ratio: float
+    check_layer: int
+
+    def select(self, plan: ReusePlan, evidence: Evidence) -> Selection:
+        reused = reused_positions(plan)
+        if not len(reused):
+            return Selection(reused)
+        layer = min(self.check_layer, evidence.num_layers - 1)
+        scores = _attention(evidence.question_queries(layer), evidence.reused(layer).keys)
+        best = scores.topk(share_of(len(reused), self.ratio)).indices.cpu()
+        return Selection(reused[best.sort().values])
+
+
+def _attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """What each key `(T, H_kv, D)` gets of the attention of queries `(T_q, H, D)`, averaged: `(T,)`, sums to 1."""
+    num_queries, num_heads, head_size = queries.shape
+    num_kv_heads = keys.shape[1]
+    grouped = queries.view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)
+    products = torch.einsum("qkgd,tkd->kgqt", grouped, keys).float() / math.sqrt(head_size)
+    return products.softmax(dim=-1).mean(dim=(0, 1, 2))

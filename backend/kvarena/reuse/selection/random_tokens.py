@@ -1,0 +1,24 @@
+"""`random`: the control that every other policy must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.reuse.plan import ReusePlan
+from kvarena.reuse.selection.policy import Evidence, Selection, reused_positions, share_of
+
+
+@dataclass(frozen=True)
+class RandomTokens:
+    """The `ratio` of reused tokens, drawn uniformly. The same plan always gives the same tokens."""
+
+    ratio: float
+    seed: int = 0
+
+    def select(self, plan: ReusePlan, evidence: Evidence) -> Selection:
+        reused = reused_positions(plan)
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(len(reused), generator=generator)[: share_of(len(reused), self.ratio)]
+        return Selection(reused[drawn.sort().values])
