@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 from fastapi import APIRouter
+from prometheus_client.registry import Collector
 
 from kvarena.api.config import ApiConfig
 from kvarena.api.engine import Engine
@@ -31,9 +32,14 @@ class RealServer(Generic[E]):
 
 
 @contextmanager
-def serving(engine: E, config: ApiConfig | None = None, routers: Iterable[APIRouter] = ()) -> Iterator[RealServer[E]]:
+def serving(
+    engine: E,
+    config: ApiConfig | None = None,
+    routers: Iterable[APIRouter] = (),
+    collectors: Iterable[Collector] = (),
+) -> Iterator[RealServer[E]]:
     """The engine is closed with the server."""
-    server = make_server(engine, config=config, routers=routers)
+    server = make_server(engine, config=config, routers=routers, collectors=collectors)
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # Named, for else asyncio leaves Nagle's algorithm on.
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -110,4 +110,5 @@ def report_fields(report: Report) -> dict[str, Any]:
         "num_prompt_tokens": report.num_prompt_tokens,
         **counts,
         **report.details,
+        **report.texts,
     }

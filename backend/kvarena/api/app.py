@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.security import HTTPBearer
+from prometheus_client.registry import Collector
 
 from kvarena.api import about, chat, completions, tokenization
 from kvarena.api.auth import ApiKeyCheck
@@ -18,9 +19,16 @@ from kvarena.api.request_ids import RequestIds
 from kvarena.api.server import Server
 
 
-def create_app(engine: Engine, config: ApiConfig | None = None, *, routers: Iterable[APIRouter] = ()) -> FastAPI:
+def create_app(
+    engine: Engine,
+    config: ApiConfig | None = None,
+    *,
+    routers: Iterable[APIRouter] = (),
+    collectors: Iterable[Collector] = (),
+) -> FastAPI:
     """`routers`: paths of the engine's own. They find the server in `app.state.server`; those that take a body use
-    `route_class=JsonRoute`. The engine stays its caller's, who closes it.
+    `route_class=JsonRoute`. `collectors`: figures of the engine's own, for `/metrics`. The engine stays its caller's,
+    who closes it.
     """
     config = config or ApiConfig()
     app = FastAPI(
@@ -31,6 +39,8 @@ def create_app(engine: Engine, config: ApiConfig | None = None, *, routers: Iter
         redirect_slashes=False,
     )
     app.state.server = Server.of(engine, config)
+    for collector in collectors:
+        app.state.server.metrics.registry.register(collector)
     install_error_handlers(app)
     secured: list[Any] = []
     if config.api_key is not None:

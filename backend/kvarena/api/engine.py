@@ -73,7 +73,8 @@ class Report:
     """What a request cost, filled in while it runs; complete when its tokens have ended.
 
     `num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`. `details` is the engine's own
-    and goes into the answer and the log line as it is: JSON values, times in `_ms`.
+    and goes into the answer and the log line as it is: JSON values, times in `_ms`. `texts` go into the answer alone:
+    what people wrote doesn't belong into a log.
     """
 
     approximate: bool = False
@@ -82,6 +83,7 @@ class Report:
     num_recomputed_tokens: int = 0
     num_computed_tokens: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 class Generation(Protocol):

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import uvicorn
 from fastapi import APIRouter
+from prometheus_client.registry import Collector
 
 from kvarena.api.app import create_app
 from kvarena.api.config import ApiConfig
@@ -29,12 +30,13 @@ def serve(
     config: ApiConfig | None = None,
     *,
     routers: Iterable[APIRouter] = (),
+    collectors: Iterable[Collector] = (),
 ) -> None:
     """Returns, or ends the process, after SIGTERM or SIGINT; the engine is closed then. Port 0 takes a free one, which
     the log names. Logs to standard output, unless logging is set up already.
     """
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stdout)
-    make_server(engine, host, port, config, routers=routers).run()
+    make_server(engine, host, port, config, routers=routers, collectors=collectors).run()
 
 
 def make_server(
@@ -44,8 +46,9 @@ def make_server(
     config: ApiConfig | None = None,
     *,
     routers: Iterable[APIRouter] = (),
+    collectors: Iterable[Collector] = (),
 ) -> EngineServer:
-    app = create_app(engine, config, routers=routers)
+    app = create_app(engine, config, routers=routers, collectors=collectors)
     settings = uvicorn.Config(
         app,
         host=host,

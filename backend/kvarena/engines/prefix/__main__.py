@@ -8,6 +8,8 @@ import typer
 
 from kvarena.api.config import ApiConfig
 from kvarena.api.serve import serve
+from kvarena.engines import command_line
+from kvarena.engines.cache_metrics import CacheCollector
 from kvarena.engines.hf_model import HFModel
 from kvarena.engines.prefix.engine import PrefixEngine
 from kvarena.engines.prefix.http import router
@@ -15,16 +17,14 @@ from kvarena.engines.prefix.prefix_cache import MIN_TOKENS
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A local folder or a hub name.")],
-    served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call it. [default: the model's name]")
-    ] = None,
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 8002,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest context in tokens. [default: the model's]")] = None,
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
+    model: command_line.Model,
+    served_model_name: command_line.ServedModelName = None,
+    host: command_line.Host = "127.0.0.1",
+    port: command_line.Port = 8002,
+    device: command_line.Device = "auto",
+    dtype: command_line.Dtype = "auto",
+    max_model_len: command_line.MaxModelLen = None,
+    load_format: command_line.LoadFormat = "auto",
     cache_gb: Annotated[float, typer.Option(min=0, help="Memory for prefixes, in GiB.")] = 1.0,
     storage: Annotated[str, typer.Option(help="Where prefixes are kept: cpu, or device.")] = "cpu",
     min_tokens: Annotated[int, typer.Option(min=1, help="Shorter prefixes aren't reused.")] = MIN_TOKENS,
@@ -37,8 +37,8 @@ def main(
         storage=storage,
         min_tokens=min_tokens,
     )
-    serve(engine, host, port, ApiConfig.from_environment(), routers=[router])
+    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[CacheCollector(engine)])
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -6,10 +6,8 @@ What it is not: a batching server. Requests take turns with the model, a piece o
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -17,7 +15,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from kvarena.api.engine import FinishReason, GeneratedToken, GenerationRequest, Report
+from kvarena.api.engine import GeneratedToken, GenerationRequest
+from kvarena.engines.cache_metrics import CacheFigures
+from kvarena.engines.generation import EngineGeneration
 from kvarena.engines.hf_model import Cancelled, HFModel
 from kvarena.engines.prefix.options import PrefixOptions
 from kvarena.engines.prefix.payload import KVSegment, LastLogits
@@ -25,6 +25,7 @@ from kvarena.engines.prefix.prefix_cache import MIN_TOKENS, PrefixCache
 from kvarena.engines.prompt import num_tokens_to_generate, token_ids_of
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.sequence_kv import SequenceKV
+from kvarena.engines.timings import Timings
 
 Cache = PrefixCache[KVSegment, LastLogits]
 FIRST_CAPACITY_TOKENS = 256
@@ -33,31 +34,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Timings:
-    """Milliseconds. `ttft_ms` is tokenising, prefilling the suffix or the whole, and drawing the first token;
-    looking up (waiting for another request included), moving KV and keeping it are counted on their own.
-    `first_token_ms` is all that passed until the first token, whatever it was spent on.
+class PrefixTimings(Timings):
+    """`ttft_ms` is tokenising, prefilling the suffix or the whole, and drawing the first token; looking up (waiting for
+    another request included), moving KV and keeping it are counted on their own.
     """
 
-    tokenize_ms: float = 0.0
     cache_lookup_ms: float = 0.0
     transfer_ms: float = 0.0
-    prefill_ms: float = 0.0
     ttft_ms: float = 0.0
-    first_token_ms: float = 0.0
     store_ms: float = 0.0
-    decode_ms: float = 0.0
-    total_ms: float = 0.0
-
-    @contextmanager
-    def measure(self, *names: str) -> Iterator[None]:
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            passed_ms = (perf_counter() - started) * 1000
-            for name in names:
-                setattr(self, name, getattr(self, name) + passed_ms)
 
 
 class PrefixEngine:
@@ -94,35 +79,21 @@ class PrefixEngine:
     def describe(self) -> dict[str, Any]:
         return {"contender": self.contender, "defaults": PrefixOptions().model_dump(), **self._settings}
 
+    def cache_figures(self) -> CacheFigures:
+        stats = self.cache.stats()
+        return CacheFigures(stats.hits, stats.misses, stats.evictions, stats.cache_size, stats.num_bytes)
+
     def close(self) -> None:
         self.model.close()
 
 
-class PrefixGeneration:
-    """One request. Implements `kvarena.api.engine.Generation`."""
+class PrefixGeneration(EngineGeneration):
+    """One request with the prefix cache."""
 
     def __init__(self, engine: PrefixEngine, request: GenerationRequest) -> None:
-        self.report = Report()
-        self.finish_reason: FinishReason | None = None
-        self.prompt_token_ids: Sequence[int] = ()
-        self.timings = Timings()
+        super().__init__(engine.model, request, PrefixTimings())
         self._engine = engine
-        self._model = engine.model
-        self._request = request
         self._options = request.options if isinstance(request.options, PrefixOptions) else PrefixOptions()
-        self._closed = threading.Event()
-
-    def __iter__(self) -> Iterator[GeneratedToken]:
-        try:
-            with self.timings.measure("total_ms"):
-                yield from self._steps()
-        except Cancelled:
-            pass
-        finally:
-            self.report.details |= {"timings": self._rounded_timings()}
-
-    def close(self) -> None:
-        self._closed.set()
 
     def _steps(self) -> Iterator[GeneratedToken]:
         """The request from its text to its last token."""
@@ -224,14 +195,8 @@ class PrefixGeneration:
             logger.exception("the KV of request %s could not be kept", self._request.request_id)
             self._engine.num_store_errors += 1
 
-    def _ends_with(self, token: GeneratedToken) -> bool:
-        if token.token_id in self._model.eos_token_ids and not self._request.sampling.ignore_eos:
-            self.finish_reason = "stop"
-        return self.finish_reason == "stop"
-
-    def _rounded_timings(self) -> dict[str, float | int]:
-        rounded: dict[str, float | int] = {name: round(value, 3) for name, value in asdict(self.timings).items()}
-        return rounded | {"prefix_tokens_saved": self.report.num_reused_tokens}
+    def _timing_figures(self) -> dict[str, float]:
+        return super()._timing_figures() | {"prefix_tokens_saved": self.report.num_reused_tokens}
 
 
 def _spans(num_prefix_tokens: int, num_prompt_tokens: int) -> list[dict[str, Any]]:
