@@ -61,14 +61,23 @@ class AlignedReuse:
         self._params = params
         manager.expect(self._embed.embedding_dim, LayerKVShape(shape.num_kv_heads, shape.head_size))
 
-    def begin(self, token_ids: Sequence[int], task_id: str, capacity: int, salt: str = "") -> AlignedTask:
+    def begin(
+        self,
+        token_ids: Sequence[int],
+        task_id: str,
+        capacity: int,
+        salt: str = "",
+        similarity_threshold: float | None = None,
+    ) -> AlignedTask:
         """Search, and on a hit all of the prompt but its last token; on a miss `kv` is None, for the caller to fill."""
         if not token_ids:
             raise ValueError("a prompt is empty; it needs at least one token")
         ids = as_token_ids(token_ids)
         embedding = self._embed(torch.from_numpy(ids).to(self._model.kv_shape.device, torch.int64)).float().mean(dim=0)
         match = self._manager.search(
-            embedding, lambda entry: entry.salt == salt and self._plan(entry, ids).num_reused_tokens > 0
+            embedding,
+            lambda entry: entry.salt == salt and self._plan(entry, ids).num_reused_tokens > 0,
+            similarity_threshold,
         )
         if match is None:
             passes = len(ids) * self._model.kv_shape.num_layers
@@ -83,7 +92,7 @@ class AlignedReuse:
         top_layer_kv: TopLayerKV = (keys, values)
         whole_kv = WholeKV(Chunk(task.token_ids), kv.permute(1, 0, 3, 2, 4).flatten(3))
         try:
-            self._manager.add_task(task.outcome.task_id, task.embedding, top_layer_kv, whole_kv, salt)
+            self._manager.add_task(task.outcome.task_id, task.embedding, top_layer_kv, whole_kv, salt, task.token_ids)
         except ValueError:
             logger.exception("the KV of task %s was not kept", task.outcome.task_id)
 
@@ -122,6 +131,7 @@ class AlignedReuse:
             num_reused_tokens=report.num_reused_tokens,
             num_recomputed_tokens=report.num_recomputed_tokens,
             spans=tuple(report.spans),
+            matched_token_ids=match.entry.token_ids,
         )
         is_news = plan.end < len(ids) - 1 or len(ids) > match.entry.num_tokens
         return AlignedTask(ids, embedding, outcome, kv, is_exact and is_news)

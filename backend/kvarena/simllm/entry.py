@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvarena.reuse.plan import Chunk
+from kvarena.reuse.plan import Chunk, TokenIds
 
 TopLayerKV = tuple[torch.Tensor, torch.Tensor]
 
@@ -59,7 +59,7 @@ class TaskCacheEntry:
     `task_embedding` `(E,)` is the mean of the prompt's input embeddings, fp32, on the CPU. `top_layer_kv` are the last
     layer's keys, rotated for positions 0 to T-1, and values, each `(1, H_kv, T, D)`, on the manager's device.
     `timestamp` is when it was added, in seconds since the epoch. `whole_kv` is there in mode "aligned". Tasks of
-    different salts never match.
+    different salts never match. `token_ids` are the prompt's, where they were given.
     """
 
     task_id: str
@@ -69,10 +69,16 @@ class TaskCacheEntry:
     timestamp: float
     whole_kv: WholeKV | None = None
     salt: str = ""
+    token_ids: TokenIds | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.top_layer_kv[0].shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        whole = self.whole_kv.kv.nbytes if self.whole_kv else 0
+        return whole + sum(part.nbytes for part in self.top_layer_kv)
 
     def is_sound(self, shape: LayerKVShape) -> bool:
         if shape.problem_of(self.top_layer_kv) is not None:

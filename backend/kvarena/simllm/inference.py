@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvarena.api.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ from kvarena.simllm.aligned import AlignedReuse
 from kvarena.simllm.batch import PaddedBatch, joined_cache, unpadded_kv
 from kvarena.simllm.device import available_device
 from kvarena.simllm.manager import InterTaskKVManager
-from kvarena.simllm.modeling import LlamaForCausalLMWithKVReuse, refuse_repeated_prefill
+from kvarena.simllm.modeling import LlamaForCausalLMWithKVReuse, llama_config, refuse_repeated_prefill
 from kvarena.simllm.outcome import TaskOutcome
 from kvarena.simllm.params import AlignedParams, SimLLMParams, checked_threshold
 
@@ -79,9 +79,7 @@ class SimLLMInference:
         `ValueError` for one that isn't a Llama.
         """
         params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned or AlignedParams())
-        kind = AutoConfig.from_pretrained(model_path).model_type
-        if kind != "llama":
-            raise ValueError(f"the model must be of type llama, not {kind}")
+        llama_config(model_path)
         model = LlamaForCausalLMWithKVReuse.from_pretrained(model_path, **model_kwargs)
         return cls(model.to(available_device(device)), AutoTokenizer.from_pretrained(model_path), params)
 

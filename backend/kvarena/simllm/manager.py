@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvarena.reuse.plan import TokenIds
 from kvarena.simllm.device import available_device
 from kvarena.simllm.entry import LayerKVShape, TaskCacheEntry, TopLayerKV, WholeKV
 from kvarena.simllm.lsh import LSHIndex
@@ -77,14 +78,20 @@ class InterTaskKVManager:
         return match.entry if match else None
 
     def search(
-        self, query_embedding: torch.Tensor, is_usable: Callable[[TaskCacheEntry], bool] = lambda entry: True
+        self,
+        query_embedding: torch.Tensor,
+        is_usable: Callable[[TaskCacheEntry], bool] = lambda entry: True,
+        similarity_threshold: float | None = None,
     ) -> TaskMatch | None:
         """The most similar task that `is_usable`. Counts a hit or a miss; damaged entries are dropped on the way.
 
-        Raises `ValueError` for an embedding of another size, or one that isn't finite.
+        `similarity_threshold` None is the manager's own. Raises `ValueError` for an embedding of another size, or one
+        that isn't finite.
         """
         with self._lock:
-            match = next((m for m in self._by_similarity(query_embedding) if self._serves(m.entry, is_usable)), None)
+            threshold = self.similarity_threshold if similarity_threshold is None else similarity_threshold
+            found = self._by_similarity(query_embedding, threshold)
+            match = next((match for match in found if self._serves(match.entry, is_usable)), None)
             if match is None:
                 self._num_misses += 1
                 return None
@@ -99,8 +106,9 @@ class InterTaskKVManager:
         top_layer_kv: TopLayerKV,
         whole_kv: WholeKV | None = None,
         salt: str = "",
+        token_ids: TokenIds | None = None,
     ) -> None:
-        """Keep a copy of a task's KV; a task of the same id is replaced.
+        """Keep a copy of a task's KV; a task of the same id is replaced. `token_ids` say later what its prompt was.
 
         Raises `ValueError` naming what was expected: `(E,)` finite numbers, and KV of the shape of the first task, or
         of the model that the manager was given to.
@@ -122,6 +130,7 @@ class InterTaskKVManager:
                 time.time(),
                 whole_kv and WholeKV(whole_kv.chunk, _own_copy(whole_kv.kv, self.device)),
                 salt,
+                token_ids,
             )
             self._entries.move_to_end(task_id)
             self._index.add(task_id, task_embedding)
@@ -136,6 +145,7 @@ class InterTaskKVManager:
             return {
                 "cache_size": len(self._entries),
                 "max_cache_size": self.max_cache_size,
+                "num_bytes": sum(entry.num_bytes for entry in self._entries.values()),
                 "similarity_threshold": self.similarity_threshold,
                 "num_searches": num_searches,
                 "num_hits": self._num_hits,
@@ -166,7 +176,7 @@ class InterTaskKVManager:
             for entry in self._entries.values():
                 assert self._index.compute_hash(entry.task_embedding) == entry.lsh_hash
 
-    def _by_similarity(self, query_embedding: torch.Tensor) -> list[TaskMatch]:
+    def _by_similarity(self, query_embedding: torch.Tensor, threshold: float) -> list[TaskMatch]:
         """The tasks that are at least as similar as the threshold, the most similar first."""
         found = [self._entries[task_id] for task_id in self._index.neighbours(query_embedding)]
         if not found:
@@ -178,7 +188,7 @@ class InterTaskKVManager:
         return [
             TaskMatch(found[place], similarity)
             for similarity, place in zip(ordered.values.tolist(), ordered.indices.tolist(), strict=True)
-            if similarity >= self.similarity_threshold - ROUNDING
+            if similarity >= threshold - ROUNDING
         ]
 
     def _serves(self, entry: TaskCacheEntry, is_usable: Callable[[TaskCacheEntry], bool]) -> bool:

@@ -27,11 +27,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvarena.simllm.entry import LayerKVShape
+from kvarena.reuse.plan import as_token_ids
+from kvarena.simllm.entry import LayerKVShape, TopLayerKV
 from kvarena.simllm.manager import InterTaskKVManager, TaskMatch
 from kvarena.simllm.outcome import TaskOutcome
 from kvarena.simllm.task_kv import TaskKV
@@ -89,7 +90,7 @@ class LlamaModelWithKVReuse(LlamaModel):
         # 1. Search.
         task_embeddings = [self.task_embedding(prompt) for prompt in prompts]
         matches = [
-            manager.search(embedding, partial(kv.can_use, num_tokens=len(prompt)))
+            manager.search(embedding, partial(kv.can_use, num_tokens=len(prompt)), kv.similarity_threshold)
             for embedding, prompt in zip(task_embeddings, prompts, strict=True)
         ]
 
@@ -106,7 +107,8 @@ class LlamaModelWithKVReuse(LlamaModel):
         ]
         for row, (task_id, prompt, match) in enumerate(zip(kv.task_ids, prompts, matches, strict=True)):
             if match is None:
-                self._keep(manager, task_id, task_embeddings[row], kv.prompt_top_layer_kv(row, len(prompt)), kv.salt)
+                top_layer_kv = kv.prompt_top_layer_kv(row, len(prompt))
+                self._keep(manager, task_id, task_embeddings[row], top_layer_kv, kv.salt, prompt)
         return hidden
 
     def _forward_tasks(self, embeddings: torch.Tensor, attention_mask: torch.Tensor, kv: TaskKV) -> torch.Tensor:
@@ -148,14 +150,22 @@ class LlamaModelWithKVReuse(LlamaModel):
             similarity=match.similarity,
             is_approximate=True,
             num_reused_tokens=num_tokens,
+            spans=((0, num_tokens),),
+            matched_token_ids=match.entry.token_ids,
         )
 
     def _keep(
-        self, manager: InterTaskKVManager, task_id: str, embedding: torch.Tensor, top_layer_kv: Any, salt: str
+        self,
+        manager: InterTaskKVManager,
+        task_id: str,
+        embedding: torch.Tensor,
+        top_layer_kv: TopLayerKV,
+        salt: str,
+        prompt: torch.Tensor,
     ) -> None:
         """An answer doesn't fail because its KV couldn't be kept."""
         try:
-            manager.add_task(task_id, embedding, top_layer_kv, salt=salt)
+            manager.add_task(task_id, embedding, top_layer_kv, salt=salt, token_ids=as_token_ids(prompt.tolist()))
         except ValueError:
             logger.exception("the KV of task %s was not kept", task_id)
 
@@ -173,7 +183,14 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
         manager.expect(self.config.hidden_size, LayerKVShape(self.config.num_key_value_heads, self.config.head_dim))
         self.model.kv_manager = manager
 
-    def new_task_kv(self, task_ids: Sequence[str], *, max_new_tokens: int = 0, salt: str = "") -> TaskKV:
+    def new_task_kv(
+        self,
+        task_ids: Sequence[str],
+        *,
+        max_new_tokens: int = 0,
+        salt: str = "",
+        similarity_threshold: float | None = None,
+    ) -> TaskKV:
         """The cache for a forward over prompts, one for each id, that reuse is to be tried for."""
         return TaskKV(
             self.config,
@@ -181,6 +198,7 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
             max_positions=self.config.max_position_embeddings,
             max_new_tokens=max_new_tokens,
             salt=salt,
+            similarity_threshold=similarity_threshold,
         )
 
     def generate_with_kv_reuse(self, input_ids: torch.Tensor, task_id: str | Sequence[str], **kwargs: Any) -> Any:
@@ -199,6 +217,14 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
         refuse_repeated_prefill(kwargs, config)
         kv = self.new_task_kv(task_ids, max_new_tokens=kwargs.get("max_new_tokens") or config.max_new_tokens or 0)
         return self.generate(input_ids, past_key_values=kv, **kwargs)
+
+
+def llama_config(model_path: str) -> LlamaConfig:
+    """Of a local folder or a hub name. Raises `OSError` when there is none, `ValueError` when it isn't a Llama's."""
+    config = AutoConfig.from_pretrained(model_path)
+    if config.model_type != "llama":
+        raise ValueError(f"Sim-LLM needs a model of type llama; {model_path} is of type {config.model_type}")
+    return config
 
 
 def refuse_repeated_prefill(settings: dict[str, Any], config: Any) -> None:

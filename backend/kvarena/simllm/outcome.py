@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from kvarena.reuse.plan import TokenIds
 
 
 @dataclass(frozen=True)
@@ -11,6 +13,7 @@ class TaskOutcome:
 
     `num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`. In mode "top_layer" every
     token of a hit counts as reused: the earlier task's KV stands for what they would have been computed for.
+    `matched_token_ids` are the earlier prompt's.
     """
 
     task_id: str
@@ -22,6 +25,7 @@ class TaskOutcome:
     num_reused_tokens: int = 0
     num_recomputed_tokens: int = 0
     spans: tuple[tuple[int, int], ...] = ()
+    matched_token_ids: TokenIds | None = field(default=None, compare=False)
 
     @property
     def is_hit(self) -> bool:

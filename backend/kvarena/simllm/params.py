@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from kvarena.reuse.params import BlendParams
 
-MODES = ("top_layer", "aligned")
+Mode = Literal["top_layer", "aligned"]
+MODES: tuple[str, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)

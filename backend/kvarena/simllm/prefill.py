@@ -44,15 +44,18 @@ class TaskPrefiller:
         max_new_tokens: int,
         *,
         salt: str = "",
+        similarity_threshold: float | None = None,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> TaskPrefill:
         """Searches, reuses, and keeps what is exact. A task is used that leaves room for `max_new_tokens`.
 
-        Raises `Cancelled` when it was given up or the model closed.
+        `similarity_threshold` None is the manager's own. Raises `Cancelled` when it was given up or the model closed.
         """
         if self.aligned is not None:
-            return self._aligned(self.aligned, token_ids, task_id, salt, is_cancelled)
-        kv = self.model.module.new_task_kv([task_id], max_new_tokens=max_new_tokens, salt=salt)
+            return self._aligned(self.aligned, token_ids, task_id, salt, similarity_threshold, is_cancelled)
+        kv = self.model.module.new_task_kv(
+            [task_id], max_new_tokens=max_new_tokens, salt=salt, similarity_threshold=similarity_threshold
+        )
         output = self.model.run(self.model.forward, token_ids, past_key_values=kv, use_cache=True)
         return TaskPrefill(kv, output.logits[0, -1], kv.outcomes[0], int(kv.offsets) + len(token_ids))
 
@@ -70,10 +73,11 @@ class TaskPrefiller:
         token_ids: Sequence[int],
         task_id: str,
         salt: str,
+        similarity_threshold: float | None,
         is_cancelled: Callable[[], bool],
     ) -> TaskPrefill:
         capacity = len(token_ids) + FIRST_CAPACITY_TOKENS
-        task = self.model.run(aligned.begin, token_ids, task_id, capacity, salt)
+        task = self.model.run(aligned.begin, token_ids, task_id, capacity, salt, similarity_threshold)
         kv = task.kv or self.model.new_kv(capacity)
         logits = self.model.prefill(kv, token_ids[kv.length :], is_cancelled)
         self.model.run(aligned.keep, task, kv.filled(0, len(token_ids)), salt)

@@ -25,15 +25,24 @@ class TaskKV(DynamicCache):
     """Differs from `DynamicCache` in that layers have different lengths, and in a prefill that runs some rows only.
 
     `task_ids` name the prompts, one for each row. An earlier task is used when its salt is the same, and when its
-    prompt, the new one and `max_new_tokens` have room in `max_positions`. `outcomes` are there after the prefill.
+    prompt, the new one and `max_new_tokens` have room in `max_positions`. `similarity_threshold` None is the manager's.
+    `outcomes` are there after the prefill.
     """
 
     def __init__(
-        self, config: Any, task_ids: Sequence[str], *, max_positions: int, max_new_tokens: int = 0, salt: str = ""
+        self,
+        config: Any,
+        task_ids: Sequence[str],
+        *,
+        max_positions: int,
+        max_new_tokens: int = 0,
+        salt: str = "",
+        similarity_threshold: float | None = None,
     ) -> None:
         super().__init__(config=config)
         self.task_ids = tuple(task_ids)
         self.salt = salt
+        self.similarity_threshold = similarity_threshold
         self.outcomes: list[TaskOutcome] = []
         self._max_tokens = max_positions - max_new_tokens
         self._missed = torch.ones(len(task_ids), dtype=torch.bool)
