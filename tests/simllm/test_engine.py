@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvarena.api.engine import GenerationRequest, Report, Sampling
-from kvarena.engines import attention
+from kvarena.api.engine import GenerationRequest, Sampling
 from kvarena.engines.simllm.engine import SimLLMEngine
-from kvarena.engines.simllm.options import SimLLMOptions
-from simllm.tasks import NUM_TOKENS, Tasks
-from tiny_models import random_text, save_tiny_model
-
-GREEDY = Sampling(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-
-
-@dataclass
-class Served:
-    tasks: Tasks
-    engine: SimLLMEngine
-
-    def ask(
-        self, prompt: str | Sequence[int], sampling: Sampling = GREEDY, salt: str = "", **options: bool
-    ) -> tuple[tuple[int, ...], Report]:
-        ids = prompt if isinstance(prompt, str) else tuple(prompt)
-        request = GenerationRequest("test", ids, sampling, cache_salt=salt, options=SimLLMOptions(**options))
-        generation = self.engine.generate(request)
-        tokens = tuple(token.token_id for token in generation)
-        report = generation.report
-        assert report.num_prompt_tokens == len(generation.prompt_token_ids)
-        assert sum(span["end"] - span["start"] for span in report.details["spans"]) == report.num_prompt_tokens
-        assert {"prefill_ms", "first_token_ms", "decode_ms", "total_ms"} <= report.details["timings"].keys()
-        return tokens, report
-
-
-def served(folder: Path, mode: str) -> Served:
-    tasks = Tasks.load(folder, mode=mode, similarity_threshold=0.95, attn_implementation=attention.NAME)
-    return Served(tasks, SimLLMEngine(tasks.simllm, "tiny"))
+from kvarena.engines.simllm.excerpt import NUM_FIRST_TOKENS, NUM_LAST_TOKENS, excerpt
+from kvarena.engines.simllm.loading import load_simllm
+from kvarena.reuse.plan import as_token_ids
+from kvarena.simllm import SimLLMParams
+from simllm.served import GREEDY, Served, prompt_of, served
+from simllm.tasks import Tasks
+from tiny_models import save_tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(params=["top_layer", "aligned"])
@@ -50,10 +25,6 @@ def any_served(request: pytest.FixtureRequest, folder: Path) -> Iterator[Served]
     found = served(folder, request.param)
     yield found
     found.engine.close()
-
-
-def prompt_of(seed: int, num_words: int = 40) -> str:
-    return random_text(random.Random(seed), num_words)
 
 
 def test_a_miss_is_generates(any_served: Served) -> None:
@@ -84,6 +55,10 @@ def test_a_hit_is_the_librarys_and_is_reported(any_served: Served, folder: Path)
     assert details["num_layer_passes"] == outcome.num_layer_passes < details["num_layer_passes_without_reuse"]
     assert report.approximate == outcome.is_approximate == (details["mode"] == "top_layer")
     assert report.num_reused_tokens == outcome.num_reused_tokens > 0
+    reused = [span["end"] - span["start"] for span in details["spans"] if span["source"] == "reused"]
+    assert sum(reused) == report.num_reused_tokens + report.num_recomputed_tokens
+    assert report.texts == {"matched_prompt": earlier}
+    assert details["num_matched_prompt_tokens"] == first.num_prompt_tokens
     library.simllm.close()
 
 
@@ -113,8 +88,100 @@ def test_salts_share_nothing(any_served: Served) -> None:
     prompt = prompt_of(5)
     any_served.ask(prompt, salt="a")
     assert not any_served.ask(prompt, salt="b")[1].details["hit"]
-    assert any_served.ask(prompt, salt="a")[1].details["hit"]
+    again = any_served.ask(prompt, salt="a")[1]
+    assert again.details["hit"]
+    assert not again.texts, "reports are found by id, whatever one's salt is"
     assert len(any_served.tasks.simllm.manager) == 2
+
+
+def test_a_request_may_choose_its_mode(folder: Path) -> None:
+    """What mode aligned keeps of a task serves both modes; what top_layer keeps serves that one alone."""
+    earlier, prompt = prompt_of(7), f"{prompt_of(7)} goat tea"
+    expected = {}
+    for mode in ("top_layer", "aligned"):
+        alone = served(folder, mode)
+        alone.ask(earlier)
+        expected[mode] = alone.ask(prompt)[0]
+        alone.engine.close()
+    both = served(folder, "aligned")
+    both.ask(earlier)
+    tokens, report = both.ask(prompt, mode="top_layer")
+    assert (tokens, report.details["mode"], report.approximate) == (expected["top_layer"], "top_layer", True)
+    assert report.details["num_layer_passes"] == report.num_prompt_tokens
+    tokens, report = both.ask(prompt)
+    assert (tokens, report.details["mode"], report.approximate) == (expected["aligned"], "aligned", False)
+
+    both.tasks.simllm.reset_cache()
+    both.ask(earlier, mode="top_layer")
+    assert not both.ask(prompt)[1].details["hit"], "its lower layers weren't kept"
+    assert both.ask(prompt)[1].details["hit"]
+    both.engine.close()
+
+
+def test_a_request_may_choose_its_threshold(any_served: Served) -> None:
+    earlier, prompt = prompt_of(8), f"{prompt_of(8)} goat tea rain hill"
+    any_served.ask(earlier)
+    _, strict = any_served.ask(prompt, similarity_threshold=1.0)
+    assert (strict.details["hit"], strict.details["similarity_threshold"]) == (False, 1.0)
+    any_served.tasks.simllm.reset_cache()
+    any_served.ask(earlier)
+    _, loose = any_served.ask(prompt, similarity_threshold=-1)
+    assert (loose.details["hit"], loose.details["similarity_threshold"]) == (True, -1)
+    assert 0.9 < loose.details["similarity"] < 1
+
+
+def test_a_model_whose_keys_do_not_turn_as_needed_has_no_mode_aligned(tmp_path: Path) -> None:
+    scaled = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    folder = save_tiny_model(tmp_path, rope_parameters=scaled)
+    top_layer = served(folder, "top_layer")
+    assert top_layer.engine.describe()["modes"] == ["top_layer"]
+    with pytest.raises(ValueError, match="mode must be one of top_layer with this model, not 'aligned'"):
+        top_layer.ask(prompt_of(0), mode="aligned")
+    top_layer.engine.close()
+    with pytest.raises(ValueError, match="depend on the length"):
+        served(folder, "aligned")
+
+
+def test_a_long_prompt_is_shown_by_its_ends() -> None:
+    tokenizer = tiny_tokenizer()
+    num_tokens = NUM_FIRST_TOKENS + NUM_LAST_TOKENS
+    ids = tokenizer.encode("goat tea " * num_tokens)[: num_tokens + 5]
+    assert excerpt(as_token_ids(ids[:-5]), tokenizer) == tokenizer.decode(ids[:-5])
+    first, said, last = excerpt(as_token_ids(ids), tokenizer).split("\n")
+    assert said == "[... 5 tokens ...]"
+    assert tokenizer.encode(first) == ids[:NUM_FIRST_TOKENS]
+    assert tokenizer.decode(ids).endswith(last)
+
+
+@pytest.mark.parametrize("mode", ["top_layer", "aligned"])
+def test_a_context_that_is_cut(folder: Path, mode: str) -> None:
+    """A hit of mode top_layer has both prompts in it."""
+    simllm = load_simllm(str(folder), SimLLMParams(mode), device="cpu", max_model_len=120)
+    cut = Served(Tasks(simllm, None), SimLLMEngine(simllm, "tiny"))
+    open_ended, prompt = Sampling(temperature=0.0, ignore_eos=True), [9] * 50
+    assert len(cut.ask(prompt, open_ended)[0]) == 70
+    tokens, report = cut.ask(prompt, open_ended)
+    assert (len(tokens), report.details["hit"]) == (70, mode == "aligned")
+    tokens, report = cut.ask(prompt, Sampling(max_tokens=20, temperature=0.0, ignore_eos=True))
+    assert (len(tokens), report.details["hit"]) == (20, True)
+    with pytest.raises(ValueError, match="context of 120"):
+        cut.ask([9] * 120)
+    cut.engine.close()
+
+
+@pytest.mark.parametrize("max_model_len", [0, 2049])
+def test_a_context_that_the_model_does_not_have(folder: Path, max_model_len: int) -> None:
+    with pytest.raises(ValueError, match=f"max_model_len is {max_model_len}; .* 1 to 2048"):
+        load_simllm(str(folder), SimLLMParams(), device="cpu", max_model_len=max_model_len)
+
+
+def test_random_weights_need_a_config_only(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path)
+    (folder / "model.safetensors").unlink()
+    simllm = load_simllm(str(folder), SimLLMParams("aligned"), device="cpu", random=True)
+    made_up = Served(Tasks(simllm, None), SimLLMEngine(simllm, "tiny"))
+    assert made_up.ask(prompt_of(1))[0] == made_up.ask(prompt_of(1))[0]
+    made_up.engine.close()
 
 
 def test_eight_threads(any_served: Served) -> None:
@@ -175,6 +242,8 @@ def test_what_cannot_be_served_is_refused_with_the_bounds(
 def test_it_describes_itself(any_served: Served) -> None:
     described = any_served.engine.describe()
     assert described["contender"] == "simllm"
-    assert described["defaults"] == {"reuse": True}
+    mode = any_served.tasks.simllm.params.mode
+    assert described["defaults"] == {"reuse": True, "mode": mode, "similarity_threshold": 0.95}
+    assert described["modes"] == ["aligned", "top_layer"]
     assert described["similarity_threshold"] == 0.95
     assert described["aligned"]["blend"]["policy"] == "kv_deviation"

@@ -5,48 +5,38 @@ What it is not: a batching server. Requests take turns with the model; batches a
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from time import perf_counter
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel
 
-from kvarena.api.engine import FinishReason, GeneratedToken, GenerationRequest, Report
-from kvarena.engines.hf_model import Cancelled
+from kvarena.api.engine import GeneratedToken, GenerationRequest
+from kvarena.engines.cache_metrics import CacheFigures
+from kvarena.engines.generation import EngineGeneration
+from kvarena.engines.hf_model import UnsupportedModel
 from kvarena.engines.prompt import num_tokens_to_generate, token_ids_of
 from kvarena.engines.sampling import Sampler
+from kvarena.engines.simllm.excerpt import excerpt
 from kvarena.engines.simllm.options import SimLLMOptions
+from kvarena.engines.timings import Timings
+from kvarena.simllm.aligned import AlignedReuse
 from kvarena.simllm.inference import SimLLMInference
 from kvarena.simllm.outcome import TaskOutcome
 from kvarena.simllm.prefill import TaskPrefill, TaskPrefiller
 
 LEAST_ANSWER_TOKENS = 256
 
-
-@dataclass
-class Timings:
-    """Milliseconds. `prefill_ms` has search and keeping in it; `first_token_ms` is all until the first token."""
-
-    tokenize_ms: float = 0.0
-    prefill_ms: float = 0.0
-    first_token_ms: float = 0.0
-    decode_ms: float = 0.0
-    total_ms: float = 0.0
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, name, getattr(self, name) + (perf_counter() - started) * 1000)
+logger = logging.getLogger(__name__)
 
 
 class SimLLMEngine:
-    """Implements `kvarena.api.engine.Engine`. Tasks of different cache salts share nothing."""
+    """Implements `kvarena.api.engine.Engine`. Tasks of different cache salts share nothing.
+
+    Both modes use one collection of tasks. What mode "aligned" keeps of a task serves both; what "top_layer" keeps, the
+    last layer's KV, serves that one alone.
+    """
 
     contender = "simllm"
     options_model: type[BaseModel] | None = SimLLMOptions
@@ -57,45 +47,37 @@ class SimLLMEngine:
         self.model_name = model_name
         self.max_model_len = simllm.model.max_model_len
         self.tokenizer = simllm.model.tokenizer
-        self.prefiller = TaskPrefiller(simllm.model, simllm.aligned)
+        self.prefillers = _prefillers(simllm)
 
     def generate(self, request: GenerationRequest) -> SimLLMGeneration:
         return SimLLMGeneration(self, request)
 
     def describe(self) -> dict[str, Any]:
         settings = asdict(self.simllm.params) | {"similarity_threshold": self.simllm.manager.similarity_threshold}
-        return {"contender": self.contender, "defaults": SimLLMOptions().model_dump(), **settings}
+        defaults = SimLLMOptions().model_dump() | {key: settings[key] for key in ("mode", "similarity_threshold")}
+        modes = sorted(self.prefillers)
+        return {"contender": self.contender, "modes": modes, "defaults": defaults, **settings}
+
+    def cache_figures(self) -> CacheFigures:
+        stats = self.simllm.manager.get_statistics()
+        names = ("num_hits", "num_misses", "num_evictions", "cache_size", "num_bytes")
+        return CacheFigures(*(int(stats[name]) for name in names))
 
     def close(self) -> None:
         self.simllm.close()
 
 
-class SimLLMGeneration:
-    """One request. Implements `kvarena.api.engine.Generation`."""
+class SimLLMGeneration(EngineGeneration):
+    """One request with reuse between tasks. Raises `ValueError` for a mode that this engine doesn't offer."""
 
     def __init__(self, engine: SimLLMEngine, request: GenerationRequest) -> None:
-        self.report = Report()
-        self.finish_reason: FinishReason | None = None
-        self.prompt_token_ids: Sequence[int] = ()
-        self.timings = Timings()
-        self._engine = engine
-        self._model = engine.model
-        self._request = request
+        super().__init__(engine.model, request, Timings())
+        self._manager = engine.simllm.manager
         self._options = request.options if isinstance(request.options, SimLLMOptions) else SimLLMOptions()
-        self._closed = threading.Event()
-
-    def __iter__(self) -> Iterator[GeneratedToken]:
-        try:
-            with self.timings.measure("total_ms"):
-                yield from self._steps()
-        except Cancelled:
-            pass
-        finally:
-            timings = {name: round(value, 3) for name, value in asdict(self.timings).items()}
-            self.report.details |= {"timings": timings}
-
-    def close(self) -> None:
-        self._closed.set()
+        self._mode = self._options.mode or engine.simllm.params.mode
+        if self._mode not in engine.prefillers:
+            raise ValueError(f"mode must be one of {', '.join(engine.prefillers)} with this model, not {self._mode!r}")
+        self._prefiller = engine.prefillers[self._mode]
 
     def _steps(self) -> Iterator[GeneratedToken]:
         """The request from its text to its last token."""
@@ -133,37 +115,49 @@ class SimLLMGeneration:
 
     def _prefill(self, prompt: list[int], max_tokens: int) -> TaskPrefill:
         """A client that leaves the length of the answer open gets less of it behind an earlier prompt."""
-        manager, salt, prefiller = self._engine.simllm.manager, self._request.cache_salt, self._engine.prefiller
-        task_id = manager.generate_task_id(",".join(map(str, prompt)), salt)
+        salt, is_cancelled = self._request.cache_salt, self._closed.is_set
+        task_id = self._manager.generate_task_id(",".join(map(str, prompt)), salt)
         if not self._options.reuse:
-            return prefiller.prefill_without_reuse(prompt, task_id, self._closed.is_set)
+            return self._prefiller.prefill_without_reuse(prompt, task_id, is_cancelled)
         room = min(max_tokens, LEAST_ANSWER_TOKENS) if self._request.sampling.max_tokens is None else max_tokens
-        return prefiller.prefill(prompt, task_id, room, salt=salt, is_cancelled=self._closed.is_set)
+        threshold = self._options.similarity_threshold
+        return self._prefiller.prefill(
+            prompt, task_id, room, salt=salt, similarity_threshold=threshold, is_cancelled=is_cancelled
+        )
 
     def _report(self, outcome: TaskOutcome) -> None:
-        simllm = self._engine.simllm
+        threshold, earlier = self._options.similarity_threshold, outcome.matched_token_ids
         self.report.approximate = outcome.is_approximate
         self.report.num_prompt_tokens = outcome.num_prompt_tokens
         self.report.num_reused_tokens = outcome.num_reused_tokens
         self.report.num_recomputed_tokens = outcome.num_recomputed_tokens
         self.report.num_computed_tokens = outcome.num_computed_tokens
         self.report.details |= {
-            "mode": simllm.params.mode,
-            "similarity_threshold": simllm.manager.similarity_threshold,
+            "mode": self._mode,
+            "similarity_threshold": self._manager.similarity_threshold if threshold is None else threshold,
             "reuse_enabled": self._options.reuse,
             "hit": outcome.is_hit,
             "similarity": outcome.similarity,
             "task_id": outcome.task_id,
             "matched_task_id": outcome.matched_task_id,
+            "num_matched_prompt_tokens": None if earlier is None else len(earlier),
             "num_layer_passes": outcome.num_layer_passes,
             "num_layer_passes_without_reuse": outcome.num_prompt_tokens * self._model.kv_shape.num_layers,
             "spans": _spans(outcome),
         }
+        if earlier is not None and not self._request.cache_salt:  # reports are found by id, whatever one's own salt is
+            self.report.texts["matched_prompt"] = excerpt(earlier, self._model.tokenizer)
 
-    def _ends_with(self, token: GeneratedToken) -> bool:
-        if token.token_id in self._model.eos_token_ids and not self._request.sampling.ignore_eos:
-            self.finish_reason = "stop"
-        return self.finish_reason == "stop"
+
+def _prefillers(simllm: SimLLMInference) -> Mapping[str, TaskPrefiller]:
+    """One for each mode; a model whose keys can't be moved has no "aligned"."""
+    prefillers = {"top_layer": TaskPrefiller(simllm.model, None)}
+    try:
+        aligned = simllm.aligned or AlignedReuse(simllm.model, simllm.manager, simllm.params.aligned)
+    except UnsupportedModel as error:
+        logger.warning("mode aligned is not offered: %s", error)
+        return prefillers
+    return prefillers | {"aligned": TaskPrefiller(simllm.model, aligned)}
 
 
 def _spans(outcome: TaskOutcome) -> list[dict[str, Any]]:

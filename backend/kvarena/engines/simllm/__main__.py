@@ -1,0 +1,63 @@
+"""`python -m kvarena.engines.simllm`: loads a Llama model and serves it as the `simllm` contender."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kvarena.api.config import ApiConfig
+from kvarena.api.serve import serve
+from kvarena.engines import command_line
+from kvarena.engines.cache_metrics import CacheCollector
+from kvarena.engines.simllm.engine import SimLLMEngine
+from kvarena.engines.simllm.http import router
+from kvarena.engines.simllm.loading import load_simllm
+from kvarena.simllm.params import AlignedParams, Mode, SimLLMParams
+from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+
+SIMILARITY_THRESHOLD = 0.998
+"""Prompts over the same long texts are nearly all above the paper's 0.8; docs/simllm.md has the figures."""
+
+
+def main(
+    model: command_line.Model,
+    served_model_name: command_line.ServedModelName = None,
+    host: command_line.Host = "127.0.0.1",
+    port: command_line.Port = 8003,
+    device: command_line.Device = "auto",
+    dtype: command_line.Dtype = "auto",
+    max_model_len: command_line.MaxModelLen = None,
+    load_format: command_line.LoadFormat = "auto",
+    mode: Annotated[Mode, typer.Option(help="What a similar task lends.")] = "aligned",
+    similarity_threshold: Annotated[
+        float, typer.Option(min=-1, max=1, help="The least cosine of two tasks that are similar.")
+    ] = SIMILARITY_THRESHOLD,
+    max_cache_size: Annotated[int, typer.Option(min=1, help="How many tasks are kept.")] = 100,
+    num_hyperplanes: Annotated[int, typer.Option(min=1, max=64, help="Bits of a task's hash.")] = 16,
+    policy: Annotated[
+        str | None, typer.Option(help="Which reused tokens mode aligned recomputes. [default: the model's profile]")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of them, 0 to 1. [default: the model's profile]")] = None,
+    check_layer: Annotated[
+        int | None, typer.Option(help="The layer, from 0, whose keys are compared. [default: the model's profile]")
+    ] = None,
+) -> None:
+    chosen = {"policy": policy, "ratio": ratio, "check_layer": check_layer}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    params = SimLLMParams(
+        mode,
+        max_cache_size,
+        similarity_threshold,
+        num_hyperplanes,
+        AlignedParams(blend=BlendConfig(**(read_model_profile(model) | given)).params),
+    )
+    loaded = load_simllm(
+        model, params, device=device, dtype=dtype, max_model_len=max_model_len, random=load_format == "dummy"
+    )
+    engine = SimLLMEngine(loaded, served_model_name or model)
+    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[CacheCollector(engine)])
+
+
+if __name__ == "__main__":
+    command_line.run(main)

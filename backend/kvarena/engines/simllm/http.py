@@ -1,0 +1,48 @@
+"""The Sim-LLM contender's own paths: what is kept of earlier tasks, and forgetting it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel
+
+from kvarena.api.server import TheServer
+from kvarena.engines.simllm.engine import SimLLMEngine
+
+router = APIRouter()
+
+
+def _engine_of(server: TheServer) -> SimLLMEngine:
+    assert isinstance(server.engine, SimLLMEngine)
+    return server.engine
+
+
+TheEngine = Annotated[SimLLMEngine, Depends(_engine_of)]
+
+
+class TaskStats(BaseModel):
+    """Counts since the start, or since tasks were last cleared; `num_damaged` entries were dropped as unusable."""
+
+    cache_size: int
+    max_cache_size: int
+    num_bytes: int
+    similarity_threshold: float
+    num_searches: int
+    num_hits: int
+    num_misses: int
+    hit_ratio: float
+    num_evictions: int
+    num_damaged: int
+
+
+@router.get("/tasks/stats")
+async def task_stats(engine: TheEngine) -> TaskStats:
+    return TaskStats.model_validate(engine.simllm.manager.get_statistics())
+
+
+@router.post("/tasks/clear")
+async def clear_tasks(engine: TheEngine) -> dict[str, Any]:
+    """Forgets all tasks and counts; running requests keep what they hold."""
+    engine.simllm.reset_cache()
+    return {"cleared": True}
