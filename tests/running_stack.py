@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 KVARENA = Path(sys.executable).with_name("kvarena")
-PORT_OFFSETS = (0, 1, 501, 502, 503)
+PORT_OFFSETS = (0, 1, 2, 3, 501, 502, 503)
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,15 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
 @app.command()
 def up(
     contenders: Annotated[
-        str | None, typer.Option(help="Which of blend, plain, prefix, separated by commas. [default: blend,plain]")
+        str | None,
+        typer.Option(help="Which of blend, plain, prefix, simllm, separated by commas. [default: blend,plain]"),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [default: auto]")] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name.")] = None,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the page.")] = False,
     port_base: Annotated[
         int | None,
-        typer.Option(help="blend N, plain N+1, prefix N+2, page N+501, LMCache N+502 and N+503."),
+        typer.Option(help="blend N, plain N+1, prefix N+2, simllm N+3, page N+501, LMCache N+502 and N+503."),
     ] = None,
     load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,
     max_model_len: Annotated[

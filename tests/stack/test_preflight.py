@@ -6,6 +6,7 @@ import dataclasses
 import os
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from kvarena.stack import machine, preflight
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
+from kvarena.stack.model import Model, find_model
 from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.preflight import GIB, MemoryNeed
 from kvarena.stack.service import Service
@@ -54,6 +56,21 @@ def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
     assert (with_prefix.kv_cache_bytes, with_prefix.prefix_bytes) == (3 * GIB, plan.prefix_cache_gb * GIB)
     on_gpu = preflight.estimate_memory(dataclasses.replace(plan, profile="gpu"))
     assert (on_gpu.weight_bytes, on_gpu.kv_cache_bytes) == (0, 0)
+
+
+def test_simllm_needs_a_llama(tmp_path: Path, home: Home) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for config, refused in (
+        ('{"model_type": "llama"}', False),
+        ('{"model_type": "qwen2"}', True),
+        ("{}", False),  # the server says what is wrong with it
+    ):
+        (folder / "config.json").write_text(config)
+        architecture = find_model(str(folder), "cpu").architecture(None)
+        with pytest.raises(StackError, match=r"llama; .*model is of type qwen2") if refused else nullcontext():
+            preflight.check_simllm_model(str(folder), architecture)
+    assert Model("org/nowhere", "nowhere", is_local=False).architecture(tmp_path) == ""
 
 
 def test_too_little_memory_gives_the_numbers() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
 import pytest
+import typer
 
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
@@ -95,6 +97,42 @@ def test_prefix_is_a_pytorch_server_on_its_own_port(home: Home, tmp_path: Path) 
     assert [contender["name"] for contender in shown] == ["plain", "prefix"]
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_simllm_is_a_pytorch_server_that_blends_as_blend_does(home: Home, tmp_path: Path) -> None:
+    chosen = {"simllm_mode": "top_layer", "simllm_similarity_threshold": 0.9, "simllm_max_cache_size": 7}
+    _, services = make(home, tmp_path, contenders="simllm,blend", blend_ratio=0.5, load_format="dummy", **chosen)
+    assert list(services) == ["lmcache", "blend", "simllm", "page"]
+    simllm = services["simllm"]
+    assert (simllm.port, simllm.cpus, simllm.environment["OMP_NUM_THREADS"]) == (8003, (1,), "1")
+    assert simllm.command[1:3] == ("-m", "kvarena.engines.simllm")
+    assert option(simllm, "--mode") == "top_layer"
+    assert option(simllm, "--similarity-threshold") == "0.9"
+    assert option(simllm, "--max-cache-size") == "7"
+    assert option(simllm, "--load-format") == "dummy"
+    assert option(simllm, "--served-model-name") == option(services["blend"], "--served-model-name")
+    blend = extra_config(services["blend"])
+    said = (option(simllm, "--policy"), float(option(simllm, "--ratio")), int(option(simllm, "--check-layer")))
+    assert said == (blend["policy"], blend["ratio"], blend["check_layer"]) == ("kv_deviation", 0.5, 2)
+    assert "--num-hyperplanes" not in simllm.command, "the server's own default"
+
+
+@pytest.mark.parametrize("name", ["prefix", "simllm"])
+def test_engines_take_what_the_stack_gives_them(home: Home, tmp_path: Path, name: str) -> None:
+    """Every option of the command line is one that the server knows, with a value that it accepts."""
+    chosen = {"simllm_mode": "aligned", "simllm_similarity_threshold": 0.5, "simllm_max_cache_size": 3}
+    _, services = make(home, tmp_path, contenders=name, max_model_len=512, simllm_num_hyperplanes=8, **chosen)
+    main = importlib.import_module(f"kvarena.engines.{name}.__main__").main
+    app = typer.Typer()
+    app.command()(main)
+    parsed = typer.main.get_command(app).make_context(name, list(services[name].command[3:]))
+    assert parsed.params["port"] == services[name].port
+    assert parsed.params["max_model_len"] == 512
+    if name == "simllm":
+        assert {f"simllm_{key}": parsed.params[key] for key in ("mode", "similarity_threshold")} == {
+            key: chosen[key] for key in ("simllm_mode", "simllm_similarity_threshold")
+        }
+
+
 def test_plain_alone_needs_no_lmcache(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path, contenders="plain", ui=False)
     assert list(services) == ["plain"]
@@ -171,6 +209,7 @@ def test_the_page_knows_its_contenders(home: Home, tmp_path: Path) -> None:
     ]
     assert environment["KVARENA_DATA_DIR"] == str(tmp_path)
     assert environment["KVARENA_RESULTS_DIR"] == str(tmp_path / "results")
+    assert environment["KVARENA_SEPARATOR"] == "<note>", "the model's own"
 
 
 def _with_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: str) -> None:

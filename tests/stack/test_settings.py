@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
-from kvarena.stack.settings import Ports, load_settings
+from kvarena.stack.settings import Ports, SimLLMMode, load_settings
 
 
 @pytest.fixture
@@ -20,7 +21,9 @@ def test_defaults(env_file: Path) -> None:
     settings = load_settings(env_file)
     assert settings.contenders == ("blend", "plain")
     assert settings.profile == "auto"
-    assert settings.ports == Ports(blend=8000, plain=8001, prefix=8002, page=8501, lmcache=5555, lmcache_http=8080)
+    assert settings.ports == Ports(
+        blend=8000, plain=8001, prefix=8002, simllm=8003, page=8501, lmcache=5555, lmcache_http=8080
+    )
     assert settings.data_dir == project_root() / "data"
     assert settings.ui
 
@@ -59,8 +62,8 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
     ("text", "message"),
     [
         ("MODLE=x", "unknown key MODLE; known: .*MODEL"),
-        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, not 'fast'"),
-        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, not ''"),
+        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, simllm, not 'fast'"),
+        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, simllm, not ''"),
         ("PROFILE=tpu", "PROFILE must be one of auto, cpu, gpu, not 'tpu'"),
         ("BLEND_RATIO=1.5", "BLEND_RATIO must be less than or equal to 1, not '1.5'"),
         ("BLEND_CHECK_LAYER=-1", "BLEND_CHECK_LAYER must be greater than or equal to 0, not '-1'"),
@@ -69,6 +72,9 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
         ("LMCACHE_GB=0", "LMCACHE_GB must be greater than 0, not '0'"),
         ("BLEND_PORT=70000", "BLEND_PORT must be less than or equal to 65535, not '70000'"),
         ("PORT_BASE=65100", "PORT_BASE must be less than or equal to 65032, not '65100'"),
+        ("SIMLLM_MODE=both", "SIMLLM_MODE must be one of aligned, top_layer, not 'both'"),
+        ("SIMLLM_SIMILARITY_THRESHOLD=2", "SIMLLM_SIMILARITY_THRESHOLD must be less than or equal to 1, not '2'"),
+        ("SIMLLM_MAX_CACHE_SIZE=0", "SIMLLM_MAX_CACHE_SIZE must be greater than or equal to 1, not '0'"),
         ("MAX_MODEL_LEN=0", "MAX_MODEL_LEN must be greater than or equal to 1, not '0'"),
     ],
 )
@@ -93,11 +99,20 @@ def test_contenders_come_once_each_in_one_order(env_file: Path, text: str) -> No
 def test_port_rule(env_file: Path) -> None:
     env_file.write_text("PORT_BASE=9000\nPLAIN_PORT=9999\n")
     in_file = load_settings(env_file)
-    assert in_file.ports == Ports(blend=9000, plain=9999, prefix=9002, page=9501, lmcache=9502, lmcache_http=9503)
+    assert in_file.ports == Ports(
+        blend=9000, plain=9999, prefix=9002, simllm=9003, page=9501, lmcache=9502, lmcache_http=9503
+    )
     on_command_line = load_settings(env_file, port_base=7000)
     assert on_command_line.ports == Ports(
-        blend=7000, plain=7001, prefix=7002, page=7501, lmcache=7502, lmcache_http=7503
+        blend=7000, plain=7001, prefix=7002, simllm=7003, page=7501, lmcache=7502, lmcache_http=7503
     )
+
+
+def test_simllm_modes_are_the_librarys() -> None:
+    """Kept apart, so that reading settings imports no PyTorch."""
+    from kvarena.simllm.params import MODES
+
+    assert set(get_args(SimLLMMode)) == set(MODES)
 
 
 def test_relative_folders_count_from_the_project(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

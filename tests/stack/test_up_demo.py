@@ -173,6 +173,46 @@ def test_the_prefix_contender(tmp_path: Path, port_base: int) -> None:
     assert_nothing_left(home)
 
 
+def test_the_simllm_contender(tmp_path: Path, port_base: int) -> None:
+    """Alone, so without vLLM: up, two similar questions, the second over the first one's KV, the figures, down."""
+    home = Home(tmp_path / "home")
+    try:
+        up = kvarena(home, "up", "--contenders", "simllm", "--no-ui", "--port-base", str(port_base))
+        assert up.returncode == 0, up.stdout + up.stderr
+        notes = "Bruno plays the lute . Mara keeps a goat . " * 10
+        with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 3}", timeout=60, trust_env=False) as http:
+            reports = []
+            for question in ("What does Bruno play ?", "What does Mara keep ?"):
+                chat = {"model": "demo", "messages": [{"role": "user", "content": notes + question}], "max_tokens": 4}
+                answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json()
+                reports.append(answer["kv_transfer_params"]["kvarena"])
+            assert http.get("/tasks/stats").json()["num_hits"] == 1
+            assert 'kvarena_cache_lookups_total{engine="0",model_name="demo",outcome="hits"} 1' in (
+                http.get("/metrics").text.replace('model_name="demo",engine="0"', 'engine="0",model_name="demo"')
+            )
+        assert [report["hit"] for report in reports] == [False, True]
+        assert "What does Bruno play ?" in reports[1]["matched_prompt"]
+        assert reports[1]["num_layer_passes"] < reports[1]["num_layer_passes_without_reuse"]
+        log = kvarena(home, "logs", "simllm").stdout
+        assert "hit=true" in log
+        assert "lute" not in log
+    finally:
+        assert kvarena(home, "down").returncode == 0
+    assert_nothing_left(home)
+
+
+def test_simllm_refuses_another_kind_of_model_before_anything_starts(tmp_path: Path, port_base: int) -> None:
+    home, folder = Home(tmp_path / "home"), tmp_path / "mistral"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mistral"}')
+    arguments = ("--contenders", "simllm", "--no-ui", "--port-base", str(port_base), "--model", str(folder))
+    up = kvarena(home, "up", *arguments)
+    assert up.returncode == 1
+    assert "simllm needs a model of type llama" in up.stderr
+    assert "of type mistral" in up.stderr
+    assert_nothing_left(home)
+
+
 def test_ctrl_c(module_home: Home, port_base: int) -> None:
     arguments = ("up", "--contenders", "plain", "--no-ui", "--port-base", str(port_base))
     with subprocess.Popen(

@@ -30,13 +30,24 @@ class Model:
 
     def weight_bytes(self, hf_home: Path | None) -> int:
         """Size of the weights on disk, or, where there are none, an estimate from `config.json`; 0 if unknown."""
-        folder = Path(self.name) if self.is_local else cached_snapshot(self.name, hf_home)
+        folder = self._folder(hf_home)
         if folder is None:
             return 0
         for pattern in WEIGHT_PATTERNS:
             if sizes := [path.stat().st_size for path in folder.glob(pattern)]:
                 return sum(sizes)
         return _estimate_weight_bytes(folder / "config.json")
+
+    def architecture(self, hf_home: Path | None) -> str:
+        """`model_type` of its `config.json`, as llama; empty where it isn't on this machine or says nothing."""
+        folder = self._folder(hf_home)
+        try:
+            return str(json.loads((folder / "config.json").read_text())["model_type"]) if folder else ""
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def _folder(self, hf_home: Path | None) -> Path | None:
+        return Path(self.name) if self.is_local else cached_snapshot(self.name, hf_home)
 
 
 def find_model(setting: str | None, profile: str) -> Model:

@@ -15,7 +15,7 @@ from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.machine import CoreShare
 from kvarena.stack.model import Model, find_model
-from kvarena.stack.settings import Ports, Settings
+from kvarena.stack.settings import Ports, Settings, SimLLMChoices
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
 DEFAULT_CPU_KV_CACHE_GB = 1
@@ -40,6 +40,7 @@ class Plan:
     lmcache_gb: float
     prefix_cache_gb: float
     prefix_storage: str
+    simllm: SimLLMChoices
     kv_cache_gb: int | None
     max_model_len: int | None
     load_format: str | None
@@ -89,6 +90,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         lmcache_gb=settings.lmcache_gb,
         prefix_cache_gb=settings.prefix_cache_gb,
         prefix_storage=settings.prefix_storage,
+        simllm=settings.simllm,
         kv_cache_gb=settings.kv_cache_gb or (DEFAULT_CPU_KV_CACHE_GB if on_cpu else None),
         max_model_len=settings.max_model_len,
         load_format=settings.load_format,

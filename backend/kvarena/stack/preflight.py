@@ -33,6 +33,8 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
     check_packages(plan)
     check_data_folder(plan.data_dir)
     check_ports(services)
+    if any(service.name == "simllm" for service in services):
+        check_simllm_model(plan.model.name, plan.model.architecture(plan.hf_home))
     if any(service.name in plan.contenders for service in services):
         if not plan.model.is_local:
             check_hub_access(plan.model.name, token, plan.hf_home)
@@ -92,6 +94,15 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def check_simllm_model(name: str, architecture: str) -> None:
+    """What isn't on this machine yet is for the server itself to refuse."""
+    if architecture not in ("llama", ""):
+        raise StackError(
+            f"the contender simllm needs a model of type llama; {name} is of type {architecture}. Take another "
+            "--model, or leave simllm out of --contenders"
+        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ TITLES = {
     "blend": "vLLM with LMCache",
     "plain": "vLLM without LMCache",
     "prefix": "PyTorch with prefix cache",
+    "simllm": "PyTorch with Sim-LLM",
     "page": "the page",
 }
 
@@ -42,9 +43,7 @@ def build_services(plan: Plan, home: Home) -> list[Service]:
     services = []
     if "blend" in plan.contenders:
         services.append(_lmcache(plan, home))
-    services += [
-        _vllm(name, plan, home) if name in VLLM_CONTENDERS else _prefix(plan, home) for name in plan.contenders
-    ]
+    services += [(_vllm if name in VLLM_CONTENDERS else _engine)(name, plan, home) for name in plan.contenders]
     if plan.page:
         services.append(_page(plan, home))
     return services
@@ -99,17 +98,36 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     return _contender(name, plan, home, command, environment, depends_on)
 
 
-def _prefix(plan: Plan, home: Home) -> Service:
-    command = [sys.executable, "-m", "kvarena.engines.prefix"]
+def _engine(name: str, plan: Plan, home: Home) -> Service:
+    """One of the PyTorch engines."""
+    command = [sys.executable, "-m", f"kvarena.engines.{name}"]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
-    command += ["--host", HOST, "--port", str(plan.ports.prefix)]
+    command += ["--host", HOST, "--port", str(getattr(plan.ports, name))]
     command += ["--device", "cuda" if plan.profile == "gpu" else "cpu"]
-    command += ["--cache-gb", f"{plan.prefix_cache_gb:g}", "--storage", plan.prefix_storage]
+    command += _prefix_options(plan) if name == "prefix" else _simllm_options(plan)
     if plan.max_model_len is not None:
         command += ["--max-model-len", str(plan.max_model_len)]
     if plan.load_format is not None:
         command += ["--load-format", plan.load_format]
-    return _contender("prefix", plan, home, command, {**COMMON_ENVIRONMENT, **_hub_environment(plan)}, ())
+    return _contender(name, plan, home, command, {**COMMON_ENVIRONMENT, **_hub_environment(plan)}, ())
+
+
+def _prefix_options(plan: Plan) -> list[str]:
+    return ["--cache-gb", f"{plan.prefix_cache_gb:g}", "--storage", plan.prefix_storage]
+
+
+def _simllm_options(plan: Plan) -> list[str]:
+    """Mode aligned blends as the contender blend does."""
+    options = {
+        "--mode": plan.simllm.mode,
+        "--similarity-threshold": plan.simllm.similarity_threshold,
+        "--max-cache-size": plan.simllm.max_cache_size,
+        "--num-hyperplanes": plan.simllm.num_hyperplanes,
+        "--policy": plan.blend.policy,
+        "--ratio": plan.blend.ratio,
+        "--check-layer": plan.blend.check_layer,
+    }
+    return [word for name, value in options.items() if value is not None for word in (name, str(value))]
 
 
 def _contender(
@@ -192,6 +210,7 @@ def _page(plan: Plan, home: Home) -> Service:
             "KVARENA_CONTENDERS": json.dumps(contenders),
             "KVARENA_DATA_DIR": str(plan.data_dir),
             "KVARENA_RESULTS_DIR": str(plan.results_dir),
+            "KVARENA_SEPARATOR": plan.blend.separator,
         },
         directory=str(script.parent),
     )

@@ -17,14 +17,23 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 
-ContenderName = Literal["blend", "plain", "prefix"]
+ContenderName = Literal["blend", "plain", "prefix", "simllm"]
 ProfileName = Literal["auto", "cpu", "gpu"]
 PrefixStorage = Literal["cpu", "device"]
+SimLLMMode = Literal["aligned", "top_layer"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
 
-PORT_OFFSETS = {"blend": 0, "plain": 1, "prefix": 2, "page": 501, "lmcache": 502, "lmcache_http": 503}
+PORT_OFFSETS = {"blend": 0, "plain": 1, "prefix": 2, "simllm": 3, "page": 501, "lmcache": 502, "lmcache_http": 503}
 """Where each port is from `PORT_BASE`."""
-DEFAULT_PORTS = {"blend": 8000, "plain": 8001, "prefix": 8002, "page": 8501, "lmcache": 5555, "lmcache_http": 8080}
+DEFAULT_PORTS = {
+    "blend": 8000,
+    "plain": 8001,
+    "prefix": 8002,
+    "simllm": 8003,
+    "page": 8501,
+    "lmcache": 5555,
+    "lmcache_http": 8080,
+}
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 PortBase = Annotated[int, Field(ge=1024, le=65535 - max(PORT_OFFSETS.values()))]
@@ -35,9 +44,20 @@ class Ports:
     blend: int
     plain: int
     prefix: int
+    simllm: int
     page: int
     lmcache: int
     lmcache_http: int
+
+
+@dataclass(frozen=True)
+class SimLLMChoices:
+    """Of the contender simllm; `None` is its own default."""
+
+    mode: str | None
+    similarity_threshold: float | None
+    max_cache_size: int | None
+    num_hyperplanes: int | None
 
 
 class Settings(BaseSettings):
@@ -63,6 +83,7 @@ class Settings(BaseSettings):
     blend_port: Port | None = None
     plain_port: Port | None = None
     prefix_port: Port | None = None
+    simllm_port: Port | None = None
     ui_port: Port | None = None
     lmcache_port: Port | None = None
     lmcache_http_port: Port | None = None
@@ -71,6 +92,11 @@ class Settings(BaseSettings):
     lmcache_gb: Annotated[float, Field(gt=0)] = 1.0
     prefix_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     prefix_storage: PrefixStorage = "cpu"
+
+    simllm_mode: SimLLMMode | None = None
+    simllm_similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
+    simllm_max_cache_size: Annotated[int, Field(ge=1)] | None = None
+    simllm_num_hyperplanes: Annotated[int, Field(ge=1, le=64)] | None = None
 
     separator: str | None = None
     blend_policy: str | None = None
@@ -100,6 +126,7 @@ class Settings(BaseSettings):
             "blend": self.blend_port,
             "plain": self.plain_port,
             "prefix": self.prefix_port,
+            "simllm": self.simllm_port,
             "page": self.ui_port,
             "lmcache": self.lmcache_port,
             "lmcache_http": self.lmcache_http_port,
@@ -107,6 +134,15 @@ class Settings(BaseSettings):
         base = self.port_base
         derived = {name: base + offset for name, offset in PORT_OFFSETS.items()} if base else DEFAULT_PORTS
         return Ports(**{name: port or derived[name] for name, port in own.items()})
+
+    @property
+    def simllm(self) -> SimLLMChoices:
+        return SimLLMChoices(
+            self.simllm_mode,
+            self.simllm_similarity_threshold,
+            self.simllm_max_cache_size,
+            self.simllm_num_hyperplanes,
+        )
 
 
 def load_settings(env_file: Path | None = None, **command_line: Any) -> Settings:
@@ -121,8 +157,8 @@ def load_settings(env_file: Path | None = None, **command_line: Any) -> Settings
     except ValidationError as error:
         raise StackError(_explain(error, path)) from error
     if "port_base" in given:
-        keys = ("blend_port", "plain_port", "prefix_port", "ui_port", "lmcache_port", "lmcache_http_port")
-        settings = settings.model_copy(update=dict.fromkeys(keys))
+        ports = [key for key in Settings.model_fields if key.endswith("_port")]
+        settings = settings.model_copy(update=dict.fromkeys(ports))
     return settings
 
 
