@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from similar_task import SimilarTask
+
 SAME_SPEED_RATIO = 1.05
 MIN_DECODE_S = 0.001
 
@@ -28,7 +30,8 @@ class Span:
 class Figures:
     """`num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`.
 
-    `num_prefix_tokens` is the part of `num_reused_tokens` that the server's own prefix cache supplied.
+    `num_prefix_tokens` is the part of `num_reused_tokens` that the server's own prefix cache supplied. `task` is what a
+    contender that looks for similar prompts says of its search.
     """
 
     first_token_ms: float | None = None
@@ -44,6 +47,7 @@ class Figures:
     policy: str | None = None
     ratio: float | None = None
     spans: tuple[Span, ...] = ()
+    task: SimilarTask | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ def with_report(figures: Figures, report: Mapping[str, Any]) -> Figures:
         policy=report.get("policy"),
         ratio=report.get("ratio"),
         spans=tuple(Span(s["start"], s["end"], s["source"]) for s in report.get("spans") or ()),
+        task=SimilarTask.read(report) if report.get("contender") == "simllm" else None,
     )
 
 

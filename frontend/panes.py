@@ -13,6 +13,7 @@ from html import escape
 from charts import token_bar
 from figures import Figures
 from history import Answer
+from similar_task import similar_task_html
 
 STATE_LABELS = {
     "waiting": "waiting",
@@ -54,11 +55,14 @@ def _badges(answer: Answer) -> str:
         badges.append((answer.state, label))
     if figures.approximate is not None and answer.state == "done":
         kind = "approximate" if figures.approximate else "exact"
-        badges.append((kind, f"{kind}{_policy(figures)}"))
+        badges.append((kind, f"{kind}{_way(figures)}"))
     return "".join(f'<span class="ka-badge ka-badge-{kind}">{escape(text)}</span>' for kind, text in badges)
 
 
-def _policy(figures: Figures) -> str:
+def _way(figures: Figures) -> str:
+    """How the contender reused, where there are several ways."""
+    if figures.task and figures.task.similarity is not None:
+        return f" · {figures.task.mode}"
     if not figures.policy:
         return ""
     return f" · {figures.policy}" + ("" if figures.ratio is None else f" {figures.ratio:.0%}")
@@ -100,6 +104,7 @@ def _figures_html(answer: Answer) -> str:
         Figure("num_output_tokens", "output tokens", figures.num_output_tokens),
     ]
     return (
+        f"{similar_task_html(figures.task) if figures.task else ''}"
         f'<div class="ka-figures ka-large">{"".join(map(_figure_html, large))}</div>'
         f'<div class="ka-figures ka-small">{"".join(map(_figure_html, small))}</div>'
         f"{token_bar(figures)}"

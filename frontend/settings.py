@@ -6,6 +6,7 @@ stack's default ports, the repository's `data/` and its `results/`.
     KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}
     KVARENA_DATA_DIR     folder of chunk files
     KVARENA_RESULTS_DIR  folder of result files
+    KVARENA_SEPARATOR    between chunks, where no contender says what its own is
     KVARENA_API_KEY      sent to every contender as a bearer token
     KVARENA_TIMEOUT_S    longest silence of a server, in seconds
 """
@@ -52,6 +53,7 @@ class Settings:
     contenders: tuple[Contender, ...] = DEFAULT_CONTENDERS
     data_dir: Path = DEFAULT_DATA_DIR
     results_dir: Path = DEFAULT_RESULTS_DIR
+    separator: str = DEFAULT_SEPARATOR
     api_key: str = field(default="", repr=False)
     timeout_s: float = DEFAULT_TIMEOUT_S
 
@@ -62,6 +64,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         contenders=_contenders(environment.get("KVARENA_CONTENDERS", "")),
         data_dir=Path(environment.get("KVARENA_DATA_DIR") or DEFAULT_DATA_DIR),
         results_dir=Path(environment.get("KVARENA_RESULTS_DIR") or DEFAULT_RESULTS_DIR),
+        separator=environment.get("KVARENA_SEPARATOR", DEFAULT_SEPARATOR),
         api_key=environment.get("KVARENA_API_KEY", ""),
         timeout_s=_seconds(environment.get("KVARENA_TIMEOUT_S", "")),
     )

@@ -150,29 +150,8 @@ def _draw_order(picked: list[str]) -> list[str]:
 
 
 def _draw_sampling() -> Sampling:
-    offer = state.blend_offer()
-    policy = ratio = None
-    if offer and offer.policies:
-        st.subheader("Reuse")
-        default = offer.policies.index(offer.policy) if offer.policy in offer.policies else 0
-        policy = st.selectbox(
-            "Policy",
-            offer.policies,
-            index=default,
-            key="policy",
-            persist_state=KEEP,
-            help="Which reused tokens are recomputed.",
-        )
-        ratio = st.slider(
-            "Ratio",
-            0.0,
-            1.0,
-            offer.ratio,
-            0.01,
-            key="ratio",
-            persist_state=KEEP,
-            help="Share of reused tokens to recompute.",
-        )
+    policy, ratio = _draw_blend()
+    mode, similarity_threshold = _draw_simllm()
     st.subheader("Answer")
     temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state=KEEP)
     max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens", persist_state=KEEP)
@@ -183,4 +162,62 @@ def _draw_sampling() -> Sampling:
         help="Goes on after the end of the answer (`ignore_eos`): text of equal length on both sides, "
         "for comparing tokens per second.",
     )
-    return Sampling(temperature, int(max_tokens), ignore_eos, policy, ratio)
+    return Sampling(temperature, int(max_tokens), ignore_eos, policy, ratio, mode, similarity_threshold)
+
+
+def _draw_blend() -> tuple[str | None, float | None]:
+    """Policy and ratio, where there is a contender for them."""
+    offer = state.blend_offer()
+    if not offer or not offer.policies:
+        return None, None
+    st.subheader("Reuse")
+    default = offer.policies.index(offer.policy) if offer.policy in offer.policies else 0
+    policy = st.selectbox(
+        "Policy",
+        offer.policies,
+        index=default,
+        key="policy",
+        persist_state=KEEP,
+        help="Which reused tokens are recomputed.",
+    )
+    ratio = st.slider(
+        "Ratio",
+        0.0,
+        1.0,
+        offer.ratio,
+        0.01,
+        key="ratio",
+        persist_state=KEEP,
+        help="Share of reused tokens to recompute.",
+    )
+    return policy, ratio
+
+
+def _draw_simllm() -> tuple[str | None, float | None]:
+    """Mode and similarity threshold, where there is a contender for them."""
+    offer = state.simllm_offer()
+    if not offer:
+        return None, None
+    st.subheader("Similar prompts")
+    mode = st.selectbox(
+        "Mode",
+        offer.modes,
+        index=offer.modes.index(offer.mode),
+        key="mode",
+        persist_state=KEEP,
+        help="What a similar earlier prompt lends. `aligned`: the KV of all layers, where both have the same text. "
+        "`top_layer`: its last layer's KV, as in the Sim-LLM paper; fast, and wrong on a model not trained for it.",
+    )
+    similarity_threshold = st.number_input(
+        "Similarity threshold",
+        -1.0,
+        1.0,
+        offer.similarity_threshold,
+        0.001,
+        format="%.4f",
+        key="similarity-threshold",
+        persist_state=KEEP,
+        help="The least cosine between the mean embeddings of two prompts. Prompts over the same long texts are all "
+        "close to 1.",
+    )
+    return mode, similarity_threshold

@@ -17,8 +17,8 @@ from chats import ChatStore, OpenChat
 from context_view import TokenCount, count_context
 from history import Context
 from kvarena.context import TextChunk, load_chunks
-from settings import DEFAULT_SEPARATOR, Settings, read_settings
-from wire import Blend, Server
+from settings import Settings, read_settings
+from wire import Blend, Server, SimLLM
 
 REFRESH_AGE_S = 3.0
 
@@ -84,10 +84,16 @@ def blend_offer() -> Blend | None:
     return next((offer for offer in offers if offer), None)
 
 
+def simllm_offer() -> SimLLM | None:
+    """As `blend_offer`, of the first contender that looks for similar prompts."""
+    offers = (session.server.simllm for session in chat_sessions().values() if session.server)
+    return next((offer for offer in offers if offer), None)
+
+
 def separator() -> str:
     """The same for every contender, so that all get the same prompt."""
     offer = blend_offer()
-    return offer.separator if offer else DEFAULT_SEPARATOR
+    return offer.separator if offer else page_settings().separator
 
 
 def open_chat() -> OpenChat:

@@ -31,35 +31,56 @@ class Blend:
 
 
 @dataclass(frozen=True)
+class SimLLM:
+    """What `GET /kvarena` of a contender that reuses similar earlier prompts offers."""
+
+    modes: tuple[str, ...]
+    mode: str
+    similarity_threshold: float
+
+    @classmethod
+    def read(cls, offer: Mapping[str, Any]) -> SimLLM:
+        defaults = offer["defaults"]
+        return cls(tuple(offer["modes"]), defaults["mode"], float(defaults["similarity_threshold"]))
+
+
+@dataclass(frozen=True)
 class Server:
-    """A contender that is up."""
+    """A contender that is up. `blend`, `simllm`: what it offers, if it is one of these."""
 
     model: str
     max_model_len: int | None
     blend: Blend | None
+    simllm: SimLLM | None
     keeps_reports: bool
 
     @classmethod
     def read(cls, model: Mapping[str, Any], offer: Mapping[str, Any] | None) -> Server:
         """`offer`: what `GET /kvarena` answered; None where there is no such path, as in stock vLLM."""
-        blends = offer is not None and offer.get("contender") == "blend"
+        said = offer or {}
+        contender = said.get("contender")
         return cls(
             model=model["id"],
             max_model_len=model.get("max_model_len"),
-            blend=Blend.read(offer) if offer is not None and blends else None,
+            blend=Blend.read(said) if contender == "blend" else None,
+            simllm=SimLLM.read(said) if contender == "simllm" else None,
             keeps_reports=offer is not None,
         )
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is asked of every contender alike; `policy` and `ratio` go to those that blend, None: their default."""
+    """What is asked of every contender alike. `policy` and `ratio` go to those that blend, `mode` and
+    `similarity_threshold` to those that look for similar prompts; None: their default.
+    """
 
     temperature: float = 0.0
     max_tokens: int = 128
     ignore_eos: bool = False
     policy: str | None = None
     ratio: float | None = None
+    mode: str | None = None
+    similarity_threshold: float | None = None
 
 
 def completion_request(server: Server, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
@@ -74,8 +95,16 @@ def completion_request(server: Server, messages: Sequence[Message], sampling: Sa
     }
     if sampling.ignore_eos:
         body["ignore_eos"] = True
-    chosen = {"policy": sampling.policy, "ratio": sampling.ratio}
-    chosen = {key: value for key, value in chosen.items() if value is not None}
-    if server.blend and chosen:
+    if chosen := _reuse_choices(server, sampling):
         body["kv_transfer_params"] = {"kvarena": chosen}
     return body
+
+
+def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
+    """What this kind of contender can be told about its reuse, as far as it was chosen."""
+    chosen: dict[str, Any] = {}
+    if server.blend:
+        chosen = {"policy": sampling.policy, "ratio": sampling.ratio}
+    elif server.simllm:
+        chosen = {"mode": sampling.mode, "similarity_threshold": sampling.similarity_threshold}
+    return {key: value for key, value in chosen.items() if value is not None}

@@ -22,6 +22,28 @@ OFFER = {
     "defaults": {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 2},
     "separator": " <sep> ",
 }
+SIMLLM_OFFER = {
+    "contender": "simllm",
+    "modes": ["aligned", "top_layer"],
+    "defaults": {"reuse": True, "mode": "aligned", "similarity_threshold": 0.998},
+}
+SIMLLM_REPORT = {
+    "contender": "simllm",
+    "approximate": True,
+    "mode": "aligned",
+    "similarity_threshold": 0.998,
+    "hit": True,
+    "similarity": 0.99934,
+    "num_prompt_tokens": 100,
+    "num_reused_tokens": 70,
+    "num_recomputed_tokens": 20,
+    "num_computed_tokens": 10,
+    "num_layer_passes": 222,
+    "num_layer_passes_without_reuse": 600,
+    "matched_prompt": "<note>Bruno plays the <b>lute</b>.",
+    "num_matched_prompt_tokens": 1234,
+    "spans": [{"start": 0, "end": 90, "source": "reused"}, {"start": 90, "end": 100, "source": "computed"}],
+}
 REPORT = {
     "approximate": True,
     "policy": "kv_deviation",

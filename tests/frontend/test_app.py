@@ -10,7 +10,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from small_openai_server import OFFER, SmallServer
+from small_openai_server import OFFER, SIMLLM_OFFER, SIMLLM_REPORT, SmallServer
 
 APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
 Open = Callable[..., AppTest]
@@ -71,6 +71,39 @@ def test_question_goes_to_both_with_the_choices_on_the_page(small_server, open_p
     assert to_blend["messages"][1]["content"] == f"{separator}This is one.{separator}This is two.{separator}Who?"
     assert to_blend["kv_transfer_params"]["kvarena"]["policy"] == "none"
     assert to_blend["max_tokens"] == to_plain["max_tokens"] == 9
+
+
+def test_simllm_has_knobs_of_its_own_and_shows_the_earlier_prompt(small_server, open_page: Open) -> None:
+    simllm, plain = small_server(offer=SIMLLM_OFFER, report=SIMLLM_REPORT), small_server()
+    page = open_page(simllm, plain)
+    assert not [box.key for box in page.selectbox if box.key == "policy"], "nobody blends"
+    assert page.selectbox(key="mode").options == SIMLLM_OFFER["modes"]
+    assert page.number_input(key="similarity-threshold").value == 0.998
+    page.selectbox(key="mode").set_value("top_layer").run()
+    page.number_input(key="similarity-threshold").set_value(0.9).run()
+    page.chat_input[0].set_value("Who?").run()
+    body = html(page)
+    assert body.count('data-testid="similar-task"') == 1
+    assert "Bruno plays the" in body
+    (asked,) = simllm.completions()
+    assert asked["kv_transfer_params"]["kvarena"] == {"mode": "top_layer", "similarity_threshold": 0.9}
+    assert "kv_transfer_params" not in plain.completions()[0]
+
+
+def test_without_simllm_its_knobs_are_not_there(small_server, open_page: Open) -> None:
+    page = open_page(small_server(offer=OFFER), small_server())
+    assert [box.key for box in page.selectbox] == ["policy"]
+    assert [field.key for field in page.number_input] == ["max-tokens"]
+
+
+def test_the_separator_is_the_stacks_where_nobody_says_another(
+    small_server, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVARENA_SEPARATOR", "<note>")
+    plain = small_server()
+    page = open_page(small_server(offer=SIMLLM_OFFER, report=SIMLLM_REPORT), plain)
+    page.chat_input[0].set_value("Who?").run()
+    assert plain.completions()[0]["messages"][1]["content"].startswith("<note>This is one.<note>")
 
 
 def test_follow_up_and_changed_context(small_server, open_page: Open) -> None:

@@ -1,0 +1,76 @@
+"""What became of the search for a similar earlier prompt: from the contender's report to HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SimilarTask:
+    """`similarity` is the cosine to the earlier prompt that lent its KV; None: none was similar enough, or none asked.
+
+    A layer pass is one prompt token through one layer. `matched_prompt` is empty where the server keeps it to itself.
+    """
+
+    mode: str
+    similarity_threshold: float
+    similarity: float | None
+    num_layer_passes: int
+    num_layer_passes_without_reuse: int
+    matched_prompt: str = ""
+    num_matched_prompt_tokens: int | None = None
+
+    @classmethod
+    def read(cls, report: Mapping[str, Any]) -> SimilarTask:
+        return cls(
+            mode=report["mode"],
+            similarity_threshold=report["similarity_threshold"],
+            similarity=report["similarity"],
+            num_layer_passes=report["num_layer_passes"],
+            num_layer_passes_without_reuse=report["num_layer_passes_without_reuse"],
+            matched_prompt=report.get("matched_prompt") or "",
+            num_matched_prompt_tokens=report.get("num_matched_prompt_tokens"),
+        )
+
+    @property
+    def num_skipped_passes(self) -> int:
+        """Negative where choosing what to recompute cost more than was reused."""
+        return self.num_layer_passes_without_reuse - self.num_layer_passes
+
+
+def similar_task_html(task: SimilarTask) -> str:
+    if task.similarity is None:
+        return (
+            '<div class="ka-task" data-testid="similar-task" data-hit="false">No similar earlier prompt: none that can '
+            f"be used has a cosine of {task.similarity_threshold:g} or more. Prefilled in full.</div>"
+        )
+    return (
+        '<div class="ka-task" data-testid="similar-task" data-hit="true">'
+        f"Similar to an earlier prompt: cosine {_number('similarity', task.similarity, f'{task.similarity:.5f}')}, "
+        f"threshold {task.similarity_threshold:g}. {_skipped(task)}{_earlier_prompt(task)}</div>"
+    )
+
+
+def _skipped(task: SimilarTask) -> str:
+    skipped, total = task.num_skipped_passes, task.num_layer_passes_without_reuse
+    number = _number("num_skipped_passes", skipped, f"{abs(skipped):,}")
+    if skipped < 0:
+        return f"Skipped nothing: ran {number} layer passes more than the {total:,} of a full prefill."
+    return f"Skipped {number} of {total:,} layer passes ({skipped / total:.0%})."
+
+
+def _earlier_prompt(task: SimilarTask) -> str:
+    if not task.matched_prompt:
+        return ""
+    size = "" if task.num_matched_prompt_tokens is None else f", {task.num_matched_prompt_tokens:,} tokens"
+    return (
+        f"<details><summary>The earlier prompt{size}</summary>"
+        f'<div class="ka-text" data-testid="matched-prompt">{escape(task.matched_prompt)}</div></details>'
+    )
+
+
+def _number(key: str, value: float, text: str) -> str:
+    return f'<b data-figure="{key}" data-value="{value!r}">{text}</b>'

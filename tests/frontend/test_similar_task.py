@@ -1,0 +1,54 @@
+"""What a pane says of the search for a similar earlier prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from figures import Figures, with_report
+from history import Answer
+from panes import answer_html
+from settings import Contender
+from similar_task import SimilarTask, similar_task_html
+from small_openai_server import REPORT, SIMLLM_REPORT
+
+HIT = SimilarTask.read(SIMLLM_REPORT)
+
+
+def test_a_hit_says_how_similar_and_what_was_skipped() -> None:
+    html = similar_task_html(HIT)
+    assert 'data-hit="true"' in html
+    assert 'data-figure="similarity" data-value="0.99934">0.99934</b>, threshold 0.998' in html
+    assert 'Skipped <b data-figure="num_skipped_passes" data-value="378">378</b> of 600 layer passes (63%)' in html
+
+
+def test_the_earlier_prompt_is_shown_letter_for_letter() -> None:
+    html = similar_task_html(HIT)
+    assert "<summary>The earlier prompt, 1,234 tokens</summary>" in html
+    assert "&lt;note&gt;Bruno plays the &lt;b&gt;lute&lt;/b&gt;." in html
+    assert "<details>" not in similar_task_html(replace(HIT, matched_prompt=""))
+
+
+def test_a_miss_names_the_threshold() -> None:
+    html = similar_task_html(replace(HIT, similarity=None, num_layer_passes=600))
+    assert 'data-hit="false"' in html
+    assert "0.998" in html
+    assert "<details>" not in html
+
+
+def test_a_hit_that_cost_more_than_it_saved_says_so() -> None:
+    html = similar_task_html(replace(HIT, num_layer_passes=660))
+    assert 'data-value="-60">60</b> layer passes more than the 600' in html
+
+
+def test_only_reports_of_simllm_have_it() -> None:
+    assert with_report(Figures(), REPORT).task is None
+    assert with_report(Figures(), SIMLLM_REPORT).task == HIT
+
+
+def test_the_badge_says_exact_or_approximate_and_the_mode_of_a_hit() -> None:
+    answer = Answer(Contender("simllm", "Sim-LLM", "http://127.0.0.1:8003"), text="A lute.", state="done")
+    answer.figures = with_report(Figures(first_token_ms=9.0), SIMLLM_REPORT)
+    assert "approximate · aligned</span>" in answer_html(answer)
+    miss = {**SIMLLM_REPORT, "similarity": None, "approximate": False}
+    answer.figures = with_report(Figures(first_token_ms=9.0), miss)
+    assert '"ka-badge ka-badge-exact">exact</span>' in answer_html(answer)
