@@ -142,7 +142,8 @@ def test_the_log_has_a_line_for_each_request_and_nobodys_prompt(
         time.sleep(0.2)
     _, line = [record.message for record in caplog.records if record.message.startswith("kvarena request=")]
     assert "exact" in line
-    assert "mode=aligned" in line
+    assert "mode=aligned similarity_threshold=0.95 " in line
+    assert "similarity=0.9" in line
     assert "hit=true" in line
     assert "num_layer_passes=" in line
     assert EARLIER[:20] not in line

@@ -26,7 +26,7 @@ def log_line(request_id: str, outcome: Outcome, arrived_at: float) -> str:
     fields["total_ms"] = (outcome.ended_at - arrived_at) * 1e3
     fields |= {key: value for key, value in _figures(report.details).items() if key not in fields}
     kind = "approximate" if report.approximate else "exact"
-    return f"kvarena request={request_id} {kind} " + " ".join(f"{key}={_shown(v)}" for key, v in fields.items())
+    return f"kvarena request={request_id} {kind} " + " ".join(f"{key}={_shown(key, v)}" for key, v in fields.items())
 
 
 def _figures(details: Mapping[str, object]) -> dict[str, object]:
@@ -47,10 +47,11 @@ def finish_of(outcome: Outcome) -> str:
     return outcome.finish_reason or "abort"
 
 
-def _shown(value: object) -> str:
+def _shown(key: str, value: object) -> str:
+    """Milliseconds to a tenth; other numbers with the digits that tell them apart."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, float):
-        return f"{value:.1f}"
+        return f"{value:.1f}" if key.endswith("_ms") else f"{value:.6g}"
     text = str(value)
     return text if text.isprintable() and text and not set(text) & set(' "=') else json.dumps(text)

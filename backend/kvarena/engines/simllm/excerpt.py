@@ -5,8 +5,8 @@ from __future__ import annotations
 from kvarena.api.tokenizer import Tokenizer
 from kvarena.reuse.plan import TokenIds
 
-NUM_FIRST_TOKENS = 400
-NUM_LAST_TOKENS = 200
+NUM_FIRST_TOKENS = 200
+NUM_LAST_TOKENS = 150
 
 
 def excerpt(token_ids: TokenIds, tokenizer: Tokenizer) -> str:
