@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 KVARENA = Path(sys.executable).with_name("kvarena")
+UP_TIMEOUT_S = 900
 PORT_OFFSETS = (0, 1, 2, 3, 501, 502, 503)
 
 
@@ -36,6 +38,18 @@ class Stack:
         with urllib.request.urlopen(f"{self.address(name)}/metrics", timeout=10) as reply:
             lines = reply.read().decode().splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
+@contextmanager
+def started(home: Path, *arguments: str) -> Iterator[Stack]:
+    """As a user starts and stops it: `kvarena up` with these arguments, on free ports."""
+    stack = Stack(home)
+    try:
+        up = stack.command("up", "--port-base", str(free_port_base()), *arguments, timeout_s=UP_TIMEOUT_S)
+        assert up.returncode == 0, up.stdout + up.stderr
+        yield stack
+    finally:
+        stack.command("down")
 
 
 def free_port_base() -> int:

@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from running_stack import Stack, free_port_base
+from running_stack import Stack, started
 
-UP_TIMEOUT_S = 900
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER_FLAGS = (
     "--no-sandbox",
@@ -35,13 +34,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if running := os.environ.get("KVARENA_E2E_HOME"):
         yield Stack(Path(running))
         return
-    stack = Stack(tmp_path_factory.mktemp("kvarena"))
-    try:
-        started = stack.command("up", "--port-base", str(free_port_base()), timeout_s=UP_TIMEOUT_S)
-        assert started.returncode == 0, started.stdout + started.stderr
+    with started(tmp_path_factory.mktemp("kvarena")) as stack:
         yield stack
-    finally:
-        stack.command("down")
 
 
 @pytest.fixture(scope="session")

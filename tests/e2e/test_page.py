@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Page, expect
 
+from e2e.steps import answer_text, ask, expect_states, figures, pane, pick_chunks, settle
 from kvarena.context import load_chunks
 from running_stack import Stack
 from small_eval_result import small_eval_result
@@ -23,23 +24,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOT = ROOT / "docs" / "images" / "arena.png"
 NAMES = ("blend", "plain")
-ANSWER_MS = 120_000
 
 
 def across_questions() -> list[dict[str, Any]]:
     """Shipped questions whose answer needs a chunk and the one before it."""
     lines = (ROOT / "data" / "questions.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == "across"]
-
-
-def pick_chunks(page: Page, names: list[str]) -> None:
-    chunks = page.locator(".st-key-chunks")
-    chunks.get_by_role("button", name="Clear all").click()
-    for name in names:
-        chunks.locator("input").fill(name)
-        page.get_by_role("option", name=name, exact=True).click()
-        expect(page.get_by_test_id("chunk").last).to_have_attribute("data-chunk", name)
-    page.keyboard.press("Escape")
 
 
 def shown_order(page: Page) -> list[str | None]:
@@ -64,16 +54,6 @@ def drag_chunk(page: Page, name: str, target: str) -> None:
     page.mouse.up()
 
 
-def ask(page: Page, question: str) -> None:
-    box = page.get_by_test_id("stChatInputTextArea")
-    expect(box).to_be_enabled(timeout=ANSWER_MS)
-    settle(page)
-    box.fill(question)
-    expect(box).to_have_value(question)
-    box.press("Enter")
-    expect(page.get_by_test_id("question").last).to_have_text(question, timeout=30_000)
-
-
 def ask_at_length(page: Page, question: str, num_tokens: int) -> None:
     """The demo model's answers are a word or two: goes on to `num_tokens`, as the page's switch allows."""
     box = page.locator(".st-key-max-tokens input")
@@ -85,31 +65,6 @@ def ask_at_length(page: Page, question: str, num_tokens: int) -> None:
     expect(switch).to_be_checked()
     settle(page)
     ask(page, question)
-
-
-def settle(page: Page) -> None:
-    """Until the page has drawn what the last click led to; the click takes a moment to reach the script."""
-    page.wait_for_timeout(500)
-    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning", timeout=30_000)
-
-
-def pane(page: Page, name: str) -> Locator:
-    return page.get_by_test_id(f"pane-{name}").last
-
-
-def expect_states(page: Page, **states: str) -> None:
-    for name, state in states.items():
-        expect(pane(page, name)).to_have_attribute("data-state", state, timeout=ANSWER_MS)
-
-
-def answer_text(page: Page, name: str) -> str:
-    return page.get_by_test_id(f"answer-{name}").last.inner_text().strip()
-
-
-def figures(page: Page, name: str) -> dict[str, float | None]:
-    found = pane(page, name).locator("[data-figure]").all()
-    pairs = [(item.get_attribute("data-figure") or "", item.get_attribute("data-value")) for item in found]
-    return {key: float(value) if value else None for key, value in pairs}
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
