@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -44,6 +45,21 @@ class AlignedTask:
     is_worth_keeping: bool
 
 
+@dataclass(frozen=True)
+class _Lender:
+    """An earlier prompt whose tokens can be found in others, and whose KV can be blended into theirs."""
+
+    index: ChunkIndex
+    blender: Blender
+
+    @classmethod
+    def of(cls, whole_kv: WholeKV, window: int) -> _Lender:
+        index, store = ChunkIndex(window=window), MemoryStore(whole_kv.kv.nbytes)
+        index.add(whole_kv.chunk)
+        store.put(whole_kv.chunk, whole_kv.kv)
+        return cls(index, Blender(store))
+
+
 class AlignedReuse:
     """Over one model and one manager. Call it in the model's thread, but for making it.
 
@@ -59,6 +75,7 @@ class AlignedReuse:
         self._blendable = BlendableModel(model)
         self._manager = manager
         self._params = params
+        self._lenders: WeakKeyDictionary[WholeKV, _Lender] = WeakKeyDictionary()
         manager.expect(self._embed.embedding_dim, LayerKVShape(shape.num_kv_heads, shape.head_size))
 
     def begin(
@@ -74,15 +91,18 @@ class AlignedReuse:
             raise ValueError("a prompt is empty; it needs at least one token")
         ids = as_token_ids(token_ids)
         embedding = self._embed(torch.from_numpy(ids).to(self._model.kv_shape.device, torch.int64)).float().mean(dim=0)
-        match = self._manager.search(
-            embedding,
-            lambda entry: entry.salt == salt and self._plan(entry, ids).num_reused_tokens > 0,
-            similarity_threshold,
-        )
+        plan = ReusePlan()
+
+        def covers_some(entry: TaskCacheEntry) -> bool:
+            nonlocal plan
+            plan = self._plan(entry, ids) if entry.salt == salt else ReusePlan()
+            return plan.num_reused_tokens > 0
+
+        match = self._manager.search(embedding, covers_some, similarity_threshold)
         if match is None:
             passes = len(ids) * self._model.kv_shape.num_layers
             return AlignedTask(ids, embedding, TaskOutcome(task_id, len(ids), passes), None, True)
-        return self._reuse(ids, embedding, task_id, match, capacity)
+        return self._reuse(ids, embedding, task_id, match, plan, capacity)
 
     def keep(self, task: AlignedTask, kv: torch.Tensor, salt: str = "") -> None:
         """Keeps a prompt's KV `(L, 2, H_kv, T, D)`. An answer doesn't fail because it couldn't be kept."""
@@ -100,25 +120,28 @@ class AlignedReuse:
         """What of the prompt the earlier one covers, its last token left out. A common beginning may be short."""
         if entry.whole_kv is None:
             return ReusePlan()
-        chunk = entry.whole_kv.chunk
         num_tokens = self._params.min_run_tokens
-        index = ChunkIndex(window=max(1, num_tokens // 2))
-        index.add(chunk)
-        plan = ReusePlan(tuple(index.match(ids, min_tokens=num_tokens))).clipped(0, len(ids) - 1)
+        chunk, index = entry.whole_kv.chunk, self._lender(entry.whole_kv).index
+        found = index.match(ids, chunk.salt, min_tokens=num_tokens)
+        plan = ReusePlan(tuple(found)).clipped(0, len(ids) - 1)
         return ReusePlan(tuple(span for span in plan if len(span) >= num_tokens or span.start == span.offset == 0))
 
+    def _lender(self, whole_kv: WholeKV) -> _Lender:
+        """Made once for each earlier prompt; it goes when that does."""
+        lender = self._lenders.get(whole_kv)
+        if lender is None:
+            lender = self._lenders[whole_kv] = _Lender.of(whole_kv, max(1, self._params.min_run_tokens // 2))
+        return lender
+
     def _reuse(
-        self, ids: TokenIds, embedding: torch.Tensor, task_id: str, match: TaskMatch, capacity: int
+        self, ids: TokenIds, embedding: torch.Tensor, task_id: str, match: TaskMatch, plan: ReusePlan, capacity: int
     ) -> AlignedTask:
-        whole_kv = match.entry.whole_kv
-        assert whole_kv is not None, "a task without it has no plan"
-        plan, blend = self._plan(match.entry, ids), self._params.blend
+        assert match.entry.whole_kv is not None, "a task without it has no plan"
+        blend, blender = self._params.blend, self._lender(match.entry.whole_kv).blender
         kv = self._model.new_kv(max(capacity, len(ids)))
-        store = MemoryStore(whole_kv.kv.nbytes)
-        store.put(whole_kv.chunk, whole_kv.kv)
         with _counted_layer_passes(self._blendable.layers) as passes:
             prompt = HFPrefilledModel(self._blendable, ids[:-1], kv)
-            report = Blender(store).blend(prompt, plan, 0, len(ids) - 1, blend, store_new=False)
+            report = blender.blend(prompt, plan, 0, len(ids) - 1, blend, store_new=False)
         num_passes = sum(passes) + self._model.kv_shape.num_layers
         is_exact = plan.is_prefix or blend.recomputes_all
         outcome = TaskOutcome(

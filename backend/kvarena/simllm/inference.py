@@ -19,6 +19,7 @@ from kvarena.simllm.manager import InterTaskKVManager
 from kvarena.simllm.modeling import LlamaForCausalLMWithKVReuse, llama_config, refuse_repeated_prefill
 from kvarena.simllm.outcome import TaskOutcome
 from kvarena.simllm.params import AlignedParams, SimLLMParams, checked_threshold
+from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ class SimLLMInference:
     ) -> SimLLMInference:
         """From a local folder or a hub name; `model_kwargs` are those of `LlamaForCausalLM.from_pretrained`.
 
-        Warns and takes the CPU where there is no such device. Raises `OSError` when there is no such model, and
-        `ValueError` for one that isn't a Llama.
+        Without `aligned` that mode blends as the model's own profile says. Warns and takes the CPU where there is no
+        such device. Raises `OSError` when there is no such model, and `ValueError` for one that isn't a Llama.
         """
-        params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned or AlignedParams())
         llama_config(model_path)
+        aligned = aligned or AlignedParams(blend=BlendConfig(**read_model_profile(model_path)).params)
+        params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned)
         model = LlamaForCausalLMWithKVReuse.from_pretrained(model_path, **model_kwargs)
         return cls(model.to(available_device(device)), AutoTokenizer.from_pretrained(model_path), params)
 

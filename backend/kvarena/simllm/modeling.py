@@ -31,11 +31,11 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvarena.reuse.plan import as_token_ids
+from kvarena.reuse.plan import TokenIds, as_token_ids
 from kvarena.simllm.entry import LayerKVShape, TopLayerKV
 from kvarena.simllm.manager import InterTaskKVManager, TaskMatch
 from kvarena.simllm.outcome import TaskOutcome
-from kvarena.simllm.task_kv import TaskKV
+from kvarena.simllm.task_kv import TaskKV, TaskSearch
 
 logger = logging.getLogger(__name__)
 
@@ -78,37 +78,50 @@ class LlamaModelWithKVReuse(LlamaModel):
         embedding: torch.Tensor = self.embed_tokens(input_ids).float().mean(dim=0)
         return embedding
 
-    def _prefill_tasks(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kv: TaskKV) -> torch.Tensor:
-        manager = self.kv_manager
-        if manager is None:
-            raise ValueError("there is no KV manager; set_kv_manager gives the model one")
-        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        if not all(len(prompt) for prompt in prompts):
+    def search_task(self, input_ids: torch.Tensor, kv: TaskKV) -> TaskSearch:
+        """The earlier task that a prompt `(T,)` without padding can start from. Raises `ValueError` for an empty one.
+
+        The prompt's task is to be kept by `keep_task` when there is none.
+        """
+        if not len(input_ids):
             raise ValueError("a prompt is empty; it needs at least one token")
+        embedding = self.task_embedding(input_ids)
+        can_use = partial(kv.can_use, num_tokens=len(input_ids))
+        return TaskSearch(embedding, self._manager().search(embedding, can_use, kv.similarity_threshold))
+
+    def keep_task(
+        self, task_id: str, token_ids: TokenIds, embedding: torch.Tensor, top_layer_kv: TopLayerKV, salt: str
+    ) -> None:
+        """An answer doesn't fail because its KV couldn't be kept."""
+        try:
+            self._manager().add_task(task_id, embedding, top_layer_kv, salt=salt, token_ids=token_ids)
+        except ValueError:
+            logger.exception("the KV of task %s was not kept", task_id)
+
+    def _manager(self) -> InterTaskKVManager:
+        if self.kv_manager is None:
+            raise ValueError("there is no KV manager; set_kv_manager gives the model one")
+        return self.kv_manager
+
+    def _prefill_tasks(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, kv: TaskKV) -> torch.Tensor:
+        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
         assert len(prompts) == len(kv.task_ids), f"{len(prompts)} prompts, {len(kv.task_ids)} task ids"
 
         # 1. Search.
-        task_embeddings = [self.task_embedding(prompt) for prompt in prompts]
-        matches = [
-            manager.search(embedding, partial(kv.can_use, num_tokens=len(prompt)), kv.similarity_threshold)
-            for embedding, prompt in zip(task_embeddings, prompts, strict=True)
-        ]
+        searches = kv.searches or [self.search_task(prompt, kv) for prompt in prompts]
 
         # 2. The prompts that missed go through all layers, those that hit through the last one.
         embeddings = self.embed_tokens(input_ids)
-        kv.begin(matches, embeddings, input_ids.shape[1])
+        kv.begin([search.match for search in searches], embeddings, input_ids.shape[1])
         hidden = self._forward_tasks(embeddings, attention_mask, kv)
         kv.end_prefill()
 
         # 3. Keep what was computed in full.
-        kv.outcomes = [
-            self._outcome(task_id, len(prompt), match)
-            for task_id, prompt, match in zip(kv.task_ids, prompts, matches, strict=True)
-        ]
-        for row, (task_id, prompt, match) in enumerate(zip(kv.task_ids, prompts, matches, strict=True)):
-            if match is None:
+        for row, (task_id, prompt, search) in enumerate(zip(kv.task_ids, prompts, searches, strict=True)):
+            kv.outcomes.append(self._outcome(task_id, len(prompt), search.match))
+            if search.match is None:
                 top_layer_kv = kv.prompt_top_layer_kv(row, len(prompt))
-                self._keep(manager, task_id, task_embeddings[row], top_layer_kv, kv.salt, prompt)
+                self.keep_task(task_id, as_token_ids(prompt.tolist()), search.embedding, top_layer_kv, kv.salt)
         return hidden
 
     def _forward_tasks(self, embeddings: torch.Tensor, attention_mask: torch.Tensor, kv: TaskKV) -> torch.Tensor:
@@ -153,21 +166,6 @@ class LlamaModelWithKVReuse(LlamaModel):
             spans=((0, num_tokens),),
             matched_token_ids=match.entry.token_ids,
         )
-
-    def _keep(
-        self,
-        manager: InterTaskKVManager,
-        task_id: str,
-        embedding: torch.Tensor,
-        top_layer_kv: TopLayerKV,
-        salt: str,
-        prompt: torch.Tensor,
-    ) -> None:
-        """An answer doesn't fail because its KV couldn't be kept."""
-        try:
-            manager.add_task(task_id, embedding, top_layer_kv, salt=salt, token_ids=as_token_ids(prompt.tolist()))
-        except ValueError:
-            logger.exception("the KV of task %s was not kept", task_id)
 
 
 class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):

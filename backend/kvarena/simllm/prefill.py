@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from kvarena.engines.hf_model import HFModel
+from kvarena.reuse.plan import as_token_ids
 from kvarena.simllm.aligned import AlignedReuse
 from kvarena.simllm.outcome import TaskOutcome
+from kvarena.simllm.task_kv import TaskKV, TaskSearch
 
 FIRST_CAPACITY_TOKENS = 256
 
@@ -31,7 +33,7 @@ class TaskPrefill:
 class TaskPrefiller:
     """Over a `LlamaForCausalLMWithKVReuse` that has its manager. `aligned` None is mode "top_layer".
 
-    Prefills go in pieces, so that other requests' tokens go in between; those of mode "top_layer" in one.
+    What is computed goes in pieces, so that other requests' tokens go in between.
     """
 
     model: HFModel
@@ -56,8 +58,13 @@ class TaskPrefiller:
         kv = self.model.module.new_task_kv(
             [task_id], max_new_tokens=max_new_tokens, salt=salt, similarity_threshold=similarity_threshold
         )
-        output = self.model.run(self.model.forward, token_ids, past_key_values=kv, use_cache=True)
-        return TaskPrefill(kv, output.logits[0, -1], kv.outcomes[0], int(kv.offsets) + len(token_ids))
+        search = self.model.run(self._search, token_ids, kv)
+        if search.match is not None:
+            output = self.model.run(self.model.forward, token_ids, past_key_values=kv, use_cache=True)
+            return TaskPrefill(kv, output.logits[0, -1], kv.outcomes[0], int(kv.offsets) + len(token_ids))
+        computed = self.prefill_without_reuse(token_ids, task_id, is_cancelled)
+        self.model.run(self._keep, token_ids, search.embedding, computed, salt)
+        return computed
 
     def prefill_without_reuse(
         self, token_ids: Sequence[int], task_id: str, is_cancelled: Callable[[], bool] = lambda: False
@@ -66,6 +73,16 @@ class TaskPrefiller:
         logits = self.model.prefill(kv, token_ids, is_cancelled)
         num_passes = len(token_ids) * self.model.kv_shape.num_layers
         return TaskPrefill(kv, logits, TaskOutcome(task_id, len(token_ids), num_passes), len(token_ids))
+
+    def _search(self, token_ids: Sequence[int], kv: TaskKV) -> TaskSearch:
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.model.kv_shape.device)
+        (search,) = kv.searches = [self.model.module.model.search_task(ids, kv)]
+        return search
+
+    def _keep(self, token_ids: Sequence[int], embedding: torch.Tensor, computed: TaskPrefill, salt: str) -> None:
+        outcome = computed.outcome
+        keys, values = computed.kv.filled(0, outcome.num_prompt_tokens)[-1][:, None]  # (1, H_kv, T, D) each
+        self.model.module.model.keep_task(outcome.task_id, as_token_ids(token_ids), embedding, (keys, values), salt)
 
     def _aligned(
         self,

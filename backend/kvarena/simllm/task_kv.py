@@ -11,22 +11,33 @@ All rows of a layer are equally long: what a row doesn't have is zeros that its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
 from kvarena.simllm.entry import TaskCacheEntry
+from kvarena.simllm.growing_layer import GrowingLayer
 from kvarena.simllm.manager import TaskMatch
 from kvarena.simllm.outcome import TaskOutcome
 
 
+@dataclass(frozen=True, eq=False)
+class TaskSearch:
+    """A prompt's embedding `(E,)`, and the earlier task that was found for it, if any."""
+
+    embedding: torch.Tensor
+    match: TaskMatch | None
+
+
 class TaskKV(DynamicCache):
-    """Differs from `DynamicCache` in that layers have different lengths, and in a prefill that runs some rows only.
+    """Differs from `DynamicCache` in that layers have different lengths, grow without copies, and in a prefill that
+    runs some rows only.
 
     `task_ids` name the prompts, one for each row. An earlier task is used when its salt is the same, and when its
     prompt, the new one and `max_new_tokens` have room in `max_positions`. `similarity_threshold` None is the manager's.
-    `outcomes` are there after the prefill.
+    The prefill searches where `searches` are not there yet; `outcomes` are there after it.
     """
 
     def __init__(
@@ -40,9 +51,11 @@ class TaskKV(DynamicCache):
         similarity_threshold: float | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.layers: list[GrowingLayer] = [GrowingLayer() for _ in range(config.num_hidden_layers)]
         self.task_ids = tuple(task_ids)
         self.salt = salt
         self.similarity_threshold = similarity_threshold
+        self.searches: Sequence[TaskSearch] = ()
         self.outcomes: list[TaskOutcome] = []
         self._max_tokens = max_positions - max_new_tokens
         self._missed = torch.ones(len(task_ids), dtype=torch.bool)
