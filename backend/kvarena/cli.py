@@ -17,6 +17,7 @@ import typer
 from kvarena.bench.command import app as bench
 from kvarena.bench.quality.calibrate_command import calibrate
 from kvarena.bench.quality.command import evaluate
+from kvarena.bench.simllm.demo_command import app as simllm
 from kvarena.worlds.command import worlds
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(simllm, name="simllm")
 app.command("eval")(evaluate)
 app.command()(calibrate)
 app.command()(worlds)

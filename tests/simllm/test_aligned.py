@@ -173,6 +173,25 @@ def test_a_similar_prompt_that_shares_no_run_misses(tasks: Tasks) -> None:
     assert answer.token_ids == tasks.generate(shuffled)
 
 
+@pytest.mark.parametrize(("min_reused_ratio", "is_hit"), [(0.3, True), (0.8, False)])
+def test_an_earlier_prompt_that_covers_too_little_is_no_match(
+    folder: Path, min_reused_ratio: float, is_hit: bool
+) -> None:
+    """A miss leaves an exact task behind, a hit of moved runs doesn't."""
+    tasks = Tasks.load(
+        folder, mode="aligned", aligned=AlignedParams(min_reused_ratio=min_reused_ratio), similarity_threshold=0.5
+    )
+    earlier, new = prompt_of(55), prompt_of(56)
+    prompt = f"goat {words_of(earlier, 10, 30)} {words_of(new, 0, 18)}"
+    tasks.ask(earlier)
+    (answer,) = tasks.ask(prompt)
+    assert answer.outcome.is_hit == is_hit
+    assert len(tasks.simllm.manager) == (1 if is_hit else 2)
+    if not is_hit:
+        assert answer.token_ids == tasks.generate(prompt)
+    tasks.simllm.close()
+
+
 @pytest.mark.parametrize("damage", ["nan", "shape", "lost"])
 def test_a_damaged_entry_costs_time_only(tasks: Tasks, damage: str) -> None:
     prompt = prompt_of(60)
@@ -196,6 +215,8 @@ def test_a_damaged_entry_costs_time_only(tasks: Tasks, damage: str) -> None:
 def test_bad_parameters_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="min_run_tokens must be at least 1, not 0"):
         AlignedParams(min_run_tokens=0)
+    with pytest.raises(ValueError, match=r"min_reused_ratio must be from 0 to 1, not 1\.5"):
+        AlignedParams(min_reused_ratio=1.5)
     with pytest.raises(ValueError, match="check_layer must be from 0 to 3, not 4"):
         load(folder, BlendParams(check_layer=4))
     with pytest.raises(ValueError, match="top_layer, aligned, not 'bottom'"):

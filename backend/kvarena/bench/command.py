@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvarena.bench.console import explained, integers, progress
+from kvarena.bench.simllm.command import simllm
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from kvarena.engines.prefix.engine import PrefixEngine
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure contenders and save the figures.")
+app.command()(simllm)
 
 
 @app.command()
@@ -98,12 +97,13 @@ def decode(
 
     from kvarena.bench import decode_bench
     from kvarena.bench.results import load_results, save_results
+    from kvarena.bench.shapes import model_folder
 
     console = Console(stderr=as_json)
     with explained():
         workload = decode_bench.DecodeWorkload(integers(context_tokens), max_new_tokens, num_requests, seed)
         contenders = {url: decode_bench.server_decode(url, os.environ.get("KVARENA_API_KEY", ""))} if url else {}
-        with _model_folder(model, shape) as folder:
+        with model_folder(model, shape) as folder:
             engine = _engine(folder, model, shape, cache_gb=0.0, storage="cpu")
             reference = decode_bench.generate_decode(folder, engine.model, random_weights=shape is not None)
         contenders |= {decode_bench.ENGINE: decode_bench.engine_decode(engine), decode_bench.GENERATE: reference}
@@ -122,30 +122,15 @@ def _target(
     url: str | None, model: str | None, shape: str | None, cache_gb: float, storage: str
 ) -> tuple[PrefixTarget, dict[str, object]]:
     from kvarena.bench.prefix_targets import InProcess, Server
+    from kvarena.bench.shapes import model_folder
 
     if url:
         if model or shape:
             raise ValueError("--url measures the server's own model; --model and --shape go without it")
         return Server(url, os.environ.get("KVARENA_API_KEY", "")), {"url": url}
-    with _model_folder(model, shape) as folder:
+    with model_folder(model, shape) as folder:
         engine = _engine(folder, model, shape, cache_gb, storage)
     return InProcess(engine), {"model": engine.model_name, "storage": storage, "cache_gb": cache_gb}
-
-
-@contextmanager
-def _model_folder(model: str | None, shape: str | None) -> Iterator[str]:
-    """A model's name or folder; a shape's is temporary. Raises `ValueError` when both are given."""
-    from kvarena.bench.shapes import write_shape
-    from kvarena.stack.home import project_root
-
-    if model and shape:
-        raise ValueError("--model and --shape exclude each other")
-    demo = project_root() / "backend" / "models" / "demo"
-    if not shape:
-        yield model or str(demo)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(write_shape(shape, Path(folder), demo))
 
 
 def _engine(folder: str, model: str | None, shape: str | None, cache_gb: float, storage: str) -> PrefixEngine:

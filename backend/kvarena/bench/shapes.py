@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from kvarena.stack.home import project_root
 
 SHAPES: dict[str, dict[str, int]] = {
     "180m": {
@@ -65,3 +70,19 @@ def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
         if (tokenizer_from / file).is_file():
             shutil.copyfile(tokenizer_from / file, folder / file)
     return folder
+
+
+@contextmanager
+def model_folder(model: str | None, shape: str | None) -> Iterator[str]:
+    """A model's name or folder, by default the demo model's; a shape's is temporary.
+
+    Raises `ValueError` when both are given.
+    """
+    if model and shape:
+        raise ValueError("--model and --shape exclude each other")
+    demo = project_root() / "backend" / "models" / "demo"
+    if not shape:
+        yield model or str(demo)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write_shape(shape, Path(folder), demo))

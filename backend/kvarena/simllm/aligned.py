@@ -93,12 +93,12 @@ class AlignedReuse:
         embedding = self._embed(torch.from_numpy(ids).to(self._model.kv_shape.device, torch.int64)).float().mean(dim=0)
         plan = ReusePlan()
 
-        def covers_some(entry: TaskCacheEntry) -> bool:
+        def covers_enough(entry: TaskCacheEntry) -> bool:
             nonlocal plan
             plan = self._plan(entry, ids) if entry.salt == salt else ReusePlan()
-            return plan.num_reused_tokens > 0
+            return plan.num_reused_tokens >= max(1, self._params.min_reused_ratio * (len(ids) - 1))
 
-        match = self._manager.search(embedding, covers_some, similarity_threshold)
+        match = self._manager.search(embedding, covers_enough, similarity_threshold)
         if match is None:
             passes = len(ids) * self._model.kv_shape.num_layers
             return AlignedTask(ids, embedding, TaskOutcome(task_id, len(ids), passes), None, True)

@@ -15,15 +15,19 @@ MODES: tuple[str, ...] = get_args(Mode)
 class AlignedParams:
     """Mode "aligned": shorter runs than `min_run_tokens` aren't reused; `blend` chooses what of the rest is recomputed.
 
-    Raises `ValueError` naming the value.
+    An earlier prompt that covers less than `min_reused_ratio` of a new one is no match: it would save little, and what
+    was reused so isn't kept, where a miss leaves an exact task for those to come. Raises `ValueError` naming the value.
     """
 
     min_run_tokens: int = 8
+    min_reused_ratio: float = 0.5
     blend: BlendParams = field(default_factory=BlendParams)
 
     def __post_init__(self) -> None:
         if self.min_run_tokens < 1:
             raise ValueError(f"min_run_tokens must be at least 1, not {self.min_run_tokens}")
+        if not 0 <= self.min_reused_ratio <= 1:
+            raise ValueError(f"min_reused_ratio must be from 0 to 1, not {self.min_reused_ratio}")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ DEFAULT_KIND = "question"
 
 @dataclass(frozen=True)
 class EvalQuestion:
-    """`answers` are all accepted ones. `history` are earlier turns of the same chat, answered by the gold answers."""
+    """`answers` are all accepted ones. `history` are earlier turns of the same chat, answered by the gold answers.
+
+    `needs` are names of the chunks that it can't be answered without, where that is known.
+    """
 
     question: str
     answers: tuple[str, ...]
@@ -26,6 +29,7 @@ class EvalQuestion:
     kind: str = DEFAULT_KIND
     detail: str = ""
     history: tuple[Turn, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def messages(self, system: str, separator: str) -> list[dict[str, str]]:
         turns = (*self.history, Turn(self.question, self.answers[0]))
@@ -62,9 +66,9 @@ def load_exam(path: Path, folder: Path | None = None, limit: int | None = None) 
     """The questions of a JSONL file over the chunks of a folder, by default the one that the file is in.
 
     A line is an object with `question` and `answers` (a list, or one text); `chunks` are names of chunk files in the
-    order of the context, all chunks of the folder where it's left out; `kind`, `detail` and `history` (a list of
-    `question` and `answer`) are optional. With `limit`, so many of them, always the same. Raises `ValueError` that
-    names the file and the line.
+    order of the context, all chunks of the folder where it's left out; `kind`, `detail`, `history` (a list of
+    `question` and `answer`) and `needs` (some of `chunks`) are optional. With `limit`, so many of them, always the
+    same. Raises `ValueError` that names the file and the line.
     """
     folder = folder or path.parent
     chunks = {chunk.name: chunk for chunk in load_chunks(folder)}
@@ -100,6 +104,9 @@ def _question(record: Any, chunks: Mapping[str, TextChunk]) -> EvalQuestion:
     names = _texts(record["chunks"], "chunks") if record.get("chunks") is not None else list(chunks)
     if unknown := [name for name in names if name not in chunks]:
         raise ValueError(f"there is no chunk {unknown[0]!r}; the folder has {', '.join(list(chunks)[:20])}")
+    needs = _texts(record["needs"], "needs") if record.get("needs") else ()
+    if unknown := [name for name in needs if name not in names]:
+        raise ValueError(f"needs has {unknown[0]!r}, which is not among its chunks: {', '.join(names)}")
     return EvalQuestion(
         question,
         tuple(answers),
@@ -107,6 +114,7 @@ def _question(record: Any, chunks: Mapping[str, TextChunk]) -> EvalQuestion:
         str(record.get("kind") or DEFAULT_KIND),
         str(record.get("detail") or ""),
         _history(record.get("history") or []),
+        tuple(needs),
     )
 
 

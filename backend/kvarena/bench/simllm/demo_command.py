@@ -1,0 +1,116 @@
+"""`kvarena simllm demo`: three demonstrations for a terminal."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvarena.bench.console import explained, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvarena.bench.quality.questions import Exam
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Reuse between similar tasks (Sim-LLM).")
+
+NUM_TASKS = 12
+
+
+class DemoMode(StrEnum):
+    BASIC = "basic"
+    SIMILARITY = "similarity"
+    BENCHMARK = "benchmark"
+
+
+@app.callback()
+def simllm() -> None:
+    """Reuse between similar tasks (Sim-LLM)."""
+
+
+@app.command()
+def demo(
+    mode: Annotated[
+        DemoMode,
+        typer.Option(help="basic: single prompts; similarity: pairs of prompts; benchmark: a short stream of tasks."),
+    ] = DemoMode.BASIC,
+    model_path: Annotated[
+        str | None,
+        typer.Option(
+            "--model_path", "--model-path", help="A Llama, a local folder or a hub name. [default: the demo model]"
+        ),
+    ] = None,
+    max_cache_size: Annotated[
+        int, typer.Option("--max_cache_size", "--max-cache-size", min=1, help="Tasks that are kept.")
+    ] = 100,
+    similarity_threshold: Annotated[
+        float,
+        typer.Option("--similarity_threshold", "--similarity-threshold", min=-1, max=1, help="A cosine similarity."),
+    ] = 0.8,
+) -> None:
+    """Show on the shipped questions what a similar earlier task saves, and what it costs."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from kvarena.bench.quality.questions import load_exam
+    from kvarena.stack.home import project_root
+    from kvarena.worlds.folder import QUESTIONS_NAME
+
+    console = Console()
+    logging.disable_progress_bar()
+    with explained():
+        exam = load_exam(project_root() / "data" / QUESTIONS_NAME)
+        if mode is DemoMode.BASIC:
+            _basic(exam, model_path, max_cache_size, similarity_threshold, console)
+        elif mode is DemoMode.SIMILARITY:
+            _similarity(exam, model_path, similarity_threshold, console)
+        else:
+            _benchmark(exam, model_path, max_cache_size, similarity_threshold, console)
+
+
+def _basic(
+    exam: Exam, model_path: str | None, max_cache_size: int, similarity_threshold: float, console: Console
+) -> None:
+    from kvarena.bench.simllm.contenders import Network, Setup
+    from kvarena.bench.simllm.demo import run_steps
+    from kvarena.bench.simllm.demo_tables import explain_steps, show_steps
+    from kvarena.bench.simllm.running import Asking
+    from kvarena.simllm.params import MODES
+
+    with console.status("Loading the model ..."):
+        network = Network.find(model_path)
+    asking = Asking(exam.system, network.config.separator, max_cache_size=max_cache_size)
+    for reuse in MODES:
+        setup = Setup(reuse, similarity_threshold)
+        with console.status(f"Asking in mode {reuse} ..."):
+            shown = run_steps(network, exam, setup, asking)
+        show_steps(setup, shown, console)
+    explain_steps(shown, console)
+
+
+def _similarity(exam: Exam, model_path: str | None, similarity_threshold: float, console: Console) -> None:
+    from kvarena.bench.simllm.contenders import Network
+    from kvarena.bench.simllm.demo import compare
+    from kvarena.bench.simllm.demo_tables import show_compared
+
+    with console.status("Loading the model ..."):
+        network = Network.find(model_path)
+    show_compared(compare(network, exam, network.config.separator), similarity_threshold, console)
+
+
+def _benchmark(
+    exam: Exam, model_path: str | None, max_cache_size: int, similarity_threshold: float, console: Console
+) -> None:
+    from kvarena.bench.simllm.contenders import setups
+    from kvarena.bench.simllm.measuring import Bench
+    from kvarena.bench.simllm.table import show_quality, show_speed
+    from kvarena.simllm.params import MODES
+
+    chosen = setups(MODES, [similarity_threshold])
+    bench = Bench(exam, chosen, similar_ratio=0.5, max_cache_size=max_cache_size)
+    with progress(NUM_TASKS * len(chosen), console) as advance:
+        measured = bench.quality(model_path, NUM_TASKS, advance)
+    show_speed(measured.rows, console)
+    show_quality(measured.rows, console)
