@@ -11,6 +11,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from cache_metrics import cache_metrics
+from kvarena.engines.cache_metrics import CacheCollector
 from kvarena.engines.prefix.engine import PrefixEngine
 from kvarena.engines.prefix.http import router
 from prefix_engine import make_prefix
@@ -22,7 +24,8 @@ TEXT = " ".join(WORDS * 8)
 
 @pytest.fixture
 def server(model_folders: dict[str, Path]) -> Iterator[RealServer[PrefixEngine]]:
-    with serving(make_prefix(model_folders["llama"]).engine, routers=[router]) as server:
+    engine = make_prefix(model_folders["llama"]).engine
+    with serving(engine, routers=[router], collectors=[CacheCollector(engine)]) as server:
         yield server
 
 
@@ -51,6 +54,20 @@ def test_generate_and_the_caches_figures(http: httpx.Client) -> None:
     assert http.post("/cache/clear").json() == {"cleared": True}
     assert http.get("/cache/stats").json()["num_bytes"] == 0
     assert not http.post("/generate", json=body).json()["prefix_cache_hit"]
+
+
+def test_metrics_are_the_caches(http: httpx.Client) -> None:
+    for _ in range(3):
+        http.post("/generate", json={"prompt": TEXT, "max_new_tokens": 2})
+    stats = http.get("/cache/stats").json()
+    assert cache_metrics(http) == {
+        "lookups_total hits": stats["hits"],
+        "lookups_total misses": stats["misses"],
+        "evictions_total": 0,
+        "entries": stats["cache_size"],
+        "bytes": stats["num_bytes"],
+    }
+    assert (stats["hits"], stats["misses"]) == (2, 1)
 
 
 @pytest.mark.parametrize("off", ["use_cache", "use_prefix_cache"])

@@ -26,7 +26,8 @@ async def health() -> dict[str, str]:
 
 
 @open_router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(server: TheServer) -> Response:
+def metrics(server: TheServer) -> Response:
+    """In a thread of its own: an engine's collectors may wait for its locks."""
     return Response(server.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 

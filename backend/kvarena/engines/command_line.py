@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,7 +13,7 @@ ServedModelName = Annotated[str | None, typer.Option(help="What clients call it.
 Host = Annotated[str, typer.Option()]
 Port = Annotated[int, typer.Option()]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the checkpoint's.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest context in tokens. [default: the model's]")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights.")]
 

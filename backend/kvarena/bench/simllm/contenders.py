@@ -19,6 +19,7 @@ from kvarena.engines import attention
 from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.options import SimLLMOptions
 from kvarena.simllm import AlignedParams, LlamaForCausalLMWithKVReuse, SimLLMInference, SimLLMParams
+from kvarena.simllm.modeling import llama_config
 from kvarena.simllm.params import checked_threshold
 from kvarena.stack.model import find_model
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile

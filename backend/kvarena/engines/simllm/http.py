@@ -1,4 +1,7 @@
-"""The Sim-LLM contender's own paths: what is kept of earlier tasks, and forgetting it."""
+"""The Sim-LLM contender's own paths: what is kept of earlier tasks, and forgetting it.
+
+They run in threads of their own: a search may hold the tasks' lock for longer than the event loop can wait.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +40,12 @@ class TaskStats(BaseModel):
 
 
 @router.get("/tasks/stats")
-async def task_stats(engine: TheEngine) -> TaskStats:
+def task_stats(engine: TheEngine) -> TaskStats:
     return TaskStats.model_validate(engine.simllm.manager.get_statistics())
 
 
 @router.post("/tasks/clear")
-async def clear_tasks(engine: TheEngine) -> dict[str, Any]:
+def clear_tasks(engine: TheEngine) -> dict[str, Any]:
     """Forgets all tasks and counts; running requests keep what they hold."""
     engine.simllm.reset_cache()
     return {"cleared": True}
