@@ -30,9 +30,9 @@ def plot(result_path: Path, image_path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(METRICS), figsize=(11, 4.4), layout="constrained")
     for own, (metric, label) in zip(axes, METRICS.items(), strict=True):
         _draw(own, points, metric)
-        own.set(xlabel="throughput, times that without reuse", ylabel=label, ylim=(-3, 103))
+        own.set(xlabel="throughput, times that without reuse", ylabel=label, ylim=(-3, 115))
         own.grid(visible=True, alpha=0.3)
-        own.legend(fontsize=8)
+        own.legend(fontsize=8, loc="center right")
     figure.savefig(image_path, dpi=130)
     pyplot.close(figure)
 
@@ -68,4 +68,4 @@ def _draw(axes: Axes, points: list[tuple[Row, Row]], metric: str) -> None:
         for (_, quality), place in zip(line, zip(x, y, strict=True), strict=True):
             if mode:
                 text = f"{quality['similarity_threshold']:g}"
-                axes.annotate(text, place, textcoords="offset points", xytext=(5, 5), fontsize=7)
+                axes.annotate(text, place, textcoords="offset points", xytext=(1, 6), fontsize=7, rotation=55)

@@ -17,26 +17,26 @@ MEBI = 2**20
 def show_speed(rows: Sequence[Row], console: Console) -> None:
     """Times are in milliseconds, memory in MiB."""
     table = _table(
-        f"Speed on {_what(rows)}", ("hits", "passes", "req/s", "times", "by CPU", "TTFT", "p95", "rise", "tasks")
+        f"Speed on {_what(rows)}", ("hits", "passes", "req/s", "times", "CPU", "TTFT", "p95", "rise", "kept")
     )
     for row in rows:
         rise = row["peak_rise_bytes"]
         table.add_row(
             _label(row),
-            f"{row['num_hits']}/{row['num_tasks']}",
+            str(row["num_hits"]),
             f"{row['layer_pass_ratio']:.0%}",
             f"{row['throughput_per_s']:.2f}",
             f"{row['throughput_vs_no_reuse']:.2f}",
             f"{row['throughput_vs_no_reuse_by_cpu_time']:.2f}",
-            f"{row['ttft_ms']['median']:,.0f}",
-            f"{row['ttft_ms']['p95']:,.0f}",
-            "-" if rise is None else f"{rise / MEBI:,.0f}",
-            f"{row['task_bytes'] / MEBI:,.1f}",
+            f"{row['ttft_ms']['median']:.0f}",
+            f"{row['ttft_ms']['p95']:.0f}",
+            "-" if rise is None else f"{rise / MEBI:.0f}",
+            f"{row['task_bytes'] / MEBI:.0f}",
         )
     console.print(table)
     console.print(
-        "passes: layer passes over prompt tokens, of no reuse's; times: requests per second, by no reuse's; by CPU: "
-        "the same by CPU time; rise: the most that a request made main memory rise, MiB; tasks: KV kept of tasks, MiB",
+        "passes: layer passes over prompt tokens, of no reuse's; times: requests per second, by no reuse's; CPU: the "
+        "same by CPU time; TTFT, p95: ms; rise: the most that a request made memory rise, kept: KV of tasks, MiB",
         style="dim",
     )
 
@@ -48,7 +48,7 @@ def show_quality(rows: Sequence[Row], console: Console) -> None:
         exact = row["exact_match"]
         table.add_row(
             _label(row),
-            f"{row['num_hits']}/{row['num_tasks']}",
+            str(row["num_hits"]),
             _percent(exact),
             f"{100 * exact['low']:.0f}-{100 * exact['high']:.0f}",
             f"{-100 * row['exact_match_vs_no_reuse']['mean'] + 0.0:.1f}",
