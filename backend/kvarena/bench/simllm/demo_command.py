@@ -43,7 +43,8 @@ def demo(
         ),
     ] = None,
     max_cache_size: Annotated[
-        int, typer.Option("--max_cache_size", "--max-cache-size", min=1, help="Tasks that are kept.")
+        int,
+        typer.Option("--max_cache_size", "--max-cache-size", min=1, help="Tasks that are kept; similarity keeps none."),
     ] = 100,
     similarity_threshold: Annotated[
         float,
