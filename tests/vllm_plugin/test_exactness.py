@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine import MEMORY, Step, plain_tokens, prefill_kv, run_in_engine, run_steps
 
+from blended import Blended
+from kvarena.reuse.params import BlendParams
 from references import CacheBlend, NaiveReuse
 from tiny_models import random_text, save_tiny_model
 
@@ -94,6 +97,36 @@ def test_kv_deviation_equals_cacheblend_written_out(
         assert outcome.tokens[0] == reference.generate(prompt, outcome.reports[0]["spans"], NUM_TOKENS)
         assert outcome.reports[0]["num_recomputed_tokens"] == reference.num_selected
         assert_counts(outcome.reports[0])
+
+
+POLICIES: list[dict[str, Any]] = [
+    {"policy": "chunk_head", "ratio": 0.1},
+    {"policy": "chunk_head", "head_tokens": 5},
+    {"policy": "query_attention", "ratio": 0.1, "check_layer": 0},
+    {"policy": "query_attention", "ratio": 0.1, "check_layer": 3},
+    {"policy": "kv_deviation", "ratio": 0.2, "deviation": "values"},
+    {"policy": "kv_deviation", "ratio": 0.2, "num_filters": 3},
+    {"policy": "random", "ratio": 0.2},
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 128, "max_num_seqs": 4}], ids=["whole", "pieces"])
+def test_every_policy_does_what_it_does_over_hugging_face(model: str, settings: dict[str, Any]) -> None:
+    """That adapter's policies are tested against stock forwards; the same weights in vLLM pick the same tokens."""
+    prompts = make_prompts(5, 4, all_separated=True)
+    work = list(itertools.product(POLICIES, prompts))
+    steps = [Step([prompt], NUM_TOKENS, policy) for policy, prompt in work]
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, settings)
+    blended = Blended.load(Path(model))
+    for (policy, prompt), outcome in zip(work, outcomes, strict=True):
+        expected = blended.prefill(blended.encode(prompt), BlendParams(**policy))
+        report = outcome.reports[0]
+        assert_counts(report)
+        spans = [(span["start"], span["end"]) for span in report["spans"] if span["source"] == "reused"]
+        assert spans == expected.report.spans
+        assert report["num_recomputed_tokens"] == expected.report.num_recomputed_tokens > 0
+        assert report["store_errors"] == 0
+        assert outcome.tokens[0] == blended.greedy(expected, NUM_TOKENS), policy
 
 
 def test_ratio_one_leaves_plain_vllms_kv(bf16_model: str) -> None:
