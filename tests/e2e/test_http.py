@@ -58,13 +58,13 @@ def test_settings_are_told(stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"policy": "best"}, "kv_deviation, random, none, all"),
+        ({"policy": "best"}, "kv_deviation, chunk_head, query_attention, random, none, all"),
         ({"ratio": 1.5}, "from 0 to 1"),
         ({"ratio": "half"}, "from 0 to 1"),
         ({"check_layer": 99}, "from 0 to 5"),
         ({"store": "yes"}, "true or false"),
         ({"chunks": "text"}, "list of strings"),
-        ({"rate": 1}, "policy, ratio, check_layer, store, chunks"),
+        ({"rate": 1}, "policy, ratio, check_layer, deviation, num_filters, head_tokens, store, chunks"),
     ],
 )
 def test_bad_values_are_refused_with_the_choices(stack: Stack, params: dict[str, Any], said: str) -> None:
