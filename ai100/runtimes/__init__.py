@@ -1,0 +1,1 @@
+"""What slots run on: the card, or a host with the same contract."""
