@@ -1,7 +1,7 @@
 """The seam between slots and what they run on: a model compiled for static shapes, whose KV slots stay on its device.
 
-Who does what: a runtime runs tokens at positions of slots and gives logits. Which slot, which position, which token comes
-next, sampling, stop strings and text are its caller's.
+Who does what: a runtime runs tokens at positions of slots and gives logits. Which slot, which position, which token
+comes next, sampling, stop strings and text are its caller's.
 
 | range of a slot `[0, ctx_len)` | owner |
 |---|---|
@@ -70,12 +70,12 @@ class DeviceLost(RuntimeError):
 class Runtime(Protocol):
     """One model on one device. Not thread-safe: one call at a time, from any thread.
 
-    Equation: the logits of a slot that was filled by any cut of a text into `prefill` and `decode` calls are those of one
-    forward pass over that text, whatever other slots did in between.
+    Equation: the logits of a slot that was filled by any cut of a text into `prefill` and `decode` calls are those of
+    one forward pass over that text, whatever other slots did in between.
 
     Every call checks its arguments and raises `ValueError` naming the value and the bounds before it touches a slot
-    (a slot that doesn't exist, a slot twice in one batch, no tokens or too many, ids outside of the vocabulary, positions
-    that pass `ctx_len`); `DeviceLost` when the device is gone.
+    (a slot that doesn't exist, a slot twice in one batch, no tokens or too many, ids outside of the vocabulary,
+    positions that pass `ctx_len`); `DeviceLost` when the device is gone.
     """
 
     name: str
@@ -85,7 +85,10 @@ class Runtime(Protocol):
     eos_token_ids: frozenset[int]
 
     def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Logits:
-        """Runs 1 to `prefill_seq_len` tokens from `position` on, one run of the device. The logits `(V,)` of the last."""
+        """Runs 1 to `prefill_seq_len` tokens from `position` on, one run of the device.
+
+        Returns the logits `(V,)` of the last token.
+        """
         ...
 
     def decode(self, rows: Sequence[DecodeRow]) -> Logits:
