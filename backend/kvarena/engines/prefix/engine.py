@@ -16,14 +16,14 @@ import torch
 from pydantic import BaseModel
 
 from kvarena.api.engine import GeneratedToken, GenerationRequest
+from kvarena.api.prompt_tokens import num_tokens_to_generate, token_ids_of
+from kvarena.api.sampling import Sampler
 from kvarena.engines.cache_metrics import CacheFigures
 from kvarena.engines.generation import EngineGeneration
 from kvarena.engines.hf_model import Cancelled, HFModel
 from kvarena.engines.prefix.options import PrefixOptions
 from kvarena.engines.prefix.payload import KVSegment, LastLogits
 from kvarena.engines.prefix.prefix_cache import MIN_TOKENS, PrefixCache
-from kvarena.engines.prompt import num_tokens_to_generate, token_ids_of
-from kvarena.engines.sampling import Sampler
 from kvarena.engines.sequence_kv import SequenceKV
 from kvarena.engines.timings import Timings
 

@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from kvarena.api.engine import GeneratedToken, GenerationRequest
+from kvarena.api.prompt_tokens import num_tokens_to_generate, token_ids_of
+from kvarena.api.sampling import Sampler
 from kvarena.engines.cache_metrics import CacheFigures
 from kvarena.engines.generation import EngineGeneration
 from kvarena.engines.hf_model import UnsupportedModel
-from kvarena.engines.prompt import num_tokens_to_generate, token_ids_of
-from kvarena.engines.sampling import Sampler
 from kvarena.engines.simllm.excerpt import excerpt
 from kvarena.engines.simllm.options import SimLLMOptions
 from kvarena.engines.timings import Timings
