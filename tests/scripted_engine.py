@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from kvarena.api.engine import FinishReason, GeneratedToken, GenerationRequest, Report
+from kvarena.api.engine import EngineUnavailable, FinishReason, GeneratedToken, GenerationRequest, Report
 from tiny_models import tiny_tokenizer
 
 MAX_MODEL_LEN = 4096
@@ -92,6 +92,8 @@ class ScriptedGeneration:
             raise ValueError("refused before the first token; nothing is accepted")
         if word == "fail":
             raise RuntimeError("out of memory")
+        if word == "gone":
+            raise EngineUnavailable("the device is gone; try again in a minute")
         if word == "block":
             self._closed.wait(30)
         limit = self._sampling.max_tokens or self._engine.max_model_len - len(self.prompt_token_ids)

@@ -194,6 +194,8 @@ def test_refused_and_failed_by_the_engine(http: httpx.Client, caplog: pytest.Log
         )
         reply = http.post(TEXT, json={"prompt": "fail", "stream": stream}, headers={"x-request-id": "r-1"})
         assert "cmpl-r-1" in refusal(reply, 500)["message"]
+        gone = http.post(TEXT, json={"prompt": "gone", "stream": stream})
+        assert "try again" in refusal(gone, 503)["message"]
     assert "out of memory" in caplog.text
     assert "finish=error" in caplog.text
 

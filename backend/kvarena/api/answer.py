@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-from kvarena.api.engine import GenerationRequest, Report
+from kvarena.api.engine import EngineUnavailable, GenerationRequest, Report
 from kvarena.api.errors import ApiError
 from kvarena.api.report_log import TOKEN_COUNTS
 from kvarena.api.response_models import PromptTokensDetails, Usage
@@ -96,6 +96,8 @@ class Answer:
             return event
         if event.outcome.refused:
             raise ApiError(400, str(event.outcome.error))
+        if isinstance(event.outcome.error, EngineUnavailable):
+            raise ApiError(503, str(event.outcome.error), logged=True)
         if event.outcome.error is not None:
             raise ApiError(500, f"the engine failed while serving request {self._ids[index]}", logged=True)
         if self._runner.closing:

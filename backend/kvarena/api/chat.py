@@ -44,7 +44,7 @@ _ANSWER = "The completion; with `stream` true, server-sent events with its chunk
 )
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, server: TheServer) -> Response:
     server.check_model(body.model)
-    prompt, messages = await asyncio.to_thread(render_chat, server.engine.tokenizer, body.messages, body)
+    chat = await asyncio.to_thread(render_chat, server.engine.tokenizer, body.messages, body)
     sampling = sampling_of(
         body,
         max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -53,7 +53,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     form = ChatForm(
         f"chatcmpl-{request.state.request_id}", server.engine.model_name, server.token_texts, bool(body.logprobs)
     )
-    prompts = Prompts([prompt], bool(body.add_special_tokens), messages)
+    prompts = Prompts([chat.text], bool(body.add_special_tokens), chat.messages, chat.template_arguments)
     requests = generation_requests(server, request, form.answer_id, body, sampling, prompts)
     stop = StopRule(body.stop_strings, bool(body.include_stop_str_in_output))
     return await respond(request, server, Answer(server.runner, requests, stop, body.n or 1), form, body)

@@ -22,6 +22,10 @@ from kvarena.api.tokenizer import Tokenizer
 FinishReason = Literal["stop", "length"]
 
 
+class EngineUnavailable(RuntimeError):
+    """What an engine runs on is gone, for now; the message is for clients, who may try again."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy; `seed` None draws a fresh one.
@@ -45,8 +49,9 @@ class GenerationRequest:
 
     `request_id` is for logs; clients choose it, so it may come twice.
 
-    `messages` are those the prompt was rendered from, for engines that look at a conversation. `options` is an
-    instance of the engine's own `options_model`.
+    `messages` and `template_arguments` are what the prompt was rendered from, for engines that look at a conversation.
+    `sample` numbers the `num_samples` that a client asked of one prompt. `options` is an instance of the engine's own
+    `options_model`.
     """
 
     request_id: str
@@ -54,6 +59,9 @@ class GenerationRequest:
     sampling: Sampling
     add_special_tokens: bool = True
     messages: tuple[Mapping[str, Any], ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    sample: int = 0
+    num_samples: int = 1
     cache_salt: str = ""
     conversation_id: str | None = None
     options: BaseModel | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -24,6 +24,7 @@ class Prompts:
     texts: Sequence[EnginePrompt]
     add_special_tokens: bool
     messages: tuple[Mapping[str, Any], ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def generation_requests(
@@ -41,6 +42,9 @@ def generation_requests(
             sampling=_sample(sampling, sample),
             add_special_tokens=prompts.add_special_tokens,
             messages=prompts.messages,
+            template_arguments=prompts.template_arguments,
+            sample=sample,
+            num_samples=num_samples,
             cache_salt=body.cache_salt or "",
             conversation_id=http.headers.get("x-conversation-id") or body.user or None,
             options=options,

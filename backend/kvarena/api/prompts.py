@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvarena.api.errors import ApiError
@@ -31,10 +32,16 @@ _OUR_TEMPLATE_ARGUMENTS = frozenset(
 )
 
 
-def render_chat(
-    tokenizer: Tokenizer, chat: Sequence[Message], how: TemplateFields
-) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """The prompt's text, special tokens written out, and the messages that it was made of."""
+@dataclass(frozen=True)
+class RenderedChat:
+    """The prompt's text, special tokens written out, the messages that it was made of, and the template's arguments."""
+
+    text: str
+    messages: tuple[dict[str, Any], ...]
+    template_arguments: Mapping[str, Any]
+
+
+def render_chat(tokenizer: Tokenizer, chat: Sequence[Message], how: TemplateFields) -> RenderedChat:
     if not tokenizer.chat_template:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
     messages = tuple(_plain(message) for message in chat)
@@ -43,18 +50,13 @@ def render_chat(
         raise ApiError(400, f"chat_template_kwargs can't set {ours[0]}", "chat_template_kwargs")
     continues = bool(how.continue_final_message)
     generates = not continues if how.add_generation_prompt is None else how.add_generation_prompt
+    arguments = {**arguments, "add_generation_prompt": generates, "continue_final_message": continues}
     try:
-        prompt = tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=generates,
-            continue_final_message=continues,
-            **arguments,
-        )
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments)
     except Exception as error:
         # A template is a program of the model's author; it fails on messages that it wasn't written for.
         raise ApiError(400, f"the model's chat template can't render these messages: {error}", "messages") from error
-    return str(prompt), messages
+    return RenderedChat(str(text), messages, arguments)
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def _tokenize(body: TokenizeRequest, server: Server) -> Tokens:
     if body.prompt is not None:
         text, adds_special = body.prompt, body.add_special_tokens is not False
     else:
-        text, _ = render_chat(tokenizer, body.messages or [], body)
+        text = render_chat(tokenizer, body.messages or [], body).text
         adds_special = bool(body.add_special_tokens)
     ids = tokenizer.encode(text, add_special_tokens=adds_special)
     names = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
