@@ -1,0 +1,214 @@
+"""Continuous batching over slots: `Batcher._run` is the whole of it.
+
+One thread runs the device. In every round waiting turns get slots, in the order of their arrival; the oldest turn that
+is still in its prompt runs one more piece of it; and all that are behind theirs decode one token together. So a long
+prompt delays the others' tokens by no more than a piece.
+
+| what goes wrong | who is hurt |
+|---|---|
+| a prompt that can't be served, an error in one turn | that turn; its slot is forgotten |
+| an error in a batch | those of its turns that fail alone, too |
+| the device is lost | all that run; waiting ones start in empty slots of the device that is opened anew |
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from ai100.batched_turn import BatchedTurn
+from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, Runtime
+from ai100.slots import Slot, SlotTable
+from kvarena.api.engine import EngineUnavailable, FinishReason
+
+logger = logging.getLogger(__name__)
+
+
+class Batcher:
+    """Owns the runtime and closes it. `slots` are for its thread to change, and for others to look at."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.slots = SlotTable(runtime.shapes.kv_cache_batch_size, runtime.shapes.ctx_len)
+        self._arrived: list[BatchedTurn] = []
+        self._waiting: list[BatchedTurn] = []
+        self._running: list[BatchedTurn] = []
+        self._is_lost = False
+        self._closing = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="ai100-batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, turn: BatchedTurn) -> None:
+        """Its tokens come when it is iterated."""
+        with self._wake:
+            self._arrived.append(turn)
+            is_late = self._closing
+            self._wake.notify()
+        if is_late:
+            self.close()
+
+    def let_go(self, turn: BatchedTurn) -> None:
+        """Its reader has gone: it ends as soon as the step that runs has ended."""
+        with self._wake:
+            turn.closed = True
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Ends every turn and gives the device back. More than once is no error."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        for turn in [*self._arrived, *self._waiting, *self._running]:
+            turn.end(None, None)
+        self._arrived, self._waiting, self._running = [], [], []
+        self.runtime.close()
+
+    # -- in the batcher's thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            try:
+                self._drop_closed()
+                self._admit()
+                self._prefill_a_piece()
+                self._decode_a_token([turn for turn in self._running if turn.is_prefilled])
+            except DeviceLost as error:
+                self._lose_device(error)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            self._wake.wait_for(lambda: self._arrived or self._waiting or self._running or self._closing)
+            self._waiting += self._arrived
+            self._arrived = []
+            return not self._closing
+
+    def _drop_closed(self) -> None:
+        for turn in [turn for turn in self._running if turn.closed]:
+            self._end(turn)
+        for turn in [turn for turn in self._waiting if turn.closed]:
+            self._waiting.remove(turn)
+            turn.end(None, None)
+
+    def _admit(self) -> None:
+        """A turn whose topic is busy waits; those behind it need not."""
+        if self._waiting and self._is_lost and not self._reopened():
+            return
+        for turn in list(self._waiting):
+            if len(self._running) == self.runtime.shapes.full_batch_size:
+                return
+            if all(turn.key != other.key for other in self._running):
+                self._waiting.remove(turn)
+                self._start(turn)
+
+    def _start(self, turn: BatchedTurn) -> None:
+        try:
+            prompt = turn.prepare()
+        except Exception as error:
+            turn.end(None, error)
+            return
+        taken = self.slots.take(turn.key if turn.use_cache else None)
+        assert taken is not None, "there are as many slots as turns that run, and this one's isn't busy"
+        self._running.append(turn)
+        turn.begin(prompt, taken.slot, self.slots.reuse(taken.slot, prompt.token_ids))
+        if taken.is_new:
+            try:
+                self.runtime.clear(taken.slot.index)
+            except DeviceLost:
+                raise
+            except Exception as error:
+                self._fail(turn, error)
+
+    def _prefill_a_piece(self) -> None:
+        turn = next((turn for turn in self._running if not turn.is_prefilled), None)
+        if turn is None:
+            return
+        slot, prompt = _held(turn), turn.prompt
+        assert prompt is not None, "a turn that runs has a prompt"
+        piece = prompt.token_ids[slot.position :][: self.runtime.shapes.prefill_seq_len]
+        try:
+            logits = self.runtime.prefill(slot.index, piece, slot.position)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            self._fail(turn, error)
+            return
+        self.slots.extend(slot, piece)
+        if turn.is_prefilled:
+            self._advance(turn, logits)
+
+    def _decode_a_token(self, turns: Sequence[BatchedTurn]) -> None:
+        """One token in each. Running a token once more at its position changes nothing, so what failed together is
+        tried alone.
+        """
+        if not turns:
+            return
+        rows = [DecodeRow(_held(turn).index, turn.answer_ids[-1], _held(turn).position) for turn in turns]
+        try:
+            logits = self.runtime.decode(rows)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            if len(turns) == 1:
+                self._fail(turns[0], error)
+                return
+            for turn in turns:
+                self._decode_a_token([turn])
+            return
+        for turn, row, behind in zip(turns, rows, logits, strict=True):
+            self.slots.extend(_held(turn), [row.token_id])
+            self._advance(turn, behind)
+
+    def _advance(self, turn: BatchedTurn, logits: Logits) -> None:
+        """The next token `(V,)` is drawn: it is pending now, and may be the last."""
+        try:
+            token = turn.draw(logits)
+        except Exception as error:
+            self._fail(turn, error)
+            return
+        self.slots.set_pending(_held(turn), token.token_id)
+        if token.token_id in turn.eos_token_ids:
+            self._end(turn, "stop")
+            return
+        turn.take(token)
+        assert turn.prompt is not None, "a turn that runs has a prompt"
+        if len(turn.answer_ids) == turn.prompt.max_tokens:
+            self._end(turn, "length")
+
+    def _end(self, turn: BatchedTurn, finish_reason: FinishReason | None = None) -> None:
+        self._running.remove(turn)
+        self.slots.give_back(_held(turn))
+        turn.end(finish_reason, None)
+
+    def _fail(self, turn: BatchedTurn, error: BaseException) -> None:
+        self._running.remove(turn)
+        self.slots.forget(_held(turn))
+        turn.end(None, error)
+
+    def _lose_device(self, error: DeviceLost) -> None:
+        logger.error("the device was lost with %d turns running: %s", len(self._running), error)
+        self._is_lost = True
+        self.slots.forget_all()
+        turns, self._running = self._running, []
+        for turn in turns:
+            turn.end(None, EngineUnavailable(f"the device was lost in the middle of the answer: {error}"))
+
+    def _reopened(self) -> bool:
+        """Turns that wait while the device can't be opened fail, so that nobody waits for ever."""
+        try:
+            self.runtime.reopen()
+        except DeviceLost as error:
+            turns, self._waiting = self._waiting, []
+            for turn in turns:
+                turn.end(None, EngineUnavailable(f"the device is lost: {error}"))
+            return False
+        logger.info("the device was opened again, with empty slots")
+        self._is_lost = False
+        return True
+
+
+def _held(turn: BatchedTurn) -> Slot:
+    assert turn.slot is not None, "a turn that runs has a slot"
+    return turn.slot

@@ -1,0 +1,164 @@
+"""What a turn says and which tokens it becomes: the chat template's text of its topic so far, and the new question.
+
+Other topics of the conversation are left out. A prompt depends on the turns before it and never on what is in a slot:
+with and without the cache it is the same token ids.
+
+| the topic's earlier turns | the prompt's token ids |
+|---|---|
+| are what the text, tokenised as a whole, begins with | the text's |
+| are what it begins with, but an answer was drawn in other tokens | theirs, then those of the rest of the text |
+| are written otherwise by the template, or by the client | the text's |
+| have more than `max_context` tokens, or leave no room | those of the text without them: the topic is reset |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvarena.api.engine import GenerationRequest
+from kvarena.api.prompt_tokens import check_in_vocabulary, num_tokens_to_generate, token_ids_of
+from kvarena.api.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+_SYSTEM_ROLES = ("system", "developer")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request's messages taken apart: `system`, then questions with their answers, then the new question."""
+
+    system: tuple[Message, ...]
+    past: tuple[tuple[Message, Message], ...]
+    question: Message
+
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> Exchange | None:
+        """`None` for messages in another order. Raises `ValueError` for a question that is empty."""
+        num_system = next((at for at, said in enumerate(messages) if said["role"] not in _SYSTEM_ROLES), len(messages))
+        turns = messages[num_system:]
+        if not turns or [said["role"] for said in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+            return None
+        if not text_of(turns[-1]).strip():
+            raise ValueError("the message is empty; it needs at least one word")
+        past = tuple(zip(turns[:-1:2], turns[1::2], strict=True))
+        return cls(tuple(messages[:num_system]), past, turns[-1])
+
+
+@dataclass(eq=False)
+class Turn:
+    """A question and, when it has ended, its answer. `starts_anew`: what its topic said before is no part of it.
+
+    `token_ids` are those of the topic up to the answer's end and `text` what they say; only a topic's last turn has
+    them, and none that came from a client.
+    """
+
+    topic: str
+    question: Message
+    answer: Message | None = None
+    starts_anew: bool = False
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`num_earlier_turns` counts the topic's turns before this one, `reset_reason` says why they aren't in it."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    max_tokens: int
+    num_earlier_turns: int = 0
+    reset_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a turn's prompt is made of. `earlier` are the conversation's turns before it, of whatever topic."""
+
+    system: tuple[Message, ...]
+    earlier: tuple[Turn, ...]
+    turn: Turn
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool = False
+
+    def of_this_topic(self) -> list[Turn]:
+        """Those that were answered."""
+        return [turn for turn in self.earlier if turn.topic == self.turn.topic and turn.answer is not None]
+
+
+@dataclass(frozen=True)
+class PromptWriter:
+    """`max_context`: with more tokens of earlier turns, system message aside, a topic is reset. `gen_len`: the longest
+    answer where the client doesn't say.
+    """
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int
+    max_context: int
+    gen_len: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_context", "gen_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def of_chat(self, chat: Chat, wanted: int | None) -> Prompt:
+        """`wanted` tokens of answer. Raises `ValueError` when even the question alone has no room."""
+        before = chat.of_this_topic()
+        kept = _since_reset(before)
+        token_ids, text = self._render(chat, kept)
+        reason = None
+        if kept:
+            alone = self._render(chat, [])
+            if reason := self._reset_reason(len(token_ids), len(token_ids) - len(alone[0]), wanted):
+                token_ids, text = alone
+        return Prompt(token_ids, text, self._num_tokens(len(token_ids), wanted), len(before), reason)
+
+    def of_text(self, request: GenerationRequest) -> Prompt:
+        """A prompt that is no chat: it is taken as it came."""
+        token_ids = token_ids_of(request, self)
+        text = request.prompt if isinstance(request.prompt, str) else ""
+        return Prompt(tuple(token_ids), text, self._num_tokens(len(token_ids), request.sampling.max_tokens))
+
+    def _render(self, chat: Chat, turns: Sequence[Turn]) -> tuple[tuple[int, ...], str]:
+        said = [message for turn in turns for message in (turn.question, turn.answer)]
+        messages = [*chat.system, *said, chat.turn.question]
+        try:
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(chat)))
+        except Exception as error:  # A template is a program of the model's author.
+            raise ValueError(f"the model's chat template can't render these messages: {error}") from error
+        token_ids = self.tokenizer.encode(text, add_special_tokens=chat.add_special_tokens)
+        known = turns[-1].token_ids if turns else ()
+        if tuple(token_ids[: len(known)]) != known and text.startswith(turns[-1].text):
+            token_ids = [*known, *self.tokenizer.encode(text[len(turns[-1].text) :], add_special_tokens=False)]
+        check_in_vocabulary(token_ids, self.vocab_size)
+        return tuple(token_ids), text
+
+    def _reset_reason(self, num_tokens: int, num_earlier_tokens: int, wanted: int | None) -> str | None:
+        if num_earlier_tokens > self.max_context:
+            return f"its earlier turns had {num_earlier_tokens} tokens, more than max_context {self.max_context}"
+        needed = self.gen_len if wanted is None else wanted
+        if num_tokens + needed > self.max_model_len:
+            return f"{num_tokens} tokens and an answer of {needed} pass the context of {self.max_model_len}"
+        return None
+
+    def _num_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
+        room = num_tokens_to_generate(num_prompt_tokens, wanted, self)
+        return min(room, self.gen_len) if wanted is None else room
+
+
+def text_of(message: Message) -> str:
+    return str(message.get("content") or "")
+
+
+def _since_reset(turns: Sequence[Turn]) -> Sequence[Turn]:
+    starts = [at for at, turn in enumerate(turns) if turn.starts_anew]
+    return turns[starts[-1] :] if starts else turns
+
+
+def _arguments(chat: Chat) -> dict[str, Any]:
+    return {"add_generation_prompt": True, **chat.template_arguments}

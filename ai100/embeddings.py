@@ -1,0 +1,103 @@
+"""Vectors of texts for `EmbeddingTopics`: from a small sentence model where one lies on this machine, else from the
+served model's own input embeddings.
+
+Both remember the texts they have seen last, for a conversation's messages come again with every turn.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoModel, AutoTokenizer
+
+from ai100.topics import Embed, Vectors
+from ai100.words import content_words
+from kvarena.api.tokenizer import Tokenizer
+
+SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+_MAX_REMEMBERED = 4096
+_EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
+
+
+class SentenceVectors:
+    """Mean of a sentence encoder's last hidden states (arXiv 1908.10084)."""
+
+    def __init__(self, name: str = SENTENCE_MODEL) -> None:
+        """From a folder, or a name whose files were downloaded before. Raises `OSError` when they aren't here."""
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        self._model: Any = AutoModel.from_pretrained(name, local_files_only=True).eval()
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        batch = self._tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        hidden = self._model(**batch).last_hidden_state  # (B, T, D)
+        mask = batch["attention_mask"][..., None]
+        return _unit((hidden * mask).sum(1).float().numpy() / mask.sum(1).numpy())
+
+
+class InputVectors:
+    """Mean of the input embeddings of a text's content words, less the mean of the vocabulary, which all share."""
+
+    def __init__(self, table: Vectors, tokenizer: Tokenizer) -> None:
+        """`table` `(V, D)`."""
+        self._table = table - table.mean(axis=0)
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def of_model(cls, name: str, tokenizer: Tokenizer) -> InputVectors:
+        """From the weights of a folder or of a hub name. Raises `ValueError` when they have no such table."""
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - not a dict
+                    if key.endswith(_EMBEDDING_NAMES):
+                        return cls(weights.get_tensor(key).float().numpy(), tokenizer)
+        raise ValueError(f"{name} has no safetensors file with input embeddings ({', '.join(_EMBEDDING_NAMES)})")
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        return _unit(np.stack([self._mean(text) for text in texts]))
+
+    def _mean(self, text: str) -> Vectors:
+        said = " ".join(content_words(text))
+        ids = self._tokenizer.encode(" " + said, add_special_tokens=False) if said else []
+        mean: Vectors = self._table[ids].mean(axis=0) if ids else np.zeros_like(self._table[0])
+        return mean
+
+
+class Remembered:
+    """An embedding that computes a text once. Thread-safe: `EmbeddingTopics` is called under its engine's lock."""
+
+    def __init__(self, embed: Embed) -> None:
+        self._embed = embed
+        self._known: OrderedDict[str, Vectors] = OrderedDict()
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        if unknown := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            self._known.update(zip(unknown, self._embed(unknown), strict=True))
+        vectors = np.stack([self._known[text] for text in texts])
+        while len(self._known) > _MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return vectors
+
+
+def local_embedding(model: str, tokenizer: Tokenizer, sentence_model: str | None = None) -> Embed:
+    """A sentence model if one is named or lies on this machine, else the served model's input embeddings."""
+    try:
+        return Remembered(SentenceVectors(sentence_model or SENTENCE_MODEL))
+    except OSError:
+        if sentence_model:
+            raise
+        return Remembered(InputVectors.of_model(model, tokenizer))
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Vectors = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+    return unit

@@ -1,0 +1,228 @@
+"""The AI 100 engine: `AI100Generation._steps` is a turn from its message to its last token.
+
+Everything above `Runtime` is the same code on a card and on a host.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from ai100.batched_turn import BatchedTurn
+from ai100.batcher import Batcher
+from ai100.conversation import Chat, Exchange, Prompt, PromptWriter
+from ai100.memory import Begun, ConversationMemory
+from ai100.options import AI100Options
+from ai100.runtimes.runtime import Logits, Runtime
+from ai100.slots import SlotKey
+from ai100.topics import Topics
+from kvarena.api.detokenizer import Detokenizer
+from kvarena.api.engine import FinishReason, GeneratedToken, GenerationRequest, Report
+from kvarena.api.sampling import Sampler
+
+MAX_CONTEXT = 800
+GEN_LEN = 500
+PLAIN_TEXT = "text"
+"""The topic of prompts that are no chat."""
+
+
+class AI100Engine:
+    """Implements `kvarena.api.engine.Engine`. Owns the runtime."""
+
+    contender = "ai100"
+    options_model: type[BaseModel] | None = AI100Options
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model_name: str,
+        topics: Topics,
+        *,
+        max_context: int = MAX_CONTEXT,
+        gen_len: int = GEN_LEN,
+        use_cache: bool = True,
+    ) -> None:
+        self.model_name = model_name
+        self.max_model_len = runtime.shapes.ctx_len
+        self.tokenizer = runtime.tokenizer
+        self.use_cache = use_cache
+        self.runtime = runtime
+        self.writer = PromptWriter(runtime.tokenizer, runtime.vocab_size, self.max_model_len, max_context, gen_len)
+        self.memory = ConversationMemory(topics)
+        self.batcher = Batcher(runtime)
+        self._topics = type(topics).__name__
+
+    def generate(self, request: GenerationRequest) -> AI100Generation:
+        return AI100Generation(self, request)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "contender": self.contender,
+            "defaults": {"use_cache": self.use_cache},
+            "runtime": self.runtime.name,
+            "topics": self._topics,
+            "max_context": self.writer.max_context,
+            "gen_len": self.writer.gen_len,
+            **asdict(self.runtime.shapes),
+        }
+
+    def slot_rows(self) -> list[dict[str, Any]]:
+        """What lies in the slots now, the most recently used marked by the largest `last_used`."""
+        return [
+            {
+                "slot": slot.index,
+                "topic": slot.key.topic if slot.key else None,
+                "conversation": slot.key.conversation if slot.key else None,
+                "position": slot.position,
+                "has_pending_token": slot.pending is not None,
+                "in_use": slot.in_use,
+                "last_used": slot.last_used,
+            }
+            for slot in self.batcher.slots.rows()
+        ]
+
+    def close(self) -> None:
+        self.batcher.close()
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A request that knows whose slot it needs; `begun` is `None` for one that is no chat."""
+
+    key: SlotKey
+    begun: Begun | None = None
+
+
+class AI100Generation:
+    """One request. Implements `kvarena.api.engine.Generation`."""
+
+    def __init__(self, engine: AI100Engine, request: GenerationRequest) -> None:
+        self.report = Report()
+        self.finish_reason: FinishReason | None = None
+        self.prompt_token_ids: Sequence[int] = ()
+        self._engine = engine
+        self._request = request
+        options = request.options if isinstance(request.options, AI100Options) else AI100Options()
+        self._use_cache = options.use_cache and engine.use_cache
+        self._turn: BatchedTurn | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __iter__(self) -> Iterator[GeneratedToken]:
+        yield from self._steps()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            turn = self._turn
+        if turn is not None:
+            self._engine.batcher.let_go(turn)
+
+    def _steps(self) -> Iterator[GeneratedToken]:
+        # 1. Which conversation and topic is it?
+        planned = self._plan()
+
+        # 2. Queue it. The batcher has the prompt made when the topic's earlier turns have ended.
+        turn = self._batched(planned)
+        with self._lock:
+            self._turn = turn
+            turn.closed = self._closed
+        self._engine.batcher.submit(turn)
+
+        # 3. Stream.
+        try:
+            yield from turn
+            self.finish_reason = turn.finish_reason
+        finally:
+            # 4. What was read is what was said, also where the reader stopped before the end.
+            self.close()
+            turn.ended.wait()
+            if turn.num_taken < len(turn.answer_ids):
+                self._remember(planned, turn)
+            self._fill_report(planned)
+
+    def _plan(self) -> _Planned:
+        request, memory = self._request, self._engine.memory
+        name, salt = request.conversation_id, request.cache_salt
+        exchange = Exchange.of(request.messages) if request.messages else None
+        if exchange is None:
+            named = memory.named(salt, name) if name is not None and request.sample == 0 else uuid.uuid4().hex
+            return _Planned(SlotKey(salt, named, PLAIN_TEXT))
+        if request.num_samples > 1 and name is not None and not exchange.past:
+            raise ValueError(f"n is {request.num_samples}; a conversation that goes on by its name takes one answer")
+        begun = memory.begin(exchange, salt, name, keep=request.sample == 0)
+        return _Planned(SlotKey(salt, begun.conversation.id, begun.turn.topic), begun)
+
+    def _batched(self, planned: _Planned) -> BatchedTurn:
+        sampling = self._request.sampling
+        sampler = Sampler(sampling, torch.device("cpu"))
+        return BatchedTurn(
+            key=planned.key,
+            prepare=partial(self._prompt, planned),
+            draw=partial(_draw, sampler),
+            on_end=partial(self._remember, planned),
+            eos_token_ids=frozenset() if sampling.ignore_eos else self._engine.runtime.eos_token_ids,
+            use_cache=self._use_cache,
+        )
+
+    def _prompt(self, planned: _Planned) -> Prompt:
+        """In the batcher's thread."""
+        request, begun, writer = self._request, planned.begun, self._engine.writer
+        if begun is None:
+            prompt = writer.of_text(request)
+        else:
+            chat = Chat(begun.system, begun.earlier, begun.turn, request.template_arguments, request.add_special_tokens)
+            prompt = writer.of_chat(chat, request.sampling.max_tokens)
+        self.prompt_token_ids = prompt.token_ids
+        return prompt
+
+    def _remember(self, planned: _Planned, turn: BatchedTurn) -> None:
+        """The answer as far as it was read, where it was given up; a turn without one never was."""
+        if planned.begun is None:
+            return
+        said = turn.answer_ids if turn.finish_reason else turn.answer_ids[: turn.num_taken]
+        if self._closed:
+            said = turn.answer_ids[: turn.num_taken]
+        if turn.error is not None or turn.prompt is None or not (said or turn.finish_reason):
+            self._engine.memory.drop(planned.begun)
+            return
+        text = Detokenizer(self._engine.tokenizer, turn.prompt.token_ids)
+        self._engine.memory.remember(planned.begun, turn.prompt, "".join(map(text.push, said)), said)
+
+    def _fill_report(self, planned: _Planned) -> None:
+        assert self._turn is not None, "a report is filled behind its turn"
+        figures, report = self._turn.figures, self.report
+        report.num_prompt_tokens = figures.num_prompt_tokens
+        report.num_reused_tokens = figures.num_reused_tokens
+        report.num_computed_tokens = figures.num_prompt_tokens - figures.num_reused_tokens
+        report.details |= {
+            "cache_enabled": self._use_cache,
+            "topic": planned.key.topic,
+            "slot": figures.slot,
+            "turn": 1 + (self._turn.prompt.num_earlier_turns if self._turn.prompt else 0),
+            "status": figures.status,
+            "reason": figures.reason,
+            "num_prefilled_tokens": report.num_computed_tokens,
+            "num_decoded_tokens": figures.num_decoded_tokens,
+            "timings": {
+                name: round(getattr(figures, name), 3) for name in ("queue_ms", "prefill_ms", "decode_ms", "total_ms")
+            },
+            "spans": _spans(figures.num_reused_tokens, figures.num_prompt_tokens),
+        }
+
+
+def _draw(sampler: Sampler, logits: Logits) -> GeneratedToken:
+    return sampler.draw(torch.from_numpy(logits))
+
+
+def _spans(num_reused_tokens: int, num_prompt_tokens: int) -> list[dict[str, Any]]:
+    """Where the prompt's KV comes from, without empty spans."""
+    spans = [(0, num_reused_tokens, "reused"), (num_reused_tokens, num_prompt_tokens, "computed")]
+    return [{"start": start, "end": end, "source": source} for start, end, source in spans if start < end]

@@ -1,0 +1,157 @@
+"""The slots: which topic's tokens lie in which, how far, and who has to go when a new topic needs one.
+
+Holds token ids only; what runs them is told by its caller, who does to the device what was agreed here.
+
+| of a slot's tokens | in the slot |
+|---|---|
+| `token_ids`, `[0, position)` | have their KV there |
+| `pending` | the last one drawn: it has no KV yet and comes first in the next prefill, if the text goes on with it |
+
+A slot belongs to one topic of one conversation under one cache salt, or to a single turn that keeps nothing, and no
+other ever reads it. While a turn holds it, it is given to nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """What became of a topic's KV with a turn."""
+
+    NEW_TOPIC = "NEW_TOPIC"
+    INCREMENTAL_PREFILL = "INCREMENTAL_PREFILL"
+    RESET_TOPIC = "RESET_TOPIC"
+    FULL_PREFILL = "FULL_PREFILL"
+    """Without the cache: nothing was looked for, nothing is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotKey:
+    """Whose a slot is."""
+
+    cache_salt: str
+    conversation: str
+    topic: str
+
+
+@dataclass
+class Slot:
+    """Written by `SlotTable` alone. `last_used` counts takings; larger is later."""
+
+    index: int
+    key: SlotKey | None = None
+    token_ids: list[int] = field(default_factory=list)
+    pending: int | None = None
+    in_use: bool = False
+    last_used: int = 0
+
+    @property
+    def position(self) -> int:
+        """Where the next token goes."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """`is_new`: the slot was another's, or nobody's; its device memory has to be cleared."""
+
+    slot: Slot
+    is_new: bool
+
+
+class SlotTable:
+    """Not thread-safe: it is the batcher's thread that takes and gives back. Others read copies (`rows`)."""
+
+    def __init__(self, num_slots: int, ctx_len: int) -> None:
+        self.ctx_len = ctx_len
+        self.slots = [Slot(index) for index in range(num_slots)]
+        self.num_evictions = 0
+        self._clock = 0
+
+    def take(self, key: SlotKey | None) -> Taken | None:
+        """The topic's own slot, else an empty one, else the least recently used; without a key one that nothing will be
+        kept in. `None`: wait, for the topic's slot is in use, or all are.
+        """
+        own = next((slot for slot in self.slots if slot.key == key), None) if key else None
+        slot = own or self._least_recently_used()
+        if slot is None or slot.in_use:
+            return None
+        if own is None:
+            self.num_evictions += slot.key is not None
+            self._empty(slot)
+        self._clock += 1
+        slot.key, slot.in_use, slot.last_used = key, True, self._clock
+        return Taken(slot, own is None)
+
+    def reuse(self, slot: Slot, token_ids: Sequence[int]) -> int:
+        """How many first tokens of a text have their KV in the slot; what the slot has behind them is forgotten.
+
+        At least one token is left to run: its logits are needed.
+        """
+        self._check_held(slot)
+        limit = min(slot.position, len(token_ids) - 1)
+        count = next((at for at in range(limit) if slot.token_ids[at] != token_ids[at]), limit)
+        del slot.token_ids[count:]
+        slot.pending = None
+        return count
+
+    def extend(self, slot: Slot, token_ids: Sequence[int]) -> None:
+        """These tokens were run behind those in the slot. Raises `ValueError` when they pass the context."""
+        self._check_held(slot)
+        if slot.position + len(token_ids) > self.ctx_len:
+            raise ValueError(f"{slot.position} tokens and {len(token_ids)} more pass the context of {self.ctx_len}")
+        slot.token_ids += token_ids
+        slot.pending = None
+
+    def set_pending(self, slot: Slot, token_id: int) -> None:
+        self._check_held(slot)
+        slot.pending = token_id
+
+    def give_back(self, slot: Slot) -> None:
+        """The turn has ended; the topic keeps the slot until somebody needs it more."""
+        self._check_held(slot)
+        if slot.key is None:
+            self._empty(slot)
+        slot.in_use = False
+
+    def forget(self, slot: Slot) -> None:
+        """Nothing in the slot can be relied on; it is nobody's now."""
+        self._empty(slot)
+
+    def forget_all(self) -> None:
+        for slot in self.slots:
+            self._empty(slot)
+
+    def rows(self) -> list[Slot]:
+        """Copies. From any thread: a row is read while it may change, so it is a picture and no basis for decisions."""
+        return [
+            Slot(slot.index, slot.key, list(slot.token_ids), slot.pending, slot.in_use, slot.last_used)
+            for slot in self.slots
+        ]
+
+    def check_integrity(self) -> None:
+        """Raises `AssertionError` where the table contradicts itself."""
+        keys = [slot.key for slot in self.slots if slot.key is not None]
+        assert len(set(keys)) == len(keys), "a topic has two slots"
+        assert [slot.index for slot in self.slots] == list(range(len(self.slots))), "a slot moved"
+        takings = [slot.last_used for slot in self.slots if slot.last_used]
+        assert len(set(takings)) == len(takings), "two slots were taken at one time"
+        for slot in self.slots:
+            assert slot.position <= self.ctx_len, "a slot is longer than its context"
+            assert slot.last_used <= self._clock, "a slot was used in the future"
+            if slot.key is None and not slot.in_use:
+                assert not slot.token_ids, "nobody's slot holds tokens"
+                assert slot.pending is None, "nobody's slot has a pending token"
+
+    def _least_recently_used(self) -> Slot | None:
+        idle = [slot for slot in self.slots if not slot.in_use]
+        return min(idle, key=lambda slot: (slot.key is not None, slot.last_used), default=None)
+
+    def _empty(self, slot: Slot) -> None:
+        slot.key, slot.token_ids, slot.pending, slot.in_use, slot.last_used = None, [], None, False, 0
+
+    def _check_held(self, slot: Slot) -> None:
+        assert slot.in_use, f"slot {slot.index} is nobody's to change"
