@@ -1,0 +1,121 @@
+"""The runtime of the card: a graph compiled by QEfficient, in a session on Cloud AI 100.
+
+What is not here: QEfficient's own decode loop, which is greedy only and writes into the slots of idle rows. The session
+is injected, so that the same code runs over ONNX Runtime (`onnx_session.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ai100.runtimes.filled_slots import FilledSlots
+from ai100.runtimes.model_files import ModelFiles
+from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, StaticShapes
+from ai100.runtimes.session import Session, logits_buffer, skip_retained_state
+
+NOWHERE = -1
+"""The position of padding and of idle rows: what they compute is written into no slot, and their logits mean nothing."""
+WIPING_TOKEN = 0
+
+
+class QEfficientRuntime:
+    """`Runtime` over a session. `open_session` opens one with empty slots, at the start and after each loss.
+
+    Once a run has failed, what the device holds is unknown, whatever the reason was: that is a lost device.
+    """
+
+    def __init__(
+        self, open_session: Callable[[], Session], files: ModelFiles, shapes: StaticShapes, name: str = "qaic"
+    ) -> None:
+        """Raises what `open_session` raises."""
+        files.check(shapes)
+        self.name = name
+        self.shapes = shapes
+        self.tokenizer = files.tokenizer
+        self.vocab_size = files.vocab_size
+        self.eos_token_ids = files.eos_token_ids
+        self._filled = FilledSlots(shapes, self.vocab_size)
+        self._open_session = open_session
+        self._session: Session | None = None
+        self._open()
+
+    def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Logits:
+        written = self._filled.prefill_range(slot, token_ids, position)
+        if self.shapes.prefill_seq_len == 1:  # compiled as one shape, that of decode
+            logits = self._run([(slot, token_ids, position)], self.shapes.full_batch_size, 1)
+        else:
+            logits = self._run([(slot, token_ids, position)], 1, self.shapes.prefill_seq_len)
+        self._filled.fill([written])
+        return logits[0]
+
+    def decode(self, rows: Sequence[DecodeRow]) -> Logits:
+        written = self._filled.decode_ranges(rows)
+        tokens = [(row.slot, (row.token_id,), row.position) for row in rows]
+        logits = self._run(tokens, self.shapes.full_batch_size, 1)
+        self._filled.fill(written)
+        return logits
+
+    def clear(self, slot: int) -> None:
+        """Overwrites what the slot held: a host has no other hand on one slot of the device."""
+        step = self.shapes.prefill_seq_len
+        num_tokens = self._filled.num_tokens(slot)
+        for position in range(0, num_tokens, step):
+            self.prefill(slot, [WIPING_TOKEN] * min(step, num_tokens - position), position)
+        self._filled.empty(slot)
+
+    def reopen(self) -> None:
+        self.close()
+        try:
+            self._open()
+        except Exception as error:
+            raise DeviceLost(f"the device doesn't come back: {error}") from error
+
+    def close(self) -> None:
+        session, self._session = self._session, None
+        self._filled.empty_all()
+        if session is not None:
+            try:
+                session.deactivate()
+            except Exception:  # a lost device can't be given back properly
+                ...
+
+    def _open(self) -> None:
+        self._session = self._open_session()
+        skip_retained_state(self._session)
+
+    def _run(
+        self, rows: Sequence[tuple[int, Sequence[int], int]], batch_size: int, seq_len: int
+    ) -> Logits:
+        """One run of `(slot, token ids, position)` rows, padded to a compiled shape. Returns `(len(rows), V)`."""
+        if self._session is None:
+            raise DeviceLost("the device is lost or closed; reopen it")
+        inputs = padded_inputs(rows, batch_size, seq_len)
+        try:
+            self._session.set_buffers(logits_buffer(batch_size, self.vocab_size))
+            logits = self._session.run(inputs)["logits"]
+        except Exception as error:
+            self.close()
+            raise DeviceLost(f"the device is lost: {error or type(error).__name__}") from error
+        return np.array(logits[: len(rows), 0], dtype=np.float32)
+
+
+def padded_inputs(
+    rows: Sequence[tuple[int, Sequence[int], int]], batch_size: int, seq_len: int
+) -> dict[str, NDArray[np.int64]]:
+    """`input_ids` and `position_ids` `(batch_size, seq_len)`, `batch_index` `(batch_size, 1)`.
+
+    Idle rows get slots of their own, so that no slot stands in a batch twice.
+    """
+    input_ids = np.zeros((batch_size, seq_len), dtype=np.int64)
+    position_ids = np.full((batch_size, seq_len), NOWHERE, dtype=np.int64)
+    for number, (_, token_ids, position) in enumerate(rows):
+        input_ids[number, : len(token_ids)] = token_ids
+        position_ids[number, : len(token_ids)] = np.arange(position, position + len(token_ids))
+    busy = [slot for slot, _, _ in rows]
+    idle = [slot for slot in range(batch_size) if slot not in busy]
+    slots = (busy + idle)[:batch_size]
+    batch_index = np.array(slots, dtype=np.int64)[:, None]
+    return {"input_ids": input_ids, "position_ids": position_ids, "batch_index": batch_index}
