@@ -22,6 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
+from ai100.runtimes.model_files import kv_shape
+
 NOWHERE = torch.iinfo(torch.int32).max
 HIDDEN = -1e9
 OPSET = 17
@@ -109,8 +111,7 @@ class _SlotTensors(Cache):
 
 def _example_inputs(model: Any) -> tuple[torch.Tensor, ...]:
     """Two rows of three tokens: no size is 1, which tracing could take for a constant."""
-    config = model.config
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    past = [torch.zeros(4, config.num_key_value_heads, 8, head_size) for _ in past_names(config.num_hidden_layers)]
+    num_layers, num_kv_heads, head_size = kv_shape(model.config)
+    past = [torch.zeros(4, num_kv_heads, 8, head_size) for _ in past_names(num_layers)]
     token_ids = torch.zeros(2, 3, dtype=torch.int64)
     return token_ids, torch.arange(3).repeat(2, 1), *past, torch.tensor([[0], [1]])

@@ -28,10 +28,12 @@ class FilledSlots:
         self._shapes = shapes
         self._vocab_size = vocab_size
         self._num_tokens = [0] * shapes.kv_cache_batch_size
+        self._num_touched = [0] * shapes.kv_cache_batch_size
 
-    def num_tokens(self, slot: int) -> int:
-        self.check_slot(slot)
-        return self._num_tokens[slot]
+    def num_touched(self, slot: int) -> int:
+        """How many positions were written since the slot was emptied: more than it holds when it went back."""
+        self._check_slot(slot)
+        return self._num_touched[slot]
 
     def prefill_range(self, slot: int, token_ids: Sequence[int], position: int) -> SlotRange:
         """What this prefill would write."""
@@ -50,9 +52,10 @@ class FilledSlots:
             raise ValueError(f"a slot stands twice in one batch: {slots}")
         return [self._range(row.slot, (row.token_id,), row.position) for row in rows]
 
-    def check_slot(self, slot: int) -> None:
-        if not 0 <= slot < len(self._num_tokens):
-            raise ValueError(f"no slot {slot}; there are 0 to {len(self._num_tokens) - 1}")
+    def touch(self, ranges: Iterable[SlotRange]) -> None:
+        """These are about to be written."""
+        for written in ranges:
+            self._num_touched[written.slot] = max(written.end, self._num_touched[written.slot])
 
     def fill(self, ranges: Iterable[SlotRange]) -> None:
         """These were written; what was behind them is undefined now."""
@@ -60,13 +63,14 @@ class FilledSlots:
             self._num_tokens[written.slot] = written.end
 
     def empty(self, slot: int) -> None:
-        self._num_tokens[slot] = 0
+        self._num_tokens[slot] = self._num_touched[slot] = 0
 
     def empty_all(self) -> None:
-        self._num_tokens = [0] * len(self._num_tokens)
+        for slot in range(len(self._num_tokens)):
+            self.empty(slot)
 
     def _range(self, slot: int, token_ids: Sequence[int], position: int) -> SlotRange:
-        self.check_slot(slot)
+        self._check_slot(slot)
         for token_id in token_ids:
             if not 0 <= token_id < self._vocab_size:
                 raise ValueError(f"no token {token_id}; the vocabulary has 0 to {self._vocab_size - 1}")
@@ -76,3 +80,7 @@ class FilledSlots:
         if end > self._shapes.ctx_len:
             raise ValueError(f"tokens up to position {end - 1} of slot {slot}; ctx_len is {self._shapes.ctx_len}")
         return SlotRange(slot, position, end)
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < len(self._num_tokens):
+            raise ValueError(f"no slot {slot}; there are 0 to {len(self._num_tokens) - 1}")

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ai100.runtimes.filled_slots import FilledSlots, SlotRange
-from ai100.runtimes.model_files import ModelFiles
+from ai100.runtimes.model_files import ModelFiles, kv_shape
 from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, StaticShapes
 from ai100.runtimes.slot_kv import ATTENTION, SlotKV, causal_mask
 
@@ -65,36 +65,39 @@ class HostRuntime:
 
     def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Logits:
         written = self._filled.prefill_range(slot, token_ids, position)
-        return self._run([token_ids], [written])[0]
+        logits: Logits = self._run([token_ids], [written])[0]
+        return logits
 
     def decode(self, rows: Sequence[DecodeRow]) -> Logits:
         written = self._filled.decode_ranges(rows)
         return self._run([[row.token_id] for row in rows], written)
 
     def clear(self, slot: int) -> None:
-        self._filled.check_slot(slot)
+        touched = self._filled.num_touched(slot)
+        with self._device_errors():
+            self._opened().memory[:, :, slot, :, :touched].zero_()
         self._filled.empty(slot)
-        self._opened().memory[:, :, slot].zero_()
 
     def reopen(self) -> None:
-        with _device_errors():
+        self.close()
+        with self._device_errors():
             self._kv = self._new_kv()
-        self._filled.empty_all()
 
     def close(self) -> None:
         self._kv = None
+        self._filled.empty_all()
 
     def slot_kv(self, slot: int) -> torch.Tensor:
         """What the slot's memory holds, for whoever wants to look: a view `(L, 2, H_kv, ctx_len, D)`."""
-        self._filled.check_slot(slot)
         return self._opened().memory[:, :, slot]
 
     def _run(self, token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange]) -> Logits:
         """One forward over rows of equal length. Returns the logits `(B, V)` of each row's last token."""
         kv, device = self._opened(), self._model.device
         kv.go_on_with(written)
+        self._filled.touch(written)
         positions = [range(row.start, row.end) for row in written]
-        with torch.inference_mode(), _device_errors():
+        with torch.inference_mode(), self._device_errors():
             logits = self._model(
                 input_ids=torch.tensor(token_ids, device=device),
                 position_ids=torch.tensor(positions, device=device),
@@ -113,10 +116,8 @@ class HostRuntime:
         return self._kv
 
     def _new_kv(self) -> SlotKV:
-        config, shapes = self._model.config, self.shapes
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        slots, heads = shapes.kv_cache_batch_size, config.num_key_value_heads
-        shape = (config.num_hidden_layers, 2, slots, heads, shapes.ctx_len, head_size)
+        num_layers, num_kv_heads, head_size = kv_shape(self._model.config)
+        shape = (num_layers, 2, self.shapes.kv_cache_batch_size, num_kv_heads, self.shapes.ctx_len, head_size)
         return SlotKV(torch.zeros(shape, dtype=self._model.dtype, device=self._model.device))
 
     @property
@@ -139,16 +140,16 @@ class HostRuntime:
             raise ValueError(f"{type(self._model).__name__} doesn't run over KV slots: {error}") from error
         self.clear(0)
         tolerance = CHECK_TOLERANCE.get(self._model.dtype, CHECK_TOLERANCE_ROUNDED) * float(expected.abs().max())
-        if (error := float((logits - expected).abs().max())) > tolerance:
-            raise ValueError(f"{type(self._model).__name__} gives other logits over KV slots, off by {error:.3g}")
+        if (difference := float((logits - expected).abs().max())) > tolerance:
+            raise ValueError(f"{type(self._model).__name__} gives other logits over KV slots, off by {difference:.3g}")
 
-
-@contextmanager
-def _device_errors() -> Iterator[None]:
-    """A CUDA error takes the whole device with it. Running out of its memory, for one, isn't such an error."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("CUDA error"):
-            raise
-        raise DeviceLost(f"the CUDA device is lost: {error}") from error
+    @contextmanager
+    def _device_errors(self) -> Iterator[None]:
+        """A CUDA error takes the whole device with it. Running out of its memory, for one, isn't such an error."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("CUDA error"):
+                raise
+            self.close()
+            raise DeviceLost(f"the device is lost: {error}") from error

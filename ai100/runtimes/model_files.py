@@ -46,6 +46,12 @@ class ModelFiles:
             raise ValueError(f"rope_type {rope!r}: frequencies that depend on the length don't fit kept keys")
 
 
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, KV heads and head size of a model whose layers are alike."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, config.num_key_value_heads, head_size
+
+
 def _eos_token_ids(path: str, config: Any) -> frozenset[int]:
     try:
         found = GenerationConfig.from_pretrained(path).eos_token_id

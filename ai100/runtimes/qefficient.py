@@ -7,6 +7,7 @@ is injected, so that the same code runs over ONNX Runtime (`onnx_session.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, StaticShapes
 from ai100.runtimes.session import Session, logits_buffer, skip_retained_state
 
 NOWHERE = -1
-"""The position of padding and of idle rows: what they compute is written into no slot, and their logits mean nothing."""
+"""The position of padding and of idle rows: what they compute is written into no slot, and their logits mean
+nothing."""
 WIPING_TOKEN = 0
 
 
@@ -39,29 +41,31 @@ class QEfficientRuntime:
         self.eos_token_ids = files.eos_token_ids
         self._filled = FilledSlots(shapes, self.vocab_size)
         self._open_session = open_session
-        self._session: Session | None = None
+        self.session: Session | None = None
+        """None while the device is lost or closed."""
         self._open()
 
     def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Logits:
         written = self._filled.prefill_range(slot, token_ids, position)
-        if self.shapes.prefill_seq_len == 1:  # compiled as one shape, that of decode
-            logits = self._run([(slot, token_ids, position)], self.shapes.full_batch_size, 1)
-        else:
-            logits = self._run([(slot, token_ids, position)], 1, self.shapes.prefill_seq_len)
+        is_one_shape = self.shapes.prefill_seq_len == 1  # then prefill is compiled as decode is
+        batch_size = self.shapes.full_batch_size if is_one_shape else 1
+        logits: Logits = self._run([(slot, token_ids, position)], batch_size, self.shapes.prefill_seq_len)[0]
+        self._filled.touch([written])
         self._filled.fill([written])
-        return logits[0]
+        return logits
 
     def decode(self, rows: Sequence[DecodeRow]) -> Logits:
         written = self._filled.decode_ranges(rows)
         tokens = [(row.slot, (row.token_id,), row.position) for row in rows]
         logits = self._run(tokens, self.shapes.full_batch_size, 1)
+        self._filled.touch(written)
         self._filled.fill(written)
         return logits
 
     def clear(self, slot: int) -> None:
         """Overwrites what the slot held: a host has no other hand on one slot of the device."""
         step = self.shapes.prefill_seq_len
-        num_tokens = self._filled.num_tokens(slot)
+        num_tokens = self._filled.num_touched(slot)
         for position in range(0, num_tokens, step):
             self.prefill(slot, [WIPING_TOKEN] * min(step, num_tokens - position), position)
         self._filled.empty(slot)
@@ -74,28 +78,24 @@ class QEfficientRuntime:
             raise DeviceLost(f"the device doesn't come back: {error}") from error
 
     def close(self) -> None:
-        session, self._session = self._session, None
+        session, self.session = self.session, None
         self._filled.empty_all()
         if session is not None:
-            try:
+            with suppress(Exception):  # a lost device can't be given back properly
                 session.deactivate()
-            except Exception:  # a lost device can't be given back properly
-                ...
 
     def _open(self) -> None:
-        self._session = self._open_session()
-        skip_retained_state(self._session)
+        self.session = self._open_session()
+        skip_retained_state(self.session)
 
-    def _run(
-        self, rows: Sequence[tuple[int, Sequence[int], int]], batch_size: int, seq_len: int
-    ) -> Logits:
+    def _run(self, rows: Sequence[tuple[int, Sequence[int], int]], batch_size: int, seq_len: int) -> Logits:
         """One run of `(slot, token ids, position)` rows, padded to a compiled shape. Returns `(len(rows), V)`."""
-        if self._session is None:
+        if self.session is None:
             raise DeviceLost("the device is lost or closed; reopen it")
         inputs = padded_inputs(rows, batch_size, seq_len)
         try:
-            self._session.set_buffers(logits_buffer(batch_size, self.vocab_size))
-            logits = self._session.run(inputs)["logits"]
+            self.session.set_buffers(logits_buffer(batch_size, self.vocab_size))
+            logits = self.session.run(inputs)["logits"]
         except Exception as error:
             self.close()
             raise DeviceLost(f"the device is lost: {error or type(error).__name__}") from error

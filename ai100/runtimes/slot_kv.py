@@ -75,6 +75,10 @@ def slot_attention(
     The query heads of a KV head become more query positions of that one head: the same sums, without a copy of the
     keys and values for each of them.
     """
+    if unknown := {"softcap", "s_aux"} & {name for name, given in arguments.items() if given is not None}:
+        raise ValueError(
+            f"{type(module).__name__} needs {', '.join(sorted(unknown))}, which attention over slots lacks"
+        )
     num_heads, num_queries, head_size = query.shape[1:]
     rows = []
     for row, (keys, values) in enumerate(zip(key, value, strict=True)):
