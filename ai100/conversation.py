@@ -51,8 +51,8 @@ class Exchange:
 class Turn:
     """A question and, when it has ended, its answer. `starts_anew`: what its topic said before is no part of it.
 
-    `token_ids` are those of the topic up to the answer's end and `text` what they say; only a topic's last turn has
-    them, and none that came from a client.
+    `token_ids` are those of the topic up to the answer's end and `text` what they say; a topic's last turns have them,
+    and none that came from a client.
     """
 
     topic: str

@@ -18,6 +18,8 @@ from ai100.conversation import Exchange, Message, Prompt, Turn, text_of
 from ai100.topics import Topics
 
 MAX_CONVERSATIONS = 1024
+MAX_TOKENISED = 8
+"""How many of a topic's turns keep their tokens: a client may go back and ask otherwise."""
 
 
 @dataclass(eq=False)
@@ -81,9 +83,8 @@ class ConversationMemory:
         """The turn has ended with this answer."""
         turn = begun.turn
         with self._lock:
-            for earlier in begun.earlier:
-                if earlier.topic == turn.topic:
-                    earlier.token_ids, earlier.text = (), ""
+            for earlier in [earlier for earlier in begun.earlier if earlier.topic == turn.topic][:-MAX_TOKENISED]:
+                earlier.token_ids, earlier.text = (), ""
             turn.starts_anew = prompt.reset_reason is not None
             turn.token_ids, turn.text = (*prompt.token_ids, *answer_ids), prompt.text + answer
             turn.answer = {"role": "assistant", "content": answer}

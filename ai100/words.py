@@ -8,10 +8,10 @@ from functools import lru_cache
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 _STOP_WORDS = """
 a about after all also am an and any are as at be been before best but by can come could did do does doing done down
-each else ever every for from get give go good got had has have how i if in into is just know let like many may me mean
-might more most much must my need no not now of off ok on once only or other our out over please really say see shall
-should show since so some take tell than thank thanks time to too under until up us use very want was way we well were
-what when where which while who whom whose why will with would yes you your
+each else ever every for from get give go good got had has have how i if in into is just know let like many may me
+mean might more most much must my need no not now of off ok on once only or other our out over please really say see
+shall should show since so some take tell than thank thanks the time to too under until up us use very want was way we
+well were what when where which while who whom whose why will with would yes you your
 """
 _REFERENCES = """
 he him his she her hers it its they them their theirs this that these those there then such same one ones another

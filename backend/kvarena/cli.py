@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ai100.cli import app as ai100
 from kvarena.bench.command import app as bench
 from kvarena.bench.quality.calibrate_command import calibrate
 from kvarena.bench.quality.command import evaluate
@@ -34,6 +35,7 @@ app = typer.Typer(
     help="Serve one model with several ways of reusing its KV cache, side by side.",
 )
 
+app.add_typer(ai100, name="ai100")
 app.add_typer(bench, name="bench")
 app.add_typer(simllm, name="simllm")
 app.command("eval")(evaluate)

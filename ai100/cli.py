@@ -1,0 +1,197 @@
+"""`kvarena ai100 chat`: multi-turn chat on KV slots in a terminal, with the engine in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ai100 import command_line as options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ai100.chat_session import ChatSession
+    from ai100.engine import AI100Engine
+    from ai100.setup import AI100Settings
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Multi-turn chat on the KV slots of an AI 100.")
+
+QUIT = ("quit", "exit", "q")
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+@app.callback()
+def group() -> None:
+    """Keeps `chat` a command of its own, though it is the only one."""
+
+
+@app.command()
+def chat(
+    messages: Annotated[list[str] | None, typer.Argument(help="With --batch: what to ask, in order.")] = None,
+    batch: Annotated[bool, typer.Option("--batch", help="Ask the messages given, and end.")] = False,
+    no_cache: options.NoCache = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Ask with and without the cache; times side by side.")
+    ] = False,
+    model: options.Model = None,
+    runtime: options.RuntimeName = "auto",
+    full_batch_size: options.FullBatchSize = 2,
+    kv_cache_batch_size: options.KvCacheBatchSize = 4,
+    ctx_len: options.CtxLen = 4096,
+    prefill_seq_len: options.PrefillSeqLen = 128,
+    gen_len: options.GenLen = 500,
+    threshold: options.Threshold = 0.3,
+    max_context: options.MaxContext = 800,
+    topics: options.TopicKind = "keyword",
+    topics_file: options.TopicsFile = None,
+    sentence_model: options.SentenceModel = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    num_cores: options.NumCores = 16,
+    num_devices: options.NumDevices = 1,
+    mxfp6_matmul: options.Mxfp6 = False,
+    mxint8_kv_cache: options.Mxint8 = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of notes for the system message. [default: data, with the demo model]")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Topic, status and reason of every turn; the log.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --batch: print JSON on standard output.")] = False,
+) -> None:
+    """Chat; every topic keeps its KV slot, and a follow-up prefills only what is new."""
+    from rich.console import Console
+
+    from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions
+    from ai100.runtimes.runtime import StaticShapes
+    from ai100.setup import AI100Settings, open_engine
+    from ai100.topics import TOPICS_FILE
+
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
+    console = Console(stderr=as_json)
+    try:
+        _check_mode(messages or [], batch=batch, as_json=as_json, no_cache=no_cache, compare=compare)
+        settings = AI100Settings(
+            model=model,
+            runtime=runtime,
+            shapes=StaticShapes(prefill_seq_len, ctx_len, full_batch_size, kv_cache_batch_size),
+            compile_options=CompileOptions(num_cores, num_devices, mxfp6_matmul, mxint8_kv_cache),
+            device=device,
+            dtype=dtype,
+            topics=topics,
+            topics_file=topics_file or TOPICS_FILE,
+            sentence_model=sentence_model,
+            threshold=threshold,
+            max_context=max_context,
+            gen_len=gen_len,
+        )
+        system = _system_message(settings, data)
+        engine = open_engine(settings)
+    except (ValueError, OSError, CardUnavailable, CompileFailed) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    talk = _Talk.over(engine, system, console, compare=compare, use_cache=not no_cache, verbose=verbose)
+    try:
+        failed = talk.batch(messages or []) if batch else talk.interactive()
+    finally:
+        engine.close()
+    if as_json:
+        print(json.dumps([[reply.to_json() for reply in chat.replies] for chat in talk.chats], indent=1))
+    raise typer.Exit(1 if failed else 0)
+
+
+class _Talk:
+    """`chats`: the one that is shown, and with `--compare` its twin without the cache."""
+
+    def __init__(self, chats: list[ChatSession], console: Console, verbose: bool) -> None:
+        self.chats = chats
+        self._console = console
+        self._verbose = verbose
+
+    @classmethod
+    def over(
+        cls, engine: AI100Engine, system: str, console: Console, *, compare: bool, use_cache: bool, verbose: bool
+    ) -> _Talk:
+        from ai100.chat_session import ChatSession
+
+        modes = (True, False) if compare else (use_cache,)
+        return cls([ChatSession(engine, system, use_cache=mode) for mode in modes], console, verbose)
+
+    def batch(self, messages: list[str]) -> bool:
+        """Whether one failed."""
+        failed = False
+        for message in messages:
+            self._console.print(f"> {message}", style="bold", markup=False, highlight=False)
+            failed |= not self._ask(message)
+        self._show_end()
+        return failed
+
+    def interactive(self) -> bool:
+        from ai100.console import HELP, show_stats
+
+        self._console.print(HELP, markup=False, highlight=False)
+        while True:
+            try:
+                line = self._console.input("[bold]> [/bold]").strip()
+            except (EOFError, KeyboardInterrupt):
+                line = QUIT[0]
+            match line.lower():
+                case "quit" | "exit" | "q":
+                    self._show_end()
+                    return False
+                case "stats":
+                    show_stats(self.chats[0], self._console)
+                case "help" | "?":
+                    self._console.print(HELP, markup=False, highlight=False)
+                case "":
+                    continue
+                case _:
+                    self._ask(line)
+
+    def _ask(self, message: str) -> bool:
+        """Whether it was answered. Ctrl-C ends an answer and not the chat."""
+        from ai100.console import ask_and_show, show_comparison
+        from kvarena.api.engine import EngineUnavailable
+
+        shown, *twins = self.chats
+        try:
+            reply = ask_and_show(shown, message, self._console, verbose=self._verbose)
+            for twin in twins:
+                show_comparison(reply, twin.ask(message), self._console)
+        except KeyboardInterrupt:
+            self._console.print("\n(stopped)")
+        except (ValueError, EngineUnavailable) as error:
+            self._console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            return False
+        return True
+
+    def _show_end(self) -> None:
+        from ai100.console import totals
+
+        if len(self.chats) == 2:
+            totals(self.chats[0].replies, self.chats[1].replies, self._console)
+
+
+def _check_mode(messages: list[str], *, batch: bool, as_json: bool, no_cache: bool, compare: bool) -> None:
+    if batch != bool(messages):
+        raise ValueError("--batch takes the messages to ask" if batch else "messages are given with --batch")
+    if as_json and not batch:
+        raise ValueError("--json goes with --batch")
+    if no_cache and compare:
+        raise ValueError("--compare asks with and without the cache; --no-cache goes without it")
+
+
+def _system_message(settings: AI100Settings, data: Path | None) -> str:
+    """The notes of a folder, as the prompts of the other contenders have them; every topic begins with it."""
+    from kvarena.context import join_chunks, load_chunks, load_system_prompt
+
+    folder = data or (DATA if settings.is_demo and DATA.is_dir() else None)
+    if folder is None:
+        return ""
+    profile = Path(settings.model_path) / "kvarena.json"
+    separator = json.loads(profile.read_text()).get("separator", "\n\n") if profile.is_file() else "\n\n"
+    return load_system_prompt(folder) + join_chunks([chunk.text for chunk in load_chunks(folder)], separator)

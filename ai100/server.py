@@ -1,0 +1,107 @@
+"""`python -m ai100.server`: the `ai100` contender. OpenAI's API, and `GET /slots`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from ai100 import command_line as options
+from ai100.engine import GEN_LEN, MAX_CONTEXT, AI100Engine
+from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions
+from ai100.runtimes.runtime import StaticShapes
+from ai100.setup import AI100Settings, open_engine
+from ai100.topics import THRESHOLD, TOPICS_FILE
+from kvarena.api.config import ApiConfig
+from kvarena.api.serve import serve
+from kvarena.api.server import TheServer
+
+router = APIRouter()
+
+
+class SlotRow(BaseModel):
+    """`position` tokens have their KV in the slot; the larger `last_used`, the later."""
+
+    slot: int
+    topic: str | None
+    conversation: str | None
+    position: int
+    has_pending_token: bool
+    in_use: bool
+    last_used: int
+
+
+class SlotRows(BaseModel):
+    """`num_evictions`: slots that were taken from a topic for another."""
+
+    slots: list[SlotRow]
+    ctx_len: int
+    num_evictions: int
+
+
+@router.get("/slots")
+async def slots(server: TheServer) -> SlotRows:
+    engine = server.engine
+    assert isinstance(engine, AI100Engine)
+    rows = [SlotRow(**row) for row in engine.slot_rows()]
+    return SlotRows(slots=rows, ctx_len=engine.max_model_len, num_evictions=engine.batcher.slots.num_evictions)
+
+
+def main(
+    model: options.Model = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call it. [default: the model's name]")
+    ] = None,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8004,
+    runtime: options.RuntimeName = "auto",
+    full_batch_size: options.FullBatchSize = 2,
+    kv_cache_batch_size: options.KvCacheBatchSize = 4,
+    ctx_len: options.CtxLen = 4096,
+    prefill_seq_len: options.PrefillSeqLen = 128,
+    gen_len: options.GenLen = GEN_LEN,
+    max_context: options.MaxContext = MAX_CONTEXT,
+    topics: options.TopicKind = "keyword",
+    topics_file: options.TopicsFile = None,
+    sentence_model: options.SentenceModel = None,
+    threshold: options.Threshold = THRESHOLD,
+    no_cache: options.NoCache = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
+    num_cores: options.NumCores = 16,
+    num_devices: options.NumDevices = 1,
+    mxfp6_matmul: options.Mxfp6 = False,
+    mxint8_kv_cache: options.Mxint8 = False,
+) -> None:
+    """Serve multi-turn chat on KV slots."""
+    try:
+        engine = open_engine(
+            AI100Settings(
+                model=model,
+                runtime=runtime,
+                shapes=StaticShapes(prefill_seq_len, ctx_len, full_batch_size, kv_cache_batch_size),
+                compile_options=CompileOptions(num_cores, num_devices, mxfp6_matmul, mxint8_kv_cache),
+                device=device,
+                dtype=dtype,
+                random_weights=load_format == "dummy",
+                topics=topics,
+                topics_file=topics_file or TOPICS_FILE,
+                sentence_model=sentence_model,
+                threshold=threshold,
+                max_context=max_context,
+                gen_len=gen_len,
+                use_cache=not no_cache,
+                served_model_name=served_model_name,
+            )
+        )
+    except (ValueError, OSError, CardUnavailable, CompileFailed) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+    serve(engine, host, port, ApiConfig.from_environment(), routers=[router])
+
+
+if __name__ == "__main__":
+    typer.run(main)

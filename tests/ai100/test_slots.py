@@ -1,0 +1,166 @@
+"""The slot table against a plain model of it: whose a slot is, what is in it, and who goes first."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ai100.slots import Slot, SlotKey, SlotTable
+
+NUM_SLOTS, CTX_LEN = 3, 12
+KEYS = [SlotKey(salt, conversation, topic) for salt in ("", "s") for conversation in "ab" for topic in "xy"]
+IDS = st.lists(st.integers(0, 2), min_size=1, max_size=CTX_LEN)
+
+
+def taken(table: SlotTable, key: SlotKey | None) -> Slot:
+    found = table.take(key)
+    assert found is not None
+    return found.slot
+
+
+class AnyUse(RuleBasedStateMachine):
+    """`kept`: what each topic left behind; `order`: keys by their last taking, the least recent first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = SlotTable(NUM_SLOTS, CTX_LEN)
+        self.held: list[Slot] = []
+        self.kept: dict[SlotKey, list[int]] = {}
+        self.order: list[SlotKey] = []
+
+    @rule(key=st.sampled_from(KEYS))
+    def take(self, key: SlotKey) -> None:
+        held = [slot.key for slot in self.held]
+        found = self.table.take(key)
+        if key in held or len(held) == NUM_SLOTS:
+            assert found is None
+            return
+        assert found is not None
+        assert found.is_new == (key not in self.kept)
+        if found.is_new and len(self.kept) + held.count(None) == NUM_SLOTS:
+            oldest = next(other for other in self.order if other not in held)
+            self.order.remove(oldest)
+            del self.kept[oldest]
+        assert found.slot.token_ids == self.kept.setdefault(key, [])
+        self.order = [*(other for other in self.order if other != key), key]
+        self.held.append(found.slot)
+
+    @rule()
+    def take_for_one_turn(self) -> None:
+        held = [slot.key for slot in self.held]
+        found = self.table.take(None)
+        if len(held) == NUM_SLOTS:
+            assert found is None
+            return
+        assert found is not None
+        assert found.is_new
+        assert found.slot.token_ids == []
+        if len(self.kept) + held.count(None) == NUM_SLOTS:
+            oldest = next(other for other in self.order if other not in held)
+            self.order.remove(oldest)
+            del self.kept[oldest]
+        self.held.append(found.slot)
+
+    @precondition(lambda self: self.held)
+    @rule(ids=IDS, at=st.integers(0, 9))
+    def run_a_prompt(self, ids: list[int], at: int) -> None:
+        slot = self.held[at % len(self.held)]
+        before = list(slot.token_ids)
+        count = self.table.reuse(slot, ids)
+        assert ids[:count] == before[:count]
+        assert count == len(ids) - 1 or count == len(before) or ids[count] != before[count]
+        self.table.extend(slot, ids[count:])
+        self.table.set_pending(slot, 7)
+        assert (slot.token_ids, slot.position, slot.pending) == (ids, len(ids), 7)
+        if slot.key is not None:
+            self.kept[slot.key] = ids
+
+    @precondition(lambda self: self.held)
+    @rule(at=st.integers(0, 9))
+    def give_back(self, at: int) -> None:
+        self.table.give_back(self.held.pop(at % len(self.held)))
+
+    @precondition(lambda self: self.held)
+    @rule(at=st.integers(0, 9))
+    def forget(self, at: int) -> None:
+        slot = self.held.pop(at % len(self.held))
+        if slot.key is not None:
+            del self.kept[slot.key]
+            self.order.remove(slot.key)
+        self.table.forget(slot)
+
+    @rule()
+    def forget_all(self) -> None:
+        self.table.forget_all()
+        self.held, self.kept, self.order = [], {}, []
+
+    @invariant()
+    def it_is_what_it_should_be(self) -> None:
+        self.table.check_integrity()
+        assert {slot.key: slot.token_ids for slot in self.table.rows() if slot.key} == self.kept
+        assert {slot.index for slot in self.table.rows() if slot.in_use} == {slot.index for slot in self.held}
+
+
+TestAnyUse = AnyUse.TestCase
+TestAnyUse.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_slot_in_use_is_never_given_away() -> None:
+    table = SlotTable(2, CTX_LEN)
+    first, _ = taken(table, KEYS[0]), taken(table, KEYS[1])
+    assert table.take(KEYS[2]) is None
+    assert table.take(KEYS[0]) is None, "its own turn waits too"
+    table.give_back(first)
+    assert taken(table, KEYS[2]).index == first.index
+    assert table.num_evictions == 1
+
+
+def test_the_least_recently_used_goes_first_and_empty_slots_before_it() -> None:
+    table = SlotTable(2, CTX_LEN)
+    for key in KEYS[:2]:
+        table.give_back(taken(table, key))
+    table.give_back(taken(table, KEYS[0]))
+    slot = taken(table, KEYS[2])
+    assert slot.index == 1
+    table.forget(slot)
+    assert taken(table, KEYS[3]).index == 1, "it is empty"
+    assert {row.key for row in table.rows()} == {KEYS[0], KEYS[3]}
+
+
+def test_nothing_of_the_context_is_passed() -> None:
+    table = SlotTable(1, CTX_LEN)
+    slot = taken(table, KEYS[0])
+    table.extend(slot, [1] * CTX_LEN)
+    with pytest.raises(ValueError, match=str(CTX_LEN)):
+        table.extend(slot, [1])
+    table.check_integrity()
+
+
+def test_a_slot_that_nobody_holds_is_nobodys_to_change() -> None:
+    table = SlotTable(1, CTX_LEN)
+    slot = taken(table, KEYS[0])
+    table.give_back(slot)
+    with pytest.raises(AssertionError, match="slot 0"):
+        table.extend(slot, [1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda t: setattr(t.slots[1], "key", t.slots[0].key), "two slots"),
+        (lambda t: t.slots[2].token_ids.append(1), "nobody"),
+        (lambda t: t.slots[0].token_ids.extend([1] * 20), "longer"),
+        (lambda t: setattr(t.slots[0], "last_used", 99), "future"),
+        (lambda t: t.slots.reverse(), "moved"),
+    ],
+)
+def test_check_integrity_really_checks(damage: object, says: str) -> None:
+    table = SlotTable(3, CTX_LEN)
+    taken(table, KEYS[0])
+    table.check_integrity()
+    assert callable(damage)
+    damage(table)
+    with pytest.raises(AssertionError, match=says):
+        table.check_integrity()
