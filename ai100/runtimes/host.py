@@ -95,7 +95,7 @@ class HostRuntime:
         """One forward over rows of equal length. Returns the logits `(B, V)` of each row's last token."""
         kv, device = self._opened(), self._model.device
         kv.go_on_with(written)
-        self._filled.touch(written)
+        self._filled.touch(written)  # a forward that fails may have written some of it
         positions = [range(row.start, row.end) for row in written]
         with torch.inference_mode(), self._device_errors():
             logits = self._model(

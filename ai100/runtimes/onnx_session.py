@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
@@ -27,7 +27,7 @@ class OnnxSession:
 
     def __init__(self, graph: Path, shapes: StaticShapes) -> None:
         options = SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = torch.get_num_threads()
         runnable = str(host_graph(graph))
         self._session = InferenceSession(runnable, options, providers=["CPUExecutionProvider"])
         self._token_shapes = {(1, shapes.prefill_seq_len), (shapes.full_batch_size, 1)}

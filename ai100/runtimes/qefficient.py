@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ai100.runtimes.filled_slots import FilledSlots
+from ai100.runtimes.filled_slots import FilledSlots, SlotRange
 from ai100.runtimes.model_files import ModelFiles
 from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, StaticShapes
-from ai100.runtimes.session import Session, logits_buffer, skip_retained_state
+from ai100.runtimes.session import Buffers, Session, logits_buffer, skip_retained_state
 
 NOWHERE = -1
 """The position of padding and of idle rows: what they compute is written into no slot, and their logits mean
@@ -49,21 +48,16 @@ class QEfficientRuntime:
         written = self._filled.prefill_range(slot, token_ids, position)
         is_one_shape = self.shapes.prefill_seq_len == 1  # then prefill is compiled as decode is
         batch_size = self.shapes.full_batch_size if is_one_shape else 1
-        logits: Logits = self._run([(slot, token_ids, position)], batch_size, self.shapes.prefill_seq_len)[0]
-        self._filled.touch([written])
-        self._filled.fill([written])
+        logits: Logits = self._run([token_ids], [written], batch_size, self.shapes.prefill_seq_len)[0]
         return logits
 
     def decode(self, rows: Sequence[DecodeRow]) -> Logits:
         written = self._filled.decode_ranges(rows)
-        tokens = [(row.slot, (row.token_id,), row.position) for row in rows]
-        logits = self._run(tokens, self.shapes.full_batch_size, 1)
-        self._filled.touch(written)
-        self._filled.fill(written)
-        return logits
+        return self._run([[row.token_id] for row in rows], written, self.shapes.full_batch_size, 1)
 
     def clear(self, slot: int) -> None:
         """Overwrites what the slot held: a host has no other hand on one slot of the device."""
+        self._opened()
         step = self.shapes.prefill_seq_len
         num_tokens = self._filled.num_touched(slot)
         for position in range(0, num_tokens, step):
@@ -88,34 +82,41 @@ class QEfficientRuntime:
         self.session = self._open_session()
         skip_retained_state(self.session)
 
-    def _run(self, rows: Sequence[tuple[int, Sequence[int], int]], batch_size: int, seq_len: int) -> Logits:
-        """One run of `(slot, token ids, position)` rows, padded to a compiled shape. Returns `(len(rows), V)`."""
-        if self.session is None:
-            raise DeviceLost("the device is lost or closed; reopen it")
-        inputs = padded_inputs(rows, batch_size, seq_len)
+    def _run(
+        self, token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange], batch_size: int, seq_len: int
+    ) -> Logits:
+        """One run of these rows, padded to a compiled shape. Returns the logits `(B, V)` of each row's last token."""
+        session = self._opened()
+        inputs = padded_inputs(token_ids, written, batch_size, seq_len)
         try:
-            self.session.set_buffers(logits_buffer(batch_size, self.vocab_size))
-            logits = self.session.run(inputs)["logits"]
+            session.set_buffers(logits_buffer(batch_size, self.vocab_size))
+            logits = session.run(inputs)["logits"]
         except Exception as error:
             self.close()
             raise DeviceLost(f"the device is lost: {error or type(error).__name__}") from error
-        return np.array(logits[: len(rows), 0], dtype=np.float32)
+        self._filled.touch(written)
+        self._filled.fill(written)
+        return np.array(logits[: len(written), 0], dtype=np.float32)
+
+    def _opened(self) -> Session:
+        if self.session is None:
+            raise DeviceLost("the device is lost or closed; reopen it")
+        return self.session
 
 
 def padded_inputs(
-    rows: Sequence[tuple[int, Sequence[int], int]], batch_size: int, seq_len: int
-) -> dict[str, NDArray[np.int64]]:
-    """`input_ids` and `position_ids` `(batch_size, seq_len)`, `batch_index` `(batch_size, 1)`.
+    token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange], batch_size: int, seq_len: int
+) -> Buffers:
+    """`input_ids` and `position_ids` `(batch_size, seq_len)`, `batch_index` `(batch_size, 1)`, all int64.
 
-    Idle rows get slots of their own, so that no slot stands in a batch twice.
+    Padding and idle rows are at NOWHERE; idle rows get slots of their own, so that no slot stands in a batch twice.
     """
     input_ids = np.zeros((batch_size, seq_len), dtype=np.int64)
     position_ids = np.full((batch_size, seq_len), NOWHERE, dtype=np.int64)
-    for number, (_, token_ids, position) in enumerate(rows):
-        input_ids[number, : len(token_ids)] = token_ids
-        position_ids[number, : len(token_ids)] = np.arange(position, position + len(token_ids))
-    busy = [slot for slot, _, _ in rows]
+    for number, (row, tokens) in enumerate(zip(written, token_ids, strict=True)):
+        input_ids[number, : len(tokens)] = tokens
+        position_ids[number, : len(tokens)] = np.arange(row.start, row.end)
+    busy = [row.slot for row in written]
     idle = [slot for slot in range(batch_size) if slot not in busy]
-    slots = (busy + idle)[:batch_size]
-    batch_index = np.array(slots, dtype=np.int64)[:, None]
+    batch_index = np.array((busy + idle)[:batch_size], dtype=np.int64)[:, None]
     return {"input_ids": input_ids, "position_ids": position_ids, "batch_index": batch_index}

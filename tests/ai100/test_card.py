@@ -1,0 +1,189 @@
+"""Choosing a runtime, and everything about a card that can be told without one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+from ai100.runtimes import card
+from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions, compile_model, open_on_card
+from ai100.runtimes.host import HostRuntime
+from ai100.runtimes.registry import chosen, open_runtime
+from ai100.runtimes.runtime import StaticShapes
+from tiny_models import save_tiny_model, tiny_tokenizer
+
+SHAPES = StaticShapes(prefill_seq_len=8, ctx_len=48, full_batch_size=2, kv_cache_batch_size=4)
+OPTIONS = CompileOptions(num_cores=14, num_devices=2, mxfp6_matmul=True, mxint8_kv_cache=True)
+has_no_card = pytest.mark.skipif(not card.missing(), reason="this machine has a card")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("card") / "llama")
+
+
+def write_script(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_an_unknown_runtime_names_the_choices(folder: Path) -> None:
+    with pytest.raises(ValueError, match="no runtime 'gpu'; choose one of auto, qaic, host, onnx"):
+        open_runtime("gpu", str(folder), SHAPES)
+
+
+@has_no_card
+def test_auto_is_the_host_without_a_card(folder: Path) -> None:
+    runtime = open_runtime("auto", str(folder), SHAPES, random=True)
+    assert runtime.name == "host"
+
+
+def test_auto_is_the_card_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "missing", lambda: [])
+    assert [chosen(name) for name in ("auto", "host", "onnx")] == ["qaic", "host", "onnx"]
+
+
+@has_no_card
+def test_qaic_without_a_card_says_all_that_is_missing(folder: Path) -> None:
+    with pytest.raises(CardUnavailable) as raised:
+        open_runtime("qaic", str(folder), SHAPES)
+    assert all(what in str(raised.value) for what in card.missing())
+
+
+def test_the_exported_graph_runs_by_name_and_is_removed(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    runtime = open_runtime("onnx", str(folder), SHAPES)
+    assert runtime.name == "onnx"
+    assert runtime.prefill(0, [1, 2, 3], 0).shape == (runtime.vocab_size,)
+    assert len(list(tmp_path.iterdir())) == 1
+    del runtime
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_host_makes_weights_up(folder: Path) -> None:
+    with pytest.raises(ValueError, match="only 'host'"):
+        open_runtime("onnx", str(folder), SHAPES, random=True)
+
+
+def test_a_card_is_there_when_the_sdk_reports_one_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over an SDK folder of its own, whose `qaic-util` prints what Qualcomm's does."""
+    assert len(card.missing(tmp_path)) >= 3
+    write_script(tmp_path / "exec" / "qaic-compile", "")
+    monkeypatch.setitem(sys.modules, "qaicrt", module("qaicrt"))
+    monkeypatch.setitem(sys.modules, "QEfficient", module("QEfficient"))
+    write_script(tmp_path / "tools" / "qaic-util", 'echo "QID 0"; echo "  Status:Error"')
+    assert card.missing(tmp_path) == [f"a card that {tmp_path}/tools/qaic-util -q reports as ready"]
+    write_script(tmp_path / "tools" / "qaic-util", 'echo "QID 0"; echo "  Status:Ready"')
+    assert card.missing(tmp_path) == []
+
+
+def module(name: str, **names: Any) -> ModuleType:
+    made = ModuleType(name)
+    made.__spec__ = __import__("importlib.machinery").machinery.ModuleSpec(name, None)
+    vars(made).update(names)
+    return made
+
+
+class Compiler:
+    """Stands for `QEFFAutoModelForCausalLM` where there is no SDK: keeps what it is asked, answers what it is told."""
+
+    answer: Any = "/qpc"
+    asked: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(cls, path: str, **arguments: Any) -> type[Compiler]:
+        cls.asked = {"path": path, **arguments}
+        return cls
+
+    @classmethod
+    def compile(cls, **arguments: Any) -> str:
+        cls.asked |= arguments
+        if isinstance(cls.answer, Exception):
+            raise cls.answer
+        return str(cls.answer)
+
+
+def test_every_setting_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "QEfficient", module("QEfficient", QEFFAutoModelForCausalLM=Compiler))
+    assert compile_model("some/model", SHAPES, OPTIONS) == Path("/qpc")
+    assert Compiler.asked == {
+        "path": "some/model",
+        "continuous_batching": True,
+        "prefill_seq_len": 8,
+        "ctx_len": 48,
+        "full_batch_size": 2,
+        "kv_cache_batch_size": 4,
+        "num_cores": 14,
+        "num_devices": 2,
+        "mxfp6_matmul": True,
+        "mxint8_kv_cache": True,
+    }
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Compiler stderr: out of cores"), FileNotFoundError("qaic-compile")])
+def test_a_compile_failure_carries_the_compilers_message(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setitem(sys.modules, "QEfficient", module("QEfficient", QEFFAutoModelForCausalLM=Compiler))
+    monkeypatch.setattr(Compiler, "answer", error)
+    with pytest.raises(CompileFailed, match=f"some/model can't be compiled for .*ctx_len=48.*{error}"):
+        compile_model("some/model", SHAPES, OPTIONS)
+
+
+@has_no_card
+def test_without_qefficient_and_sdk_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "QEfficient", None)
+    with pytest.raises(CardUnavailable, match="QEfficient can't be imported"):
+        compile_model("some/model", SHAPES, OPTIONS)
+    with pytest.raises(CardUnavailable, match="no session on the card"):
+        open_on_card(Path("/qpc"))
+
+
+@pytest.mark.parametrize("name", ["num_cores", "num_devices"])
+def test_compile_options_are_checked(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        CompileOptions(**{name: 0})
+
+
+@pytest.mark.parametrize("runtime", ["host", "onnx"])
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("llama", {"max_position_embeddings": 32}, "ctx_len 48 is more than the 32 positions"),
+        ("mistral", {"sliding_window": 40}, "sliding window of 40 tokens"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
+    ],
+)
+def test_models_whose_kv_slots_cant_hold_are_refused(
+    tmp_path: Path, runtime: str, family: str, config: dict[str, Any], message: str
+) -> None:
+    folder = save_tiny_model(tmp_path, family, **config)
+    with pytest.raises(ValueError, match=message):
+        open_runtime(runtime, str(folder), SHAPES)
+
+
+def test_a_family_with_more_in_its_attention_is_refused(tmp_path: Path) -> None:
+    """Gemma 2 caps its scores."""
+    tokenizer = tiny_tokenizer()
+    config: Any = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Gemma2Attention needs softcap"):
+        HostRuntime.load(str(tmp_path), SHAPES)
+
+
+def test_an_unknown_dtype_names_the_choices(folder: Path) -> None:
+    with pytest.raises(ValueError, match="no dtype 'int4'; choose one of auto, float32"):
+        HostRuntime.load(str(folder), SHAPES, dtype="int4")
+
+
+def test_no_such_model_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nothing-here"):
+        HostRuntime.load(str(tmp_path / "nothing-here"), SHAPES)
