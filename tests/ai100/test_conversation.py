@@ -10,7 +10,7 @@ import pytest
 from ai100.conversation import Exchange
 from ai100.memory import ConversationMemory
 from ai100.topics import KeywordTopics
-from ai100_engine import AI100, LISTS, read
+from ai100_engine import AI100, CHAT_TEMPLATE, LISTS, read
 from kvarena.api.engine import GenerationRequest, Sampling
 
 Make = Callable[..., AI100]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvarena.bench.ai100_command import ai100
 from kvarena.bench.console import explained, integers, progress
 from kvarena.bench.simllm.command import simllm
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure contenders and save the figures.")
 app.command()(simllm)
+app.command()(ai100)
 
 
 @app.command()

@@ -1,0 +1,131 @@
+"""`kvarena ai100 chat` and `python -m ai100.server` on the demo model, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from kvarena.cli import app
+
+SMALL = ["--ctx-len", "2560", "--kv-cache-batch-size", "2", "--gen-len", "20", "--prefill-seq-len", "256"]
+QUESTIONS = ["What colour is the door of Thea?", "And what does she collect?"]
+LINE = re.compile(r"\[(NEW|INCR|RESET|FULL)\] Slot (\d) \| Turn (\d) \| Prefilled (\d+) tokens \| First token")
+
+
+def run(*arguments: str, typed: str = "") -> str:
+    result = CliRunner().invoke(app, ["ai100", "chat", "--runtime", "host", *SMALL, *arguments], input=typed)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def lines_of(output: str) -> list[tuple[str, ...]]:
+    return [found.groups() for found in LINE.finditer(output)]
+
+
+def test_batch_on_the_demo_model() -> None:
+    output = run("--batch", *QUESTIONS, "--verbose")
+    (first, second) = lines_of(output)
+    assert "grey" in output
+    assert "shells" in output
+    assert first[:3] == ("NEW", "0", "1")
+    assert second[:3] == ("INCR", "0", "2")
+    assert int(second[3]) < 30 < 1000 < int(first[3]), "the notes are prefilled once"
+    assert "topic 'townspeople'" in output
+
+
+def test_interactive_with_stats_and_help() -> None:
+    output = run(typed=f"{QUESTIONS[0]}\n\n?\nstats\n{QUESTIONS[1]}\nQ\n")
+    assert [line[0] for line in lines_of(output)] == ["NEW", "INCR"]
+    assert "quit, exit, q" in output
+    assert "Turns: 1 (1 NEW)" in output
+    assert "townspeople" in output
+
+
+def test_end_of_input_ends_the_chat() -> None:
+    assert lines_of(run(typed="")) == []
+
+
+def test_compare_shows_both_and_the_same_answers() -> None:
+    output = run("--compare", "--batch", *QUESTIONS)
+    assert output.count("the same answer") == 2
+    assert "prefilled tokens" in output
+    assert "saved" in output
+
+
+def test_json_without_the_cache() -> None:
+    result = CliRunner().invoke(app, ["ai100", "chat", *SMALL, "--no-cache", "--json", "--batch", *QUESTIONS])
+    ((first, second),) = json.loads(result.stdout)
+    assert (first["status"], second["status"]) == ("FULL_PREFILL", "FULL_PREFILL")
+    assert (first["answer"], second["answer"]) == ("grey", "shells")
+    assert min(first["num_prefilled_tokens"], second["num_prefilled_tokens"]) > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["hello"], "--batch"),
+        (["--batch"], "--batch"),
+        (["--json"], "--batch"),
+        (["--compare", "--no-cache"], "--compare"),
+        (["--runtime", "tpu"], "auto, qaic, host"),
+        (["--runtime", "qaic"], "qaic"),
+        (["--topics", "magic"], "keyword, embedding"),
+        (["--topics-file", "/nothing.yaml"], "/nothing.yaml"),
+        (["--threshold", "7"], "threshold"),
+        (["--max-context", "0"], "max_context"),
+        (["--full-batch-size", "9"], "full_batch_size 9"),
+        (["--model", "/nothing"], "/nothing"),
+    ],
+)
+def test_bad_command_lines_say_what_is_wrong(arguments: Sequence[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["ai100", "chat", *arguments])
+    assert result.exit_code == 1
+    assert says in result.output.replace("\n", "")
+    assert "Traceback" not in result.output
+
+
+def test_what_cannot_be_answered_fails_and_the_rest_is_asked() -> None:
+    result = CliRunner().invoke(app, ["ai100", "chat", *SMALL, "--batch", "word " * 3000, QUESTIONS[0]])
+    assert result.exit_code == 1
+    assert "2560" in result.output
+    assert "grey" in result.output
+
+
+@pytest.mark.slow
+def test_the_server_as_a_process(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ai100.server",
+        "--port",
+        "18004",
+        "--served-model-name",
+        "demo",
+        "--runtime",
+        "host",
+    ]
+    with subprocess.Popen([*command, "--topics", "embedding"], stdout=subprocess.DEVNULL) as process:
+        try:
+            with httpx.Client(base_url="http://127.0.0.1:18004", trust_env=False, timeout=30) as client:
+                for _ in range(240):
+                    try:
+                        client.get("/health").raise_for_status()
+                        break
+                    except httpx.TransportError:
+                        time.sleep(0.5)
+                body = {"messages": [{"role": "user", "content": "Who is Igor?"}], "max_tokens": 4, "user": "me"}
+                answers = [client.post("/v1/chat/completions", json=body).json() for _ in range(2)]
+                assert client.get("/kvarena").json()["topics"] == "EmbeddingTopics"
+            assert answers[1]["kv_transfer_params"]["kvarena"]["status"] == "INCREMENTAL_PREFILL"
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0

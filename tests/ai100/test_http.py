@@ -1,0 +1,202 @@
+"""The AI 100 contender over HTTP: names of conversations, streams, reports, the table of slots, what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from ai100.engine import AI100Engine
+from ai100.runtimes.runtime import DeviceLost
+from ai100.server import router
+from ai100_engine import AI100
+from real_server import RealServer, serving
+from tiny_models import WORDS
+
+CHAT = "/v1/chat/completions"
+Served = tuple[AI100, RealServer[AI100Engine]]
+
+
+@pytest.fixture
+def served(make: Callable[..., AI100]) -> Iterator[Served]:
+    ai100 = make()
+    with serving(ai100.engine, routers=[router]) as server:
+        yield ai100, server
+
+
+@pytest.fixture
+def http(served: Served) -> Iterator[httpx.Client]:
+    with served[1].client() as client:
+        yield client
+
+
+def body(*said: str, **more: Any) -> dict[str, Any]:
+    roles = ["user", "assistant"] * len(said)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+    return {"messages": messages, "max_tokens": 6, "temperature": 0} | more
+
+
+def report_of(answer: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = answer["kv_transfer_params"]["kvarena"]
+    return found
+
+
+@pytest.mark.parametrize("how", ["header", "user", "history"])
+def test_a_conversation_by_its_name_or_its_history(http: httpx.Client, how: str) -> None:
+    headers = {"X-Conversation-Id": "mine"} if how == "header" else {}
+    more = {"user": "me"} if how == "user" else {}
+    first = http.post(CHAT, json=body("river old", **more), headers=headers).json()
+    text = first["choices"][0]["message"]["content"]
+    said = ("river old", text, "And the rain?") if how == "history" else ("And the rain?",)
+    second = http.post(CHAT, json=body(*said, **more), headers=headers).json()
+    told = report_of(second)
+    assert (report_of(first)["status"], told["status"]) == ("NEW_TOPIC", "INCREMENTAL_PREFILL")
+    assert (told["contender"], told["approximate"]) == ("ai100", False)
+    assert (told["topic"], told["slot"], told["turn"]) == ("water", 0, 2)
+    assert told["num_prefilled_tokens"] + told["num_reused_tokens"] == told["num_prompt_tokens"]
+    assert told["num_decoded_tokens"] == second["usage"]["completion_tokens"]
+    assert {"queue_ms", "prefill_ms", "decode_ms", "total_ms"} == told["timings"].keys()
+    assert [span["source"] for span in told["spans"]] == ["reused", "computed"]
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == told["num_reused_tokens"] > 0
+
+
+def test_openais_client_streams_what_it_gets_whole(served: Served) -> None:
+    client = OpenAI(base_url=f"{served[1].url}/v1", api_key="none", max_retries=0)
+    messages = [{"role": "user", "content": "river bread"}]
+    how = {"model": client.models.list().data[0].id, "messages": messages, "max_tokens": 6, "temperature": 0}
+    whole = client.chat.completions.create(**how)
+    chunks = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_the_report_of_a_stream_is_kept(http: httpx.Client) -> None:
+    with http.stream("POST", CHAT, json=body("river", stream=True)) as reply:
+        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    told = http.get(f"/kvarena/requests/{json.loads(lines[0])['id']}").json()
+    assert (told["topic"], told["status"]) == ("water", "NEW_TOPIC")
+
+
+def test_the_table_of_slots_and_the_settings(http: httpx.Client) -> None:
+    for text in ("river", "bread"):
+        http.post(CHAT, json=body(text, user="me"))
+    table = http.get("/slots").json()
+    assert [row["topic"] for row in table["slots"]] == ["water", "food", None]
+    assert all(row["position"] > 0 and row["has_pending_token"] for row in table["slots"][:2])
+    assert (table["ctx_len"], table["num_evictions"]) == (512, 0)
+    told = http.get("/kvarena").json()
+    assert (told["contender"], told["runtime"], told["kv_cache_batch_size"]) == ("ai100", "host", 3)
+    assert told["defaults"] == {"use_cache": True}
+    metrics = http.get("/metrics").text
+    assert 'kvarena_prompt_tokens_total{engine="0",model_name="llama",origin="computed"}' in metrics
+
+
+def test_without_the_cache(make: Callable[..., AI100], http: httpx.Client) -> None:
+    off = {"kv_transfer_params": {"kvarena": {"use_cache": False}}}
+    texts = []
+    for more in ({"user": "a"}, {"user": "b", **off}):
+        answers = [http.post(CHAT, json=body(text, **more)).json() for text in ("river", "And the rain?")]
+        texts.append([answer["choices"][0]["message"]["content"] for answer in answers])
+        assert report_of(answers[1])["cache_enabled"] == ("kv_transfer_params" not in more)
+    assert texts[0] == texts[1]
+    with serving(make(use_cache=False).engine, routers=[router]) as server, server.client() as client:
+        answers = [client.post(CHAT, json=body(text, user="a")).json() for text in ("river", "And the rain?")]
+    assert [answer["choices"][0]["message"]["content"] for answer in answers] == texts[0]
+    assert [report_of(answer)["status"] for answer in answers] == ["FULL_PREFILL"] * 2
+
+
+@pytest.mark.parametrize(
+    ("request_body", "says"),
+    [
+        (body(""), "empty"),
+        (body("goat " * 700), "512"),
+        (body("goat", max_tokens=2000), "512"),
+        (body("goat", kv_transfer_params={"kvarena": {"slot": 1}}), "use_cache"),
+        (body("goat", n=2, user="me"), "n is 2"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_bad_requests_get_an_error_object(http: httpx.Client, request_body: dict[str, Any], says: str) -> None:
+    for stream in (False, True):
+        reply = http.post(CHAT, json=request_body | {"stream": stream})
+        assert reply.status_code == 400, reply.text
+        assert says in reply.json()["error"]["message"]
+    assert all(row["topic"] is None for row in http.get("/slots").json()["slots"])
+
+
+def test_several_samples_and_text_completions(http: httpx.Client) -> None:
+    answer = http.post(CHAT, json=body("river", n=3, temperature=1, seed=4)).json()
+    assert len(answer["choices"]) == 3
+    prompts = {"prompt": ["tea rain", "goat hill"], "max_tokens": 3, "temperature": 0}
+    assert len(http.post("/v1/completions", json=prompts).json()["choices"]) == 2
+
+
+def test_a_stop_string_ends_the_turn_and_the_chat_goes_on(served: Served, http: httpx.Client) -> None:
+    text = http.post(CHAT, json=body("river", max_tokens=12)).json()["choices"][0]["message"]["content"]
+    stop = next(text[at : at + 2] for at in range(3, len(text)) if "\ufffd" not in text[at : at + 2])
+    for _ in range(2):
+        cut = http.post(CHAT, json=body("river", max_tokens=12, stop=stop)).json()["choices"][0]
+        assert (cut["finish_reason"], cut["message"]["content"]) == ("stop", text[: text.index(stop)])
+    following = http.post(CHAT, json=body("river", cut["message"]["content"], "rain")).json()
+    assert report_of(following)["status"] == "INCREMENTAL_PREFILL"
+    assert not any(row["in_use"] for row in http.get("/slots").json()["slots"])
+    served[0].engine.batcher.slots.check_integrity()
+
+
+def test_a_client_that_goes_away_frees_its_slot(served: Served, http: httpx.Client) -> None:
+    endless = body("river", max_tokens=480, ignore_eos=True, stream=True)
+    with http.stream("POST", CHAT, json=endless) as reply:
+        next(line for line in reply.iter_lines() if line)
+    stops_by = time.monotonic() + 10
+    while time.monotonic() < stops_by and any(row["in_use"] for row in http.get("/slots").json()["slots"]):
+        time.sleep(0.05)
+    assert len(served[0].runtime.decodes) < 470
+    assert http.post(CHAT, json=body("river")).is_success
+
+
+def test_a_lost_device_is_told_and_the_next_request_is_served(served: Served, http: httpx.Client) -> None:
+    runtime = served[0].runtime
+    expected = http.post(CHAT, json=body("river")).json()["choices"][0]["message"]["content"]
+
+    def lose(kind: str, slots: object) -> None:
+        if len(runtime.decodes) > num_decodes + 2:
+            runtime.before = lambda kind, slots: None
+            raise DeviceLost("the card is gone")
+
+    for stream in (False, True):
+        num_decodes = len(runtime.decodes)
+        runtime.before = lose
+        reply = http.post(CHAT, json=body("river", stream=stream))
+        assert "the card is gone" in reply.text
+        assert (reply.status_code == 503) != stream
+    assert http.post(CHAT, json=body("river")).json()["choices"][0]["message"]["content"] == expected
+
+
+def test_sixteen_users_at_once(served: Served, http: httpx.Client) -> None:
+    def talk(user: int, name: str) -> list[str]:
+        said = []
+        for text in (WORDS[user % 8], "And why?", WORDS[(user + 3) % 8]):
+            answer = http.post(CHAT, json=body(text, user=f"{name}{user}", max_tokens=3)).json()
+            said.append(answer["choices"][0]["message"]["content"])
+        return said
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda user: talk(user, "together"), range(16)))
+    assert answers[:8] == answers[8:]
+    assert answers[:2] == [talk(user, "alone") for user in range(2)]
+    served[0].engine.batcher.slots.check_integrity()
+
+
+def test_the_log_has_a_line_with_topic_and_slot(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="kvarena"):
+        http.post(CHAT, json=body("river"))
+        time.sleep(0.2)
+    (line,) = [record.message for record in caplog.records if record.message.startswith("kvarena request=")]
+    assert "topic=water slot=0 turn=1 status=NEW_TOPIC" in line
