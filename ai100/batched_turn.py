@@ -99,9 +99,10 @@ class BatchedTurn:
         self.figures.total_ms = (perf_counter() - self._submitted_s) * 1e3
         try:
             self.on_end(self)
-        finally:
-            self.ended.set()
-            self._tokens.put(None)
+        except Exception as failed:  # It is the turn's, and not the batcher's.
+            self.error = error or failed
+        self.ended.set()
+        self._tokens.put(None)
 
     def _status(self, prompt: Prompt, num_reused_tokens: int) -> tuple[Status, str | None]:
         if not self.use_cache:

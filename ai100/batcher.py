@@ -76,7 +76,12 @@ class Batcher:
                 self._prefill_a_piece()
                 self._decode_a_token([turn for turn in self._running if turn.is_prefilled])
             except DeviceLost as error:
-                self._lose_device(error)
+                logger.error("the device was lost with %d turns running: %s", len(self._running), error)
+                self._is_lost = True
+                self._end_all(EngineUnavailable(f"the device was lost in the middle of the answer: {error}"))
+            except Exception:
+                logger.exception("a bug in the batcher, with %d turns running", len(self._running))
+                self._end_all(EngineUnavailable("the answer was lost by an error of the server"))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -187,13 +192,12 @@ class Batcher:
         self.slots.forget(_held(turn))
         turn.end(None, error)
 
-    def _lose_device(self, error: DeviceLost) -> None:
-        logger.error("the device was lost with %d turns running: %s", len(self._running), error)
-        self._is_lost = True
+    def _end_all(self, error: EngineUnavailable) -> None:
+        """Of those that run. What is in the slots can't be relied on any more."""
         self.slots.forget_all()
         turns, self._running = self._running, []
         for turn in turns:
-            turn.end(None, EngineUnavailable(f"the device was lost in the middle of the answer: {error}"))
+            turn.end(None, error)
 
     def _reopened(self) -> bool:
         """Turns that wait while the device can't be opened fail, so that nobody waits for ever."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ai100.chat_session import ChatSession
     from ai100.engine import AI100Engine
-    from ai100.setup import AI100Settings
+    from ai100.settings import AI100Settings
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Multi-turn chat on the KV slots of an AI 100.")
 
@@ -68,7 +68,7 @@ def chat(
 
     from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions
     from ai100.runtimes.runtime import StaticShapes
-    from ai100.setup import AI100Settings, open_engine
+    from ai100.settings import AI100Settings, open_engine
     from ai100.topics import TOPICS_FILE
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)

@@ -184,13 +184,12 @@ class AI100Generation:
         return prompt
 
     def _remember(self, planned: _Planned, turn: BatchedTurn) -> None:
-        """The answer as far as it was read, where it was given up; a turn without one never was."""
+        """The answer, as far as it was read where it was given up; a turn of which nothing was read never was."""
         if planned.begun is None:
             return
-        said = turn.answer_ids if turn.finish_reason else turn.answer_ids[: turn.num_taken]
-        if self._closed:
-            said = turn.answer_ids[: turn.num_taken]
-        if turn.error is not None or turn.prompt is None or not (said or turn.finish_reason):
+        given_up = turn.finish_reason is None or (self._closed and turn.num_taken < len(turn.answer_ids))
+        said = turn.answer_ids[: turn.num_taken] if given_up else turn.answer_ids
+        if turn.prompt is None or turn.error is not None or (given_up and not said):
             self._engine.memory.drop(planned.begun)
             return
         text = Detokenizer(self._engine.tokenizer, turn.prompt.token_ids)

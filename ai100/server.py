@@ -12,7 +12,7 @@ from ai100 import command_line as options
 from ai100.engine import GEN_LEN, MAX_CONTEXT, AI100Engine
 from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions
 from ai100.runtimes.runtime import StaticShapes
-from ai100.setup import AI100Settings, open_engine
+from ai100.settings import AI100Settings, open_engine
 from ai100.topics import THRESHOLD, TOPICS_FILE
 from kvarena.api.config import ApiConfig
 from kvarena.api.serve import serve

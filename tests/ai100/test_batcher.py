@@ -121,7 +121,8 @@ def test_more_turns_than_batch_rows_wait(make: Make) -> None:
     join = in_threads(ai100, [started(ai100, topic, topic) for topic in TOPICS])
     held.release()
     answers_of(join())
-    assert {len(rows) for rows in ai100.runtime.decodes} == {2}
+    assert max(len(rows) for rows in ai100.runtime.decodes) == 2
+    assert len(ai100.runtime.decodes) < 3 * 39
     ai100.engine.batcher.slots.check_integrity()
 
 

@@ -73,7 +73,7 @@ def ai100(
 def _engine(model: str | None, shape: str | None, runtime: str, workload: AI100Workload) -> AI100Engine:
     """One slot more than conversations: turns without the cache run in it."""
     from ai100.runtimes.runtime import StaticShapes
-    from ai100.setup import AI100Settings, open_engine
+    from ai100.settings import AI100Settings, open_engine
     from kvarena.bench.shapes import model_folder
 
     num = workload.num_conversations
