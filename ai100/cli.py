@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Multi-turn chat on the KV slots of an AI 100.")
 
-QUIT = ("quit", "exit", "q")
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 
@@ -138,7 +137,7 @@ class _Talk:
             try:
                 line = self._console.input("[bold]> [/bold]").strip()
             except (EOFError, KeyboardInterrupt):
-                line = QUIT[0]
+                line = "quit"
             match line.lower():
                 case "quit" | "exit" | "q":
                     self._show_end()

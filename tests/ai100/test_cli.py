@@ -21,6 +21,15 @@ QUESTIONS = ["What colour is the door of Thea?", "And what does she collect?"]
 LINE = re.compile(r"\[(NEW|INCR|RESET|FULL)\] Slot (\d) \| Turn (\d) \| Prefilled (\d+) tokens \| First token")
 
 
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small town's options, for what isn't about the notes that ship."""
+    folder = tmp_path_factory.mktemp("notes")
+    (folder / "sys_prompt.txt").write_text("You answer questions about the town. Use only the notes below.")
+    (folder / "01.txt").write_text("The door of Thea is grey. Thea collects shells. Igor keeps bees.")
+    return ["--data", str(folder)]
+
+
 def run(*arguments: str, typed: str = "") -> str:
     result = CliRunner().invoke(app, ["ai100", "chat", "--runtime", "host", *SMALL, *arguments], input=typed)
     assert result.exit_code == 0, result.output
@@ -42,31 +51,31 @@ def test_batch_on_the_demo_model() -> None:
     assert "topic 'townspeople'" in output
 
 
-def test_interactive_with_stats_and_help() -> None:
-    output = run(typed=f"{QUESTIONS[0]}\n\n?\nstats\n{QUESTIONS[1]}\nQ\n")
+def test_interactive_with_stats_and_help(notes: list[str]) -> None:
+    output = run(*notes, typed=f"{QUESTIONS[0]}\n\n?\nstats\n{QUESTIONS[1]}\nQ\n")
     assert [line[0] for line in lines_of(output)] == ["NEW", "INCR"]
     assert "quit, exit, q" in output
     assert "Turns: 1 (1 NEW)" in output
     assert "townspeople" in output
 
 
-def test_end_of_input_ends_the_chat() -> None:
-    assert lines_of(run(typed="")) == []
+def test_end_of_input_ends_the_chat(notes: list[str]) -> None:
+    assert lines_of(run(*notes, typed="")) == []
 
 
-def test_compare_shows_both_and_the_same_answers() -> None:
-    output = run("--compare", "--batch", *QUESTIONS)
+def test_compare_shows_both_and_the_same_answers(notes: list[str]) -> None:
+    output = run(*notes, "--compare", "--batch", *QUESTIONS)
     assert output.count("the same answer") == 2
     assert "prefilled tokens" in output
     assert "saved" in output
 
 
-def test_json_without_the_cache() -> None:
-    result = CliRunner().invoke(app, ["ai100", "chat", *SMALL, "--no-cache", "--json", "--batch", *QUESTIONS])
-    ((first, second),) = json.loads(result.stdout)
+def test_json_without_the_cache(notes: list[str]) -> None:
+    arguments = ["ai100", "chat", *SMALL, *notes, "--no-cache", "--json", "--batch", *QUESTIONS]
+    ((first, second),) = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert (first["status"], second["status"]) == ("FULL_PREFILL", "FULL_PREFILL")
-    assert (first["answer"], second["answer"]) == ("grey", "shells")
-    assert min(first["num_prefilled_tokens"], second["num_prefilled_tokens"]) > 1000
+    assert (first["answer"].strip(), second["answer"].strip()) == ("grey", "shells")
+    assert second["num_prefilled_tokens"] == second["num_prompt_tokens"] > first["num_prompt_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +102,8 @@ def test_bad_command_lines_say_what_is_wrong(arguments: Sequence[str], says: str
     assert "Traceback" not in result.output
 
 
-def test_what_cannot_be_answered_fails_and_the_rest_is_asked() -> None:
-    result = CliRunner().invoke(app, ["ai100", "chat", *SMALL, "--batch", "word " * 3000, QUESTIONS[0]])
+def test_what_cannot_be_answered_fails_and_the_rest_is_asked(notes: list[str]) -> None:
+    result = CliRunner().invoke(app, ["ai100", "chat", *SMALL, *notes, "--batch", "word " * 3000, QUESTIONS[0]])
     assert result.exit_code == 1
     assert "2560" in result.output
     assert "grey" in result.output
