@@ -78,10 +78,10 @@ class Batcher:
             except DeviceLost as error:
                 logger.error("the device was lost with %d turns running: %s", len(self._running), error)
                 self._is_lost = True
-                self._end_all(EngineUnavailable(f"the device was lost in the middle of the answer: {error}"))
+                self._end_running(EngineUnavailable(f"the device was lost in the middle of the answer: {error}"))
             except Exception:
                 logger.exception("a bug in the batcher, with %d turns running", len(self._running))
-                self._end_all(EngineUnavailable("the answer was lost by an error of the server"))
+                self._end_running(EngineUnavailable("the answer was lost by an error of the server"))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -192,8 +192,8 @@ class Batcher:
         self.slots.forget(_held(turn))
         turn.end(None, error)
 
-    def _end_all(self, error: EngineUnavailable) -> None:
-        """Of those that run. What is in the slots can't be relied on any more."""
+    def _end_running(self, error: EngineUnavailable) -> None:
+        """What is in the slots can't be relied on any more."""
         self.slots.forget_all()
         turns, self._running = self._running, []
         for turn in turns:
@@ -203,7 +203,8 @@ class Batcher:
         """Turns that wait while the device can't be opened fail, so that nobody waits for ever."""
         try:
             self.runtime.reopen()
-        except DeviceLost as error:
+        except Exception as error:
+            logger.error("the device can't be opened: %s", error)
             turns, self._waiting = self._waiting, []
             for turn in turns:
                 turn.end(None, EngineUnavailable(f"the device is lost: {error}"))
