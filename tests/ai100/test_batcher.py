@@ -209,7 +209,7 @@ def test_a_device_lost_in_the_middle_of_answers(make: Make) -> None:
 
 def test_a_device_that_stays_lost_fails_everybody_and_may_come_back(ai100: AI100) -> None:
     def gone(kind: str, slots: Sequence[int]) -> None:
-        raise DeviceLost("no device found")
+        raise (OSError if kind == "reopen" else DeviceLost)("no device found")
 
     ai100.runtime.before = gone
     for _ in range(3):
@@ -219,6 +219,25 @@ def test_a_device_that_stays_lost_fails_everybody_and_may_come_back(ai100: AI100
     answer = ai100.ask("river")
     assert answer.token_ids == ai100.generate(answer.prompt_ids)
     assert answer.details["turn"] == 1
+
+
+def test_a_bug_in_the_batcher_ends_what_runs_and_nobody_waits_for_ever(
+    ai100: AI100, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise AssertionError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ai100.engine.batcher.slots, "extend", fail)
+        with pytest.raises(EngineUnavailable, match="error of the server"):
+            ai100.ask("river")
+    with monkeypatch.context() as patched:
+        patched.setattr(ai100.engine.memory, "remember", fail)
+        with pytest.raises(AssertionError, match="a bug"):
+            ai100.ask("river")
+    answer = ai100.ask("river")
+    assert answer.token_ids == ai100.generate(answer.prompt_ids)
+    ai100.engine.batcher.slots.check_integrity()
 
 
 def test_two_users_never_share(make: Make) -> None:

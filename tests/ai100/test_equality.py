@@ -12,10 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ai100.engine import AI100Engine
+from ai100.runtimes.registry import open_runtime
 from ai100.runtimes.runtime import StaticShapes
 from ai100.settings import DEMO_MODEL
 from ai100.topics import KeywordTopics, load_topics
-from ai100_engine import AI100, MAX_TOKENS, Answer, at_once, make_ai100, read
+from ai100_engine import AI100, CHAT_TEMPLATE, LISTS, MAX_TOKENS, Answer, at_once, make_ai100, read
 from kvarena.api.engine import Sampling
 from tiny_models import WORDS
 
@@ -107,6 +109,20 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     for conversation, question in random_turns(3, "ab", 10):
         answer = ai100.ask(question, conversation)
         assert answer.token_ids == ai100.generate(answer.prompt_ids)
+    ai100.engine.close()
+
+
+def test_the_cards_code_over_the_exported_graph(ai100_folder: Path, reference: Any) -> None:
+    """Nothing above the runtime knows which one it is."""
+    pytest.importorskip("onnxruntime")
+    runtime: Any = open_runtime("onnx", str(ai100_folder), StaticShapes(8, 128, 2, 2))
+    runtime.tokenizer.chat_template = CHAT_TEMPLATE
+    ai100 = AI100(AI100Engine(runtime, "tiny", KeywordTopics(LISTS), gen_len=MAX_TOKENS), runtime, reference)
+    turns = random_turns(5, "ab", 8)
+    answers = [ai100.ask(question, conversation) for conversation, question in turns]
+    answers += at_once([lambda name=name: ai100.ask("river bread", name) for name in "xyz"])
+    assert all(answer.token_ids == ai100.generate(answer.prompt_ids) for answer in answers)
+    assert {"NEW_TOPIC", "INCREMENTAL_PREFILL", "RESET_TOPIC"} == {answer.details["status"] for answer in answers}
     ai100.engine.close()
 
 
