@@ -47,9 +47,12 @@ class ModelFiles:
 
 
 def kv_shape(config: Any) -> tuple[int, int, int]:
-    """Layers, KV heads and head size of a model whose layers are alike."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, config.num_key_value_heads, head_size
+    """Layers, KV heads and head size of a model whose layers are alike. Raises `ValueError` for any other."""
+    try:
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_hidden_layers, config.num_key_value_heads, head_size
+    except AttributeError as error:
+        raise ValueError(f"a {config.model_type} doesn't run over KV slots: {error}") from error
 
 
 def _eos_token_ids(path: str, config: Any) -> frozenset[int]:

@@ -75,7 +75,7 @@ class Runtime(Protocol):
 
     Every call checks its arguments and raises `ValueError` naming the value and the bounds before it touches a slot
     (a slot that doesn't exist, a slot twice in one batch, no tokens or too many, ids outside of the vocabulary,
-    positions that pass `ctx_len`); `DeviceLost` when the device is gone.
+    positions behind what the slot holds or past `ctx_len`); `DeviceLost` when the device is gone, or closed.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Runtime(Protocol):
         ...
 
     def reopen(self) -> None:
-        """Brings a lost device back with empty slots. Raises `DeviceLost` when it can't."""
+        """Brings a lost or closed device back with empty slots. Raises `DeviceLost` when it can't."""
         ...
 
     def close(self) -> None:

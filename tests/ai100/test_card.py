@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
 from ai100.runtimes import card
 from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions, compile_model, open_on_card
@@ -176,6 +176,15 @@ def test_a_family_with_more_in_its_attention_is_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Gemma2Attention needs softcap"):
+        HostRuntime.load(str(tmp_path), SHAPES)
+
+
+def test_a_family_that_says_its_kv_otherwise_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config: Any = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gpt2 doesn't run over KV slots"):
         HostRuntime.load(str(tmp_path), SHAPES)
 
 
