@@ -30,7 +30,7 @@ class OnnxSession:
         options.intra_op_num_threads = torch.get_num_threads()
         runnable = str(host_graph(graph))
         self._session = InferenceSession(runnable, options, providers=["CPUExecutionProvider"])
-        self._token_shapes = {(1, shapes.prefill_seq_len), (shapes.full_batch_size, 1)}
+        self._token_shapes = {(shapes.prefill_batch_size, shapes.prefill_seq_len), (shapes.full_batch_size, 1)}
         self._past = [value for value in self._session.get_inputs() if value.name.startswith("past_")]
         self._buffers: Buffers = {}
         self._skipped: frozenset[str] = frozenset()

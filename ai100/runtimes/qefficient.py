@@ -46,9 +46,8 @@ class QEfficientRuntime:
 
     def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Logits:
         written = self._filled.prefill_range(slot, token_ids, position)
-        is_one_shape = self.shapes.prefill_seq_len == 1  # then prefill is compiled as decode is
-        batch_size = self.shapes.full_batch_size if is_one_shape else 1
-        logits: Logits = self._run([token_ids], [written], batch_size, self.shapes.prefill_seq_len)[0]
+        batch_size, seq_len = self.shapes.prefill_batch_size, self.shapes.prefill_seq_len
+        logits: Logits = self._run([token_ids], [written], batch_size, seq_len)[0]
         return logits
 
     def decode(self, rows: Sequence[DecodeRow]) -> Logits:

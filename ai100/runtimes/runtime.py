@@ -50,6 +50,11 @@ class StaticShapes:
                 "of kv_cache_batch_size"
             )
 
+    @property
+    def prefill_batch_size(self) -> int:
+        """Rows of a prefill run: one; but a prefill of one token at a time is compiled as decode is."""
+        return self.full_batch_size if self.prefill_seq_len == 1 else 1
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
