@@ -97,7 +97,7 @@ class ChatSession:
             1e3 * (ended_s - started_s),
             num_tokens,
             generation.report.num_prompt_tokens,
-            generation.report.details,
+            {**generation.report.texts, **generation.report.details},
         )
         self.replies.append(reply)
         return reply

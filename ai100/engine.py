@@ -203,7 +203,6 @@ class AI100Generation:
         report.num_computed_tokens = figures.num_prompt_tokens - figures.num_reused_tokens
         report.details |= {
             "cache_enabled": self._use_cache,
-            "topic": planned.key.topic,
             "slot": figures.slot,
             "turn": 1 + (self._turn.prompt.num_earlier_turns if self._turn.prompt else 0),
             "status": figures.status,
@@ -215,6 +214,7 @@ class AI100Generation:
             },
             "spans": _spans(figures.num_reused_tokens, figures.num_prompt_tokens),
         }
+        report.texts["topic"] = planned.key.topic
 
 
 def _draw(sampler: Sampler, logits: Logits) -> GeneratedToken:

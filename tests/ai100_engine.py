@@ -67,7 +67,7 @@ class Answer:
 
     @property
     def details(self) -> dict[str, Any]:
-        return self.report.details
+        return {**self.report.texts, **self.report.details}
 
 
 @dataclass
