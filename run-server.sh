@@ -118,7 +118,7 @@ install() {
         step "Removing $other" "$venv/bin/python" -m pip uninstall --yes "$other"
     fi
     step "Installing the pinned packages for $profile (some minutes the first time)" \
-        "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "${options[@]}" -e "${root}[$profile,ui,bench]"
+        "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "${options[@]}" -e "${root}[$profile,ai100,ui,bench]"
     if [[ $profile == cpu ]]; then
         # Nothing here needs them, and their builds for CUDA break transformers on CPU builds of torch.
         step "Removing torchvision, torchaudio and torchcodec" \

@@ -35,9 +35,9 @@ app = typer.Typer(
     help="Serve one model with several ways of reusing its KV cache, side by side.",
 )
 
-app.add_typer(ai100, name="ai100")
 app.add_typer(bench, name="bench")
 app.add_typer(simllm, name="simllm")
+app.add_typer(ai100, name="ai100")
 app.command("eval")(evaluate)
 app.command()(calibrate)
 app.command()(worlds)
@@ -58,14 +58,16 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
 def up(
     contenders: Annotated[
         str | None,
-        typer.Option(help="Which of blend, plain, prefix, simllm, separated by commas. [default: blend,plain]"),
+        typer.Option(help="Which of blend, plain, prefix, simllm, ai100, separated by commas. [default: blend,plain]"),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [default: auto]")] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name.")] = None,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the page.")] = False,
     port_base: Annotated[
         int | None,
-        typer.Option(help="blend N, plain N+1, prefix N+2, simllm N+3, page N+501, LMCache N+502 and N+503."),
+        typer.Option(
+            help="blend N, plain N+1, prefix N+2, simllm N+3, ai100 N+4, page N+501, LMCache N+502 and N+503."
+        ),
     ] = None,
     load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,
     max_model_len: Annotated[

@@ -94,6 +94,16 @@ def test_missing_packages(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
         preflight.check_packages(plan)
 
 
+@pytest.mark.parametrize(("runtime", "package"), [(None, "yaml"), ("host", "yaml"), ("onnx", "onnxruntime")])
+def test_missing_packages_of_ai100(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, runtime: str | None, package: str
+) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    choices = dataclasses.replace(plan.ai100, runtime=runtime)
+    with pytest.raises(StackError, match=rf"not installed: transformers, {package}; .*\[ai100,cpu\]"):
+        preflight.check_packages(dataclasses.replace(plan, contenders=("ai100",), page=False, ai100=choices))
+
+
 def test_vllm_for_the_other_profile(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "installed_vllm", lambda: "gpu")
     monkeypatch.setattr(preflight, "find_spec", lambda name: object())

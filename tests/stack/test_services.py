@@ -12,12 +12,24 @@ import typer
 
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
-from kvarena.stack.home import Home
+from kvarena.stack.home import Home, project_root
 from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.record import Record, differences, read_record
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import load_settings
+
+AI100_CHOICES: dict[str, object] = {
+    "runtime": "onnx",
+    "full_batch_size": 3,
+    "kv_cache_batch_size": 5,
+    "prefill_seq_len": 16,
+    "gen_len": 9,
+    "max_context": 99,
+    "topics": "embedding",
+    "topics_file": project_root() / "ai100" / "topics.yaml",
+    "threshold": 0.5,
+}
 
 
 @pytest.fixture
@@ -116,17 +128,48 @@ def test_simllm_is_a_pytorch_server_that_blends_as_blend_does(home: Home, tmp_pa
     assert "--num-hyperplanes" not in simllm.command, "the server's own default"
 
 
-@pytest.mark.parametrize("name", ["prefix", "simllm"])
-def test_engines_take_what_the_stack_gives_them(home: Home, tmp_path: Path, name: str) -> None:
+@pytest.mark.usefixtures("two_cores")
+def test_ai100_serves_the_stacks_model_in_slots_as_long_as_its_context(home: Home, tmp_path: Path) -> None:
+    chosen = {"ai100_runtime": "host", "ai100_kv_cache_batch_size": 3, "ai100_topics_file": "topics.yaml"}
+    _, services = make(home, tmp_path, contenders="ai100,plain", max_model_len=512, load_format="dummy", **chosen)
+    assert list(services) == ["plain", "ai100", "page"]
+    ai100 = services["ai100"]
+    assert (ai100.port, ai100.cpus, ai100.environment["OMP_NUM_THREADS"]) == (8004, (1,), "1")
+    assert ai100.command[1:3] == ("-m", "ai100.server")
+    assert option(ai100, "--runtime") == "host"
+    assert option(ai100, "--kv-cache-batch-size") == "3"
+    assert option(ai100, "--topics-file") == str(project_root() / "topics.yaml")
+    assert option(ai100, "--ctx-len") == "512"
+    assert option(ai100, "--load-format") == "dummy"
+    assert option(ai100, "--served-model-name") == option(services["plain"], "--served-model-name")
+    assert "--full-batch-size" not in ai100.command, "the server's own default"
+    _, services = make(home, tmp_path, contenders="ai100", max_model_len=512, ai100_ctx_len=256)
+    assert option(services["ai100"], "--ctx-len") == "256", "its own key wins"
+    _, services = make(home, tmp_path, contenders="ai100")
+    assert "--ctx-len" not in services["ai100"].command
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("prefix", "kvarena.engines.prefix.__main__"),
+        ("simllm", "kvarena.engines.simllm.__main__"),
+        ("ai100", "ai100.server"),
+    ],
+)
+def test_engines_take_what_the_stack_gives_them(home: Home, tmp_path: Path, name: str, module: str) -> None:
     """Every option of the command line is one that the server knows, with a value that it accepts."""
     chosen = {"simllm_mode": "aligned", "simllm_similarity_threshold": 0.5, "simllm_max_cache_size": 3}
+    chosen |= {f"ai100_{key}": value for key, value in AI100_CHOICES.items()}
     _, services = make(home, tmp_path, contenders=name, max_model_len=512, simllm_num_hyperplanes=8, **chosen)
-    main = importlib.import_module(f"kvarena.engines.{name}.__main__").main
+    main = importlib.import_module(module).main
     app = typer.Typer()
     app.command()(main)
     parsed = typer.main.get_command(app).make_context(name, list(services[name].command[3:]))
     assert parsed.params["port"] == services[name].port
-    assert parsed.params["max_model_len"] == 512
+    assert parsed.params["ctx_len" if name == "ai100" else "max_model_len"] == 512
+    if name == "ai100":
+        assert {key: parsed.params[key] for key in AI100_CHOICES} == AI100_CHOICES
     if name == "simllm":
         assert {f"simllm_{key}": parsed.params[key] for key in ("mode", "similarity_threshold")} == {
             key: chosen[key] for key in ("simllm_mode", "simllm_similarity_threshold")

@@ -9,7 +9,7 @@ import pytest
 
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
-from kvarena.stack.settings import Ports, SimLLMMode, load_settings
+from kvarena.stack.settings import AI100Runtime, AI100Topics, Ports, SimLLMMode, load_settings
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_defaults(env_file: Path) -> None:
     assert settings.contenders == ("blend", "plain")
     assert settings.profile == "auto"
     assert settings.ports == Ports(
-        blend=8000, plain=8001, prefix=8002, simllm=8003, page=8501, lmcache=5555, lmcache_http=8080
+        blend=8000, plain=8001, prefix=8002, simllm=8003, ai100=8004, page=8501, lmcache=5555, lmcache_http=8080
     )
     assert settings.data_dir == project_root() / "data"
     assert settings.ui
@@ -62,8 +62,8 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
     ("text", "message"),
     [
         ("MODLE=x", "unknown key MODLE; known: .*MODEL"),
-        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, simllm, not 'fast'"),
-        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, simllm, not ''"),
+        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, not 'fast'"),
+        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, not ''"),
         ("PROFILE=tpu", "PROFILE must be one of auto, cpu, gpu, not 'tpu'"),
         ("BLEND_RATIO=1.5", "BLEND_RATIO must be less than or equal to 1, not '1.5'"),
         ("BLEND_CHECK_LAYER=-1", "BLEND_CHECK_LAYER must be greater than or equal to 0, not '-1'"),
@@ -75,6 +75,10 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
         ("SIMLLM_MODE=both", "SIMLLM_MODE must be one of aligned, top_layer, not 'both'"),
         ("SIMLLM_SIMILARITY_THRESHOLD=2", "SIMLLM_SIMILARITY_THRESHOLD must be less than or equal to 1, not '2'"),
         ("SIMLLM_MAX_CACHE_SIZE=0", "SIMLLM_MAX_CACHE_SIZE must be greater than or equal to 1, not '0'"),
+        ("AI100_RUNTIME=npu", "AI100_RUNTIME must be one of auto, qaic, host, onnx, not 'npu'"),
+        ("AI100_TOPICS=words", "AI100_TOPICS must be one of keyword, embedding, not 'words'"),
+        ("AI100_THRESHOLD=2", "AI100_THRESHOLD must be less than or equal to 1, not '2'"),
+        ("AI100_KV_CACHE_BATCH_SIZE=0", "AI100_KV_CACHE_BATCH_SIZE must be greater than or equal to 1, not '0'"),
         ("MAX_MODEL_LEN=0", "MAX_MODEL_LEN must be greater than or equal to 1, not '0'"),
     ],
 )
@@ -100,12 +104,20 @@ def test_port_rule(env_file: Path) -> None:
     env_file.write_text("PORT_BASE=9000\nPLAIN_PORT=9999\n")
     in_file = load_settings(env_file)
     assert in_file.ports == Ports(
-        blend=9000, plain=9999, prefix=9002, simllm=9003, page=9501, lmcache=9502, lmcache_http=9503
+        blend=9000, plain=9999, prefix=9002, simllm=9003, ai100=9004, page=9501, lmcache=9502, lmcache_http=9503
     )
     on_command_line = load_settings(env_file, port_base=7000)
     assert on_command_line.ports == Ports(
-        blend=7000, plain=7001, prefix=7002, simllm=7003, page=7501, lmcache=7502, lmcache_http=7503
+        blend=7000, plain=7001, prefix=7002, simllm=7003, ai100=7004, page=7501, lmcache=7502, lmcache_http=7503
     )
+
+
+def test_ai100_choices_are_the_servers() -> None:
+    from ai100.runtimes.registry import RUNTIMES
+    from ai100.settings import KINDS_OF_TOPICS
+
+    assert set(get_args(AI100Runtime)) == set(RUNTIMES)
+    assert set(get_args(AI100Topics)) == set(KINDS_OF_TOPICS)
 
 
 def test_simllm_modes_are_the_librarys() -> None:

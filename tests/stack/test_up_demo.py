@@ -201,6 +201,31 @@ def test_the_simllm_contender(tmp_path: Path, port_base: int) -> None:
     assert_nothing_left(home)
 
 
+def test_the_ai100_contender(tmp_path: Path, port_base: int) -> None:
+    """Alone, so without vLLM: up, a turn and its follow-up, the slots, down."""
+    home = Home(tmp_path / "home")
+    try:
+        up = kvarena(home, "up", "--contenders", "ai100", "--no-ui", "--port-base", str(port_base))
+        assert up.returncode == 0, up.stdout + up.stderr
+        notes = "Bruno plays the lute . Mara keeps a goat . " * 10
+        with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 4}", timeout=60, trust_env=False) as http:
+            reports = []
+            for question in (notes + "What does Bruno play ?", "And what does Mara play ?"):
+                chat = {"model": "demo", "user": "a", "messages": [{"role": "user", "content": question}]}
+                answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0, "max_tokens": 4}).json()
+                reports.append(answer["kv_transfer_params"]["kvarena"])
+            table = http.get("/slots").json()
+        first, second = reports
+        assert [report["status"] for report in reports] == ["NEW_TOPIC", "INCREMENTAL_PREFILL"]
+        assert first["topic"] == second["topic"]
+        assert second["num_prefilled_tokens"] < first["num_prefilled_tokens"]
+        assert [slot["topic"] for slot in table["slots"]] == [first["topic"], None, None, None]
+        assert "INCREMENTAL_PREFILL" in kvarena(home, "logs", "ai100").stdout
+    finally:
+        assert kvarena(home, "down").returncode == 0
+    assert_nothing_left(home)
+
+
 def test_simllm_refuses_another_kind_of_model_before_anything_starts(tmp_path: Path, port_base: int) -> None:
     home, folder = Home(tmp_path / "home"), tmp_path / "mistral"
     folder.mkdir()

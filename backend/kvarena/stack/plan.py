@@ -15,7 +15,7 @@ from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.machine import CoreShare
 from kvarena.stack.model import Model, find_model
-from kvarena.stack.settings import Ports, Settings, SimLLMChoices
+from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
 DEFAULT_CPU_KV_CACHE_GB = 1
@@ -41,6 +41,7 @@ class Plan:
     prefix_cache_gb: float
     prefix_storage: str
     simllm: SimLLMChoices
+    ai100: AI100Choices
     kv_cache_gb: int | None
     max_model_len: int | None
     load_format: str | None
@@ -91,6 +92,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         prefix_cache_gb=settings.prefix_cache_gb,
         prefix_storage=settings.prefix_storage,
         simllm=settings.simllm,
+        ai100=settings.ai100,
         kv_cache_gb=settings.kv_cache_gb or (DEFAULT_CPU_KV_CACHE_GB if on_cpu else None),
         max_model_len=settings.max_model_len,
         load_format=settings.load_format,

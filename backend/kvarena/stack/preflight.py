@@ -47,6 +47,8 @@ def check_packages(plan: Plan) -> None:
     needed = {"vllm" if name in VLLM_CONTENDERS else "transformers": plan.profile for name in plan.contenders}
     if "blend" in plan.contenders:
         needed["lmcache"] = plan.profile
+    if "ai100" in plan.contenders:
+        needed["onnxruntime" if plan.ai100.runtime == "onnx" else "yaml"] = "ai100"
     if plan.page:
         needed["streamlit"] = "ui"
     if missing := [package for package in needed if find_spec(package) is None]:

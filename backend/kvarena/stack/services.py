@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 from kvarena.stack.home import Home
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
@@ -18,12 +19,16 @@ from kvarena.vllm_plugin.config import kv_transfer_config
 LMCACHE_CHUNK_TOKENS = 32
 GPU_MEMORY_SHARE = 0.9
 
+Options = Mapping[str, object]
+"""Of a command line; those whose value is `None` are left out."""
+
 TITLES = {
     "lmcache": "LMCache server",
     "blend": "vLLM with LMCache",
     "plain": "vLLM without LMCache",
     "prefix": "PyTorch with prefix cache",
     "simllm": "PyTorch with Sim-LLM",
+    "ai100": "KV slots per topic",
     "page": "the page",
 }
 
@@ -99,26 +104,27 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
 
 
 def _engine(name: str, plan: Plan, home: Home) -> Service:
-    """One of the PyTorch engines."""
-    command = [sys.executable, "-m", f"kvarena.engines.{name}"]
+    """A server over `kvarena.api`: a PyTorch engine, or ai100."""
+    command = [sys.executable, "-m", ENGINE_MODULES[name]]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", HOST, "--port", str(getattr(plan.ports, name))]
     command += ["--device", "cuda" if plan.profile == "gpu" else "cpu"]
-    command += _prefix_options(plan) if name == "prefix" else _simllm_options(plan)
-    if plan.max_model_len is not None:
-        command += ["--max-model-len", str(plan.max_model_len)]
-    if plan.load_format is not None:
-        command += ["--load-format", plan.load_format]
+    options = {**ENGINE_OPTIONS[name](plan), "--load-format": plan.load_format}
+    command += [word for option, value in options.items() if value is not None for word in (option, str(value))]
     return _contender(name, plan, home, command, {**COMMON_ENVIRONMENT, **_hub_environment(plan)}, ())
 
 
-def _prefix_options(plan: Plan) -> list[str]:
-    return ["--cache-gb", f"{plan.prefix_cache_gb:g}", "--storage", plan.prefix_storage]
+def _prefix_options(plan: Plan) -> Options:
+    return {
+        "--cache-gb": f"{plan.prefix_cache_gb:g}",
+        "--storage": plan.prefix_storage,
+        "--max-model-len": plan.max_model_len,
+    }
 
 
-def _simllm_options(plan: Plan) -> list[str]:
+def _simllm_options(plan: Plan) -> Options:
     """Mode aligned blends as the contender blend does."""
-    options = {
+    return {
         "--mode": plan.simllm.mode,
         "--similarity-threshold": plan.simllm.similarity_threshold,
         "--max-cache-size": plan.simllm.max_cache_size,
@@ -126,8 +132,26 @@ def _simllm_options(plan: Plan) -> list[str]:
         "--policy": plan.blend.policy,
         "--ratio": plan.blend.ratio,
         "--check-layer": plan.blend.check_layer,
+        "--max-model-len": plan.max_model_len,
     }
-    return [word for name, value in options.items() if value is not None for word in (name, str(value))]
+
+
+def _ai100_options(plan: Plan) -> Options:
+    """Every slot has the length of the context."""
+    chosen = {f"--{key.replace('_', '-')}": value for key, value in asdict(plan.ai100).items()}
+    return {**chosen, "--ctx-len": plan.ai100.ctx_len or plan.max_model_len}
+
+
+ENGINE_MODULES = {
+    "prefix": "kvarena.engines.prefix",
+    "simllm": "kvarena.engines.simllm",
+    "ai100": "ai100.server",
+}
+ENGINE_OPTIONS: Mapping[str, Callable[[Plan], Options]] = {
+    "prefix": _prefix_options,
+    "simllm": _simllm_options,
+    "ai100": _ai100_options,
+}
 
 
 def _contender(

@@ -7,7 +7,7 @@ goes with it, cores, GPUs) is decided later, in `plan`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,19 +17,31 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 
-ContenderName = Literal["blend", "plain", "prefix", "simllm"]
+ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100"]
 ProfileName = Literal["auto", "cpu", "gpu"]
 PrefixStorage = Literal["cpu", "device"]
 SimLLMMode = Literal["aligned", "top_layer"]
+AI100Runtime = Literal["auto", "qaic", "host", "onnx"]
+AI100Topics = Literal["keyword", "embedding"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
 
-PORT_OFFSETS = {"blend": 0, "plain": 1, "prefix": 2, "simllm": 3, "page": 501, "lmcache": 502, "lmcache_http": 503}
+PORT_OFFSETS = {
+    "blend": 0,
+    "plain": 1,
+    "prefix": 2,
+    "simllm": 3,
+    "ai100": 4,
+    "page": 501,
+    "lmcache": 502,
+    "lmcache_http": 503,
+}
 """Where each port is from `PORT_BASE`."""
 DEFAULT_PORTS = {
     "blend": 8000,
     "plain": 8001,
     "prefix": 8002,
     "simllm": 8003,
+    "ai100": 8004,
     "page": 8501,
     "lmcache": 5555,
     "lmcache_http": 8080,
@@ -45,6 +57,7 @@ class Ports:
     plain: int
     prefix: int
     simllm: int
+    ai100: int
     page: int
     lmcache: int
     lmcache_http: int
@@ -58,6 +71,22 @@ class SimLLMChoices:
     similarity_threshold: float | None
     max_cache_size: int | None
     num_hyperplanes: int | None
+
+
+@dataclass(frozen=True)
+class AI100Choices:
+    """Of the contender ai100; `None` is its own default. `ctx_len` `None` is `max_model_len`, where that is set."""
+
+    runtime: str | None
+    full_batch_size: int | None
+    kv_cache_batch_size: int | None
+    ctx_len: int | None
+    prefill_seq_len: int | None
+    gen_len: int | None
+    max_context: int | None
+    topics: str | None
+    topics_file: Path | None
+    threshold: float | None
 
 
 class Settings(BaseSettings):
@@ -84,6 +113,7 @@ class Settings(BaseSettings):
     plain_port: Port | None = None
     prefix_port: Port | None = None
     simllm_port: Port | None = None
+    ai100_port: Port | None = None
     ui_port: Port | None = None
     lmcache_port: Port | None = None
     lmcache_http_port: Port | None = None
@@ -97,6 +127,17 @@ class Settings(BaseSettings):
     simllm_similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
     simllm_max_cache_size: Annotated[int, Field(ge=1)] | None = None
     simllm_num_hyperplanes: Annotated[int, Field(ge=1, le=64)] | None = None
+
+    ai100_runtime: AI100Runtime | None = None
+    ai100_full_batch_size: Annotated[int, Field(ge=1)] | None = None
+    ai100_kv_cache_batch_size: Annotated[int, Field(ge=1)] | None = None
+    ai100_ctx_len: Annotated[int, Field(ge=1)] | None = None
+    ai100_prefill_seq_len: Annotated[int, Field(ge=1)] | None = None
+    ai100_gen_len: Annotated[int, Field(ge=1)] | None = None
+    ai100_max_context: Annotated[int, Field(ge=1)] | None = None
+    ai100_topics: AI100Topics | None = None
+    ai100_topics_file: Path | None = None
+    ai100_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
 
     separator: str | None = None
     blend_policy: str | None = None
@@ -113,7 +154,7 @@ class Settings(BaseSettings):
     def _each_once_in_the_known_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in CONTENDERS if name in value)
 
-    @field_validator("data_dir", "results_dir", "local_hf_home")
+    @field_validator("data_dir", "results_dir", "local_hf_home", "ai100_topics_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         """Relative paths of the environment and of `.env` count from the project's folder."""
@@ -127,6 +168,7 @@ class Settings(BaseSettings):
             "plain": self.plain_port,
             "prefix": self.prefix_port,
             "simllm": self.simllm_port,
+            "ai100": self.ai100_port,
             "page": self.ui_port,
             "lmcache": self.lmcache_port,
             "lmcache_http": self.lmcache_http_port,
@@ -143,6 +185,11 @@ class Settings(BaseSettings):
             self.simllm_max_cache_size,
             self.simllm_num_hyperplanes,
         )
+
+    @property
+    def ai100(self) -> AI100Choices:
+        chosen = {choice.name: getattr(self, f"ai100_{choice.name}") for choice in fields(AI100Choices)}
+        return AI100Choices(**chosen)
 
 
 def load_settings(env_file: Path | None = None, **command_line: Any) -> Settings:
