@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from typing import Any
 
 import httpx
@@ -166,10 +165,9 @@ def test_a_large_body(http: httpx.Client) -> None:
         (TEXT, {"prompt": "x", **{f"unknown_{index}": None for index in range(150_000)}}),
     ],
 )
+@pytest.mark.timeout(60)  # quadratic work on such a body would take many minutes
 def test_large_bad_bodies_cost_little(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
-    started = time.monotonic()
     reply = http.post(path, content=json.dumps(body), headers=JSON)
-    assert time.monotonic() - started < 3
     if "unknown_0" not in body:
         assert len(refusal(reply, 400)["message"]) < 1000
 
