@@ -11,18 +11,24 @@ from kvarena.simllm.lsh import LSHIndex
 from kvarena.simllm.manager import InterTaskKVManager, TaskMatch
 from kvarena.simllm.modeling import LlamaForCausalLMWithKVReuse, LlamaModelWithKVReuse
 from kvarena.simllm.outcome import TaskOutcome
-from kvarena.simllm.params import AlignedParams, SimLLMParams
+from kvarena.simllm.params import AlignedParams, AutoThresholdParams, SimLLMParams
+from kvarena.simllm.shared_tasks import SharedTasks, TaskFormat
+from kvarena.simllm.threshold import AgreementSample
 
 __all__ = [
+    "AgreementSample",
     "AlignedParams",
+    "AutoThresholdParams",
     "InterTaskKVManager",
     "LSHIndex",
     "LlamaForCausalLMWithKVReuse",
     "LlamaModelWithKVReuse",
+    "SharedTasks",
     "SimLLMInference",
     "SimLLMParams",
     "TaskAnswer",
     "TaskCacheEntry",
+    "TaskFormat",
     "TaskMatch",
     "TaskOutcome",
 ]

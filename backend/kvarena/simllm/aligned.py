@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 
@@ -23,7 +23,7 @@ from kvarena.reuse.blender import Blender
 from kvarena.reuse.matcher import ChunkIndex
 from kvarena.reuse.plan import Chunk, ReusePlan, TokenIds, as_token_ids
 from kvarena.reuse.store import MemoryStore
-from kvarena.simllm.entry import LayerKVShape, TaskCacheEntry, TopLayerKV, WholeKV
+from kvarena.simllm.entry import KnownTask, LayerKVShape, TopLayerKV, WholeKV
 from kvarena.simllm.manager import InterTaskKVManager, TaskMatch
 from kvarena.simllm.outcome import TaskOutcome
 from kvarena.simllm.params import AlignedParams
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 class AlignedTask:
     """A prompt on its way: `kv` holds all but its last token, which has to give the logits.
 
-    `is_worth_keeping`: its KV is exact, and not all of it is in the earlier task's.
+    `is_worth_keeping`: its KV is exact, and not all of it is in the earlier task's. `tried`: the similarity and the
+    first token of a reuse that is to be compared with full prefill.
     """
 
     token_ids: TokenIds
@@ -43,21 +44,7 @@ class AlignedTask:
     outcome: TaskOutcome
     kv: SequenceKV | None
     is_worth_keeping: bool
-
-
-@dataclass(frozen=True)
-class _Lender:
-    """An earlier prompt whose tokens can be found in others, and whose KV can be blended into theirs."""
-
-    index: ChunkIndex
-    blender: Blender
-
-    @classmethod
-    def of(cls, whole_kv: WholeKV, window: int) -> _Lender:
-        index, store = ChunkIndex(window=window), MemoryStore(whole_kv.kv.nbytes)
-        index.add(whole_kv.chunk)
-        store.put(whole_kv.chunk, whole_kv.kv)
-        return cls(index, Blender(store))
+    tried: tuple[float, int] | None = None
 
 
 class AlignedReuse:
@@ -75,7 +62,8 @@ class AlignedReuse:
         self._blendable = BlendableModel(model)
         self._manager = manager
         self._params = params
-        self._lenders: WeakKeyDictionary[WholeKV, _Lender] = WeakKeyDictionary()
+        # Once for each earlier prompt, whether it is kept here or shared.
+        self._index_of = lru_cache(manager.max_cache_size)(partial(_indexed, max(1, params.min_run_tokens // 2)))
         manager.expect(self._embed.embedding_dim, LayerKVShape(shape.num_kv_heads, shape.head_size))
 
     def begin(
@@ -91,18 +79,30 @@ class AlignedReuse:
             raise ValueError("a prompt is empty; it needs at least one token")
         ids = as_token_ids(token_ids)
         embedding = self._embed(torch.from_numpy(ids).to(self._model.kv_shape.device, torch.int64)).float().mean(dim=0)
-        plan = ReusePlan()
+        plans: dict[Chunk, ReusePlan] = {}
 
-        def covers_enough(entry: TaskCacheEntry) -> bool:
-            nonlocal plan
-            plan = self._plan(entry, ids) if entry.salt == salt else ReusePlan()
+        def covers_enough(task: KnownTask) -> bool:
+            if task.salt != salt or task.chunk is None:
+                return False
+            plan = plans[task.chunk] = self._plan(task.chunk, ids)
             return plan.num_reused_tokens >= max(1, self._params.min_reused_ratio * (len(ids) - 1))
 
-        match = self._manager.search(embedding, covers_enough, similarity_threshold)
-        if match is None:
-            passes = len(ids) * self._model.kv_shape.num_layers
-            return AlignedTask(ids, embedding, TaskOutcome(task_id, len(ids), passes), None, True)
-        return self._reuse(ids, embedding, task_id, match, plan, capacity)
+        search = self._manager.search_or_check(embedding, covers_enough, similarity_threshold)
+        found = search.match or search.check
+        plan = plans[found.entry.chunk] if found and found.entry.chunk else ReusePlan()
+        if search.match:
+            return self._reuse(ids, embedding, task_id, search.match, plan, capacity)
+        passes = len(ids) * self._model.kv_shape.num_layers
+        missed = AlignedTask(ids, embedding, TaskOutcome(task_id, len(ids), passes), None, True)
+        return self._try_beside(missed, search.check, plan) if search.check else missed
+
+    def outcome_of(self, task: AlignedTask, logits: torch.Tensor) -> TaskOutcome:
+        """The outcome, given the logits `(V,)` behind the prompt; where reuse was tried it is compared with them."""
+        if task.tried is None:
+            return task.outcome
+        similarity, first_token = task.tried
+        check = self._manager.record_check(similarity, first_token == int(logits.argmax()))
+        return replace(task.outcome, check=check)
 
     def keep(self, task: AlignedTask, kv: torch.Tensor, salt: str = "") -> None:
         """Keeps a prompt's KV `(L, 2, H_kv, T, D)`. An answer doesn't fail because it couldn't be kept."""
@@ -116,32 +116,35 @@ class AlignedReuse:
         except ValueError:
             logger.exception("the KV of task %s was not kept", task.outcome.task_id)
 
-    def _plan(self, entry: TaskCacheEntry, ids: TokenIds) -> ReusePlan:
+    def _try_beside(self, missed: AlignedTask, match: TaskMatch, plan: ReusePlan) -> AlignedTask:
+        ids, outcome = missed.token_ids, missed.outcome
+        reused = self._reuse(ids, missed.embedding, outcome.task_id, match, plan, len(ids))
+        logits = self._model.forward(ids[-1:].tolist(), past_key_values=reused.kv, use_cache=True).logits[0, -1]
+        num_passes = outcome.num_layer_passes + reused.outcome.num_layer_passes
+        return replace(
+            missed,
+            outcome=replace(outcome, num_layer_passes=num_passes),
+            tried=(match.similarity, int(logits.argmax())),
+        )
+
+    def _plan(self, chunk: Chunk, ids: TokenIds) -> ReusePlan:
         """What of the prompt the earlier one covers, its last token left out. A common beginning may be short."""
-        if entry.whole_kv is None:
-            return ReusePlan()
         num_tokens = self._params.min_run_tokens
-        chunk, index = entry.whole_kv.chunk, self._lender(entry.whole_kv).index
-        found = index.match(ids, chunk.salt, min_tokens=num_tokens)
+        found = self._index_of(chunk).match(ids, chunk.salt, min_tokens=num_tokens)
         plan = ReusePlan(tuple(found)).clipped(0, len(ids) - 1)
         return ReusePlan(tuple(span for span in plan if len(span) >= num_tokens or span.start == span.offset == 0))
-
-    def _lender(self, whole_kv: WholeKV) -> _Lender:
-        """Made once for each earlier prompt; it goes when that does."""
-        lender = self._lenders.get(whole_kv)
-        if lender is None:
-            lender = self._lenders[whole_kv] = _Lender.of(whole_kv, max(1, self._params.min_run_tokens // 2))
-        return lender
 
     def _reuse(
         self, ids: TokenIds, embedding: torch.Tensor, task_id: str, match: TaskMatch, plan: ReusePlan, capacity: int
     ) -> AlignedTask:
-        assert match.entry.whole_kv is not None, "a task without it has no plan"
-        blend, blender = self._params.blend, self._lender(match.entry.whole_kv).blender
+        whole_kv, blend = match.entry.whole_kv, self._params.blend
+        assert whole_kv is not None, "a task without it has no plan"
+        store = MemoryStore(whole_kv.kv.nbytes)
+        store.put(whole_kv.chunk, whole_kv.kv)
         kv = self._model.new_kv(max(capacity, len(ids)))
         with _counted_layer_passes(self._blendable.layers) as passes:
             prompt = HFPrefilledModel(self._blendable, ids[:-1], kv)
-            report = blender.blend(prompt, plan, 0, len(ids) - 1, blend, store_new=False)
+            report = Blender(store).blend(prompt, plan, 0, len(ids) - 1, blend, store_new=False)
         num_passes = sum(passes) + self._model.kv_shape.num_layers
         is_exact = plan.is_prefix or blend.recomputes_all
         outcome = TaskOutcome(
@@ -158,6 +161,12 @@ class AlignedReuse:
         )
         is_news = plan.end < len(ids) - 1 or len(ids) > match.entry.num_tokens
         return AlignedTask(ids, embedding, outcome, kv, is_exact and is_news)
+
+
+def _indexed(window: int, chunk: Chunk) -> ChunkIndex:
+    index = ChunkIndex(window=window)
+    index.add(chunk)
+    return index
 
 
 @contextmanager

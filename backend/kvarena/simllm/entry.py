@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -53,6 +54,19 @@ class WholeKV:
         return has_shape and is_finite(self.kv)
 
 
+class KnownTask(Protocol):
+    """What is known of a task before its KV is there. `chunk` is its prompt in mode "aligned"."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def salt(self) -> str: ...
+
+    @property
+    def chunk(self) -> Chunk | None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class TaskCacheEntry:
     """A task whose KV was computed in full.
@@ -81,6 +95,10 @@ class TaskCacheEntry:
         """Of its KV."""
         kept = [*self.top_layer_kv, *([self.whole_kv.kv] if self.whole_kv else [])]
         return sum(tensor.nbytes for tensor in kept)
+
+    @property
+    def chunk(self) -> Chunk | None:
+        return self.whole_kv.chunk if self.whole_kv else None
 
     def is_sound(self, shape: LayerKVShape) -> bool:
         if shape.problem_of(self.top_layer_kv) is not None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvarena.api.tokenizer import Tokenizer
 from kvarena.engines.hf_model import HFModel
+from kvarena.reuse.store import ChunkStore
 from kvarena.simllm.aligned import AlignedReuse
 from kvarena.simllm.batch import PaddedBatch, joined_cache, unpadded_kv
 from kvarena.simllm.device import available_device
 from kvarena.simllm.manager import InterTaskKVManager
+from kvarena.simllm.model_id import model_id
 from kvarena.simllm.modeling import LlamaForCausalLMWithKVReuse, llama_config, refuse_repeated_prefill
 from kvarena.simllm.outcome import TaskOutcome
-from kvarena.simllm.params import AlignedParams, SimLLMParams, checked_threshold
+from kvarena.simllm.params import AlignedParams, AutoThresholdParams, SimilarityThreshold, SimLLMParams
+from kvarena.simllm.shared_tasks import SharedTasks, TaskFormat
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
 
@@ -53,6 +60,7 @@ class SimLLMInference:
             self.params.similarity_threshold,
             self.params.num_hyperplanes,
             str(model.device),
+            self.params.auto,
         )
         model.set_kv_manager(self.manager)
         self.model = HFModel(model, tokenizer)
@@ -67,11 +75,12 @@ class SimLLMInference:
         cls,
         model_path: str,
         max_cache_size: int = 100,
-        similarity_threshold: float = 0.8,
+        similarity_threshold: SimilarityThreshold = 0.8,
         num_hyperplanes: int = 16,
         device: str = "cuda",
         mode: str = "top_layer",
         aligned: AlignedParams | None = None,
+        auto: AutoThresholdParams | None = None,
         **model_kwargs: Any,
     ) -> SimLLMInference:
         """From a local folder or a hub name; `model_kwargs` are those of `LlamaForCausalLM.from_pretrained`.
@@ -81,7 +90,8 @@ class SimLLMInference:
         """
         llama_config(model_path)
         aligned = aligned or AlignedParams(blend=BlendConfig(**read_model_profile(model_path)).params)
-        params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned)
+        auto = auto or AutoThresholdParams()
+        params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned, auto)
         model = LlamaForCausalLMWithKVReuse.from_pretrained(model_path, **model_kwargs)
         return cls(model.to(available_device(device)), AutoTokenizer.from_pretrained(model_path), params)
 
@@ -165,9 +175,27 @@ class SimLLMInference:
             self.manager.reset()
             self._num_prompts = self._num_prompt_tokens = self._num_layer_passes = 0
 
-    def set_similarity_threshold(self, threshold: float) -> None:
-        """A cosine similarity. Raises `ValueError` for anything else."""
-        self.manager.similarity_threshold = checked_threshold(threshold)
+    def set_similarity_threshold(self, threshold: SimilarityThreshold) -> None:
+        """A cosine similarity, or "auto", which starts without evidence. Raises `ValueError` for anything else."""
+        self.manager.set_similarity_threshold(threshold)
+
+    @cached_property
+    def task_format(self) -> TaskFormat:
+        """What tasks of this model are, for a store that is to keep them."""
+        shape = self.model.kv_shape
+        kept = shape if self.aligned else replace(shape, num_layers=1)
+        model = self.model.module
+        return TaskFormat(model_id(model), self.params.mode, model.config.hidden_size, kept)
+
+    def share_tasks(self, store: ChunkStore, path: str | Path) -> None:
+        """Share tasks, through a store, with whoever names the same file; other models' tasks there don't matter.
+
+        >>> name, kv = simllm.task_format.name, simllm.task_format.kv_shape
+        >>> geometry = KVGeometry(name, kv.num_layers, kv.num_kv_heads, kv.head_size, kv.dtype)
+        >>> store = LMCacheStore(geometry, "tcp://127.0.0.1:5555", "http://127.0.0.1:8080")
+        >>> simllm.share_tasks(store, "tasks.sqlite")
+        """
+        self.manager.share(SharedTasks(store, path, self.task_format))
 
     def close(self) -> None:
         self.model.close()
@@ -199,11 +227,13 @@ class SimLLMInference:
         if any(task.kv for task in tasks):
             known = [task.kv and task.kv.filled(0, task.kv.length) for task in tasks]
             cache = joined_cache(self.model, [row[:-1] for row in rows], known, self._pad_token_id())
-        answers = self._generate(rows, settings, cache)
+        with first_logits(self.model.module.lm_head) as logits:
+            answers = self._generate(rows, settings, cache)
         for number, (task, row) in enumerate(zip(tasks, rows, strict=True)):
             if task.is_worth_keeping:
                 self.aligned.keep(task, unpadded_kv(cache, number, longest - len(row), longest))
-        return answers, [task.outcome for task in tasks]
+        outcome_of = self.aligned.outcome_of
+        return answers, [outcome_of(task, row_logits) for task, row_logits in zip(tasks, logits[0][:, -1], strict=True)]
 
     def _generate(self, rows: list[list[int]], settings: dict[str, Any], cache: Cache | None) -> list[list[int]]:
         batch = PaddedBatch.of(rows, self._pad_token_id(), self.model.kv_shape.device)
@@ -239,3 +269,19 @@ class SimLLMInference:
             self._num_prompts += len(outcomes)
             self._num_prompt_tokens += sum(outcome.num_prompt_tokens for outcome in outcomes)
             self._num_layer_passes += sum(outcome.num_layer_passes for outcome in outcomes)
+
+
+@contextmanager
+def first_logits(lm_head: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What the head gave in its first forward, `(B, T, V)`, once that has been run."""
+    seen: list[torch.Tensor] = []
+
+    def look(_head: torch.nn.Module, _args: Any, logits: torch.Tensor) -> None:
+        if not seen:
+            seen.append(logits)
+
+    handle = lm_head.register_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,9 +34,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvarena.reuse.plan import TokenIds, as_token_ids
 from kvarena.simllm.entry import LayerKVShape, TopLayerKV
-from kvarena.simllm.manager import InterTaskKVManager, TaskMatch
+from kvarena.simllm.manager import InterTaskKVManager, TaskMatch, TaskSearch
 from kvarena.simllm.outcome import TaskOutcome
-from kvarena.simllm.task_kv import TaskKV, TaskSearch
+from kvarena.simllm.task_kv import TaskKV
 
 logger = logging.getLogger(__name__)
 
@@ -81,24 +82,26 @@ class LlamaModelWithKVReuse(LlamaModel):
     def search_task(self, input_ids: torch.Tensor, kv: TaskKV) -> TaskSearch:
         """The earlier task that a prompt `(T,)` without padding can start from. Raises `ValueError` for an empty one.
 
-        The prompt's task is to be kept by `keep_task` when there is none.
+        Without one to reuse, the prompt's task is to be kept by `keep_task`.
         """
         if not len(input_ids):
             raise ValueError("a prompt is empty; it needs at least one token")
         embedding = self.task_embedding(input_ids)
         can_use = partial(kv.can_use, num_tokens=len(input_ids))
-        return TaskSearch(embedding, self._manager().search(embedding, can_use, kv.similarity_threshold))
+        return self.manager.search_or_check(embedding, can_use, kv.similarity_threshold)
 
     def keep_task(
         self, task_id: str, token_ids: TokenIds, embedding: torch.Tensor, top_layer_kv: TopLayerKV, salt: str
     ) -> None:
         """An answer doesn't fail because its KV couldn't be kept."""
         try:
-            self._manager().add_task(task_id, embedding, top_layer_kv, salt=salt, token_ids=token_ids)
+            self.manager.add_task(task_id, embedding, top_layer_kv, salt=salt, token_ids=token_ids)
         except ValueError:
             logger.exception("the KV of task %s was not kept", task_id)
 
-    def _manager(self) -> InterTaskKVManager:
+    @property
+    def manager(self) -> InterTaskKVManager:
+        """Raises `ValueError` when there is none yet."""
         if self.kv_manager is None:
             raise ValueError("there is no KV manager; set_kv_manager gives the model one")
         return self.kv_manager
@@ -116,13 +119,22 @@ class LlamaModelWithKVReuse(LlamaModel):
         hidden = self._forward_tasks(embeddings, attention_mask, kv)
         kv.end_prefill()
 
-        # 3. Keep what was computed in full.
+        # 3. Keep what was computed in full, and note what reuse is to be compared with it.
         for row, (task_id, prompt, search) in enumerate(zip(kv.task_ids, prompts, searches, strict=True)):
             kv.outcomes.append(self._outcome(task_id, len(prompt), search.match))
             if search.match is None:
                 top_layer_kv = kv.prompt_top_layer_kv(row, len(prompt))
                 self.keep_task(task_id, as_token_ids(prompt.tolist()), search.embedding, top_layer_kv, kv.salt)
+            if search.check is not None:
+                kv.checks[row] = (search.check, prompt)
         return hidden
+
+    def last_hidden_over(self, match: TaskMatch, prompt: torch.Tensor) -> torch.Tensor:
+        """What a hit would give behind the last token of a prompt `(T,)`: `(E,)`."""
+        kv = TaskKV(self.config, [match.entry.task_id], max_positions=self.config.max_position_embeddings)
+        embeddings = self.embed_tokens(prompt[None])
+        kv.begin([match], embeddings, len(prompt))
+        return self._forward_tasks(embeddings, torch.ones_like(prompt[None]), kv)[0, -1]
 
     def _forward_tasks(self, embeddings: torch.Tensor, attention_mask: torch.Tensor, kv: TaskKV) -> torch.Tensor:
         """The running rows through the layers below the last, then all rows through the last: `(B, T, E)`."""
@@ -169,12 +181,57 @@ class LlamaModelWithKVReuse(LlamaModel):
 
 
 class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
-    """Differs from `LlamaForCausalLM` in its `LlamaModelWithKVReuse`; `generate` itself is stock and reuses nothing."""
+    """Differs from `LlamaForCausalLM` in its `LlamaModelWithKVReuse`, and in comparing reuse with full prefill where
+    the manager asks for it; `generate` itself is stock and reuses nothing.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = LlamaModelWithKVReuse(config)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock; behind the prefill of a `TaskKV` its checks are compared. `generate` reads this signature."""
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        if isinstance(past_key_values, TaskKV):
+            kv, logits = past_key_values, output.logits[:, -1]
+            for row, (match, prompt) in kv.checks.items():
+                kv.outcomes[row] = self.checked(kv.outcomes[row], match, prompt, logits[row])
+            kv.checks = {}
+        return output
+
+    def checked(
+        self, outcome: TaskOutcome, match: TaskMatch, prompt: torch.Tensor, logits: torch.Tensor
+    ) -> TaskOutcome:
+        """Tries reuse for a prompt `(T,)` that was prefilled in full, and records whether the first token is the same.
+
+        `logits` `(V,)` are those of the full prefill.
+        """
+        first_token = self.lm_head(self.model.last_hidden_over(match, prompt)).argmax()
+        check = self.model.manager.record_check(match.similarity, bool(first_token == logits.argmax()))
+        num_passes = outcome.num_layer_passes + outcome.num_prompt_tokens
+        return replace(outcome, num_layer_passes=num_passes, check=check)
 
     def set_kv_manager(self, manager: InterTaskKVManager) -> None:
         """Tasks are kept and searched there. Raises `ValueError` for one that was made for another model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvarena.reuse.plan import TokenIds
+from kvarena.simllm.threshold import AgreementSample
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class TaskOutcome:
 
     `num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`. In mode "top_layer" every
     token of a hit counts as reused: the earlier task's KV stands for what they would have been computed for.
-    `matched_token_ids` are the earlier prompt's.
+    `matched_token_ids` are the earlier prompt's. `check` is there when reuse was tried beside a full prefill, to be
+    compared with it; that counts as a miss.
     """
 
     task_id: str
@@ -26,6 +28,7 @@ class TaskOutcome:
     num_recomputed_tokens: int = 0
     spans: tuple[tuple[int, int], ...] = ()
     matched_token_ids: TokenIds | None = field(default=None, compare=False)
+    check: AgreementSample | None = None
 
     @property
     def is_hit(self) -> bool:

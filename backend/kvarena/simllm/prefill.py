@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ import torch
 from kvarena.engines.hf_model import HFModel
 from kvarena.reuse.plan import as_token_ids
 from kvarena.simllm.aligned import AlignedReuse
+from kvarena.simllm.manager import TaskMatch, TaskSearch
 from kvarena.simllm.outcome import TaskOutcome
-from kvarena.simllm.task_kv import TaskKV, TaskSearch
+from kvarena.simllm.task_kv import TaskKV
 
 FIRST_CAPACITY_TOKENS = 256
 
@@ -64,7 +65,7 @@ class TaskPrefiller:
             return TaskPrefill(kv, output.logits[0, -1], kv.outcomes[0], int(kv.offsets) + len(token_ids))
         computed = self.prefill_without_reuse(token_ids, task_id, is_cancelled)
         self.model.run(self._keep, token_ids, search.embedding, computed, salt)
-        return computed
+        return self.model.run(self._checked, token_ids, search.check, computed) if search.check else computed
 
     def prefill_without_reuse(
         self, token_ids: Sequence[int], task_id: str, is_cancelled: Callable[[], bool] = lambda: False
@@ -75,14 +76,20 @@ class TaskPrefiller:
         return TaskPrefill(kv, logits, TaskOutcome(task_id, len(token_ids), num_passes), len(token_ids))
 
     def _search(self, token_ids: Sequence[int], kv: TaskKV) -> TaskSearch:
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.model.kv_shape.device)
-        (search,) = kv.searches = [self.model.module.model.search_task(ids, kv)]
+        (search,) = kv.searches = [self.model.module.model.search_task(self._tensor(token_ids), kv)]
         return search
 
     def _keep(self, token_ids: Sequence[int], embedding: torch.Tensor, computed: TaskPrefill, salt: str) -> None:
         outcome = computed.outcome
         keys, values = computed.kv.filled(0, outcome.num_prompt_tokens)[-1][:, None]  # (1, H_kv, T, D) each
         self.model.module.model.keep_task(outcome.task_id, as_token_ids(token_ids), embedding, (keys, values), salt)
+
+    def _checked(self, token_ids: Sequence[int], match: TaskMatch, computed: TaskPrefill) -> TaskPrefill:
+        ids, logits = self._tensor(token_ids), computed.logits
+        return replace(computed, outcome=self.model.module.checked(computed.outcome, match, ids, logits))
+
+    def _tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(token_ids, dtype=torch.int64, device=self.model.kv_shape.device)
 
     def _aligned(
         self,
@@ -97,5 +104,6 @@ class TaskPrefiller:
         task = self.model.run(aligned.begin, token_ids, task_id, capacity, salt, similarity_threshold)
         kv = task.kv or self.model.new_kv(capacity)
         logits = self.model.prefill(kv, token_ids[kv.length :], is_cancelled)
+        outcome = self.model.run(aligned.outcome_of, task, logits)
         self.model.run(aligned.keep, task, kv.filled(0, len(token_ids)), salt)
-        return TaskPrefill(kv, logits, task.outcome, len(token_ids))
+        return TaskPrefill(kv, logits, outcome, len(token_ids))

@@ -11,24 +11,15 @@ All rows of a layer are equally long: what a row doesn't have is zeros that its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
-from kvarena.simllm.entry import TaskCacheEntry
+from kvarena.simllm.entry import KnownTask
 from kvarena.simllm.growing_layer import GrowingLayer
-from kvarena.simllm.manager import TaskMatch
+from kvarena.simllm.manager import TaskMatch, TaskSearch
 from kvarena.simllm.outcome import TaskOutcome
-
-
-@dataclass(frozen=True, eq=False)
-class TaskSearch:
-    """A prompt's embedding `(E,)`, and the earlier task that was found for it, if any."""
-
-    embedding: torch.Tensor
-    match: TaskMatch | None
 
 
 class TaskKV(DynamicCache):
@@ -37,7 +28,8 @@ class TaskKV(DynamicCache):
 
     `task_ids` name the prompts, one for each row. An earlier task is used when its salt is the same, and when its
     prompt, the new one and `max_new_tokens` have room in `max_positions`. `similarity_threshold` None is the manager's.
-    The prefill searches where `searches` are not there yet; `outcomes` are there after it.
+    The prefill searches where `searches` are not there yet; after it there are `outcomes`, and `checks`: by row, an
+    earlier task and the prompt `(T,)` for which its reuse is still to be compared with full prefill.
     """
 
     def __init__(
@@ -57,6 +49,7 @@ class TaskKV(DynamicCache):
         self.similarity_threshold = similarity_threshold
         self.searches: Sequence[TaskSearch] = ()
         self.outcomes: list[TaskOutcome] = []
+        self.checks: dict[int, tuple[TaskMatch, torch.Tensor]] = {}
         self._max_tokens = max_positions - max_new_tokens
         self._missed = torch.ones(len(task_ids), dtype=torch.bool)
         self._earlier_mask = torch.zeros(len(task_ids), 0, dtype=torch.bool)
@@ -89,8 +82,8 @@ class TaskKV(DynamicCache):
         """`(B, 1)`: how far a row's positions are moved, by the length of the earlier prompt before it."""
         return self._earlier_mask.sum(-1, keepdim=True)
 
-    def can_use(self, entry: TaskCacheEntry, num_tokens: int) -> bool:
-        return entry.salt == self.salt and entry.num_tokens + num_tokens <= self._max_tokens
+    def can_use(self, task: KnownTask, num_tokens: int) -> bool:
+        return task.salt == self.salt and task.num_tokens + num_tokens <= self._max_tokens
 
     def begin(self, matches: Sequence[TaskMatch | None], like: torch.Tensor, num_prompt_columns: int) -> None:
         """Put the earlier tasks' KV before the prompts, at its right end. `like`: of the model's type and device."""

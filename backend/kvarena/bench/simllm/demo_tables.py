@@ -10,7 +10,7 @@ from rich.table import Table
 
 from kvarena.bench.simllm.contenders import Setup
 from kvarena.bench.simllm.demo import Compared, ShownAnswer
-from kvarena.simllm.manager import ROUNDING
+from kvarena.simllm.similarity import ROUNDING
 
 
 def show_steps(setup: Setup, shown: Sequence[ShownAnswer], console: Console) -> None:

@@ -141,6 +141,7 @@ class SimLLMGeneration(EngineGeneration):
             "task_id": outcome.task_id,
             "matched_task_id": outcome.matched_task_id,
             "num_matched_prompt_tokens": None if earlier is None else len(earlier),
+            "check": asdict(outcome.check) if outcome.check else None,
             "num_layer_passes": outcome.num_layer_passes,
             "num_layer_passes_without_reuse": outcome.num_prompt_tokens * self._model.kv_shape.num_layers,
             "spans": _spans(outcome),
