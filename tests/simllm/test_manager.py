@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvarena.simllm import InterTaskKVManager
 from kvarena.simllm.entry import LayerKVShape, TopLayerKV
@@ -223,3 +225,37 @@ def test_many_threads() -> None:
     assert statistics["num_hits"] == sum(hits for hits, _ in counts) > 0
     assert statistics["num_misses"] == sum(misses for _, misses in counts) > 0
     assert statistics["cache_size"] == 8
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "search", "damage", "threshold", "reset"]), st.integers(0, 11)), max_size=60
+    )
+)
+def test_random_operations(operations: list[tuple[str, int]]) -> None:
+    """Beside a plain list of the tasks in the order of their use, damaged ones among them."""
+    manager, expected, damaged = manager_of(max_cache_size=5, similarity_threshold=0.9), list[int](), set[int]()
+    for operation, number in operations:
+        if operation == "add":
+            manager.add_task(str(number), direction(number), kv_of(1 + number, float(number)))
+            expected = [*(one for one in expected if one != number), number][-5:]
+            damaged.discard(number)
+        elif operation == "search":
+            found = manager.search_similar_task(direction(number))
+            is_there = number in expected and number not in damaged
+            assert (found.task_id if found else None) == (str(number) if is_there else None)
+            expected = [one for one in expected if one != number] + [number] * is_there
+        elif operation == "damage" and number in expected:
+            manager._entries[str(number)].top_layer_kv[1].fill_(float("nan"))
+            damaged.add(number)
+        elif operation == "threshold":
+            manager.set_similarity_threshold(0.5 + number / 100)
+        elif operation == "reset" and number == 0:
+            manager.reset()
+            expected = []
+        damaged &= set(expected)
+        manager.check_integrity()
+        assert list(manager._entries) == [str(one) for one in expected]
+        num_bytes = sum(2 * 4 * (1 + one) * NUM_HEADS * HEAD_SIZE for one in expected)
+        assert manager.get_statistics()["num_bytes"] == num_bytes

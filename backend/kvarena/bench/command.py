@@ -81,6 +81,37 @@ def prefix(
 
 
 @app.command()
+def tasks(
+    num_tasks: Annotated[str, typer.Option(help="How many tasks are kept, separated by commas.")] = "1000,10000,100000",
+    embedding_dim: Annotated[int, typer.Option(min=1, help="Size of a task's embedding.")] = 4096,
+    num_queries: Annotated[int, typer.Option(min=1, help="Searches for each number of tasks.")] = 200,
+    similarity: Annotated[float, typer.Option(help="Cosine of a query and the task it is made from.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the embeddings.")] = 0,
+    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/tasks.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """The search for a similar task: its time, and how often it finds one of the query's cluster."""
+    from rich.console import Console
+
+    from kvarena.bench import task_search_bench
+    from kvarena.bench.results import load_results, save_results
+
+    console = Console(stderr=as_json)
+    with explained():
+        workload = task_search_bench.TaskSearchWorkload(
+            integers(num_tasks), embedding_dim, num_queries, similarity, seed
+        )
+        with progress(workload.num_steps, console) as advance:
+            rows = task_search_bench.run(workload, advance)
+    save_results(output, {"benchmark": "tasks", **vars(workload)}, rows)
+    if as_json:
+        print(json.dumps(load_results(output), indent=1))
+    else:
+        _show_tasks(rows, console)
+        console.print(f"Figures are in {output}.", soft_wrap=True)
+
+
+@app.command()
 def decode(
     url: Annotated[
         str | None, typer.Option(help="An OpenAI server of the same model to measure too, such as plain vLLM.")
@@ -163,6 +194,24 @@ def _show_prefix(rows: list[Row], console: Console) -> None:
             f"{row['tpot_ms']['median']:,.1f}",
             f"{row['speedup_vs_cold']['median']:,.1f}x",
             end_section=row["scenario"] == "new question",
+        )
+    console.print(table)
+
+
+def _show_tasks(rows: list[Row], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="Search for a similar task", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in ("tasks", "median ms", "p95 ms", "processor ms", "found"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row['num_tasks']:,}",
+            f"{row['lookup_ms']['median']:.2f}",
+            f"{row['lookup_ms']['p95']:.2f}",
+            f"{row['lookup_cpu_ms']['median']:.2f}",
+            f"{row['found_ratio']:.1%}",
         )
     console.print(table)
 
