@@ -186,6 +186,17 @@ def test_the_model_alone(folder: Path, attention: str) -> None:
     assert torch.equal(model.generate(ids, **settings), stock)
 
 
+def test_a_manager_is_one_models_for_as_long_as_it_keeps_tasks(folder: Path, tasks: Tasks) -> None:
+    """The same shapes don't make it the same model's KV."""
+    twin = LlamaForCausalLMWithKVReuse.from_pretrained(folder)
+    tasks.ask(prompt_of(20))
+    with pytest.raises(ValueError, match="tasks of another model; reset forgets them"):
+        twin.set_kv_manager(tasks.simllm.manager)
+    tasks.simllm.model.module.set_kv_manager(tasks.simllm.manager)
+    tasks.simllm.manager.reset()
+    twin.set_kv_manager(tasks.simllm.manager)
+
+
 def test_what_a_model_refuses(folder: Path) -> None:
     model = LlamaForCausalLMWithKVReuse.from_pretrained(folder).eval()
     with pytest.raises(ValueError, match="embedding_dim is 64; the model's embeddings have 128"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class InterTaskKVManager:
         self._auto = auto or AutoThresholdParams()
         self._threshold = threshold_of(similarity_threshold, self._auto)
         self._kv_shape: LayerKVShape | None = None
+        self._model: weakref.ref[torch.nn.Module] | None = None
         self._shared: SharedTasks | None = None
         self._lock = threading.RLock()
         self.reset()
@@ -90,8 +92,11 @@ class InterTaskKVManager:
         """A cosine similarity, or "auto", which starts without evidence. Raises `ValueError` for anything else."""
         self._threshold = threshold_of(threshold, self._auto)
 
-    def expect(self, embedding_dim: int, kv_shape: LayerKVShape) -> None:
-        """Tasks are a model's from now on. Raises `ValueError` when its embeddings or its KV don't fit what is kept."""
+    def expect(self, embedding_dim: int, kv_shape: LayerKVShape, model: torch.nn.Module | None = None) -> None:
+        """Tasks are a model's from now on.
+
+        Raises `ValueError` when its embeddings or its KV don't fit what is kept, or when that is another model's.
+        """
         with self._lock:
             if embedding_dim != self.embedding_dim:
                 raise ValueError(
@@ -99,7 +104,10 @@ class InterTaskKVManager:
                 )
             if self._entries and self._kv_shape != kv_shape:
                 raise ValueError(f"the manager keeps tasks whose KV is {self._kv_shape}; the model's is {kv_shape}")
+            if self._entries and model is not None and self._model is not None and self._model() is not model:
+                raise ValueError("the manager keeps tasks of another model; reset forgets them")
             self._kv_shape = kv_shape
+            self._model = weakref.ref(model) if model is not None else self._model
 
     def share(self, shared: SharedTasks) -> None:
         """Tasks are shared from now on: what is added goes there too, and what is more similar there is used.

@@ -235,7 +235,8 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
 
     def set_kv_manager(self, manager: InterTaskKVManager) -> None:
         """Tasks are kept and searched there. Raises `ValueError` for one that was made for another model."""
-        manager.expect(self.config.hidden_size, LayerKVShape(self.config.num_key_value_heads, self.config.head_dim))
+        shape = LayerKVShape(self.config.num_key_value_heads, self.config.head_dim)
+        manager.expect(self.config.hidden_size, shape, self)
         self.model.kv_manager = manager
 
     def new_task_kv(
