@@ -148,12 +148,12 @@ class InterTaskKVManager:
         given out for comparison, and counts as a miss. `record_check` wants to know the outcome.
         """
         threshold = self._threshold if similarity_threshold is None else FixedThreshold(similarity_threshold)
-        found = self._find(query_embedding, is_usable, threshold.lowest)
-        if found and threshold.draws_check():
-            self._counted(None)
-            return TaskSearch(query_embedding, check=found)
-        is_hit = found is not None and found.similarity >= threshold.value - ROUNDING
-        return TaskSearch(query_embedding, match=self._counted(found if is_hit else None))
+        is_check = threshold.draws_check()
+        found = self._find(query_embedding, is_usable, threshold.lowest if is_check else threshold.value)
+        if not is_check:
+            return TaskSearch(query_embedding, match=self._counted(found))
+        self._counted(None)
+        return TaskSearch(query_embedding, check=found)
 
     def record_check(self, similarity: float, agrees: bool) -> AgreementSample:
         """Whether reuse of a task that was given out for comparison would have begun as full prefill did."""

@@ -28,6 +28,7 @@ CREATE INDEX IF NOT EXISTS tasks_by_number ON tasks (model, number);"""
 _COLUMNS = "salt, task_id, embedding, num_tokens, token_ids, digest, added_at"
 _NAMED = "WHERE model = ? AND salt = ? AND task_id = ?"
 _READ_AT_ONCE = 1000
+_MAX_COMPARED = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class TaskDirectory:
         """The tasks of the buckets next to an embedding `(E,)`, in no order."""
         if self._file.has_changed():
             self._read_added()
-        numbers = self._index.neighbours(query_embedding)
+        numbers = self._index.neighbours(query_embedding, _MAX_COMPARED)
         places = ", ".join("?" * len(numbers))
         rows = self._file.read(
             f"SELECT number, {_COLUMNS} FROM tasks WHERE model = ? AND number IN ({places})",
