@@ -208,6 +208,9 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         help="What a similar earlier prompt lends. `aligned`: the KV of all layers, where both have the same text. "
         "`top_layer`: its last layer's KV, as in the Sim-LLM paper; fast, and wrong on a model not trained for it.",
     )
+    if offer.similarity_threshold is None:
+        st.caption("The server finds its similarity threshold by itself.")
+        return mode, None
     similarity_threshold = st.number_input(
         "Similarity threshold",
         -1.0,

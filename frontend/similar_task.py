@@ -11,12 +11,13 @@ from typing import Any
 @dataclass(frozen=True)
 class SimilarTask:
     """`similarity` is the cosine to the earlier prompt that lent its KV; None: none was similar enough, or none asked.
+    `similarity_threshold` None: the server finds none good enough at present.
 
     A layer pass is one prompt token through one layer. `matched_prompt` is empty where the server keeps it to itself.
     """
 
     mode: str
-    similarity_threshold: float
+    similarity_threshold: float | None
     similarity: float | None
     num_layer_passes: int
     num_layer_passes_without_reuse: int
@@ -44,14 +45,24 @@ class SimilarTask:
 def similar_task_html(task: SimilarTask) -> str:
     if task.similarity is None:
         return (
-            '<div class="ka-task" data-testid="similar-task" data-hit="false">No similar earlier prompt: none that can '
-            f"be used has a cosine of {task.similarity_threshold:g} or more. Prefilled in full.</div>"
+            f'<div class="ka-task" data-testid="similar-task" data-hit="false">{_miss(task)} Prefilled in full.</div>'
         )
     return (
         '<div class="ka-task" data-testid="similar-task" data-hit="true">'
         f"Similar to an earlier prompt: cosine {_number('similarity', task.similarity, f'{task.similarity:.5f}')}, "
-        f"threshold {task.similarity_threshold:g}. {_skipped(task)}{_earlier_prompt(task)}</div>"
+        f"threshold {_shown(task.similarity_threshold)}. {_skipped(task)}{_earlier_prompt(task)}</div>"
     )
+
+
+def _miss(task: SimilarTask) -> str:
+    if task.similarity_threshold is None:
+        return "No reuse: the server finds no similarity at which answers agree with full prefill often enough."
+    threshold = _shown(task.similarity_threshold)
+    return f"No similar earlier prompt: none that can be used has a cosine of {threshold} or more."
+
+
+def _shown(threshold: float | None) -> str:
+    return "none" if threshold is None else f"{threshold:g}"
 
 
 def _skipped(task: SimilarTask) -> str:

@@ -32,16 +32,24 @@ class Blend:
 
 @dataclass(frozen=True)
 class SimLLM:
-    """What `GET /kvarena` of a contender that reuses similar earlier prompts offers."""
+    """What `GET /kvarena` of a contender that reuses similar earlier prompts offers.
+
+    `similarity_threshold` None: the server finds its own.
+    """
 
     modes: tuple[str, ...]
     mode: str
-    similarity_threshold: float
+    similarity_threshold: float | None
 
     @classmethod
     def read(cls, offer: Mapping[str, Any]) -> SimLLM:
         defaults = offer["defaults"]
-        return cls(tuple(offer["modes"]), defaults["mode"], float(defaults["similarity_threshold"]))
+        threshold = defaults["similarity_threshold"]
+        return cls(
+            modes=tuple(offer["modes"]),
+            mode=defaults["mode"],
+            similarity_threshold=float(threshold) if isinstance(threshold, int | float) else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,15 @@ def test_simllm_has_knobs_of_its_own_and_shows_the_earlier_prompt(small_server, 
     assert "kv_transfer_params" not in plain.completions()[0]
 
 
+def test_a_server_that_finds_its_own_threshold_is_sent_none(small_server, open_page: Open) -> None:
+    auto = SIMLLM_OFFER | {"defaults": {"reuse": True, "mode": "aligned", "similarity_threshold": "auto"}}
+    simllm = small_server(offer=auto, report=SIMLLM_REPORT)
+    page = open_page(simllm, small_server())
+    assert [field.key for field in page.number_input] == ["max-tokens"]
+    page.chat_input[0].set_value("Who?").run()
+    assert simllm.completions()[0]["kv_transfer_params"]["kvarena"] == {"mode": "aligned"}
+
+
 def test_without_simllm_its_knobs_are_not_there(small_server, open_page: Open) -> None:
     page = open_page(small_server(offer=OFFER), small_server())
     assert [box.key for box in page.selectbox] == ["policy"]

@@ -35,6 +35,11 @@ def test_a_miss_names_the_threshold() -> None:
     assert "<details>" not in html
 
 
+def test_a_server_that_reuses_nothing_for_now_says_so() -> None:
+    html = similar_task_html(replace(HIT, similarity=None, similarity_threshold=None, num_layer_passes=600))
+    assert "No reuse: the server finds no similarity" in html
+
+
 def test_a_hit_that_cost_more_than_it_saved_says_so() -> None:
     html = similar_task_html(replace(HIT, num_layer_passes=660))
     assert 'data-value="-60">60</b> layer passes more than the 600' in html

@@ -53,7 +53,7 @@ class SimLLMEngine:
         return SimLLMGeneration(self, request)
 
     def describe(self) -> dict[str, Any]:
-        settings = asdict(self.simllm.params) | {"similarity_threshold": self.simllm.manager.similarity_threshold}
+        settings = asdict(self.simllm.params)
         defaults = SimLLMOptions().model_dump() | {key: settings[key] for key in ("mode", "similarity_threshold")}
         modes = sorted(self.prefillers)
         return {"contender": self.contender, "modes": modes, "defaults": defaults, **settings}

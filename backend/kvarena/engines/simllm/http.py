@@ -25,12 +25,15 @@ TheEngine = Annotated[SimLLMEngine, Depends(_engine_of)]
 
 
 class TaskStats(BaseModel):
-    """Counts since the start, or since tasks were last cleared; `num_damaged` entries were dropped as unusable."""
+    """Counts since the start, or since tasks were last cleared; `num_damaged` entries were dropped as unusable.
+
+    `similarity_threshold` None: nothing is similar enough at present.
+    """
 
     cache_size: int
     max_cache_size: int
     num_bytes: int
-    similarity_threshold: float
+    similarity_threshold: float | None
     num_searches: int
     num_hits: int
     num_misses: int
