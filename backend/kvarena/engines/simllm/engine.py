@@ -74,7 +74,8 @@ class SimLLMGeneration(EngineGeneration):
         super().__init__(engine.model, request, Timings())
         self._manager = engine.simllm.manager
         self._options = request.options if isinstance(request.options, SimLLMOptions) else SimLLMOptions()
-        self._mode = self._options.mode or engine.simllm.params.mode
+        self._own_mode = engine.simllm.params.mode
+        self._mode = self._options.mode or self._own_mode
         if self._mode not in engine.prefillers:
             raise ValueError(f"mode must be one of {', '.join(engine.prefillers)} with this model, not {self._mode!r}")
         self._prefiller = engine.prefillers[self._mode]
@@ -120,10 +121,18 @@ class SimLLMGeneration(EngineGeneration):
         if not self._options.reuse:
             return self._prefiller.prefill_without_reuse(prompt, task_id, is_cancelled)
         room = min(max_tokens, LEAST_ANSWER_TOKENS) if self._request.sampling.max_tokens is None else max_tokens
-        threshold = self._options.similarity_threshold
+        threshold = self._similarity_threshold()
         return self._prefiller.prefill(
             prompt, task_id, room, salt=salt, similarity_threshold=threshold, is_cancelled=is_cancelled
         )
+
+    def _similarity_threshold(self) -> float | None:
+        """None leaves it to the manager, which may learn from what it finds: of the engine's own mode only."""
+        chosen = self._options.similarity_threshold
+        if chosen is not None or self._mode == self._own_mode:
+            return chosen
+        current = self._manager.similarity_threshold
+        return 1.0 if current is None else current
 
     def _report(self, outcome: TaskOutcome) -> None:
         threshold, earlier = self._options.similarity_threshold, outcome.matched_token_ids
