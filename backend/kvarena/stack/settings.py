@@ -20,7 +20,7 @@ from kvarena.stack.home import project_root
 ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100"]
 ProfileName = Literal["auto", "cpu", "gpu"]
 PrefixStorage = Literal["cpu", "device"]
-SimLLMMode = Literal["aligned", "top_layer"]
+SimLLMMode = Literal["top_layer", "aligned"]
 AI100Runtime = Literal["auto", "qaic", "host", "onnx"]
 AI100Topics = Literal["keyword", "embedding"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
