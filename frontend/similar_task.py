@@ -11,7 +11,8 @@ from typing import Any
 @dataclass(frozen=True)
 class SimilarTask:
     """`similarity` is the cosine to the earlier prompt that lent its KV; None: none was similar enough, or none asked.
-    `similarity_threshold` None: the server finds none good enough at present.
+    `similarity_threshold` None: the server finds none good enough at present. `checked_similarity` is there when reuse
+    was only compared with full prefill, to find the threshold; `check_agrees`: it gave the same first token.
 
     A layer pass is one prompt token through one layer. `matched_prompt` is empty where the server keeps it to itself.
     """
@@ -23,9 +24,12 @@ class SimilarTask:
     num_layer_passes_without_reuse: int
     matched_prompt: str = ""
     num_matched_prompt_tokens: int | None = None
+    checked_similarity: float | None = None
+    check_agrees: bool = False
 
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> SimilarTask:
+        check = report.get("check") or {}
         return cls(
             mode=report["mode"],
             similarity_threshold=report["similarity_threshold"],
@@ -34,6 +38,8 @@ class SimilarTask:
             num_layer_passes_without_reuse=report["num_layer_passes_without_reuse"],
             matched_prompt=report.get("matched_prompt") or "",
             num_matched_prompt_tokens=report.get("num_matched_prompt_tokens"),
+            checked_similarity=check.get("similarity"),
+            check_agrees=check.get("agrees", False),
         )
 
     @property
@@ -55,6 +61,9 @@ def similar_task_html(task: SimilarTask) -> str:
 
 
 def _miss(task: SimilarTask) -> str:
+    if task.checked_similarity is not None:
+        first_token = "would have begun as full prefill did" if task.check_agrees else "would have begun differently"
+        return f"Compared, to find the threshold: reuse at cosine {task.checked_similarity:.5f} {first_token}."
     if task.similarity_threshold is None:
         return "No reuse: the server finds no similarity at which answers agree with full prefill often enough."
     threshold = _shown(task.similarity_threshold)

@@ -40,6 +40,15 @@ def test_a_server_that_reuses_nothing_for_now_says_so() -> None:
     assert "No reuse: the server finds no similarity" in html
 
 
+def test_a_comparison_says_what_came_of_it() -> None:
+    check = {"similarity": 0.98765, "agrees": False}
+    miss = {**SIMLLM_REPORT, "similarity": None, "check": check}
+    html = similar_task_html(SimilarTask.read(miss))
+    assert "reuse at cosine 0.98765 would have begun differently. Prefilled in full." in html
+    check["agrees"] = True
+    assert "would have begun as full prefill did" in similar_task_html(SimilarTask.read(miss))
+
+
 def test_a_hit_that_cost_more_than_it_saved_says_so() -> None:
     html = similar_task_html(replace(HIT, num_layer_passes=660))
     assert 'data-value="-60">60</b> layer passes more than the 600' in html

@@ -12,6 +12,7 @@ from kvarena.api.engine import GenerationRequest, Report, Sampling
 from kvarena.engines import attention
 from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.options import SimLLMOptions
+from kvarena.simllm.params import SimilarityThreshold
 from simllm.tasks import NUM_TOKENS, Tasks
 from tiny_models import random_text
 
@@ -37,8 +38,8 @@ class Served:
         return tokens, report
 
 
-def served(folder: Path, mode: str) -> Served:
-    tasks = Tasks.load(folder, mode=mode, similarity_threshold=0.95, attn_implementation=attention.NAME)
+def served(folder: Path, mode: str, threshold: SimilarityThreshold = 0.95) -> Served:
+    tasks = Tasks.load(folder, mode=mode, similarity_threshold=threshold, attn_implementation=attention.NAME)
     return Served(tasks, SimLLMEngine(tasks.simllm, "tiny"))
 
 

@@ -110,10 +110,29 @@ def test_what_is_kept_and_forgetting_it(http: httpx.Client) -> None:
     kv_bytes = kept["num_prompt_tokens"] * 2 * 64 * 4  # keys and values of 2 heads of 32, fp32, in one layer
     assert stats["num_bytes"] == (4 + 1) * kv_bytes, "all four layers, and the last one for mode top_layer"
     assert (stats["cache_size"], stats["max_cache_size"], stats["num_misses"]) == (1, 100, 1)
+    assert stats["auto_threshold"] is None, "the threshold is a number"
     assert http.post("/tasks/clear").json() == {"cleared": True}
     stats = http.get("/tasks/stats").json()
     assert (stats["cache_size"], stats["num_bytes"], stats["num_searches"]) == (0, 0, 0)
     assert not report_of(ask(http, LATER))["hit"]
+
+
+def test_a_server_that_finds_its_own_threshold(folder: Path) -> None:
+    """It starts by comparing: the request that would hit is answered by full prefill, as the report says."""
+    engine = served(folder, "aligned", "auto").engine
+    with serving(engine, routers=[router]) as server, server.client() as http:
+        assert http.get("/kvarena").json()["defaults"]["similarity_threshold"] == "auto"
+        report_of(ask(http, EARLIER))
+        compared = report_of(ask(http, LATER))
+        assert (compared["hit"], compared["approximate"], compared["similarity_threshold"]) == (False, False, 1.0)
+        assert compared["check"] == {"similarity": pytest.approx(0.99, abs=0.01), "agrees": True}
+        of_other_mode = report_of(ask(http, LATER, {"mode": "top_layer"}))
+        chosen = report_of(ask(http, LATER, {"similarity_threshold": 0.9}))
+        assert [(report["hit"], report["check"]) for report in (of_other_mode, chosen)] == [(True, None)] * 2
+        stats = http.get("/tasks/stats").json()
+        assert (stats["similarity_threshold"], stats["num_hits"], stats["num_misses"]) == (1.0, 2, 2)
+        found = stats["auto_threshold"]
+        assert (found["threshold"], found["num_samples"], found["target_agreement"]) == (1.0, 1, 0.95)
 
 
 def test_metrics_are_the_caches(http: httpx.Client) -> None:

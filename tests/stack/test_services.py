@@ -150,16 +150,19 @@ def test_ai100_serves_the_stacks_model_in_slots_as_long_as_its_context(home: Hom
 
 
 @pytest.mark.parametrize(
-    ("name", "module"),
+    ("name", "module", "threshold"),
     [
-        ("prefix", "kvarena.engines.prefix.__main__"),
-        ("simllm", "kvarena.engines.simllm.__main__"),
-        ("ai100", "ai100.server"),
+        ("prefix", "kvarena.engines.prefix.__main__", None),
+        ("simllm", "kvarena.engines.simllm.__main__", 0.5),
+        ("simllm", "kvarena.engines.simllm.__main__", "auto"),
+        ("ai100", "ai100.server", None),
     ],
 )
-def test_engines_take_what_the_stack_gives_them(home: Home, tmp_path: Path, name: str, module: str) -> None:
+def test_engines_take_what_the_stack_gives_them(
+    home: Home, tmp_path: Path, name: str, module: str, threshold: object
+) -> None:
     """Every option of the command line is one that the server knows, with a value that it accepts."""
-    chosen = {"simllm_mode": "aligned", "simllm_similarity_threshold": 0.5, "simllm_max_cache_size": 3}
+    chosen = {"simllm_mode": "aligned", "simllm_similarity_threshold": threshold, "simllm_max_cache_size": 3}
     chosen |= {f"ai100_{key}": value for key, value in AI100_CHOICES.items()}
     _, services = make(home, tmp_path, contenders=name, max_model_len=512, simllm_num_hyperplanes=8, **chosen)
     main = importlib.import_module(module).main

@@ -73,7 +73,11 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
         ("BLEND_PORT=70000", "BLEND_PORT must be less than or equal to 65535, not '70000'"),
         ("PORT_BASE=65100", "PORT_BASE must be less than or equal to 65032, not '65100'"),
         ("SIMLLM_MODE=both", "SIMLLM_MODE must be one of top_layer, aligned, not 'both'"),
-        ("SIMLLM_SIMILARITY_THRESHOLD=2", "SIMLLM_SIMILARITY_THRESHOLD must be less than or equal to 1, not '2'"),
+        (
+            "SIMLLM_SIMILARITY_THRESHOLD=2",
+            "^SIMLLM_SIMILARITY_THRESHOLD must be auto or a number .*, not '2'$",
+        ),
+        ("SIMLLM_SIMILARITY_THRESHOLD=high", "must be auto or a number from -1 to 1, not 'high'"),
         ("SIMLLM_MAX_CACHE_SIZE=0", "SIMLLM_MAX_CACHE_SIZE must be greater than or equal to 1, not '0'"),
         ("AI100_RUNTIME=npu", "AI100_RUNTIME must be one of auto, qaic, host, onnx, not 'npu'"),
         ("AI100_TOPICS=words", "AI100_TOPICS must be one of keyword, embedding, not 'words'"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvarena.stack.errors import StackError
@@ -23,6 +23,7 @@ PrefixStorage = Literal["cpu", "device"]
 SimLLMMode = Literal["top_layer", "aligned"]
 AI100Runtime = Literal["auto", "qaic", "host", "onnx"]
 AI100Topics = Literal["keyword", "embedding"]
+SimilarityThreshold = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
 
 PORT_OFFSETS = {
@@ -68,7 +69,7 @@ class SimLLMChoices:
     """Of the contender simllm; `None` is its own default."""
 
     mode: str | None
-    similarity_threshold: float | None
+    similarity_threshold: SimilarityThreshold | None
     max_cache_size: int | None
     num_hyperplanes: int | None
 
@@ -124,7 +125,7 @@ class Settings(BaseSettings):
     prefix_storage: PrefixStorage = "cpu"
 
     simllm_mode: SimLLMMode | None = None
-    simllm_similarity_threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
+    simllm_similarity_threshold: SimilarityThreshold | None = None
     simllm_max_cache_size: Annotated[int, Field(ge=1)] | None = None
     simllm_num_hyperplanes: Annotated[int, Field(ge=1, le=64)] | None = None
 
@@ -153,6 +154,14 @@ class Settings(BaseSettings):
     @classmethod
     def _each_once_in_the_known_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in CONTENDERS if name in value)
+
+    @field_validator("simllm_similarity_threshold", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return check(value)
+        except ValidationError as error:
+            raise ValueError("Input should be auto or a number from -1 to 1") from error
 
     @field_validator("data_dir", "results_dir", "local_hf_home", "ai100_topics_file")
     @classmethod

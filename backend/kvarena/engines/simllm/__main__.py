@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,11 +13,18 @@ from kvarena.engines.cache_metrics import CacheCollector
 from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.http import router
 from kvarena.engines.simllm.loading import load_simllm
-from kvarena.simllm.params import AlignedParams, Mode, SimLLMParams
+from kvarena.simllm.params import AUTO, AlignedParams, Mode, SimilarityThreshold, SimLLMParams, checked_threshold
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
 SIMILARITY_THRESHOLD = 0.998
 """Prompts over the same long texts are nearly all above the paper's 0.8; docs/simllm.md has the figures."""
+
+
+def _threshold(given: str | float) -> SimilarityThreshold:
+    try:
+        return AUTO if given == AUTO else checked_threshold(float(given))
+    except ValueError as error:
+        raise typer.BadParameter(f"{given!r} is neither auto nor a number from -1 to 1") from error
 
 
 def main(
@@ -31,7 +38,12 @@ def main(
     load_format: command_line.LoadFormat = "auto",
     mode: Annotated[Mode, typer.Option(help="What a similar task lends.")] = "aligned",
     similarity_threshold: Annotated[
-        float, typer.Option(min=-1, max=1, help="The least cosine of two tasks that are similar.")
+        Any,  # Typer has no unions; _threshold says what it is
+        typer.Option(
+            parser=_threshold,
+            metavar="auto|COSINE",
+            help="The least cosine of two tasks that are similar; auto: the least that measured agreement allows.",
+        ),
     ] = SIMILARITY_THRESHOLD,
     max_cache_size: Annotated[int, typer.Option(min=1, help="How many tasks are kept.")] = 100,
     num_hyperplanes: Annotated[int, typer.Option(min=1, max=64, help="Bits of a task's hash.")] = 16,

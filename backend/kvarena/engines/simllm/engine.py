@@ -118,10 +118,12 @@ class SimLLMGeneration(EngineGeneration):
         """A client that leaves the length of the answer open gets less of it behind an earlier prompt."""
         salt, is_cancelled = self._request.cache_salt, self._closed.is_set
         task_id = self._manager.generate_task_id(",".join(map(str, prompt)), salt)
+        threshold = self._similarity_threshold()
+        current = self._manager.similarity_threshold if threshold is None else threshold
+        self.report.details |= {"mode": self._mode, "similarity_threshold": current}
         if not self._options.reuse:
             return self._prefiller.prefill_without_reuse(prompt, task_id, is_cancelled)
         room = min(max_tokens, LEAST_ANSWER_TOKENS) if self._request.sampling.max_tokens is None else max_tokens
-        threshold = self._similarity_threshold()
         return self._prefiller.prefill(
             prompt, task_id, room, salt=salt, similarity_threshold=threshold, is_cancelled=is_cancelled
         )
@@ -135,15 +137,13 @@ class SimLLMGeneration(EngineGeneration):
         return 1.0 if current is None else current
 
     def _report(self, outcome: TaskOutcome) -> None:
-        threshold, earlier = self._options.similarity_threshold, outcome.matched_token_ids
+        earlier = outcome.matched_token_ids
         self.report.approximate = outcome.is_approximate
         self.report.num_prompt_tokens = outcome.num_prompt_tokens
         self.report.num_reused_tokens = outcome.num_reused_tokens
         self.report.num_recomputed_tokens = outcome.num_recomputed_tokens
         self.report.num_computed_tokens = outcome.num_computed_tokens
         self.report.details |= {
-            "mode": self._mode,
-            "similarity_threshold": self._manager.similarity_threshold if threshold is None else threshold,
             "reuse_enabled": self._options.reuse,
             "hit": outcome.is_hit,
             "similarity": outcome.similarity,

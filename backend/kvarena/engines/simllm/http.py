@@ -24,10 +24,22 @@ def _engine_of(server: TheServer) -> SimLLMEngine:
 TheEngine = Annotated[SimLLMEngine, Depends(_engine_of)]
 
 
+class AutoThresholdStats(BaseModel):
+    """What "auto" chose and why, as `kvarena.simllm.threshold` explains it; `threshold` None: nothing is reused."""
+
+    threshold: float | None
+    target_agreement: float
+    confidence: float
+    num_samples: int
+    num_samples_above: int
+    agreement: float | None
+    agreement_bound: float | None
+
+
 class TaskStats(BaseModel):
     """Counts since the start, or since tasks were last cleared; `num_damaged` entries were dropped as unusable.
 
-    `similarity_threshold` None: nothing is similar enough at present.
+    `similarity_threshold` None: nothing is similar enough at present. `auto_threshold` None: it doesn't change.
     """
 
     cache_size: int
@@ -40,6 +52,7 @@ class TaskStats(BaseModel):
     hit_ratio: float
     num_evictions: int
     num_damaged: int
+    auto_threshold: AutoThresholdStats | None
 
 
 @router.get("/tasks/stats")
