@@ -15,11 +15,10 @@ from transformers import AutoTokenizer
 
 from kvarena.api.engine import GenerationRequest, Report, Sampling
 from kvarena.bench.simllm.memory import PeakMemory
-from kvarena.engines import attention
 from kvarena.engines.simllm.engine import SimLLMEngine
+from kvarena.engines.simllm.loading import load_module
 from kvarena.engines.simllm.options import SimLLMOptions
-from kvarena.simllm import AlignedParams, LlamaForCausalLMWithKVReuse, SimLLMInference, SimLLMParams
-from kvarena.simllm.modeling import llama_config
+from kvarena.simllm import AlignedParams, SimLLMInference, SimLLMParams
 from kvarena.simllm.params import checked_threshold
 from kvarena.stack.model import find_model
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
@@ -113,17 +112,8 @@ class Network:
 
     @classmethod
     def load(cls, folder: str, name: str, *, dtype: str = "auto", random: bool = False) -> Network:
-        """From a local folder or a hub name; `dtype` "auto" is the checkpoint's.
-
-        Raises `ValueError` for a model that isn't a Llama, `OSError` when there is none.
-        """
-        config = llama_config(folder)
-        settings = {"dtype": config.dtype if dtype == "auto" else dtype, "attn_implementation": attention.NAME}
-        if random:
-            module = LlamaForCausalLMWithKVReuse._from_config(config, **settings)
-        else:
-            module = LlamaForCausalLMWithKVReuse.from_pretrained(folder, **settings)
-        module = module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        """As `load_module`."""
+        module = load_module(folder, dtype=dtype, random=random)
         profile = BlendConfig(**read_model_profile(folder))
         return cls(name, module, AutoTokenizer.from_pretrained(folder), profile, random)
 
