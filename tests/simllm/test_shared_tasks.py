@@ -105,6 +105,18 @@ def test_all_layers_and_the_prompt_come_back(path: Path) -> None:
     assert found_by(one, 1) == "without all layers"
 
 
+def test_a_shared_last_layer_is_no_chunk(path: Path) -> None:
+    """Mode "aligned" of a server whose tasks are those of "top_layer" finds none it could use."""
+    memory = MemoryStore(1 << 20)
+    one, other = manager_of(memory, path), manager_of(memory, path)
+    one.add_task("a", direction(0), kv_of(5, 0), token_ids=as_token_ids(range(5)))
+    assert other.search(direction(0), lambda task: task.chunk is not None) is None
+    match = other.search(direction(0))
+    assert match is not None
+    assert match.entry.token_ids is not None
+    assert match.entry.token_ids.tolist() == list(range(5))
+
+
 def test_the_more_similar_of_own_and_shared_tasks_is_used(path: Path) -> None:
     memory = MemoryStore(1 << 20)
     one, other = manager_of(memory, path), manager_of(memory, path)

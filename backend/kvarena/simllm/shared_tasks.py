@@ -49,6 +49,10 @@ class TaskFormat:
     kv_shape: KVShape
 
     @property
+    def has_all_layers(self) -> bool:
+        return self.mode == "aligned"
+
+    @property
     def name(self) -> str:
         shape = self.kv_shape
         sizes = f"{self.embedding_dim}-{shape.num_layers}-{shape.num_kv_heads}-{shape.head_size}-{shape.dtype}"
@@ -84,7 +88,12 @@ class SharedTasks:
         self.task_format = task_format
         self._store = store
         self._directory = TaskDirectory(
-            Path(path), task_format.name, task_format.embedding_dim, num_hyperplanes, max_tasks
+            Path(path),
+            task_format.name,
+            task_format.embedding_dim,
+            num_hyperplanes,
+            max_tasks,
+            have_whole_kv=task_format.has_all_layers,
         )
         self._lock = threading.Lock()
         self._num_hits = self._num_lost = 0
@@ -94,7 +103,7 @@ class SharedTasks:
 
         Raises `ValueError` for KV of another format.
         """
-        if self.task_format.mode == "top_layer":
+        if not self.task_format.has_all_layers:
             kv = torch.stack([part[0].transpose(0, 1).flatten(1) for part in entry.top_layer_kv])[:, None]
         elif entry.whole_kv is not None:
             kv = entry.whole_kv.kv
@@ -115,6 +124,7 @@ class SharedTasks:
             entry.chunk.token_ids if entry.chunk else entry.token_ids,
             digest,
             entry.timestamp,
+            self.task_format.has_all_layers,
         )
         if self._store.put(self._chunk(task), kv):
             with self._lock:
@@ -176,7 +186,7 @@ class SharedTasks:
     def _match(self, task: ListedTask, similarity: float, kv: torch.Tensor) -> SharedMatch:
         shape = self.task_format.kv_shape
         heads = kv[:, -1].view(2, task.num_tokens, shape.num_kv_heads, shape.head_size).transpose(1, 2)
-        whole_kv = WholeKV(task.chunk, kv) if self.task_format.mode == "aligned" and task.chunk else None
+        whole_kv = WholeKV(task.chunk, kv) if task.chunk else None
         return SharedMatch(task, similarity, (heads[:1], heads[1:]), whole_kv)
 
     def _chunk(self, task: ListedTask) -> Chunk:

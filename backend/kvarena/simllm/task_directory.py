@@ -33,7 +33,10 @@ _MAX_COMPARED = 32
 
 @dataclass(frozen=True, eq=False)
 class ListedTask:
-    """A row. `task_embedding` is `(E,)`, fp32, on the CPU; `digest` is that of the KV's bytes."""
+    """A row. `task_embedding` is `(E,)`, fp32, on the CPU; `digest` is that of the KV's bytes.
+
+    `has_whole_kv`: that KV is of all layers.
+    """
 
     salt: str
     task_id: str
@@ -42,10 +45,11 @@ class ListedTask:
     token_ids: TokenIds | None
     digest: str
     timestamp: float
+    has_whole_kv: bool
 
     @cached_property
     def chunk(self) -> Chunk | None:
-        return None if self.token_ids is None else Chunk(self.token_ids)
+        return Chunk(self.token_ids) if self.has_whole_kv and self.token_ids is not None else None
 
 
 class TaskDirectory:
@@ -54,12 +58,22 @@ class TaskDirectory:
     A damaged row is as one that isn't there; a file that fails leaves an empty directory.
     """
 
-    def __init__(self, path: Path, model: str, embedding_dim: int, num_hyperplanes: int, max_tasks: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: str,
+        embedding_dim: int,
+        num_hyperplanes: int,
+        max_tasks: int,
+        *,
+        have_whole_kv: bool,
+    ) -> None:
         if max_tasks < 1:
             raise ValueError(f"max_tasks must be at least 1, not {max_tasks}")
         self.max_tasks = max_tasks
         self._model = model
         self._embedding_dim = embedding_dim
+        self._have_whole_kv = have_whole_kv
         self._file = SharedFile(path, _SCHEMA, "shared tasks")
         self._index = LSHIndex(embedding_dim, num_hyperplanes)
         self._names: dict[str, tuple[str, str]] = {}  # of the rows by their numbers, upwards
@@ -171,7 +185,7 @@ class TaskDirectory:
         is_damaged = token_ids is not None and (ids is None or len(ids) != num_tokens)
         if found is None or is_damaged:
             return None
-        return ListedTask(salt, task_id, found, num_tokens, ids, digest, added_at)
+        return ListedTask(salt, task_id, found, num_tokens, ids, digest, added_at, self._have_whole_kv)
 
     def _embedding(self, blob: object) -> torch.Tensor | None:
         if not isinstance(blob, bytes) or len(blob) != 4 * self._embedding_dim:
