@@ -11,13 +11,16 @@ from transformers.generation.logits_process import (
 
 from kvarena.api.engine import GeneratedToken, Sampling
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it draws are greedy, as vLLM's: logits divided by so little have no place in fp32."""
+
 
 class Sampler:
     """Draws one request's tokens, one after the other. Logprobs are those of the model, before any warping."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self._num_logprobs = sampling.num_logprobs
-        self._is_greedy = sampling.temperature == 0
+        self._is_greedy = sampling.temperature < LEAST_TEMPERATURE
         self._warpers = LogitsProcessorList()
         self._generator = torch.Generator(device)
         if self._is_greedy:
