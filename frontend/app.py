@@ -15,7 +15,8 @@ def main() -> None:
     st.html(Path(__file__).with_name("style.css"))
     arena = st.Page("views/arena.py", title="Arena", icon=":material/swords:", default=True)
     quality = st.Page("views/quality.py", title="Quality", icon=":material/monitoring:")
-    st.navigation([arena, quality], position="top").run()
+    conversations = st.Page("views/conversations.py", title="Conversations", icon=":material/forum:")
+    st.navigation([arena, conversations, quality], position="top").run()
 
 
 main()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from history import Chat
@@ -35,9 +36,10 @@ class OpenChat:
 
 
 class ChatStore:
-    """Safe to use from several sessions at once."""
+    """Safe to use from several sessions at once. `make_chat` makes an empty chat."""
 
-    def __init__(self, max_chats: int = MAX_CHATS) -> None:
+    def __init__(self, max_chats: int = MAX_CHATS, make_chat: Callable[[], Chat] = Chat) -> None:
+        self._make_chat = make_chat
         self._max_chats = max_chats
         self._chats: OrderedDict[str, OpenChat] = OrderedDict()
         self._lock = threading.Lock()
@@ -50,7 +52,7 @@ class ChatStore:
 
     def new(self) -> OpenChat:
         """An empty chat; the longest unused ones are stopped and forgotten to make room."""
-        opened = OpenChat()
+        opened = OpenChat(self._make_chat())
         with self._lock:
             self._chats[opened.chat.key] = opened
             while len(self._chats) > self._max_chats:

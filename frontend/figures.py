@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from similar_task import SimilarTask
+from slot_turn import SlotTurn
 
 SAME_SPEED_RATIO = 1.05
 MIN_DECODE_S = 0.001
@@ -31,7 +32,7 @@ class Figures:
     """`num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`.
 
     `num_prefix_tokens` is the part of `num_reused_tokens` that the server's own prefix cache supplied. `task` is what a
-    contender that looks for similar prompts says of its search.
+    contender that looks for similar prompts says of its search, `slot_turn` what one with KV slots says of its turn.
     """
 
     first_token_ms: float | None = None
@@ -48,6 +49,7 @@ class Figures:
     ratio: float | None = None
     spans: tuple[Span, ...] = ()
     task: SimilarTask | None = None
+    slot_turn: SlotTurn | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def with_report(figures: Figures, report: Mapping[str, Any]) -> Figures:
         ratio=report.get("ratio"),
         spans=tuple(Span(s["start"], s["end"], s["source"]) for s in report.get("spans") or ()),
         task=SimilarTask.read(report) if report.get("contender") == "simllm" else None,
+        slot_turn=SlotTurn.read(report) if report.get("contender") == "ai100" else None,
     )
 
 

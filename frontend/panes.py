@@ -14,6 +14,7 @@ from charts import token_bar
 from figures import Figures
 from history import Answer
 from similar_task import similar_task_html
+from slot_turn import slot_turn_html
 
 STATE_LABELS = {
     "waiting": "waiting",
@@ -105,6 +106,7 @@ def _figures_html(answer: Answer) -> str:
     ]
     return (
         f"{similar_task_html(figures.task) if figures.task else ''}"
+        f"{slot_turn_html(figures.slot_turn) if figures.slot_turn else ''}"
         f'<div class="ka-figures ka-large">{"".join(map(_figure_html, large))}</div>'
         f'<div class="ka-figures ka-small">{"".join(map(_figure_html, small))}</div>'
         f"{token_bar(figures)}"

@@ -29,11 +29,15 @@ DEFAULT_SEPARATOR = " # # "
 
 @dataclass(frozen=True)
 class Contender:
-    """A server in the arena. `name` identifies it (letters, digits, - and _), `title` is what people read."""
+    """A server in the arena. `name` identifies it (letters, digits, - and _), `title` is what people read.
+
+    `service` is what the stack calls the server, where one server stands in the arena more than once.
+    """
 
     name: str
     title: str
     url: str
+    service: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Final
 
 import streamlit as st
@@ -16,10 +15,10 @@ from chat_session import ChatSession
 from chats import OpenChat
 from history import Context
 from kvarena.context import TextChunk, load_system_prompt
+from servers_view import draw_servers
 from wire import Sampling
 
 NUM_DEFAULT_CHUNKS = 6
-POLL_S = 4.0
 KEEP: Final = "session"  # what a widget holds outlives a look at another page
 SORTABLE_STYLE = """
 .sortable-component.vertical .sortable-container { padding: 0; background: #f3f5f9; }
@@ -74,13 +73,11 @@ def _start_new_chat(opened: OpenChat) -> None:
 
 def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
     st.subheader("Contenders")
-    if not busy:
-        state.refresh_servers()
-    drawn = state.servers_seen()
-    _draw_servers(drawn, busy)
+    sessions = state.chat_sessions()
+    draw_servers(sessions, busy)
     chosen = {
         name: session
-        for name, session in state.chat_sessions().items()
+        for name, session in sessions.items()
         if st.checkbox(session.contender.title, value=True, key=f"run-{name}", persist_state=KEEP)
     }
     in_sequence = st.toggle(
@@ -91,28 +88,6 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
         "can't slow each other down where they share a machine.",
     )
     return chosen, in_sequence
-
-
-@st.fragment(run_every=POLL_S)
-def _draw_servers(drawn: tuple[object, ...], busy: bool) -> None:
-    """Looks after the servers while nobody clicks; draws the page anew when one went up or down."""
-    if not busy:
-        state.refresh_servers()
-        if state.servers_seen() != drawn:
-            st.rerun()
-    st.html("".join(_server_html(session) for session in state.chat_sessions().values()))
-
-
-def _server_html(session: ChatSession) -> str:
-    contender, server = session.contender, session.server
-    up = "up" if session.up else "down"
-    detail = server.model if session.up and server else session.problem
-    if session.up and server and server.max_model_len:
-        detail += f", context of {server.max_model_len:,} tokens"
-    return (
-        f'<div class="ka-server" data-testid="server-{escape(contender.name)}" data-state="{up}"><i></i>'
-        f"<div>{escape(contender.title)}: {up}<small>{escape(detail)}</small></div></div>"
-    )
 
 
 def _draw_context(chunks: dict[str, TextChunk]) -> Context:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import wait
 from dataclasses import replace
 
@@ -15,9 +16,11 @@ import streamlit as st
 from chat_session import ChatSession
 from chats import ChatStore, OpenChat
 from context_view import TokenCount, count_context
-from history import Context
+from history import Chat, Context
 from kvarena.context import TextChunk, load_chunks
 from settings import Settings, read_settings
+from slot_chat import MODES, SLOT_CONTENDER, SlotChat
+from slot_session import SlotSession
 from wire import Blend, Server, SimLLM
 
 REFRESH_AGE_S = 3.0
@@ -39,8 +42,21 @@ def chat_sessions() -> dict[str, ChatSession]:
 
 
 @st.cache_resource(show_spinner=False)
-def chat_store() -> ChatStore:
-    return ChatStore()
+def slot_sessions() -> dict[str, SlotSession]:
+    """Two lines to the contender with KV slots, one that uses them and one that doesn't; none without such a one."""
+    settings = page_settings()
+    server = next((contender for contender in settings.contenders if contender.name == SLOT_CONTENDER), None)
+    if server is None:
+        return {}
+    return {
+        mode.name: SlotSession(mode.of(server), mode.use_cache, settings.api_key, settings.timeout_s) for mode in MODES
+    }
+
+
+@st.cache_resource(show_spinner=False)
+def chat_store(page: str = "chat") -> ChatStore:
+    """Of the arena (`chat`) or of the conversations (`conversation`)."""
+    return ChatStore(make_chat=SlotChat if page == "conversation" else Chat)
 
 
 @st.cache_data(ttl=3, show_spinner=False)
@@ -66,16 +82,16 @@ def token_count(session: ChatSession, context: Context) -> TokenCount:
     return _counted(session, session.contender.url, model, context)
 
 
-def refresh_servers() -> None:
-    """Asks every contender at once what it is, unless that is known from a moment ago."""
+def refresh_servers(sessions: Mapping[str, ChatSession]) -> None:
+    """Asks all of them at once what they are, unless that is known from a moment ago."""
     now_s = time.monotonic()
-    stale = [s for s in chat_sessions().values() if now_s - s.refreshed_s > REFRESH_AGE_S]
+    stale = [s for s in sessions.values() if now_s - s.refreshed_s > REFRESH_AGE_S]
     wait([session.refresh() for session in stale])
 
 
-def servers_seen() -> tuple[tuple[str, str, Server | None], ...]:
+def servers_seen(sessions: Mapping[str, ChatSession]) -> tuple[tuple[str, str, Server | None], ...]:
     """What the page draws of the servers; a change of it is worth a new drawing."""
-    return tuple((name, s.problem, s.server) for name, s in chat_sessions().items())
+    return tuple((name, s.problem, s.server) for name, s in sessions.items())
 
 
 def blend_offer() -> Blend | None:
@@ -96,18 +112,18 @@ def separator() -> str:
     return offer.separator if offer else page_settings().separator
 
 
-def open_chat() -> OpenChat:
+def open_chat(page: str = "chat") -> OpenChat:
     """The chat of the page's address, else the one that was open before another page was; a new one at first."""
-    key = st.query_params.get("chat") or st.session_state.get("chat", "")
-    opened = chat_store().get(key)
-    return _remember(opened) if opened else new_chat()
+    key = st.query_params.get(page) or st.session_state.get(page, "")
+    opened = chat_store(page).get(key)
+    return _remember(opened, page) if opened else new_chat(page)
 
 
-def new_chat() -> OpenChat:
-    return _remember(chat_store().new())
+def new_chat(page: str = "chat") -> OpenChat:
+    return _remember(chat_store(page).new(), page)
 
 
-def _remember(opened: OpenChat) -> OpenChat:
+def _remember(opened: OpenChat, page: str) -> OpenChat:
     """In the address, for a reload; and in this session, for a page that is left takes its address along."""
-    st.query_params["chat"] = st.session_state["chat"] = opened.chat.key
+    st.query_params[page] = st.session_state[page] = opened.chat.key
     return opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from html import escape
 
 import streamlit as st
@@ -51,8 +52,8 @@ def draw_turns(opened: OpenChat) -> TurnView | None:
     return live
 
 
-def watch(opened: OpenChat, run: Run, view: TurnView) -> None:
-    """Draws a run until it is over, then the page anew.
+def watch(opened: OpenChat, run: Run, view: TurnView, also: Callable[[], None] = lambda: None) -> None:
+    """Draws a run until it is over, then the page anew; `also` draws whatever else changes meanwhile.
 
     A click elsewhere on the page ends this script run but not the answers: the next script run goes on watching.
     When the page itself goes, its workers are stopped. Either reaches this loop as an exception out of `view.draw`.
@@ -60,6 +61,7 @@ def watch(opened: OpenChat, run: Run, view: TurnView) -> None:
     try:
         while run.advance():
             view.draw(only_live=True)
+            also()
             time.sleep(TICK_S)
     except StopException:
         opened.stop()

@@ -54,13 +54,14 @@ class SimLLM:
 
 @dataclass(frozen=True)
 class Server:
-    """A contender that is up. `blend`, `simllm`: what it offers, if it is one of these."""
+    """A contender that is up. `blend`, `simllm`: what it offers, if it is one of these. `has_slots`: it is ai100."""
 
     model: str
     max_model_len: int | None
     blend: Blend | None
     simllm: SimLLM | None
     keeps_reports: bool
+    has_slots: bool = False
 
     @classmethod
     def read(cls, model: Mapping[str, Any], offer: Mapping[str, Any] | None) -> Server:
@@ -73,13 +74,15 @@ class Server:
             blend=Blend.read(said) if contender == "blend" else None,
             simllm=SimLLM.read(said) if contender == "simllm" else None,
             keeps_reports=offer is not None,
+            has_slots=contender == "ai100",
         )
 
 
 @dataclass(frozen=True)
 class Sampling:
     """What is asked of every contender alike. `policy` and `ratio` go to those that blend, `mode` and
-    `similarity_threshold` to those that look for similar prompts; None: their default.
+    `similarity_threshold` to those that look for similar prompts, `use_cache` to those with KV slots; None: their
+    default. `user` names a conversation, where it isn't empty.
     """
 
     temperature: float = 0.0
@@ -89,6 +92,8 @@ class Sampling:
     ratio: float | None = None
     mode: str | None = None
     similarity_threshold: float | None = None
+    use_cache: bool | None = None
+    user: str = ""
 
 
 def completion_request(server: Server, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
@@ -103,6 +108,8 @@ def completion_request(server: Server, messages: Sequence[Message], sampling: Sa
     }
     if sampling.ignore_eos:
         body["ignore_eos"] = True
+    if sampling.user:
+        body["user"] = sampling.user
     if chosen := _reuse_choices(server, sampling):
         body["kv_transfer_params"] = {"kvarena": chosen}
     return body
@@ -115,4 +122,6 @@ def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
         chosen = {"policy": sampling.policy, "ratio": sampling.ratio}
     elif server.simllm:
         chosen = {"mode": sampling.mode, "similarity_threshold": sampling.similarity_threshold}
+    elif server.has_slots:
+        chosen = {"use_cache": sampling.use_cache}
     return {key: value for key, value in chosen.items() if value is not None}

@@ -13,6 +13,7 @@ from context_view import TokenCount, context_html, summary
 from errors import ContenderError
 from examples import Example, load_examples
 from history import Context
+from question_box import asked_question, draw_question_box, put_question
 from runs import Run
 from sidebar import Choices, choose_chunks, draw_sidebar
 from turns import draw_turns, watch
@@ -40,7 +41,7 @@ def main() -> None:
 
 def ask(opened: OpenChat, choices: Choices) -> None:
     """Turns the question that was typed or clicked into a run, with the choices that are on the page now."""
-    question = st.session_state.pop("asked", "")
+    question = asked_question()
     if question and choices.sessions and not opened.busy:
         opened.run = Run.of_question(
             opened.chat,
@@ -55,20 +56,8 @@ def ask(opened: OpenChat, choices: Choices) -> None:
 def draw_input(opened: OpenChat, choices: Choices) -> None:
     if opened.chat.turns and not opened.busy and not opened.chat.continues(choices.context):
         st.caption("The context has changed: the next question starts a new conversation over it.")
-    if opened.busy:
-        with st.bottom:
-            st.button("Stop", key="stop", type="primary", on_click=opened.stop)
     placeholder = "Ask about the chunks" if choices.sessions else "Choose a contender first"
-    st.chat_input(
-        "Answering" if opened.busy else placeholder,
-        key="question",
-        disabled=opened.busy or not choices.sessions,
-        on_submit=_take_question,
-    )
-
-
-def _take_question() -> None:
-    st.session_state["asked"] = (st.session_state["question"] or "").strip()
+    draw_question_box(opened, placeholder, enabled=bool(choices.sessions))
 
 
 def draw_context(context: Context) -> None:
@@ -109,7 +98,7 @@ def draw_examples() -> None:
 
 def _take_example(example: Example) -> None:
     choose_chunks(example.chunks)
-    st.session_state["asked"] = example.question
+    put_question(example.question)
 
 
 main()
