@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvarena.simllm import InterTaskKVManager, LlamaForCausalLMWithKVReuse
+from kvarena.engines.hf_model import HFModel
+from kvarena.simllm import AlignedParams, InterTaskKVManager, LlamaForCausalLMWithKVReuse
+from kvarena.simllm.aligned import AlignedReuse
 from simllm.plain_llama import PlainLlama
 from simllm.tasks import NUM_TOKENS, Tasks
 from tiny_models import random_text, save_tiny_model
@@ -192,6 +194,8 @@ def test_a_manager_is_one_models_for_as_long_as_it_keeps_tasks(folder: Path, tas
     tasks.ask(prompt_of(20))
     with pytest.raises(ValueError, match="tasks of another model; reset forgets them"):
         twin.set_kv_manager(tasks.simllm.manager)
+    with pytest.raises(ValueError, match="tasks of another model; reset forgets them"):
+        AlignedReuse(HFModel(twin, tasks.simllm.model.tokenizer), tasks.simllm.manager, AlignedParams())
     tasks.simllm.model.module.set_kv_manager(tasks.simllm.manager)
     tasks.simllm.manager.reset()
     twin.set_kv_manager(tasks.simllm.manager)

@@ -64,7 +64,7 @@ class AlignedReuse:
         self._params = params
         # Once for each earlier prompt, whether it is kept here or shared.
         self._index_of = lru_cache(manager.max_cache_size)(partial(_indexed, max(1, params.min_run_tokens // 2)))
-        manager.expect(self._embed.embedding_dim, LayerKVShape(shape.num_kv_heads, shape.head_size))
+        manager.expect(self._embed.embedding_dim, LayerKVShape(shape.num_kv_heads, shape.head_size), model.module)
 
     def begin(
         self,
