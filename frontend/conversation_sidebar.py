@@ -42,7 +42,8 @@ def draw_sidebar(opened: OpenChat) -> Choices:
         st.button("New conversation", key="new-chat", width="stretch", on_click=_start_new, args=[opened])
         sessions = state.slot_sessions()
         server = {name: session for name, session in sessions.items() if name == CACHED.name}
-        draw_servers(server, opened.busy)
+        if server:
+            draw_servers(server, opened.busy)
         modes, in_sequence = _draw_modes()
         context = _draw_context(opened)
         st.subheader("Answer")
@@ -66,7 +67,7 @@ def _draw_modes() -> tuple[list[str], bool]:
         required=True,
         key="modes",
         persist_state=KEEP,
-        help="With KV slots a follow-up prefills its own tokens only; without, the topic's whole history. Both get the "
+        help="With slots a follow-up prefills its own tokens only; without, the topic's whole history. Both get the "
         "same messages.",
     )
     in_sequence = st.toggle(

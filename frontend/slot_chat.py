@@ -27,7 +27,7 @@ class Mode:
         return Contender(self.name, self.title, server.url, service=server.name)
 
 
-CACHED = Mode("cached", "With KV slots", use_cache=True)
+CACHED = Mode("cached", "With slots", use_cache=True)
 UNCACHED = Mode("uncached", "Without", use_cache=False)
 MODES = (CACHED, UNCACHED)
 

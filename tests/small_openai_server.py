@@ -44,6 +44,24 @@ SIMLLM_REPORT = {
     "num_matched_prompt_tokens": 1234,
     "spans": [{"start": 0, "end": 90, "source": "reused"}, {"start": 90, "end": 100, "source": "computed"}],
 }
+AI100_OFFER = {"contender": "ai100", "defaults": {"use_cache": True}, "ctx_len": 200, "kv_cache_batch_size": 2}
+AI100_REPORT = {
+    "contender": "ai100",
+    "approximate": False,
+    "topic": "<i>cooking</i>",
+    "slot": 1,
+    "turn": 2,
+    "status": "INCREMENTAL_PREFILL",
+    "reason": None,
+    "num_prompt_tokens": 100,
+    "num_reused_tokens": 91,
+    "num_recomputed_tokens": 0,
+    "num_computed_tokens": 9,
+    "num_prefilled_tokens": 9,
+    "num_decoded_tokens": 3,
+    "timings": {"queue_ms": 0.5, "prefill_ms": 12.5, "decode_ms": 30.25, "total_ms": 43.25},
+    "spans": [{"start": 0, "end": 91, "source": "reused"}, {"start": 91, "end": 100, "source": "computed"}],
+}
 REPORT = {
     "approximate": True,
     "policy": "kv_deviation",
@@ -59,11 +77,14 @@ REPORT = {
 
 @dataclass
 class SmallServer:
-    """`offer` None makes it a plain contender. `cut_after` pieces of text, the connection is closed."""
+    """`offer` None makes it a plain contender; `slots`: what `GET /slots` answers. `cut_after` pieces of text,
+    the connection is closed.
+    """
 
     pieces: list[str] = field(default_factory=lambda: ["Hello", ", ", "world"])
     offer: dict[str, Any] | None = None
     report: dict[str, Any] = field(default_factory=lambda: dict(REPORT))
+    slots: dict[str, Any] | None = None
     num_missing_reports: int = 0
     cached_tokens: int = 0
     delay_s: float = 0.0
@@ -117,6 +138,8 @@ class SmallServer:
                     self._reply(200, {"data": [{"id": "small", "max_model_len": 4096}]})
                 elif self.path == "/kvarena" and server.offer:
                     self._reply(200, server.offer)
+                elif self.path == "/slots" and server.slots:
+                    self._reply(200, server.slots)
                 elif self.path == f"/kvarena/requests/{REQUEST_ID}" and server.offer:
                     self._reply_report()
                 else:

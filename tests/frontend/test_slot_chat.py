@@ -1,0 +1,95 @@
+"""One conversation with slots and without: its messages and names, what it saved, and what became of the slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from figures import Figures, with_report
+from history import Context, Turn
+from kvarena.context import TextChunk
+from settings import Contender
+from slot_chat import MODES, SlotChat
+from slot_rows import row
+from slots import SlotTable
+from small_openai_server import AI100_REPORT
+
+CONTEXT = Context("Be brief.", (TextChunk("one", "Salt is white."),), " # ")
+SERVER = Contender("ai100", "Slots", "http://127.0.0.1:8004")
+SYSTEM = {"role": "system", "content": "Be brief. # Salt is white. # "}
+
+
+def table(*rows: dict[str, Any]) -> SlotTable:
+    return SlotTable.read({"slots": list(rows), "ctx_len": 200})
+
+
+def add_turn(chat: SlotChat, cached: str, uncached: str, states: tuple[str, str] = ("done", "done")) -> Turn:
+    turn = Turn.ask(f"Question {len(chat.turns) + 1}?", CONTEXT, [mode.of(SERVER) for mode in MODES])
+    for answer, text, state in zip(turn.answers.values(), (cached, uncached), states, strict=True):
+        answer.text, answer.state = text, state  # type: ignore[assignment]
+    chat.turns.append(turn)
+    return turn
+
+
+def test_both_modes_get_the_same_messages_with_the_chunks_in_the_system_message() -> None:
+    chat = SlotChat()
+    add_turn(chat, " white", " white")
+    expected = [
+        SYSTEM,
+        {"role": "user", "content": "Question 1?"},
+        {"role": "assistant", "content": " white"},
+        {"role": "user", "content": "And sugar?"},
+    ]
+    assert all(chat.messages(mode.name, CONTEXT, "And sugar?") == expected for mode in MODES)
+    assert chat.messages("cached", Context(), "Hello?") == [{"role": "user", "content": "Hello?"}]
+
+
+def test_a_whole_answer_goes_before_a_partial_one_and_an_unanswered_turn_is_left_out() -> None:
+    chat = SlotChat()
+    add_turn(chat, " wh", " white", ("interrupted", "done"))
+    add_turn(chat, "", "", ("interrupted", "failed"))
+    add_turn(chat, " swe", "", ("interrupted", "interrupted"))
+    said = [message["content"] for message in chat.messages("cached", CONTEXT, "So?")]
+    assert said == [SYSTEM["content"], "Question 1?", " white", "Question 3?", " swe", "So?"]
+
+
+def test_a_conversation_without_answers_yet_has_a_name_that_no_turn_had() -> None:
+    """The server goes on with a named conversation where a request brings one message alone."""
+    chat = SlotChat()
+    first = chat.name(CONTEXT)
+    add_turn(chat, "", "", ("failed", "interrupted"))
+    second = chat.name(CONTEXT)
+    add_turn(chat, " white", " white")
+    assert first != second
+    assert chat.name(CONTEXT) == second
+    assert chat.name(Context("Be long.")) not in (first, second)
+    assert SlotChat().name(CONTEXT) != first
+
+
+def test_saved_is_the_sum_of_uncached_minus_cached_over_turns_that_both_answered() -> None:
+    chat = SlotChat()
+    for times in ((10.0, 100.0), (20.0, 50.0)):
+        turn = add_turn(chat, "a", "a")
+        for answer, ms, num_tokens in zip(turn.answers.values(), times, (9, 100), strict=True):
+            answer.figures = Figures(first_token_ms=ms, num_computed_tokens=num_tokens)
+    add_turn(chat, "a", "", ("done", "interrupted")).answers["cached"].figures = Figures(first_token_ms=1.0)
+    saved = chat.saved()
+    assert (saved.num_turns, saved.first_token_ms, saved.num_tokens) == (2, 90.0 + 30.0, 2 * 91)
+
+
+def test_the_history_says_which_turn_changed_a_slot() -> None:
+    chat = SlotChat()
+    chat.note_slots(table(row(0, "a", "theirs"), row(1, "b", "mine")))
+    add_turn(chat, "x", "x").answers["cached"].figures = with_report(Figures(), AI100_REPORT | {"slot": 1})
+    chat.note_slots(table(row(0, "c", "theirs"), row(1, "d", "mine")))
+    assert chat.slot_history == ["another conversation replaced slot 0: a → c", "turn 1 replaced slot 1: b → d"]
+    assert chat.conversations == {"mine"}
+    chat.note_slots(table(row(0, "c", "theirs"), row(1)))
+    assert chat.slot_history[2:] == ["another conversation emptied slot 1 of d"]
+
+
+def test_a_turn_without_a_report_still_owns_what_changed() -> None:
+    chat = SlotChat()
+    chat.note_slots(table(row(0)))
+    add_turn(chat, "x", "", ("interrupted", "interrupted"))
+    chat.note_slots(table(row(0, "a", "mine")))
+    assert chat.slot_history == ["turn 1 filled slot 0: a"]

@@ -1,0 +1,83 @@
+"""A turn on KV slots as its pane says it, the table of slots, and what changed in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from figures import Figures, with_report
+from history import Answer
+from panes import answer_html
+from settings import Contender
+from slot_rows import row
+from slot_turn import SlotTurn, slot_turn_html
+from slots import Slot, SlotTable, changes
+from slots_view import slots_html
+from small_openai_server import AI100_OFFER, AI100_REPORT, SIMLLM_REPORT
+from wire import Sampling, Server, completion_request
+
+
+def table(*rows: dict[str, Any]) -> SlotTable:
+    return SlotTable.read({"slots": list(rows), "ctx_len": 200, "num_evictions": 0})
+
+
+def test_a_pane_says_topic_slot_turn_status_tokens_and_times() -> None:
+    answer = Answer(Contender("ai100", "Slots", "http://127.0.0.1:8004"), text="Salt.", state="done")
+    answer.figures = with_report(Figures(first_token_ms=13.0), AI100_REPORT)
+    html = answer_html(answer)
+    assert 'data-status="INCREMENTAL_PREFILL"' in html
+    assert "incremental prefill</span>" in html
+    assert "<b>&lt;i&gt;cooking&lt;/i&gt;</b> in slot 1, turn 2" in html, "letter for letter"
+    assert 'data-figure="num_prefilled_tokens" data-value="9"' in html
+    assert [f'data-figure="{name}_ms"' in html for name in ("prefill", "decode", "total")] == [True] * 3
+    assert '"ka-badge ka-badge-exact">exact</span>' in html
+
+
+def test_only_reports_of_ai100_have_a_slot_turn() -> None:
+    assert with_report(Figures(), SIMLLM_REPORT).slot_turn is None
+    assert with_report(Figures(), AI100_REPORT).slot_turn == SlotTurn.read(AI100_REPORT)
+
+
+def test_a_reset_says_why_and_a_turn_without_a_slot_says_so() -> None:
+    reset = SlotTurn.read(AI100_REPORT | {"status": "RESET_TOPIC", "reason": "900 tokens > 800", "slot": None})
+    html = slot_turn_html(reset)
+    assert "900 tokens &gt; 800" in html
+    assert "in no slot" in html
+
+
+def test_the_mode_and_the_conversation_go_into_the_request() -> None:
+    server = Server.read({"id": "demo"}, AI100_OFFER)
+    body = completion_request(server, [], Sampling(use_cache=False, user="a"))
+    assert (body["kv_transfer_params"], body["user"]) == ({"kvarena": {"use_cache": False}}, "a")
+    assert "kv_transfer_params" not in completion_request(server, [], Sampling())
+    assert "user" not in completion_request(server, [], Sampling())
+    other = Server.read({"id": "demo"}, None)
+    assert "kv_transfer_params" not in completion_request(other, [], Sampling(use_cache=False))
+
+
+def test_changes_are_what_another_topic_or_conversation_holds_now() -> None:
+    before = table(row(0, "a", "c1"), row(1), row(2, "b", "c1"), row(3, "a", "c2", position=5))
+    after = table(row(0, "b", "c1"), row(1, "a", "c1"), row(2), row(3, "a", "c2", position=9))
+    assert [change.text() for change in changes(before, after)] == [
+        "replaced slot 0: a → b",
+        "filled slot 1: a",
+        "emptied slot 2 of b",
+    ]
+    assert changes(before, before) == []
+    assert changes(table(row(0)), before) == [], "another server"
+
+
+def test_last_use_is_the_order_of_those_that_hold_something() -> None:
+    found = table(row(0, "a", "c", last_used=3), row(1), row(2, "b", "c", last_used=7)).by_last_use()
+    assert [slot.index for slot in found] == [2, 0]
+    assert all(isinstance(slot, Slot) for slot in found)
+
+
+def test_the_picture_shows_fill_owner_and_last_use() -> None:
+    own = row(0, "<b>", "mine", position=50, has_pending_token=True, last_used=2)
+    other = row(1, "a", "theirs", position=200, last_used=1)
+    html = slots_html(table(own, other, row(2)), {"mine"})
+    assert 'data-testid="slot-0" data-topic="&lt;b&gt;" data-tokens="50"' in html
+    assert "width:25.00%" in html
+    assert "50 of 200 tokens and the pending one<br>this chat, used last" in html
+    assert "200 of 200 tokens<br>another conversation, used longest ago" in html
+    assert "free for the next topic" in html
