@@ -82,9 +82,9 @@ def _saved_html(chat: SlotChat) -> str:
         return ""
     turns = f"{saved.num_turns} turn{'' if saved.num_turns == 1 else 's'}"
     attributes = f'data-ms="{saved.first_token_ms:.1f}" data-tokens="{saved.num_tokens}"'
-    verb = "saved" if saved.first_token_ms >= 0 else "cost"
+    effect = f"{'saved' if saved.first_token_ms >= 0 else 'cost'} {abs(saved.first_token_ms) / 1000:,.2f} s"
     return (
-        f'<div class="ka-speed" data-testid="saved" {attributes}>Slots {verb} {abs(saved.first_token_ms) / 1000:,.2f} s '
+        f'<div class="ka-speed" data-testid="saved" {attributes}>Slots {effect} '
         f"until the first tokens of {turns}, and saved the prefill of {saved.num_tokens:,} tokens</div>"
     )
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from figures import Figures, with_report
 from history import Context, Turn
 from kvarena.context import TextChunk
+from runs import Run
 from settings import Contender
 from slot_chat import MODES, SlotChat
 from slot_rows import row
+from slot_session import SlotSession
 from slots import SlotTable
-from small_openai_server import AI100_REPORT
+from small_openai_server import AI100_OFFER, AI100_REPORT
+from wire import Sampling
 
 CONTEXT = Context("Be brief.", (TextChunk("one", "Salt is white."),), " # ")
 SERVER = Contender("ai100", "Slots", "http://127.0.0.1:8004")
@@ -93,3 +97,23 @@ def test_a_turn_without_a_report_still_owns_what_changed() -> None:
     add_turn(chat, "x", "", ("interrupted", "interrupted"))
     chat.note_slots(table(row(0, "a", "mine")))
     assert chat.slot_history == ["turn 1 filled slot 0: a"]
+
+
+def test_after_an_interrupted_run_the_next_message_follows_what_had_arrived(small_server) -> None:
+    server = small_server(offer=AI100_OFFER, pieces=["word "] * 50, delay_s=0.02)
+    at = Contender("ai100", "Slots", server.url)
+    sessions = {mode.name: SlotSession(mode.of(at), mode.use_cache) for mode in MODES}
+    chat = SlotChat()
+    run = Run.of_question(chat, CONTEXT, "Who?", sessions, Sampling(user=chat.name(CONTEXT)), in_sequence=True)
+    cached, uncached = run.turn.answers.values()
+    deadline_s = time.monotonic() + 20
+    while run.advance() and len(cached.text) <= 20:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    run.stop()
+    for session in sessions.values():
+        session.close()
+    assert (cached.state, uncached.state, uncached.text) == ("interrupted", "interrupted", "")
+    said = [message["content"] for message in chat.messages("uncached", CONTEXT, "And why?")]
+    assert said[1:] == ["Who?", cached.text, "And why?"]
+    assert chat.saved().num_turns == 0
