@@ -8,12 +8,15 @@ ANSWER_MS = 120_000
 
 
 def pick_chunks(page: Page, names: list[str]) -> None:
+    """The first page of a server that has just started takes its time, and loses a click until it is drawn."""
+    settle(page)
     chunks = page.locator(".st-key-chunks")
     chunks.get_by_role("button", name="Clear all").click()
+    settle(page)
     for name in names:
         chunks.locator("input").fill(name)
         page.get_by_role("option", name=name, exact=True).click()
-        expect(page.get_by_test_id("chunk").last).to_have_attribute("data-chunk", name)
+        expect(page.get_by_test_id("chunk").last).to_have_attribute("data-chunk", name, timeout=30_000)
     page.keyboard.press("Escape")
 
 
