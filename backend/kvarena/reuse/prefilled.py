@@ -53,8 +53,8 @@ class PrefilledModel(Protocol):
         """
         ...
 
-    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put keys and values `(T, H_kv, D)` into the cache from position `start` on."""
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values `(T, H_kv, D)` into the cache at these positions."""
         ...
 
     def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:

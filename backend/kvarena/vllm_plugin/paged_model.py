@@ -145,8 +145,8 @@ class PagedPrompt:
         self._slots = engine.slots(Row(self._token_ids, 0, self._block_ids)).to(engine.device)
         self._scratch = self._block_ids[start // engine.block_size :]
 
-    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._engine.write(layer, self._slots[start : start + len(keys)], keys, values)
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._engine.write(layer, self._slots[positions.to(self.device)], keys, values)
 
     def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
         batches = self._batches(positions)

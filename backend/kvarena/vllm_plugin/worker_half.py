@@ -52,11 +52,11 @@ class WorkerHalf:
 
     def clear(self) -> None:
         if self._blender:
-            self._blender.store.clear()
+            self._blender.clear()
 
     def close(self) -> None:
         if self._blender:
-            self._blender.store.close()
+            self._blender.close()
 
     def _make_store(self, engine: VllmModel) -> ChunkStore:
         if self._config.store == "memory":

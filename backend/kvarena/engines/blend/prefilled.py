@@ -39,10 +39,11 @@ class HFPrefilledModel:
     def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
         return [self._prefill_one_alone(text) for text in texts]
 
-    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        own = self._cache.memory[layer, :, :, start : start + len(keys)]  # (2, H_kv, T, D)
-        own[0] = keys.transpose(0, 1)
-        own[1] = values.transpose(0, 1)
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        where = positions.to(self.device)
+        own = self._cache.memory[layer]  # (2, H_kv, T, D)
+        own[0].index_copy_(1, where, keys.transpose(0, 1))
+        own[1].index_copy_(1, where, values.transpose(0, 1))
 
     def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
         pieces = self._pieces(positions)
