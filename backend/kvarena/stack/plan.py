@@ -120,6 +120,9 @@ def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
             "policy": settings.blend_policy,
             "ratio": settings.blend_ratio,
             "check_layer": settings.blend_check_layer,
+            "deviation": settings.blend_deviation,
+            "num_filters": settings.blend_num_filters,
+            "head_tokens": settings.blend_head_tokens,
         }
         given = profile | {key: value for key, value in chosen.items() if value is not None}
         return dataclasses.replace(

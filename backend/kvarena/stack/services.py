@@ -132,6 +132,9 @@ def _simllm_options(plan: Plan) -> Options:
         "--policy": plan.blend.policy,
         "--ratio": plan.blend.ratio,
         "--check-layer": plan.blend.check_layer,
+        "--deviation": plan.blend.deviation,
+        "--num-filters": plan.blend.num_filters,
+        "--head-tokens": plan.blend.head_tokens,
         "--max-model-len": plan.max_model_len,
     }
 

@@ -144,6 +144,9 @@ class Settings(BaseSettings):
     blend_policy: str | None = None
     blend_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     blend_check_layer: Annotated[int, Field(ge=0)] | None = None
+    blend_deviation: str | None = None
+    blend_num_filters: Annotated[int, Field(ge=1)] | None = None
+    blend_head_tokens: Annotated[int, Field(ge=0)] | None = None
 
     @field_validator("contenders", mode="before")
     @classmethod

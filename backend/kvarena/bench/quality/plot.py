@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import Row, load_results
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _draw(axes: Axes, rows: Sequence[Row], metric: str, x: Callable[[Row], float
 
 def _line_name(row: Row) -> str:
     layer = "" if row["check_layer"] is None else f"layer {row['check_layer']}"
-    return " ".join(part for part in (row["contender"], row["policy"], layer) if part)
+    return " ".join(part for part in (row["contender"], Setup.of_row(row).policy_label, layer) if part)
 
 
 def _draw_reference(axes: Axes, rows: Sequence[Row], metric: str) -> None:
