@@ -70,6 +70,10 @@ def up(
         ),
     ] = None,
     load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. [default: float32 on processors without bf16 instructions]"),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest context in tokens. [default: the model's own]")
     ] = None,
@@ -92,6 +96,7 @@ def up(
         ui=False if no_ui else None,
         port_base=port_base,
         load_format=load_format,
+        dtype=dtype,
         max_model_len=max_model_len,
         data_dir=data.expanduser().resolve() if data else None,
     )

@@ -130,7 +130,7 @@ def estimate_memory(plan: Plan) -> MemoryNeed:
     on_cpu = plan.profile == "cpu"
     lmcache = "blend" in plan.contenders
     return MemoryNeed(
-        weight_bytes=num_servers * plan.model.weight_bytes(plan.hf_home) if on_cpu else 0,
+        weight_bytes=num_servers * plan.weight_bytes if on_cpu else 0,
         kv_cache_bytes=num_vllm * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
         prefix_bytes=int(plan.prefix_cache_gb * GIB) if prefix_is_here else 0,
         lmcache_bytes=int(plan.lmcache_gb * GIB) if lmcache else 0,

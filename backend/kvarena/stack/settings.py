@@ -102,6 +102,7 @@ class Settings(BaseSettings):
     profile: ProfileName = "auto"
     model: str | None = None
     load_format: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     hf_token: SecretStr | None = None
     local_hf_home: Path | None = None
