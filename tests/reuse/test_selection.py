@@ -27,6 +27,9 @@ class Nothing:
     def reused_values(self, layer: int) -> torch.Tensor:
         raise AssertionError(f"the values of layer {layer} are not needed")
 
+    def summed(self, scores: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("nothing is scored")
+
     def question_queries(self, layer: int) -> torch.Tensor:
         raise AssertionError(f"the queries of layer {layer} are not needed")
 

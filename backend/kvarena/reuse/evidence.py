@@ -38,6 +38,9 @@ class BlendEvidence:
     def reused_values(self, layer: int) -> torch.Tensor:
         return torch.cat([group.values for group in self.watched[layer]])[-self.plan.num_reused_tokens :]
 
+    def summed(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.model.ranks.sum(scores)
+
     def question_queries(self, layer: int) -> torch.Tensor:
         gaps = [torch.arange(low, high) for low, high in self.plan.gaps(self.start, self.end)]
         question = self._question()

@@ -14,6 +14,7 @@ from kvarena.engines.blend.prompt_cache import KVKnown, PromptCache
 from kvarena.engines.sequence_kv import SequenceKV
 from kvarena.reuse.plan import TokenIds
 from kvarena.reuse.prefilled import Narrowing
+from kvarena.reuse.ranks import OneRank, Ranks
 
 
 class QueriesKnown(Exception):
@@ -32,6 +33,7 @@ class HFPrefilledModel:
         self.rotations = engine.rotations
         self.head_size = shape.head_size
         self.device = shape.device
+        self.ranks: Ranks = OneRank()
         self._engine = engine
         self._token_ids = token_ids
         self._cache = PromptCache(kv.filled(0, len(token_ids)))

@@ -56,8 +56,8 @@ class KVDeviation:
             reused_kv = evidence.reused_keys if self.deviation == "keys" else evidence.reused_values
             before = reused_kv(layer)[rows]
             now = getattr(fresh, self.deviation)[candidates.to(rows.device)]
-            distance = (now.float() - before.float()).square_().sum(dim=(1, 2)).cpu()
-            chosen = candidates[distance.topk(count).indices]
+            distance = (now.float() - before.float()).square_().sum(dim=(1, 2))
+            chosen = candidates[evidence.summed(distance).topk(count).indices]
             return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
 
         return most_deviating

@@ -39,6 +39,10 @@ class Evidence(Protocol):
         """The values, alike."""
         ...
 
+    def summed(self, scores: torch.Tensor) -> torch.Tensor:
+        """What all heads say of each token, on the CPU: this worker's scores and those of the others added up."""
+        ...
+
     def question_queries(self, layer: int) -> torch.Tensor:
         """The question's queries `(T_q, H, D)` at this layer, rotated for their positions.
 

@@ -36,7 +36,7 @@ class QueryAttention:
             return Selection(reused)
         (layer,) = self.watched_layers(evidence.num_layers)
         scores = _attention(evidence.question_queries(layer), evidence.reused_keys(layer))
-        best = scores.topk(share_of(len(reused), self.ratio)).indices.cpu()
+        best = evidence.summed(scores).topk(share_of(len(reused), self.ratio)).indices
         return Selection(reused[best.sort().values])
 
 
