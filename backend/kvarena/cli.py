@@ -18,6 +18,7 @@ from ai100.cli import app as ai100
 from kvarena.bench.command import app as bench
 from kvarena.bench.quality.calibrate_command import calibrate
 from kvarena.bench.quality.command import evaluate
+from kvarena.bench.report.command import report
 from kvarena.bench.simllm.demo_command import app as simllm
 from kvarena.worlds.command import worlds
 
@@ -40,6 +41,7 @@ app.add_typer(simllm, name="simllm")
 app.add_typer(ai100, name="ai100")
 app.command("eval")(evaluate)
 app.command()(calibrate)
+app.command()(report)
 app.command()(worlds)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
