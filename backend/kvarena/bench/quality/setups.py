@@ -28,7 +28,7 @@ class Setup:
     def of_row(cls, row: Mapping[str, Any]) -> Setup:
         """The one that a result's row is about."""
         options = tuple((row.get("options") or {}).items())
-        return cls(row["contender"], row["policy"], row["ratio"], row["check_layer"], options)
+        return cls(row["contender"], row["policy"], row["ratio"], row.get("check_layer"), options)
 
     @property
     def policy_label(self) -> str:

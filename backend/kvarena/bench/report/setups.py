@@ -8,16 +8,13 @@ from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import Row, grouped
 from kvarena.bench.series import Series, drawn_name
 
-OPTIONS = ("deviation", "num_filters", "head_tokens")
-"""What else a row may say that a policy was given."""
 UNKNOWN = "unknown"
 STORES = {"half": "half-warm store", "none": "no known chunk", UNKNOWN: "store not known"}
 
 
 def setup_label(row: Row) -> str:
-    setup = Setup(row["contender"], row["policy"], row["ratio"], row.get("check_layer"))
-    options = [f"{name} {row[name]}" for name in OPTIONS if row.get(name) is not None]
-    return " ".join([setup.label, *options])
+    """Such as `blend kv_deviation 15 % @2`, where 2 is the check layer."""
+    return Setup.of_row(row).label
 
 
 def conditions(row: Row) -> str:

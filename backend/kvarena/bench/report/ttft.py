@@ -9,7 +9,7 @@ from kvarena.bench.panels import Panel, log_x, log_y
 from kvarena.bench.report.bars import Bar, draw_bars, height_in, readable_ms
 from kvarena.bench.report.files import ResultFile
 from kvarena.bench.report.parts import Part
-from kvarena.bench.report.setups import OPTIONS, conditions, over_context, setup_label
+from kvarena.bench.report.setups import conditions, over_context, setup_label
 from kvarena.bench.report.tables import rows_table
 from kvarena.bench.results import Row, grouped
 from kvarena.bench.series import Series, Styles, drawn_name
@@ -17,7 +17,7 @@ from kvarena.bench.series import Series, Styles, drawn_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SETUP_KEYS = ("contender", "policy", "ratio", "check_layer", *OPTIONS)
+SETUP_KEYS = ("contender", "policy", "ratio", "check_layer", "options")
 RUN_KEYS = ("context_tokens", "store", "prompts", "concurrency", "num_requests", "num_failed")
 
 
