@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
 INK = "#010203"
@@ -31,8 +32,11 @@ SVG_SETTINGS: dict[RcKeyType, Any] = {
     "ytick.color": INK,
     "grid.color": INK,
 }
-SVG_WIDTH_IN = 5.2
+SVG_WIDTH_IN = 4.6
+"""Narrow, so that its text can still be read on a phone."""
 LEGEND_LINE_IN = 0.2
+LEGEND_CHARS = 28
+"""Of the longest label where two columns have room."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,21 @@ def to_svg(panel: Panel) -> str:
         figure = Figure(figsize=(SVG_WIDTH_IN, panel.height_in), layout="constrained")
         axes = figure.subplots()
         panel.draw(axes)
-        handles, labels = axes.get_legend_handles_labels()
-        if labels:
-            figure.set_size_inches(SVG_WIDTH_IN, panel.height_in + LEGEND_LINE_IN * math.ceil(len(labels) / 2))
-            figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+        _put_legend_below(figure, axes)
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     return _for_html(file.getvalue(), panel.title)
+
+
+def _put_legend_below(figure: Figure, axes: Axes) -> None:
+    """The figure grows by the legend's height."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        num_columns = 2 if max(map(len, labels)) <= LEGEND_CHARS else 1
+        num_lines = math.ceil(len(labels) / num_columns)
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE_IN * num_lines)
+        figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=8.5, frameon=False)
 
 
 def log_y(axes: Axes) -> None:

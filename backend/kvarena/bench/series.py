@@ -47,11 +47,13 @@ class Series:
 
 
 class Styles:
-    """Colour and marker by name. Names without a colour of their own get what the known ones don't use, in order."""
+    """Colour and marker by name. Names without a colour of their own get those that no other of `names` has."""
 
     def __init__(self, names: Iterable[str] = (), colours: Mapping[str, str] = COLOURS) -> None:
-        others = [name for name in dict.fromkeys(names) if name not in colours]
-        free = [colour for colour in PALETTE if colour not in colours.values()] or PALETTE
+        names = list(dict.fromkeys(names))
+        taken = {colours[name] for name in names if name in colours}
+        free = [colour for colour in PALETTE if colour not in taken] or PALETTE
+        others = [name for name in names if name not in colours]
         self._colours = {**colours, **dict(zip(others, itertools.cycle(free), strict=False))}
         self._markers = dict(zip(self._colours, itertools.cycle(MARKERS), strict=False))
 

@@ -82,7 +82,8 @@ def test_every_name_has_one_colour_whatever_else_is_drawn() -> None:
     styles = Styles(names)
     assert len({styles.colour(name) for name in COLOURS}) == len(COLOURS)
     assert all(styles.colour(name) == Styles().colour(name) for name in COLOURS)
-    assert styles.colour("mine") != styles.colour("yours")
+    few = Styles(["mine", "plain", "kv_deviation", "yours"])
+    assert len({few.colour(name) for name in ("mine", "plain", "kv_deviation", "yours")}) == 4
 
 
 def test_colours_stand_out_on_light_and_dark_pages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 BAR_IN = 0.3
 FRAME_IN = 0.9
-ROOM_FOR_NOTES = 1.4
+ROOM_FOR_NOTES = 1.45
+LABEL_CHARS = 26
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
     longest = max(ends)
     for place, (bar, end) in enumerate(zip(bars, ends, strict=True)):
         axes.text(end + 0.01 * longest, place, bar.note, va="center", fontsize=8.5)
-    axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+    axes.set_yticks(range(len(bars)), [textwrap.fill(bar.label, LABEL_CHARS) for bar in bars], fontsize=8.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.set(xlim=(0, ROOM_FOR_NOTES * longest), ylim=(len(bars) - 0.4, -0.6))

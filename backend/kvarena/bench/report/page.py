@@ -41,7 +41,7 @@ TOPICS = (
         "quality",
         "Quality",
         "Share of right answers (exact match) and of answers that are full prefill's (agreement), against the share of "
-        "the chunks' tokens that is recomputed. The grey line across is full prefill.",
+        "the chunks' tokens that is recomputed. The broken line across is full prefill.",
         quality.make,
         EVAL,
     ),
