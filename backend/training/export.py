@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from settings import RUNS, Settings
 
-PROFILE = {"separator": "<note>", "policy": "kv_deviation", "ratio": 0.15, "check_layer": 2}
+PROFILE = {"separator": "<note>", "policy": "kv_deviation", "ratio": 0.1, "check_layer": 2, "deviation": "values"}
 TOLERANCE = 2e-3
 
 

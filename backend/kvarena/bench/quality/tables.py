@@ -23,9 +23,9 @@ def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> No
         (right, ("all", "interval", *shown)),
         (other, ("recomputed", "reused", "F1", "same", "KL", "TTFT ms", *troubles)),
     ):
-        table.add_column("contender", no_wrap=True)
+        table.add_column("contender", min_width=14)
         for name in names:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row["kind"] != ALL_KINDS:
             continue
