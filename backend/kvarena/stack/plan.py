@@ -25,7 +25,7 @@ VLLM_CONTENDERS = ("blend", "plain")
 @dataclass(frozen=True)
 class Plan:
     """`core_shares` has one entry per contender on a CPU and none on a GPU; `gpus` the other way round (fewer when
-    they share)."""
+    they share). `prefix_caching` is vLLM's own."""
 
     root: Path
     contenders: tuple[str, ...]
@@ -46,8 +46,13 @@ class Plan:
     max_model_len: int | None
     load_format: str | None
     compile: bool
+    prefix_caching: bool
     core_shares: tuple[CoreShare, ...]
     gpus: tuple[str, ...]
+
+    @property
+    def needs_lmcache(self) -> bool:
+        return "blend" in self.contenders and self.blend.store == "lmcache"
 
     @property
     def servers_per_gpu(self) -> int:
@@ -97,6 +102,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         max_model_len=settings.max_model_len,
         load_format=settings.load_format,
         compile=not on_cpu or machine.has_compiler(),
+        prefix_caching=True,
         core_shares=tuple(shares),
         gpus=tuple(gpus[:num_servers]),
     )
