@@ -8,6 +8,7 @@ from typing import Any
 
 from kvarena.reuse.params import WITH_CHECK_LAYER, BlendParams
 
+OPTIONS = ("deviation", "num_filters", "head_tokens")
 _WITHOUT_RATIO = ("none", "all")
 
 
@@ -19,19 +20,28 @@ class Setup:
     policy: str | None = None
     ratio: float | None = None
     check_layer: int | None = None
+    deviation: str | None = None
+    num_filters: int | None = None
+    head_tokens: int | None = None
 
     @property
     def label(self) -> str:
-        """Such as `blend kv_deviation 15 % @2`, where 2 is the check layer."""
+        """Such as `blend kv_deviation 15 % @2 num_filters=2`, where 2 is the check layer."""
         parts = [self.contender, self.policy, None if self.ratio is None else f"{100 * self.ratio:g} %"]
         parts.append(None if self.check_layer is None else f"@{self.check_layer}")
+        parts += [f"{name}={value}" for name, value in self.options.items()]
         return " ".join(part for part in parts if part)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The parameters that only some policies have, where they were chosen."""
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
 
     @property
     def choices(self) -> dict[str, Any]:
         """What was chosen, by its name in `kv_transfer_params.kvarena`."""
         chosen = {"policy": self.policy, "ratio": self.ratio, "check_layer": self.check_layer}
-        return {name: value for name, value in chosen.items() if value is not None}
+        return {name: value for name, value in chosen.items() if value is not None} | self.options
 
     @property
     def recomputes_all(self) -> bool:
@@ -48,7 +58,8 @@ class Setup:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("contender", "policy", "ratio", "check_layer")}
+        named = {name: getattr(self, name) for name in ("contender", "policy", "ratio", "check_layer")}
+        return named | self.options
 
 
 def blend_setups(
