@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +84,7 @@ class Bench:
     def _warm_up(self, prompts: Prompts) -> None:
         """Every setup meets a prompt of this length once, in the first state it is measured in."""
         if "warm" in self.workload.states:
-            self._teach(prompts, [""])
+            self._teach(prompts, [(name, "") for name in self.policies])
         first_states: dict[Setup, str] = {}
         for cell in self.workload.cells:
             for setup in self.setups(cell.state):
@@ -92,16 +92,16 @@ class Bench:
         for setup, state in first_states.items():
             self.contenders[setup.contender].ask_at_once([prompts.draw(state)], setup, self.workload.max_new_tokens)
 
-    def _teach(self, prompts: Prompts, salts: Sequence[str]) -> None:
-        for contender in (one for one in self.contenders.values() if one.is_blend):
-            for salt in salts:
-                contender.ask_at_once([prompts.teach()], Setup(contender.name, "none"), 1, salt)
+    def _teach(self, prompts: Prompts, places: Iterable[tuple[str, str]]) -> None:
+        """Has the known chunks stored by these blends, for these salts."""
+        for name, salt in places:
+            self.contenders[name].ask_at_once([prompts.teach()], Setup(name, "none"), 1, salt)
 
     def _measure(self, cell: Cell, prompts: Prompts, on_step: Callable[[], None]) -> list[Measured]:
         setups = self.setups(cell.state)
         salts = {setup: _salt(cell, setup) for setup in setups}
         if cell.state == "half":
-            self._teach(prompts, sorted({salt for salt in salts.values() if salt}))
+            self._teach(prompts, [(setup.contender, salt) for setup, salt in salts.items() if salt])
         bursts: dict[Setup, list[Burst]] = {setup: [] for setup in setups}
         for repeat in range(self.workload.repeats):
             batch = [prompts.draw(cell.state) for _ in range(cell.concurrency)]
