@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from kvarena.bench.ttft import servers
 from kvarena.bench.ttft.client import Burst, Contender
 from kvarena.cli import app
 from kvarena.stack.home import INSTANCE_VARIABLE, Home
 from kvarena.stack.processes import processes_of
+from kvarena.stack.record import Record
+from kvarena.stack.service import Service
+from kvarena.stack.supervision import ProcessInfo
 from real_server import RealServer, serving
 from running_stack import Stack
 from scripted_engine import ScriptedEngine
@@ -149,6 +155,29 @@ def test_names_and_addresses(real: RealServer[ScriptedEngine], model: Path, tmp_
     result = CliRunner().invoke(app, ["bench", "ttft", "--target", nobody])
     assert result.exit_code == 1
     assert "there: no OpenAI server answers at" in result.output
+
+
+def test_the_running_stack_is_measured_when_nothing_else_is_asked_for(
+    real: RealServer[ScriptedEngine], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack whose `plain` is this server; its page is no contender."""
+
+    class Supervisor:
+        def processes(self) -> dict[str, ProcessInfo]:
+            return {"plain": ProcessInfo("RUNNING", os.getpid(), 1.0)}
+
+    plain = Service("plain", "", (), 0, real.url, "", "", {}, "")
+    record = Record((plain, replace(plain, name="page")), "", "", "tiny")
+    monkeypatch.setattr(servers, "running_supervisor", lambda home: (record, Supervisor()))
+    output = tmp_path / "x.json"
+    given = ["--tokenizer", str(model), *SHORT, "--state", "none", "--output", str(output)]
+    result = CliRunner().invoke(app, ["bench", "ttft", *given])
+    assert result.exit_code == 0, result.output
+    saved = json.loads(output.read_text())
+    assert saved["settings"]["has_prefix_caching"] is None
+    assert [(row["contender"], row["store"]) for row in saved["rows"]] == [("plain", "none")] * 2
+    for row in saved["rows"]:
+        assert row["peak_rss_bytes"] is None or row["peak_rss_bytes"] >= row["idle_rss_bytes"] > 10**7
 
 
 @pytest.mark.slow
