@@ -88,7 +88,7 @@ def test_what_a_strangers_store_holds_is_unknown() -> None:
 
 def test_the_table_and_what_not_to_believe() -> None:
     missed = {"store_hits": 2, "store_misses": 2, "blend_ms": 1.0}
-    answers = [timed(0.1, reuse=Reuse(100, 90), report=missed), "no"]
+    answers = [timed(0.1, reuse=Reuse(100, 90), report=missed), "no [memory]"]
     measured = [Measured(PLAIN, True, [Burst([timed(1.0), timed(1.0)])]), Measured(BLEND, True, [Burst(answers)])]
     rows = cell_rows(CELL, measured, "plain", num_known_chunks=3)
     console = Console(file=io.StringIO(), width=200)
@@ -96,5 +96,5 @@ def test_the_table_and_what_not_to_believe() -> None:
     show_troubles(rows, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "10.00 (10.00-10.00)" in shown
-    assert "1 of 2 requests failed: no" in shown
+    assert "1 of 2 requests failed: no [memory]" in shown
     assert "not in the store any more in 1 rows, the first: blend kv_deviation 15 %, warm, 1,000 tokens" in shown

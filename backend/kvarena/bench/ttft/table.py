@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvarena.bench.quality.setups import OPTIONS, Setup
@@ -39,7 +40,8 @@ def show_troubles(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         if row["num_failed"]:
             failed = f"{row['num_failed']} of {row['num_requests']} requests failed"
-            console.print(f"[red]{_label(row)}, {row['context_tokens']:,} tokens: {failed}[/red]: {row['failure']}")
+            reason = escape(row["failure"])
+            console.print(f"[red]{_label(row)}, {row['context_tokens']:,} tokens: {failed}[/red]: {reason}")
     lost = [row for row in rows if _has_lost_chunks(row)]
     if lost:
         first = f"{_label(lost[0])}, {lost[0]['store']}, {lost[0]['context_tokens']:,} tokens"
