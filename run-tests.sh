@@ -9,9 +9,9 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 cd "$root"
 bin=$root/.venv/bin
-marks=()
+is_fast=
 if [[ ${1:-} == --fast ]]; then
-    marks=(-m "not slow")
+    is_fast=1
     shift
 fi
 
@@ -34,7 +34,7 @@ install_debian() {
 
 ./run-server.sh setup --profile cpu
 "$bin/python" -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
-has_one_of chromium chromium-browser google-chrome || [[ ${marks[*]} ]] || install_debian chromium
+has_one_of chromium chromium-browser google-chrome || [[ $is_fast ]] || install_debian chromium
 has_one_of shellcheck || install_debian shellcheck
 
 echo '== style and types'
@@ -46,4 +46,16 @@ if has_one_of shellcheck; then
 fi
 
 echo '== tests'
-exec "$bin/python" -m pytest --durations=15 ${marks[@]+"${marks[@]}"} "$@"
+pytest=("$bin/python" -m pytest --durations=15)
+# Side by side, one file at a time for each core, and one thread for each model there.
+side_by_side=(-n logical --dist loadfile --no-loadscope-reorder)
+if [[ $is_fast ]]; then
+    OMP_NUM_THREADS=1 exec "${pytest[@]}" "${side_by_side[@]}" -m "not slow" "$@"
+elif [[ $# -gt 0 ]]; then
+    exec "${pytest[@]}" "$@"
+fi
+status=0
+OMP_NUM_THREADS=1 "${pytest[@]}" "${side_by_side[@]}" -m "not e2e" || status=$?
+echo '== the whole stack'
+"${pytest[@]}" -m e2e || status=$?
+exit $status

@@ -26,17 +26,25 @@ class Interval:
 
 @dataclass(frozen=True)
 class Variant:
-    """A contender and how it was asked. The other three are None where it doesn't blend."""
+    """A contender and how it was asked. The next three are None where it doesn't blend.
+
+    `options` are those of the policy, such as "deviation values".
+    """
 
     contender: str
     policy: str | None = None
     ratio: float | None = None
     check_layer: int | None = None
+    options: str = ""
+
+    @property
+    def policy_name(self) -> str:
+        return f"{self.policy or ''}{self.options and f' ({self.options})'}"
 
     @property
     def label(self) -> str:
         """As a result's settings name it."""
-        parts = [self.contender, self.policy, None if self.ratio is None else f"{100 * self.ratio:g} %"]
+        parts = [self.contender, self.policy_name, None if self.ratio is None else f"{100 * self.ratio:g} %"]
         parts.append(None if self.check_layer is None else f"layer {self.check_layer}")
         return " ".join(part for part in parts if part)
 
@@ -139,7 +147,9 @@ def _read(found: Mapping[str, Any]) -> EvalResult:
 
 
 def _variant(entry: Mapping[str, Any]) -> Variant:
-    return Variant(entry["contender"], entry.get("policy"), _number(entry.get("ratio")), entry.get("check_layer"))
+    options = ", ".join(f"{name} {value}" for name, value in (entry.get("options") or {}).items())
+    ratio = _number(entry.get("ratio"))
+    return Variant(entry["contender"], entry.get("policy"), ratio, entry.get("check_layer"), options)
 
 
 def _row(entry: Mapping[str, Any]) -> Row:

@@ -49,7 +49,7 @@ def line_name(result: EvalResult, variant: Variant) -> str:
         return variant.contender
     blending = [other for other in result.variants if other.policy is not None]
     layers = {other.check_layer for other in blending if other.policy == variant.policy}
-    parts = [variant.policy]
+    parts = [variant.policy_name]
     if len({other.contender for other in blending}) > 1:
         parts.insert(0, variant.contender)
     if len(layers) > 1:
@@ -109,7 +109,7 @@ def _table_row(row: Row) -> Record:
     variant = row.variant
     return {
         "Contender": variant.contender,
-        "Policy": variant.policy,
+        "Policy": variant.policy_name or None,
         "Ratio": variant.ratio,
         "Check layer": variant.check_layer,
         "Questions": row.num_questions,

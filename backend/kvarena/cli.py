@@ -18,6 +18,7 @@ from ai100.cli import app as ai100
 from kvarena.bench.command import app as bench
 from kvarena.bench.quality.calibrate_command import calibrate
 from kvarena.bench.quality.command import evaluate
+from kvarena.bench.report.command import report
 from kvarena.bench.simllm.demo_command import app as simllm
 from kvarena.worlds.command import worlds
 
@@ -40,6 +41,7 @@ app.add_typer(simllm, name="simllm")
 app.add_typer(ai100, name="ai100")
 app.command("eval")(evaluate)
 app.command()(calibrate)
+app.command()(report)
 app.command()(worlds)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -70,6 +72,10 @@ def up(
         ),
     ] = None,
     load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. [default: float32 on processors without bf16 instructions]"),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest context in tokens. [default: the model's own]")
     ] = None,
@@ -92,6 +98,7 @@ def up(
         ui=False if no_ui else None,
         port_base=port_base,
         load_format=load_format,
+        dtype=dtype,
         max_model_len=max_model_len,
         data_dir=data.expanduser().resolve() if data else None,
     )

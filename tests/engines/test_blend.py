@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kvarena.engines.hf_model import HFModel, UnsupportedModel
 from kvarena.reuse.params import BlendParams
 from kvarena.reuse.plan import Chunk, as_token_ids
 from kvarena.reuse.prefilled import LayerKV, Narrowing
-from kvarena.reuse.store import MemoryStore
+from kvarena.reuse.store import FoundKV, MemoryStore
 from references import CacheBlend
 from tiny_models import FAMILIES, save_tiny_model, tiny_tokenizer
 
@@ -270,13 +271,17 @@ def test_random_recomputes_the_same_share_each_time(blended: Blended) -> None:
 @pytest.mark.parametrize("loses", ["everything", "every other", "with an error", "shapes"])
 def test_a_bad_store_costs_time_only(model_folders: dict[str, Path], loses: str) -> None:
     class BadStore(MemoryStore):
-        def get_many(self, chunks: list[Chunk]) -> list[torch.Tensor | None]:
-            found = super().get_many(chunks)
+        @contextmanager
+        def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[FoundKV]:
+            with super().retrieval(chunks) as retrieval:
+                yield FoundKV([self._spoilt(i, kv) for i, kv in enumerate(retrieval.found)])
+
+        def _spoilt(self, number: int, kv: torch.Tensor | None) -> torch.Tensor | None:
             if loses == "with an error":
                 raise ConnectionError("store is down")
             if loses == "shapes":
-                return [kv if kv is None else kv[:, :, :5] for kv in found]
-            return [None if loses == "everything" or i % 2 else kv for i, kv in enumerate(found)]
+                return kv if kv is None else kv[:, :, :5]
+            return None if loses == "everything" or number % 2 else kv
 
     blended = Blended.load(model_folders["llama"], store=BadStore(1 << 28))
     prompts = make_prompts(10, 3)

@@ -9,7 +9,6 @@ import torch
 
 from kvarena.reuse.params import POLICIES, BlendParams
 from kvarena.reuse.plan import Chunk, ReusePlan, Span, as_token_ids
-from kvarena.reuse.prefilled import LayerKV
 from kvarena.reuse.selection import make_policy, reused_positions
 from kvarena.reuse.selection.random_tokens import RandomTokens
 
@@ -22,8 +21,14 @@ class Nothing:
 
     num_layers = 4
 
-    def reused(self, layer: int) -> LayerKV:
-        raise AssertionError(f"the KV of layer {layer} is not needed")
+    def reused_keys(self, layer: int) -> torch.Tensor:
+        raise AssertionError(f"the keys of layer {layer} are not needed")
+
+    def reused_values(self, layer: int) -> torch.Tensor:
+        raise AssertionError(f"the values of layer {layer} are not needed")
+
+    def summed(self, scores: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("nothing is scored")
 
     def question_queries(self, layer: int) -> torch.Tensor:
         raise AssertionError(f"the queries of layer {layer} are not needed")

@@ -8,7 +8,7 @@ import threading
 import torch
 
 from kvarena.reuse.plan import Chunk, as_token_ids
-from kvarena.reuse.store import MemoryStore
+from kvarena.reuse.store import MemoryStore, get
 
 
 def chunk_of(number: int, tokens: int, salt: str = "") -> Chunk:
@@ -29,7 +29,7 @@ def test_random_operations_keep_budget_and_contents() -> None:
             kv = kv_of(rng.randrange(100), len(chunk))
             model[chunk] = kv
             assert store.put(chunk, kv) == (kv.nbytes <= 4000)
-        elif (found := store.get_many([chunk])[0]) is not None:
+        elif (found := get(store, chunk)) is not None:
             assert torch.equal(found, model[chunk])
         if rng.random() < 0.002:
             store.clear()
@@ -42,7 +42,7 @@ def test_least_recently_used_goes_first() -> None:
     store = MemoryStore(budget_bytes=2 * kv_of(0, 10).nbytes)
     store.put(a, kv_of(0, 10))
     store.put(b, kv_of(1, 10))
-    store.get_many([a])
+    get(store, a)
     store.put(c, kv_of(2, 10))
     assert [store.contains(x) for x in (a, b, c)] == [True, False, True]
 
@@ -50,7 +50,8 @@ def test_least_recently_used_goes_first() -> None:
 def test_a_salt_sees_only_its_own() -> None:
     store = MemoryStore(10_000)
     store.put(chunk_of(1, 8, "a"), kv_of(1, 8))
-    assert store.get_many([chunk_of(1, 8, "b"), chunk_of(1, 8)]) == [None, None]
+    with store.retrieval([chunk_of(1, 8, "b"), chunk_of(1, 8), chunk_of(1, 8, "a")]) as retrieval:
+        assert retrieval.held == [False, False, True]
     assert store.stats.misses == 2
 
 
@@ -62,7 +63,7 @@ def test_threads_do_not_break_the_budget() -> None:
         for _ in range(500):
             number = rng.randrange(20)
             store.put(chunk_of(number, 12), kv_of(number, 12))
-            (found,) = store.get_many([chunk_of(number, 12)])
+            found = get(store, chunk_of(number, 12))
             assert found is None or torch.equal(found, kv_of(number, 12))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]

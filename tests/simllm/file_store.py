@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from kvarena.reuse.plan import Chunk
-from kvarena.reuse.store import StoreStats
+from kvarena.reuse.store import FoundKV, StoreStats
 
 
 class FileStore:
@@ -19,8 +21,9 @@ class FileStore:
         self.stats = StoreStats()
         self.is_down = False
 
-    def get_many(self, chunks: list[Chunk]) -> list[torch.Tensor | None]:
-        return [self._get(chunk) for chunk in chunks]
+    @contextmanager
+    def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[FoundKV]:
+        yield FoundKV([self._get(chunk) for chunk in chunks])
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
         if self.is_down:

@@ -45,8 +45,10 @@ def test_a_port_taken_on_every_interface() -> None:
 
 
 def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
+    plan = dataclasses.replace(plan, dtype=None)
     need = preflight.estimate_memory(plan)
     weights = (Path(plan.model.name) / "model.safetensors").stat().st_size
+    assert preflight.estimate_memory(dataclasses.replace(plan, dtype="float32")).weight_bytes == 4 * weights
     assert need.weight_bytes == 2 * weights
     assert need.kv_cache_bytes == 2 * 3 * GIB
     assert need.store_bytes == plan.lmcache_gb * GIB

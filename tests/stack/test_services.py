@@ -52,6 +52,46 @@ def extra_config(service: Service) -> dict[str, object]:
     return extra
 
 
+@pytest.mark.parametrize(
+    ("has_bf16", "model_dtype", "wanted", "expected"),
+    [
+        (False, "bfloat16", "auto", "float32"),
+        (True, "bfloat16", "auto", None),
+        (False, "float32", "auto", None),
+        (False, "bfloat16", "bfloat16", "bfloat16"),
+    ],
+)
+def test_without_bf16_instructions_all_servers_compute_in_float32(
+    home: Home,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_bf16: bool,
+    model_dtype: str,
+    wanted: str,
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr(machine, "has_bf16_instructions", lambda: has_bf16)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": model_dtype}))
+    made, services = make(home, tmp_path, model=str(tmp_path), contenders="blend,plain,prefix,simllm", dtype=wanted)
+    assert made.dtype == expected
+    for name in made.contenders:
+        command = services[name].command
+        assert ("--dtype" in command) == (expected is not None)
+        assert expected is None or option(services[name], "--dtype") == expected
+
+
+def test_weights_too_large_for_float32_and_quantised_ones_stay_as_they_are(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 800)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    for num_bytes, extra, expected in ((100, {}, "float32"), (101, {}, None), (1, {"quantization_config": {}}, None)):
+        config.write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16", **extra}))
+        weights.write_bytes(bytes(num_bytes))
+        assert make(home, tmp_path, model=str(tmp_path))[0].dtype == expected
+
+
 @pytest.mark.usefixtures("two_cores")
 def test_the_default_stack(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)

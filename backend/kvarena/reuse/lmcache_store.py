@@ -12,8 +12,9 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from lmcache.v1.gpu_connector.utils import LayoutHints
 from lmcache.v1.multiprocess.transfer_context.worker_transfer import create_transfer_context
 
 from kvarena.reuse.plan import Chunk
-from kvarena.reuse.store import StoreStats
+from kvarena.reuse.store import Pieces, StoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +74,16 @@ class LMCacheStore:
         self._down_until = 0.0
         self._lock = threading.RLock()
 
-    def get_many(self, chunks: list[Chunk]) -> list[torch.Tensor | None]:
-        nothing: list[torch.Tensor | None] = [None] * len(chunks)
-        found = self._ask("get", lambda context: context.retrieve_many(chunks), default=nothing)
-        found = [self._checked(chunk, kv) for chunk, kv in zip(chunks, found, strict=True)]
-        hits = sum(kv is not None for kv in found)
-        self.stats.hits += hits
-        self.stats.misses += len(chunks) - hits
-        return found
+    @contextmanager
+    def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[_Retrieval]:
+        retrieval = self._ask("look up", lambda context: _Retrieval(self, context, chunks), default=None)
+        retrieval = retrieval or _Retrieval(self, None, chunks)
+        self.stats.misses += retrieval.held.count(False)
+        try:
+            yield retrieval
+        finally:
+            with self._lock:
+                retrieval.end()
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
         done = self._ask("put", lambda context: context.store_padded(chunk, kv), default=False)
@@ -97,8 +100,21 @@ class LMCacheStore:
     def close(self) -> None:
         with self._lock:
             if self._context:
-                self._context.close()
+                self._context.close_when_unused()
             self._context = None
+
+    def take(self, retrieval: _Retrieval, numbers: Sequence[int]) -> list[Pieces | None]:
+        """What `_Retrieval.take` returns, counted."""
+        nothing: list[Pieces | None] = [None] * len(numbers)
+        taken = self._ask("get", lambda context: retrieval.take_from(context, numbers), default=nothing)
+        found = [self._checked(retrieval.chunks[i], kv) for i, kv in zip(numbers, taken, strict=True)]
+        hits = sum(kv is not None for kv in found)
+        self.stats.hits += hits
+        self.stats.misses += sum(retrieval.held[number] for number in numbers) - hits
+        return found
+
+    def release(self, lookups: Sequence[_Lookup], taken: Sequence[_Lookup]) -> None:
+        self._ask("release", lambda context: context.release(lookups, taken), default=None)
 
     def _ask(self, what: str, call: Callable[[_Context], Result], *, default: Result) -> Result:
         with self._lock:
@@ -124,16 +140,67 @@ class LMCacheStore:
         self.close()
         self._down_until = time.monotonic() + self.retry_s
 
-    def _checked(self, chunk: Chunk, kv: torch.Tensor | None) -> torch.Tensor | None:
-        if kv is None:
+    def _checked(self, chunk: Chunk, pieces: Pieces | None) -> Pieces | None:
+        if pieces is None:
             return None
         geometry = self.geometry
-        expected = (2, geometry.num_layers, len(chunk), geometry.num_kv_heads * geometry.head_size)
-        if tuple(kv.shape) != expected or kv.dtype != geometry.dtype:
-            logger.warning("LMCache returned %s %s instead of %s", kv.dtype, tuple(kv.shape), expected)
+        shapes = {(kv.dtype, *kv.shape[:2], *kv.shape[3:]) for kv in pieces}
+        expected = (geometry.dtype, 2, geometry.num_layers, geometry.num_kv_heads * geometry.head_size)
+        if shapes != {expected} or sum(kv.shape[2] for kv in pieces) != len(chunk):
+            logger.warning("LMCache returned %s for a chunk of %d tokens, not %s", shapes, len(chunk), expected)
             self.stats.errors += 1
             return None
-        return kv
+        return pieces
+
+
+class _Retrieval:
+    """Chunks looked up in the server, which holds on to them until the end. Without a context nothing is held.
+
+    The pieces that are taken lie in the server's shared memory, so the context outlives them.
+    """
+
+    def __init__(self, store: LMCacheStore, context: _Context | None, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        self._store = store
+        self._context = context
+        self._lookups = context.look_up(chunks) if context else []
+        self._taken: list[_Lookup] = []
+        self.held = [lookup.is_held for lookup in self._lookups] or [False] * len(chunks)
+        if context:
+            context.num_retrievals += 1
+
+    def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
+        return self._store.take(self, numbers)
+
+    def take_from(self, context: _Context, numbers: Sequence[int]) -> list[Pieces | None]:
+        """Called by the store, one at a time. A context that isn't the one that looked up has none of them."""
+        if context is not self._context:
+            return [None] * len(numbers)
+        lookups = [self._lookups[number] for number in numbers]
+        found = context.take(lookups)
+        self._taken += [lookup for lookup, pieces in zip(lookups, found, strict=True) if pieces is not None]
+        return found
+
+    def end(self) -> None:
+        """Called by the store. What is left of a context that failed isn't asked any more."""
+        context, self._context = self._context, None
+        if context is None:
+            return
+        if not context.is_retired:
+            self._store.release(self._lookups, self._taken)
+        context.num_retrievals -= 1
+        if context.is_retired:
+            context.close_when_unused()
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """A chunk's look-up: its session at the server, and its token ids, filled up."""
+
+    chunk: Chunk
+    session: str
+    padded: list[int]
+    is_held: bool
 
 
 class _Context(LMCacheSDKContext):
@@ -143,14 +210,19 @@ class _Context(LMCacheSDKContext):
         super().__init__(store.url, store.http_url, store.geometry.model_id, timeout=store.timeout_s)
         if self.chunk_size % _BLOCK_TOKENS:
             raise LMCacheSDKError(f"--chunk-size must be a multiple of {_BLOCK_TOKENS}, not {self.chunk_size}")
+        self.num_retrievals = 0
+        self.is_retired = False
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kvarena-lmcache")
         self._world_size = 1
         self._num_kv_readers = 1
         self._register(store.geometry)
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False)
-        super().close()
+    def close_when_unused(self) -> None:
+        """Unmaps the server's memory, but not under somebody who reads it."""
+        self.is_retired = True
+        if not self.num_retrievals:
+            self._threads.shutdown(wait=False)
+            self.close()
 
     @property
     def _zmq_context(self) -> zmq.Context[Any]:
@@ -174,27 +246,38 @@ class _Context(LMCacheSDKContext):
         )
         blocks = self.chunk_size // _BLOCK_TOKENS
         transfer.register(layers, self._model_name, 1, blocks, self.mq_timeout, layout_hints=hints)
-        self._transfer_ctx = ContiguousTransferWrapper(transfer.engine_driven_context, self.chunk_size)
+        self._engine_driven = transfer.engine_driven_context
+        self._transfer_ctx = ContiguousTransferWrapper(self._engine_driven, self.chunk_size)
 
-    def retrieve_many(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
-        """Chunks are asked for side by side: a round trip each, one after the other, would cost more than the data."""
-        names = [f"kvarena-{uuid.uuid4().hex}" for _ in chunks]
+    def look_up(self, chunks: Sequence[Chunk]) -> list[_Lookup]:
+        """Side by side: a round trip each, one after the other, would cost more than the data."""
+        sessions = [f"kvarena-{uuid.uuid4().hex}" for _ in chunks]
         padded = [self._padded(chunk) for chunk in chunks]
-        keys = [self._key(*call) for call in zip(chunks, padded, names, strict=True)]
+        keys = [self._key(*call) for call in zip(chunks, padded, sessions, strict=True)]
         for answer in [self._req_client.lookup(key.no_worker_id_version(), 1) for key in keys]:
             answer.result(timeout=self.mq_timeout)
-        asked = [self._req_client.query_prefetch_status(name) for name in names]
-        held = [self._num_found(name, answer) for name, answer in zip(names, asked, strict=True)]
+        asked = [self._req_client.query_prefetch_status(session) for session in sessions]
+        held = [self._num_found(*call) == len(ids) for *call, ids in zip(sessions, asked, padded, strict=True)]
+        return [_Lookup(*lookup) for lookup in zip(chunks, sessions, padded, held, strict=True)]
 
-        def retrieve(i: int) -> torch.Tensor | None:
-            if held[i] != len(padded[i]):
-                return None
-            kv = self.transfer_ctx.retrieve(self._key(chunks[i], padded[i], names[i], worker_id=0), self.instance_id)
-            return None if kv is None else kv[:, :, : len(chunks[i])]
+    def take(self, lookups: Sequence[_Lookup]) -> list[Pieces | None]:
+        return list(self._threads.map(self._take, lookups))
 
-        found = list(self._threads.map(retrieve, range(len(chunks))))
-        self._end(*names)
-        return found
+    def _take(self, lookup: _Lookup) -> Pieces | None:
+        if not lookup.is_held:
+            return None
+        slots = self._engine_driven.prepare_retrieve(self._read_key(lookup), self.instance_id)
+        if not slots:
+            raise LMCacheSDKError("a chunk that it held is gone, or no answer came")
+        rest = len(lookup.padded) - len(lookup.chunk)
+        return [*slots[:-1], slots[-1][:, :, : slots[-1].shape[2] - rest]]
+
+    def release(self, lookups: Sequence[_Lookup], taken: Sequence[_Lookup]) -> None:
+        """The server may drop what was taken, and what was only looked up."""
+        keys = [self._read_key(lookup) for lookup in taken]
+        if not all(self._threads.map(lambda key: self._engine_driven.commit_retrieve(key, self.instance_id), keys)):
+            raise LMCacheSDKError("it didn't take back what was taken")
+        self._end(*(lookup.session for lookup in lookups))
 
     def store_padded(self, chunk: Chunk, kv: torch.Tensor) -> bool:
         """Whether the server holds the chunk afterwards; `store` itself says no for one that it had already."""
@@ -203,11 +286,9 @@ class _Context(LMCacheSDKContext):
         return bool(self.store(full, ids, cache_salt=_server_salt(chunk.salt))) or self.holds(chunk)
 
     def holds(self, chunk: Chunk) -> bool:
-        name, ids = f"kvarena-{uuid.uuid4().hex}", self._padded(chunk)
-        self._req_client.lookup(self._key(chunk, ids, name).no_worker_id_version(), 1).result(timeout=self.mq_timeout)
-        held = self._num_found(name, self._req_client.query_prefetch_status(name)) == len(ids)
-        self._end(name)
-        return held
+        (lookup,) = self.look_up([chunk])
+        self.release([lookup], [])
+        return lookup.is_held
 
     def clear_server(self) -> None:
         requests.post(f"{self._http_url}/cache/clear", timeout=self.mq_timeout).raise_for_status()
@@ -229,6 +310,9 @@ class _Context(LMCacheSDKContext):
     def _padded(self, chunk: Chunk) -> list[int]:
         ids: list[int] = chunk.token_ids.tolist()
         return ids + [_FILLER_TOKEN] * (-len(ids) % self.chunk_size)
+
+    def _read_key(self, lookup: _Lookup) -> Any:
+        return self._key(lookup.chunk, lookup.padded, lookup.session, worker_id=0)
 
     def _key(self, chunk: Chunk, ids: list[int], name: str, worker_id: int | None = None) -> Any:
         return self._create_key(ids, 0, len(ids), name, cache_salt=_server_salt(chunk.salt), worker_id=worker_id)

@@ -1,32 +1,88 @@
-"""A chunk's KV at its place in a prompt: keys turned by the distance, heads apart."""
+"""Chunks' KV to its place in a prompt: keys turned by the distance, heads apart, a layer of several spans at once."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from kvarena.reuse.plan import Span
-from kvarena.reuse.prefilled import PrefilledModel
+from kvarena.reuse.prefilled import LayerKV, PrefilledModel
+from kvarena.reuse.rope import Rotation, Turn
+from kvarena.reuse.store import Pieces
+
+GROUP_TOKENS = 1024
+"""So many tokens are moved together: a layer's fit the processor's cache, and calls cost little beside the copies."""
 
 
-def moved_kv(model: PrefilledModel, span: Span, piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys, moved, and values `(L, T, H_kv, D)` of a span's KV `(2, L, T, H_kv * D)` as stored."""
-    keys, values = heads_of(model, piece)
-    return _moved(model, span, keys), values
+class Stopwatch(Protocol):
+    def timed(self, stage: str) -> AbstractContextManager[None]: ...
 
 
-def heads_of(model: PrefilledModel, flat: torch.Tensor) -> torch.Tensor:
-    """`(..., H_kv * D)` as `(..., H_kv, D)`, on the model's device."""
-    return flat.to(model.device, non_blocking=True).view(*flat.shape[:-1], -1, model.head_size)
+@dataclass
+class Mover:
+    """Writes chunks' KV into a model's cache, straight from where it lies.
+
+    `watched`: layers whose KV, as written, is kept in `kept`, group after group.
+    """
+
+    model: PrefilledModel
+    watched: Sequence[int]
+    stopwatch: Stopwatch
+    kept: dict[int, list[LayerKV]] = field(default_factory=dict)
+
+    def write(self, group: Sequence[tuple[Span, Pieces]]) -> None:
+        """Spans with their chunks' KV. Raises `ValueError` for a chunk whose KV doesn't reach to the span's end."""
+        pieces = [piece for span, kv in group for piece in part_of(kv, span.offset, len(span))]
+        positions = torch.cat([torch.arange(span.start, span.end) for span, _ in group])
+        turns = self._turns([span for span, _ in group])
+        for layer, rotation in enumerate(self.model.rotations):
+            with self.stopwatch.timed("move_ms"):
+                kv = LayerKV(self._joined(pieces, 0, layer), self._joined(pieces, 1, layer))
+                if rotation and turns:
+                    turns[rotation].apply_(kv.keys)
+            with self.stopwatch.timed("write_ms"):
+                self.model.write(layer, positions, *kv)
+            if layer in self.watched:
+                self.kept.setdefault(layer, []).append(kv)
+
+    def _turns(self, spans: Sequence[Span]) -> dict[Rotation, Turn]:
+        """Empty where nothing moves."""
+        distances = torch.cat([torch.full((len(span),), span.start - span.offset) for span in spans])
+        if not distances.any():
+            return {}
+        distances = distances.to(self.model.device)
+        return {rotation: rotation.by(distances) for rotation in set(self.model.rotations) if rotation}
+
+    def _joined(self, pieces: Sequence[torch.Tensor], half: int, layer: int) -> torch.Tensor:
+        """One layer's keys (half 0) or values (1), `(T, H_kv, D)`: a copy, on the model's device."""
+        flat = torch.cat([piece[half, layer] for piece in pieces])
+        return flat.to(self.model.device).view(len(flat), -1, self.model.head_size)
 
 
-def _moved(model: PrefilledModel, span: Span, keys: torch.Tensor) -> torch.Tensor:
-    """Layers with the same rotation go together."""
-    rotations = dict.fromkeys(model.rotations)
-    if len(rotations) == 1 and (rotation := next(iter(rotations))):
-        return rotation.move(keys, span.start - span.offset)
-    moved = keys.clone()
-    for rotation in rotations:
-        layers = [layer for layer, own in enumerate(model.rotations) if own is rotation]
-        if rotation:
-            moved[layers] = rotation.move(keys[layers], span.start - span.offset)
-    return moved
+def part_of(kv: Pieces, start: int, num_tokens: int) -> Iterator[torch.Tensor]:
+    """`[start, start + num_tokens)` of a chunk's KV, cut where that is cut."""
+    end = start + num_tokens
+    at = 0
+    for piece in kv:
+        low, high = max(start - at, 0), min(end - at, piece.shape[2])
+        if low < high:
+            yield piece[:, :, low:high]
+        at += piece.shape[2]
+    if at < end:
+        raise ValueError(f"a chunk's KV has {at} tokens, not the {end} that are asked for")
+
+
+def groups_of(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Spans in order, `GROUP_TOKENS` of them or somewhat more at a time."""
+    group: list[Span] = []
+    for span in spans:
+        group.append(span)
+        if sum(map(len, group)) >= GROUP_TOKENS:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -8,6 +8,8 @@ POLICIES = ("kv_deviation", "chunk_head", "query_attention", "random", "none", "
 DEVIATIONS = ("keys", "values")
 WITH_CHECK_LAYER = ("kv_deviation", "query_attention")
 """The policies that look at layers; the others choose before the first."""
+OPTIONS = {"kv_deviation": ("deviation", "num_filters"), "chunk_head": ("head_tokens",)}
+"""What some policies have beside ratio and check layer."""
 
 
 @dataclass(frozen=True)

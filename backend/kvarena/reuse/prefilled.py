@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kvarena.reuse.plan import TokenIds
+from kvarena.reuse.ranks import Ranks
 from kvarena.reuse.rope import Rotation
 
 
@@ -25,7 +26,7 @@ class LayerKV(NamedTuple):
 
 @dataclass(frozen=True)
 class Narrowing:
-    """From `layer` on only chosen tokens go on; the others keep what the cache held there.
+    """From `layer`, one of the model's, on only chosen tokens go on; the others keep what the cache held there.
 
     `choose` takes the positions `(T,)` of the tokens under way and their fresh KV at that layer, and returns the
     ascending indices of those that go on.
@@ -38,12 +39,14 @@ class Narrowing:
 class PrefilledModel(Protocol):
     """A prompt's cache in an engine. Valid during one step of the engine; calls follow each other.
 
-    `rotations` has an entry for each layer, None for a layer without rotary embedding.
+    Heads are those of this worker; `ranks` has the others'. `rotations` has an entry for each layer, None for a layer
+    without rotary embedding.
     """
 
     rotations: Sequence[Rotation | None]
     head_size: int
     device: torch.device
+    ranks: Ranks
 
     def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
         """The KV `(2, L, T, H_kv * D)` of each text as a sequence of its own, at positions 0 to T-1.
@@ -53,8 +56,8 @@ class PrefilledModel(Protocol):
         """
         ...
 
-    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put keys and values `(T, H_kv, D)` into the cache from position `start` on."""
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values `(T, H_kv, D)` into the cache at these positions."""
         ...
 
     def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:

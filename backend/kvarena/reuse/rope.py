@@ -44,20 +44,36 @@ class Rotation:
             )
         return cls(angles.float(), is_neox)
 
+    def by(self, distances: torch.Tensor) -> Turn:
+        """The turn of keys `(T, H, D)` by a distance for each token, `(T,)`, in positions."""
+        angles = distances[:, None, None] * self.inv_freq.to(distances.device)
+        return Turn(angles.cos(), angles.sin(), self.is_neox)
+
     def move(self, keys: torch.Tensor, distance: int) -> torch.Tensor:
-        """Keys `(..., D)` moved by `distance` positions, in their dtype; the sum is made in fp32. A new tensor."""
+        """Keys `(..., D)` moved by `distance` positions, in their dtype: a new tensor unless that is 0."""
         if distance == 0:
             return keys
-        angle = self.inv_freq.to(keys.device) * distance
-        cos, sin = angle.cos(), angle.sin()
-        rotated = 2 * len(self.inv_freq)
-        moved = torch.empty_like(keys)
-        first, second = self._halves(keys[..., :rotated])
-        moved_first, moved_second = self._halves(moved[..., :rotated])
-        moved_first.copy_(first * cos - second * sin)
-        moved_second.copy_(second * cos + first * sin)
-        moved[..., rotated:] = keys[..., rotated:]
+        angles = self.inv_freq.to(keys.device) * distance
+        moved = keys.clone()
+        Turn(angles.cos(), angles.sin(), self.is_neox).apply_(moved)
         return moved
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A rotation by fixed angles: `cos` and `sin` in fp32, `(..., D_rot / 2)`, broadcast over the keys' dimensions."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    is_neox: bool
+
+    def apply_(self, keys: torch.Tensor) -> None:
+        """Turns keys `(..., D)` in place, in their dtype; the sums are made in fp32."""
+        first, second = self._halves(keys[..., : 2 * self.cos.shape[-1]])
+        x, y = first.float(), second.float()
+        turned = (x * self.cos).addcmul_(y, self.sin, value=-1)
+        second.copy_(y.mul_(self.cos).addcmul_(x, self.sin))
+        first.copy_(turned)
 
     def _halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_neox:

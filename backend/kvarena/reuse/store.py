@@ -2,12 +2,17 @@
 
 A store maps a chunk to its KV, a tensor `(2, L, T, H_kv * D)`: keys, rotated for positions 0 to T-1, and values.
 A lost, corrupt or unreachable entry is a miss and is counted; a store never raises for it.
+
+KV is read in two steps: look chunks up, all at once, then take what is held, some at a time, straight from where the
+store keeps it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -31,13 +36,34 @@ class StoreStats:
         return asdict(self)
 
 
+Pieces = Sequence[torch.Tensor]
+"""A chunk's KV, cut along its tokens: `(2, L, t, H_kv * D)` each."""
+
+
+class Retrieval(Protocol):
+    """Chunks that were looked up together."""
+
+    @property
+    def held(self) -> Sequence[bool]:
+        """Which of them the store has, and keeps until the end."""
+        ...
+
+    def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
+        """The KV of the chunks with these numbers, None for one that is not held or was lost.
+
+        The tensors may be the store's own memory: they are valid until the retrieval ends. Each chunk is taken once.
+        May be called from another thread, even when the retrieval has ended: then all is lost.
+        """
+        ...
+
+
 class ChunkStore(Protocol):
     """Contract of a store. Tensors that go in or come out are not written to afterwards, by either side."""
 
     stats: StoreStats
 
-    def get_many(self, chunks: list[Chunk]) -> list[torch.Tensor | None]:
-        """The KV of each chunk, None for a miss. Counts a hit or a miss per chunk."""
+    def retrieval(self, chunks: Sequence[Chunk]) -> AbstractContextManager[Retrieval]:
+        """Look chunks up. A hit or a miss is counted for each, by the time all that is held has been taken."""
         ...
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
@@ -49,6 +75,28 @@ class ChunkStore(Protocol):
     def clear(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+def get(store: ChunkStore, chunk: Chunk) -> torch.Tensor | None:
+    """A copy of one chunk's KV."""
+    with store.retrieval([chunk]) as retrieval:
+        (pieces,) = retrieval.take([0])
+        return None if pieces is None else torch.cat(tuple(pieces), dim=2)
+
+
+@dataclass(frozen=True)
+class FoundKV:
+    """The retrieval of a store whose tensors outlive their entries."""
+
+    found: Sequence[torch.Tensor | None]
+
+    @property
+    def held(self) -> Sequence[bool]:
+        return [kv is not None for kv in self.found]
+
+    def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
+        taken = (self.found[number] for number in numbers)
+        return [None if kv is None else (kv,) for kv in taken]
 
 
 class MemoryStore:
@@ -64,9 +112,11 @@ class MemoryStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get_many(self, chunks: list[Chunk]) -> list[torch.Tensor | None]:
+    @contextmanager
+    def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[FoundKV]:
         with self._lock:
-            return [self._get(chunk) for chunk in chunks]
+            found = FoundKV([self._get(chunk) for chunk in chunks])
+        yield found
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
         with self._lock:

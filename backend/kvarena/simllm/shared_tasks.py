@@ -28,7 +28,7 @@ import torch
 
 from kvarena.engines.sequence_kv import KVShape
 from kvarena.reuse.plan import Chunk
-from kvarena.reuse.store import ChunkStore
+from kvarena.reuse.store import ChunkStore, get
 from kvarena.simllm.entry import KnownTask, TaskCacheEntry, TopLayerKV, WholeKV
 from kvarena.simllm.similarity import most_similar_first
 from kvarena.simllm.task_directory import ListedTask, TaskDirectory
@@ -171,7 +171,7 @@ class SharedTasks:
 
     def _fetch(self, task: ListedTask) -> torch.Tensor | None:
         num_errors = self._store.stats.errors
-        (kv,) = self._store.get_many([self._chunk(task)])
+        kv = get(self._store, self._chunk(task))
         is_sound = kv is not None and self.task_format.is_of(kv, task.num_tokens) and _digest(kv) == task.digest
         store_failed = kv is None and self._store.stats.errors > num_errors
         with self._lock:

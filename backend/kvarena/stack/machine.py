@@ -20,6 +20,7 @@ import psutil
 SIBLINGS = "/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
 CGROUP = Path("/sys/fs/cgroup")
 MIN_CORES_TO_SPARE_ONE = 4
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class CoreShare:
 
     cpus: tuple[int, ...]
     omp_cpus: tuple[int, ...]
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this machine's processor multiplies bf16 numbers itself; False where the kernel doesn't say."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not BF16_FLAGS.isdisjoint(words)
 
 
 def physical_cores() -> list[tuple[int, ...]]:

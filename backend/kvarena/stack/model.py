@@ -40,11 +40,23 @@ class Model:
 
     def architecture(self, hf_home: Path | None) -> str:
         """`model_type` of its `config.json`, as llama; empty where it isn't on this machine or says nothing."""
+        return str(self._config(hf_home).get("model_type") or "")
+
+    def dtype(self, hf_home: Path | None) -> str:
+        """Its weights' own number format, as bfloat16; empty where that isn't known, and for quantised weights."""
+        config = self._config(hf_home)
+        if "quantization_config" in config:
+            return ""
+        return str(config.get("dtype") or config.get("torch_dtype") or "")
+
+    def _config(self, hf_home: Path | None) -> dict[str, Any]:
+        """Its `config.json`; empty where it isn't on this machine or can't be read."""
         folder = self._folder(hf_home)
         try:
-            return str(json.loads((folder / "config.json").read_text())["model_type"]) if folder else ""
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
+            found = json.loads((folder / "config.json").read_text()) if folder else {}
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _folder(self, hf_home: Path | None) -> Path | None:
         return Path(self.name) if self.is_local else cached_snapshot(self.name, hf_home)

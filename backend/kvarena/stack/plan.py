@@ -19,6 +19,9 @@ from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
 DEFAULT_CPU_KV_CACHE_GB = 1
+HALF_PRECISION = ("bfloat16", "float16")
+FLOAT32_MEMORY_RATIO = 0.5
+"""Weights are served in float32 of our own accord where they take at most so much of the memory that is free."""
 VLLM_CONTENDERS = ("blend", "plain")
 
 
@@ -45,6 +48,7 @@ class Plan:
     kv_cache_gb: int | None
     max_model_len: int | None
     load_format: str | None
+    dtype: str | None
     compile: bool
     prefix_caching: bool
     core_shares: tuple[CoreShare, ...]
@@ -53,6 +57,12 @@ class Plan:
     @property
     def needs_lmcache(self) -> bool:
         return "blend" in self.contenders and self.blend.store == "lmcache"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one server's weights; 0 if unknown."""
+        is_widened = self.dtype == "float32" and self.model.dtype(self.hf_home) in HALF_PRECISION
+        return self.model.weight_bytes(self.hf_home) * (2 if is_widened else 1)
 
     @property
     def servers_per_gpu(self) -> int:
@@ -101,6 +111,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         kv_cache_gb=settings.kv_cache_gb or (DEFAULT_CPU_KV_CACHE_GB if on_cpu else None),
         max_model_len=settings.max_model_len,
         load_format=settings.load_format,
+        dtype=_dtype(settings, model, on_cpu),
         compile=not on_cpu or machine.has_compiler(),
         prefix_caching=True,
         core_shares=tuple(shares),
@@ -118,6 +129,20 @@ def _pick_profile(wanted: str) -> tuple[str, list[str]]:
     return wanted, gpus if wanted == "gpu" else []
 
 
+def _dtype(settings: Settings, model: Model, on_cpu: bool) -> str | None:
+    """What all servers compute in, None for the model's own.
+
+    A processor without bf16 instructions emulates them: its linear layers are several times faster in float32
+    (docs/performance.md), so that is taken where the weights have room.
+    """
+    if settings.dtype != "auto":
+        return settings.dtype
+    if not on_cpu or machine.has_bf16_instructions() or model.dtype(settings.local_hf_home) not in HALF_PRECISION:
+        return None
+    float32_bytes = 2 * model.weight_bytes(settings.local_hf_home) * len(settings.contenders)
+    return "float32" if float32_bytes <= FLOAT32_MEMORY_RATIO * machine.available_memory_bytes() else None
+
+
 def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
     try:
         profile = read_model_profile(model.name) if model.is_local else {}
@@ -126,6 +151,9 @@ def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
             "policy": settings.blend_policy,
             "ratio": settings.blend_ratio,
             "check_layer": settings.blend_check_layer,
+            "deviation": settings.blend_deviation,
+            "num_filters": settings.blend_num_filters,
+            "head_tokens": settings.blend_head_tokens,
         }
         given = profile | {key: value for key, value in chosen.items() if value is not None}
         return dataclasses.replace(

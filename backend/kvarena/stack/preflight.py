@@ -131,7 +131,7 @@ def estimate_memory(plan: Plan) -> MemoryNeed:
     has_blend = "blend" in plan.contenders
     store_bytes = int(plan.lmcache_gb * GIB) if plan.needs_lmcache else plan.blend.store_bytes
     return MemoryNeed(
-        weight_bytes=num_servers * plan.model.weight_bytes(plan.hf_home) if on_cpu else 0,
+        weight_bytes=num_servers * plan.weight_bytes if on_cpu else 0,
         kv_cache_bytes=num_vllm * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
         prefix_bytes=int(plan.prefix_cache_gb * GIB) if prefix_is_here else 0,
         store_bytes=store_bytes if has_blend else 0,

@@ -90,6 +90,8 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
         command += ["--max-model-len", str(plan.max_model_len)]
     if plan.load_format is not None:
         command += ["--load-format", plan.load_format]
+    if plan.dtype is not None:
+        command += ["--dtype", plan.dtype]
     if not plan.compile:
         command += ["--enforce-eager"]
     command += _gpu_memory(plan)
@@ -110,7 +112,7 @@ def _engine(name: str, plan: Plan, home: Home) -> Service:
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", HOST, "--port", str(getattr(plan.ports, name))]
     command += ["--device", "cuda" if plan.profile == "gpu" else "cpu"]
-    options = {**ENGINE_OPTIONS[name](plan), "--load-format": plan.load_format}
+    options = {**ENGINE_OPTIONS[name](plan), "--load-format": plan.load_format, "--dtype": plan.dtype}
     command += [word for option, value in options.items() if value is not None for word in (option, str(value))]
     return _contender(name, plan, home, command, {**COMMON_ENVIRONMENT, **_hub_environment(plan)}, ())
 
@@ -133,6 +135,9 @@ def _simllm_options(plan: Plan) -> Options:
         "--policy": plan.blend.policy,
         "--ratio": plan.blend.ratio,
         "--check-layer": plan.blend.check_layer,
+        "--deviation": plan.blend.deviation,
+        "--num-filters": plan.blend.num_filters,
+        "--head-tokens": plan.blend.head_tokens,
         "--max-model-len": plan.max_model_len,
     }
 

@@ -102,6 +102,7 @@ class Settings(BaseSettings):
     profile: ProfileName = "auto"
     model: str | None = None
     load_format: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     hf_token: SecretStr | None = None
     local_hf_home: Path | None = None
@@ -144,6 +145,9 @@ class Settings(BaseSettings):
     blend_policy: str | None = None
     blend_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     blend_check_layer: Annotated[int, Field(ge=0)] | None = None
+    blend_deviation: str | None = None
+    blend_num_filters: Annotated[int, Field(ge=1)] | None = None
+    blend_head_tokens: Annotated[int, Field(ge=0)] | None = None
 
     @field_validator("contenders", mode="before")
     @classmethod

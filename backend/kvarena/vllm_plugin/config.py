@@ -16,7 +16,7 @@ from typing import Any
 from kvarena.reuse.params import BlendParams
 
 MODEL_PROFILE_NAME = "kvarena.json"
-PROFILE_FIELDS = ("separator", "policy", "ratio", "check_layer")
+PROFILE_FIELDS = ("separator", *(field.name for field in dataclasses.fields(BlendParams)))
 
 STORES = ("lmcache", "memory")
 
@@ -25,14 +25,17 @@ STORES = ("lmcache", "memory")
 class BlendConfig:
     """Every setting of the blend.
 
-    `separator` marks chunk boundaries in a prompt's text (empty: none). `check_layer` is the layer whose fresh keys
-    are compared with the reused ones (0-based). `index_path` is where the known chunks' token ids survive a restart;
-    empty: they don't. Sizes are in bytes, times in seconds.
+    The first six are the defaults of what a request may choose (`BlendParams`). `separator` marks chunk boundaries in a
+    prompt's text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they don't.
+    Sizes are in bytes, times in seconds.
     """
 
     policy: str = "kv_deviation"
     ratio: float = 0.15
     check_layer: int = 1
+    deviation: str = "keys"
+    num_filters: int = 1
+    head_tokens: int = 0
     separator: str = " # # "
     min_chunk_tokens: int = 16
     store: str = "lmcache"
@@ -43,7 +46,7 @@ class BlendConfig:
     index_path: str = ""
 
     def __post_init__(self) -> None:
-        BlendParams(self.policy, self.ratio, self.check_layer)
+        _ = self.params
         if self.store not in STORES:
             raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
         if not self.separator.isascii():
@@ -55,7 +58,7 @@ class BlendConfig:
 
     @property
     def params(self) -> BlendParams:
-        return BlendParams(self.policy, self.ratio, self.check_layer)
+        return BlendParams(**{field.name: getattr(self, field.name) for field in dataclasses.fields(BlendParams)})
 
     def to_extra_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -88,7 +88,7 @@ class NarrowedLayer:
         """`before`: the positions of all batches, or the layer before this one that goes on with fewer."""
         self.kept = torch.empty(0, dtype=torch.int64)
         self._engine = engine
-        self._layer = min(narrowing.layer, len(engine.layers) - 1)
+        self._layer = narrowing.layer
         self._choose = narrowing.choose
         self._before = before
         self._waiting = num_batches

@@ -7,6 +7,7 @@ Loaded by `--middleware kvarena.vllm_plugin.middleware.KVArenaMiddleware`. A bad
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -60,11 +61,10 @@ class KVArenaMiddleware:
 
 def _describe(scope: Scope) -> dict[str, Any]:
     config = _config(scope)
-    defaults = config.params
     return {
         "contender": "blend",
         "policies": list(POLICIES),
-        "defaults": {"policy": defaults.policy, "ratio": defaults.ratio, "check_layer": defaults.check_layer},
+        "defaults": dataclasses.asdict(config.params),
         "separator": config.separator,
         "store": config.store,
         "min_chunk_tokens": config.min_chunk_tokens,

@@ -23,6 +23,7 @@ from kvarena.reuse.prefilled import Narrowing
 from kvarena.reuse.rope import Rotation
 from kvarena.vllm_plugin.layer_hooks import KVKnown, NarrowedLayer, decoder_layers, reading_kv, reading_queries
 from kvarena.vllm_plugin.supported import attention_layers, refuse_unsupported, rotations_of
+from kvarena.vllm_plugin.tensor_parallel import make_ranks
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class VllmModel:
         self.head_size: int = self.layers[0].head_size
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.device = next(model.parameters()).device
+        self.ranks = make_ranks()
         self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._builder = self._metadata_builder(kv_cache_config)
@@ -139,14 +141,15 @@ class PagedPrompt:
         self.rotations = engine.rotations
         self.head_size = engine.head_size
         self.device = engine.device
+        self.ranks = engine.ranks
         self._engine = engine
         self._token_ids = torch.from_numpy(token_ids).long()
         self._block_ids = torch.tensor(block_ids, dtype=torch.int32)
         self._slots = engine.slots(Row(self._token_ids, 0, self._block_ids)).to(engine.device)
         self._scratch = self._block_ids[start // engine.block_size :]
 
-    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._engine.write(layer, self._slots[start : start + len(keys)], keys, values)
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._engine.write(layer, self._slots[positions.to(self.device)], keys, values)
 
     def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
         batches = self._batches(positions)

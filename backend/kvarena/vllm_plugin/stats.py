@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from kvarena.api.report_log import TOKEN_COUNTS, ReportLog
 
 STORE_COUNTS = ("store_hits", "store_misses", "store_errors")
-STAGES = ("fetch", "prefill_chunks", "write", "recompute")
+STAGES = ("fetch", "prefill_chunks", "move", "write", "select", "recompute")
 
 
 report_log = ReportLog()

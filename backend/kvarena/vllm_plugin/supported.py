@@ -22,8 +22,8 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     groups = kv_cache_config.kv_cache_groups
     reason = ""
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        reason = "its weights are spread over several devices"
+    if parallel.pipeline_parallel_size > 1:
+        reason = "its layers are spread over several devices (pipeline parallelism)"
     elif model.use_mla:
         reason = "its latent attention (MLA) keeps no keys that could be moved"
     elif model.uses_mrope:

@@ -7,6 +7,7 @@ import logging
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from kvarena.reuse.agreed_store import AgreedStore
 from kvarena.reuse.blender import Blender
 from kvarena.reuse.store import ChunkStore, MemoryStore
 from kvarena.vllm_plugin.config import BlendConfig
@@ -14,6 +15,7 @@ from kvarena.vllm_plugin.messages import BlendJobs, BlendReports
 from kvarena.vllm_plugin.model_id import model_id
 from kvarena.vllm_plugin.paged_model import VllmModel
 from kvarena.vllm_plugin.plugin import loaded_model
+from kvarena.vllm_plugin.tensor_parallel import rank_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ class WorkerHalf:
     def attach(self) -> None:
         """Raises `ValueError` for a model that can't be blended."""
         self._engine = VllmModel(loaded_model(), self._vllm_config, self._kv_cache_config)
-        self._blender = Blender(self._make_store(self._engine))
+        self._blender = Blender(AgreedStore(self._make_store(self._engine), self._engine.ranks))
         logger.info("blending %d layers over the %s store", len(self._engine.layers), self._config.store)
 
     def blend(self, work: BlendJobs) -> None:
@@ -52,11 +54,11 @@ class WorkerHalf:
 
     def clear(self) -> None:
         if self._blender:
-            self._blender.store.clear()
+            self._blender.clear()
 
     def close(self) -> None:
         if self._blender:
-            self._blender.store.close()
+            self._blender.close()
 
     def _make_store(self, engine: VllmModel) -> ChunkStore:
         if self._config.store == "memory":
@@ -64,7 +66,7 @@ class WorkerHalf:
         from kvarena.reuse.lmcache_store import KVGeometry, LMCacheStore
 
         geometry = KVGeometry(
-            f"kvarena-{model_id(self._vllm_config)}",
+            f"kvarena-{model_id(self._vllm_config)}{rank_name()}",
             len(engine.layers),
             engine.num_kv_heads,
             engine.head_size,

@@ -16,6 +16,7 @@ from kvarena.bench.quality.calibration import check_layers, document_exam, faste
 from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import load_results
 from kvarena.cli import app
+from kvarena.vllm_plugin.config import read_model_profile
 from real_server import serving
 from scripted_engine import ScriptedEngine
 from tiny_models import random_text, save_tiny_model
@@ -72,9 +73,10 @@ def test_the_profile_keeps_what_it_is_not_about(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {
         "separator": "<note>", "policy": "kv_deviation", "ratio": 0.1, "check_layer": 1
     }  # fmt: skip
+    write_profile(tmp_path, row(1, 1, options={"deviation": "values"}), "<note>")
+    assert read_model_profile(str(tmp_path))["deviation"] == "values"
     write_profile(tmp_path, {"policy": "random", "ratio": 0.3, "check_layer": None}, "#")
-    profile = json.loads(path.read_text())
-    assert (profile["separator"], profile["policy"], profile["ratio"]) == ("<note>", "random", 0.3)
+    assert read_model_profile(str(tmp_path)) == {"separator": "<note>", "policy": "random", "ratio": 0.3}
 
 
 @pytest.mark.slow
@@ -88,10 +90,10 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     assert "chosen" in result.output
     profile = json.loads((model / "kvarena.json").read_text())
     saved = load_results(output)
-    assert saved["settings"]["chosen"]["policy"] == profile["policy"] == "kv_deviation"
-    rows = {(one["ratio"], one["check_layer"]): one["f1"]["mean"] for one in saved["rows"]}
-    assert set(rows) == {(ratio, layer) for ratio in (0, 0.5, 1) for layer in (1, 2)}
-    assert rows[1, 1] == rows[1, 2] == 1
+    assert saved["settings"]["chosen"]["policy"] == profile["policy"]
+    rows = {Setup.of_row(one): one["f1"]["mean"] for one in saved["rows"]}
+    assert len(rows) == 3 * (3 * 2 + 1), "ratios, policies with layers and without"
+    assert all(agreement == 1 for setup, agreement in rows.items() if setup.ratio == 1)
 
     (model / "kvarena.json").unlink()
     result = CliRunner().invoke(app, [*arguments, "--policy", "random", "--ratio", "0.05", "--target", "1"])

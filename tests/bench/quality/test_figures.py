@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -86,6 +87,10 @@ def test_setups_and_their_reference() -> None:
     ]
     assert setups[2].choices == {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 1}
     assert find_reference(setups) is None
+    values, heads = blend_setups("blend", ["kv_deviation,deviation=values", "chunk_head,head_tokens=12"], [0.1], [])
+    assert values.label == "blend kv_deviation (deviation values) 10 %"
+    assert heads.choices == {"policy": "chunk_head", "head_tokens": 12}
+    assert all(Setup.of_row(json.loads(json.dumps(setup.to_json()))) == setup for setup in [*setups, values, heads])
     whole = blend_setups("blend", ["kv_deviation"], [0.5, 1.0], [])
     assert find_reference(whole) == whole[1]
     assert find_reference([*whole, PLAIN]) == PLAIN
@@ -94,9 +99,19 @@ def test_setups_and_their_reference() -> None:
     assert find_reference([Setup("blend", "all")]) == Setup("blend", "all")
 
 
-@pytest.mark.parametrize(("policy", "ratio"), [("best", 0.1), ("random", 1.5), ("random", -0.1)])
+@pytest.mark.parametrize(
+    ("policy", "ratio"),
+    [
+        ("best", 0.1),
+        ("random", 1.5),
+        ("random", -0.1),
+        ("kv_deviation,deviation=hidden", 0.1),
+        ("chunk_head,head_tokens=x", 0.1),
+        ("chunk_head,deviation=keys", 0.1),
+    ],
+)
 def test_what_cannot_be_chosen_is_said(policy: str, ratio: float) -> None:
-    with pytest.raises(ValueError, match=r"must be"):
+    with pytest.raises(ValueError, match=r"must be|has no option"):
         blend_setups("blend", [policy], [ratio], [])
 
 

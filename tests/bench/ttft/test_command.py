@@ -166,7 +166,7 @@ def test_the_running_stack_is_measured_when_nothing_else_is_asked_for(
         def processes(self) -> dict[str, ProcessInfo]:
             return {"plain": ProcessInfo("RUNNING", os.getpid(), 1.0)}
 
-    plain = Service("plain", "", (), 0, real.url, "", "", {}, "")
+    plain = Service("plain", "", ("x", "--dtype", "float32", "--port", "1"), 0, real.url, "", "", {}, "")
     record = Record((plain, replace(plain, name="page")), "", "", "tiny")
     monkeypatch.setattr(servers, "running_supervisor", lambda home: (record, Supervisor()))
     output = tmp_path / "x.json"
@@ -175,6 +175,7 @@ def test_the_running_stack_is_measured_when_nothing_else_is_asked_for(
     assert result.exit_code == 0, result.output
     saved = json.loads(output.read_text())
     assert saved["settings"]["has_prefix_caching"] is None
+    assert saved["settings"]["contenders"]["plain"]["options"] == {"--dtype": "float32"}
     assert [(row["contender"], row["store"]) for row in saved["rows"]] == [("plain", "none")] * 2
     for row in saved["rows"]:
         assert row["peak_rss_bytes"] is None or row["peak_rss_bytes"] >= row["idle_rss_bytes"] > 10**7
@@ -192,6 +193,7 @@ def test_servers_that_are_started_for_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert not processes_of(Home(tmp_path / "home" / "bench" / "ttft"))
     saved = json.loads(output.read_text())
     assert saved["settings"]["has_prefix_caching"] is False
+    assert "--no-enable-prefix-caching" in saved["settings"]["contenders"]["plain"]["options"]
     rows = {(row["contender"], row["policy"], row["prompts"], row["concurrency"]): row for row in saved["rows"]}
     assert len(rows) == len(saved["rows"]) == 2 * (3 * 4 + 3)
     around = rows["plain", None, "none", 1]["num_prompt_tokens"] - 384

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kvarena.bench.results import Row
 
-DEFAULT_POLICIES = ("kv_deviation",)
+DEFAULT_POLICIES = ("kv_deviation", "kv_deviation,deviation=values", "chunk_head", "query_attention")
 INTERRUPTED = 130
 
 
@@ -35,7 +35,11 @@ def calibrate(
         Path | None, typer.Option(help="JSONL with questions. [default: the folder's, else prompts that suit any text]")
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="Policies to try; repeatable. [default: kv_deviation]")
+        list[str] | None,
+        typer.Option(
+            help="A policy to try, perhaps with options: kv_deviation,deviation=values,num_filters=2; repeatable. "
+            f"[default: {' '.join(DEFAULT_POLICIES)}]"
+        ),
     ] = None,
     check_layer: Annotated[
         str | None, typer.Option(help="Check layers to try, separated by commas. [default: some up to half of all]")
@@ -103,7 +107,7 @@ def calibrate(
         "target": target,
         "separator": asked.separator,
         "contender": blend.describe(),
-        "chosen": chosen and {name: chosen[name] for name in ("policy", "ratio", "check_layer")},
+        "chosen": chosen and Setup.of_row(chosen).choices,
     }
     save_results(output, settings, rows)
     if as_json:
@@ -130,13 +134,15 @@ def _show(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
+    from kvarena.bench.quality.setups import Setup
+
     table = Table(title="Agreement with full prefill (token F1, %)", box=box.SIMPLE_HEAD, collapse_padding=True)
     for name in ("policy", "check layer", "ratio", "agreement", "interval", "TTFT ms", "failed", ""):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in rows:
         found = row["f1"]
         table.add_row(
-            row["policy"],
+            Setup.of_row(row).policy_label,
             "-" if row["check_layer"] is None else str(row["check_layer"]),
             "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
             f"{100 * found['mean']:.1f}" if found else "-",

@@ -5,6 +5,7 @@ Full prefill's own answers are the gold answers here, so no question needs one: 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from typing import Any
 
 from kvarena.bench.quality.asking import Attempt
 from kvarena.bench.quality.questions import EvalQuestion, Exam
+from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import Row
 from kvarena.context import load_chunks, load_system_prompt
+from kvarena.reuse.params import BlendParams
 from kvarena.vllm_plugin.config import MODEL_PROFILE_NAME, read_model_profile
 
 PROMPTS = (
@@ -80,7 +83,8 @@ def fastest(rows: Sequence[Row], target: float) -> Row | None:
 def write_profile(folder: Path, row: Row, separator: str) -> Path:
     """Puts the row's setting into the model's profile, which servers read when they start. The rest of it stays."""
     profile: dict[str, Any] = {"separator": separator, **read_model_profile(str(folder))}
-    profile |= {name: row[name] for name in ("policy", "ratio", "check_layer") if row[name] is not None}
+    kept = {name: value for name, value in profile.items() if name not in dataclasses.asdict(BlendParams())}
+    profile = kept | Setup.of_row(row | {"contender": ""}).choices
     path = folder / MODEL_PROFILE_NAME
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(profile) + "\n")

@@ -30,7 +30,10 @@ def evaluate(
         str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the demo model]")
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="What a blend recomputes; repeatable. [default: kv_deviation]")
+        list[str] | None,
+        typer.Option(
+            help="What a blend recomputes, such as kv_deviation,deviation=values; repeatable. [default: kv_deviation]"
+        ),
     ] = None,
     ratio: Annotated[str, typer.Option(help="Recomputed shares, separated by commas.")] = "0,0.05,0.1,0.15,0.3,1",
     check_layer: Annotated[

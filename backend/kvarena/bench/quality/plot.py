@@ -2,47 +2,87 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvarena.bench.results import Row, load_results
+from kvarena.bench.panels import Panel, save_png
+from kvarena.bench.quality.setups import Setup
+from kvarena.bench.results import Row, grouped, load_results
+from kvarena.bench.series import Series, Styles, drawn_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#c2571a", "#1f6fb4", "#3a8f4d", "#8a4fb0", "#b08a1f")
-GREY = "#666666"
+ITSELF = {"mean": 1.0, "low": 1.0, "high": 1.0}
+"""How full prefill agrees with full prefill."""
 
 
 def plot(result_path: Path, image_path: Path, metric: str = "exact_match") -> None:
     """A row of pictures for each kind of question. Raises `ValueError` when the file holds no eval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     result = load_results(result_path)
     if result.get("settings", {}).get("benchmark") != "eval" or not result["rows"]:
         raise ValueError(f"{result_path} holds no eval")
-    rows = [row for row in result["rows"] if row[metric] and row["ttft_ms"]]
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    height = 3.1 * max(1, len(kinds))
-    figure, grid = pyplot.subplots(max(1, len(kinds)), 2, figsize=(11, height), layout="constrained", squeeze=False)
-    for (by_share, by_time), kind in zip(grid, kinds, strict=False):
-        of_kind = [row for row in rows if row["kind"] == kind]
-        _draw(by_share, [row for row in of_kind if row["policy"]], metric, _share)
-        _draw(by_time, of_kind, metric, _ttft)
-        _draw_reference(by_share, of_kind, metric)
-        by_share.set(ylabel=f"{metric.replace('_', ' ')}, {kind}", xlabel="chunk tokens recomputed (%)")
-        by_time.set(xlabel="time to first token (ms), median")
-        for axes in (by_share, by_time):
-            axes.set_ylim(-3, 103)
-            axes.grid(visible=True, alpha=0.3)
-        by_time.legend(fontsize=7)
-    figure.savefig(image_path, dpi=130)
-    pyplot.close(figure)
+    styles = Styles(map(drawn_name, result["rows"]))
+    pairs = zip(by_share(result, metric, styles), by_time(result, metric, styles), strict=True)
+    save_png([panel for pair in pairs for panel in pair], image_path, width_in=11, num_columns=2)
+
+
+def by_share(result: Mapping[str, Any], metric: str, styles: Styles) -> list[Panel]:
+    """A panel for each kind of question: the metric against what was recomputed, full prefill as a line across."""
+
+    def draw(rows: Sequence[Row], kind: str, axes: Axes) -> None:
+        styles.draw(axes, lines([row for row in rows if row["policy"]], metric, _share))
+        for row in rows:
+            if row["policy"] is None:
+                _draw_level(axes, row, row[metric] or ITSELF, styles)
+        _label(axes, "chunk tokens recomputed (%)", metric, kind)
+
+    return _panels(result, metric, draw, "against the share of recomputed tokens; full prefill as a line across")
+
+
+def by_time(result: Mapping[str, Any], metric: str, styles: Styles) -> list[Panel]:
+    """A panel for each kind of question: the metric against the median time to the first token."""
+
+    def draw(rows: Sequence[Row], kind: str, axes: Axes) -> None:
+        styles.draw(axes, lines([row for row in rows if row[metric] and row["ttft_ms"]], metric, _ttft))
+        _label(axes, "time to first token (ms), median", metric, kind)
+
+    return _panels(result, metric, draw, "against time to first token")
+
+
+def lines(rows: Sequence[Row], metric: str, x: Callable[[Row], float]) -> list[Series]:
+    """A line for each contender, policy and check layer, in the order of what was recomputed; in percent."""
+    found: list[Series] = []
+    for label, of_line in grouped(rows, _line_label).items():
+        line = sorted(of_line, key=_share)
+        name = drawn_name(line[0])
+        y, low, high = ([100 * row[metric][end] for row in line] for end in ("mean", "low", "high"))
+        variant = sum(other.name == name for other in found)
+        found.append(Series(name, label, [x(row) for row in line], y, low, high, variant))
+    return found
+
+
+def _panels(
+    result: Mapping[str, Any], metric: str, draw: Callable[[Sequence[Row], str, Axes], None], against: str
+) -> list[Panel]:
+    rows = [row for row in result["rows"] if row[metric] or (metric == "agreement" and _is_reference(row))]
+    shown = metric.replace("_", " ").capitalize()
+    return [
+        Panel(f"{shown} ({kind} questions) {against}; whiskers are 95 % intervals", partial(draw, of_kind, kind))
+        for kind, of_kind in grouped(rows, lambda row: str(row["kind"])).items()
+    ]
+
+
+def _is_reference(row: Row) -> bool:
+    """Whether other answers were compared with this contender's."""
+    return row["policy"] is None and row["exact_match"] is not None and row["agreement"] is None
+
+
+def _label(axes: Axes, x: str, metric: str, kind: str) -> None:
+    axes.set(xlabel=x, ylabel=f"{metric.replace('_', ' ')} (%), {kind}", ylim=(-3, 103))
+    axes.grid(visible=True, alpha=0.3)
 
 
 def _share(row: Row) -> float:
@@ -53,33 +93,13 @@ def _ttft(row: Row) -> float:
     return float(row["ttft_ms"]["median"])
 
 
-def _draw(axes: Axes, rows: Sequence[Row], metric: str, x: Callable[[Row], float]) -> None:
-    names = [_line_name(row) for row in rows if row["policy"]]
-    colours = dict(zip(dict.fromkeys(names), itertools.cycle(COLOURS), strict=False))
-    for name in dict.fromkeys(map(_line_name, rows)):
-        line = sorted((row for row in rows if _line_name(row) == name), key=_share)
-        means = [100 * row[metric]["mean"] for row in line]
-        errors = [[100 * abs(row[metric]["mean"] - row[metric][end]) for row in line] for end in ("low", "high")]
-        axes.errorbar(
-            [x(row) for row in line],
-            means,
-            yerr=errors,
-            marker="o",
-            markersize=4,
-            capsize=2,
-            linewidth=1.2,
-            color=colours.get(name, GREY),
-            label=name,
-        )
-
-
-def _line_name(row: Row) -> str:
+def _line_label(row: Row) -> str:
     layer = "" if row["check_layer"] is None else f"layer {row['check_layer']}"
-    return " ".join(part for part in (row["contender"], row["policy"], layer) if part)
+    return " ".join(part for part in (row["contender"], Setup.of_row(row).policy_label, layer) if part)
 
 
-def _draw_reference(axes: Axes, rows: Sequence[Row], metric: str) -> None:
-    for row in rows:
-        if row["policy"] is None:
-            axes.axhline(100 * row[metric]["mean"], color=GREY, linestyle="--", linewidth=1)
-            axes.axhspan(100 * row[metric]["low"], 100 * row[metric]["high"], color=GREY, alpha=0.1, linewidth=0)
+def _draw_level(axes: Axes, row: Row, interval: Mapping[str, float], styles: Styles) -> None:
+    mean, low, high = (100 * interval[end] for end in ("mean", "low", "high"))
+    colour = styles.colour(drawn_name(row))
+    axes.axhline(mean, color=colour, linestyle="--", linewidth=1.3, label=_line_label(row))
+    axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvarena.reuse.params import WITH_CHECK_LAYER, BlendParams
+from kvarena.reuse.params import OPTIONS, WITH_CHECK_LAYER, BlendParams
 
-OPTIONS = ("deviation", "num_filters", "head_tokens")
 _WITHOUT_RATIO = ("none", "all")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What isn't chosen is None: contenders that don't blend have nothing to choose, `none` and `all` no ratio."""
+    """What isn't chosen is None: contenders that don't blend have nothing to choose, `none` and `all` no ratio.
+
+    `options` are a policy's own beside these, such as `(("deviation", "values"),)`.
+    """
 
     contender: str
     policy: str | None = None
     ratio: float | None = None
     check_layer: int | None = None
-    deviation: str | None = None
-    num_filters: int | None = None
-    head_tokens: int | None = None
+    options: tuple[tuple[str, str | int], ...] = ()
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Setup:
+        """The one that a result's row is about."""
+        options = tuple((row.get("options") or {}).items())
+        return cls(row["contender"], row["policy"], row["ratio"], row.get("check_layer"), options)
+
+    @property
+    def policy_label(self) -> str:
+        """Such as `kv_deviation (deviation values)`; empty where there is none."""
+        options = ", ".join(f"{name} {value}" for name, value in self.options)
+        return f"{self.policy or ''}{options and f' ({options})'}"
 
     @property
     def label(self) -> str:
-        """Such as `blend kv_deviation 15 % @2 num_filters=2`, where 2 is the check layer."""
-        parts = [self.contender, self.policy, None if self.ratio is None else f"{100 * self.ratio:g} %"]
+        """Such as `blend kv_deviation 15 % @2`, where 2 is the check layer."""
+        parts = [self.contender, self.policy_label, None if self.ratio is None else f"{100 * self.ratio:g} %"]
         parts.append(None if self.check_layer is None else f"@{self.check_layer}")
-        parts += [f"{name}={value}" for name, value in self.options.items()]
         return " ".join(part for part in parts if part)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The parameters that only some policies have, where they were chosen."""
-        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
 
     @property
     def choices(self) -> dict[str, Any]:
         """What was chosen, by its name in `kv_transfer_params.kvarena`."""
-        chosen = {"policy": self.policy, "ratio": self.ratio, "check_layer": self.check_layer}
-        return {name: value for name, value in chosen.items() if value is not None} | self.options
+        chosen = {"policy": self.policy, "ratio": self.ratio, "check_layer": self.check_layer, **dict(self.options)}
+        return {name: value for name, value in chosen.items() if value is not None}
 
     @property
     def recomputes_all(self) -> bool:
@@ -59,7 +65,7 @@ class Setup:
 
     def to_json(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in ("contender", "policy", "ratio", "check_layer")}
-        return named | self.options
+        return {**named, "options": dict(self.options)}
 
 
 def blend_setups(
@@ -67,16 +73,28 @@ def blend_setups(
 ) -> list[Setup]:
     """Every policy at every ratio, and the check layers for those that have one; no layers: the server's own.
 
+    A policy may bring options: `kv_deviation,deviation=values,num_filters=2`.
     Raises `ValueError` naming a value that can't be chosen, and the choices.
     """
     setups = []
-    for policy in policies:
+    for policy, options in map(read_policy_options, policies):
         layers: Sequence[int | None] = check_layers if policy in WITH_CHECK_LAYER and check_layers else [None]
-        for ratio in [None] if policy in _WITHOUT_RATIO else ratios:
-            setups += [Setup(contender, policy, ratio, layer) for layer in layers]
+        has_no_ratio = policy in _WITHOUT_RATIO or "head_tokens" in dict(options)
+        for ratio in [None] if has_no_ratio else ratios:
+            setups += [Setup(contender, policy, ratio, layer, options) for layer in layers]
     for setup in setups:
         BlendParams(**setup.choices)
     return list(dict.fromkeys(setups))
+
+
+def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, str | int], ...]]:
+    """A policy and its options, such as `chunk_head,head_tokens=12`. Raises `ValueError` for one it hasn't."""
+    policy, *parts = (part.strip() for part in given.split(","))
+    options = dict(part.partition("=")[::2] for part in parts)
+    known = OPTIONS.get(policy, ())
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{policy} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return policy, tuple((name, int(value) if value.isdigit() else value) for name, value in options.items())
 
 
 def find_reference(setups: Sequence[Setup]) -> Setup | None:

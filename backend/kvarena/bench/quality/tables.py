@@ -47,7 +47,7 @@ def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> No
 
 
 def _label(row: Row) -> str:
-    return Setup(row["contender"], row["policy"], row["ratio"], row["check_layer"]).label
+    return Setup.of_row(row).label
 
 
 def _mean(interval: Mapping[str, float] | None) -> str:

@@ -69,10 +69,20 @@ class Burst:
 
 
 class Contender:
-    """`pid` is the server's process, where it runs here. `is_told`: what its store holds is known beforehand."""
+    """`pid` is the server's process, where it runs here, and `options` are those it was started with.
 
-    def __init__(self, server: OpenAIServer, pid: int | None = None, is_target: bool = False) -> None:
+    `is_told`: what its store holds is known beforehand.
+    """
+
+    def __init__(
+        self,
+        server: OpenAIServer,
+        pid: int | None = None,
+        options: Mapping[str, str] | None = None,
+        is_target: bool = False,
+    ) -> None:
         self.name, self.server = server.name, server
+        self._options = options
         self.is_blend = server.is_blend
         self.is_told = self.is_blend or not is_target
         self._extras: dict[str, Any] = {"ignore_eos": True} if server.can_tokenize() else {}
@@ -99,7 +109,13 @@ class Contender:
         return Burst(outcomes, self._memory.before_bytes, self._memory.peak_bytes())
 
     def describe(self) -> dict[str, object]:
-        return {"url": self.server.url, "model": self.server.model, "offer": self.server.offer}
+        """As it goes into the result file's settings."""
+        return {
+            "url": self.server.url,
+            "model": self.server.model,
+            "offer": self.server.offer,
+            "options": self._options,
+        }
 
     def close(self) -> None:
         self.server.close()

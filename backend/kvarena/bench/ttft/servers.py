@@ -15,10 +15,11 @@ from kvarena.bench.shapes import model_folder
 from kvarena.bench.ttft.client import Contender
 from kvarena.bench.ttft.own_servers import HF, OwnServers
 from kvarena.stack.home import Home
-from kvarena.stack.record import Record
+from kvarena.stack.record import Record, command_options
 from kvarena.stack.supervision import Supervisor, running_supervisor
 
 MEASURED = ("blend", "plain", HF)
+OF_THIS_MACHINE = ("command", "--model", "--host", "--port")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Wanted:
         processes = supervisor.processes()
         for service in record.services:
             if service.name in MEASURED:
-                yield Contender(self._connect(service.name, service.address), processes[service.name].pid)
+                server = self._connect(service.name, service.address)
+                given = {name: value for name, value in command_options(service).items() if name not in OF_THIS_MACHINE}
+                yield Contender(server, processes[service.name].pid, given)
 
     def _of_targets(self) -> Iterator[Contender]:
         for target in self.targets:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvarena.bench.quality.setups import OPTIONS, Setup
+from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import Row
 
 
@@ -25,7 +25,7 @@ def show_rows(rows: Sequence[Row], console: Console) -> None:
             table.add_section()
             table.add_row(f"[bold]{_cell(row)}")
         table.add_row(
-            _label(row),
+            Setup.of_row(row).label,
             _figure(row["ttft_ms"], "median", "{:,.0f}"),
             _ratio(row["speedup_vs_plain"]),
             _figure(row["requests_per_s"], "median", "{:.2f}"),
@@ -41,10 +41,10 @@ def show_troubles(rows: Sequence[Row], console: Console) -> None:
         if row["num_failed"]:
             failed = f"{row['num_failed']} of {row['num_requests']} requests failed"
             reason = escape(row["failure"])
-            console.print(f"[red]{_label(row)}, {row['context_tokens']:,} tokens: {failed}[/red]: {reason}")
+            console.print(f"[red]{Setup.of_row(row).label}, {row['context_tokens']:,} tokens: {failed}[/red]: {reason}")
     lost = [row for row in rows if _has_lost_chunks(row)]
     if lost:
-        first = f"{_label(lost[0])}, {lost[0]['store']}, {lost[0]['context_tokens']:,} tokens"
+        first = f"{Setup.of_row(lost[0]).label}, {lost[0]['store']}, {lost[0]['context_tokens']:,} tokens"
         console.print(
             f"[yellow]Known chunks were not in the store any more in {len(lost)} rows[/yellow], the first: {first}. "
             "Give the store more memory (--store-gb).",
@@ -61,12 +61,6 @@ def _has_lost_chunks(row: Row) -> bool:
 def _cell(row: Row) -> str:
     chunks = "no chunks" if row["prompts"] == "none" else row["prompts"]
     return f"{row['context_tokens']:,} tokens, {chunks}, {row['concurrency']} at once"
-
-
-def _label(row: Row) -> str:
-    return Setup(
-        row["contender"], row["policy"], row["ratio"], row["check_layer"], **{n: row.get(n) for n in OPTIONS}
-    ).label
 
 
 def _figure(figures: Mapping[str, float] | None, name: str, form: str) -> str:

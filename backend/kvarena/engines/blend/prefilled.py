@@ -14,6 +14,7 @@ from kvarena.engines.blend.prompt_cache import KVKnown, PromptCache
 from kvarena.engines.sequence_kv import SequenceKV
 from kvarena.reuse.plan import TokenIds
 from kvarena.reuse.prefilled import Narrowing
+from kvarena.reuse.ranks import OneRank, Ranks
 
 
 class QueriesKnown(Exception):
@@ -32,6 +33,7 @@ class HFPrefilledModel:
         self.rotations = engine.rotations
         self.head_size = shape.head_size
         self.device = shape.device
+        self.ranks: Ranks = OneRank()
         self._engine = engine
         self._token_ids = token_ids
         self._cache = PromptCache(kv.filled(0, len(token_ids)))
@@ -39,10 +41,11 @@ class HFPrefilledModel:
     def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
         return [self._prefill_one_alone(text) for text in texts]
 
-    def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        own = self._cache.memory[layer, :, :, start : start + len(keys)]  # (2, H_kv, T, D)
-        own[0] = keys.transpose(0, 1)
-        own[1] = values.transpose(0, 1)
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        where = positions.to(self.device)
+        own = self._cache.memory[layer]  # (2, H_kv, T, D)
+        own[0].index_copy_(1, where, keys.transpose(0, 1))
+        own[1].index_copy_(1, where, values.transpose(0, 1))
 
     def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
         pieces = self._pieces(positions)

@@ -54,8 +54,24 @@ def main(
     check_layer: Annotated[
         int | None, typer.Option(help="The layer, from 0, whose keys are compared. [default: the model's profile]")
     ] = None,
+    deviation: Annotated[
+        str | None, typer.Option(help="What kv_deviation compares: keys or values. [default: the model's profile]")
+    ] = None,
+    num_filters: Annotated[
+        int | None, typer.Option(help="Layers in which kv_deviation narrows down. [default: the model's profile]")
+    ] = None,
+    head_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each chunk for chunk_head. [default: the model's profile]")
+    ] = None,
 ) -> None:
-    chosen = {"policy": policy, "ratio": ratio, "check_layer": check_layer}
+    chosen = {
+        "policy": policy,
+        "ratio": ratio,
+        "check_layer": check_layer,
+        "deviation": deviation,
+        "num_filters": num_filters,
+        "head_tokens": head_tokens,
+    }
     given = {name: value for name, value in chosen.items() if value is not None}
     params = SimLLMParams(
         mode,

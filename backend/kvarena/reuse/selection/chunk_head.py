@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ class ChunkHead:
 
     ratio: float
     head_tokens: int = 0
+
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        return ()
 
     def select(self, plan: ReusePlan, evidence: Evidence) -> Selection:
         heads = [torch.arange(span.start, span.start + self._num_tokens(span)) for span in plan]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +29,13 @@ class KVDeviation:
     deviation: str = "keys"
     num_filters: int = 1
 
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        first = min(self.check_layer, num_layers - 1)
+        return range(first, min(first + self.num_filters, num_layers))
+
     def select(self, plan: ReusePlan, evidence: Evidence) -> Selection:
         reused = reused_positions(plan)
-        last = evidence.num_layers - 1
-        first = min(self.check_layer, last)
-        layers = range(first, min(first + self.num_filters, last + 1))
+        layers = self.watched_layers(evidence.num_layers)
         narrowings = [
             Narrowing(layer, self._chooser(reused, evidence, layer, share_of(len(reused), ratio)))
             for layer, ratio in zip(layers, self._ratios(len(layers)), strict=True)
@@ -51,10 +53,11 @@ class KVDeviation:
             is_reused = torch.isin(positions, reused)
             candidates = is_reused.nonzero().flatten()
             rows = torch.searchsorted(reused, positions[candidates]).to(fresh.keys.device)
-            before = getattr(evidence.reused(layer), self.deviation)[rows]
+            reused_kv = evidence.reused_keys if self.deviation == "keys" else evidence.reused_values
+            before = reused_kv(layer)[rows]
             now = getattr(fresh, self.deviation)[candidates.to(rows.device)]
-            distance = (now.float() - before.float()).square_().sum(dim=(1, 2)).cpu()
-            chosen = candidates[distance.topk(count).indices]
+            distance = (now.float() - before.float()).square_().sum(dim=(1, 2))
+            chosen = candidates[evidence.summed(distance).topk(count).indices]
             return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
 
         return most_deviating

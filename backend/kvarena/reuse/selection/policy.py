@@ -8,13 +8,14 @@ chunk covers is always computed and isn't a policy's business.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from kvarena.reuse.plan import ReusePlan
-from kvarena.reuse.prefilled import LayerKV, Narrowing
+from kvarena.reuse.prefilled import Narrowing
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,20 @@ class Selection:
 
 
 class Evidence(Protocol):
-    """What a policy may look at. All of it is on the model's device, and costs nothing before it is asked for."""
+    """What a policy may look at, on the model's device."""
 
     num_layers: int
 
-    def reused(self, layer: int) -> LayerKV:
-        """The KV in the cache, keys moved, in the order of the plan's spans."""
+    def reused_keys(self, layer: int) -> torch.Tensor:
+        """The keys `(T, H_kv, D)` in the cache, moved, in the order of the plan's spans, at a watched layer."""
+        ...
+
+    def reused_values(self, layer: int) -> torch.Tensor:
+        """The values, alike."""
+        ...
+
+    def summed(self, scores: torch.Tensor) -> torch.Tensor:
+        """What all heads say of each token, on the CPU: this worker's scores and those of the others added up."""
         ...
 
     def question_queries(self, layer: int) -> torch.Tensor:
@@ -44,6 +53,10 @@ class Evidence(Protocol):
 
 
 class SelectionPolicy(Protocol):
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        """The layers of so many whose reused KV it looks at."""
+        ...
+
     def select(self, plan: ReusePlan, evidence: Evidence) -> Selection: ...
 
 

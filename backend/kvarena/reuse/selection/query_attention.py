@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,16 @@ class QueryAttention:
     ratio: float
     check_layer: int
 
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        return (min(self.check_layer, num_layers - 1),)
+
     def select(self, plan: ReusePlan, evidence: Evidence) -> Selection:
         reused = reused_positions(plan)
         if not len(reused):
             return Selection(reused)
-        layer = min(self.check_layer, evidence.num_layers - 1)
-        scores = _attention(evidence.question_queries(layer), evidence.reused(layer).keys)
-        best = scores.topk(share_of(len(reused), self.ratio)).indices.cpu()
+        (layer,) = self.watched_layers(evidence.num_layers)
+        scores = _attention(evidence.question_queries(layer), evidence.reused_keys(layer))
+        best = evidence.summed(scores).topk(share_of(len(reused), self.ratio)).indices
         return Selection(reused[best.sort().values])
 
 

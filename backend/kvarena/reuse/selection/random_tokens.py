@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ class RandomTokens:
 
     ratio: float
     seed: int = 0
+
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        return ()
 
     def select(self, plan: ReusePlan, evidence: Evidence) -> Selection:
         reused = reused_positions(plan)

@@ -1,0 +1,60 @@
+"""Chunk KV through a real LMCache server: what went in comes out, and its death is a miss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvarena.reuse.lmcache_store import KVGeometry, LMCacheStore
+from kvarena.reuse.plan import Chunk, as_token_ids
+from kvarena.reuse.store import get
+from lmcache_server import LMCacheServer
+
+pytestmark = pytest.mark.slow
+GEOMETRY = KVGeometry("tiny", 3, 2, 16, torch.bfloat16)
+
+
+def chunk_of(num_tokens: int) -> Chunk:
+    return Chunk(as_token_ids([num_tokens] * num_tokens))
+
+
+def kv_of(num_tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return torch.randn(2, 3, num_tokens, 32, generator=generator).bfloat16()
+
+
+def test_what_went_in_comes_out_and_a_dead_server_has_nothing(tmp_path: Path) -> None:
+    lengths = (5, 32, 33, 100)
+    with LMCacheServer(tmp_path) as server:
+        store = LMCacheStore(GEOMETRY, server.url, server.http_url, retry_s=0.1)
+        for length in lengths[:3]:
+            assert store.put(chunk_of(length), kv_of(length))
+        with store.retrieval([chunk_of(length) for length in lengths]) as retrieval:
+            assert list(retrieval.held) == [True, True, True, False]
+            first = retrieval.take([2, 3])
+            assert first[1] is None
+            others = retrieval.take([0, 1])
+            for length, pieces in zip((33, 5, 32), (first[0], *others), strict=True):
+                assert pieces is not None
+                assert torch.equal(torch.cat(tuple(pieces), dim=2), kv_of(length))
+        assert (store.stats.hits, store.stats.misses, store.stats.errors) == (3, 1, 0)
+        assert retrieval.take([0]) == [None], "it has ended"
+
+        with store.retrieval([chunk_of(33), chunk_of(32)]) as retrieval:
+            (pieces,) = retrieval.take([0])
+            server.kill()
+            assert retrieval.take([1]) == [None]
+            assert store.stats.errors == 1
+            assert pieces is not None
+            assert torch.equal(torch.cat(tuple(pieces), dim=2), kv_of(33)), "its memory is still there"
+        assert get(store, chunk_of(33)) is None
+        server.start()
+        while not store.put(chunk_of(5), kv_of(5)):
+            pass
+        found = get(store, chunk_of(5))
+        assert found is not None
+        assert torch.equal(found, kv_of(5))
+        assert get(store, chunk_of(33)) is None, "the new server is empty"
+        store.close()
