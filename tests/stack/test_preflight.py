@@ -51,9 +51,11 @@ def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
     assert preflight.estimate_memory(dataclasses.replace(plan, dtype="float32")).weight_bytes == 4 * weights
     assert need.weight_bytes == 2 * weights
     assert need.kv_cache_bytes == 2 * 3 * GIB
-    assert need.lmcache_bytes == plan.lmcache_gb * GIB
+    assert need.store_bytes == plan.lmcache_gb * GIB
+    in_memory = dataclasses.replace(plan, blend=dataclasses.replace(plan.blend, store="memory", store_bytes=5))
+    assert preflight.estimate_memory(in_memory).store_bytes == 5
     alone = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain",), page=False))
-    assert (alone.weight_bytes, alone.lmcache_bytes) == (weights, 0)
+    assert (alone.weight_bytes, alone.store_bytes) == (weights, 0)
     with_prefix = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain", "prefix"), page=False))
     assert (with_prefix.kv_cache_bytes, with_prefix.prefix_bytes) == (3 * GIB, plan.prefix_cache_gb * GIB)
     on_gpu = preflight.estimate_memory(dataclasses.replace(plan, profile="gpu"))
@@ -77,7 +79,7 @@ def test_simllm_needs_a_llama(tmp_path: Path, home: Home) -> None:
 
 def test_too_little_memory_gives_the_numbers() -> None:
     need = MemoryNeed(
-        weight_bytes=2 * GIB, kv_cache_bytes=3 * GIB, prefix_bytes=GIB, lmcache_bytes=GIB, process_bytes=GIB
+        weight_bytes=2 * GIB, kv_cache_bytes=3 * GIB, prefix_bytes=GIB, store_bytes=GIB, process_bytes=GIB
     )
     preflight.check_memory(need, 8 * GIB)
     message = r"may need 8.0 GiB \(model weights 2.0 GiB, KV caches 4.0 GiB, .*and 7.5 GiB is available; .*KV_CACHE_GB"

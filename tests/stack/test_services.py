@@ -224,6 +224,17 @@ def test_plain_alone_needs_no_lmcache(home: Home, tmp_path: Path) -> None:
     assert list(services) == ["plain"]
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_a_store_in_memory_needs_no_lmcache_and_prefix_caching_can_be_off(home: Home, tmp_path: Path) -> None:
+    plan, _ = make(home, tmp_path)
+    in_memory = dataclasses.replace(plan.blend, store="memory")
+    services = build_services(dataclasses.replace(plan, blend=in_memory, prefix_caching=False), home)
+    assert [service.name for service in services] == ["blend", "plain", "page"]
+    assert services[0].depends_on == ()
+    assert extra_config(services[0])["store"] == "memory"
+    assert all("--no-enable-prefix-caching" in service.command for service in services[:2])
+
+
 def test_the_blend_is_set_by_the_models_profile(home: Home, tmp_path: Path) -> None:
     made, services = make(home, tmp_path, contenders="blend")
     profile = json.loads((Path(made.model.name) / "kvarena.json").read_text())

@@ -12,6 +12,7 @@ import typer
 from kvarena.bench.ai100_command import ai100
 from kvarena.bench.console import explained, integers, progress
 from kvarena.bench.simllm.command import simllm
+from kvarena.bench.ttft.command import ttft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure contenders and save the figures.")
 app.command()(simllm)
 app.command()(ai100)
+app.command()(ttft)
 
 
 @app.command()

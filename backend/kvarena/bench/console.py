@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -47,3 +47,10 @@ def decimals(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise ValueError(f"{text!r} is no list of numbers separated by commas") from error
+
+
+def choice_among(name: str, value: str, choices: Sequence[str]) -> str:
+    """The value. Raises `ValueError` naming the choices for another one."""
+    if value not in choices:
+        raise ValueError(f"--{name} is {value!r}; it is one of {', '.join(choices)}")
+    return value

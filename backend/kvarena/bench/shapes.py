@@ -85,4 +85,4 @@ def model_folder(model: str | None, shape: str | None) -> Iterator[str]:
         yield model or str(demo)
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield str(write_shape(shape, Path(folder), demo))
+        yield str(write_shape(shape, Path(folder) / shape, demo))

@@ -64,10 +64,12 @@ class HFModel:
         dtype: str = "auto",
         max_model_len: int | None = None,
         random: bool = False,
+        piece_tokens: int = PREFILL_PIECE_TOKENS,
     ) -> HFModel:
         """From a local folder or a hub name. `random` makes the weights up from the config: any shape, no download.
 
-        `dtype` "auto" is the checkpoint's. Raises `OSError` when there is no such model.
+        `dtype` "auto" is the checkpoint's; `piece_tokens` of a prefill run at once. Raises `OSError` when there
+        is no such model.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +82,7 @@ class HFModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=attention.NAME)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
-        return cls(model.to(device), tokenizer, max_model_len)
+        return cls(model.to(device), tokenizer, max_model_len, piece_tokens)
 
     def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs torch work in the model's thread and waits for it. Raises `Cancelled` when the model was closed."""

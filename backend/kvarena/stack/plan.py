@@ -28,7 +28,7 @@ VLLM_CONTENDERS = ("blend", "plain")
 @dataclass(frozen=True)
 class Plan:
     """`core_shares` has one entry per contender on a CPU and none on a GPU; `gpus` the other way round (fewer when
-    they share)."""
+    they share). `prefix_caching` is vLLM's own."""
 
     root: Path
     contenders: tuple[str, ...]
@@ -50,8 +50,13 @@ class Plan:
     load_format: str | None
     dtype: str | None
     compile: bool
+    prefix_caching: bool
     core_shares: tuple[CoreShare, ...]
     gpus: tuple[str, ...]
+
+    @property
+    def needs_lmcache(self) -> bool:
+        return "blend" in self.contenders and self.blend.store == "lmcache"
 
     @property
     def weight_bytes(self) -> int:
@@ -108,6 +113,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         load_format=settings.load_format,
         dtype=_dtype(settings, model, on_cpu),
         compile=not on_cpu or machine.has_compiler(),
+        prefix_caching=True,
         core_shares=tuple(shares),
         gpus=tuple(gpus[:num_servers]),
     )

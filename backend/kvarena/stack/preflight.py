@@ -114,12 +114,12 @@ class MemoryNeed:
     weight_bytes: int
     kv_cache_bytes: int
     prefix_bytes: int
-    lmcache_bytes: int
+    store_bytes: int
     process_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_cache_bytes + self.prefix_bytes + self.lmcache_bytes + self.process_bytes
+        return self.weight_bytes + self.kv_cache_bytes + self.prefix_bytes + self.store_bytes + self.process_bytes
 
 
 def estimate_memory(plan: Plan) -> MemoryNeed:
@@ -128,14 +128,15 @@ def estimate_memory(plan: Plan) -> MemoryNeed:
     num_vllm = sum(name in VLLM_CONTENDERS for name in plan.contenders)
     prefix_is_here = "prefix" in plan.contenders and (plan.profile == "cpu" or plan.prefix_storage == "cpu")
     on_cpu = plan.profile == "cpu"
-    lmcache = "blend" in plan.contenders
+    has_blend = "blend" in plan.contenders
+    store_bytes = int(plan.lmcache_gb * GIB) if plan.needs_lmcache else plan.blend.store_bytes
     return MemoryNeed(
         weight_bytes=num_servers * plan.weight_bytes if on_cpu else 0,
         kv_cache_bytes=num_vllm * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
         prefix_bytes=int(plan.prefix_cache_gb * GIB) if prefix_is_here else 0,
-        lmcache_bytes=int(plan.lmcache_gb * GIB) if lmcache else 0,
+        store_bytes=store_bytes if has_blend else 0,
         process_bytes=num_servers * SERVER_OVERHEAD_BYTES
-        + (LMCACHE_OVERHEAD_BYTES if lmcache else 0)
+        + (LMCACHE_OVERHEAD_BYTES if plan.needs_lmcache else 0)
         + (PAGE_BYTES if plan.page else 0),
     )
 
@@ -146,7 +147,7 @@ def check_memory(need: MemoryNeed, available_bytes: int) -> None:
     raise StackError(
         f"too little memory: the stack may need {_gib(need.total_bytes)} "
         f"(model weights {_gib(need.weight_bytes)}, KV caches {_gib(need.kv_cache_bytes + need.prefix_bytes)}, "
-        f"LMCache {_gib(need.lmcache_bytes)}, the processes {_gib(need.process_bytes)}) and "
+        f"the chunk store {_gib(need.store_bytes)}, the processes {_gib(need.process_bytes)}) and "
         f"{_gib(available_bytes)} is available; set KV_CACHE_GB, PREFIX_CACHE_GB or LMCACHE_GB lower, start fewer "
         "--contenders, or take a smaller --model"
     )

@@ -74,14 +74,14 @@ def _names(*records: Record) -> list[str]:
 
 def _changes(old: Service, new: Service) -> list[str]:
     changes = []
-    for before, after in ((_options(old), _options(new)), (old.environment, new.environment)):
+    for before, after in ((command_options(old), command_options(new)), (old.environment, new.environment)):
         for key in dict.fromkeys([*before, *after]):
             if before.get(key) != after.get(key):
                 changes.append(f"{key} is {before.get(key, 'not set')}, not {after.get(key, 'left out')}")
     return changes or ["started in another way"]
 
 
-def _options(service: Service) -> dict[str, str]:
+def command_options(service: Service) -> dict[str, str]:
     """`--key value` pairs of a command; the words before them under `command`."""
     options: dict[str, str] = {}
     key = "command"

@@ -46,7 +46,7 @@ COMMON_ENVIRONMENT: Mapping[str, str] = {
 def build_services(plan: Plan, home: Home) -> list[Service]:
     """Every service of this plan, each after those it depends on."""
     services = []
-    if "blend" in plan.contenders:
+    if plan.needs_lmcache:
         services.append(_lmcache(plan, home))
     services += [(_vllm if name in VLLM_CONTENDERS else _engine)(name, plan, home) for name in plan.contenders]
     if plan.page:
@@ -83,7 +83,8 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", HOST, "--port", str(port)]
-    command += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
+    command += ["--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"]
+    command += ["--enable-prompt-tokens-details"]
     command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
     if plan.max_model_len is not None:
         command += ["--max-model-len", str(plan.max_model_len)]
@@ -97,7 +98,7 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     environment = _vllm_environment(plan, home)
     depends_on: tuple[str, ...] = ()
     if name == "blend":
-        depends_on = ("lmcache",)
+        depends_on = ("lmcache",) if plan.needs_lmcache else ()
         command += ["--kv-transfer-config", kv_transfer_config(plan.blend)]
         command += ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
     else:

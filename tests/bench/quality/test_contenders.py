@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exam_folder import write_exam_folder
-from kvarena.bench.quality.answers import Answer, Messages, NoAnswer
+from kvarena.bench.openai_server import NoAnswer
+from kvarena.bench.quality.answers import Answer, Messages
 from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Attempt, ask_all
 from kvarena.bench.quality.contenders import engines, servers
 from kvarena.bench.quality.over_http import HTTPAnswerer

@@ -15,7 +15,6 @@ from kvarena.bench.quality.questions import EvalQuestion
 from kvarena.bench.results import Row, load_results, save_results
 from kvarena.bench.simllm.contenders import Setup, TaskAnswer
 from kvarena.bench.simllm.demo import cosines, differing_bits
-from kvarena.bench.simllm.memory import PeakMemory
 from kvarena.bench.simllm.plot import joined, plot
 from kvarena.bench.simllm.rows import answer_rows, make_rows
 from kvarena.bench.simllm.running import ContenderRun
@@ -104,19 +103,6 @@ def test_single_answers() -> None:
     ]
     assert (found[0]["contender"], found[0]["text"], found[0]["gold"]) == ("aligned 0.9", "tea", ["tea"])
     assert (found[0]["is_hit"], found[0]["similarity"]) == (True, 0.95)
-
-
-def test_the_rise_of_memory_is_seen_once() -> None:
-    memory = PeakMemory()
-    memory.start()
-    block = torch.ones(64 << 20, dtype=torch.uint8)
-    del block
-    rise = memory.rise_bytes()
-    if rise is None:
-        pytest.skip("this system's peak can't be set back")
-    assert 60 << 20 <= rise < 100 << 20
-    memory.start()
-    assert (memory.rise_bytes() or 0) < 8 << 20
 
 
 def test_cosines_and_differing_bits() -> None:

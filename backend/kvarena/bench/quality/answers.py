@@ -36,10 +36,6 @@ class Answer:
     first_logprobs: Mapping[str, float] | None = None
 
 
-class NoAnswer(Exception):
-    """A question wasn't answered; the message says why."""
-
-
 class Answerer(Protocol):
     """A contender. `warm` and `answer` raise `NoAnswer`."""
 

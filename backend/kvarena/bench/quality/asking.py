@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from kvarena.bench.quality.answers import Answer, Answerer, Messages, NoAnswer
+from kvarena.bench.openai_server import NoAnswer
+from kvarena.bench.quality.answers import Answer, Answerer, Messages
 from kvarena.bench.quality.questions import Exam
 from kvarena.bench.quality.setups import Setup
 

@@ -8,7 +8,8 @@ from time import perf_counter
 
 import torch
 
-from kvarena.bench.quality.answers import NUM_LOGPROBS, Answer, Messages, NoAnswer, Reuse
+from kvarena.bench.openai_server import NoAnswer
+from kvarena.bench.quality.answers import NUM_LOGPROBS, Answer, Messages, Reuse
 from kvarena.bench.quality.setups import Setup
 from kvarena.context import TextChunk, join_chunks
 from kvarena.engines.blend.prefill import HFBlender

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from kvarena.bench.console import progress
+from kvarena.bench.openai_server import NoAnswer
 from kvarena.bench.quality import contenders
-from kvarena.bench.quality.answers import Answerer, NoAnswer
+from kvarena.bench.quality.answers import Answerer
 from kvarena.bench.quality.asking import Attempt, ask_all
 from kvarena.bench.quality.questions import Exam
 from kvarena.bench.quality.setups import Setup, blend_setups

@@ -77,7 +77,7 @@ def blend_setups(
     Raises `ValueError` naming a value that can't be chosen, and the choices.
     """
     setups = []
-    for policy, options in map(_read_policy, policies):
+    for policy, options in map(read_policy_options, policies):
         layers: Sequence[int | None] = check_layers if policy in WITH_CHECK_LAYER and check_layers else [None]
         has_no_ratio = policy in _WITHOUT_RATIO or "head_tokens" in dict(options)
         for ratio in [None] if has_no_ratio else ratios:
@@ -87,7 +87,8 @@ def blend_setups(
     return list(dict.fromkeys(setups))
 
 
-def _read_policy(given: str) -> tuple[str, tuple[tuple[str, str | int], ...]]:
+def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, str | int], ...]]:
+    """A policy and its options, such as `chunk_head,head_tokens=12`. Raises `ValueError` for one it hasn't."""
     policy, *parts = (part.strip() for part in given.split(","))
     options = dict(part.partition("=")[::2] for part in parts)
     known = OPTIONS.get(policy, ())

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kvarena.api.engine import GenerationRequest, Report, Sampling
-from kvarena.bench.simllm.memory import PeakMemory
+from kvarena.bench.memory import PeakMemory
 from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.loading import load_module
 from kvarena.engines.simllm.options import SimLLMOptions

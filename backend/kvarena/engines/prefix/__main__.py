@@ -10,7 +10,7 @@ from kvarena.api.config import ApiConfig
 from kvarena.api.serve import serve
 from kvarena.engines import command_line
 from kvarena.engines.cache_metrics import CacheCollector
-from kvarena.engines.hf_model import HFModel
+from kvarena.engines.hf_model import PREFILL_PIECE_TOKENS, HFModel
 from kvarena.engines.prefix.engine import PrefixEngine
 from kvarena.engines.prefix.http import router
 from kvarena.engines.prefix.prefix_cache import MIN_TOKENS
@@ -28,8 +28,11 @@ def main(
     cache_gb: Annotated[float, typer.Option(min=0, help="Memory for prefixes, in GiB.")] = 1.0,
     storage: Annotated[str, typer.Option(help="Where prefixes are kept: cpu, or device.")] = "cpu",
     min_tokens: Annotated[int, typer.Option(min=1, help="Shorter prefixes aren't reused.")] = MIN_TOKENS,
+    piece_tokens: Annotated[
+        int, typer.Option(min=1, help="Of a prefill that run at once; other requests' tokens go in between.")
+    ] = PREFILL_PIECE_TOKENS,
 ) -> None:
-    loaded = HFModel.load(model, device=device, dtype=dtype, max_model_len=max_model_len, random=load_format == "dummy")
+    loaded = HFModel.load(model, device, dtype, max_model_len, random=load_format == "dummy", piece_tokens=piece_tokens)
     engine = PrefixEngine(
         loaded,
         served_model_name or model,

@@ -1,0 +1,149 @@
+"""A contender as its client sees it: one streamed completion, or several at once, timed here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from kvarena.bench.memory import PeakMemory
+from kvarena.bench.openai_server import NoAnswer, OpenAIServer
+from kvarena.bench.quality.answers import Reuse
+from kvarena.bench.quality.over_http import cached_tokens
+from kvarena.bench.quality.setups import Setup
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One answer. Times are in seconds of this process's clock. `reuse` is None where the server tells nothing.
+
+    `report` is a blend's request report.
+    """
+
+    sent_s: float
+    first_s: float
+    ended_s: float
+    num_answer_tokens: int
+    reuse: Reuse | None = None
+    report: Mapping[str, Any] | None = None
+
+    @property
+    def ttft_ms(self) -> float:
+        return 1000 * (self.first_s - self.sent_s)
+
+    @property
+    def e2e_ms(self) -> float:
+        return 1000 * (self.ended_s - self.sent_s)
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Time for each token behind the first; None for an answer of one."""
+        more = self.num_answer_tokens - 1
+        return 1000 * (self.ended_s - self.first_s) / more if more > 0 else None
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Requests that were sent at once, in the order of their prompts; one that failed is its reason.
+
+    Memory is of the server and all its processes, before the burst and at its highest; None where it isn't known.
+    """
+
+    outcomes: Sequence[Timed | str]
+    before_bytes: int | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def answered(self) -> list[Timed]:
+        return [outcome for outcome in self.outcomes if isinstance(outcome, Timed)]
+
+    @property
+    def requests_per_s(self) -> float | None:
+        """From the first request's sending to the last one's end; None when not all were answered."""
+        answered = self.answered
+        if len(answered) < len(self.outcomes):
+            return None
+        return len(answered) / (max(one.ended_s for one in answered) - min(one.sent_s for one in answered))
+
+
+class Contender:
+    """`pid` is the server's process, where it runs here, and `options` are those it was started with.
+
+    `is_told`: what its store holds is known beforehand.
+    """
+
+    def __init__(
+        self,
+        server: OpenAIServer,
+        pid: int | None = None,
+        options: Mapping[str, str] | None = None,
+        is_target: bool = False,
+    ) -> None:
+        self.name, self.server = server.name, server
+        self._options = options
+        self.is_blend = server.is_blend
+        self.is_told = self.is_blend or not is_target
+        self._extras: dict[str, Any] = {"ignore_eos": True} if server.can_tokenize() else {}
+        self._memory = PeakMemory(pid, with_children=True) if pid else None
+
+    def ask_at_once(self, prompts: Sequence[Sequence[int]], setup: Setup, max_tokens: int, salt: str = "") -> Burst:
+        """`salt` keeps a blend's chunks apart from those of other salts."""
+
+        def ask(prompt: Sequence[int]) -> Timed | str:
+            try:
+                return self._ask(prompt, setup, max_tokens, salt)
+            except NoAnswer as error:
+                return str(error)
+
+        if self._memory:
+            self._memory.start()
+        pool = ThreadPoolExecutor(len(prompts))
+        try:
+            outcomes = list(pool.map(ask, prompts))
+        finally:
+            pool.shutdown(wait=False)  # an interrupt needn't wait for answers
+        if not self._memory:
+            return Burst(outcomes)
+        return Burst(outcomes, self._memory.before_bytes, self._memory.peak_bytes())
+
+    def describe(self) -> dict[str, object]:
+        """As it goes into the result file's settings."""
+        return {
+            "url": self.server.url,
+            "model": self.server.model,
+            "offer": self.server.offer,
+            "options": self._options,
+        }
+
+    def close(self) -> None:
+        self.server.close()
+
+    def _ask(self, prompt: Sequence[int], setup: Setup, max_tokens: int, salt: str) -> Timed:
+        body: dict[str, Any] = {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, **self._extras}
+        if salt:
+            body["cache_salt"] = salt
+        if setup.choices:
+            body["kv_transfer_params"] = {"kvarena": setup.choices}
+        request_id, usage, first_s, is_finished, num_events = "", None, 0.0, False, 0
+        sent_s = time.perf_counter()
+        for event in self.server.events("/v1/completions", body):
+            request_id = event.get("id") or request_id
+            usage = event.get("usage") or usage
+            for choice in event.get("choices") or ():
+                first_s = first_s or time.perf_counter()
+                num_events += 1
+                is_finished = is_finished or bool(choice.get("finish_reason"))
+        ended_s = time.perf_counter()
+        if not is_finished:
+            raise NoAnswer("the stream ended in the middle of the answer")
+        report = self.server.report(request_id) if self.is_blend else None
+        num_tokens = int((usage or {}).get("completion_tokens") or num_events)
+        return Timed(sent_s, first_s, ended_s, num_tokens, _reuse(report, usage), report)
+
+
+def _reuse(report: Mapping[str, Any] | None, usage: Mapping[str, Any] | None) -> Reuse | None:
+    if report:
+        return Reuse(**{name: int(report[name]) for name in Reuse.__annotations__})
+    return cached_tokens(usage) if usage else None

@@ -1,0 +1,221 @@
+"""`kvarena bench ttft` as it is typed: over servers that run already, and over real ones that it starts and stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from kvarena.bench.ttft import servers
+from kvarena.bench.ttft.client import Burst, Contender
+from kvarena.cli import app
+from kvarena.stack.home import INSTANCE_VARIABLE, Home
+from kvarena.stack.processes import processes_of
+from kvarena.stack.record import Record
+from kvarena.stack.service import Service
+from kvarena.stack.supervision import ProcessInfo
+from real_server import RealServer, serving
+from running_stack import Stack
+from scripted_engine import ScriptedEngine
+from tiny_models import save_tiny_model
+
+SHORT = ["--context-tokens", "64,100", "--chunk-tokens", "32", "--repeats", "2", "--max-new-tokens", "3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[RealServer[ScriptedEngine]]:
+    with serving(ScriptedEngine()) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVARENA_HOME", str(tmp_path / "home"))
+
+
+def arguments(server: RealServer[ScriptedEngine], model: Path, output: Path, *more: str) -> list[str]:
+    targets = [word for name in ("plain", "mine") for word in ("--target", f"{name}={server.url}")]
+    return ["bench", "ttft", *targets, "--tokenizer", str(model), *SHORT, "--output", str(output), *more]
+
+
+def test_servers_that_run_already(real: RealServer[ScriptedEngine], model: Path, tmp_path: Path) -> None:
+    real.engine.requests.clear()
+    output = tmp_path / "new" / "x.json"
+    result = CliRunner().invoke(app, arguments(real, model, output, "--state", "warm,cold", "--concurrency", "1,2"))
+    assert result.exit_code == 0, result.output
+    saved = json.loads(output.read_text())
+    assert {"settings", "versions", "machine", "rows"} == set(saved)
+    assert (saved["settings"]["benchmark"], saved["settings"]["is_interrupted"]) == ("ttft", False)
+    cells = [(row["context_tokens"], row["prompts"], row["concurrency"]) for row in saved["rows"][::2]]
+    assert cells == [(c, s, n) for c in (64, 100) for s in ("warm", "cold") for n in (1, 2)]
+    for row in saved["rows"]:
+        assert (row["store"], row["policy"], row["num_failed"]) == ("unknown", None, 0)
+        assert row["num_requests"] == 2 * row["concurrency"]
+        assert row["ttft_ms"]["median"] <= row["e2e_ms"]["median"]
+        assert row["speedup_vs_plain"]["low"] > 0
+        assert row["reused_ratio"] == pytest.approx(0.5, abs=0.01), "as this engine says"
+    lengths = [len(request.prompt) for request in real.engine.requests]
+    assert len(lengths) == 2 * (2 + 2 * 2 * (1 + 2) * 2), "contexts: warm-ups, then contenders, states, both bursts"
+    assert len(set(lengths)) == 2
+
+
+def test_contenders_get_the_same_prompts_in_turn(
+    real: RealServer[ScriptedEngine], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any]] = []
+    ask = Contender.ask_at_once
+
+    def noted(self: Contender, prompts: Sequence[Sequence[int]], *more: Any) -> Burst:
+        asked.append((self.name, prompts))
+        return ask(self, prompts, *more)
+
+    monkeypatch.setattr(Contender, "ask_at_once", noted)
+    result = CliRunner().invoke(app, arguments(real, model, tmp_path / "x.json", "--state", "none"))
+    assert result.exit_code == 0, result.output
+    one_length = asked[: len(asked) // 2]
+    assert [name for name, _ in one_length] == ["plain", "mine", "plain", "mine", "mine", "plain"]
+    measured = [prompts for _, prompts in one_length[2:]]
+    assert measured[0] == measured[1] != measured[2] == measured[3]
+
+
+def test_an_interrupt_saves_what_came_in(
+    real: RealServer[ScriptedEngine], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, num_asked = Contender.ask_at_once, 0
+
+    def until_interrupted(self: Contender, *given: Any) -> Burst:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 10:
+            raise KeyboardInterrupt
+        return ask(self, *given)
+
+    monkeypatch.setattr(Contender, "ask_at_once", until_interrupted)
+    output = tmp_path / "x.json"
+    result = CliRunner().invoke(app, arguments(real, model, output, "--state", "cold"))
+    assert result.exit_code == 130
+    assert "Interrupted" in result.output
+    saved = json.loads(output.read_text())
+    assert saved["settings"]["is_interrupted"]
+    assert [row["context_tokens"] for row in saved["rows"]] == [64, 64]
+
+
+def test_failed_requests_are_an_exit_status(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.json"
+    with serving(ScriptedEngine(max_model_len=160)) as server:
+        longer = arguments(server, model, output, "--state", "cold", "--question-tokens", "1")
+        refused = CliRunner().invoke(app, longer)
+        assert refused.exit_code == 1
+        assert "plain takes 160 tokens; the longest context with its question and answer has up to 168" in " ".join(
+            refused.output.split()
+        )
+        assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--target", "plain"], "--target is 'plain'; it is NAME=URL"),
+        (["--state", "lukewarm"], "it is one of warm, half, cold, none"),
+        (["--store", "disk"], "--store is 'disk'; it is one of lmcache, memory"),
+        (["--context-tokens", "many"], "'many' is no list of whole numbers"),
+        (["--shape", "7b"], "no shape '7b'; there are 180m, 500m, 1b"),
+        (["--shape", "180m", "--model", "x"], "--model and --shape exclude each other"),
+        (["--model", "x", "--policy", "best"], "policy must be one of"),
+    ],
+)
+def test_bad_command_lines(given: list[str], says: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "ttft", *given, "--output", str(tmp_path / "x.json")])
+    assert result.exit_code == 1
+    assert says in result.output
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_names_and_addresses(real: RealServer[ScriptedEngine], model: Path, tmp_path: Path) -> None:
+    twice = arguments(real, model, tmp_path / "x.json", "--target", f"mine={real.url}")
+    result = CliRunner().invoke(app, twice)
+    assert result.exit_code == 1
+    assert "two contenders have one name: plain, mine, mine" in result.output
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"there=127.0.0.1:{free.getsockname()[1]}"
+    result = CliRunner().invoke(app, ["bench", "ttft", "--target", nobody])
+    assert result.exit_code == 1
+    assert "there: no OpenAI server answers at" in result.output
+
+
+def test_the_running_stack_is_measured_when_nothing_else_is_asked_for(
+    real: RealServer[ScriptedEngine], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack whose `plain` is this server; its page is no contender."""
+
+    class Supervisor:
+        def processes(self) -> dict[str, ProcessInfo]:
+            return {"plain": ProcessInfo("RUNNING", os.getpid(), 1.0)}
+
+    plain = Service("plain", "", ("x", "--dtype", "float32", "--port", "1"), 0, real.url, "", "", {}, "")
+    record = Record((plain, replace(plain, name="page")), "", "", "tiny")
+    monkeypatch.setattr(servers, "running_supervisor", lambda home: (record, Supervisor()))
+    output = tmp_path / "x.json"
+    given = ["--tokenizer", str(model), *SHORT, "--state", "none", "--output", str(output)]
+    result = CliRunner().invoke(app, ["bench", "ttft", *given])
+    assert result.exit_code == 0, result.output
+    saved = json.loads(output.read_text())
+    assert saved["settings"]["has_prefix_caching"] is None
+    assert saved["settings"]["contenders"]["plain"]["options"] == {"--dtype": "float32"}
+    assert [(row["contender"], row["store"]) for row in saved["rows"]] == [("plain", "none")] * 2
+    for row in saved["rows"]:
+        assert row["peak_rss_bytes"] is None or row["peak_rss_bytes"] >= row["idle_rss_bytes"] > 10**7
+
+
+@pytest.mark.slow
+def test_servers_that_are_started_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo model: what was known, reused and computed is what the states say, and nothing is left running."""
+    monkeypatch.setenv("CXX", "/no/compiler")  # a first compilation takes longer than all the rest
+    stack, output = Stack(tmp_path / "home"), tmp_path / "x.json"
+    contexts = ["--context-tokens", "384", "--chunk-tokens", "128", "--concurrency", "1,2", "--repeats", "1"]
+    policies = ["--policy", "kv_deviation:0.15", "--policy", "none"]
+    done = stack.command("bench", "ttft", *contexts, *policies, "--output", str(output), timeout_s=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not processes_of(Home(tmp_path / "home" / "bench" / "ttft"))
+    saved = json.loads(output.read_text())
+    assert saved["settings"]["has_prefix_caching"] is False
+    assert "--no-enable-prefix-caching" in saved["settings"]["contenders"]["plain"]["options"]
+    rows = {(row["contender"], row["policy"], row["prompts"], row["concurrency"]): row for row in saved["rows"]}
+    assert len(rows) == len(saved["rows"]) == 2 * (3 * 4 + 3)
+    around = rows["plain", None, "none", 1]["num_prompt_tokens"] - 384
+    for (contender, policy, state, concurrency), row in rows.items():
+        assert (row["num_failed"], row["store"], row["num_requests"]) == (0, state, concurrency)
+        assert row["ttft_ms"]["median"] <= row["e2e_ms"]["median"]
+        assert row["tpot_ms"]["median"] > 0
+        assert row["peak_rss_bytes"] is None or row["peak_rss_bytes"] > 10**8
+        if policy is None:
+            assert (row["reused_ratio"], row["computed_ratio"]) == (0, 1), (contender, state)
+            continue
+        known = {"warm": 3, "half": 1, "cold": 0}[state]
+        assert row["num_known_chunks"] == known
+        assert (row["num_store_hits"], row["num_store_misses"]) == (known * concurrency, (3 - known) * concurrency)
+        assert row["computed_ratio"] == pytest.approx(around / (384 + around), abs=1e-3)
+        assert (row["recomputed_ratio"] == 0) == (policy == "none")
+        assert {"fetch", "write", "recompute", "prefill", "decode"} <= set(row["stages_ms"])
+    assert not [p for p in psutil.process_iter() if _belongs_to(p, tmp_path)]
+
+
+def _belongs_to(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return process.environ().get(INSTANCE_VARIABLE, "").startswith(str(folder))
+    except psutil.Error:
+        return False

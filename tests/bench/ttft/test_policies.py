@@ -1,0 +1,54 @@
+"""Policies as they are typed."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvarena.bench.quality.setups import Setup
+from kvarena.bench.ttft.policies import DEFAULT_POLICIES, read_policies, read_policy
+
+
+@pytest.mark.parametrize(
+    ("text", "setup"),
+    [
+        ("none", Setup("blend", "none")),
+        ("chunk_head:0.05", Setup("blend", "chunk_head", 0.05)),
+        ("kv_deviation:0.15@2", Setup("blend", "kv_deviation", 0.15, 2)),
+        ("query_attention@3", Setup("blend", "query_attention", None, 3)),
+        (
+            "kv_deviation:0.1@1,num_filters=2,deviation=values",
+            Setup("blend", "kv_deviation", 0.1, 1, (("num_filters", 2), ("deviation", "values"))),
+        ),
+        ("chunk_head,head_tokens=12", Setup("blend", "chunk_head", options=(("head_tokens", 12),))),
+    ],
+)
+def test_policies_read(text: str, setup: Setup) -> None:
+    assert read_policy(text, "blend") == setup
+
+
+def test_a_policy_typed_twice_is_measured_once() -> None:
+    assert len(read_policies([*DEFAULT_POLICIES, "none"], "blend")) == len(DEFAULT_POLICIES)
+
+
+def test_options_are_sent_named_and_written_down() -> None:
+    setup = read_policy("chunk_head,head_tokens=12", "blend")
+    assert setup.choices == {"policy": "chunk_head", "head_tokens": 12}
+    assert setup.label == "blend chunk_head (head_tokens 12)"
+    assert setup.to_json()["options"] == {"head_tokens": 12}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("best:0.1", "policy must be one of kv_deviation"),
+        ("kv_deviation:2", "ratio must be a number from 0 to 1, not 2.0"),
+        ("kv_deviation:much", "could not convert"),
+        ("chunk_head,heads=3", "no option 'heads'; it has head_tokens"),
+        ("chunk_head,head_tokens=x", "'x'"),
+        ("kv_deviation@@1", "write it as"),
+        ("", "write it as"),
+    ],
+)
+def test_bad_policies(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        read_policy(text, "blend")
