@@ -46,6 +46,9 @@ def ttft(
     kv_cache_gb: Annotated[
         int | None, typer.Option(min=1, help="vLLM's memory for KV, in GiB. [default: as in the stack]")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of servers that are started, as bfloat16. [default: as the stack chooses]")
+    ] = None,
     hf: Annotated[bool, typer.Option(help="Start a server of Hugging Face with SDPA too.")] = True,
     tokenizer: Annotated[
         str | None, typer.Option(help="A local folder or a hub name. [default: what the first server serves]")
@@ -79,7 +82,7 @@ def ttft(
         states = tuple(one.strip() for one in state.split(","))
         workload = Workload(lengths, states, at_once, chunk_tokens, question_tokens, max_new_tokens, repeats, seed)
         policies = read_policies(policy or DEFAULT_POLICIES, "blend")
-        wanted = Wanted(model, shape, target or (), OwnServers(store, store_gb, kv_cache_gb, hf), timeout_s)
+        wanted = Wanted(model, shape, target or (), OwnServers(store, store_gb, kv_cache_gb, hf, dtype), timeout_s)
         with wanted.found(workload.longest_tokens, console) as contenders:
             bench = Bench.of(contenders, policies, workload, separator, tokenizer)
             settings |= wanted.settings() | bench.settings()

@@ -36,13 +36,15 @@ PORT_BASES = range(20_000, 60_000, 600)
 @dataclass(frozen=True)
 class OwnServers:
     """How servers are started. `store_gb` is the blend's memory for chunks, `kv_cache_gb` vLLM's for requests (None:
-    as the stack has it), both in GiB; `with_hf` adds Hugging Face with SDPA.
+    as the stack has it), both in GiB; `with_hf` adds Hugging Face with SDPA; `dtype` is what all compute in (None: as the
+    stack chooses).
     """
 
     store: str = "lmcache"
     store_gb: float = 4.0
     kv_cache_gb: int | None = None
     with_hf: bool = True
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         choice_among("store", self.store, STORES)
@@ -80,6 +82,7 @@ class OwnServers:
                 load_format="dummy" if has_random_weights else None,
                 max_model_len=max_model_len,
                 kv_cache_gb=self.kv_cache_gb,
+                dtype=self.dtype,
                 lmcache_gb=self.store_gb,
                 port_base=free_port_base(),
                 ui=False,
