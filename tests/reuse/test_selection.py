@@ -10,6 +10,7 @@ import torch
 from kvarena.reuse.params import POLICIES, BlendParams
 from kvarena.reuse.plan import Chunk, ReusePlan, Span, as_token_ids
 from kvarena.reuse.selection import make_policy, reused_positions
+from kvarena.reuse.selection.policy import best_runs
 from kvarena.reuse.selection.random_tokens import RandomTokens
 
 CHUNK = Chunk(as_token_ids(range(100)))
@@ -98,3 +99,18 @@ def test_nothing_reused_is_nothing_chosen(policy: str) -> None:
 def test_bad_choices_are_named(choice: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BlendParams(**choice)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("run_tokens", [1, 3, 4, 100])
+def test_runs_are_those_with_the_largest_sums(run_tokens: int) -> None:
+    """Against every run written out; scores are distinct, so that there is one answer."""
+    generator = torch.Generator().manual_seed(run_tokens)
+    scores = torch.rand(50, generator=generator)
+    for count in (1, 7, 12, 49, 50):
+        found = best_runs(scores, count, run_tokens)
+        assert len(found) == len(found.unique()) == count
+        runs = [range(low, min(low + run_tokens, 50)) for low in range(0, 50, run_tokens)]
+        by_sum = sorted(runs, key=lambda run: -float(scores[list(run)].sum()))
+        assert found.tolist() == [token for run in by_sum for token in run][:count] or run_tokens == 1
+        if run_tokens == 1:
+            assert torch.equal(found, scores.argsort(descending=True)[:count])

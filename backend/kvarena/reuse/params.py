@@ -8,7 +8,11 @@ POLICIES = ("kv_deviation", "chunk_head", "query_attention", "random", "none", "
 DEVIATIONS = ("keys", "values")
 WITH_CHECK_LAYER = ("kv_deviation", "query_attention")
 """The policies that look at layers; the others choose before the first."""
-OPTIONS = {"kv_deviation": ("deviation", "num_filters"), "chunk_head": ("head_tokens",)}
+OPTIONS = {
+    "kv_deviation": ("deviation", "num_filters", "run_tokens"),
+    "chunk_head": ("head_tokens",),
+    "query_attention": ("run_tokens",),
+}
 """What some policies have beside ratio and check layer."""
 
 
@@ -17,7 +21,8 @@ class BlendParams:
     """Selection policy, share of reused tokens that it recomputes, and the layer (from 0) it looks at.
 
     `deviation` and `num_filters` are those of `kv_deviation`, `head_tokens` that of `chunk_head`: so many tokens of
-    each chunk in place of a share; 0 means the share. `kvarena.reuse.selection` says more of each.
+    each chunk in place of a share; 0 means the share. `run_tokens` is of both that score tokens: neighbours that are
+    chosen together. `kvarena.reuse.selection` says more of each.
     Raises `ValueError` naming the value and the choices.
     """
 
@@ -27,6 +32,7 @@ class BlendParams:
     deviation: str = "keys"
     num_filters: int = 1
     head_tokens: int = 0
+    run_tokens: int = 1
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -38,6 +44,7 @@ class BlendParams:
         _check_count("check_layer", self.check_layer, 0, "a layer number from 0")
         _check_count("num_filters", self.num_filters, 1, "a number of layers from 1")
         _check_count("head_tokens", self.head_tokens, 0, "a number of tokens from 0")
+        _check_count("run_tokens", self.run_tokens, 1, "a number of tokens from 1")
 
     @property
     def recomputes_all(self) -> bool:

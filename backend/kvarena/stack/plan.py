@@ -154,6 +154,7 @@ def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
             "deviation": settings.blend_deviation,
             "num_filters": settings.blend_num_filters,
             "head_tokens": settings.blend_head_tokens,
+            "run_tokens": settings.blend_run_tokens,
         }
         given = profile | {key: value for key, value in chosen.items() if value is not None}
         return dataclasses.replace(

@@ -138,6 +138,7 @@ def _simllm_options(plan: Plan) -> Options:
         "--deviation": plan.blend.deviation,
         "--num-filters": plan.blend.num_filters,
         "--head-tokens": plan.blend.head_tokens,
+        "--run-tokens": plan.blend.run_tokens,
         "--max-model-len": plan.max_model_len,
     }
 

@@ -148,6 +148,7 @@ class Settings(BaseSettings):
     blend_deviation: str | None = None
     blend_num_filters: Annotated[int, Field(ge=1)] | None = None
     blend_head_tokens: Annotated[int, Field(ge=0)] | None = None
+    blend_run_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("contenders", mode="before")
     @classmethod

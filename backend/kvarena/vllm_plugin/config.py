@@ -25,9 +25,9 @@ STORES = ("lmcache", "memory")
 class BlendConfig:
     """Every setting of the blend.
 
-    The first six are the defaults of what a request may choose (`BlendParams`). `separator` marks chunk boundaries in a
-    prompt's text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they don't.
-    Sizes are in bytes, times in seconds.
+    The first seven are the defaults of what a request may choose (`BlendParams`). `separator` marks chunk boundaries in
+    a prompt's text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they
+    don't. Sizes are in bytes, times in seconds.
     """
 
     policy: str = "kv_deviation"
@@ -36,6 +36,7 @@ class BlendConfig:
     deviation: str = "keys"
     num_filters: int = 1
     head_tokens: int = 0
+    run_tokens: int = 1
     separator: str = " # # "
     min_chunk_tokens: int = 16
     store: str = "lmcache"

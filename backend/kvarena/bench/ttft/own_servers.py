@@ -36,8 +36,8 @@ PORT_BASES = range(20_000, 60_000, 600)
 @dataclass(frozen=True)
 class OwnServers:
     """How servers are started. `store_gb` is the blend's memory for chunks, `kv_cache_gb` vLLM's for requests (None:
-    as the stack has it), both in GiB; `with_hf` adds Hugging Face with SDPA; `dtype` is what all compute in (None: as the
-    stack chooses).
+    as the stack has it), both in GiB; `with_hf` adds Hugging Face with SDPA; `dtype` is what all compute in (None: as
+    the stack chooses).
     """
 
     store: str = "lmcache"

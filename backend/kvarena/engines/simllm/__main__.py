@@ -63,6 +63,9 @@ def main(
     head_tokens: Annotated[
         int | None, typer.Option(help="Tokens of each chunk for chunk_head. [default: the model's profile]")
     ] = None,
+    run_tokens: Annotated[
+        int | None, typer.Option(help="Neighbours that are chosen together. [default: the model's profile]")
+    ] = None,
 ) -> None:
     chosen = {
         "policy": policy,
@@ -71,6 +74,7 @@ def main(
         "deviation": deviation,
         "num_filters": num_filters,
         "head_tokens": head_tokens,
+        "run_tokens": run_tokens,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     params = SimLLMParams(

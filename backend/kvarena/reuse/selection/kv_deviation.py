@@ -9,7 +9,7 @@ import torch
 
 from kvarena.reuse.plan import ReusePlan
 from kvarena.reuse.prefilled import LayerKV, Narrowing
-from kvarena.reuse.selection.policy import Evidence, Selection, reused_positions, share_of
+from kvarena.reuse.selection.policy import Evidence, Selection, best_runs, reused_positions, share_of
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,15 @@ class KVDeviation:
 
     `deviation`: "keys", as LMCache compares, or "values", as the paper's authors do. `num_filters`: from the check
     layer on, so many layers in a row filter, from twice the ratio evenly down to the ratio; 1 selects at once. The
-    paper's gradual filtering begins with somewhat more than the ratio too; how much more, it leaves open.
+    paper's gradual filtering begins with somewhat more than the ratio too; how much more, it leaves open. `run_tokens`:
+    so many neighbours are chosen together.
     """
 
     ratio: float
     check_layer: int = 1
     deviation: str = "keys"
     num_filters: int = 1
+    run_tokens: int = 1
 
     def watched_layers(self, num_layers: int) -> Sequence[int]:
         first = min(self.check_layer, num_layers - 1)
@@ -57,7 +59,7 @@ class KVDeviation:
             before = reused_kv(layer)[rows]
             now = getattr(fresh, self.deviation)[candidates.to(rows.device)]
             distance = (now.float() - before.float()).square_().sum(dim=(1, 2))
-            chosen = candidates[evidence.summed(distance).topk(count).indices]
+            chosen = candidates[best_runs(evidence.summed(distance), count, self.run_tokens)]
             return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
 
         return most_deviating

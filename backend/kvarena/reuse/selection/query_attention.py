@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvarena.reuse.plan import ReusePlan
-from kvarena.reuse.selection.policy import Evidence, Selection, reused_positions, share_of
+from kvarena.reuse.selection.policy import Evidence, Selection, best_runs, reused_positions, share_of
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class QueryAttention:
     averaged over the question's tokens and the heads. No layer is run over the context.
 
     One layer, where the papers take several together: which layers look for what the question is about depends on the
-    model, and early ones drown it.
+    model, and early ones drown it. `run_tokens`: so many neighbours are chosen together.
     """
 
     ratio: float
     check_layer: int
+    run_tokens: int = 1
 
     def watched_layers(self, num_layers: int) -> Sequence[int]:
         return (min(self.check_layer, num_layers - 1),)
@@ -36,7 +37,7 @@ class QueryAttention:
             return Selection(reused)
         (layer,) = self.watched_layers(evidence.num_layers)
         scores = _attention(evidence.question_queries(layer), evidence.reused_keys(layer))
-        best = evidence.summed(scores).topk(share_of(len(reused), self.ratio)).indices
+        best = best_runs(evidence.summed(scores), share_of(len(reused), self.ratio), self.run_tokens)
         return Selection(reused[best.sort().values])
 
 

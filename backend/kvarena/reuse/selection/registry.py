@@ -19,11 +19,13 @@ def make_policy(params: BlendParams) -> SelectionPolicy:
         return RecomputeNone()
     match params.policy:
         case "kv_deviation":
-            return KVDeviation(params.ratio, params.check_layer, params.deviation, params.num_filters)
+            return KVDeviation(
+                params.ratio, params.check_layer, params.deviation, params.num_filters, params.run_tokens
+            )
         case "chunk_head":
             return ChunkHead(params.ratio, params.head_tokens)
         case "query_attention":
-            return QueryAttention(params.ratio, params.check_layer)
+            return QueryAttention(params.ratio, params.check_layer, params.run_tokens)
         case "random":
             return RandomTokens(params.ratio)
     raise AssertionError(f"no policy {params.policy}")
