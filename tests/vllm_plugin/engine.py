@@ -1,7 +1,8 @@
 """vLLM engines in processes of their own: one engine each, so that none sees another's state.
 
 `run_in_engine(function, ...)` calls a module-level function there and returns its result. In the process the engine's
-core runs in place, so that a test may reach the connector and the model.
+core runs in place, so that a test may reach the connector and the model. The processes are forks of one that has only
+imported vLLM, which takes longer than a tiny engine's start.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models import registry
 
 from kvarena.vllm_plugin.config import BlendConfig, kv_transfer_config
 from kvarena.vllm_plugin.plugin import loaded_model
@@ -35,11 +39,16 @@ ENVIRONMENT = {
     "LMCACHE_TRACK_USAGE": "false",
 }
 
+IMPORTED = ["vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"]
 
-def run_in_engine(function: Callable[..., Result], *args: Any) -> Result:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_set_environment, initargs=(ENVIRONMENT,)) as pool:
-        return pool.submit(function, *args).result()
+
+def run_in_engine(function: Callable[..., Result], *args: Any, **settings: Any) -> Result:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare) as pool:
+        return pool.submit(function, *args, **settings).result()
 
 
 def make_engine(model: str, config: BlendConfig | None, **settings: Any) -> Any:
@@ -75,8 +84,8 @@ def report_of(output: Any) -> dict[str, Any]:
     return report
 
 
-def plain_tokens(model: str, prompts: list[str], max_tokens: int) -> list[list[int]]:
-    return tokens_of(generate(make_engine(model, None), prompts, max_tokens))
+def plain_tokens(model: str, prompts: list[str], max_tokens: int, **settings: Any) -> list[list[int]]:
+    return tokens_of(generate(make_engine(model, None, **settings), prompts, max_tokens))
 
 
 @dataclass(frozen=True)
@@ -155,5 +164,7 @@ def _run_step(llm: Any, step: Step) -> Outcome:
     )
 
 
-def _set_environment(variables: dict[str, str]) -> None:
-    os.environ.update(variables)
+def _prepare() -> None:
+    """vLLM looks at a model's class in a process of its own, lest CUDA is initialised; a tiny model doesn't wait."""
+    os.environ.update(ENVIRONMENT)
+    registry._run_in_subprocess = lambda look: look()
