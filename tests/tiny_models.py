@@ -38,6 +38,18 @@ WORDS = [
     "green",
 ]
 FAMILIES: dict[str, Any] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.12,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 
 
@@ -59,20 +71,7 @@ def save_tiny_model(
 ) -> Path:
     """Four layers of hidden size 128 with weights large enough for answers that depend on the whole prompt."""
     tokenizer = tiny_tokenizer()
-    settings: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.12,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "dtype": dtype,
-    }
+    settings: dict[str, Any] = SHAPE | {"vocab_size": len(tokenizer), "dtype": dtype}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(FAMILIES[family](**(settings | config)))
     model.to(dtype).save_pretrained(folder)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
+import families
 from blended import Blended, cached_kv, make_prompts
 from kvarena.engines.blend.blendable import BlendableModel
 from kvarena.engines.blend.prefill import BlendedPrefill
@@ -23,28 +24,10 @@ from kvarena.reuse.plan import Chunk, as_token_ids
 from kvarena.reuse.prefilled import LayerKV, Narrowing
 from kvarena.reuse.store import FoundKV, MemoryStore
 from references import CacheBlend
-from tiny_models import FAMILIES, save_tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, tiny_tokenizer
 
 ALL, NONE = BlendParams("all"), BlendParams("none")
 NUM_TOKENS = 16
-SCALINGS: dict[str, dict[str, Any]] = {
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 128,
-    },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
-}
-ODD_KEYS: dict[str, dict[str, Any]] = {
-    "cohere": {},
-    "glm": {"pad_token_id": 0, "partial_rotary_factor": 0.5},
-    "phi3": {"pad_token_id": 0, "partial_rotary_factor": 0.5},
-    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0, 1, 0]},
-}
-"""Pairs that lie side by side, dimensions that aren't rotated, layers without rotation."""
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES])
@@ -197,22 +180,17 @@ def assert_equals_recomputed(
     assert result.report.store_errors == 0
 
 
-@pytest.mark.parametrize("name", SCALINGS)
-def test_scaled_frequencies(tmp_path: Path, name: str) -> None:
-    blended = Blended.load(save_tiny_model(tmp_path, rope_parameters={"rope_theta": 1e4, **SCALINGS[name]}))
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_family(name: str, tmp_path: Path) -> None:
+    blended = Blended.load(families.save_family(tmp_path, name))
     assert_blind(blended, make_prompts(3, 2))
     assert_exact(blended, make_prompts(3, 1), ALL)
-
-
-@pytest.mark.parametrize("kind", ODD_KEYS)
-def test_keys_that_turn_otherwise(kind: str) -> None:
-    model = tiny_model(kind, **ODD_KEYS[kind])
-    blended = Blended(model, model.module)
-    assert_blind(blended, make_prompts(4, 2))
-    rotations = BlendableModel(model).rotations
-    assert [rotation is not None for rotation in rotations] == [
-        bool(x) for x in ODD_KEYS[kind].get("no_rope_layers", [1] * 4)
-    ]
+    assert_exact(blended, make_prompts(3, 1), BlendParams(ratio=1.0, check_layer=2))
+    without_rotation = {"smollm3": [1, 3], "cohere2": [3]}.get(name, [])
+    rotations = BlendableModel(blended.model).rotations
+    assert [layer for layer, rotation in enumerate(rotations) if rotation is None] == without_rotation
+    assert len(set(rotations) - {None}) == (2 if name == "gemma3" else 1)
+    blended.model.close()
 
 
 def test_without_chunks_it_is_the_prefill_itself(blended: Blended) -> None:
@@ -301,7 +279,7 @@ def test_a_bad_store_costs_time_only(model_folders: dict[str, Path], loses: str)
             "length of the text",
         ),
         ("mistral", {"sliding_window": 512}, "window of 512 tokens is shorter than the context of 1024"),
-        ("gemma3_text", {}, "sliding|several rotary"),
+        ("gemma3_text", {"sliding_window": 512}, "window of 512 tokens is shorter than the context of 1024"),
         ("gpt2", {"n_embd": 64, "n_head": 2, "n_layer": 4}, "without rotary embeddings"),
         ("llama", {"attn_implementation": "eager"}, "attention is 'eager'"),
         (

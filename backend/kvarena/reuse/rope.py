@@ -8,9 +8,12 @@ RoPE: Su et al., arXiv 2104.09864; YaRN: Peng et al., arXiv 2309.00071.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,3 +83,34 @@ class Turn:
             first, second = x.chunk(2, dim=-1)
             return first, second
         return x[..., 0::2], x[..., 1::2]
+
+
+def inverse_frequencies(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What Hugging Face's rotary embeddings in a module keep as `inv_freq`, fp32 `(D_rot / 2,)`, each once."""
+    buffers = (buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq"))
+    return list({tuple(buffer.tolist()): buffer.float().cpu() for buffer in buffers}.values())
+
+
+def fitting_rotations(
+    candidates: Sequence[Rotation], here: torch.Tensor, there: torch.Tensor, distance: int
+) -> list[Rotation | None]:
+    """Which rotation turns each layer's keys; None for a layer whose keys don't turn.
+
+    `here` and `there` are the keys `(L, H_kv, D)` of one token that attends to itself only, `distance` positions apart:
+    they differ by their position alone. So what a model says of its rotations is tried, and not believed. Raises
+    `ValueError` for a layer that none fits, and where no layer's keys turn.
+    """
+    rotations = []
+    for layer, (near, far) in enumerate(zip(here.float(), there.float(), strict=True)):
+        errors = [((_moved(near, rotation, distance) - far).norm(), rotation) for rotation in (*candidates, None)]
+        error, best = min(errors, key=lambda tried: float(tried[0]))
+        if not error <= _TOLERANCE * far.norm():
+            raise ValueError(f"the keys of layer {layer} don't turn as its rotary embedding says")
+        rotations.append(best)
+    if not any(rotations):
+        raise ValueError("its keys don't turn with their positions")
+    return rotations
+
+
+def _moved(keys: torch.Tensor, rotation: Rotation | None, distance: int) -> torch.Tensor:
+    return keys if rotation is None else rotation.move(keys, distance)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 KVHook = Callable[[int, torch.Tensor, torch.Tensor], None]
 QueriesHook = Callable[[torch.Tensor], None]
+Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -35,14 +37,13 @@ def reading_kv(
 ) -> Iterator[None]:
     """Call `on_kv(layer, keys, values)` (each `(T, H_kv * D)`, valid only during the call) before these attend."""
 
-    def hook_of(layer: int) -> Callable[..., None]:
-        def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-            _, key, value = [*args, *kwargs.values()][:3]
+    def hook_of(layer: int) -> Hook:
+        def hook(_query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
             on_kv(layer, key.flatten(1), value.flatten(1))
 
         return hook
 
-    with _hooked([(attentions[layer], hook_of(layer)) for layer in layers], prepend=before_others):
+    with _hooked([(attentions[layer], hook_of(layer)) for layer in layers], first=before_others):
         yield
 
 
@@ -50,8 +51,7 @@ def reading_kv(
 def reading_queries(attention: torch.nn.Module, on_queries: QueriesHook) -> Iterator[None]:
     """Call `on_queries(queries)` (`(T, H * D)`, rotated, valid only during the call) before this layer attends."""
 
-    def hook(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-        query = next(iter([*args, *kwargs.values()]))
+    def hook(query: torch.Tensor, _key: torch.Tensor, _value: torch.Tensor) -> None:
         on_queries(query.flatten(1))
 
     with _hooked([(attention, hook)]):
@@ -59,13 +59,38 @@ def reading_queries(attention: torch.nn.Module, on_queries: QueriesHook) -> Iter
 
 
 @contextmanager
-def _hooked(hooks: Sequence[tuple[torch.nn.Module, Callable[..., None]]], *, prepend: bool = False) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend) for module, hook in hooks]
+def _hooked(hooks: Sequence[tuple[torch.nn.Module, Hook]], *, first: bool = False) -> Iterator[None]:
+    for attention, hook in hooks:
+        own = _hooked_forward(attention).hooks
+        own.insert(0 if first else len(own), hook)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for attention, hook in hooks:
+            _hooked_forward(attention).hooks.remove(hook)
+            if not _hooked_forward(attention).hooks:
+                del attention.forward
+
+
+@dataclass
+class _HookedForward:
+    """An attention layer's `forward` with hooks on what it is given. In its place, and not one of torch's own hooks:
+    vLLM calls the layers of models that come from Transformers past those.
+    """
+
+    original: Callable[..., torch.Tensor]
+    hooks: list[Hook] = field(default_factory=list)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        for hook in self.hooks:
+            hook(*[*args, *kwargs.values()][:3])
+        return self.original(*args, **kwargs)
+
+
+def _hooked_forward(attention: torch.nn.Module) -> _HookedForward:
+    if not isinstance(attention.forward, _HookedForward):
+        attention.forward = _HookedForward(attention.forward)
+    return attention.forward
 
 
 class NarrowedLayer:
@@ -157,9 +182,11 @@ class NarrowedLayer:
         counts = [len(kv.keys) for kv in self._kv]
 
         def join(*inputs: Any) -> Any:
-            if all(torch.is_tensor(x) and x.dim() and len(x) == n for x, n in zip(inputs, counts, strict=True)):
-                return self._narrowed_inputs.setdefault(id(inputs[-1]), torch.cat(inputs)[chosen])
-            return inputs[-1]
+            axis = _token_axis(inputs, counts)
+            if axis is None:
+                return inputs[-1]
+            rows = torch.cat(inputs, dim=axis).index_select(axis, chosen)
+            return self._narrowed_inputs.setdefault(id(inputs[-1]), rows)
 
         joined: LayerCall = tree_map(join, *self._calls)
         return joined
@@ -178,8 +205,19 @@ def _decoder_layer(model: torch.nn.Module, path: list[str]) -> torch.nn.Module:
     for depth in range(len(path) - 1, 0, -1):
         if isinstance(model.get_submodule(".".join(path[:depth])), torch.nn.ModuleList):
             return model.get_submodule(".".join(path[: depth + 1]))
-    raise ValueError(f"{type(model).__name__} can't be blended: its layers are in no list")
+    raise ValueError("its layers are in no list")
 
 
 def _copied(x: Any) -> Any:
     return x.clone() if torch.is_tensor(x) else x
+
+
+def _token_axis(inputs: Sequence[Any], counts: Sequence[int]) -> int | None:
+    """Where the inputs of a layer have a row per token: `(T, ...)`, or behind a batch of one, `(1, T, ...)`."""
+    if not all(map(torch.is_tensor, inputs)):
+        return None
+    for axis in (0, 1):
+        lengths = [x.shape[axis] if x.dim() > axis else None for x in inputs]
+        if lengths == list(counts) and (axis == 0 or all(len(x) == 1 for x in inputs)):
+            return axis
+    return None

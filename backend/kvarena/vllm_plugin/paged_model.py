@@ -22,7 +22,8 @@ from kvarena.reuse.plan import TokenIds
 from kvarena.reuse.prefilled import Narrowing
 from kvarena.reuse.rope import Rotation
 from kvarena.vllm_plugin.layer_hooks import KVKnown, NarrowedLayer, decoder_layers, reading_kv, reading_queries
-from kvarena.vllm_plugin.supported import attention_layers, refuse_unsupported, rotations_of
+from kvarena.vllm_plugin.rotations import rotations_of
+from kvarena.vllm_plugin.supported import attention_layers, refuse_unsupported
 from kvarena.vllm_plugin.tensor_parallel import make_ranks
 
 
@@ -47,7 +48,7 @@ class Row:
 
 
 class VllmModel:
-    """The model of this worker. Raises `ValueError` for one whose KV can't be blended."""
+    """The model of this worker. Raises `ValueError` with the reason for one whose KV can't be blended."""
 
     def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         refuse_unsupported(vllm_config, kv_cache_config)
@@ -55,7 +56,6 @@ class VllmModel:
         self.vllm_config = vllm_config
         self.layers = attention_layers(model)
         self.blocks = decoder_layers(model, self.layers)
-        self.rotations: Sequence[Rotation | None] = rotations_of(model, self.layers)
         self.layer_names = [layer.layer_name for layer in self.layers]
         self.num_kv_heads: int = self.layers[0].num_kv_heads
         self.head_size: int = self.layers[0].head_size
@@ -65,14 +65,19 @@ class VllmModel:
         self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._builder = self._metadata_builder(kv_cache_config)
+        self.rotations: Sequence[Rotation | None] = rotations_of(self)
 
     def prompt(self, token_ids: TokenIds, block_ids: Sequence[int], start: int) -> PagedPrompt:
         return PagedPrompt(self, token_ids, block_ids, start)
 
-    def forward(self, rows: Sequence[Row]) -> None:
-        """Run rows in one batch until their KV is complete: behind the last layer's keys nothing is needed."""
+    def forward(self, rows: Sequence[Row], positions: torch.Tensor | None = None) -> None:
+        """Run rows in one batch until their KV is complete: behind the last layer's keys nothing is needed.
+
+        `positions`: what the model is told of them, where that isn't where they lie in the cache.
+        """
         token_ids = torch.cat([row.token_ids for row in rows]).to(self.device)
-        positions = torch.cat([row.positions for row in rows]).to(self.device)
+        if positions is None:
+            positions = torch.cat([row.positions for row in rows])
         metadata, slots = self.attention_metadata(rows)
         last = len(self.layers) - 1
         with (
@@ -82,7 +87,21 @@ class VllmModel:
             reading_kv(self.layers, [last], self._write_and_stop),
             suppress(KVKnown),
         ):
-            self.model(input_ids=token_ids, positions=positions)
+            self.model(input_ids=token_ids, positions=positions.to(self.device))
+
+    @torch.inference_mode()
+    def lone_keys(self, position: int) -> torch.Tensor:
+        """The keys `(L, H_kv, D)` of a token at this position that attends to itself only."""
+        unseen = float("nan")
+        keys = torch.full((len(self.layers), self.num_kv_heads, self.head_size), unseen)
+
+        def keep(layer: int, own: torch.Tensor, _values: torch.Tensor) -> None:
+            keys[layer] = own.view(self.num_kv_heads, self.head_size)
+
+        token_id = torch.tensor([self.vllm_config.model_config.get_vocab_size() // 2])
+        with reading_kv(self.layers, range(len(self.layers)), keep):
+            self.forward([Row(token_id, 0, torch.zeros(1, dtype=torch.int32))], torch.tensor([position]))
+        return keys
 
     def attention_metadata(self, rows: Sequence[Row]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """What vLLM's forward context holds for a batch of rows: metadata and slots by layer name."""

@@ -33,7 +33,10 @@ class WorkerHalf:
 
     def attach(self) -> None:
         """Raises `ValueError` for a model that can't be blended."""
-        self._engine = VllmModel(loaded_model(), self._vllm_config, self._kv_cache_config)
+        try:
+            self._engine = VllmModel(loaded_model(), self._vllm_config, self._kv_cache_config)
+        except ValueError as error:
+            raise ValueError(f"{self._vllm_config.model_config.model} can't be blended: {error}") from error
         self._blender = Blender(AgreedStore(self._make_store(self._engine), self._engine.ranks))
         logger.info("blending %d layers over the %s store", len(self._engine.layers), self._config.store)
 

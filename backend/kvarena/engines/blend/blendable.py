@@ -8,18 +8,14 @@ the beginning, moved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 
 from kvarena.engines import attention
 from kvarena.engines.hf_model import HFModel, UnsupportedModel
-from kvarena.reuse.rope import Rotation
+from kvarena.reuse.rope import Rotation, fitting_rotations, inverse_frequencies
 
-_TABLE_POSITIONS = 4096
 _FAR_POSITION = 1000
-_TOLERANCE = 0.05
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -63,52 +59,29 @@ def _decoder_layers(module: torch.nn.Module, num_layers: int) -> list[torch.nn.M
 
 
 def _rotations(model: HFModel) -> list[Rotation | None]:
-    """Each layer's rotation; None for a layer whose keys don't turn."""
-    halves = _rotation(_rotary_module(model.module), model)
-    candidates = (halves, replace(halves, is_neox=False), None)
-    distance = min(_FAR_POSITION, model.max_model_len - 1)
-    keys = zip(_keys_at(model, 0), _keys_at(model, distance), strict=True)
-    return [_fitting(candidates, layer, here, there, distance) for layer, (here, there) in enumerate(keys)]
+    """Each layer's rotation; None for a layer whose keys don't turn.
 
-
-def _rotary_module(module: torch.nn.Module) -> Any:
-    rotaries = [m for m in module.modules() if any("inv_freq" in name for name, _ in m.named_buffers(recurse=False))]
-    if not rotaries:
-        raise ValueError("without rotary embeddings its keys can't be moved")
-    kinds = {str(getattr(rotary, "rope_type", "default")) for rotary in rotaries}
-    if len(rotaries) > 1 or not hasattr(rotaries[0], "inv_freq"):
-        raise ValueError(f"it has several rotary embeddings: {', '.join(sorted(kinds))}")
-    if kinds & set(_LENGTH_DEPENDENT):
-        raise ValueError(f"its rotary frequencies depend on the length of the text ({kinds.pop()})")
-    return rotaries[0]
-
-
-def _rotation(rotary: Any, model: HFModel) -> Rotation:
-    """From the module's own table, in fp32, in which every frequency stands twice: by halves or side by side.
-
-    Which dimensions make a pair doesn't follow from that; it shows in the keys.
+    Which of them a layer uses, and whether dimensions pair by halves or side by side, shows in its keys.
     """
-    positions = torch.arange(max(2, min(_TABLE_POSITIONS, model.max_model_len)), device=model.kv_shape.device)
-    table = rotary(torch.zeros(1, device=positions.device), positions[None])
-    cos, sin = (part[0].float().cpu() for part in table)  # (positions, D_rot)
-    half = cos.shape[1] // 2
-    each_once = slice(half) if torch.equal(cos[:, :half], cos[:, half:]) else slice(0, None, 2)
-    return Rotation.from_cos_sin(cos[:, each_once], sin[:, each_once])
+    if kinds := _rope_types(model.module) & set(_LENGTH_DEPENDENT):
+        raise ValueError(f"its rotary frequencies depend on the length of the text ({kinds.pop()})")
+    frequencies = inverse_frequencies(model.module)
+    if not frequencies:
+        raise ValueError("without rotary embeddings its keys can't be moved")
+    candidates = [Rotation(inv_freq, is_neox) for inv_freq in frequencies for is_neox in (True, False)]
+    distance = min(_FAR_POSITION, model.max_model_len - 1)
+    return fitting_rotations(candidates, _keys_at(model, 0), _keys_at(model, distance), distance)
+
+
+def _rope_types(module: torch.nn.Module) -> set[str]:
+    """Of all rotary embeddings; one that serves several kinds of layers has a type for each."""
+    found = [getattr(m, "rope_type", "default") for m in module.modules()]
+    return {str(kind) for own in found for kind in (own.values() if isinstance(own, dict) else [own])}
 
 
 def _keys_at(model: HFModel, position: int) -> torch.Tensor:
-    """The keys `(L, H_kv, 1, D)` of a token by itself: it attends to nothing else, so only its position shows."""
+    """The keys `(L, H_kv, D)` of a token by itself: it attends to nothing else, so only its position shows."""
     kv = model.new_kv(1)
     position_ids = torch.tensor([[position]], device=model.kv_shape.device)
     model.forward([model.vocab_size // 2], position_ids=position_ids, past_key_values=kv, use_cache=True)
-    return kv.filled(0, 1)[:, 0].float()
-
-
-def _fitting(
-    candidates: Sequence[Rotation | None], layer: int, here: torch.Tensor, there: torch.Tensor, distance: int
-) -> Rotation | None:
-    for rotation in candidates:
-        moved = rotation.move(here, distance) if rotation else here
-        if (moved - there).norm() <= _TOLERANCE * there.norm():
-            return rotation
-    raise ValueError(f"the keys of layer {layer} don't turn as its rotary embedding says")
+    return kv.filled(0, 1)[:, 0, :, 0].float()
