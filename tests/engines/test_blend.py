@@ -186,6 +186,10 @@ def test_family(name: str, tmp_path: Path) -> None:
     assert_blind(blended, make_prompts(3, 2))
     assert_exact(blended, make_prompts(3, 1), ALL)
     assert_exact(blended, make_prompts(3, 1), BlendParams(ratio=1.0, check_layer=2))
+    for params in (BlendParams(ratio=0.2, check_layer=2), BlendParams(ratio=0.2, num_filters=3)):
+        report = blended.prefill(blended.encode(make_prompts(3, 1)[0]), params).report
+        assert report.num_recomputed_tokens > 0
+        assert report.store_errors == 0
     without_rotation = {"smollm3": [1, 3], "cohere2": [3]}.get(name, [])
     rotations = BlendableModel(blended.model).rotations
     assert [layer for layer, rotation in enumerate(rotations) if rotation is None] == without_rotation

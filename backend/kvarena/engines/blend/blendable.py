@@ -34,6 +34,11 @@ class BlendableModel:
         except ValueError as error:
             raise UnsupportedModel(f"{type(model.module).__name__} can't be blended: {error}") from error
 
+    @property
+    def has_several_rotations(self) -> bool:
+        """Whether layers turn keys differently, so that the model hands them different angles."""
+        return len(set(self.rotations) - {None}) > 1
+
 
 def _refuse_attention(model: HFModel) -> None:
     config = model.module.config.get_text_config()

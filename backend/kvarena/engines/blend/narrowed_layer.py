@@ -21,7 +21,7 @@ class NarrowedLayer:
     The layer is run up to its KV to let `choose` see them, and is then called with the rows of its inputs that were
     chosen; so are the layers behind it, which the model hands the same masks, angles and positions. Where a prompt
     takes several pieces, the first ones end at this layer and leave their inputs, and the last one goes on with what
-    was chosen of all.
+    was chosen of all. Inputs that only later layers use are narrowed where there is one piece.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class NarrowedLayer:
         self._positions: list[torch.Tensor] = []
         self._kv: list[LayerKV] = []
         self._narrowed_inputs: dict[int, torch.Tensor] = {}
+        self._chosen = torch.empty(0, dtype=torch.int64)
 
     def __enter__(self) -> NarrowedLayer:
         self._handles = [self._layer.register_forward_pre_hook(self._hook, with_kwargs=True)]
@@ -59,8 +60,15 @@ class NarrowedLayer:
         return self._narrowed()
 
     def _later_hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-        call: LayerCall = tree_map(lambda x: self._narrowed_inputs.get(id(x), x), (args, kwargs))
+        call: LayerCall = tree_map(self._narrowed_later, (args, kwargs))
         return call
+
+    def _narrowed_later(self, x: Any) -> Any:
+        """A later layer's input: as narrowed here, or now, where only that layer uses it (angles of another base)."""
+        if id(x) not in self._narrowed_inputs and self._num_pieces == 1 and len(self.kept) < len(self._positions[0]):
+            if _has_rows(x, len(self._positions[0])):
+                self._narrowed_inputs[id(x)] = x[:, self._chosen]
+        return self._narrowed_inputs.get(id(x), x)
 
     def _narrowed(self) -> LayerCall:
         """One call with the chosen rows of every piece's inputs; what has no row per token is the last piece's."""
@@ -68,6 +76,7 @@ class NarrowedLayer:
         fresh = LayerKV(*map(torch.cat, zip(*self._kv, strict=True)))
         chosen = self._choose(positions.cpu(), fresh).to(positions.device)
         self.kept = positions[chosen].cpu()
+        self._chosen = chosen
         mask_of_all = self._cache.mask
         self._cache.go_on_with(positions[chosen])
         self._narrowed_inputs[id(mask_of_all)] = self._cache.mask

@@ -49,6 +49,8 @@ class HFPrefilledModel:
 
     def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
         pieces = self._pieces(positions)
+        if narrowings and self._engine.has_several_rotations:
+            pieces = [positions]
         num_pieces, kept = len(pieces), positions
         with ExitStack() as stack:
             narrowed = []
