@@ -80,6 +80,10 @@ def up(
         int | None, typer.Option(help="Longest context in tokens. [default: the model's own]")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of chunk files. [default: data]")] = None,
+    blend_unsupported: Annotated[
+        str | None,
+        typer.Option(help="A model that can't be blended: refuse, or serve it plain. [default: refuse]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Start the stack, wait until it is healthy and fill the chunk cache."""
@@ -101,6 +105,7 @@ def up(
         dtype=dtype,
         max_model_len=max_model_len,
         data_dir=data.expanduser().resolve() if data else None,
+        blend_unsupported=blend_unsupported,
     )
     warmed: list[WarmResult] = []
 

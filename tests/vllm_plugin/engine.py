@@ -29,6 +29,8 @@ from kvarena.vllm_plugin.plugin import loaded_model
 Result = TypeVar("Result")
 
 MEMORY = BlendConfig(store="memory", store_bytes=64 << 20)
+PIECES: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 4}
+"""Settings with which prompts are prefilled in pieces."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -162,6 +162,7 @@ def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
             lmcache_url=f"tcp://127.0.0.1:{settings.ports.lmcache}",
             lmcache_http_url=f"http://127.0.0.1:{settings.ports.lmcache_http}",
             index_path=str(home.chunk_index(model.name)),
+            unsupported=settings.blend_unsupported,
         )
     except (TypeError, ValueError) as error:
         raise StackError(f"the blend's settings are wrong: {error}") from error

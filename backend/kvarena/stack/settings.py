@@ -23,6 +23,7 @@ PrefixStorage = Literal["cpu", "device"]
 SimLLMMode = Literal["top_layer", "aligned"]
 AI100Runtime = Literal["auto", "qaic", "host", "onnx"]
 AI100Topics = Literal["keyword", "embedding"]
+BlendUnsupported = Literal["refuse", "plain"]
 SimilarityThreshold = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
 
@@ -149,6 +150,7 @@ class Settings(BaseSettings):
     blend_num_filters: Annotated[int, Field(ge=1)] | None = None
     blend_head_tokens: Annotated[int, Field(ge=0)] | None = None
     blend_run_tokens: Annotated[int, Field(ge=1)] | None = None
+    blend_unsupported: BlendUnsupported = "refuse"
 
     @field_validator("contenders", mode="before")
     @classmethod

@@ -19,6 +19,7 @@ MODEL_PROFILE_NAME = "kvarena.json"
 PROFILE_FIELDS = ("separator", *(field.name for field in dataclasses.fields(BlendParams)))
 
 STORES = ("lmcache", "memory")
+UNSUPPORTED = ("refuse", "plain")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class BlendConfig:
 
     The first seven are the defaults of what a request may choose (`BlendParams`). `separator` marks chunk boundaries in
     a prompt's text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they
-    don't. Sizes are in bytes, times in seconds.
+    don't. `unsupported`: whether a model that can't be blended stops the server, or is served without. Sizes are in
+    bytes, times in seconds.
     """
 
     policy: str = "kv_deviation"
@@ -45,11 +47,14 @@ class BlendConfig:
     lmcache_http_url: str = "http://127.0.0.1:8080"
     lmcache_timeout_s: float = 1.0
     index_path: str = ""
+    unsupported: str = "refuse"
 
     def __post_init__(self) -> None:
         _ = self.params
         if self.store not in STORES:
             raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
+        if self.unsupported not in UNSUPPORTED:
+            raise ValueError(f"unsupported must be one of {', '.join(UNSUPPORTED)}, not {self.unsupported!r}")
         if not self.separator.isascii():
             raise ValueError(f"separator must be ASCII, not {self.separator!r}")
         if self.min_chunk_tokens < 1:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
+    SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -23,14 +24,14 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from kvarena.vllm_plugin.config import BlendConfig
-from kvarena.vllm_plugin.messages import BlendJobs, BlendReports
+from kvarena.vllm_plugin.messages import BlendJobs, BlendRefusal, BlendReports
 from kvarena.vllm_plugin.model_id import model_id
 from kvarena.vllm_plugin.scheduler_half import SchedulerHalf
 from kvarena.vllm_plugin.stats import BlendPromMetrics, BlendStats
 from kvarena.vllm_plugin.worker_half import WorkerHalf
 
 
-class KVArenaConnector(KVConnectorBase_V1):
+class KVArenaConnector(KVConnectorBase_V1, SupportsHMA):
     """Blends known chunks into new prompts. Raises `ValueError` for unknown settings or an unsupported model."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -47,6 +48,14 @@ class KVArenaConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker.attach()
+
+    def get_handshake_metadata(self) -> BlendRefusal | None:
+        return BlendRefusal(self.refusal) if self.refusal else None
+
+    @property
+    def refusal(self) -> str:
+        """Why this worker's model is served without blending; empty where it is blended."""
+        return self._worker.refusal
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         jobs = self._get_connector_metadata()
@@ -67,6 +76,11 @@ class KVArenaConnector(KVConnectorBase_V1):
 
     # Scheduler
 
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
+        for refusal in metadata.values():
+            assert isinstance(refusal, BlendRefusal)
+            self._scheduler.refusal = refusal.reason
+
     def on_new_request(self, request: Request) -> None:
         self._scheduler.on_new_request(request)
 
@@ -84,7 +98,9 @@ class KVArenaConnector(KVConnectorBase_V1):
         if isinstance(reports, BlendReports):
             self._scheduler.on_reports(reports)
 
-    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         return False, self._scheduler.request_finished(request)
 
     # Both

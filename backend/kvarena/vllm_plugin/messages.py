@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
@@ -17,11 +18,14 @@ from kvarena.reuse.plan import ReusePlan, TokenIds
 
 @dataclass(frozen=True)
 class BlendJob:
-    """Scheduler to worker: fill `[start, end)` of a prompt in its own blocks, before this step's forward."""
+    """Scheduler to worker: fill `[start, end)` of a prompt in its own blocks, before this step's forward.
+
+    `block_ids` has the blocks of each of vLLM's groups of layers.
+    """
 
     request_id: str
     token_ids: TokenIds
-    block_ids: list[int]
+    block_ids: tuple[list[int], ...]
     start: int
     end: int
     plan: ReusePlan
@@ -34,6 +38,13 @@ class BlendJobs(KVConnectorMetadata):
     """The jobs of one step, in the order in which their requests were scheduled."""
 
     jobs: list[BlendJob] = field(default_factory=list)
+
+
+@dataclass
+class BlendRefusal(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, at start: why this model can't be blended."""
+
+    reason: str
 
 
 @dataclass

@@ -36,7 +36,7 @@ class KVArenaMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["method"] == "GET" and scope["path"] == "/kvarena":
-            await _send_json(send, 200, _describe(scope))
+            await _send_json(send, 200, await _describe(scope))
         elif scope["method"] == "GET" and scope["path"].startswith(_REPORT_PATH):
             await _send_report(send, scope["path"].removeprefix(_REPORT_PATH))
         elif scope["method"] == "POST" and scope["path"] in _COMPLETIONS:
@@ -59,8 +59,9 @@ class KVArenaMiddleware:
         await self._app(_with_length(scope, body), _replay(body, receive), send)
 
 
-def _describe(scope: Scope) -> dict[str, Any]:
+async def _describe(scope: Scope) -> dict[str, Any]:
     config = _config(scope)
+    refusal = await _refusal(scope)
     return {
         "contender": "blend",
         "policies": list(POLICIES),
@@ -69,7 +70,18 @@ def _describe(scope: Scope) -> dict[str, Any]:
         "store": config.store,
         "min_chunk_tokens": config.min_chunk_tokens,
         "num_layers": _num_layers(scope),
+        "blends": not refusal,
+        **({"reason": refusal} if refusal else {}),
     }
+
+
+async def _refusal(scope: Scope) -> str:
+    """Why this model is served without blending. Its workers know; it never changes, so they are asked once."""
+    state = scope["app"].state
+    if not hasattr(state, "kvarena_refusal"):
+        refusals: list[str] = await state.engine_client.collective_rpc("kvarena_refusal")
+        state.kvarena_refusal = next(filter(None, refusals), "")
+    return str(state.kvarena_refusal)
 
 
 def _num_layers(scope: Scope) -> int:

@@ -16,7 +16,7 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from kvarena.reuse.plan import TokenIds
 from kvarena.reuse.prefilled import Narrowing
@@ -29,7 +29,10 @@ from kvarena.vllm_plugin.tensor_parallel import make_ranks
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens at `[first, first + T)` of a sequence that lies in `block_ids`; both tensors are int64 / int32 on CPU."""
+    """Tokens at `[first, first + T)` of a sequence whose blocks are `block_ids` `(G, N)`, in each group of layers.
+
+    Both tensors are on the CPU, int64 and int32.
+    """
 
     token_ids: torch.Tensor
     first: int
@@ -45,6 +48,14 @@ class Row:
     def split(self, size: int) -> tuple[Row, Row]:
         rest = Row(self.token_ids[size:], self.first + size, self.block_ids)
         return Row(self.token_ids[:size], self.first, self.block_ids), rest
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose KV lies in the same blocks, as vLLM groups them; `builder` is their attention backend's."""
+
+    layer_names: Sequence[str]
+    builder: Any
 
 
 class VllmModel:
@@ -64,10 +75,11 @@ class VllmModel:
         self.ranks = make_ranks()
         self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
-        self._builder = self._metadata_builder(kv_cache_config)
+        self.groups = [self._group(group) for group in kv_cache_config.kv_cache_groups]
+        self.group_of = {name: number for number, group in enumerate(self.groups) for name in group.layer_names}
         self.rotations: Sequence[Rotation | None] = rotations_of(self)
 
-    def prompt(self, token_ids: TokenIds, block_ids: Sequence[int], start: int) -> PagedPrompt:
+    def prompt(self, token_ids: TokenIds, block_ids: Sequence[Sequence[int]], start: int) -> PagedPrompt:
         return PagedPrompt(self, token_ids, block_ids, start)
 
     def forward(self, rows: Sequence[Row], positions: torch.Tensor | None = None) -> None:
@@ -100,14 +112,20 @@ class VllmModel:
 
         token_id = torch.tensor([self.vllm_config.model_config.get_vocab_size() // 2])
         with reading_kv(self.layers, range(len(self.layers)), keep):
-            self.forward([Row(token_id, 0, torch.zeros(1, dtype=torch.int32))], torch.tensor([position]))
+            first_block = torch.zeros(len(self.groups), 1, dtype=torch.int32)
+            self.forward([Row(token_id, 0, first_block)], torch.tensor([position]))
         return keys
 
     def attention_metadata(self, rows: Sequence[Row]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """What vLLM's forward context holds for a batch of rows: metadata and slots by layer name."""
-        slots = torch.cat([self.slots(row) for row in rows]).to(self.device)
-        metadata = self._builder.build(0, self._common_metadata(rows, slots))
-        return dict.fromkeys(self.layer_names, metadata), dict.fromkeys(self.layer_names, slots)
+        metadata: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
+        for number, group in enumerate(self.groups):
+            own_slots = torch.cat([self.slots(row)[number] for row in rows]).to(self.device)
+            own = group.builder.build(0, self._common_metadata(rows, number, own_slots))
+            metadata |= dict.fromkeys(group.layer_names, own)
+            slots |= dict.fromkeys(group.layer_names, own_slots)
+        return metadata, slots
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keys and values `(T, H_kv, D)` to their slots of the paged cache."""
@@ -121,14 +139,15 @@ class VllmModel:
         raise KVKnown
 
     def slots(self, row: Row) -> torch.Tensor:
-        blocks = row.block_ids.long()[row.positions // self.block_size]
+        """Where its tokens lie in each group's cache, `(G, T)`."""
+        blocks = row.block_ids.long()[:, row.positions // self.block_size]
         return blocks * self.block_size + row.positions % self.block_size
 
-    def _common_metadata(self, rows: Sequence[Row], slots: torch.Tensor) -> CommonAttentionMetadata:
+    def _common_metadata(self, rows: Sequence[Row], group: int, slots: torch.Tensor) -> CommonAttentionMetadata:
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
         query_start = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         seq_lens = torch.tensor([row.first + len(row) for row in rows], dtype=torch.int32)
-        blocks = torch.nn.utils.rnn.pad_sequence([row.block_ids for row in rows], batch_first=True)
+        blocks = torch.nn.utils.rnn.pad_sequence([row.block_ids[group] for row in rows], batch_first=True)
         return CommonAttentionMetadata(
             query_start_loc=query_start.to(self.device),
             query_start_loc_cpu=query_start,
@@ -145,17 +164,18 @@ class VllmModel:
             seq_lens_cpu_upper_bound=seq_lens,
         )
 
-    def _metadata_builder(self, kv_cache_config: KVCacheConfig) -> Any:
-        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        builder = self.layers[0].get_attn_backend().get_builder_cls()
+    def _group(self, group: KVCacheGroupSpec) -> LayerGroup:
+        layer = next(layer for layer in self.layers if layer.layer_name in group.layer_names)
+        builder = layer.get_attn_backend().get_builder_cls()
         with set_current_vllm_config(self.vllm_config):
-            return builder(spec, self.layer_names, self.vllm_config, self.device)
+            made = builder(group.kv_cache_spec, group.layer_names, self.vllm_config, self.device)
+        return LayerGroup(group.layer_names, made)
 
 
 class PagedPrompt:
     """One prompt in the paged cache: `[0, start)` is there, the blocks from there on are this prompt's alone."""
 
-    def __init__(self, engine: VllmModel, token_ids: TokenIds, block_ids: Sequence[int], start: int) -> None:
+    def __init__(self, engine: VllmModel, token_ids: TokenIds, block_ids: Sequence[Sequence[int]], start: int) -> None:
         assert start % engine.block_size == 0, f"cached prefix of {start} tokens ends inside a block"
         self.rotations = engine.rotations
         self.head_size = engine.head_size
@@ -165,10 +185,11 @@ class PagedPrompt:
         self._token_ids = torch.from_numpy(token_ids).long()
         self._block_ids = torch.tensor(block_ids, dtype=torch.int32)
         self._slots = engine.slots(Row(self._token_ids, 0, self._block_ids)).to(engine.device)
-        self._scratch = self._block_ids[start // engine.block_size :]
+        self._scratch = self._block_ids[:, start // engine.block_size :]
 
     def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._engine.write(layer, self._slots[positions.to(self.device)], keys, values)
+        own_slots = self._slots[self._engine.group_of[self._engine.layer_names[layer]]]
+        self._engine.write(layer, own_slots[positions.to(self.device)], keys, values)
 
     def forward(self, positions: torch.Tensor, narrowings: Sequence[Narrowing] = ()) -> torch.Tensor:
         batches = self._batches(positions)
@@ -231,14 +252,14 @@ class PagedPrompt:
     def _scratch_batches(self, texts: Sequence[TokenIds]) -> Iterator[list[Row | None]]:
         """Texts by turns on the prompt's own fresh blocks; None for one that has no room even alone."""
         batch: list[Row | None] = []
-        used = 0
+        used, room = 0, self._scratch.shape[1]
         for text in texts:
             needed = -(-len(text) // self._engine.block_size)
-            if used + needed > len(self._scratch) and batch:
+            if used + needed > room and batch:
                 yield batch
                 batch, used = [], 0
-            fits = needed <= len(self._scratch)
-            blocks = self._scratch[used : used + needed]
+            fits = needed <= room
+            blocks = self._scratch[:, used : used + needed]
             batch.append(Row(torch.from_numpy(text).long(), 0, blocks) if fits else None)
             used += needed if fits else 0
         if batch:

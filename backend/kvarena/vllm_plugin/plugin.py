@@ -1,7 +1,7 @@
 """What vLLM loads in every process before the model (`vllm.general_plugins`): it makes the loaded model findable.
 
 A KV connector isn't given the model, and the blend is the model's own forward. So a worker's `load_model` is wrapped
-to remember what it loaded; nothing else of vLLM is touched, and nothing at all where no connector of ours is used.
+to remember what it loaded, and gets a method that tells why a model isn't blended. Nothing else of vLLM is touched.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ def register() -> None:
 
     load_model._is_kvarena = True  # type: ignore[attr-defined]
     Worker.load_model = load_model
+    Worker.kvarena_refusal = _refusal
+
+
+def _refusal(_worker: Any) -> str:
+    """A method that the API server may call in every worker: why the model isn't blended, or nothing."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return str(get_kv_transfer_group().refusal)
 
 
 def _log_like_vllm() -> None:

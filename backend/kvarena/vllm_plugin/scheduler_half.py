@@ -48,7 +48,10 @@ class _Tracked:
 
 
 class SchedulerHalf:
+    """`refusal`, once set: why nothing is blended, so that every prompt is vLLM's own."""
+
     def __init__(self, config: BlendConfig, model: str, tokenizer: Any, block_size: int) -> None:
+        self.refusal = ""
         self._config = config
         self._block_size = block_size
         self._known = KnownChunks(config.index_path if config.store == "lmcache" else "", model)
@@ -62,7 +65,7 @@ class SchedulerHalf:
         """Plan the prompt, and set the request's approximate KV apart before vLLM looks for cached blocks."""
         params = self._read_params(request)
         token_ids = as_token_ids(request.prompt_token_ids or [])
-        plan = self._plan(request, params, token_ids) if _is_plain_text(request) else ReusePlan()
+        plan = self._plan(request, params, token_ids) if self._may_blend(request) else ReusePlan()
         approximate = not (plan.is_prefix or params.blend.recomputes_all)
         report = RequestReport(_answer_id(request.request_id), params.blend, approximate, request.num_prompt_tokens)
         self._tracked[request.request_id] = _Tracked(request, params, token_ids, plan, report)
@@ -72,6 +75,8 @@ class SchedulerHalf:
     def num_matched_tokens(self, request: Request, num_local_tokens: int) -> int | None:
         """How many tokens behind the prefix cache's a blend will supply. None: ask again in the next step."""
         tracked = self._tracked[request.request_id]
+        if self.refusal:
+            return 0
         if self._stands_on_unfinished_blocks(tracked, num_local_tokens):
             return None
         tracked.num_local_tokens = num_local_tokens
@@ -94,7 +99,7 @@ class SchedulerHalf:
             BlendJob(
                 request.request_id,
                 tracked.token_ids[:end],
-                list(blocks.get_block_ids()[0]),
+                blocks.get_block_ids(),
                 start,
                 end,
                 tracked.plan.clipped(start, end),
@@ -148,6 +153,9 @@ class SchedulerHalf:
         except ValueError as error:
             logger.error("request %s: %s; default settings are used", request.request_id, error)
             return RequestParams(self._config.params)
+
+    def _may_blend(self, request: Request) -> bool:
+        return not self.refusal and _is_plain_text(request)
 
     def _plan(self, request: Request, params: RequestParams, token_ids: TokenIds) -> ReusePlan:
         self._known.refresh()

@@ -38,8 +38,8 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
     specs = [spec for group in kv_cache_config.kv_cache_groups for spec in _layer_specs(group.kv_cache_spec)]
     for spec in specs:
         _refuse_spec(spec, model.max_model_len)
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        raise ValueError("it keeps several kinds of KV cache")
+    if len({spec.block_size for spec in specs}) != 1:
+        raise ValueError("its layers keep KV in blocks of different sizes, or none at all")
 
 
 def rope_types(model: ModelConfig) -> set[str]:

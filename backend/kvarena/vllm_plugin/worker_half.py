@@ -30,13 +30,19 @@ class WorkerHalf:
         self._engine: VllmModel | None = None
         self._blender: Blender | None = None
         self._reports = BlendReports({})
+        self.refusal = ""
 
     def attach(self) -> None:
-        """Raises `ValueError` for a model that can't be blended."""
+        """Raises `ValueError` for a model that can't be blended, or keeps the reason as `refusal`, as is set."""
         try:
             self._engine = VllmModel(loaded_model(), self._vllm_config, self._kv_cache_config)
         except ValueError as error:
-            raise ValueError(f"{self._vllm_config.model_config.model} can't be blended: {error}") from error
+            self.refusal = f"{self._vllm_config.model_config.model} can't be blended: {error}"
+            if self._config.unsupported == "refuse":
+                hint = "--blend-unsupported plain serves it without blending"
+                raise ValueError(f"{self.refusal}; {hint}") from error
+            logger.warning("%s; it is served without blending", self.refusal)
+            return
         self._blender = Blender(AgreedStore(self._make_store(self._engine), self._engine.ranks))
         logger.info("blending %d layers over the %s store", len(self._engine.layers), self._config.store)
 
