@@ -51,6 +51,7 @@ def test_settings_are_told(stack: Stack) -> None:
         told = http.get("/kvarena").json()
     assert (told["contender"], told["separator"], told["store"]) == ("blend", "<note>", "lmcache")
     assert told["defaults"]["policy"] in told["policies"]
+    assert told["blends"] is True
     with client(stack, "plain") as http:
         assert http.get("/kvarena").status_code == 404
 

@@ -255,6 +255,14 @@ def test_settings_win_over_the_models_profile(home: Home, tmp_path: Path) -> Non
     assert config["lmcache_url"] == "tcp://127.0.0.1:9502"
 
 
+def test_what_happens_with_a_model_that_cant_be_blended(home: Home, tmp_path: Path) -> None:
+    for chosen, expected in ({}, "refuse"), ({"blend_unsupported": "plain"}, "plain"):
+        _, services = make(home, tmp_path, **chosen)
+        assert extra_config(services["blend"])["unsupported"] == expected
+    with pytest.raises(StackError, match="BLEND_UNSUPPORTED must be one of refuse, plain, not 'ignore'"):
+        make(home, tmp_path, blend_unsupported="ignore")
+
+
 def test_a_policy_that_is_none(home: Home, tmp_path: Path) -> None:
     with pytest.raises(StackError, match=r"policy must be one of kv_deviation, .*, not 'magic'"):
         make(home, tmp_path, blend_policy="magic")

@@ -37,7 +37,7 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         raise ValueError(f"its rotary frequencies depend on the length of the text ({kinds.pop()})")
     specs = [spec for group in kv_cache_config.kv_cache_groups for spec in _layer_specs(group.kv_cache_spec)]
     for spec in specs:
-        _refuse_spec(spec, model.max_model_len)
+        refuse_spec(spec, model.max_model_len)
     if len({spec.block_size for spec in specs}) != 1:
         raise ValueError("its layers keep KV in blocks of different sizes, or none at all")
 
@@ -53,11 +53,12 @@ def _layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:
     return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
 
 
-def _refuse_spec(spec: KVCacheSpec, max_model_len: int) -> None:
+def refuse_spec(spec: KVCacheSpec, max_model_len: int) -> None:
+    """Raise `ValueError` with the reason when layers with such a cache can't be blended."""
     if isinstance(spec, MambaSpec):
         raise ValueError("it keeps a recurrent state, which depends on all the text before it")
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec):
-        raise ValueError(f"its KV cache is a {type(spec).__name__}, and not of ordinary attention")
+        raise ValueError(f"its KV cache ({type(spec).__name__}) is not that of ordinary attention")
     if getattr(spec, "non_causal", False):
         raise ValueError("its attention is not causal")
     for name, words in (("sliding_window", "sliding window"), ("attention_chunk_size", "attention chunk")):

@@ -65,9 +65,10 @@ class NarrowedLayer:
 
     def _narrowed_later(self, x: Any) -> Any:
         """A later layer's input: as narrowed here, or now, where only that layer uses it (angles of another base)."""
-        if id(x) not in self._narrowed_inputs and self._num_pieces == 1 and len(self.kept) < len(self._positions[0]):
-            if _has_rows(x, len(self._positions[0])):
-                self._narrowed_inputs[id(x)] = x[:, self._chosen]
+        num_before = len(self._positions[0])
+        is_new = self._num_pieces == 1 and len(self.kept) < num_before and id(x) not in self._narrowed_inputs
+        if is_new and _has_rows(x, num_before):
+            self._narrowed_inputs[id(x)] = x[:, self._chosen]
         return self._narrowed_inputs.get(id(x), x)
 
     def _narrowed(self) -> LayerCall:
