@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from kvarena.context import TextChunk
+from kvarena.stack.errors import StackError
 from kvarena.stack.warm import ChunkOutcome, warm
 
 
@@ -21,6 +22,7 @@ class Blend(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.described: dict[str, Any] = {"separator": "<note>"}
         self.requests: list[dict[str, Any]] = []
         self.known: set[str] = set()
         self.lock = threading.Lock()
@@ -32,7 +34,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Blend
 
     def do_GET(self) -> None:
-        self._answer(200 if self.path == "/kvarena" else 404, {"separator": "<note>"})
+        self._answer(200 if self.path == "/kvarena" else 404, self.server.described)
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -98,6 +100,13 @@ def test_inside_a_running_event_loop(blend: Blend) -> None:
         return warm(url(blend), "demo", [TextChunk("a", "text")]).count("warmed")
 
     assert asyncio.run(cell()) == 1
+
+
+def test_a_model_that_is_served_without_blending(blend: Blend) -> None:
+    blend.described |= {"blends": False, "reason": "m can't be blended: its window is short"}
+    with pytest.raises(StackError, match="stays empty: m can't be blended: its window is short"):
+        warm(url(blend), "demo", [TextChunk("a", "text")])
+    assert not blend.requests
 
 
 def test_counts(blend: Blend) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import httpx
 
 from kvarena.context import TextChunk, join_chunks
+from kvarena.stack.errors import StackError
 
 PARALLEL_REQUESTS = 4
 REQUEST_TIMEOUT_S = 600.0
@@ -63,13 +64,16 @@ def warm(
 ) -> WarmResult:
     """Sends the chunks, a few at a time; one that is refused doesn't stop the others.
 
-    `on_chunk` is called after each. Raises `httpx.HTTPError` when the server doesn't answer at all, or isn't a blend.
+    `on_chunk` is called after each. Raises `httpx.HTTPError` when the server doesn't answer at all, or isn't a blend,
+    and `StackError` when it serves its model without blending.
     """
     with (
         httpx.Client(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client,
         ThreadPoolExecutor(PARALLEL_REQUESTS) as pool,
     ):
         described = client.get("/kvarena").raise_for_status().json()
+        if not described.get("blends", True):
+            raise StackError(f"the chunk cache stays empty: {described.get('reason')}")
         separator = str(described.get("separator", ""))
         running = [pool.submit(_warm_chunk, client, model, chunk, separator) for chunk in chunks]
         for warmed in as_completed(running):
