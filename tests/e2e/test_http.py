@@ -65,7 +65,7 @@ def test_settings_are_told(stack: Stack) -> None:
         ({"check_layer": 99}, "from 0 to 5"),
         ({"store": "yes"}, "true or false"),
         ({"chunks": "text"}, "list of strings"),
-        ({"rate": 1}, "policy, ratio, check_layer, deviation, num_filters, head_tokens, store, chunks"),
+        ({"rate": 1}, "policy, ratio, check_layer, deviation, num_filters, head_tokens, run_tokens, store, chunks"),
     ],
 )
 def test_bad_values_are_refused_with_the_choices(stack: Stack, params: dict[str, Any], said: str) -> None:
