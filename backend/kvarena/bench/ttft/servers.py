@@ -41,16 +41,17 @@ class Wanted:
         Raises `ValueError` for an address where nothing answers, a name that is there twice and contexts too long for
         a server, `StackError` for servers that don't start.
         """
-        with ExitStack() as until_the_end:
+        # Servers end before their clients do: what still waits for an answer is told so.
+        with ExitStack() as clients, ExitStack() as servers:
             contenders = list(self._of_targets())
             if self.starts_servers:
-                folder = until_the_end.enter_context(model_folder(self.model, self.shape))
+                folder = servers.enter_context(model_folder(self.model, self.shape))
                 running = self.own.running(folder, self.shape is not None, max_model_len, console)
-                contenders += self._of_stack(*until_the_end.enter_context(running))
+                contenders += self._of_stack(*servers.enter_context(running))
             elif not self.targets:
                 contenders += self._of_stack(*running_supervisor(Home.find()))
             for contender in contenders:
-                until_the_end.callback(contender.close)
+                clients.callback(contender.close)
             _check(contenders, max_model_len)
             yield contenders
 
