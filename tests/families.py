@@ -26,6 +26,19 @@ SCALINGS: dict[str, dict[str, Any]] = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
 }
+LENGTH_DEPENDENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": ("llama", {"rope_parameters": UNSCALED | {"rope_type": "dynamic", "factor": 2.0}}),
+    "longrope": (
+        "phi3",
+        {
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 512,
+            "rope_parameters": UNSCALED
+            | {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+        },
+    ),
+}
+"""Frequencies that aren't constant: their keys can't be moved."""
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": 4096}),

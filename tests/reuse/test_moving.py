@@ -59,7 +59,10 @@ def test_together_is_one_by_one() -> None:
         kv = whole[int(span.chunk.token_ids[0])][:, :, span.offset : span.offset + len(span)]
         heads = kv.view(2, NUM_LAYERS, len(span), NUM_HEADS, HEAD_SIZE)
         for layer, rotation in enumerate(ROTATIONS):
-            keys = rotation.move(heads[0, layer], span.start - span.offset) if rotation else heads[0, layer]
+            keys = heads[0, layer].clone()
+            if rotation:
+                here = torch.arange(span.offset, span.offset + len(span))
+                rotation.between(here, here + span.start - span.offset).apply_(keys)
             alone.write(layer, torch.arange(span.start, span.end), keys, heads[1, layer])
     torch.testing.assert_close(together.kv, alone.kv, equal_nan=True)
     kept = torch.cat([group.keys for group in mover.kept[2]])

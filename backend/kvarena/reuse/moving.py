@@ -37,8 +37,8 @@ class Mover:
     def write(self, group: Sequence[tuple[Span, Pieces]]) -> None:
         """Spans with their chunks' KV. Raises `ValueError` for a chunk whose KV doesn't reach to the span's end."""
         pieces = [piece for span, kv in group for piece in part_of(kv, span.offset, len(span))]
-        positions = torch.cat([torch.arange(span.start, span.end) for span, _ in group])
-        turns = self._turns([span for span, _ in group])
+        spans = [span for span, _ in group]
+        positions, turns = positions_of(spans), self._turns(spans)
         for layer, rotation in enumerate(self.model.rotations):
             with self.stopwatch.timed("move_ms"):
                 kv = LayerKV(self._joined(pieces, 0, layer), self._joined(pieces, 1, layer))
@@ -51,16 +51,21 @@ class Mover:
 
     def _turns(self, spans: Sequence[Span]) -> dict[Rotation, Turn]:
         """Empty where nothing moves."""
-        distances = torch.cat([torch.full((len(span),), span.start - span.offset) for span in spans])
-        if not distances.any():
+        here = torch.cat([torch.arange(span.offset, span.offset + len(span)) for span in spans])
+        there = positions_of(spans)
+        if torch.equal(here, there):
             return {}
-        distances = distances.to(self.model.device)
-        return {rotation: rotation.by(distances) for rotation in set(self.model.rotations) if rotation}
+        here, there = here.to(self.model.device), there.to(self.model.device)
+        return {rotation: rotation.between(here, there) for rotation in set(self.model.rotations) if rotation}
 
     def _joined(self, pieces: Sequence[torch.Tensor], half: int, layer: int) -> torch.Tensor:
         """One layer's keys (half 0) or values (1), `(T, H_kv, D)`: a copy, on the model's device."""
         flat = torch.cat([piece[half, layer] for piece in pieces])
         return flat.to(self.model.device).view(len(flat), -1, self.model.head_size)
+
+
+def positions_of(spans: Sequence[Span]) -> torch.Tensor:
+    return torch.cat([torch.arange(span.start, span.end) for span in spans])
 
 
 def part_of(kv: Pieces, start: int, num_tokens: int) -> Iterator[torch.Tensor]:
