@@ -277,29 +277,11 @@ def test_a_bad_store_costs_time_only(model_folders: dict[str, Path], loses: str)
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "length of the text",
-        ),
+        *((*model, rf"length of the text \({name}\)") for name, model in families.LENGTH_DEPENDENT.items()),
         ("mistral", {"sliding_window": 512}, "window of 512 tokens is shorter than the context of 1024"),
         ("gemma3_text", {"sliding_window": 512}, "window of 512 tokens is shorter than the context of 1024"),
         ("gpt2", {"n_embd": 64, "n_head": 2, "n_layer": 4}, "without rotary embeddings"),
         ("llama", {"attn_implementation": "eager"}, "attention is 'eager'"),
-        (
-            "phi3",
-            {
-                "pad_token_id": 0,
-                "original_max_position_embeddings": 512,
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 16,
-                    "long_factor": [2.0] * 16,
-                },
-            },
-            "longrope",
-        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from blended import make_prompts
-from families import save_kind
+from families import LENGTH_DEPENDENT, save_kind
 from kvarena.vllm_plugin.config import BlendConfig, kv_transfer_config
 from kvarena.vllm_plugin.supported import refuse_spec
 from lmcache_server import free_port
@@ -53,24 +53,7 @@ HYBRID: dict[str, Any] = {
 KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "window": ("mistral", {"sliding_window": 64}, "sliding window of 64 tokens is shorter than the context of 2048"),
     "hybrid": ("granitemoehybrid", HYBRID, "it keeps a recurrent state"),
-    "dynamic": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        r"depend on the length of the text \(dynamic\)",
-    ),
-    "longrope": (
-        "phi3",
-        {
-            "original_max_position_embeddings": 512,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "short_factor": [1.0] * 16,
-                "long_factor": [2.0] * 16,
-            },
-        },
-        r"depend on the length of the text \(longrope\)",
-    ),
+    **{name: (*model, rf"depend on the length of the text \({name}\)") for name, model in LENGTH_DEPENDENT.items()},
     "mla": ("deepseek_v2", MLA, "latent attention"),
 }
 

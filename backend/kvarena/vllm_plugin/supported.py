@@ -6,6 +6,7 @@ constant frequencies. Anything else is refused with the reason when the server s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
+from kvarena.reuse.rope import refuse_length_dependent
 
 
 def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -33,8 +34,7 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         raise ValueError("its latent attention (MLA) keeps no keys that could be moved")
     if model.uses_mrope:
         raise ValueError("its positions have several dimensions (M-RoPE)")
-    if kinds := rope_types(model) & set(_LENGTH_DEPENDENT):
-        raise ValueError(f"its rotary frequencies depend on the length of the text ({kinds.pop()})")
+    refuse_length_dependent(rope_types(model))
     specs = [spec for group in kv_cache_config.kv_cache_groups for spec in _layer_specs(group.kv_cache_spec)]
     for spec in specs:
         refuse_spec(spec, model.max_model_len)
@@ -76,3 +76,19 @@ def attention_layers(model: torch.nn.Module) -> list[Any]:
     if any(layer.kv_sharing_target_layer_name for layer in layers):
         raise ValueError("its layers share their KV")
     return layers
+
+
+def decoder_layers(model: torch.nn.Module, attentions: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """For each attention layer, the element of the model's list of layers that it is in.
+
+    Raises `ValueError` for a model that keeps them in no list.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return [_decoder_layer(model, names[attention].split(".")) for attention in attentions]
+
+
+def _decoder_layer(model: torch.nn.Module, path: list[str]) -> torch.nn.Module:
+    for depth in range(len(path) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(path[:depth])), torch.nn.ModuleList):
+            return model.get_submodule(".".join(path[: depth + 1]))
+    raise ValueError("its layers are in no list")

@@ -13,10 +13,9 @@ import torch
 
 from kvarena.engines import attention
 from kvarena.engines.hf_model import HFModel, UnsupportedModel
-from kvarena.reuse.rope import Rotation, fitting_rotations, inverse_frequencies
+from kvarena.reuse.rope import Rotation, fitting_rotations, inverse_frequencies, refuse_length_dependent
 
 _FAR_POSITION = 1000
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class BlendableModel:
@@ -68,8 +67,7 @@ def _rotations(model: HFModel) -> list[Rotation | None]:
 
     Which of them a layer uses, and whether dimensions pair by halves or side by side, shows in its keys.
     """
-    if kinds := _rope_types(model.module) & set(_LENGTH_DEPENDENT):
-        raise ValueError(f"its rotary frequencies depend on the length of the text ({kinds.pop()})")
+    refuse_length_dependent(_rope_types(model.module))
     frequencies = inverse_frequencies(model.module)
     if not frequencies:
         raise ValueError("without rotary embeddings its keys can't be moved")
