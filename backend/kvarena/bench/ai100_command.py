@@ -77,17 +77,16 @@ def _engine(model: str | None, shape: str | None, runtime: str, workload: AI100W
     from kvarena.bench.shapes import model_folder
 
     num = workload.num_conversations
-    with model_folder(model, shape) as folder:
-        return open_engine(
-            AI100Settings(
-                model=folder,
-                runtime=runtime,
-                shapes=StaticShapes(min(128, workload.ctx_len), workload.ctx_len, num, num + 1),
-                random_weights=shape is not None,
-                max_context=workload.ctx_len,
-                served_model_name=shape or model or "demo",
-            )
+    return open_engine(
+        AI100Settings(
+            model=model_folder(model, shape),
+            runtime=runtime,
+            shapes=StaticShapes(min(128, workload.ctx_len), workload.ctx_len, num, num + 1),
+            random_weights=shape is not None,
+            max_context=workload.ctx_len,
+            served_model_name=shape or model or "demo",
         )
+    )
 
 
 def _show(rows: list[Row], console: Console) -> None:

@@ -138,9 +138,9 @@ def decode(
     with explained():
         workload = decode_bench.DecodeWorkload(integers(context_tokens), max_new_tokens, num_requests, seed)
         contenders = {url: decode_bench.server_decode(url, os.environ.get("KVARENA_API_KEY", ""))} if url else {}
-        with model_folder(model, shape) as folder:
-            engine = _engine(folder, model, shape, cache_gb=0.0, storage="cpu")
-            reference = decode_bench.generate_decode(folder, engine.model, random_weights=shape is not None)
+        folder = model_folder(model, shape)
+        engine = _engine(folder, model, shape, cache_gb=0.0, storage="cpu")
+        reference = decode_bench.generate_decode(folder, engine.model, random_weights=shape is not None)
         contenders |= {decode_bench.ENGINE: decode_bench.engine_decode(engine), decode_bench.GENERATE: reference}
         with progress(workload.num_steps, console) as advance:
             rows = decode_bench.run(contenders, engine.model.vocab_size, workload, advance)
@@ -163,8 +163,7 @@ def _target(
         if model or shape:
             raise ValueError("--url measures the server's own model; --model and --shape go without it")
         return Server(url, os.environ.get("KVARENA_API_KEY", "")), {"url": url}
-    with model_folder(model, shape) as folder:
-        engine = _engine(folder, model, shape, cache_gb, storage)
+    engine = _engine(model_folder(model, shape), model, shape, cache_gb, storage)
     return InProcess(engine), {"model": engine.model_name, "storage": storage, "cache_gb": cache_gb}
 
 

@@ -6,14 +6,10 @@ A shape is a folder with a config and a tokenizer; servers load it with random w
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvarena.stack.home import project_root
+from kvarena.stack.home import Home, project_root
 
 SHAPES: dict[str, dict[str, int]] = {
     "180m": {
@@ -65,24 +61,23 @@ def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
         "eos_token_id": 2,
         **SHAPES[name],
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    for file in TOKENIZER_FILES:
-        if (tokenizer_from / file).is_file():
-            shutil.copyfile(tokenizer_from / file, folder / file)
+    tokenizer = [tokenizer_from / name for name in TOKENIZER_FILES]
+    contents = {path.name: path.read_bytes() for path in tokenizer if path.is_file()}
+    for name, content in {**contents, "config.json": json.dumps(config, indent=1).encode()}.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:  # others may be reading it
+            path.write_bytes(content)
     return folder
 
 
-@contextmanager
-def model_folder(model: str | None, shape: str | None) -> Iterator[str]:
-    """A model's name or folder, by default the demo model's; a shape's is temporary.
+def model_folder(model: str | None, shape: str | None) -> str:
+    """A model's name or folder, by default the demo model's; of a shape one that stays, with what vLLM compiled for it.
 
-    Raises `ValueError` when both are given.
+    Raises `ValueError` when both are given, and for an unknown shape.
     """
     if model and shape:
         raise ValueError("--model and --shape exclude each other")
     demo = project_root() / "backend" / "models" / "demo"
     if not shape:
-        yield model or str(demo)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(write_shape(shape, Path(folder) / shape, demo))
+        return model or str(demo)
+    return str(write_shape(shape, Home.find().cache / "shapes" / shape, demo))

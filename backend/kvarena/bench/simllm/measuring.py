@@ -41,10 +41,8 @@ class Bench:
     def speed(self, shape: str, num_tasks: int, on_step: Callable[[], None]) -> Measured:
         """On random weights. Raises `ValueError` for an unknown shape."""
         torch.manual_seed(self.seed)
-        with model_folder(None, shape) as folder:
-            network = Network.load(folder, shape, dtype=self.dtype or best_dtype(), random=True)
-        with model_folder(None, None) as demo:
-            separator = BlendConfig(**read_model_profile(demo)).separator
+        network = Network.load(model_folder(None, shape), shape, dtype=self.dtype or best_dtype(), random=True)
+        separator = BlendConfig(**read_model_profile(model_folder(None, None))).separator
         return self._measure(network, num_tasks, separator, on_step)
 
     def quality(self, model: str | None, num_tasks: int, on_step: Callable[[], None]) -> Measured:

@@ -45,7 +45,7 @@ class Wanted:
         with ExitStack() as clients, ExitStack() as servers:
             contenders = list(self._of_targets())
             if self.starts_servers:
-                folder = servers.enter_context(model_folder(self.model, self.shape))
+                folder = model_folder(self.model, self.shape)
                 running = self.own.running(folder, self.shape is not None, max_model_len, console)
                 contenders += self._of_stack(*servers.enter_context(running))
             elif not self.targets:
