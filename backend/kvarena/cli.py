@@ -45,7 +45,7 @@ app.command()(report)
 app.command()(worlds)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Name = Annotated[str, typer.Argument(help="lmcache, a contender, or page.")]
+Name = Annotated[str, typer.Argument(help="lmcache-server, a contender, or page.")]
 
 
 def _consoles(as_json: bool = False) -> tuple[Console, Console]:
@@ -174,10 +174,11 @@ def restart(name: Name) -> None:
     """Stop and start one service and wait until it is healthy."""
     from kvarena.stack import lifecycle
     from kvarena.stack.home import Home
+    from kvarena.stack.service import LMCACHE_SERVER
 
     console = _consoles()[0]
     service = lifecycle.restart(name, Home.find(), console)
-    if service.name == "lmcache":
+    if service.name == LMCACHE_SERVER:
         console.print("The chunk cache is empty now; kvarena warm fills it again.")
 
 

@@ -95,10 +95,10 @@ def test_weights_too_large_for_float32_and_quantised_ones_stay_as_they_are(
 @pytest.mark.usefixtures("two_cores")
 def test_the_default_stack(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)
-    assert list(services) == ["lmcache", "blend", "plain", "page"]
+    assert list(services) == ["lmcache-server", "blend", "plain", "page"]
     assert [service.port for service in services.values()] == [5555, 8000, 8001, 8501]
-    assert services["lmcache"].other_ports == (8080,)
-    assert services["blend"].depends_on == ("lmcache",)
+    assert services["lmcache-server"].other_ports == (8080,)
+    assert services["blend"].depends_on == ("lmcache-server",)
     assert services["plain"].depends_on == ()
     for service in services.values():
         assert "127.0.0.1" in service.command
@@ -153,7 +153,7 @@ def test_prefix_is_a_pytorch_server_on_its_own_port(home: Home, tmp_path: Path) 
 def test_simllm_is_a_pytorch_server_that_blends_as_blend_does(home: Home, tmp_path: Path) -> None:
     chosen = {"simllm_mode": "top_layer", "simllm_similarity_threshold": 0.9, "simllm_max_cache_size": 7}
     _, services = make(home, tmp_path, contenders="simllm,blend", blend_ratio=0.5, load_format="dummy", **chosen)
-    assert list(services) == ["lmcache", "blend", "simllm", "page"]
+    assert list(services) == ["lmcache-server", "blend", "simllm", "page"]
     simllm = services["simllm"]
     assert (simllm.port, simllm.cpus, simllm.environment["OMP_NUM_THREADS"]) == (8003, (1,), "1")
     assert simllm.command[1:3] == ("-m", "kvarena.engines.simllm")
@@ -282,7 +282,7 @@ def test_options_go_through(home: Home, tmp_path: Path) -> None:
         assert option(services[name], "--load-format") == "dummy"
         assert option(services[name], "--max-model-len") == "512"
         assert services[name].environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
-    assert option(services["lmcache"], "--l1-size-gb") == "0.5"
+    assert option(services["lmcache-server"], "--l1-size-gb") == "0.5"
 
 
 def test_local_and_hub_models(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
         given = profile | {key: value for key, value in chosen.items() if value is not None}
         return dataclasses.replace(
             BlendConfig(**given),
-            lmcache_url=f"tcp://127.0.0.1:{settings.ports.lmcache}",
+            lmcache_url=f"tcp://127.0.0.1:{settings.ports.lmcache_server}",
             lmcache_http_url=f"http://127.0.0.1:{settings.ports.lmcache_http}",
             index_path=str(home.chunk_index(model.name)),
             unsupported=settings.blend_unsupported,

@@ -18,7 +18,7 @@ from kvarena.stack.errors import StackError
 from kvarena.stack.model import check_hub_access
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
-from kvarena.stack.service import HOST, Service
+from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
 
 GIB = 1 << 30
 SERVER_OVERHEAD_BYTES = 3 * GIB // 2
@@ -39,7 +39,7 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
         if not plan.model.is_local:
             check_hub_access(plan.model.name, token, plan.hf_home)
         check_memory(estimate_memory(plan), machine.available_memory_bytes())
-    if any(service.name == "lmcache" for service in services):
+    if any(service.name == LMCACHE_SERVER for service in services):
         check_shared_memory(plan.lmcache_gb)
 
 

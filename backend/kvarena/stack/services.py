@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 from kvarena.stack.home import Home
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
-from kvarena.stack.service import HOST, Service
+from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
 from kvarena.vllm_plugin.config import kv_transfer_config
 
 LMCACHE_CHUNK_TOKENS = 32
@@ -23,7 +23,7 @@ Options = Mapping[str, object]
 """Of a command line; those whose value is `None` are left out."""
 
 TITLES = {
-    "lmcache": "LMCache server",
+    LMCACHE_SERVER: "LMCache server",
     "blend": "vLLM with LMCache",
     "plain": "vLLM without LMCache",
     "prefix": "PyTorch with prefix cache",
@@ -47,31 +47,31 @@ def build_services(plan: Plan, home: Home) -> list[Service]:
     """Every service of this plan, each after those it depends on."""
     services = []
     if plan.needs_lmcache:
-        services.append(_lmcache(plan, home))
+        services.append(_lmcache_server(plan, home))
     services += [(_vllm if name in VLLM_CONTENDERS else _engine)(name, plan, home) for name in plan.contenders]
     if plan.page:
         services.append(_page(plan, home))
     return services
 
 
-def _lmcache(plan: Plan, home: Home) -> Service:
+def _lmcache_server(plan: Plan, home: Home) -> Service:
     ports = plan.ports
     command = [sys.executable, "-m", "lmcache.cli.main", "server"]
-    command += ["--host", HOST, "--port", str(ports.lmcache)]
+    command += ["--host", HOST, "--port", str(ports.lmcache_server)]
     command += ["--http-host", HOST, "--http-port", str(ports.lmcache_http)]
     command += ["--l1-size-gb", f"{plan.lmcache_gb:g}", "--eviction-policy", "LRU"]
     command += ["--chunk-size", str(LMCACHE_CHUNK_TOKENS), "--supported-transfer-mode", "auto"]
     command += ["--shm-name", home.shm_name]
     command += ["--disable-metrics"]  # they would be served on every interface, on a port of their own
     return Service(
-        name="lmcache",
-        title=TITLES["lmcache"],
+        name=LMCACHE_SERVER,
+        title=TITLES[LMCACHE_SERVER],
         command=tuple(command),
-        port=ports.lmcache,
+        port=ports.lmcache_server,
         other_ports=(ports.lmcache_http,),
-        address=f"tcp://{HOST}:{ports.lmcache}",
+        address=f"tcp://{HOST}:{ports.lmcache_server}",
         health_url=f"http://{HOST}:{ports.lmcache_http}/healthcheck",
-        log_path=str(home.log("lmcache")),
+        log_path=str(home.log(LMCACHE_SERVER)),
         environment=COMMON_ENVIRONMENT,
         directory=str(home.path),
         start_timeout_s=120.0,
@@ -98,7 +98,7 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     environment = _vllm_environment(plan, home)
     depends_on: tuple[str, ...] = ()
     if name == "blend":
-        depends_on = ("lmcache",) if plan.needs_lmcache else ()
+        depends_on = (LMCACHE_SERVER,) if plan.needs_lmcache else ()
         command += ["--kv-transfer-config", kv_transfer_config(plan.blend)]
         command += ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
     else:

@@ -34,7 +34,7 @@ PORT_OFFSETS = {
     "simllm": 3,
     "ai100": 4,
     "page": 501,
-    "lmcache": 502,
+    "lmcache_server": 502,
     "lmcache_http": 503,
 }
 """Where each port is from `PORT_BASE`."""
@@ -45,7 +45,7 @@ DEFAULT_PORTS = {
     "simllm": 8003,
     "ai100": 8004,
     "page": 8501,
-    "lmcache": 5555,
+    "lmcache_server": 5555,
     "lmcache_http": 8080,
 }
 
@@ -61,7 +61,7 @@ class Ports:
     simllm: int
     ai100: int
     page: int
-    lmcache: int
+    lmcache_server: int
     lmcache_http: int
 
 
@@ -118,7 +118,7 @@ class Settings(BaseSettings):
     simllm_port: Port | None = None
     ai100_port: Port | None = None
     ui_port: Port | None = None
-    lmcache_port: Port | None = None
+    lmcache_server_port: Port | None = None
     lmcache_http_port: Port | None = None
 
     kv_cache_gb: Annotated[int, Field(ge=1)] | None = None
@@ -186,7 +186,7 @@ class Settings(BaseSettings):
             "simllm": self.simllm_port,
             "ai100": self.ai100_port,
             "page": self.ui_port,
-            "lmcache": self.lmcache_port,
+            "lmcache_server": self.lmcache_server_port,
             "lmcache_http": self.lmcache_http_port,
         }
         base = self.port_base
