@@ -60,7 +60,9 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
 def up(
     contenders: Annotated[
         str | None,
-        typer.Option(help="Which of blend, plain, prefix, simllm, ai100, separated by commas. [default: blend,plain]"),
+        typer.Option(
+            help="Which of blend, plain, prefix, simllm, ai100, lmcache, with commas between. [default: blend,plain]"
+        ),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [default: auto]")] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name.")] = None,
@@ -68,7 +70,8 @@ def up(
     port_base: Annotated[
         int | None,
         typer.Option(
-            help="blend N, plain N+1, prefix N+2, simllm N+3, ai100 N+4, page N+501, LMCache N+502 and N+503."
+            help="blend N, plain N+1, prefix N+2, simllm N+3, ai100 N+4, lmcache N+5, page N+501, "
+            "LMCache server N+502 and N+503."
         ),
     ] = None,
     load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,

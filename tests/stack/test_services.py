@@ -219,6 +219,44 @@ def test_engines_take_what_the_stack_gives_them(
         }
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_lmcaches_own_connector_is_stock_vllm_on_the_same_server(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, contenders="lmcache,plain", port_base=9000)
+    assert list(services) == ["lmcache-server", "plain", "lmcache", "page"]
+    lmcache, plain, server = services["lmcache"], services["plain"], services["lmcache-server"]
+    assert (lmcache.port, server.port, lmcache.depends_on) == (9005, 9502, ("lmcache-server",))
+    assert lmcache.environment["VLLM_PLUGINS"] == ""
+    connector = json.loads(option(lmcache, "--kv-transfer-config"))
+    assert connector["kv_connector"] == "LMCacheMPConnector"
+    settings = connector["kv_connector_extra_config"]
+    assert f"{settings['lmcache.mp.host']}:{settings['lmcache.mp.port']}" == server.address
+    assert int(option(server, "--chunk-size")) % int(option(lmcache, "--block-size")) == 0
+    stock = list(lmcache.command)
+    for name in ("--kv-transfer-config", "--block-size"):
+        at = stock.index(name)
+        del stock[at : at + 2]
+    stock[stock.index("9005")] = "9001"
+    assert stock == list(plain.command)
+
+
+def test_on_a_gpu_lmcaches_connector_takes_vllms_own_blocks(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_gpus(monkeypatch, "0")
+    _, services = make(home, tmp_path, profile="gpu", contenders="lmcache")
+    assert "--block-size" not in services["lmcache"].command
+
+
+def test_a_blend_in_memory_doesnt_wait_for_the_server_of_another(home: Home, tmp_path: Path) -> None:
+    plan, _ = make(home, tmp_path, contenders="blend,lmcache")
+    services = build_services(dataclasses.replace(plan, blend=dataclasses.replace(plan.blend, store="memory")), home)
+    assert {service.name: service.depends_on for service in services[:3]} == {
+        "lmcache-server": (),
+        "blend": (),
+        "lmcache": ("lmcache-server",),
+    }
+
+
 def test_plain_alone_needs_no_lmcache(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path, contenders="plain", ui=False)
     assert list(services) == ["plain"]

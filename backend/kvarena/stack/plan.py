@@ -22,7 +22,7 @@ DEFAULT_CPU_KV_CACHE_GB = 1
 HALF_PRECISION = ("bfloat16", "float16")
 FLOAT32_MEMORY_RATIO = 0.5
 """Weights are served in float32 of our own accord where they take at most so much of the memory that is free."""
-VLLM_CONTENDERS = ("blend", "plain")
+VLLM_CONTENDERS = ("blend", "plain", "lmcache")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Plan:
 
     @property
     def needs_lmcache(self) -> bool:
-        return "blend" in self.contenders and self.blend.store == "lmcache"
+        """Whether the LMCache server is started."""
+        return "lmcache" in self.contenders or ("blend" in self.contenders and self.blend.store == "lmcache")
 
     @property
     def weight_bytes(self) -> int:

@@ -45,7 +45,7 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
 
 def check_packages(plan: Plan) -> None:
     needed = {"vllm" if name in VLLM_CONTENDERS else "transformers": plan.profile for name in plan.contenders}
-    if "blend" in plan.contenders:
+    if plan.needs_lmcache:
         needed["lmcache"] = plan.profile
     if "ai100" in plan.contenders:
         needed["onnxruntime" if plan.ai100.runtime == "onnx" else "yaml"] = "ai100"
@@ -128,13 +128,12 @@ def estimate_memory(plan: Plan) -> MemoryNeed:
     num_vllm = sum(name in VLLM_CONTENDERS for name in plan.contenders)
     prefix_is_here = "prefix" in plan.contenders and (plan.profile == "cpu" or plan.prefix_storage == "cpu")
     on_cpu = plan.profile == "cpu"
-    has_blend = "blend" in plan.contenders
-    store_bytes = int(plan.lmcache_gb * GIB) if plan.needs_lmcache else plan.blend.store_bytes
+    blend_bytes = plan.blend.store_bytes if "blend" in plan.contenders else 0
     return MemoryNeed(
         weight_bytes=num_servers * plan.weight_bytes if on_cpu else 0,
         kv_cache_bytes=num_vllm * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
         prefix_bytes=int(plan.prefix_cache_gb * GIB) if prefix_is_here else 0,
-        store_bytes=store_bytes if has_blend else 0,
+        store_bytes=int(plan.lmcache_gb * GIB) if plan.needs_lmcache else blend_bytes,
         process_bytes=num_servers * SERVER_OVERHEAD_BYTES
         + (LMCACHE_OVERHEAD_BYTES if plan.needs_lmcache else 0)
         + (PAGE_BYTES if plan.page else 0),

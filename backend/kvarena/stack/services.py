@@ -17,6 +17,8 @@ from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
 from kvarena.vllm_plugin.config import kv_transfer_config
 
 LMCACHE_CHUNK_TOKENS = 32
+LMCACHE_TIMEOUT_S = 10.0
+LMCACHE_HEARTBEAT_S = 2.0
 GPU_MEMORY_SHARE = 0.9
 
 Options = Mapping[str, object]
@@ -29,6 +31,7 @@ TITLES = {
     "prefix": "PyTorch with prefix cache",
     "simllm": "PyTorch with Sim-LLM",
     "ai100": "KV slots per topic",
+    "lmcache": "vLLM with LMCache's own connector",
     "page": "the page",
 }
 
@@ -96,14 +99,32 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
         command += ["--enforce-eager"]
     command += _gpu_memory(plan)
     environment = _vllm_environment(plan, home)
-    depends_on: tuple[str, ...] = ()
     if name == "blend":
-        depends_on = (LMCACHE_SERVER,) if plan.needs_lmcache else ()
         command += ["--kv-transfer-config", kv_transfer_config(plan.blend)]
         command += ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
     else:
         environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
-    return _contender(name, plan, home, command, environment, depends_on)
+    if name == "lmcache":
+        command += _lmcache_connector(plan)
+    asks_lmcache = name == "lmcache" or (name == "blend" and plan.blend.store == "lmcache")
+    return _contender(name, plan, home, command, environment, (LMCACHE_SERVER,) if asks_lmcache else ())
+
+
+def _lmcache_connector(plan: Plan) -> list[str]:
+    """LMCache's own connector, on the server that has the blend's chunks.
+
+    The server's pieces must be whole blocks of vLLM's, and those have 128 tokens on a CPU where nobody says otherwise.
+    A server that is gone is missed after one heartbeat, and a request that had asked it waits for the time-out.
+    """
+    settings = {
+        "lmcache.mp.host": f"tcp://{HOST}",
+        "lmcache.mp.port": plan.ports.lmcache_server,
+        "lmcache.mp.mq_timeout": LMCACHE_TIMEOUT_S,
+        "lmcache.mp.heartbeat_interval": LMCACHE_HEARTBEAT_S,
+    }
+    connector = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
+    blocks = ["--block-size", str(LMCACHE_CHUNK_TOKENS)] if plan.profile == "cpu" else []
+    return [*blocks, "--kv-transfer-config", json.dumps(connector)]
 
 
 def _engine(name: str, plan: Plan, home: Home) -> Service:

@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 
-ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100"]
+ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100", "lmcache"]
 ProfileName = Literal["auto", "cpu", "gpu"]
 PrefixStorage = Literal["cpu", "device"]
 SimLLMMode = Literal["top_layer", "aligned"]
@@ -33,6 +33,7 @@ PORT_OFFSETS = {
     "prefix": 2,
     "simllm": 3,
     "ai100": 4,
+    "lmcache": 5,
     "page": 501,
     "lmcache_server": 502,
     "lmcache_http": 503,
@@ -44,6 +45,7 @@ DEFAULT_PORTS = {
     "prefix": 8002,
     "simllm": 8003,
     "ai100": 8004,
+    "lmcache": 8005,
     "page": 8501,
     "lmcache_server": 5555,
     "lmcache_http": 8080,
@@ -60,6 +62,7 @@ class Ports:
     prefix: int
     simllm: int
     ai100: int
+    lmcache: int
     page: int
     lmcache_server: int
     lmcache_http: int
@@ -117,6 +120,7 @@ class Settings(BaseSettings):
     prefix_port: Port | None = None
     simllm_port: Port | None = None
     ai100_port: Port | None = None
+    lmcache_port: Port | None = None
     ui_port: Port | None = None
     lmcache_server_port: Port | None = None
     lmcache_http_port: Port | None = None
@@ -185,6 +189,7 @@ class Settings(BaseSettings):
             "prefix": self.prefix_port,
             "simllm": self.simllm_port,
             "ai100": self.ai100_port,
+            "lmcache": self.lmcache_port,
             "page": self.ui_port,
             "lmcache_server": self.lmcache_server_port,
             "lmcache_http": self.lmcache_http_port,
