@@ -113,7 +113,7 @@ def up(
     warmed: list[WarmResult] = []
 
     def fill_chunk_cache(record: Record) -> None:
-        if "blend" not in settings.contenders:
+        if "blend" not in settings.contenders or settings.blend_engine == "lmcache":
             return
         try:
             warmed.append(render.warm_with_progress(record, console))

@@ -54,6 +54,10 @@ def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
     assert need.store_bytes == plan.lmcache_gb * GIB
     in_memory = dataclasses.replace(plan, blend=dataclasses.replace(plan.blend, store="memory", store_bytes=5))
     assert preflight.estimate_memory(in_memory).store_bytes == 5
+    in_process = dataclasses.replace(plan, blend_engine="lmcache")
+    assert preflight.estimate_memory(in_process).store_bytes == plan.lmcache_gb * GIB
+    both = dataclasses.replace(in_memory, contenders=("blend", "lmcache"))
+    assert preflight.estimate_memory(both).store_bytes == plan.lmcache_gb * GIB + 5
     alone = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain",), page=False))
     assert (alone.weight_bytes, alone.store_bytes) == (weights, 0)
     lmcache = preflight.estimate_memory(dataclasses.replace(plan, contenders=("lmcache",), page=False))

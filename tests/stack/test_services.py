@@ -372,6 +372,41 @@ def test_one_gpu_is_shared(home: Home, tmp_path: Path, monkeypatch: pytest.Monke
     assert services["plain"].depends_on == ("blend",), "vLLM measures free memory while it starts"
 
 
+def test_lmcaches_own_blender_is_a_form_of_blend(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_gpus(monkeypatch, "0", "1")
+    chosen = {
+        "profile": "gpu",
+        "blend_engine": "lmcache",
+        "separator": "@@",
+        "blend_ratio": 0.3,
+        "blend_check_layer": 2,
+    }
+    _, services = make(home, tmp_path, **chosen)
+    assert list(services) == ["blend", "plain", "page"], "its chunks lie in its own process"
+    blend = services["blend"]
+    assert "VLLM_PLUGINS" not in blend.environment, "our plugin registers the model"
+    assert "--no-enable-prefix-caching" in blend.command
+    assert "--enable-prefix-caching" not in blend.command
+    assert "--middleware" not in blend.command
+    extra = extra_config(blend)
+    assert (extra["lmcache.blend_special_str"], extra["lmcache.blend_recompute_ratios"]) == ("@@", [0.3])
+    assert (extra["lmcache.blend_check_layers"], extra["lmcache.max_local_cpu_size"]) == ([2], 1.0)
+    shown = json.loads(services["page"].environment["KVARENA_CONTENDERS"])
+    assert [contender.get("approximate", False) for contender in shown] == [True, False]
+
+
+def test_what_lmcaches_own_blender_cant_do_is_refused_before_anything_starts(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StackError, match=r"BLEND_ENGINE is lmcache, .* needs a GPU; on a CPU it must be kvarena"):
+        make(home, tmp_path, blend_engine="lmcache")
+    _with_gpus(monkeypatch, "0")
+    with pytest.raises(StackError, match=r"BLEND_ENGINE is lmcache, and .* policy 'kv_deviation' only, not 'all'"):
+        make(home, tmp_path, profile="gpu", blend_engine="lmcache", blend_policy="all")
+    with pytest.raises(StackError, match="BLEND_ENGINE must be one of kvarena, lmcache, not 'both'"):
+        make(home, tmp_path, blend_engine="both")
+
+
 def test_two_gpus_are_divided(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _with_gpus(monkeypatch, "2", "5", "6")
     _, services = make(home, tmp_path, profile="gpu", kv_cache_gb=10)

@@ -28,7 +28,7 @@ VLLM_CONTENDERS = ("blend", "plain", "lmcache")
 @dataclass(frozen=True)
 class Plan:
     """`core_shares` has one entry per contender on a CPU and none on a GPU; `gpus` the other way round (fewer when
-    they share). `prefix_caching` is vLLM's own."""
+    they share). `prefix_caching` is vLLM's own. `blend_engine` is kvarena, or lmcache for LMCache's own blender."""
 
     root: Path
     contenders: tuple[str, ...]
@@ -36,6 +36,7 @@ class Plan:
     profile: str
     model: Model
     blend: BlendConfig
+    blend_engine: str
     ports: Ports
     data_dir: Path
     results_dir: Path
@@ -57,7 +58,12 @@ class Plan:
     @property
     def needs_lmcache(self) -> bool:
         """Whether the LMCache server is started."""
-        return "lmcache" in self.contenders or ("blend" in self.contenders and self.blend.store == "lmcache")
+        return "lmcache" in self.contenders or ("blend" in self.contenders and self.blend_needs_lmcache)
+
+    @property
+    def blend_needs_lmcache(self) -> bool:
+        """LMCache's own blender keeps its chunks in its process."""
+        return self.blend_engine == "kvarena" and self.blend.store == "lmcache"
 
     @property
     def weight_bytes(self) -> int:
@@ -100,6 +106,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         profile=profile,
         model=model,
         blend=_blend_config(settings, model, home),
+        blend_engine=_blend_engine(settings, on_cpu),
         ports=settings.ports,
         data_dir=settings.data_dir,
         results_dir=settings.results_dir,
@@ -142,6 +149,12 @@ def _dtype(settings: Settings, model: Model, on_cpu: bool) -> str | None:
         return None
     float32_bytes = 2 * model.weight_bytes(settings.local_hf_home) * len(settings.contenders)
     return "float32" if float32_bytes <= FLOAT32_MEMORY_RATIO * machine.available_memory_bytes() else None
+
+
+def _blend_engine(settings: Settings, on_cpu: bool) -> str:
+    if settings.blend_engine == "lmcache" and on_cpu and "blend" in settings.contenders:
+        raise StackError("BLEND_ENGINE is lmcache, and LMCache's own blender needs a GPU; on a CPU it must be kvarena")
+    return settings.blend_engine
 
 
 def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:

@@ -45,7 +45,7 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
 
 def check_packages(plan: Plan) -> None:
     needed = {"vllm" if name in VLLM_CONTENDERS else "transformers": plan.profile for name in plan.contenders}
-    if plan.needs_lmcache:
+    if plan.needs_lmcache or "blend" in plan.contenders:
         needed["lmcache"] = plan.profile
     if "ai100" in plan.contenders:
         needed["onnxruntime" if plan.ai100.runtime == "onnx" else "yaml"] = "ai100"
@@ -128,16 +128,24 @@ def estimate_memory(plan: Plan) -> MemoryNeed:
     num_vllm = sum(name in VLLM_CONTENDERS for name in plan.contenders)
     prefix_is_here = "prefix" in plan.contenders and (plan.profile == "cpu" or plan.prefix_storage == "cpu")
     on_cpu = plan.profile == "cpu"
-    blend_bytes = plan.blend.store_bytes if "blend" in plan.contenders else 0
     return MemoryNeed(
         weight_bytes=num_servers * plan.weight_bytes if on_cpu else 0,
         kv_cache_bytes=num_vllm * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
         prefix_bytes=int(plan.prefix_cache_gb * GIB) if prefix_is_here else 0,
-        store_bytes=int(plan.lmcache_gb * GIB) if plan.needs_lmcache else blend_bytes,
+        store_bytes=_store_bytes(plan),
         process_bytes=num_servers * SERVER_OVERHEAD_BYTES
         + (LMCACHE_OVERHEAD_BYTES if plan.needs_lmcache else 0)
         + (PAGE_BYTES if plan.page else 0),
     )
+
+
+def _store_bytes(plan: Plan) -> int:
+    """Of the LMCache server, and of a blend that keeps chunks in its own process."""
+    lmcache_bytes = int(plan.lmcache_gb * GIB)
+    server_bytes = lmcache_bytes if plan.needs_lmcache else 0
+    if "blend" not in plan.contenders or plan.blend_needs_lmcache:
+        return server_bytes
+    return server_bytes + (lmcache_bytes if plan.blend_engine == "lmcache" else plan.blend.store_bytes)
 
 
 def check_memory(need: MemoryNeed, available_bytes: int) -> None:

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
+from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
 from kvarena.vllm_plugin.config import kv_transfer_config
+from kvarena.vllm_plugin.lmcache_config import lmcache_blend_options
 
 LMCACHE_CHUNK_TOKENS = 32
 LMCACHE_TIMEOUT_S = 10.0
@@ -86,7 +88,6 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", HOST, "--port", str(port)]
-    command += ["--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"]
     command += ["--enable-prompt-tokens-details"]
     command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
     if plan.max_model_len is not None:
@@ -98,16 +99,30 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     if not plan.compile:
         command += ["--enforce-eager"]
     command += _gpu_memory(plan)
+    command += _connector(name, plan)
     environment = _vllm_environment(plan, home)
-    if name == "blend":
-        command += ["--kv-transfer-config", kv_transfer_config(plan.blend)]
-        command += ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
-    else:
+    if name != "blend":
         environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
-    if name == "lmcache":
-        command += _lmcache_connector(plan)
-    asks_lmcache = name == "lmcache" or (name == "blend" and plan.blend.store == "lmcache")
+    asks_lmcache = name == "lmcache" or (name == "blend" and plan.blend_needs_lmcache)
     return _contender(name, plan, home, command, environment, (LMCACHE_SERVER,) if asks_lmcache else ())
+
+
+def _connector(name: str, plan: Plan) -> list[str]:
+    """What makes the contenders differ: who supplies KV to vLLM, and whether it keeps a prefix cache itself."""
+    if name == "blend" and plan.blend_engine == "lmcache":
+        return _lmcache_blend(plan)
+    prefix_caching = ["--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"]
+    if name == "blend":
+        middleware = ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
+        return [*prefix_caching, "--kv-transfer-config", kv_transfer_config(plan.blend), *middleware]
+    return [*prefix_caching, *(_lmcache_connector(plan) if name == "lmcache" else [])]
+
+
+def _lmcache_blend(plan: Plan) -> list[str]:
+    try:
+        return lmcache_blend_options(plan.blend, plan.lmcache_gb)
+    except ValueError as error:
+        raise StackError(f"BLEND_ENGINE is lmcache, and {error}") from error
 
 
 def _lmcache_connector(plan: Plan) -> list[str]:
@@ -243,6 +258,7 @@ def _hub_environment(plan: Plan) -> dict[str, str]:
 def _page(plan: Plan, home: Home) -> Service:
     contenders = [
         {"name": name, "title": TITLES[name], "url": f"http://{HOST}:{getattr(plan.ports, name)}"}
+        | ({"approximate": True} if name == "blend" and plan.blend_engine == "lmcache" else {})
         for name in plan.contenders
     ]
     script = plan.root / "frontend" / "app.py"

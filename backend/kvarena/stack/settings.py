@@ -24,6 +24,7 @@ SimLLMMode = Literal["top_layer", "aligned"]
 AI100Runtime = Literal["auto", "qaic", "host", "onnx"]
 AI100Topics = Literal["keyword", "embedding"]
 BlendUnsupported = Literal["refuse", "plain"]
+BlendEngine = Literal["kvarena", "lmcache"]
 SimilarityThreshold = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
 
@@ -155,6 +156,7 @@ class Settings(BaseSettings):
     blend_head_tokens: Annotated[int, Field(ge=0)] | None = None
     blend_run_tokens: Annotated[int, Field(ge=1)] | None = None
     blend_unsupported: BlendUnsupported = "refuse"
+    blend_engine: BlendEngine = "kvarena"
 
     @field_validator("contenders", mode="before")
     @classmethod
