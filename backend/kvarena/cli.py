@@ -178,10 +178,11 @@ def restart(name: Name) -> None:
     from kvarena.stack import lifecycle
     from kvarena.stack.home import Home
     from kvarena.stack.service import LMCACHE_SERVER
+    from kvarena.stack.services import L2_OPTION
 
     console = _consoles()[0]
     service = lifecycle.restart(name, Home.find(), console)
-    if service.name == LMCACHE_SERVER:
+    if service.name == LMCACHE_SERVER and L2_OPTION not in service.command:
         console.print("The chunk cache is empty now; kvarena warm fills it again.")
 
 

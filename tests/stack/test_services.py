@@ -323,6 +323,30 @@ def test_options_go_through(home: Home, tmp_path: Path) -> None:
     assert option(services["lmcache-server"], "--l1-size-gb") == "0.5"
 
 
+@pytest.mark.parametrize(
+    ("place", "adapter"),
+    [
+        ("redis://cache:6380", {"type": "resp", "host": "cache", "port": 6380}),
+        ("valkey://me@cache", {"type": "resp", "host": "cache", "port": 6379, "username": "me"}),
+        ('{"type": "s3", "s3_region": "r"}', {"type": "s3", "s3_region": "r"}),
+        (
+            "kept",
+            {
+                "type": "fs_native",
+                "base_path": str(project_root() / "kept"),
+                "max_capacity_gb": 3.0,
+                "eviction": {"eviction_policy": "LRU"},
+            },
+        ),
+    ],
+)
+def test_lmcaches_second_tier(home: Home, tmp_path: Path, place: str, adapter: dict[str, object]) -> None:
+    _, services = make(home, tmp_path, lmcache_l2=place, lmcache_l2_gb=3)
+    assert json.loads(option(services["lmcache-server"], "--l2-adapter")) == adapter
+    assert option(services["lmcache-server"], "--l2-prefetch-policy") == "retain"
+    assert "--l2-adapter" not in make(home, tmp_path)[1]["lmcache-server"].command
+
+
 def test_local_and_hub_models(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, services = make(home, tmp_path)
     assert made.model.served_name == "demo"

@@ -91,6 +91,12 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
         ("AI100_TOPICS=words", "AI100_TOPICS must be one of keyword, embedding, not 'words'"),
         ("AI100_THRESHOLD=2", "AI100_THRESHOLD must be less than or equal to 1, not '2'"),
         ("AI100_KV_CACHE_BATCH_SIZE=0", "AI100_KV_CACHE_BATCH_SIZE must be greater than or equal to 1, not '0'"),
+        ("LMCACHE_L2=http://x", r"LMCACHE_L2 must be redis://HOST\[:PORT\], .* a folder, .*, not 'http://x'$"),
+        ("LMCACHE_L2=redis://", r"LMCACHE_L2 must be redis://HOST"),
+        ("LMCACHE_L2=redis://:pw@host", "LMCACHE_L2 must not hold a password; that is LMCACHE_L2_PASSWORD"),
+        ('LMCACHE_L2={"type": 3}', "LMCACHE_L2 must be .*; this object has no type"),
+        ('LMCACHE_L2={"type"', "LMCACHE_L2 must be .*; this is no JSON"),
+        ("LMCACHE_L2_GB=0", "LMCACHE_L2_GB must be greater than 0, not '0'"),
         ("MAX_MODEL_LEN=0", "MAX_MODEL_LEN must be greater than or equal to 1, not '0'"),
     ],
 )

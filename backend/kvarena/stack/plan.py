@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
+from kvarena.stack.lmcache_l2 import l2_adapter
 from kvarena.stack.machine import CoreShare
 from kvarena.stack.model import Model, find_model
 from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
@@ -42,6 +44,7 @@ class Plan:
     results_dir: Path
     hf_home: Path | None
     lmcache_gb: float
+    lmcache_l2: dict[str, Any] | None
     prefix_cache_gb: float
     prefix_storage: str
     simllm: SimLLMChoices
@@ -112,6 +115,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         results_dir=settings.results_dir,
         hf_home=settings.local_hf_home,
         lmcache_gb=settings.lmcache_gb,
+        lmcache_l2=_second_tier(settings),
         prefix_cache_gb=settings.prefix_cache_gb,
         prefix_storage=settings.prefix_storage,
         simllm=settings.simllm,
@@ -149,6 +153,12 @@ def _dtype(settings: Settings, model: Model, on_cpu: bool) -> str | None:
         return None
     float32_bytes = 2 * model.weight_bytes(settings.local_hf_home) * len(settings.contenders)
     return "float32" if float32_bytes <= FLOAT32_MEMORY_RATIO * machine.available_memory_bytes() else None
+
+
+def _second_tier(settings: Settings) -> dict[str, Any] | None:
+    if settings.lmcache_l2 is None:
+        return None
+    return l2_adapter(settings.lmcache_l2, settings.lmcache_l2_gb, project_root())
 
 
 def _blend_engine(settings: Settings, on_cpu: bool) -> str:

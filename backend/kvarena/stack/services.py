@@ -19,6 +19,7 @@ from kvarena.vllm_plugin.config import kv_transfer_config
 from kvarena.vllm_plugin.lmcache_config import lmcache_blend_options
 
 LMCACHE_CHUNK_TOKENS = 32
+L2_OPTION = "--l2-adapter"
 LMCACHE_TIMEOUT_S = 10.0
 LMCACHE_HEARTBEAT_S = 2.0
 GPU_MEMORY_SHARE = 0.9
@@ -67,6 +68,8 @@ def _lmcache_server(plan: Plan, home: Home) -> Service:
     command += ["--l1-size-gb", f"{plan.lmcache_gb:g}", "--eviction-policy", "LRU"]
     command += ["--chunk-size", str(LMCACHE_CHUNK_TOKENS), "--supported-transfer-mode", "auto"]
     command += ["--shm-name", home.shm_name]
+    if plan.lmcache_l2 is not None:
+        command += [L2_OPTION, json.dumps(plan.lmcache_l2), "--l2-prefetch-policy", "retain"]  # chunks come again
     command += ["--disable-metrics"]  # they would be served on every interface, on a port of their own
     return Service(
         name=LMCACHE_SERVER,

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
+from kvarena.stack.lmcache_l2 import l2_adapter
 
 ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100", "lmcache"]
 ProfileName = Literal["auto", "cpu", "gpu"]
@@ -128,6 +129,9 @@ class Settings(BaseSettings):
 
     kv_cache_gb: Annotated[int, Field(ge=1)] | None = None
     lmcache_gb: Annotated[float, Field(gt=0)] = 1.0
+    lmcache_l2: str | None = None
+    lmcache_l2_gb: Annotated[float, Field(gt=0)] = 10.0
+    lmcache_l2_password: SecretStr | None = None
     prefix_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     prefix_storage: PrefixStorage = "cpu"
 
@@ -181,6 +185,13 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path | None) -> Path | None:
         """Relative paths of the environment and of `.env` count from the project's folder."""
         return None if value is None else project_root() / value.expanduser()
+
+    @field_validator("lmcache_l2")
+    @classmethod
+    def _is_an_adapter(cls, value: str | None) -> str | None:
+        if value is not None:
+            l2_adapter(value, 0.0, project_root())
+        return value
 
     @property
     def ports(self) -> Ports:
@@ -244,5 +255,6 @@ def _explain(error: ValidationError, env_file: Path) -> str:
             lines.append(f"{key} must be one of {choices}, not {problem['input']!r}")
         else:
             reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
-            lines.append(f"{key} {reason.replace('be ', 'must be ', 1)}, not {problem['input']!r}")
+            demand = reason if reason.startswith("must ") else reason.replace("be ", "must be ", 1)
+            lines.append(f"{key} {demand}, not {problem['input']!r}")
     return "\n".join(lines)
