@@ -35,6 +35,7 @@ install_debian() {
 ./run-server.sh setup --profile cpu
 "$bin/python" -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
 has_one_of chromium chromium-browser google-chrome || [[ $is_fast ]] || install_debian chromium
+has_one_of valkey-server redis-server || [[ $is_fast ]] || install_debian redis-server
 has_one_of shellcheck || install_debian shellcheck
 
 echo '== style and types'

@@ -165,7 +165,7 @@ class ChatSession:
                         put(Text(text))
         if finish_reason is None:
             raise stream_error(self.contender, num_texts)
-        figures = from_usage(Stopwatch(sent_s, first_s, last_s), usage)
+        figures = from_usage(Stopwatch(sent_s, first_s, last_s), usage, self.contender.approximate)
         return Done(await self._reported(server, request_id, figures), finish_reason)
 
     async def _chunks(self, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

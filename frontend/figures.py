@@ -84,8 +84,8 @@ class Stopwatch:
         return (num_output_tokens - 1) / (self.last_token_s - self.first_token_s)
 
 
-def from_usage(stopwatch: Stopwatch, usage: Mapping[str, Any] | None) -> Figures:
-    """The figures of an exact server, whose only reuse is its prefix cache."""
+def from_usage(stopwatch: Stopwatch, usage: Mapping[str, Any] | None, approximate: bool = False) -> Figures:
+    """The figures of a server without reports. An exact one reuses prefixes only; of another only the sum is known."""
     usage = usage or {}
     prompt = usage.get("prompt_tokens")
     output = usage.get("completion_tokens")
@@ -97,11 +97,11 @@ def from_usage(stopwatch: Stopwatch, usage: Mapping[str, Any] | None) -> Figures
         num_output_tokens=output,
         num_prompt_tokens=prompt,
         num_reused_tokens=cached,
-        num_recomputed_tokens=None if cached is None else 0,
+        num_recomputed_tokens=None if cached is None or approximate else 0,
         num_computed_tokens=None if prompt is None or cached is None else prompt - cached,
-        num_prefix_tokens=cached,
-        approximate=False,
-        spans=_prefix_spans(prompt, cached),
+        num_prefix_tokens=None if approximate else cached,
+        approximate=approximate,
+        spans=() if approximate else _prefix_spans(prompt, cached),
     )
 
 

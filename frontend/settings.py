@@ -3,7 +3,7 @@
 The environment is read here and nowhere else in the frontend. Without any of the variables the page expects the
 stack's default ports, the repository's `data/` and its `results/`.
 
-    KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}
+    KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}, and "approximate" for one that is and doesn't report it
     KVARENA_DATA_DIR     folder of chunk files
     KVARENA_RESULTS_DIR  folder of result files
     KVARENA_SEPARATOR    between chunks, where no contender says what its own is
@@ -31,13 +31,15 @@ DEFAULT_SEPARATOR = " # # "
 class Contender:
     """A server in the arena. `name` identifies it (letters, digits, - and _), `title` is what people read.
 
-    `service` is what the stack calls the server, where one server stands in the arena more than once.
+    `service` is what the stack calls the server, where one server stands in the arena more than once. `approximate` is
+    what its answers are where it keeps no request reports that say so.
     """
 
     name: str
     title: str
     url: str
     service: str = ""
+    approximate: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -79,7 +81,13 @@ def _contenders(text: str) -> tuple[Contender, ...]:
         return DEFAULT_CONTENDERS
     try:
         contenders = tuple(
-            Contender(entry["name"], entry["title"], entry["url"].rstrip("/")) for entry in json.loads(text)
+            Contender(
+                entry["name"],
+                entry["title"],
+                entry["url"].rstrip("/"),
+                approximate=bool(entry.get("approximate", False)),
+            )
+            for entry in json.loads(text)
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f'KVARENA_CONTENDERS must be a JSON list of {{"name", "title", "url"}}: {error}') from error

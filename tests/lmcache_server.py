@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
 
@@ -22,9 +25,10 @@ def free_port() -> int:
 
 
 class LMCacheServer:
-    """A context; `kill` and `start` may be called inside it."""
+    """A context; `kill` and `start` may be called inside it. `l2` is its second tier, as `l2_adapter` makes it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, l2: Mapping[str, Any] | None = None) -> None:
+        self._l2 = l2
         self.log = folder / "lmcache.log"
         self.port, self.http_port = free_port(), free_port()
         self.url = f"tcp://127.0.0.1:{self.port}"
@@ -43,6 +47,8 @@ class LMCacheServer:
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
         command += ["--prometheus-port", str(free_port()), "--eviction-policy", "LRU", "--chunk-size", "32"]
         command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name]
+        if self._l2 is not None:
+            command += ["--l2-adapter", json.dumps(self._l2), "--l2-prefetch-policy", "retain"]
         settings = {"PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)

@@ -16,7 +16,7 @@ from typing import Any
 
 KVARENA = Path(sys.executable).with_name("kvarena")
 UP_TIMEOUT_S = 900
-PORT_OFFSETS = (0, 1, 2, 3, 4, 501, 502, 503)
+PORT_OFFSETS = (0, 1, 2, 3, 4, 5, 501, 502, 503)
 
 
 @dataclass(frozen=True)

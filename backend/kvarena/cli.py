@@ -45,7 +45,7 @@ app.command()(report)
 app.command()(worlds)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Name = Annotated[str, typer.Argument(help="lmcache, a contender, or page.")]
+Name = Annotated[str, typer.Argument(help="lmcache-server, a contender, or page.")]
 
 
 def _consoles(as_json: bool = False) -> tuple[Console, Console]:
@@ -60,7 +60,9 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
 def up(
     contenders: Annotated[
         str | None,
-        typer.Option(help="Which of blend, plain, prefix, simllm, ai100, separated by commas. [default: blend,plain]"),
+        typer.Option(
+            help="Which of blend, plain, prefix, simllm, ai100, lmcache, with commas between. [default: blend,plain]"
+        ),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [default: auto]")] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name.")] = None,
@@ -68,7 +70,8 @@ def up(
     port_base: Annotated[
         int | None,
         typer.Option(
-            help="blend N, plain N+1, prefix N+2, simllm N+3, ai100 N+4, page N+501, LMCache N+502 and N+503."
+            help="blend N, plain N+1, prefix N+2, simllm N+3, ai100 N+4, lmcache N+5, page N+501, "
+            "LMCache server N+502 and N+503."
         ),
     ] = None,
     load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,
@@ -110,7 +113,7 @@ def up(
     warmed: list[WarmResult] = []
 
     def fill_chunk_cache(record: Record) -> None:
-        if "blend" not in settings.contenders:
+        if "blend" not in settings.contenders or settings.blend_engine == "lmcache":
             return
         try:
             warmed.append(render.warm_with_progress(record, console))
@@ -174,10 +177,12 @@ def restart(name: Name) -> None:
     """Stop and start one service and wait until it is healthy."""
     from kvarena.stack import lifecycle
     from kvarena.stack.home import Home
+    from kvarena.stack.service import LMCACHE_SERVER
+    from kvarena.stack.services import L2_OPTION
 
     console = _consoles()[0]
     service = lifecycle.restart(name, Home.find(), console)
-    if service.name == "lmcache":
+    if service.name == LMCACHE_SERVER and L2_OPTION not in service.command:
         console.print("The chunk cache is empty now; kvarena warm fills it again.")
 
 

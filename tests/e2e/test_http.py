@@ -181,7 +181,7 @@ def test_thirty_two_requests_at_once(stack: Stack) -> None:
 
 def test_lmcache_killed_and_back_under_load(stack: Stack) -> None:
     """Answers stay right throughout; hits come back once it runs again and the chunks are stored anew."""
-    psutil.Process(stack.service("lmcache")["pid"]).kill()
+    psutil.Process(stack.service("lmcache-server")["pid"]).kill()
     reports = many(stack, 8, seed=5)
     assert all(report["store_hits"] == 0 for report in reports)
     assert sum(report["store_errors"] for report in reports) > 0

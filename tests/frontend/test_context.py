@@ -87,6 +87,8 @@ def test_settings_come_from_the_environment() -> None:
     folders = {"KVARENA_DATA_DIR": "/tmp/chunks", "KVARENA_RESULTS_DIR": "/tmp/results"}
     settings = read_settings({"KVARENA_CONTENDERS": json.dumps([entry]), **folders})
     assert settings.contenders == (Contender("mine", "Mine", "http://host:1"),)
+    own = read_settings({"KVARENA_CONTENDERS": json.dumps([entry | {"approximate": True}])})
+    assert own.contenders == (Contender("mine", "Mine", "http://host:1", approximate=True),)
     assert (settings.data_dir, settings.results_dir) == (Path("/tmp/chunks"), Path("/tmp/results"))
     assert read_settings({}).contenders == DEFAULT_CONTENDERS
     assert "secret" not in repr(read_settings({"KVARENA_API_KEY": "secret"}))

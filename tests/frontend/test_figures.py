@@ -28,6 +28,14 @@ def test_usage_that_is_missing_leaves_counts_unknown() -> None:
     assert (without_details.num_prompt_tokens, without_details.num_computed_tokens) == (9, None)
 
 
+def test_an_approximate_server_without_reports_isnt_called_exact() -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+    figures = from_usage(Stopwatch(0.0, 1.0, 2.0), usage, approximate=True)
+    assert (figures.approximate, figures.num_reused_tokens, figures.num_computed_tokens) == (True, 4, 5)
+    assert (figures.num_recomputed_tokens, figures.num_prefix_tokens, figures.spans) == (None, None, ())
+    assert not from_usage(Stopwatch(0.0, 1.0, 2.0), usage).approximate
+
+
 def test_parts_of_the_bar_add_up_to_the_prompt() -> None:
     parts = {part.kind: part.num_tokens for part in token_parts(with_report(Figures(), REPORT))}
     assert parts == {"prefix": 5, "reused": 65, "recomputed": 20, "computed": 10}

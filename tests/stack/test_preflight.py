@@ -54,8 +54,14 @@ def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
     assert need.store_bytes == plan.lmcache_gb * GIB
     in_memory = dataclasses.replace(plan, blend=dataclasses.replace(plan.blend, store="memory", store_bytes=5))
     assert preflight.estimate_memory(in_memory).store_bytes == 5
+    in_process = dataclasses.replace(plan, blend_engine="lmcache")
+    assert preflight.estimate_memory(in_process).store_bytes == plan.lmcache_gb * GIB
+    both = dataclasses.replace(in_memory, contenders=("blend", "lmcache"))
+    assert preflight.estimate_memory(both).store_bytes == plan.lmcache_gb * GIB + 5
     alone = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain",), page=False))
     assert (alone.weight_bytes, alone.store_bytes) == (weights, 0)
+    lmcache = preflight.estimate_memory(dataclasses.replace(plan, contenders=("lmcache",), page=False))
+    assert (lmcache.kv_cache_bytes, lmcache.store_bytes) == (3 * GIB, plan.lmcache_gb * GIB)
     with_prefix = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain", "prefix"), page=False))
     assert (with_prefix.kv_cache_bytes, with_prefix.prefix_bytes) == (3 * GIB, plan.prefix_cache_gb * GIB)
     on_gpu = preflight.estimate_memory(dataclasses.replace(plan, profile="gpu"))

@@ -22,7 +22,15 @@ def test_defaults(env_file: Path) -> None:
     assert settings.contenders == ("blend", "plain")
     assert settings.profile == "auto"
     assert settings.ports == Ports(
-        blend=8000, plain=8001, prefix=8002, simllm=8003, ai100=8004, page=8501, lmcache=5555, lmcache_http=8080
+        blend=8000,
+        plain=8001,
+        prefix=8002,
+        simllm=8003,
+        ai100=8004,
+        lmcache=8005,
+        page=8501,
+        lmcache_server=5555,
+        lmcache_http=8080,
     )
     assert settings.data_dir == project_root() / "data"
     assert settings.ui
@@ -62,8 +70,8 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
     ("text", "message"),
     [
         ("MODLE=x", "unknown key MODLE; known: .*MODEL"),
-        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, not 'fast'"),
-        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, not ''"),
+        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, lmcache, not 'fast'"),
+        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, lmcache, not ''"),
         ("PROFILE=tpu", "PROFILE must be one of auto, cpu, gpu, not 'tpu'"),
         ("BLEND_RATIO=1.5", "BLEND_RATIO must be less than or equal to 1, not '1.5'"),
         ("BLEND_CHECK_LAYER=-1", "BLEND_CHECK_LAYER must be greater than or equal to 0, not '-1'"),
@@ -83,6 +91,12 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
         ("AI100_TOPICS=words", "AI100_TOPICS must be one of keyword, embedding, not 'words'"),
         ("AI100_THRESHOLD=2", "AI100_THRESHOLD must be less than or equal to 1, not '2'"),
         ("AI100_KV_CACHE_BATCH_SIZE=0", "AI100_KV_CACHE_BATCH_SIZE must be greater than or equal to 1, not '0'"),
+        ("LMCACHE_L2=http://x", r"LMCACHE_L2 must be redis://HOST\[:PORT\], .* a folder, .*, not 'http://x'$"),
+        ("LMCACHE_L2=redis://", r"LMCACHE_L2 must be redis://HOST"),
+        ("LMCACHE_L2=redis://:pw@host", "LMCACHE_L2 must not hold a password; that is LMCACHE_L2_PASSWORD"),
+        ('LMCACHE_L2={"type": 3}', "LMCACHE_L2 must be .*; this object has no type"),
+        ('LMCACHE_L2={"type"', "LMCACHE_L2 must be .*; this is no JSON"),
+        ("LMCACHE_L2_GB=0", "LMCACHE_L2_GB must be greater than 0, not '0'"),
         ("MAX_MODEL_LEN=0", "MAX_MODEL_LEN must be greater than or equal to 1, not '0'"),
     ],
 )
@@ -108,11 +122,27 @@ def test_port_rule(env_file: Path) -> None:
     env_file.write_text("PORT_BASE=9000\nPLAIN_PORT=9999\n")
     in_file = load_settings(env_file)
     assert in_file.ports == Ports(
-        blend=9000, plain=9999, prefix=9002, simllm=9003, ai100=9004, page=9501, lmcache=9502, lmcache_http=9503
+        blend=9000,
+        plain=9999,
+        prefix=9002,
+        simllm=9003,
+        ai100=9004,
+        lmcache=9005,
+        page=9501,
+        lmcache_server=9502,
+        lmcache_http=9503,
     )
     on_command_line = load_settings(env_file, port_base=7000)
     assert on_command_line.ports == Ports(
-        blend=7000, plain=7001, prefix=7002, simllm=7003, ai100=7004, page=7501, lmcache=7502, lmcache_http=7503
+        blend=7000,
+        plain=7001,
+        prefix=7002,
+        simllm=7003,
+        ai100=7004,
+        lmcache=7005,
+        page=7501,
+        lmcache_server=7502,
+        lmcache_http=7503,
     )
 
 

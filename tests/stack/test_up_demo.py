@@ -266,7 +266,7 @@ def test_lmcache_comes_back_after_it_was_killed(module_home: Home, port_base: in
 
     settings = load_settings(Path("none"), contenders="blend", profile="cpu", port_base=port_base, lmcache_gb=0.5)
     lmcache = build_services(make_plan(settings, module_home), module_home)[0]
-    assert lmcache.name == "lmcache"
+    assert lmcache.name == "lmcache-server"
     record = Record((lmcache,), "", "data", "demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVARENA_HOME", str(module_home.path))

@@ -156,3 +156,9 @@ def test_no_chunks(blend: Blend) -> None:
 def test_no_server() -> None:
     with pytest.raises(httpx.ConnectError):
         warm("http://127.0.0.1:9", "demo", [TextChunk("a", "text")])
+
+
+def test_a_server_without_our_chunk_cache(blend: Blend) -> None:
+    with pytest.raises(StackError, match="LMCache's own blender has no chunk cache to fill"):
+        warm(url(blend) + "/elsewhere", "demo", [TextChunk("a", "text")])
+    assert not blend.requests

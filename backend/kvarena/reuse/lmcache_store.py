@@ -2,7 +2,8 @@
 
 LMCache keeps whole pieces of `--chunk-size` tokens and drops the rest, so a chunk is filled up with tokens that no
 vocabulary has. A server that is down costs one short time-out; then it isn't asked again for a while, and every
-request in between is a miss, counted as an error.
+request in between is a miss, counted as an error. One that was started anew is noticed when it finds nothing at all:
+its second tier may have everything.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Result = TypeVar("Result")
 _FILLER_TOKEN = 0x7FFFFFFF
 _BLOCK_TOKENS = 32
 _POLL_S = 0.001
+_RESTART_CHECK_S = 1.0
 _NUM_THREADS = 4
 
 
@@ -122,11 +124,20 @@ class LMCacheStore:
                 self.stats.errors += 1
                 return default
             try:
-                self._context = self._context or _Context(self)
-                return call(self._context)
+                return self._call(call)
             except (LMCacheSDKError, TimeoutError, RuntimeError, ValueError, OSError) as error:
                 self._leave_alone(what, error)
                 return default
+
+    def _call(self, call: Callable[[_Context], Result]) -> Result:
+        """Once more, with a new context, where the server was started anew."""
+        self._context = self._context or _Context(self)
+        try:
+            return call(self._context)
+        except _ServerRestarted:
+            self.close()
+            self._context = _Context(self)
+            return call(self._context)
 
     def _leave_alone(self, what: str, error: Exception) -> None:
         logger.warning(
@@ -151,6 +162,10 @@ class LMCacheStore:
             self.stats.errors += 1
             return None
         return pieces
+
+
+class _ServerRestarted(LMCacheSDKError):
+    """The server isn't the one that this context registered with."""
 
 
 class _Retrieval:
@@ -212,6 +227,8 @@ class _Context(LMCacheSDKContext):
             raise LMCacheSDKError(f"--chunk-size must be a multiple of {_BLOCK_TOKENS}, not {self.chunk_size}")
         self.num_retrievals = 0
         self.is_retired = False
+        self._server = self._server_instance()
+        self._checked_at = time.monotonic()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kvarena-lmcache")
         self._world_size = 1
         self._num_kv_readers = 1
@@ -258,7 +275,23 @@ class _Context(LMCacheSDKContext):
             answer.result(timeout=self.mq_timeout)
         asked = [self._req_client.query_prefetch_status(session) for session in sessions]
         held = [self._num_found(*call) == len(ids) for *call, ids in zip(sessions, asked, padded, strict=True)]
+        if not any(held):
+            self._notice_restart()
         return [_Lookup(*lookup) for lookup in zip(chunks, sessions, padded, held, strict=True)]
+
+    def _notice_restart(self) -> None:
+        """A server that was started anew doesn't know this context, and finds nothing for it."""
+        if time.monotonic() < self._checked_at + _RESTART_CHECK_S:
+            return
+        self._checked_at = time.monotonic()
+        if self._server_instance() != self._server:
+            raise _ServerRestarted("it was started anew")
+
+    def _server_instance(self) -> str:
+        """A name that the server has from one start to the next."""
+        answer = requests.get(f"{self._http_url}/config", timeout=self.mq_timeout)
+        answer.raise_for_status()
+        return str(answer.json()["mp"]["instance_id"])
 
     def take(self, lookups: Sequence[_Lookup]) -> list[Pieces | None]:
         return list(self._threads.map(self._take, lookups))

@@ -48,9 +48,15 @@ def up(
         home,
         console,
         check=lambda services: check_before_start(plan, services, token),
-        secrets={"HF_TOKEN": token} if token else {},
+        secrets=_secrets(settings),
         when_healthy=when_healthy,
     )
+
+
+def _secrets(settings: Settings) -> dict[str, str]:
+    """What services read from their environment and nothing writes down, by their names for it."""
+    given = {"HF_TOKEN": settings.hf_token, "LMCACHE_RESP_PASSWORD": settings.lmcache_l2_password}
+    return {name: secret.get_secret_value() for name, secret in given.items() if secret}
 
 
 def bring_up(

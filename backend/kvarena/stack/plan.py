@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
+from kvarena.stack.lmcache_l2 import l2_adapter
 from kvarena.stack.machine import CoreShare
 from kvarena.stack.model import Model, find_model
 from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
@@ -22,13 +24,13 @@ DEFAULT_CPU_KV_CACHE_GB = 1
 HALF_PRECISION = ("bfloat16", "float16")
 FLOAT32_MEMORY_RATIO = 0.5
 """Weights are served in float32 of our own accord where they take at most so much of the memory that is free."""
-VLLM_CONTENDERS = ("blend", "plain")
+VLLM_CONTENDERS = ("blend", "plain", "lmcache")
 
 
 @dataclass(frozen=True)
 class Plan:
     """`core_shares` has one entry per contender on a CPU and none on a GPU; `gpus` the other way round (fewer when
-    they share). `prefix_caching` is vLLM's own."""
+    they share). `prefix_caching` is vLLM's own. `blend_engine` is kvarena, or lmcache for LMCache's own blender."""
 
     root: Path
     contenders: tuple[str, ...]
@@ -36,11 +38,13 @@ class Plan:
     profile: str
     model: Model
     blend: BlendConfig
+    blend_engine: str
     ports: Ports
     data_dir: Path
     results_dir: Path
     hf_home: Path | None
     lmcache_gb: float
+    lmcache_l2: dict[str, Any] | None
     prefix_cache_gb: float
     prefix_storage: str
     simllm: SimLLMChoices
@@ -56,7 +60,13 @@ class Plan:
 
     @property
     def needs_lmcache(self) -> bool:
-        return "blend" in self.contenders and self.blend.store == "lmcache"
+        """Whether the LMCache server is started."""
+        return "lmcache" in self.contenders or ("blend" in self.contenders and self.blend_needs_lmcache)
+
+    @property
+    def blend_needs_lmcache(self) -> bool:
+        """LMCache's own blender keeps its chunks in its process."""
+        return self.blend_engine == "kvarena" and self.blend.store == "lmcache"
 
     @property
     def weight_bytes(self) -> int:
@@ -99,11 +109,13 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         profile=profile,
         model=model,
         blend=_blend_config(settings, model, home),
+        blend_engine=_blend_engine(settings, on_cpu),
         ports=settings.ports,
         data_dir=settings.data_dir,
         results_dir=settings.results_dir,
         hf_home=settings.local_hf_home,
         lmcache_gb=settings.lmcache_gb,
+        lmcache_l2=_second_tier(settings),
         prefix_cache_gb=settings.prefix_cache_gb,
         prefix_storage=settings.prefix_storage,
         simllm=settings.simllm,
@@ -143,6 +155,18 @@ def _dtype(settings: Settings, model: Model, on_cpu: bool) -> str | None:
     return "float32" if float32_bytes <= FLOAT32_MEMORY_RATIO * machine.available_memory_bytes() else None
 
 
+def _second_tier(settings: Settings) -> dict[str, Any] | None:
+    if settings.lmcache_l2 is None:
+        return None
+    return l2_adapter(settings.lmcache_l2, settings.lmcache_l2_gb, project_root())
+
+
+def _blend_engine(settings: Settings, on_cpu: bool) -> str:
+    if settings.blend_engine == "lmcache" and on_cpu and "blend" in settings.contenders:
+        raise StackError("BLEND_ENGINE is lmcache, and LMCache's own blender needs a GPU; on a CPU it must be kvarena")
+    return settings.blend_engine
+
+
 def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
     try:
         profile = read_model_profile(model.name) if model.is_local else {}
@@ -159,7 +183,7 @@ def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
         given = profile | {key: value for key, value in chosen.items() if value is not None}
         return dataclasses.replace(
             BlendConfig(**given),
-            lmcache_url=f"tcp://127.0.0.1:{settings.ports.lmcache}",
+            lmcache_url=f"tcp://127.0.0.1:{settings.ports.lmcache_server}",
             lmcache_http_url=f"http://127.0.0.1:{settings.ports.lmcache_http}",
             index_path=str(home.chunk_index(model.name)),
             unsupported=settings.blend_unsupported,

@@ -18,7 +18,7 @@ from kvarena.stack.errors import StackError
 from kvarena.stack.model import check_hub_access
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
-from kvarena.stack.service import HOST, Service
+from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
 
 GIB = 1 << 30
 SERVER_OVERHEAD_BYTES = 3 * GIB // 2
@@ -39,13 +39,13 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
         if not plan.model.is_local:
             check_hub_access(plan.model.name, token, plan.hf_home)
         check_memory(estimate_memory(plan), machine.available_memory_bytes())
-    if any(service.name == "lmcache" for service in services):
+    if any(service.name == LMCACHE_SERVER for service in services):
         check_shared_memory(plan.lmcache_gb)
 
 
 def check_packages(plan: Plan) -> None:
     needed = {"vllm" if name in VLLM_CONTENDERS else "transformers": plan.profile for name in plan.contenders}
-    if "blend" in plan.contenders:
+    if plan.needs_lmcache or "blend" in plan.contenders:
         needed["lmcache"] = plan.profile
     if "ai100" in plan.contenders:
         needed["onnxruntime" if plan.ai100.runtime == "onnx" else "yaml"] = "ai100"
@@ -128,17 +128,24 @@ def estimate_memory(plan: Plan) -> MemoryNeed:
     num_vllm = sum(name in VLLM_CONTENDERS for name in plan.contenders)
     prefix_is_here = "prefix" in plan.contenders and (plan.profile == "cpu" or plan.prefix_storage == "cpu")
     on_cpu = plan.profile == "cpu"
-    has_blend = "blend" in plan.contenders
-    store_bytes = int(plan.lmcache_gb * GIB) if plan.needs_lmcache else plan.blend.store_bytes
     return MemoryNeed(
         weight_bytes=num_servers * plan.weight_bytes if on_cpu else 0,
         kv_cache_bytes=num_vllm * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
         prefix_bytes=int(plan.prefix_cache_gb * GIB) if prefix_is_here else 0,
-        store_bytes=store_bytes if has_blend else 0,
+        store_bytes=_store_bytes(plan),
         process_bytes=num_servers * SERVER_OVERHEAD_BYTES
         + (LMCACHE_OVERHEAD_BYTES if plan.needs_lmcache else 0)
         + (PAGE_BYTES if plan.page else 0),
     )
+
+
+def _store_bytes(plan: Plan) -> int:
+    """Of the LMCache server, and of a blend that keeps chunks in its own process."""
+    lmcache_bytes = int(plan.lmcache_gb * GIB)
+    server_bytes = lmcache_bytes if plan.needs_lmcache else 0
+    if "blend" not in plan.contenders or plan.blend_needs_lmcache:
+        return server_bytes
+    return server_bytes + (lmcache_bytes if plan.blend_engine == "lmcache" else plan.blend.store_bytes)
 
 
 def check_memory(need: MemoryNeed, available_bytes: int) -> None:

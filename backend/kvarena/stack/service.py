@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 HOST = "127.0.0.1"
+LMCACHE_SERVER = "lmcache-server"
+"""The service that keeps chunks; `lmcache` is a contender."""
 
 
 @dataclass(frozen=True)

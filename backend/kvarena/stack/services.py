@@ -11,24 +11,30 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
+from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
-from kvarena.stack.service import HOST, Service
+from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
 from kvarena.vllm_plugin.config import kv_transfer_config
+from kvarena.vllm_plugin.lmcache_config import lmcache_blend_options
 
 LMCACHE_CHUNK_TOKENS = 32
+L2_OPTION = "--l2-adapter"
+LMCACHE_TIMEOUT_S = 10.0
+LMCACHE_HEARTBEAT_S = 2.0
 GPU_MEMORY_SHARE = 0.9
 
 Options = Mapping[str, object]
 """Of a command line; those whose value is `None` are left out."""
 
 TITLES = {
-    "lmcache": "LMCache server",
+    LMCACHE_SERVER: "LMCache server",
     "blend": "vLLM with LMCache",
     "plain": "vLLM without LMCache",
     "prefix": "PyTorch with prefix cache",
     "simllm": "PyTorch with Sim-LLM",
     "ai100": "KV slots per topic",
+    "lmcache": "vLLM with LMCache's own connector",
     "page": "the page",
 }
 
@@ -47,31 +53,33 @@ def build_services(plan: Plan, home: Home) -> list[Service]:
     """Every service of this plan, each after those it depends on."""
     services = []
     if plan.needs_lmcache:
-        services.append(_lmcache(plan, home))
+        services.append(_lmcache_server(plan, home))
     services += [(_vllm if name in VLLM_CONTENDERS else _engine)(name, plan, home) for name in plan.contenders]
     if plan.page:
         services.append(_page(plan, home))
     return services
 
 
-def _lmcache(plan: Plan, home: Home) -> Service:
+def _lmcache_server(plan: Plan, home: Home) -> Service:
     ports = plan.ports
     command = [sys.executable, "-m", "lmcache.cli.main", "server"]
-    command += ["--host", HOST, "--port", str(ports.lmcache)]
+    command += ["--host", HOST, "--port", str(ports.lmcache_server)]
     command += ["--http-host", HOST, "--http-port", str(ports.lmcache_http)]
     command += ["--l1-size-gb", f"{plan.lmcache_gb:g}", "--eviction-policy", "LRU"]
     command += ["--chunk-size", str(LMCACHE_CHUNK_TOKENS), "--supported-transfer-mode", "auto"]
     command += ["--shm-name", home.shm_name]
+    if plan.lmcache_l2 is not None:
+        command += [L2_OPTION, json.dumps(plan.lmcache_l2), "--l2-prefetch-policy", "retain"]  # chunks come again
     command += ["--disable-metrics"]  # they would be served on every interface, on a port of their own
     return Service(
-        name="lmcache",
-        title=TITLES["lmcache"],
+        name=LMCACHE_SERVER,
+        title=TITLES[LMCACHE_SERVER],
         command=tuple(command),
-        port=ports.lmcache,
+        port=ports.lmcache_server,
         other_ports=(ports.lmcache_http,),
-        address=f"tcp://{HOST}:{ports.lmcache}",
+        address=f"tcp://{HOST}:{ports.lmcache_server}",
         health_url=f"http://{HOST}:{ports.lmcache_http}/healthcheck",
-        log_path=str(home.log("lmcache")),
+        log_path=str(home.log(LMCACHE_SERVER)),
         environment=COMMON_ENVIRONMENT,
         directory=str(home.path),
         start_timeout_s=120.0,
@@ -83,7 +91,6 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", HOST, "--port", str(port)]
-    command += ["--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"]
     command += ["--enable-prompt-tokens-details"]
     command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
     if plan.max_model_len is not None:
@@ -95,15 +102,47 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     if not plan.compile:
         command += ["--enforce-eager"]
     command += _gpu_memory(plan)
+    command += _connector(name, plan)
     environment = _vllm_environment(plan, home)
-    depends_on: tuple[str, ...] = ()
-    if name == "blend":
-        depends_on = ("lmcache",) if plan.needs_lmcache else ()
-        command += ["--kv-transfer-config", kv_transfer_config(plan.blend)]
-        command += ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
-    else:
+    if name != "blend":
         environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
-    return _contender(name, plan, home, command, environment, depends_on)
+    asks_lmcache = name == "lmcache" or (name == "blend" and plan.blend_needs_lmcache)
+    return _contender(name, plan, home, command, environment, (LMCACHE_SERVER,) if asks_lmcache else ())
+
+
+def _connector(name: str, plan: Plan) -> list[str]:
+    """What makes the contenders differ: who supplies KV to vLLM, and whether it keeps a prefix cache itself."""
+    if name == "blend" and plan.blend_engine == "lmcache":
+        return _lmcache_blend(plan)
+    prefix_caching = ["--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"]
+    if name == "blend":
+        middleware = ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
+        return [*prefix_caching, "--kv-transfer-config", kv_transfer_config(plan.blend), *middleware]
+    return [*prefix_caching, *(_lmcache_connector(plan) if name == "lmcache" else [])]
+
+
+def _lmcache_blend(plan: Plan) -> list[str]:
+    try:
+        return lmcache_blend_options(plan.blend, plan.lmcache_gb)
+    except ValueError as error:
+        raise StackError(f"BLEND_ENGINE is lmcache, and {error}") from error
+
+
+def _lmcache_connector(plan: Plan) -> list[str]:
+    """LMCache's own connector, on the server that has the blend's chunks.
+
+    The server's pieces must be whole blocks of vLLM's, and those have 128 tokens on a CPU where nobody says otherwise.
+    A server that is gone is missed after one heartbeat, and a request that had asked it waits for the time-out.
+    """
+    settings = {
+        "lmcache.mp.host": f"tcp://{HOST}",
+        "lmcache.mp.port": plan.ports.lmcache_server,
+        "lmcache.mp.mq_timeout": LMCACHE_TIMEOUT_S,
+        "lmcache.mp.heartbeat_interval": LMCACHE_HEARTBEAT_S,
+    }
+    connector = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
+    blocks = ["--block-size", str(LMCACHE_CHUNK_TOKENS)] if plan.profile == "cpu" else []
+    return [*blocks, "--kv-transfer-config", json.dumps(connector)]
 
 
 def _engine(name: str, plan: Plan, home: Home) -> Service:
@@ -222,6 +261,7 @@ def _hub_environment(plan: Plan) -> dict[str, str]:
 def _page(plan: Plan, home: Home) -> Service:
     contenders = [
         {"name": name, "title": TITLES[name], "url": f"http://{HOST}:{getattr(plan.ports, name)}"}
+        | ({"approximate": True} if name == "blend" and plan.blend_engine == "lmcache" else {})
         for name in plan.contenders
     ]
     script = plan.root / "frontend" / "app.py"

@@ -16,14 +16,16 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
+from kvarena.stack.lmcache_l2 import l2_adapter
 
-ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100"]
+ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100", "lmcache"]
 ProfileName = Literal["auto", "cpu", "gpu"]
 PrefixStorage = Literal["cpu", "device"]
 SimLLMMode = Literal["top_layer", "aligned"]
 AI100Runtime = Literal["auto", "qaic", "host", "onnx"]
 AI100Topics = Literal["keyword", "embedding"]
 BlendUnsupported = Literal["refuse", "plain"]
+BlendEngine = Literal["kvarena", "lmcache"]
 SimilarityThreshold = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
 
@@ -33,8 +35,9 @@ PORT_OFFSETS = {
     "prefix": 2,
     "simllm": 3,
     "ai100": 4,
+    "lmcache": 5,
     "page": 501,
-    "lmcache": 502,
+    "lmcache_server": 502,
     "lmcache_http": 503,
 }
 """Where each port is from `PORT_BASE`."""
@@ -44,8 +47,9 @@ DEFAULT_PORTS = {
     "prefix": 8002,
     "simllm": 8003,
     "ai100": 8004,
+    "lmcache": 8005,
     "page": 8501,
-    "lmcache": 5555,
+    "lmcache_server": 5555,
     "lmcache_http": 8080,
 }
 
@@ -60,8 +64,9 @@ class Ports:
     prefix: int
     simllm: int
     ai100: int
-    page: int
     lmcache: int
+    page: int
+    lmcache_server: int
     lmcache_http: int
 
 
@@ -117,12 +122,16 @@ class Settings(BaseSettings):
     prefix_port: Port | None = None
     simllm_port: Port | None = None
     ai100_port: Port | None = None
-    ui_port: Port | None = None
     lmcache_port: Port | None = None
+    ui_port: Port | None = None
+    lmcache_server_port: Port | None = None
     lmcache_http_port: Port | None = None
 
     kv_cache_gb: Annotated[int, Field(ge=1)] | None = None
     lmcache_gb: Annotated[float, Field(gt=0)] = 1.0
+    lmcache_l2: str | None = None
+    lmcache_l2_gb: Annotated[float, Field(gt=0)] = 10.0
+    lmcache_l2_password: SecretStr | None = None
     prefix_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     prefix_storage: PrefixStorage = "cpu"
 
@@ -151,6 +160,7 @@ class Settings(BaseSettings):
     blend_head_tokens: Annotated[int, Field(ge=0)] | None = None
     blend_run_tokens: Annotated[int, Field(ge=1)] | None = None
     blend_unsupported: BlendUnsupported = "refuse"
+    blend_engine: BlendEngine = "kvarena"
 
     @field_validator("contenders", mode="before")
     @classmethod
@@ -176,6 +186,13 @@ class Settings(BaseSettings):
         """Relative paths of the environment and of `.env` count from the project's folder."""
         return None if value is None else project_root() / value.expanduser()
 
+    @field_validator("lmcache_l2")
+    @classmethod
+    def _is_an_adapter(cls, value: str | None) -> str | None:
+        if value is not None:
+            l2_adapter(value, 0.0, project_root())
+        return value
+
     @property
     def ports(self) -> Ports:
         """A port's own key first, then `PORT_BASE` plus its offset, then the default."""
@@ -185,8 +202,9 @@ class Settings(BaseSettings):
             "prefix": self.prefix_port,
             "simllm": self.simllm_port,
             "ai100": self.ai100_port,
-            "page": self.ui_port,
             "lmcache": self.lmcache_port,
+            "page": self.ui_port,
+            "lmcache_server": self.lmcache_server_port,
             "lmcache_http": self.lmcache_http_port,
         }
         base = self.port_base
@@ -237,5 +255,6 @@ def _explain(error: ValidationError, env_file: Path) -> str:
             lines.append(f"{key} must be one of {choices}, not {problem['input']!r}")
         else:
             reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
-            lines.append(f"{key} {reason.replace('be ', 'must be ', 1)}, not {problem['input']!r}")
+            demand = reason if reason.startswith("must ") else reason.replace("be ", "must be ", 1)
+            lines.append(f"{key} {demand}, not {problem['input']!r}")
     return "\n".join(lines)

@@ -65,13 +65,16 @@ def warm(
     """Sends the chunks, a few at a time; one that is refused doesn't stop the others.
 
     `on_chunk` is called after each. Raises `httpx.HTTPError` when the server doesn't answer at all, or isn't a blend,
-    and `StackError` when it serves its model without blending.
+    and `StackError` when it serves its model without blending or isn't ours.
     """
     with (
         httpx.Client(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client,
         ThreadPoolExecutor(PARALLEL_REQUESTS) as pool,
     ):
-        described = client.get("/kvarena").raise_for_status().json()
+        answer = client.get("/kvarena")
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            raise StackError("LMCache's own blender has no chunk cache to fill ahead: it stores what requests bring")
+        described = answer.raise_for_status().json()
         if not described.get("blends", True):
             raise StackError(f"the chunk cache stays empty: {described.get('reason')}")
         separator = str(described.get("separator", ""))

@@ -12,11 +12,11 @@ _LAYOUT_VERSION = 1
 
 
 def model_id(vllm_config: Any) -> str:
-    """`NAME-DIGEST`, without slashes, the same in every process and after every restart."""
+    """`NAME-DIGEST`, without slashes, the same in every process, after every restart and wherever the folder is."""
     model = vllm_config.model_config
     described = {
         "layout": _LAYOUT_VERSION,
-        "config": model.hf_text_config.to_dict(),
+        "config": {key: value for key, value in model.hf_text_config.to_dict().items() if key != "_name_or_path"},
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "load_format": str(vllm_config.load_config.load_format),

@@ -1,7 +1,8 @@
 """What vLLM loads in every process before the model (`vllm.general_plugins`): it makes the loaded model findable.
 
 A KV connector isn't given the model, and the blend is the model's own forward. So a worker's `load_model` is wrapped
-to remember what it loaded, and gets a method that tells why a model isn't blended. Nothing else of vLLM is touched.
+to remember what it loaded, for our connector and for LMCache's own, and the worker gets a method that tells why a model
+isn't blended. Nothing else of vLLM is touched.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def register() -> None:
     _log_like_vllm()
     from vllm.v1.worker.gpu_worker import Worker
 
+    from kvarena.vllm_plugin.lmcache_blend import prepare
+
     original = Worker.load_model
     if getattr(original, "_is_kvarena", False):
         return
@@ -28,6 +31,7 @@ def register() -> None:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         _loaded[:] = [self.get_model()]
+        prepare(self.vllm_config, _loaded[0])
         return result
 
     load_model._is_kvarena = True  # type: ignore[attr-defined]

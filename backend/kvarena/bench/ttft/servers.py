@@ -18,7 +18,7 @@ from kvarena.stack.home import Home
 from kvarena.stack.record import Record, command_options
 from kvarena.stack.supervision import Supervisor, running_supervisor
 
-MEASURED = ("blend", "plain", HF)
+MEASURED = ("blend", "plain", "lmcache", HF)
 OF_THIS_MACHINE = ("command", "--model", "--host", "--port")
 
 
