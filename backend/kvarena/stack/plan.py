@@ -15,6 +15,7 @@ from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.machine import CoreShare
 from kvarena.stack.model import Model, find_model
+from kvarena.stack.service import LOOPBACK, Network
 from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
@@ -53,6 +54,7 @@ class Plan:
     prefix_caching: bool
     core_shares: tuple[CoreShare, ...]
     gpus: tuple[str, ...]
+    network: Network = LOOPBACK
 
     @property
     def needs_lmcache(self) -> bool:
@@ -85,7 +87,7 @@ class Plan:
         }
 
 
-def make_plan(settings: Settings, home: Home) -> Plan:
+def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Plan:
     """Raises `StackError` for a model that isn't there, a bad model profile, and a GPU profile without a GPU."""
     profile, gpus = _pick_profile(settings.profile)
     on_cpu = profile == "cpu"
@@ -98,7 +100,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         page=settings.ui,
         profile=profile,
         model=model,
-        blend=_blend_config(settings, model, home),
+        blend=_blend_config(settings, model, home, network),
         ports=settings.ports,
         data_dir=settings.data_dir,
         results_dir=settings.results_dir,
@@ -115,12 +117,15 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         compile=not on_cpu or machine.has_compiler(),
         prefix_caching=True,
         core_shares=tuple(shares),
-        gpus=tuple(gpus[:num_servers]),
+        gpus=tuple(gpus[: 1 if settings.gpu_share else num_servers]),
+        network=network,
     )
 
 
 def _pick_profile(wanted: str) -> tuple[str, list[str]]:
-    """`auto` takes the GPU when there is one and this environment's vLLM can use it."""
+    """`auto` takes the GPU when there is one and this environment's vLLM can use it. ai100 is of containers only."""
+    if wanted == "ai100":
+        raise StackError("PROFILE is ai100, which is for containers; take cpu, and AI100_RUNTIME=qaic for the card")
     gpus = machine.visible_gpus() if wanted != "cpu" else []
     if wanted == "auto":
         wanted = "gpu" if gpus and machine.installed_vllm() == "gpu" else "cpu"
@@ -143,7 +148,7 @@ def _dtype(settings: Settings, model: Model, on_cpu: bool) -> str | None:
     return "float32" if float32_bytes <= FLOAT32_MEMORY_RATIO * machine.available_memory_bytes() else None
 
 
-def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
+def _blend_config(settings: Settings, model: Model, home: Home, network: Network) -> BlendConfig:
     try:
         profile = read_model_profile(model.name) if model.is_local else {}
         chosen = {
@@ -159,8 +164,8 @@ def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
         given = profile | {key: value for key, value in chosen.items() if value is not None}
         return dataclasses.replace(
             BlendConfig(**given),
-            lmcache_url=f"tcp://127.0.0.1:{settings.ports.lmcache}",
-            lmcache_http_url=f"http://127.0.0.1:{settings.ports.lmcache_http}",
+            lmcache_url=f"tcp://{network.host('lmcache')}:{settings.ports.lmcache}",
+            lmcache_http_url=f"http://{network.host('lmcache')}:{settings.ports.lmcache_http}",
             index_path=str(home.chunk_index(model.name)),
             unsupported=settings.blend_unsupported,
         )
