@@ -4,7 +4,8 @@
 #   containers/try.sh [IMAGE ...]      IMAGE: cpu, engines, page; all where none is named. containers/build.sh first
 #
 # PORT_BASE (18000) is where their ports begin. Docker, Podman or buildah start them: see builder.sh. buildah does it in
-# chroots on this machine's network; then nothing is limited, and what a read-only root forbids isn't seen.
+# chroots on this machine's network, with nothing limited; instead of a read-only root, it is checked that no service
+# has written where that would forbid it.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -30,6 +31,7 @@ start() {
     local image=$1 service=$2
     local -a environment=(--env "PORT_BASE=$port_base" --env "CONTENDERS=blend,plain,prefix,simllm,ai100")
     if [[ $builder == buildah ]]; then
+        touch "$logs/$service.start"
         containers[$service]=$(buildah from --add-host lmcache:127.0.0.1 "kvarena-$image")
         buildah run --isolation chroot "${environment[@]}" "${containers[$service]}" -- \
             python3 -m kvarena.stack.serve "$service" >"$logs/$service" 2>&1 &
@@ -48,6 +50,17 @@ wait_until_healthy() {
         ((SECONDS < deadline)) || fail "$service was not healthy in $start_limit_s s: $(tail -n 15 "$logs/$service")"
         sleep 1
     done
+}
+
+# Fails if a service runs as root, or wrote outside of what compose.yaml mounts for it. Docker and Podman see to both.
+check_rights() {
+    local service=$1 folder written
+    [[ $builder == buildah ]] || return 0
+    [[ $(buildah run --isolation chroot "${containers[$service]}" -- id -u) == 1000 ]] || fail "$service runs as root"
+    folder=$(buildah mount "${containers[$service]}")
+    written=$(find "$folder" -xdev -type f -newer "$logs/$service.start" -user 1000 \
+        -not -path "$folder/tmp/*" -not -path "$folder/var/lib/kvarena/*" -not -path "$folder/var/cache/huggingface/*")
+    [[ -z $written ]] || fail "$service wrote into its root: ${written//$folder/}"
 }
 
 stop_all() {
@@ -97,6 +110,7 @@ try_image() {
                 printf ', answers'
                 ;;
         esac
+        check_rights "$service"
         printf '\n'
         [[ $service == lmcache ]] || stop_all
     done

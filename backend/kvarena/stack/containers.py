@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import SecretStr
+
 from kvarena.stack import machine
 from kvarena.stack.docker import Containers, container_name, create_containers, engine_answers
 from kvarena.stack.errors import StackError
@@ -122,10 +124,8 @@ def compose_service(name: str, profile: ComposeProfile) -> str:
 
 def compose_environment(settings: Settings, plan: Plan) -> dict[str, str]:
     """The variables of `compose.yaml`: every setting that was made, wherever, and what the plan decided."""
-    made = {key: getattr(settings, key) for key in settings.model_fields_set}
-    environment = {key.upper(): _as_text(value) for key, value in made.items() if _as_text(value)}
-    for secret in ("HF_TOKEN", "PROFILE"):
-        environment.pop(secret, None)
+    made = {key: _as_text(getattr(settings, key)) for key in settings.model_fields_set - {"profile"}}
+    environment = {key.upper(): text for key, text in made.items() if text}
     ports = {f"{name}_PORT".upper(): str(port) for name, port in dataclasses.asdict(plan.ports).items()}
     environment |= ports | {
         "UI_PORT": ports.pop("PAGE_PORT"),
@@ -170,9 +170,12 @@ def _as_container(service: Service) -> Service:
 
 
 def _as_text(value: object) -> str:
+    """As an environment has it; empty for what isn't there, and for secrets."""
+    if value is None or isinstance(value, SecretStr):
+        return ""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _memory_gb(plan: Plan) -> int:
