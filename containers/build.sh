@@ -35,11 +35,12 @@ make_base() {
     rm -rf "$folder"
 }
 
-# pip's configuration files, the folders that they name, and the certificates of this machine.
+# pip's configuration files, the folders that they name (of an index in files all of it, and not only its pages), and the
+# certificates of this machine.
 mounts_for_pip() {
     local path
     for path in /etc/ssl/certs /etc/pip.conf "$HOME/.config/pip/pip.conf" \
-        $(python3 -m pip config list 2>/dev/null | grep -oE "/[^ ':]+" | sed 's#^//*#/#'); do
+        $(python3 -m pip config list 2>/dev/null | grep -oE "/[^ ':]+" | sed 's#^//*#/#; s#/simple/*$##'); do
         if [[ -e $path ]]; then
             printf -- '--volume=%s:%s:ro\n' "$path" "$path"
         fi
