@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     there_are = ["0", "1"]
     monkeypatch.setattr(machine, "visible_gpus", lambda: there_are)
     return there_are
+
+
+def kvarena(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from kvarena.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def settings(tmp_path: Path, **chosen: object) -> Settings:
@@ -187,6 +193,11 @@ def test_the_life_of_a_stack_in_containers(engine: FakeEngine, home: Home, tmp_p
         "page": "healthy",
     }
     assert {service.log for service in status.services} >= {"docker logs kvarena-blend"}
+
+    shown = kvarena("logs", "plain", "-n", "5")
+    assert shown.stderr.startswith("listening on"), "docker logs shows standard error as such"
+    unknown = kvarena("logs", "simllm")
+    assert "no log of 'simllm'; there are lmcache, blend, plain, page" in unknown.stderr
 
     before = {service.name: service.pid for service in status.services}
     lifecycle.restart("plain", home, console)

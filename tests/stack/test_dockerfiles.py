@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -71,6 +72,33 @@ def test_what_is_copied_is_there_and_not_ignored(name: str) -> None:
         for source in copy.split()[:-1]:
             assert (project_root() / source).exists()
             assert any(Path(source).match(pattern) or source.startswith(f"{pattern}/") for pattern in shown), source
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*"pip list"*) printf 'Torch==2.13.0+cu130\\nflash_attn==2.8\\nlmcache==0.4.0\\npip==25\\n' ;;
+*"pip install"*)
+    while [ "$1" != -c ]; do shift; done
+    cp "$2" "$SEEN"
+    echo "$3" ;;
+esac
+"""
+
+
+def test_the_gpu_image_keeps_what_it_has_and_pins_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "python3").write_text(FAKE_PYTHON)
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / "gpu.txt").write_text("# pins\ntorch==2.13.0\nflash-attn==2.7\nlmcache==0.5.6\nruamel.yaml==0.19\n")
+    seen = tmp_path / "seen"
+    done = subprocess.run(
+        ["sh", str(project_root() / "containers" / "install-gpu.sh"), "kvarena.whl", str(tmp_path / "gpu.txt")],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEN": str(seen)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "kvarena.whl[gpu]\n"
+    assert seen.read_text().split() == ["torch==2.13.0+cu130", "flash-attn==2.8", "lmcache==0.5.6", "ruamel-yaml==0.19"]
 
 
 def test_hadolint() -> None:
