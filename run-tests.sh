@@ -32,7 +32,7 @@ install_debian() {
     fi
 }
 
-./run-server.sh setup --profile cpu
+./run-server.sh setup --profile cpu --run-in processes
 "$bin/python" -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
 has_one_of chromium chromium-browser google-chrome || [[ $is_fast ]] || install_debian chromium
 has_one_of valkey-server redis-server || [[ $is_fast ]] || install_debian redis-server
@@ -43,7 +43,7 @@ echo '== style and types'
 "$bin/ruff" format --check .
 "$bin/mypy"
 if has_one_of shellcheck; then
-    shellcheck run-server.sh run-tests.sh .ci/run
+    shellcheck -x run-server.sh run-tests.sh .ci/run containers/*.sh
 fi
 
 echo '== tests'

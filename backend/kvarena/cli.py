@@ -64,7 +64,11 @@ def up(
             help="Which of blend, plain, prefix, simllm, ai100, lmcache, with commas between. [default: blend,plain]"
         ),
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="auto, cpu or gpu. [default: auto]")] = None,
+    profile: Annotated[str | None, typer.Option(help="auto, cpu, gpu or ai100. [default: auto]")] = None,
+    run_in: Annotated[
+        str | None,
+        typer.Option(help="processes, containers, or auto: containers for GPUs and cards. [default: auto]"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub name.")] = None,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the page.")] = False,
     port_base: Annotated[
@@ -101,6 +105,7 @@ def up(
     settings = load_settings(
         contenders=contenders,
         profile=profile,
+        run_in=run_in,
         model=model,
         ui=False if no_ui else None,
         port_base=port_base,
@@ -163,9 +168,14 @@ def logs(
     num_lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many lines.")] = 50,
 ) -> None:
     """Show the end of a service's log."""
+    from kvarena.stack import docker
     from kvarena.stack import logs as log_files
     from kvarena.stack.home import Home
+    from kvarena.stack.record import read_record
 
+    record = read_record(Home.find())
+    if record is not None and record.compose:
+        docker.become_logs(record, name, num_lines, follow)
     path = log_files.find_log(Home.find(), name)
     if follow:
         log_files.follow(path, num_lines)

@@ -50,6 +50,12 @@ class Checkout:
         python.write_text(FAKE_PYTHON)
         python.chmod(0o755)
 
+    def add_docker(self) -> None:
+        """An engine that answers."""
+        docker = self.tools / "docker"
+        docker.write_text("#!/bin/sh\nexit 0\n")
+        docker.chmod(0o755)
+
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         self.calls.write_text("")
         return subprocess.run(
@@ -130,11 +136,49 @@ def test_the_profile_decides_what_is_installed(
     assert install.endswith("[gpu,ai100,ui,bench]")
 
 
-def test_an_unknown_profile(checkout: Checkout) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (("--profile", "gpu"), {}),
+        (("--profile", "ai100"), {}),
+        ((), {"RUN_IN": "containers"}),
+        (("--run-in=containers", "--profile", "cpu"), {"RUN_IN": "processes"}),
+    ],
+)
+def test_for_containers_only_what_starts_them_is_installed(
+    checkout: Checkout, arguments: tuple[str, ...], environment: dict[str, str]
+) -> None:
     checkout.add_python()
-    result = checkout.run("--profile", "tpu")
+    checkout.add_docker()
+    assert checkout.run(*arguments, **environment).returncode == 0
+    venv, install = checkout.pip_calls
+    assert venv == "venv"
+    assert install.endswith(f"-c {checkout.folder}/constraints/cpu.txt -e {checkout.folder}")
+
+
+@pytest.mark.parametrize("has_docker", [True, False])
+def test_processes_are_taken_on_a_cpu_and_where_they_are_asked_for(checkout: Checkout, has_docker: bool) -> None:
+    checkout.add_python()
+    if has_docker:
+        checkout.add_docker()
+    checkout.run()
+    assert "[cpu,ai100,ui,bench]" in checkout.pip_calls[1]
+    checkout.run("--profile", "gpu", "--run-in", "processes")
+    assert checkout.pip_calls[-1].endswith("[gpu,ai100,ui,bench]")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--profile", "PROFILE must be one of auto, cpu, gpu, ai100, not 'tpu'"),
+        ("--run-in", "RUN_IN must be one of auto, processes, containers, not 'tpu'"),
+    ],
+)
+def test_an_unknown_value(checkout: Checkout, option: str, message: str) -> None:
+    checkout.add_python()
+    result = checkout.run(option, "tpu")
     assert result.returncode == 1
-    assert "PROFILE must be one of auto, cpu, gpu, not 'tpu'" in result.stderr
+    assert message in result.stderr
 
 
 def test_a_failing_install_shows_the_end_of_its_log(checkout: Checkout) -> None:

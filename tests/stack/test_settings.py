@@ -72,7 +72,7 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
         ("MODLE=x", "unknown key MODLE; known: .*MODEL"),
         ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, lmcache, not 'fast'"),
         ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, lmcache, not ''"),
-        ("PROFILE=tpu", "PROFILE must be one of auto, cpu, gpu, not 'tpu'"),
+        ("PROFILE=tpu", "PROFILE must be one of auto, cpu, gpu, ai100, not 'tpu'"),
         ("BLEND_RATIO=1.5", "BLEND_RATIO must be less than or equal to 1, not '1.5'"),
         ("BLEND_CHECK_LAYER=-1", "BLEND_CHECK_LAYER must be greater than or equal to 0, not '-1'"),
         ("KV_CACHE_GB=lots", "KV_CACHE_GB must be a valid integer.*not 'lots'"),

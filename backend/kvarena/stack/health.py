@@ -1,8 +1,13 @@
-"""Asks a service whether it is well: one short GET of its health address."""
+"""Asks a service whether it is well: one short GET of its health address.
+
+`python -m kvarena.stack.health URL` is the health check of a container: its exit status is 0 where that is healthy. It
+runs every few seconds in each, so nothing large is imported here.
+"""
 
 from __future__ import annotations
 
 import http.client
+import sys
 import urllib.parse
 from typing import Literal
 
@@ -14,9 +19,13 @@ Health = Literal["healthy", "not ready", "silent"]
 
 
 def probe(service: Service, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
-    """healthy: its health address answers with 200; silent: it takes the connection and doesn't answer in time; not
+    return probe_url(service.health_url, timeout_s)
+
+
+def probe_url(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
+    """healthy: the address answers with 200; silent: it takes the connection and doesn't answer in time; not
     ready: all else. Goes there directly, whatever proxies the environment names."""
-    address = urllib.parse.urlsplit(service.health_url)
+    address = urllib.parse.urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
     try:
         connection.request("GET", address.path)
@@ -27,3 +36,7 @@ def probe(service: Service, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
         return "not ready"
     finally:
         connection.close()
+
+
+if __name__ == "__main__":
+    sys.exit(probe_url(sys.argv[1]) != "healthy")

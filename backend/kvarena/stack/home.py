@@ -60,6 +60,11 @@ class Home:
         return self.path / "stack.json"
 
     @property
+    def secrets(self) -> Path:
+        """Files of the secrets that containers are given; there while they run."""
+        return self.path / "secrets"
+
+    @property
     def daemon_config(self) -> Path:
         return self.path / "supervisord.conf"
 

@@ -10,10 +10,12 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from kvarena.stack.home import Home
 from kvarena.stack.logs import START_MARK
 from kvarena.stack.record import read_record
+from kvarena.stack.service import Service
 
 NICENESS = 5
 GROUP_NICENESS = "5"
@@ -25,6 +27,11 @@ def main() -> None:
     service = record.service(name) if record else None
     if service is None:
         sys.exit(f"no service {name!r} is recorded in {Home.find().record}")
+    become(service)
+
+
+def become(service: Service) -> NoReturn:
+    """Replaces this process by the service's, on its cores, in its folder and with its environment."""
     if service.cpus:
         os.sched_setaffinity(0, service.cpus)
         _yield_to_others()

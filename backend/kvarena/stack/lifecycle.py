@@ -12,18 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 
-from kvarena.stack import progress
+from kvarena.stack import containers, progress
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.interrupts import stop_signals_ignored, stop_signals_raise
 from kvarena.stack.plan import make_plan
 from kvarena.stack.preflight import check_before_start
-from kvarena.stack.record import Record, differences, read_record
+from kvarena.stack.record import Record, differences
+from kvarena.stack.runner import Runner, SupervisorGoneError
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import Settings
 from kvarena.stack.startup import start_and_wait, stop_and_wait
-from kvarena.stack.supervision import Supervisor, SupervisorGoneError, running_supervisor
+from kvarena.stack.supervision import running_supervisor
 from kvarena.stack.supervisord import start_supervisor
 from kvarena.stack.teardown import stop_everything
 
@@ -35,8 +36,21 @@ def up(
 
     Raises `StackError` when it can't, after it has stopped what it started; Ctrl-C does the same at any point.
     """
-    plan = make_plan(settings, home)
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    secrets = {"HF_TOKEN": token} if token else {}
+    if containers.are_wanted(settings):
+        deployment = containers.plan_deployment(settings, home)
+        bring_up(
+            deployment.record,
+            home,
+            console,
+            check=deployment.check,
+            secrets=secrets,
+            when_healthy=when_healthy,
+            start_runner=deployment.start,
+        )
+        return
+    plan = make_plan(settings, home)
     wanted = Record(
         services=tuple(build_services(plan, home)),
         run_folder="",
@@ -48,7 +62,7 @@ def up(
         home,
         console,
         check=lambda services: check_before_start(plan, services, token),
-        secrets=_secrets(settings),
+        secrets=secrets,
         when_healthy=when_healthy,
     )
 
@@ -67,6 +81,7 @@ def bring_up(
     check: Callable[[Sequence[Service]], None],
     secrets: Mapping[str, str],
     when_healthy: Callable[[Record], None] = lambda record: None,
+    start_runner: Callable[[Home, Record, Mapping[str, str]], Runner] = start_supervisor,
 ) -> None:
     """Makes the services of `wanted` run (its run folder is made here). `check` sees those that are about to start."""
     with home.lock(), stop_signals_raise():
@@ -77,7 +92,7 @@ def bring_up(
             if supervisor is None:
                 wanted = dataclasses.replace(wanted, run_folder=str(home.new_run_folder()))
                 wanted.write(home)
-                supervisor = start_supervisor(home, wanted, secrets)
+                supervisor = start_runner(home, wanted, secrets)
             with progress.reporter(console, wanted.services) as reporter:
                 start_and_wait(supervisor, wanted.services, reporter)
             when_healthy(wanted)
@@ -120,7 +135,7 @@ def down(home: Home, console: Console) -> None:
         console.print("Nothing was running.")
 
 
-def _running_as_wanted(home: Home, wanted: Record, console: Console) -> Supervisor | None:
+def _running_as_wanted(home: Home, wanted: Record, console: Console) -> Runner | None:
     """The supervisor that runs these very services; raises `StackError` when it runs others.
 
     What a killed supervisor left behind, and a supervisor whose services have all ended, is cleared away.
@@ -143,7 +158,7 @@ def _running_as_wanted(home: Home, wanted: Record, console: Console) -> Supervis
     return supervisor
 
 
-def _not_running(supervisor: Supervisor | None, services: Sequence[Service]) -> list[Service]:
+def _not_running(supervisor: Runner | None, services: Sequence[Service]) -> list[Service]:
     processes = supervisor.processes() if supervisor else {}
     return [service for service in services if service.name not in processes or not processes[service.name].is_up]
 
@@ -156,8 +171,7 @@ def _undo(home: Home, record: Record, started: Sequence[Service], console: Conso
     if len(started) == len(record.services):
         stop_everything(home, console)
         return
-    current = read_record(home)
-    supervisor = Supervisor.connect(current)
+    _, supervisor = running_supervisor(home)
     if supervisor is not None:
         with contextlib.suppress(SupervisorGoneError), progress.reporter(console, started) as reporter:
             stop_and_wait(supervisor, started, reporter)

@@ -17,6 +17,7 @@ from kvarena.stack.home import Home, project_root
 from kvarena.stack.lmcache_l2 import l2_adapter
 from kvarena.stack.machine import CoreShare
 from kvarena.stack.model import Model, find_model
+from kvarena.stack.service import LMCACHE_SERVER, LOOPBACK, Network
 from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
@@ -57,6 +58,7 @@ class Plan:
     prefix_caching: bool
     core_shares: tuple[CoreShare, ...]
     gpus: tuple[str, ...]
+    network: Network = LOOPBACK
 
     @property
     def needs_lmcache(self) -> bool:
@@ -95,7 +97,7 @@ class Plan:
         }
 
 
-def make_plan(settings: Settings, home: Home) -> Plan:
+def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Plan:
     """Raises `StackError` for a model that isn't there, a bad model profile, and a GPU profile without a GPU."""
     profile, gpus = _pick_profile(settings.profile)
     on_cpu = profile == "cpu"
@@ -108,7 +110,7 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         page=settings.ui,
         profile=profile,
         model=model,
-        blend=_blend_config(settings, model, home),
+        blend=_blend_config(settings, model, home, network),
         blend_engine=_blend_engine(settings, on_cpu),
         ports=settings.ports,
         data_dir=settings.data_dir,
@@ -127,12 +129,15 @@ def make_plan(settings: Settings, home: Home) -> Plan:
         compile=not on_cpu or machine.has_compiler(),
         prefix_caching=True,
         core_shares=tuple(shares),
-        gpus=tuple(gpus[:num_servers]),
+        gpus=tuple(gpus[: 1 if settings.gpu_share else num_servers]),
+        network=network,
     )
 
 
 def _pick_profile(wanted: str) -> tuple[str, list[str]]:
-    """`auto` takes the GPU when there is one and this environment's vLLM can use it."""
+    """`auto` takes the GPU when there is one and this environment's vLLM can use it. ai100 is of containers only."""
+    if wanted == "ai100":
+        raise StackError("PROFILE is ai100, which is for containers; take cpu, and AI100_RUNTIME=qaic for the card")
     gpus = machine.visible_gpus() if wanted != "cpu" else []
     if wanted == "auto":
         wanted = "gpu" if gpus and machine.installed_vllm() == "gpu" else "cpu"
@@ -167,7 +172,7 @@ def _blend_engine(settings: Settings, on_cpu: bool) -> str:
     return settings.blend_engine
 
 
-def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
+def _blend_config(settings: Settings, model: Model, home: Home, network: Network) -> BlendConfig:
     try:
         profile = read_model_profile(model.name) if model.is_local else {}
         chosen = {
@@ -183,8 +188,8 @@ def _blend_config(settings: Settings, model: Model, home: Home) -> BlendConfig:
         given = profile | {key: value for key, value in chosen.items() if value is not None}
         return dataclasses.replace(
             BlendConfig(**given),
-            lmcache_url=f"tcp://127.0.0.1:{settings.ports.lmcache_server}",
-            lmcache_http_url=f"http://127.0.0.1:{settings.ports.lmcache_http}",
+            lmcache_url=f"tcp://{network.host(LMCACHE_SERVER)}:{settings.ports.lmcache_server}",
+            lmcache_http_url=f"http://{network.host(LMCACHE_SERVER)}:{settings.ports.lmcache_http}",
             index_path=str(home.chunk_index(model.name)),
             unsupported=settings.blend_unsupported,
         )

@@ -24,6 +24,8 @@ class Record:
     run_folder: str
     data_dir: str
     served_model: str
+    compose: tuple[str, ...] = ()
+    """Where the services are containers, the `docker compose` command that is about them, with its options."""
 
     @property
     def socket_path(self) -> Path:
@@ -44,7 +46,7 @@ def read_record(home: Home) -> Record | None:
     try:
         fields = json.loads(home.record.read_text())
         services = tuple(_service(entry) for entry in fields.pop("services"))
-        return Record(services=services, **fields)
+        return Record(services=services, **fields | {"compose": tuple(fields["compose"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -63,8 +63,8 @@ def build_services(plan: Plan, home: Home) -> list[Service]:
 def _lmcache_server(plan: Plan, home: Home) -> Service:
     ports = plan.ports
     command = [sys.executable, "-m", "lmcache.cli.main", "server"]
-    command += ["--host", HOST, "--port", str(ports.lmcache_server)]
-    command += ["--http-host", HOST, "--http-port", str(ports.lmcache_http)]
+    command += ["--host", plan.network.listen, "--port", str(ports.lmcache_server)]
+    command += ["--http-host", plan.network.listen, "--http-port", str(ports.lmcache_http)]
     command += ["--l1-size-gb", f"{plan.lmcache_gb:g}", "--eviction-policy", "LRU"]
     command += ["--chunk-size", str(LMCACHE_CHUNK_TOKENS), "--supported-transfer-mode", "auto"]
     command += ["--shm-name", home.shm_name]
@@ -77,7 +77,7 @@ def _lmcache_server(plan: Plan, home: Home) -> Service:
         command=tuple(command),
         port=ports.lmcache_server,
         other_ports=(ports.lmcache_http,),
-        address=f"tcp://{HOST}:{ports.lmcache_server}",
+        address=f"tcp://{plan.network.host(LMCACHE_SERVER)}:{ports.lmcache_server}",
         health_url=f"http://{HOST}:{ports.lmcache_http}/healthcheck",
         log_path=str(home.log(LMCACHE_SERVER)),
         environment=COMMON_ENVIRONMENT,
@@ -90,7 +90,7 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     port = getattr(plan.ports, name)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
-    command += ["--host", HOST, "--port", str(port)]
+    command += ["--host", plan.network.listen, "--port", str(port)]
     command += ["--enable-prompt-tokens-details"]
     command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
     if plan.max_model_len is not None:
@@ -135,7 +135,7 @@ def _lmcache_connector(plan: Plan) -> list[str]:
     A server that is gone is missed after one heartbeat, and a request that had asked it waits for the time-out.
     """
     settings = {
-        "lmcache.mp.host": f"tcp://{HOST}",
+        "lmcache.mp.host": f"tcp://{plan.network.host(LMCACHE_SERVER)}",
         "lmcache.mp.port": plan.ports.lmcache_server,
         "lmcache.mp.mq_timeout": LMCACHE_TIMEOUT_S,
         "lmcache.mp.heartbeat_interval": LMCACHE_HEARTBEAT_S,
@@ -149,7 +149,7 @@ def _engine(name: str, plan: Plan, home: Home) -> Service:
     """A server over `kvarena.api`: a PyTorch engine, or ai100."""
     command = [sys.executable, "-m", ENGINE_MODULES[name]]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
-    command += ["--host", HOST, "--port", str(getattr(plan.ports, name))]
+    command += ["--host", plan.network.listen, "--port", str(getattr(plan.ports, name))]
     command += ["--device", "cuda" if plan.profile == "gpu" else "cpu"]
     options = {**ENGINE_OPTIONS[name](plan), "--load-format": plan.load_format, "--dtype": plan.dtype}
     command += [word for option, value in options.items() if value is not None for word in (option, str(value))]
@@ -217,7 +217,7 @@ def _contender(
         title=TITLES[name],
         command=tuple(command),
         port=port,
-        address=f"http://{HOST}:{port}",
+        address=f"http://{plan.network.host(name)}:{port}",
         health_url=f"http://{HOST}:{port}/health",
         log_path=str(home.log(name)),
         environment={**environment, **plan.device_environment(index)},
@@ -260,20 +260,20 @@ def _hub_environment(plan: Plan) -> dict[str, str]:
 
 def _page(plan: Plan, home: Home) -> Service:
     contenders = [
-        {"name": name, "title": TITLES[name], "url": f"http://{HOST}:{getattr(plan.ports, name)}"}
+        {"name": name, "title": TITLES[name], "url": f"http://{plan.network.host(name)}:{getattr(plan.ports, name)}"}
         | ({"approximate": True} if name == "blend" and plan.blend_engine == "lmcache" else {})
         for name in plan.contenders
     ]
     script = plan.root / "frontend" / "app.py"
     command = [sys.executable, "-m", "streamlit", "run", str(script)]
-    command += ["--server.address", HOST, "--server.port", str(plan.ports.page)]
+    command += ["--server.address", plan.network.listen, "--server.port", str(plan.ports.page)]
     command += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
     return Service(
         name="page",
         title=TITLES["page"],
         command=tuple(command),
         port=plan.ports.page,
-        address=f"http://{HOST}:{plan.ports.page}",
+        address=f"http://{plan.network.host('page')}:{plan.ports.page}",
         health_url=f"http://{HOST}:{plan.ports.page}/_stcore/health",
         log_path=str(home.log("page")),
         environment={

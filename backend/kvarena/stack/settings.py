@@ -19,7 +19,8 @@ from kvarena.stack.home import project_root
 from kvarena.stack.lmcache_l2 import l2_adapter
 
 ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100", "lmcache"]
-ProfileName = Literal["auto", "cpu", "gpu"]
+ProfileName = Literal["auto", "cpu", "gpu", "ai100"]
+RunIn = Literal["auto", "processes", "containers"]
 PrefixStorage = Literal["cpu", "device"]
 SimLLMMode = Literal["top_layer", "aligned"]
 AI100Runtime = Literal["auto", "qaic", "host", "onnx"]
@@ -115,6 +116,13 @@ class Settings(BaseSettings):
     data_dir: Path = Path("data")
     results_dir: Path = Path("results")
     ui: bool = True
+    gpu_share: bool = False
+
+    run_in: RunIn = "auto"
+    container_memory_gb: Annotated[int, Field(ge=1)] | None = None
+    models_dir: Path = Path("backend/models")
+    prometheus_port: Port = 9090
+    grafana_port: Port = 3000
 
     port_base: PortBase | None = None
     blend_port: Port | None = None
@@ -180,7 +188,7 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise ValueError("Input should be auto or a number from -1 to 1") from error
 
-    @field_validator("data_dir", "results_dir", "local_hf_home", "ai100_topics_file")
+    @field_validator("data_dir", "results_dir", "models_dir", "local_hf_home", "ai100_topics_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         """Relative paths of the environment and of `.env` count from the project's folder."""

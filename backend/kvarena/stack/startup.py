@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from kvarena.stack.errors import ServiceFailedError
 from kvarena.stack.health import probe
-from kvarena.stack.logs import first_exception, read_start, size_of
+from kvarena.stack.logs import first_exception, size_of
 from kvarena.stack.progress import Reporter
+from kvarena.stack.runner import ProcessInfo, Runner
 from kvarena.stack.service import Service
-from kvarena.stack.supervision import ProcessInfo, Supervisor
 
 POLL_S = 0.5
 LOG_LINES = 20
@@ -30,7 +30,7 @@ class _Started:
     log_size: int
 
 
-def start_and_wait(supervisor: Supervisor, services: Sequence[Service], reporter: Reporter) -> None:
+def start_and_wait(supervisor: Runner, services: Sequence[Service], reporter: Reporter) -> None:
     """Brings these services up; one that runs already is only waited for. Raises `ServiceFailedError`."""
     waiting = list(services)
     healthy: set[str] = set()
@@ -44,7 +44,7 @@ def start_and_wait(supervisor: Supervisor, services: Sequence[Service], reporter
                 if names.intersection(service.depends_on) <= healthy:
                     started[service.name] = _start(supervisor, service, processes)
                 continue
-            _check_alive(service, started[service.name], processes[service.name], reporter)
+            _check_alive(supervisor, service, started[service.name], processes[service.name], reporter)
             if probe(service) == "healthy":
                 healthy.add(service.name)
                 waiting.remove(service)
@@ -53,7 +53,7 @@ def start_and_wait(supervisor: Supervisor, services: Sequence[Service], reporter
             time.sleep(POLL_S)
 
 
-def _start(supervisor: Supervisor, service: Service, processes: Mapping[str, ProcessInfo]) -> _Started:
+def _start(supervisor: Runner, service: Service, processes: Mapping[str, ProcessInfo]) -> _Started:
     log_size = size_of(service.log_path)
     if not processes[service.name].is_up:
         supervisor.start(service.name)
@@ -65,7 +65,7 @@ def _start(supervisor: Supervisor, service: Service, processes: Mapping[str, Pro
     )
 
 
-def _check_alive(service: Service, start: _Started, now: ProcessInfo, reporter: Reporter) -> None:
+def _check_alive(supervisor: Runner, service: Service, start: _Started, now: ProcessInfo, reporter: Reporter) -> None:
     if now.pid != start.pid or not now.is_up:
         reason = "died while it was starting"
     elif time.monotonic() > start.deadline:
@@ -73,7 +73,7 @@ def _check_alive(service: Service, start: _Started, now: ProcessInfo, reporter: 
     else:
         return
     reporter.update(service.name, "failed")
-    lines = read_start(service.log_path, start.log_size)
+    lines = supervisor.log_of_start(service, start.log_size)
     raise ServiceFailedError(
         service.name,
         reason,
@@ -83,7 +83,7 @@ def _check_alive(service: Service, start: _Started, now: ProcessInfo, reporter: 
     )
 
 
-def stop_and_wait(supervisor: Supervisor, services: Sequence[Service], reporter: Reporter) -> None:
+def stop_and_wait(supervisor: Runner, services: Sequence[Service], reporter: Reporter) -> None:
     """Stops these services at once and waits until supervisord has seen each of them end."""
     running = list(services)
     for service in running:

@@ -9,8 +9,9 @@ from typing import Any
 from kvarena.stack.health import Health, probe
 from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of
+from kvarena.stack.runner import ProcessInfo
 from kvarena.stack.service import Service
-from kvarena.stack.supervision import ProcessInfo, running_supervisor
+from kvarena.stack.supervision import running_supervisor
 
 EXIT_HEALTHY, EXIT_UNHEALTHY, EXIT_NOTHING_RUNS = 0, 1, 3
 STATES_OF_SUPERVISOR = {

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import xmlrpc.client
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.parsers.expat import ExpatError
@@ -19,35 +18,16 @@ from xml.parsers.expat import ExpatError
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
-from kvarena.stack.errors import StackError
+from kvarena.stack import logs
+from kvarena.stack.docker import Containers
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record, read_record
+from kvarena.stack.runner import ProcessInfo, Runner, SupervisorGoneError
+from kvarena.stack.service import Service
 
 CALL_TIMEOUT_S = 60.0
 """Long, for it writes the services' logs and may wait for a busy disk; what it is asked takes it no time."""
 EXIT_TIMEOUT_S = 10.0
-
-
-class SupervisorGoneError(StackError):
-    """supervisord ended, or hangs."""
-
-
-@dataclass(frozen=True)
-class ProcessInfo:
-    """A service as the supervisor sees it. `state` is its name for it: STARTING, RUNNING, BACKOFF, FATAL, ..."""
-
-    state: str
-    pid: int
-    uptime_s: float
-
-    @property
-    def is_up(self) -> bool:
-        return self.state in ("STARTING", "RUNNING")
-
-    @property
-    def is_gone(self) -> bool:
-        """It has no process and will get none by itself."""
-        return self.state in ("STOPPED", "EXITED", "FATAL", "UNKNOWN")
 
 
 class Supervisor:
@@ -79,17 +59,18 @@ class Supervisor:
         }
 
     def start(self, name: str) -> None:
-        """Starts a service that is not running. Whether it lives is seen in `processes`."""
         with contextlib.suppress(xmlrpc.client.Fault):  # started already, or gone already
             self._call("startProcess", name, False)
 
     def stop(self, name: str) -> None:
-        """Tells a service to stop; one that isn't running is left alone."""
         try:
             self._call("stopProcess", name, False)
         except xmlrpc.client.Fault as fault:
             if "NOT_RUNNING" not in fault.faultString:
                 raise
+
+    def log_of_start(self, service: Service, log_size: int) -> list[str]:
+        return logs.read_start(service.log_path, log_size)
 
     def shut_down(self) -> None:
         """Ends supervisord, killing it if it doesn't, and waits until it is gone."""
@@ -112,9 +93,11 @@ class Supervisor:
             raise SupervisorGoneError(f"supervisord does not answer any more ({type(error).__name__})") from error
 
 
-def running_supervisor(home: Home) -> tuple[Record | None, Supervisor | None]:
-    """What the instance's record says, and the supervisord that runs it, if one does."""
+def running_supervisor(home: Home) -> tuple[Record | None, Runner | None]:
+    """What the instance's record says, and what runs it, if anything does: supervisord, or the Docker engine."""
     record = read_record(home)
+    if record is not None and record.compose:
+        return record, Containers.connect(record)
     return record, Supervisor.connect(record)
 
 

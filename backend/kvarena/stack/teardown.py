@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +12,9 @@ from kvarena.stack import progress
 from kvarena.stack.home import Home
 from kvarena.stack.processes import stop_leftovers
 from kvarena.stack.record import Record
+from kvarena.stack.runner import Runner, SupervisorGoneError
 from kvarena.stack.startup import stop_and_wait
-from kvarena.stack.supervision import Supervisor, SupervisorGoneError, running_supervisor
+from kvarena.stack.supervision import running_supervisor
 
 
 def stop_everything(home: Home, console: Console) -> tuple[list[str], list[int]]:
@@ -28,7 +30,7 @@ def stop_everything(home: Home, console: Console) -> tuple[list[str], list[int]]
     return stopped, leftovers
 
 
-def _stop_services(record: Record, supervisor: Supervisor, console: Console) -> list[str]:
+def _stop_services(record: Record, supervisor: Runner, console: Console) -> list[str]:
     processes = supervisor.processes()
     running = [service for service in record.services if not processes[service.name].is_gone]
     with progress.reporter(console, running) as reporter:
@@ -38,6 +40,7 @@ def _stop_services(record: Record, supervisor: Supervisor, console: Console) -> 
 
 def _remove_files(home: Home, record: Record | None) -> None:
     """Logs and caches stay."""
+    shutil.rmtree(home.secrets, ignore_errors=True)
     home.remove_run_folder(Path(record.run_folder) if record is not None else home.usual_run_folder)
     for path in (home.record, home.daemon_config, home.path / "supervisord.pid"):
         path.unlink(missing_ok=True)

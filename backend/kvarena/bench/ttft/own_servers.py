@@ -21,10 +21,11 @@ from kvarena.stack.machine import CoreShare
 from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.preflight import check_before_start, is_free
 from kvarena.stack.record import Record
+from kvarena.stack.runner import Runner
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import PORT_OFFSETS, load_settings
-from kvarena.stack.supervision import Supervisor, running_supervisor
+from kvarena.stack.supervision import running_supervisor
 from kvarena.stack.teardown import stop_everything
 from kvarena.vllm_plugin.config import STORES
 
@@ -52,7 +53,7 @@ class OwnServers:
     @contextmanager
     def running(
         self, folder: str, has_random_weights: bool, max_model_len: int, console: Console
-    ) -> Iterator[tuple[Record, Supervisor]]:
+    ) -> Iterator[tuple[Record, Runner]]:
         """Started on a model's folder and healthy; stopped at the end of the block, however it ends.
 
         Raises `StackError` with the reason when one doesn't start.

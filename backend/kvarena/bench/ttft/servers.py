@@ -16,7 +16,8 @@ from kvarena.bench.ttft.client import Contender
 from kvarena.bench.ttft.own_servers import HF, OwnServers
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record, command_options
-from kvarena.stack.supervision import Supervisor, running_supervisor
+from kvarena.stack.runner import Runner
+from kvarena.stack.supervision import running_supervisor
 
 MEASURED = ("blend", "plain", "lmcache", HF)
 OF_THIS_MACHINE = ("command", "--model", "--host", "--port")
@@ -65,7 +66,7 @@ class Wanted:
             return {"has_prefix_caching": None}
         return {"model": self.model or self.shape or "demo", **self.own.settings()}
 
-    def _of_stack(self, record: Record | None, supervisor: Supervisor | None) -> Iterator[Contender]:
+    def _of_stack(self, record: Record | None, supervisor: Runner | None) -> Iterator[Contender]:
         assert record is not None, "the stack runs"
         assert supervisor is not None, "the stack runs"
         processes = supervisor.processes()

@@ -1,0 +1,163 @@
+"""compose.yaml against the compose specification's schema, an independent reader of it, and the stack's own list."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvarena.stack.containers import CONTENDERS_OF, ComposeProfile, compose_service
+from kvarena.stack.home import Home, project_root
+from kvarena.stack.plan import make_plan
+from kvarena.stack.serve import service_of_this_container
+from kvarena.stack.service import Service
+from kvarena.stack.services import build_services
+from kvarena.stack.settings import Settings, load_settings
+
+PROFILES: tuple[ComposeProfile, ...] = ("cpu", "gpu", "ai100")
+OF_THE_HOST = {"run_in", "ui", "container_memory_gb", "models_dir", "local_hf_home", "data_dir", "results_dir"}
+"""Settings that the containers themselves have no use for; ports and secrets are others."""
+DECIDED_BY_THE_PROFILE = {"profile", "model", "contenders", "ai100_runtime", "ai100_topics_file", "gpu_share"}
+
+
+@cache
+def composed(profile: str, *files: str) -> dict[str, Any]:
+    """What podman-compose reads in the files with this profile, without any setting of this machine."""
+    options = [word for name in ("compose.yaml", *files) for word in ("-f", name)]
+    command = [sys.executable, "-m", "podman_compose", *options, "--profile", profile, "config"]
+    environment = {key: value for key, value in os.environ.items() if key.lower() not in Settings.model_fields}
+    done = subprocess.run(command, cwd=project_root(), env=environment, capture_output=True, text=True, check=True)
+    read: dict[str, Any] = yaml.safe_load(done.stdout)
+    return read
+
+
+def services_of(profile: str, *files: str) -> dict[str, dict[str, Any]]:
+    """The services of one profile, by their names in compose.yaml."""
+    everything: dict[str, dict[str, Any]] = composed(profile, *files)["services"]
+    return {name: service for name, service in everything.items() if profile in service["profiles"]}
+
+
+def listed(profile: ComposeProfile, home: Home, tmp_path: Path) -> dict[str, Service]:
+    """The services that processes would have, by the names that compose.yaml gives them."""
+    settings = load_settings(tmp_path / ".env", profile="cpu", contenders=CONTENDERS_OF[profile])
+    return {
+        compose_service(service.name, profile): service for service in build_services(make_plan(settings, home), home)
+    }
+
+
+def environment_of(service: Mapping[str, Any]) -> dict[str, str]:
+    given = service["environment"]
+    pairs = given.items() if isinstance(given, dict) else (pair.split("=", 1) for pair in given if "=" in pair)
+    return {key: value for key, value in pairs if value is not None}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_services_are_those_of_the_one_list(profile: ComposeProfile, home: Home, tmp_path: Path) -> None:
+    assert set(services_of(profile)) == set(listed(profile, home, tmp_path))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_ports_and_health_checks_are_those_of_the_one_list(profile: ComposeProfile, home: Home, tmp_path: Path) -> None:
+    there_are = services_of(profile)
+    for name, service in listed(profile, home, tmp_path).items():
+        container = there_are[name]
+        assert container["container_name"] == f"kvarena-{service.name}"
+        ports = [f"127.0.0.1:{port}:{port}" for port in (service.port, *service.other_ports)]
+        assert list(map(str, container["ports"])) == ports
+        assert container["healthcheck"]["test"][-1] == service.health_url
+        assert seconds(container["healthcheck"]["start_period"]) >= service.start_timeout_s
+        assert container["command"] == [service.name]
+        depends_on = {compose_service(other, profile): {"condition": "service_healthy"} for other in service.depends_on}
+        assert container.get("depends_on", {}) == depends_on
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_server_can_be_told_every_setting(profile: ComposeProfile) -> None:
+    own = {key for key in Settings.model_fields if not key.endswith("_port") and key not in ("port_base", "hf_token")}
+    raw = yaml.safe_load((project_root() / "compose.yaml").read_text())
+    for name, service in raw["services"].items():
+        if profile in service["profiles"]:
+            known = {key.lower() for key in service["environment"]}
+            assert own - OF_THE_HOST - DECIDED_BY_THE_PROFILE <= known, name
+            assert known >= {"profile", "model", "contenders"}, name
+
+
+@pytest.mark.parametrize("profile", ["cpu", "ai100"])
+def test_each_container_becomes_its_service(
+    profile: ComposeProfile, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project_root())
+    for name, service in listed(profile, home, tmp_path).items():
+        with monkeypatch.context() as patch:
+            for key, value in environment_of(services_of(profile)[name]).items():
+                patch.setenv(key, value)
+            patch.delenv("AI100_TOPICS_FILE", raising=False)
+            became = service_of_this_container(service.name, home)
+        assert (became.name, became.port, became.other_ports) == (service.name, service.port, service.other_ports)
+        assert became.health_url == service.health_url
+        assert set(service.environment) - {"HF_HUB_OFFLINE"} <= set(became.environment)
+
+
+@pytest.mark.parametrize("profile", [*PROFILES, "observability"])
+def test_no_container_has_more_rights_than_it_needs(profile: str) -> None:
+    for name, service in services_of(profile).items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["restart"] == "unless-stopped", name
+        assert re.fullmatch(r"\d+g", str(service["mem_limit"])), name
+        assert "privileged" not in service, name
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_lmcache_and_the_blend_share_memory_that_outlives_either(profile: ComposeProfile) -> None:
+    sharing = {
+        name
+        for name, service in services_of(profile).items()
+        if any("shared-memory" in str(volume) and "/dev/shm" in str(volume) for volume in service.get("volumes", []))
+    }
+    assert sharing == {compose_service("lmcache", profile), compose_service("blend", profile)}
+    assert composed(profile)["volumes"]["shared-memory"]["driver_opts"]["type"] == "tmpfs"
+
+
+def test_vllms_that_share_a_gpu_start_one_after_the_other() -> None:
+    apart, together = services_of("gpu"), services_of("gpu", "compose.gpu-share.yaml")
+    assert "depends_on" not in apart["plain-gpu"]
+    assert together["plain-gpu"]["depends_on"] == {"blend-gpu": {"condition": "service_healthy"}}
+    assert [environment_of(together[name])["GPU_SHARE"] for name in ("blend-gpu", "plain-gpu")] == ["true", "true"]
+
+
+def test_prometheus_and_grafana_are_reached_on_the_loopback_only_and_pinned() -> None:
+    watching = services_of("observability")
+    assert set(watching) == {"prometheus", "grafana"}
+    for service in watching.values():
+        assert all(str(port).startswith("127.0.0.1:") for port in service["ports"])
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+
+
+def test_secrets_are_in_no_environment_and_the_page_has_no_use_for_the_token() -> None:
+    for profile in PROFILES:
+        for name, service in services_of(profile).items():
+            assert not {"HF_TOKEN", "KVARENA_API_KEY"}.intersection(environment_of(service))
+            expected = ["kvarena_api_key"] if "page" in name else ["hf_token", "kvarena_api_key"]
+            assert service["secrets"] == expected, name
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu-share.yaml"])
+def test_the_compose_specification_allows_it(name: str) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", name]
+    checked = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def seconds(duration: str) -> float:
+    """Of compose's durations: 10s, 2m, 2h."""
+    return float(duration[:-1]) * {"s": 1, "m": 60, "h": 3600}[duration[-1]]

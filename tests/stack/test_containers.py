@@ -1,0 +1,251 @@
+"""The stack in containers: when it is, what Compose is told, and its life behind the same commands as processes.
+
+The engine is a stand-in that notes what it is asked (`fake_docker.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kvarena.stack import containers, lifecycle, machine
+from kvarena.stack.containers import are_wanted, compose_environment, plan_deployment
+from kvarena.stack.errors import ServiceFailedError, StackError
+from kvarena.stack.home import Home, project_root
+from kvarena.stack.record import read_record
+from kvarena.stack.settings import Settings, load_settings
+from kvarena.stack.status import stack_status
+from lmcache_server import free_port
+
+FAKE_DOCKER = Path(__file__).with_name("fake_docker.py")
+
+
+class FakeEngine:
+    """`docker` on the PATH, and what it was asked."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder / "engine"
+        program = folder / "bin" / "docker"
+        program.parent.mkdir()
+        self.folder.mkdir()
+        words = shlex.join([sys.executable, str(FAKE_DOCKER), str(self.folder)])
+        program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+        self.has()
+
+    def has(self, **ports: int) -> None:
+        """The containers that there will be, with the ports of their health addresses."""
+        (self.folder / "ports.json").write_text(json.dumps({f"kvarena-{name}": port for name, port in ports.items()}))
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def call(self, word: str) -> dict[str, Any]:
+        return next(call for call in self.calls if word in call["arguments"])
+
+
+@pytest.fixture
+def engine(tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    return FakeEngine(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    there_are = ["0", "1"]
+    monkeypatch.setattr(machine, "visible_gpus", lambda: there_are)
+    return there_are
+
+
+def kvarena(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from kvarena.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def settings(tmp_path: Path, **chosen: object) -> Settings:
+    return load_settings(tmp_path / ".env", **chosen)
+
+
+@pytest.mark.usefixtures("engine", "gpus")
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, True),
+        ({"profile": "gpu"}, True),
+        ({"profile": "cpu"}, False),
+        ({"profile": "cpu", "run_in": "containers"}, True),
+        ({"profile": "gpu", "run_in": "processes"}, False),
+        ({"profile": "ai100"}, True),
+    ],
+)
+def test_gpus_and_cards_are_used_in_containers(tmp_path: Path, chosen: dict[str, object], expected: bool) -> None:
+    assert are_wanted(settings(tmp_path, **chosen)) == expected
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_cpu_is_used_by_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "visible_gpus", list)
+    monkeypatch.setattr(containers, "CARD_DEVICES", tmp_path)
+    assert not are_wanted(settings(tmp_path))
+    (tmp_path / "accel0").touch()
+    assert are_wanted(settings(tmp_path))
+
+
+@pytest.mark.usefixtures("no_engine", "gpus")
+def test_without_an_engine_processes_are_used_unless_containers_were_asked_for(tmp_path: Path) -> None:
+    assert not are_wanted(settings(tmp_path))
+    for chosen in ({"run_in": "containers"}, {"profile": "ai100"}):
+        with pytest.raises(StackError, match="no Docker engine with Compose answers"):
+            are_wanted(settings(tmp_path, **chosen))
+
+
+@pytest.mark.usefixtures("gpus")
+def test_two_gpus_are_not_shared_and_one_is(home: Home, tmp_path: Path, gpus: list[str]) -> None:
+    shared = str(project_root() / "compose.gpu-share.yaml")
+    two = plan_deployment(settings(tmp_path, profile="gpu"), home)
+    assert two.compose_services == ("lmcache-gpu", "blend-gpu", "plain-gpu", "page-gpu")
+    assert two.record.compose[-2:] == ("--profile", "gpu")
+    assert shared not in two.record.compose
+    assert shared in plan_deployment(settings(tmp_path, profile="gpu", gpu_share=True), home).record.compose
+    gpus.pop()
+    one = plan_deployment(settings(tmp_path, profile="gpu"), home)
+    assert shared in one.record.compose
+    plain = one.record.service("plain")
+    assert plain is not None
+    assert plain.depends_on == ("blend",), "as compose.gpu-share.yaml has it"
+
+
+def test_a_profile_has_its_contenders(home: Home, tmp_path: Path) -> None:
+    assert plan_deployment(settings(tmp_path, profile="ai100"), home).compose_services == ("ai100-card", "page-ai100")
+    with pytest.raises(StackError, match="profile ai100 has no contender blend in containers; choose from ai100"):
+        plan_deployment(settings(tmp_path, profile="ai100", contenders="blend,ai100"), home)
+
+
+def test_every_setting_reaches_compose_and_secrets_do_not(home: Home, tmp_path: Path) -> None:
+    chosen = settings(
+        tmp_path, profile="cpu", contenders="plain,blend", port_base=9000, hf_token="hf_x", blend_ratio=0.3, ui=False
+    )
+    deployment = plan_deployment(chosen, home)
+    environment = deployment.environment
+    assert environment["CONTENDERS"] == "blend,plain"
+    assert (environment["BLEND_PORT"], environment["LMCACHE_HTTP_PORT"]) == ("9000", "9503")
+    assert environment["BLEND_RATIO"] == "0.3"
+    assert deployment.compose_services == ("lmcache", "blend", "plain")
+    assert "hf_x" not in json.dumps([dict(environment), deployment.record.compose])
+    assert "PROFILE" not in environment, "each container has its own"
+
+
+def test_a_local_model_is_mounted_wherever_it_is(home: Home, tmp_path: Path) -> None:
+    model = tmp_path / "models" / "mine"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    environment = plan_deployment(settings(tmp_path, profile="cpu", model=str(model)), home).environment
+    assert environment["MODELS_DIR"] == str(model.parent)
+    assert environment["MODEL"] == "backend/models/mine"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_life_of_a_stack_in_containers(engine: FakeEngine, home: Home, tmp_path: Path, console: Console) -> None:
+    ports = {key: free_port() for key in ("lmcache_port", "lmcache_http_port", "blend_port", "plain_port", "ui_port")}
+    chosen = settings(
+        tmp_path, run_in="containers", profile="cpu", hf_token="hf_x", results_dir=tmp_path / "results", **ports
+    )
+    engine.has(
+        lmcache=ports["lmcache_http_port"],
+        blend=ports["blend_port"],
+        plain=ports["plain_port"],
+        page=ports["ui_port"],
+    )
+
+    lifecycle.up(chosen, home, console)
+
+    made = engine.call("--no-start")
+    assert made["arguments"][-4:] == ["lmcache", "blend", "plain", "page"]
+    assert "hf_x" not in json.dumps(made), "neither argument nor variable"
+    token = Path(made["environment"]["HF_TOKEN_FILE"])
+    assert token.read_text() == "hf_x"
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    order = [call["arguments"][1] for call in engine.calls if call["arguments"][0] == "start"]
+    assert order.index("kvarena-lmcache") < order.index("kvarena-blend"), "which depends on it"
+
+    status = stack_status(home)
+    assert {service.name: service.state for service in status.services} == {
+        "lmcache": "healthy",
+        "blend": "healthy",
+        "plain": "healthy",
+        "page": "healthy",
+    }
+    assert {service.log for service in status.services} >= {"docker logs kvarena-blend"}
+
+    shown = kvarena("logs", "plain", "-n", "5")
+    assert shown.stderr.startswith("listening on"), "docker logs shows standard error as such"
+    unknown = kvarena("logs", "simllm")
+    assert "no log of 'simllm'; there are lmcache, blend, plain, page" in unknown.stderr
+
+    before = {service.name: service.pid for service in status.services}
+    lifecycle.restart("plain", home, console)
+    after = {service.name: service.pid for service in stack_status(home).services}
+    assert {name for name in before if before[name] != after[name]} == {"plain"}
+
+    lifecycle.down(home, console)
+    assert engine.call("down")
+    assert not token.exists()
+    assert stack_status(home).exit_code == 3
+    assert read_record(home) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_container_that_dies_is_told_of_with_its_log_and_nothing_is_left(
+    engine: FakeEngine, home: Home, tmp_path: Path, console: Console
+) -> None:
+    port = free_port()
+    chosen = settings(
+        tmp_path,
+        run_in="containers",
+        profile="cpu",
+        contenders="plain",
+        plain_port=port,
+        ui=False,
+        results_dir=tmp_path / "results",
+    )
+    engine.has(plain=port)
+    (engine.folder / "dies").touch()
+    with pytest.raises(ServiceFailedError) as failed:
+        lifecycle.up(chosen, home, console)
+    assert "plain died while it was starting" in str(failed.value)
+    assert "boom: out of luck" in failed.value.log_tail
+    assert failed.value.log_path == "docker logs kvarena-plain"
+    assert engine.call("down")
+    assert stack_status(home).exit_code == 3
+
+
+def test_the_memory_limit_follows_the_model(home: Home, tmp_path: Path) -> None:
+    from kvarena.stack.plan import make_plan
+
+    model = tmp_path / "large"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with (model / "model.safetensors").open("wb") as weights:
+        weights.truncate(20 << 30)  # sparse
+    large = settings(tmp_path, profile="cpu", model=str(model), dtype="bfloat16")
+    assert int(compose_environment(large, make_plan(large, home))["CONTAINER_MEMORY_GB"]) > 20
+    demo = settings(tmp_path, profile="cpu")
+    assert compose_environment(demo, make_plan(demo, home))["CONTAINER_MEMORY_GB"] == "8"

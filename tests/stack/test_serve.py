@@ -1,0 +1,99 @@
+"""A service in a container of its own: its command is the stack's, its peers have names, its secrets are files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvarena.stack import machine
+from kvarena.stack.errors import StackError
+from kvarena.stack.home import Home
+from kvarena.stack.serve import read_secrets, service_of_this_container
+
+ALL = "blend,plain,prefix,simllm,ai100"
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_the_profile_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROFILE", "cpu")
+    monkeypatch.setenv("CONTENDERS", ALL)
+    monkeypatch.setattr(machine, "physical_cores", lambda: [(core,) for core in range(10)])
+
+
+@pytest.mark.parametrize("name", ["lmcache", *ALL.split(","), "page"])
+def test_every_service_listens_on_every_address_and_is_found_by_its_name(home: Home, name: str) -> None:
+    service = service_of_this_container(name, home)
+    assert "0.0.0.0" in service.command
+    assert "127.0.0.1" not in " ".join(service.command)
+    assert f"//{name}:{service.port}" in service.address
+    assert "//127.0.0.1:" in service.health_url, "which is asked from inside"
+
+
+def test_the_blend_finds_lmcache_and_the_page_finds_the_contenders(home: Home) -> None:
+    blend = service_of_this_container("blend", home)
+    config = json.loads(blend.command[blend.command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert (config["lmcache_url"], config["lmcache_http_url"]) == ("tcp://lmcache:5555", "http://lmcache:8080")
+    page = service_of_this_container("page", home)
+    urls = [contender["url"] for contender in json.loads(page.environment["KVARENA_CONTENDERS"])]
+    assert urls == [
+        "http://blend:8000",
+        "http://plain:8001",
+        "http://prefix:8002",
+        "http://simllm:8003",
+        "http://ai100:8004",
+    ]
+
+
+def test_servers_of_one_machine_share_its_cores(home: Home) -> None:
+    shares = [service_of_this_container(name, home).cpus for name in ALL.split(",")]
+    assert shares == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+
+
+def test_a_service_runs_whatever_contenders_says(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTENDERS", "plain")
+    for name in ("lmcache", "blend", "simllm"):
+        assert service_of_this_container(name, home).name == name
+    with pytest.raises(StackError, match="no service 'blent'; choose one of lmcache, blend"):
+        service_of_this_container("blent", home)
+
+
+def test_one_gpu_is_divided_and_two_are_not(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROFILE", "gpu")
+    monkeypatch.setenv("CONTENDERS", "blend,plain")
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1"])
+
+    def gpu_and_share(name: str) -> tuple[str, str]:
+        service = service_of_this_container(name, home)
+        at = service.command.index("--gpu-memory-utilization")
+        return service.environment["CUDA_VISIBLE_DEVICES"], service.command[at + 1]
+
+    assert [gpu_and_share(name) for name in ("blend", "plain")] == [("0", "0.90"), ("1", "0.90")]
+    monkeypatch.setenv("GPU_SHARE", "true")
+    assert [gpu_and_share(name) for name in ("blend", "plain")] == [("0", "0.45"), ("0", "0.45")]
+
+
+def test_secrets_are_read_from_files(tmp_path: Path) -> None:
+    (tmp_path / "hf_token").write_text("hf_x\n")
+    (tmp_path / "empty").touch()
+    (tmp_path / "unset").symlink_to("/dev/null")
+    assert read_secrets(tmp_path) == {"HF_TOKEN": "hf_x"}
+    assert read_secrets(tmp_path / "nowhere") == {}
+
+
+def test_the_health_check_needs_neither_torch_nor_pydantic() -> None:
+    program = "import sys, kvarena.stack.health; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "pydantic", "numpy"}.intersection(modules)
+
+
+def test_a_bad_setting_ends_the_container_with_its_message(home: Home) -> None:
+    environment = {**os.environ, "KVARENA_HOME": str(home.path), "BLEND_RATIO": "2"}
+    command = [sys.executable, "-m", "kvarena.stack.serve", "blend"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "error: BLEND_RATIO" in ended.stderr
