@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from kvarena.engines.cache_metrics import CacheCollector
 from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.http import router
 from real_server import RealServer, serving
+from request_lines import request_lines
 from simllm.served import prompt_of, served
 
 EARLIER, LATER = prompt_of(0), f"{prompt_of(0)} goat tea"
@@ -149,26 +149,19 @@ def test_metrics_are_the_caches(http: httpx.Client) -> None:
     }
 
 
-def request_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.message.startswith("kvarena request=")]
-
-
 def test_the_log_has_a_line_for_each_request_and_nobodys_prompt(
     http: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="kvarena"):
         ask(http, EARLIER)
         ask(http, LATER)
-        stops_by = time.monotonic() + 10
-        while len(lines := request_lines(caplog)) < 2 and time.monotonic() < stops_by:
-            time.sleep(0.05)
-    _, line = lines
-    assert "exact" in line
-    assert "mode=aligned similarity_threshold=0.95 " in line
-    assert "similarity=0.9" in line
-    assert "hit=true" in line
-    assert "num_layer_passes=" in line
-    assert EARLIER[:20] not in line
+        _, line = request_lines(caplog, at_least=2)
+    details = line["details"]
+    assert not line["approximate"]
+    assert (details["mode"], details["similarity_threshold"], details["hit"]) == ("aligned", 0.95, True)
+    assert details["similarity"] > 0.9
+    assert details["num_layer_passes"] > 0
+    assert EARLIER[:20] not in caplog.text
 
 
 def test_openais_client_in_a_stream(server: RealServer[SimLLMEngine], http: httpx.Client) -> None:

@@ -42,13 +42,14 @@ def up(
         run_folder="",
         data_dir=str(plan.data_dir),
         served_model=plan.model.served_name,
+        has_api_key=bool(settings.api_key),
     )
     bring_up(
         wanted,
         home,
         console,
         check=lambda services: check_before_start(plan, services, token),
-        secrets={"HF_TOKEN": token} if token else {},
+        secrets=settings.secrets,
         when_healthy=when_healthy,
     )
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from kvarena.stack.home import Home
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.service import HOST, Service
-from kvarena.vllm_plugin.config import kv_transfer_config
+from kvarena.vllm_plugin.config import CONTENDER_VARIABLE, kv_transfer_config
 
 LMCACHE_CHUNK_TOKENS = 32
 GPU_MEMORY_SHARE = 0.9
@@ -85,7 +85,7 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     command += ["--host", HOST, "--port", str(port)]
     command += ["--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"]
     command += ["--enable-prompt-tokens-details"]
-    command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
+    command += ["--disable-uvicorn-access-log"]  # requests have their line from the edge
     if plan.max_model_len is not None:
         command += ["--max-model-len", str(plan.max_model_len)]
     if plan.load_format is not None:
@@ -103,6 +103,8 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
         command += ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
     else:
         environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
+    command += ["--middleware", "kvarena.vllm_plugin.edge.Edge"]  # the last is the outermost
+    environment[CONTENDER_VARIABLE] = name
     return _contender(name, plan, home, command, environment, depends_on)
 
 

@@ -1,12 +1,13 @@
 """The stack's settings: one frozen class, read from the command line, the environment and `.env`, in that order.
 
 `load_settings` is the only place where they are read. A bad value and an unknown key in `.env` raise `StackError`
-with the key, the value and the choices. What depends on the machine (which profile `auto` means, the model that
-goes with it, cores, GPUs) is decided later, in `plan`.
+with the key, the value (unless it is a secret) and the choices. What depends on the machine (which profile `auto`
+means, the model that goes with it, cores, GPUs) is decided later, in `plan`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from kvarena.api_key import API_KEY_VARIABLE
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 
@@ -26,6 +28,9 @@ AI100Topics = Literal["keyword", "embedding"]
 BlendUnsupported = Literal["refuse", "plain"]
 SimilarityThreshold = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
+SECRETS = ("hf_token", "kvarena_api_key")
+VLLM_API_KEY_VARIABLE = "VLLM_API_KEY"
+VISIBLE_ASCII = re.compile("[!-~]+")
 
 PORT_OFFSETS = {
     "blend": 0,
@@ -106,6 +111,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     hf_token: SecretStr | None = None
+    kvarena_api_key: SecretStr | None = None
     local_hf_home: Path | None = None
     data_dir: Path = Path("data")
     results_dir: Path = Path("results")
@@ -170,11 +176,30 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise ValueError("Input should be auto or a number from -1 to 1") from error
 
+    @field_validator("kvarena_api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not VISIBLE_ASCII.fullmatch(value.get_secret_value()):
+            raise ValueError("must be of letters, digits and signs of ASCII, without spaces")
+        return value
+
     @field_validator("data_dir", "results_dir", "local_hf_home", "ai100_topics_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         """Relative paths of the environment and of `.env` count from the project's folder."""
         return None if value is None else project_root() / value.expanduser()
+
+    @property
+    def api_key(self) -> str:
+        return self.kvarena_api_key.get_secret_value() if self.kvarena_api_key else ""
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """What services get by their environment, and no command line and no file shows. vLLM's servers take the key
+        from a variable of their own, which mustn't hold another one either.
+        """
+        token = {"HF_TOKEN": self.hf_token.get_secret_value()} if self.hf_token else {}
+        return {**token, API_KEY_VARIABLE: self.api_key, VLLM_API_KEY_VARIABLE: self.api_key}
 
     @property
     def ports(self) -> Ports:
@@ -225,6 +250,11 @@ def load_settings(env_file: Path | None = None, **command_line: Any) -> Settings
     return settings
 
 
+def shown_api_key() -> str:
+    """What this project's commands show to servers: the key of the environment or of `.env`, empty without one."""
+    return load_settings().api_key
+
+
 def _explain(error: ValidationError, env_file: Path) -> str:
     lines = []
     for problem in error.errors(include_url=False):
@@ -237,5 +267,8 @@ def _explain(error: ValidationError, env_file: Path) -> str:
             lines.append(f"{key} must be one of {choices}, not {problem['input']!r}")
         else:
             reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
-            lines.append(f"{key} {reason.replace('be ', 'must be ', 1)}, not {problem['input']!r}")
+            given = "" if key.lower() in SECRETS else f", not {problem['input']!r}"
+            lines.append(
+                f"{key} {reason if reason.startswith('must ') else reason.replace('be ', 'must be ', 1)}{given}"
+            )
     return "\n".join(lines)

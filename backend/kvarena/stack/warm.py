@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import httpx
 
+from kvarena.api_key import bearer
 from kvarena.context import TextChunk, join_chunks
 from kvarena.stack.errors import StackError
 
@@ -61,17 +62,21 @@ def warm(
     model: str,
     chunks: Sequence[TextChunk],
     on_chunk: Callable[[ChunkOutcome], None] = lambda outcome: None,
+    api_key: str = "",
 ) -> WarmResult:
     """Sends the chunks, a few at a time; one that is refused doesn't stop the others.
 
     `on_chunk` is called after each. Raises `httpx.HTTPError` when the server doesn't answer at all, or isn't a blend,
-    and `StackError` when it serves its model without blending.
+    and `StackError` when it serves its model without blending or asks for another key.
     """
     with (
-        httpx.Client(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client,
+        httpx.Client(base_url=base_url, headers=bearer(api_key), timeout=REQUEST_TIMEOUT_S, trust_env=False) as client,
         ThreadPoolExecutor(PARALLEL_REQUESTS) as pool,
     ):
-        described = client.get("/kvarena").raise_for_status().json()
+        offer = client.get("/kvarena")
+        if offer.status_code == httpx.codes.UNAUTHORIZED:
+            raise StackError(f"{base_url} refuses KVARENA_API_KEY: {error_message(offer)}")
+        described = offer.raise_for_status().json()
         if not described.get("blends", True):
             raise StackError(f"the chunk cache stays empty: {described.get('reason')}")
         separator = str(described.get("separator", ""))
@@ -102,6 +107,8 @@ def _warm_chunk(client: httpx.Client, model: str, chunk: TextChunk, separator: s
 
 
 def _outcome(report: dict[str, Any]) -> tuple[Outcome, str]:
+    if report.get("blend_failures"):
+        return "failed", "its blend failed; the blend's log says why"
     if report.get("store_errors"):
         return "failed", f"{report['store_errors']} store errors"
     if report.get("store_misses"):

@@ -90,17 +90,6 @@ class RequestReport:
             "spans": self._spans(blend),
         }
 
-    def log_line(self) -> str:
-        figures = self.as_dict()
-        kind = "approximate" if self.approximate else "exact"
-        return (
-            f"kvarena request={self.request_id} {kind} prompt={self.num_prompt_tokens} "
-            f"reused={figures['num_reused_tokens']} recomputed={figures['num_recomputed_tokens']} "
-            f"computed={figures['num_computed_tokens']} blend_ms={figures['blend_ms']:.1f} "
-            f"store_hits={figures['store_hits']} store_misses={figures['store_misses']} "
-            f"store_errors={figures['store_errors']}"
-        )
-
     def _spans(self, blend: BlendReport) -> list[dict[str, Any]]:
         reused = [(0, self.num_prefix_tokens, "prefix"), *((start, end, "reused") for start, end in blend.spans)]
         spans: list[tuple[int, int, str]] = []

@@ -14,13 +14,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvarena.api.report_log import TOKEN_COUNTS, ReportLog
+from kvarena.api.report_log import TOKEN_COUNTS
+from kvarena.vllm_plugin.reports import report_log
 
 STORE_COUNTS = ("store_hits", "store_misses", "store_errors")
 STAGES = ("fetch", "prefill_chunks", "move", "write", "select", "recompute")
-
-
-report_log = ReportLog()
 
 
 @dataclass
