@@ -24,7 +24,8 @@ def free_port() -> int:
 class LMCacheServer:
     """A context; `kill` and `start` may be called inside it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, l1_gb: float = 1.0) -> None:
+        self.l1_gb = l1_gb
         self.log = folder / "lmcache.log"
         self.port, self.http_port = free_port(), free_port()
         self.url = f"tcp://127.0.0.1:{self.port}"
@@ -38,10 +39,10 @@ class LMCacheServer:
         return self._process.pid
 
     def start(self) -> None:
-        command = [str(Path(sys.executable).with_name("lmcache")), "server", "--l1-size-gb", "1"]
+        command = [str(Path(sys.executable).with_name("lmcache")), "server", "--l1-size-gb", f"{self.l1_gb:g}"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
-        command += ["--prometheus-port", str(free_port()), "--eviction-policy", "LRU", "--chunk-size", "32"]
+        command += ["--eviction-policy", "LRU", "--chunk-size", "32"]
         command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name]
         settings = {"PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
         with self.log.open("ab") as log:

@@ -11,13 +11,13 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from cache_metrics import cache_metrics
-from kvarena.engines.cache_metrics import CacheCollector
+from kvarena.api.store_metrics import StoreCollector
 from kvarena.engines.prefix.engine import PrefixEngine
 from kvarena.engines.prefix.http import router
 from prefix_engine import make_prefix
 from real_server import RealServer, serving
 from request_lines import request_lines
+from store_metrics import store_metrics
 from tiny_models import WORDS
 
 TEXT = " ".join(WORDS * 8)
@@ -26,7 +26,7 @@ TEXT = " ".join(WORDS * 8)
 @pytest.fixture
 def server(model_folders: dict[str, Path]) -> Iterator[RealServer[PrefixEngine]]:
     engine = make_prefix(model_folders["llama"]).engine
-    with serving(engine, routers=[router], collectors=[CacheCollector(engine)]) as server:
+    with serving(engine, routers=[router], collectors=[StoreCollector(engine)]) as server:
         yield server
 
 
@@ -61,10 +61,11 @@ def test_metrics_are_the_caches(http: httpx.Client) -> None:
     for _ in range(3):
         http.post("/generate", json={"prompt": TEXT, "max_new_tokens": 2})
     stats = http.get("/cache/stats").json()
-    assert cache_metrics(http) == {
+    assert store_metrics(http) == {
         "lookups_total hits": stats["hits"],
         "lookups_total misses": stats["misses"],
         "evictions_total": 0,
+        "errors_total": 0,
         "entries": stats["cache_size"],
         "bytes": stats["num_bytes"],
     }

@@ -11,13 +11,13 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from cache_metrics import cache_metrics
-from kvarena.engines.cache_metrics import CacheCollector
+from kvarena.api.store_metrics import StoreCollector
 from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.http import router
 from real_server import RealServer, serving
 from request_lines import request_lines
 from simllm.served import prompt_of, served
+from store_metrics import store_metrics
 
 EARLIER, LATER = prompt_of(0), f"{prompt_of(0)} goat tea"
 
@@ -25,7 +25,7 @@ EARLIER, LATER = prompt_of(0), f"{prompt_of(0)} goat tea"
 @pytest.fixture
 def server(folder: Path) -> Iterator[RealServer[SimLLMEngine]]:
     engine = served(folder, "aligned").engine
-    with serving(engine, routers=[router], collectors=[CacheCollector(engine)]) as server:
+    with serving(engine, routers=[router], collectors=[StoreCollector(engine)]) as server:
         yield server
 
 
@@ -140,10 +140,11 @@ def test_metrics_are_the_caches(http: httpx.Client) -> None:
         ask(http, prompt)
     stats = http.get("/tasks/stats").json()
     assert (stats["num_hits"], stats["num_misses"], stats["cache_size"]) == (2, 1, 2)
-    assert cache_metrics(http) == {
+    assert store_metrics(http) == {
         "lookups_total hits": 2,
         "lookups_total misses": 1,
         "evictions_total": 0,
+        "errors_total": 0,
         "entries": 2,
         "bytes": stats["num_bytes"],
     }

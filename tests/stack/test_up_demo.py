@@ -189,7 +189,7 @@ def test_the_simllm_contender(tmp_path: Path, port_base: int) -> None:
                 answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json()
                 reports.append(answer["kv_transfer_params"]["kvarena"])
             assert http.get("/tasks/stats").json()["num_hits"] == 1
-            assert 'kvarena_cache_lookups_total{engine="0",model_name="demo",outcome="hits"} 1' in (
+            assert 'kvarena_store_lookups_total{engine="0",model_name="demo",outcome="hits"} 1' in (
                 http.get("/metrics").text.replace('model_name="demo",engine="0"', 'engine="0",model_name="demo"')
             )
         assert [report["hit"] for report in reports] == [False, True]

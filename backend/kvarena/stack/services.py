@@ -62,7 +62,6 @@ def _lmcache(plan: Plan, home: Home) -> Service:
     command += ["--l1-size-gb", f"{plan.lmcache_gb:g}", "--eviction-policy", "LRU"]
     command += ["--chunk-size", str(LMCACHE_CHUNK_TOKENS), "--supported-transfer-mode", "auto"]
     command += ["--shm-name", home.shm_name]
-    command += ["--disable-metrics"]  # they would be served on every interface, on a port of their own
     return Service(
         name="lmcache",
         title=TITLES["lmcache"],

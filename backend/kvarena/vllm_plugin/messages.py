@@ -73,6 +73,8 @@ class RequestReport:
         blend = self.blend or BlendReport()
         reused = self.num_prefix_tokens + blend.num_reused_tokens
         times = {name: round(value, 3) for name, value in asdict(blend).items() if name.endswith("_ms")}
+        known = {"store_entries": blend.store_entries, "store_bytes": blend.store_bytes}
+        sizes = {name: size for name, size in known.items() if size is not None}
         return {
             "request_id": self.request_id,
             "contender": "blend",
@@ -86,6 +88,9 @@ class RequestReport:
             "store_hits": blend.store_hits,
             "store_misses": blend.store_misses,
             "store_errors": blend.store_errors,
+            "store_evictions": blend.store_evictions,
+            **sizes,
+            "blend_failures": blend.blend_failures,
             **times,
             "spans": self._spans(blend),
         }
