@@ -32,11 +32,24 @@ install_debian() {
     fi
 }
 
+# Prometheus for the dashboard's queries: the program alone, for Debian's package starts a server.
+fetch_prometheus() {
+    local download
+    download=$(mktemp -d)
+    if ! (cd "$download" && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb "$tools") 2>/dev/null; then
+        printf 'note: no prometheus here; what needs it is skipped\n' >&2
+    fi
+    rm -rf "$download"
+}
+
 ./run-server.sh setup --profile cpu --run-in processes
 "$bin/python" -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
 has_one_of chromium chromium-browser google-chrome || [[ $is_fast ]] || install_debian chromium
 has_one_of valkey-server redis-server || [[ $is_fast ]] || install_debian redis-server
 has_one_of shellcheck || install_debian shellcheck
+tools=$root/.venv/tools
+export PATH=$PATH:$tools/usr/bin
+has_one_of prometheus || [[ $is_fast ]] || fetch_prometheus
 
 echo '== style and types'
 "$bin/ruff" check .

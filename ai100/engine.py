@@ -26,6 +26,7 @@ from ai100.topics import Topics
 from kvarena.api.detokenizer import Detokenizer
 from kvarena.api.engine import FinishReason, GeneratedToken, GenerationRequest, Report
 from kvarena.api.sampling import Sampler
+from kvarena.api.store_metrics import StoreFigures
 
 MAX_CONTEXT = 800
 GEN_LEN = 500
@@ -72,6 +73,12 @@ class AI100Engine:
             "gen_len": self.writer.gen_len,
             **asdict(self.runtime.shapes),
         }
+
+    def store_figures(self) -> StoreFigures:
+        """Of the slots. Their memory is taken whole when the device is opened."""
+        slots = self.batcher.slots
+        num_topics = sum(slot.key is not None for slot in slots.rows())
+        return StoreFigures(slots.num_hits, slots.num_misses, slots.num_evictions, num_topics)
 
     def slot_rows(self) -> list[dict[str, Any]]:
         """What lies in the slots now, the most recently used marked by the largest `last_used`."""

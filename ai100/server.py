@@ -17,6 +17,7 @@ from ai100.topics import THRESHOLD, TOPICS_FILE
 from kvarena.api.config import ApiConfig
 from kvarena.api.serve import serve
 from kvarena.api.server import TheServer
+from kvarena.api.store_metrics import StoreCollector
 
 router = APIRouter()
 
@@ -100,7 +101,7 @@ def main(
     except (ValueError, OSError, CardUnavailable, CompileFailed) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
-    serve(engine, host, port, ApiConfig.from_environment(), routers=[router])
+    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
 
 
 if __name__ == "__main__":

@@ -63,12 +63,16 @@ class Taken:
 
 
 class SlotTable:
-    """Not thread-safe: it is the batcher's thread that takes and gives back. Others read copies (`rows`)."""
+    """Not thread-safe: it is the batcher's thread that takes and gives back. Others read copies (`rows`), and counts so
+    far: slots that were taken from a topic for another, and turns that found tokens of theirs in their slot, or none.
+    """
 
     def __init__(self, num_slots: int, ctx_len: int) -> None:
         self.ctx_len = ctx_len
         self.slots = [Slot(index) for index in range(num_slots)]
         self.num_evictions = 0
+        self.num_hits = 0
+        self.num_misses = 0
         self._clock = 0
 
     def take(self, key: SlotKey | None) -> Taken | None:
@@ -96,6 +100,9 @@ class SlotTable:
         count = next((at for at in range(limit) if slot.token_ids[at] != token_ids[at]), limit)
         del slot.token_ids[count:]
         slot.pending = None
+        if slot.key is not None:
+            self.num_hits += count > 0
+            self.num_misses += count == 0
         return count
 
     def extend(self, slot: Slot, token_ids: Sequence[int]) -> None:

@@ -21,6 +21,7 @@ import httpx
 from errors import ContenderError, explained, http_error, stream_error
 from events import Done, Event, Failed, FirstToken, Text
 from figures import Figures, Stopwatch, from_usage, with_report, without_report
+from kvarena.api_key import bearer
 from settings import Contender
 from wire import Message, Sampling, Server, completion_request
 
@@ -48,7 +49,7 @@ class ChatSession:
         self._loop = asyncio.new_event_loop()
         self._http = httpx.AsyncClient(
             base_url=contender.url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers=bearer(api_key),
             timeout=httpx.Timeout(timeout_s, connect=5.0),
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
             trust_env=False,
@@ -75,12 +76,15 @@ class ChatSession:
         payload = {"prompt": text, "add_special_tokens": False}
         return self._submit(self._tokenize(payload)).result()
 
-    def answer(self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None]) -> Future[None]:
+    def answer(
+        self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None], request_id: str
+    ) -> Future[None]:
         """Starts an answer. `put` gets, in the worker's thread: Text and one FirstToken, then Done or Failed.
+        `request_id` goes along as `X-Request-Id`, and stands in the server's log.
 
         Cancelling the future ends the stream; nothing is put after that but what was under way.
         """
-        return self._submit(self._answer(list(messages), sampling, put))
+        return self._submit(self._answer(list(messages), sampling, put, request_id))
 
     def close(self) -> None:
         """Ends the worker; the session is of no use afterwards."""
@@ -102,6 +106,9 @@ class ChatSession:
         self.refreshed_s = time.monotonic()
 
     async def _describe(self) -> Server:
+        health = await self._http.get("/health", timeout=STATE_TIMEOUT_S)
+        if health.is_server_error:  # a server may outlive its engine; one without such a path has none to ask for
+            raise http_error(self.contender, health)
         models = await self._http.get("/v1/models", timeout=STATE_TIMEOUT_S)
         if models.is_error:
             raise http_error(self.contender, models)
@@ -119,11 +126,13 @@ class ChatSession:
                 raise http_error(self.contender, reply)
             return [int(token) for token in reply.json()["tokens"]]
 
-    async def _answer(self, messages: list[Message], sampling: Sampling, put: Callable[[Event], None]) -> None:
+    async def _answer(
+        self, messages: list[Message], sampling: Sampling, put: Callable[[Event], None], request_id: str
+    ) -> None:
         try:
             with explained(self.contender, self._timeout_s):
                 server = await self._known_server()
-                put(await self._stream(server, messages, sampling, put))
+                put(await self._stream(server, completion_request(server, messages, sampling), put, request_id))
         except ContenderError as error:
             put(Failed(str(error)))
 
@@ -135,21 +144,21 @@ class ChatSession:
     async def _stream(
         self,
         server: Server,
-        messages: list[Message],
-        sampling: Sampling,
+        body: dict[str, Any],
         put: Callable[[Event], None],
+        request_id: str,
     ) -> Done:
-        request_id, usage, finish_reason, num_texts = "", None, None, 0
+        answer_id, usage, finish_reason, num_texts = "", None, None, 0
         first_s = last_s = None
-        body = completion_request(server, messages, sampling)
+        headers = {"X-Request-Id": request_id}
         sent_s = time.perf_counter()
-        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+        async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
             if response.is_error:
                 await response.aread()
                 raise http_error(self.contender, response)
             async for chunk in self._chunks(response):
                 now_s = time.perf_counter()
-                request_id = chunk.get("id") or request_id
+                answer_id = chunk.get("id") or answer_id
                 usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices") or ():
                     delta = choice.get("delta") or {}
@@ -166,7 +175,7 @@ class ChatSession:
         if finish_reason is None:
             raise stream_error(self.contender, num_texts)
         figures = from_usage(Stopwatch(sent_s, first_s, last_s), usage, self.contender.approximate)
-        return Done(await self._reported(server, request_id, figures), finish_reason)
+        return Done(await self._reported(server, answer_id, figures), finish_reason)
 
     async def _chunks(self, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         """The stream's JSON objects. An error object in the stream, or no JSON, raises `ContenderError`."""
@@ -184,14 +193,14 @@ class ChatSession:
                 raise http_error(self.contender, response, chunk)
             yield chunk
 
-    async def _reported(self, server: Server, request_id: str, figures: Figures) -> Figures:
+    async def _reported(self, server: Server, answer_id: str, figures: Figures) -> Figures:
         """The figures with the request report, which may come a moment after the stream's end."""
         if not server.keeps_reports:
             return figures
         for delay_s in REPORT_DELAYS_S:
             await asyncio.sleep(delay_s)
             try:
-                reply = await self._http.get(f"/kvarena/requests/{request_id}", timeout=STATE_TIMEOUT_S)
+                reply = await self._http.get(f"/kvarena/requests/{answer_id}", timeout=STATE_TIMEOUT_S)
                 if reply.is_success:
                     return with_report(figures, reply.json())
             except (httpx.HTTPError, ValueError, KeyError, TypeError):

@@ -2,13 +2,15 @@
 
 The workers put their events on one queue; whoever draws the page calls `advance`, which applies them to the turn's
 answers and, one after the other, asks the next contender. So a run that nobody watches starts nothing new. Several
-script runs may watch one run: `advance` and `stop` take a lock.
+script runs may watch one run: `advance` and `stop` take a lock. All contenders get one request id, by which their logs
+tell of the same question.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
 
@@ -34,6 +36,7 @@ class Run:
         self._sessions = sessions
         self._sampling = sampling
         self._in_sequence = in_sequence
+        self._request_id = uuid.uuid4().hex
         self._events: queue.Queue[tuple[str, Event]] = queue.Queue()
         self._futures: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
@@ -94,4 +97,4 @@ class Run:
             self._events.put((name, event))
 
         answer.start()
-        self._futures[name] = self._sessions[name].answer(self._messages[name], self._sampling, put)
+        self._futures[name] = self._sessions[name].answer(self._messages[name], self._sampling, put, self._request_id)

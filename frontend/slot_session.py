@@ -21,10 +21,15 @@ class SlotSession(ChatSession):
         super().__init__(contender, api_key, timeout_s)
         self._use_cache = use_cache
 
-    def answer(self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None]) -> Future[None]:
-        """The two modes' conversations have names of their own, so that neither goes on with the other's turns."""
+    def answer(
+        self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None], request_id: str
+    ) -> Future[None]:
+        """The two modes' conversations have names of their own, so that neither goes on with the other's turns; and so
+        have their requests, which one server gets.
+        """
         user = f"{sampling.user}-{self.contender.name}" if sampling.user else ""
-        return super().answer(messages, dataclasses.replace(sampling, use_cache=self._use_cache, user=user), put)
+        chosen = dataclasses.replace(sampling, use_cache=self._use_cache, user=user)
+        return super().answer(messages, chosen, put, f"{request_id}-{self.contender.name}")
 
     def slots(self) -> Future[SlotTable]:
         """What lies in the slots now. Its result raises `ContenderError`."""

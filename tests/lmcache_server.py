@@ -27,7 +27,8 @@ def free_port() -> int:
 class LMCacheServer:
     """A context; `kill` and `start` may be called inside it. `l2` is its second tier, as `l2_adapter` makes it."""
 
-    def __init__(self, folder: Path, l2: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, l1_gb: float = 1.0, l2: Mapping[str, Any] | None = None) -> None:
+        self.l1_gb = l1_gb
         self._l2 = l2
         self.log = folder / "lmcache.log"
         self.port, self.http_port = free_port(), free_port()
@@ -42,10 +43,10 @@ class LMCacheServer:
         return self._process.pid
 
     def start(self) -> None:
-        command = [str(Path(sys.executable).with_name("lmcache")), "server", "--l1-size-gb", "1"]
+        command = [str(Path(sys.executable).with_name("lmcache")), "server", "--l1-size-gb", f"{self.l1_gb:g}"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
-        command += ["--prometheus-port", str(free_port()), "--eviction-policy", "LRU", "--chunk-size", "32"]
+        command += ["--eviction-policy", "LRU", "--chunk-size", "32"]
         command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name]
         if self._l2 is not None:
             command += ["--l2-adapter", json.dumps(self._l2), "--l2-prefetch-policy", "retain"]

@@ -14,17 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from kvarena.api_key import bearer
+
 KVARENA = Path(sys.executable).with_name("kvarena")
 UP_TIMEOUT_S = 900
 PORT_OFFSETS = (0, 1, 2, 3, 4, 5, 501, 502, 503)
 
 
+API_KEY = "sesame-of-the-tests"
+
+
 @dataclass(frozen=True)
 class Stack:
+    """`api_key`: what its servers ask for, where they do."""
+
     home: Path
+    api_key: str = ""
 
     def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "KVARENA_HOME": str(self.home)}
+        environment = {**os.environ, "KVARENA_HOME": str(self.home), "KVARENA_API_KEY": self.api_key}
         return subprocess.run([KVARENA, *arguments], env=environment, text=True, capture_output=True, timeout=timeout_s)
 
     def service(self, name: str) -> dict[str, Any]:
@@ -34,6 +44,9 @@ class Stack:
     def address(self, name: str) -> str:
         return str(self.service(name)["address"])
 
+    def client(self, name: str) -> httpx.Client:
+        return httpx.Client(base_url=self.address(name), headers=bearer(self.api_key), timeout=120, trust_env=False)
+
     def num_running_requests(self, name: str) -> float:
         with urllib.request.urlopen(f"{self.address(name)}/metrics", timeout=10) as reply:
             lines = reply.read().decode().splitlines()
@@ -42,8 +55,8 @@ class Stack:
 
 @contextmanager
 def started(home: Path, *arguments: str) -> Iterator[Stack]:
-    """As a user starts and stops it: `kvarena up` with these arguments, on free ports."""
-    stack = Stack(home)
+    """As a user starts and stops it: `kvarena up` with these arguments, on free ports, with an API key."""
+    stack = Stack(home, API_KEY)
     try:
         up = stack.command("up", "--port-base", str(free_port_base()), *arguments, timeout_s=UP_TIMEOUT_S)
         assert up.returncode == 0, up.stdout + up.stderr

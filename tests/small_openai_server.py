@@ -92,6 +92,7 @@ class SmallServer:
     cut_after: int | None = None
     error: tuple[int, str] | None = None
     stream_error: str = ""
+    health: tuple[int, dict[str, Any]] = (200, {})
     requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     num_open_streams: int = 0
     num_broken_streams: int = 0
@@ -134,7 +135,9 @@ class SmallServer:
 
             def do_GET(self) -> None:
                 self._record({})
-                if self.path == "/v1/models":
+                if self.path == "/health":
+                    self._reply(*server.health)
+                elif self.path == "/v1/models":
                     self._reply(200, {"data": [{"id": "small", "max_model_len": 4096}]})
                 elif self.path == "/kvarena" and server.offer:
                     self._reply(200, server.offer)

@@ -121,7 +121,7 @@ def up(
         if "blend" not in settings.contenders or settings.blend_engine == "lmcache":
             return
         try:
-            warmed.append(render.warm_with_progress(record, console))
+            warmed.append(render.warm_with_progress(record, console, settings.api_key))
             render.show_warm_result(warmed[0], record.data_dir, console)
         except StackError as error:
             render.show_error(error, errors)
@@ -202,13 +202,14 @@ def warm(as_json: Json = False) -> None:
     from kvarena.stack import render
     from kvarena.stack.errors import StackError
     from kvarena.stack.home import Home
+    from kvarena.stack.settings import shown_api_key
     from kvarena.stack.supervision import running_supervisor
 
     console, _ = _consoles(as_json)
     record, supervisor = running_supervisor(Home.find())
     if record is None or supervisor is None:
         raise StackError("nothing is running; start the stack with kvarena up")
-    result = render.warm_with_progress(record, console)
+    result = render.warm_with_progress(record, console, shown_api_key())
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
     else:

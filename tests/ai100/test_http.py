@@ -17,6 +17,7 @@ from ai100.runtimes.runtime import DeviceLost
 from ai100.server import router
 from ai100_engine import AI100
 from real_server import RealServer, serving
+from request_lines import request_lines
 from tiny_models import WORDS
 
 CHAT = "/v1/chat/completions"
@@ -199,7 +200,7 @@ def test_the_log_has_a_line_with_the_slot_and_nothing_that_was_said(
 ) -> None:
     with caplog.at_level("INFO", logger="kvarena"):
         http.post(CHAT, json=body("river"))
-        time.sleep(0.2)
-    (line,) = [record.message for record in caplog.records if record.message.startswith("kvarena request=")]
-    assert "slot=0 turn=1 status=NEW_TOPIC" in line
-    assert "water" not in line
+        (line,) = request_lines(caplog, at_least=1)
+    assert (line["status"], line["details"]["status"]) == (200, "NEW_TOPIC")
+    assert (line["details"]["slot"], line["details"]["turn"]) == (0, 1)
+    assert "water" not in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvarena.api.config import ApiConfig
 from kvarena.api.report_log import ReportLog
 from real_server import RealServer, serving
+from request_lines import request_lines
 from scripted_engine import ScriptedEngine, ScriptedOptions, tokenizer
 
 TEXT = "/v1/completions"
@@ -42,17 +44,23 @@ def test_report_of_a_request(http: httpx.Client, stream: bool, caplog: pytest.Lo
         "lookup_ms": 0.5,
         "hit": True,
     }
-    lines = [
-        record.getMessage()
-        for record in caplog.records
-        if record.name.startswith("kvarena.") and request_id in record.getMessage()
-    ]
-    assert len(lines) == 1
-    assert re.fullmatch(
-        rf"kvarena request={request_id} exact prompt=5 reused=2 recomputed=0 computed=3 generated=1 finish=stop "
-        r"ttft_ms=[\d.]+ total_ms=[\d.]+ lookup_ms=0.5 hit=true",
-        lines[0],
-    )
+    (line,) = request_lines(caplog, at_least=1)
+    assert datetime.now(UTC) - datetime.fromisoformat(line.pop("time")) < timedelta(minutes=1)
+    assert 0 < line.pop("ttft_ms") <= line.pop("total_ms")
+    assert line == {
+        "contender": "scripted",
+        "request_id": f"mine-{stream}",
+        "status": 200,
+        "id": request_id,
+        "finish": "stop",
+        "approximate": False,
+        "num_prompt_tokens": 5,
+        "num_reused_tokens": 2,
+        "num_recomputed_tokens": 0,
+        "num_computed_tokens": 3,
+        "num_generated_tokens": 1,
+        "details": {"lookup_ms": 0.5, "hit": True},
+    }
 
 
 def test_the_last_reports_are_kept() -> None:
@@ -154,7 +162,8 @@ def test_metrics() -> None:
     assert samples["vllm:prompt_tokens_total", None].labels == {"model_name": "tiny", "engine": "0"}
 
 
-def test_api_key() -> None:
+def test_api_key(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     config = ApiConfig.from_environment({"KVARENA_API_KEY": "secret"})
     assert ApiConfig.from_environment({"KVARENA_API_KEY": ""}).api_key is None
     assert "secret" not in repr(config)
@@ -172,6 +181,10 @@ def test_api_key() -> None:
         good = {"authorization": "Bearer secret"}
         assert http.post(TEXT, json=body, headers=good).json()["choices"][0]["text"] == "tea"
         assert http.get("/openapi.json", headers=good).json()["components"]["securitySchemes"]
+    refused = [line for line in request_lines(caplog) if line["status"] == 401]
+    assert [line["path"] for line in refused][:4] == ["/v1/models"] * 3 + ["/kvarena"]
+    assert len(refused) == 16
+    assert "secret" not in caplog.text.replace("securitySchemes", "")
 
 
 def test_the_openapi_document_says_what_is_answered(http: httpx.Client) -> None:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from real_server import RealServer
+from request_lines import request_lines
 from scripted_engine import ScriptedEngine
 
 JSON = {"content-type": "application/json"}
@@ -195,7 +196,23 @@ def test_refused_and_failed_by_the_engine(http: httpx.Client, caplog: pytest.Log
         gone = http.post(TEXT, json={"prompt": "gone", "stream": stream})
         assert "try again" in refusal(gone, 503)["message"]
     assert "out of memory" in caplog.text
-    assert "finish=error" in caplog.text
+    outcomes = [(line["status"], line["finish"]) for line in request_lines(caplog)]
+    assert outcomes == [(400, "refused"), (500, "error"), (503, "error")] * 2
+
+
+def test_no_refusal_puts_a_prompt_into_the_log(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for body in (
+        {"prompt": {"private": "words"}},
+        {"prompt": "private words", "max_tokens": 0},
+        {"prompt": "private words", "model": "other"},
+    ):
+        assert http.post(TEXT, json=body).is_client_error
+    http.post(CHAT, json={"messages": [{"role": "user", "content": {"private": "words"}}]})
+    http.post(CHAT, content=b'{"messages": "private words', headers=JSON)
+    assert [line["finish"] for line in request_lines(caplog)] == ["refused"] * 5
+    assert "bad prompt" in caplog.text
+    assert "private" not in caplog.text
 
 
 def test_failing_in_the_middle_of_a_stream(http: httpx.Client) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from request_lines import lines_of
+
 TESTS = Path(__file__).parents[1]
 PROGRAM = (
     "from scripted_engine import ScriptedEngine; from kvarena.api.serve import serve; serve(ScriptedEngine(), port=0)"
@@ -39,7 +41,8 @@ def test_a_process_serves_and_ends_quickly() -> None:
         out = process.stdout.read()
         assert process.wait(10) in (0, -signal.SIGTERM)
     assert time.monotonic() - started < 5
-    assert len(re.findall("kvarena request=cmpl-one exact prompt=5 .* finish=stop", out)) == 1
-    assert out.count("finish=abort") == 1
+    lines = lines_of(out)
+    assert [(line["status"], line["finish"]) for line in lines] == [(200, "stop"), (499, "abort")]
+    assert (lines[0]["request_id"], lines[0]["id"], lines[0]["num_prompt_tokens"]) == ("one", "cmpl-one", 5)
     assert "Traceback" not in out
     assert "HTTP/1.1" not in out

@@ -32,7 +32,7 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if running := os.environ.get("KVARENA_E2E_HOME"):
-        yield Stack(Path(running))
+        yield Stack(Path(running), os.environ.get("KVARENA_API_KEY", ""))
         return
     with started(tmp_path_factory.mktemp("kvarena")) as stack:
         yield stack

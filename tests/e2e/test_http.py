@@ -23,10 +23,6 @@ TEXTS = [chunk.text for chunk in load_chunks(DATA)]
 SYSTEM = load_system_prompt(DATA)
 
 
-def client(stack: Stack, name: str) -> httpx.Client:
-    return httpx.Client(base_url=stack.address(name), timeout=120)
-
-
 def body(texts: list[str], question: str, **more: Any) -> dict[str, Any]:
     messages = build_messages(SYSTEM, texts, question, "<note>")
     return {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 8, **more}
@@ -47,12 +43,12 @@ def ours(**params: Any) -> dict[str, Any]:
 
 
 def test_settings_are_told(stack: Stack) -> None:
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         told = http.get("/kvarena").json()
     assert (told["contender"], told["separator"], told["store"]) == ("blend", "<note>", "lmcache")
     assert told["defaults"]["policy"] in told["policies"]
     assert told["blends"] is True
-    with client(stack, "plain") as http:
+    with stack.client("plain") as http:
         assert http.get("/kvarena").status_code == 404
 
 
@@ -69,14 +65,14 @@ def test_settings_are_told(stack: Stack) -> None:
     ],
 )
 def test_bad_values_are_refused_with_the_choices(stack: Stack, params: dict[str, Any], said: str) -> None:
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         reply = http.post("/v1/chat/completions", json=body(TEXTS[:2], "Who?", kv_transfer_params=ours(**params)))
     assert reply.status_code == 400
     assert said in reply.json()["error"]["message"]
 
 
 def test_odd_bodies_are_vllms_to_refuse(stack: Stack) -> None:
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         for content in (
             b"",
             b"{",
@@ -91,7 +87,7 @@ def test_odd_bodies_are_vllms_to_refuse(stack: Stack) -> None:
 
 def test_every_token_is_counted_once_and_streams_have_their_report_too(stack: Stack) -> None:
     texts = random.Random(1).sample(TEXTS, 6)
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         answer = ask(http, body(texts, "What does she keep?"))
         assert http.get(f"/kvarena/requests/{answer['id']}").json() == answer["report"]
         assert http.get("/kvarena/requests/chatcmpl-none").status_code == 404
@@ -102,10 +98,10 @@ def test_every_token_is_counted_once_and_streams_have_their_report_too(stack: St
     assert report["approximate"]
     assert parts[0] > sum(parts) / 2
 
-    with openai.OpenAI(base_url=stack.address("blend") + "/v1", api_key="none") as api:
+    with openai.OpenAI(base_url=stack.address("blend") + "/v1", api_key=stack.api_key or "none") as api:
         request = body(texts[::-1], "What does she keep?")
         chunks = list(api.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         streamed = http.get(f"/kvarena/requests/{chunks[0].id}").json()
     assert streamed["num_prompt_tokens"] == chunks[-1].usage.prompt_tokens
     assert streamed["store_hits"] == 6
@@ -117,7 +113,7 @@ def test_message_parts_are_boundaries(stack: Stack) -> None:
     parts = [{"type": "text", "text": " ".join(rng.sample(text.split(), len(text.split())))} for text in TEXTS[:3]]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What does she keep?"}]}]
     request = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 4}
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         first = ask(http, request)["report"]
         messages[0]["content"] = [*parts[::-1], {"type": "text", "text": "Where?"}]  # type: ignore[list-item]
         second = ask(http, request)["report"]
@@ -127,7 +123,7 @@ def test_message_parts_are_boundaries(stack: Stack) -> None:
 
 def test_ratio_one_answers_as_plain_does(stack: Stack) -> None:
     rng = random.Random(3)
-    with client(stack, "blend") as blend, client(stack, "plain") as plain:
+    with stack.client("blend") as blend, stack.client("plain") as plain:
         for _ in range(10):
             request = body(rng.sample(TEXTS, rng.randint(2, 6)), "What does the same person keep?")
             blended = ask(blend, {**request, "kv_transfer_params": ours(ratio=1.0)})
@@ -148,14 +144,14 @@ ODD_TEXTS = [
 
 
 def test_odd_chunks_get_an_answer(stack: Stack) -> None:
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         for texts in ([text] for text in ODD_TEXTS):
             assert ask(http, body(texts, "Who?"))["report"]["num_prompt_tokens"] > 0
         assert ask(http, body([*ODD_TEXTS, TEXTS[0], TEXTS[0]], "Who?"))["report"]["num_prompt_tokens"] > 0
 
 
 def test_a_prompt_longer_than_the_model_is_refused(stack: Stack) -> None:
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         reply = http.post("/v1/chat/completions", json=body(["word " * 9000], "Who?"))
         assert reply.status_code == 400
         assert "context length" in reply.json()["error"]["message"]
@@ -167,7 +163,7 @@ def many(stack: Stack, count: int, seed: int) -> list[dict[str, Any]]:
         body(rng.sample(TEXTS, rng.randint(2, 8)), "What does Mara keep?", kv_transfer_params=ours(ratio=1.0))
         for _ in range(count)
     ]
-    with client(stack, "blend") as blend, client(stack, "plain") as plain, ThreadPoolExecutor(count) as pool:
+    with stack.client("blend") as blend, stack.client("plain") as plain, ThreadPoolExecutor(count) as pool:
         answers = list(pool.map(lambda request: ask(blend, request), requests))
         expected = [ask(plain, {k: v for k, v in r.items() if k != "kv_transfer_params"}) for r in requests]
     assert [answer["text"] for answer in answers] == [answer["text"] for answer in expected]
@@ -187,7 +183,7 @@ def test_lmcache_killed_and_back_under_load(stack: Stack) -> None:
     assert sum(report["store_errors"] for report in reports) > 0
 
     deadline = time.monotonic() + 120
-    with client(stack, "blend") as http:
+    with stack.client("blend") as http:
         while time.monotonic() < deadline:
             report = ask(http, body(TEXTS[:4], f"What does {time.monotonic()} keep?", cache_salt=str(time.time())))
             salted = report["report"]

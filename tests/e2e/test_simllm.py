@@ -37,7 +37,7 @@ def report_of(http: httpx.Client, texts: list[str], question: str, **options: An
 
 def test_prompts_over_the_same_chunks_are_similar_and_others_are_not(stack: Stack) -> None:
     texts, others = [chunk.text for chunk in CHUNKS[:4]], [chunk.text for chunk in CHUNKS[4:8]]
-    with httpx.Client(base_url=stack.address("simllm"), timeout=120, trust_env=False) as http:
+    with stack.client("simllm") as http:
         first = report_of(http, texts, "What does Mara keep?")
         other_order = report_of(http, texts[::-1], "What does Mara keep?")
         other_texts = report_of(http, others, "What does Mara keep?")
@@ -50,7 +50,7 @@ def test_prompts_over_the_same_chunks_are_similar_and_others_are_not(stack: Stac
 
 
 def test_the_page_shows_the_earlier_prompt_its_similarity_and_what_was_skipped(page: Page, stack: Stack) -> None:
-    with httpx.Client(base_url=stack.address("simllm"), timeout=60, trust_env=False) as http:
+    with stack.client("simllm") as http:
         http.post("/tasks/clear").raise_for_status()
     names = [chunk.name for chunk in CHUNKS[:3]]
     pick_chunks(page, names)

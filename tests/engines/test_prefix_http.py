@@ -11,12 +11,13 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from cache_metrics import cache_metrics
-from kvarena.engines.cache_metrics import CacheCollector
+from kvarena.api.store_metrics import StoreCollector
 from kvarena.engines.prefix.engine import PrefixEngine
 from kvarena.engines.prefix.http import router
 from prefix_engine import make_prefix
 from real_server import RealServer, serving
+from request_lines import request_lines
+from store_metrics import store_metrics
 from tiny_models import WORDS
 
 TEXT = " ".join(WORDS * 8)
@@ -25,7 +26,7 @@ TEXT = " ".join(WORDS * 8)
 @pytest.fixture
 def server(model_folders: dict[str, Path]) -> Iterator[RealServer[PrefixEngine]]:
     engine = make_prefix(model_folders["llama"]).engine
-    with serving(engine, routers=[router], collectors=[CacheCollector(engine)]) as server:
+    with serving(engine, routers=[router], collectors=[StoreCollector(engine)]) as server:
         yield server
 
 
@@ -60,10 +61,11 @@ def test_metrics_are_the_caches(http: httpx.Client) -> None:
     for _ in range(3):
         http.post("/generate", json={"prompt": TEXT, "max_new_tokens": 2})
     stats = http.get("/cache/stats").json()
-    assert cache_metrics(http) == {
+    assert store_metrics(http) == {
         "lookups_total hits": stats["hits"],
         "lookups_total misses": stats["misses"],
         "evictions_total": 0,
+        "errors_total": 0,
         "entries": stats["cache_size"],
         "bytes": stats["num_bytes"],
     }
@@ -170,10 +172,9 @@ def test_thirty_two_at_once(http: httpx.Client, server: RealServer[PrefixEngine]
 def test_the_log_has_a_line_for_each_request(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="kvarena"):
         http.post("/generate", json={"prompt": TEXT, "max_new_tokens": 2})
-        time.sleep(0.2)
-    (line,) = [record.message for record in caplog.records if record.message.startswith("kvarena request=")]
-    assert "prefix_cache_hit=false" in line
-    assert "cache_lookup_ms=" in line
+        (line,) = request_lines(caplog, at_least=1)
+    assert line["details"]["prefix_cache_hit"] is False
+    assert line["details"]["cache_lookup_ms"] >= 0
 
 
 def test_settings_are_told(http: httpx.Client) -> None:

@@ -35,7 +35,7 @@ def connect() -> Iterator[Connect]:
 
 def answer(session: ChatSession, sampling: Sampling | None = None) -> list[Event]:
     events: list[Event] = []
-    session.answer(QUESTION, sampling or Sampling(), events.append).result(timeout=20)
+    session.answer(QUESTION, sampling or Sampling(), events.append, "question-1").result(timeout=20)
     return events
 
 
@@ -124,6 +124,16 @@ def test_state_follows_the_server(small_server, connect: Connect) -> None:
     assert session.server is not None, "what it was stays known"
 
 
+def test_a_server_that_outlives_its_engine_is_down(small_server, connect: Connect) -> None:
+    server = small_server(health=(503, {"error": "the engine is dead"}))
+    session = connect(server.url)
+    session.refresh().result()
+    assert session.problem == "Contender: HTTP 503: the engine is dead"
+    server.health = (404, {})
+    session.refresh().result()
+    assert session.up, "another kind of server needn't have the path"
+
+
 def test_refused_connection_names_the_address(connect: Connect) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -170,7 +180,7 @@ def test_page_that_is_no_openai_server_is_explained(small_server, connect: Conne
 def test_cancelling_closes_the_connection_at_once(small_server, connect: Connect) -> None:
     server: SmallServer = small_server(pieces=["word "] * 1000, delay_s=0.02)
     events: list[Event] = []
-    future = connect(server.url).answer(QUESTION, Sampling(), events.append)
+    future = connect(server.url).answer(QUESTION, Sampling(), events.append, "question-1")
     until(lambda: len(events) > 3)
     future.cancel()
     with pytest.raises(CancelledError):

@@ -56,6 +56,15 @@ def test_both_answer_at_the_same_time(small_server, prepare: Prepare) -> None:
     assert all(answer.text == "word " * 50 for answer in run.turn.answers.values())
 
 
+def test_all_contenders_get_one_id_for_a_question_and_another_for_the_next(small_server, prepare: Prepare) -> None:
+    a, b = small_server(), small_server()
+    for _ in range(2):
+        watch(prepare(a, b))
+    ids = [[headers["x-request-id"] for path, _, headers in s.requests if path.endswith("completions")] for s in (a, b)]
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 2
+
+
 def test_one_after_the_other_never_overlaps(small_server, prepare: Prepare) -> None:
     a, b = small_server(pieces=["word "] * 5, delay_s=0.02), small_server(pieces=["word "] * 5, delay_s=0.02)
     run = prepare(a, b, in_sequence=True)

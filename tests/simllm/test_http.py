@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from cache_metrics import cache_metrics
-from kvarena.engines.cache_metrics import CacheCollector
+from kvarena.api.store_metrics import StoreCollector
 from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.http import router
 from real_server import RealServer, serving
+from request_lines import request_lines
 from simllm.served import prompt_of, served
+from store_metrics import store_metrics
 
 EARLIER, LATER = prompt_of(0), f"{prompt_of(0)} goat tea"
 
@@ -25,7 +25,7 @@ EARLIER, LATER = prompt_of(0), f"{prompt_of(0)} goat tea"
 @pytest.fixture
 def server(folder: Path) -> Iterator[RealServer[SimLLMEngine]]:
     engine = served(folder, "aligned").engine
-    with serving(engine, routers=[router], collectors=[CacheCollector(engine)]) as server:
+    with serving(engine, routers=[router], collectors=[StoreCollector(engine)]) as server:
         yield server
 
 
@@ -140,17 +140,14 @@ def test_metrics_are_the_caches(http: httpx.Client) -> None:
         ask(http, prompt)
     stats = http.get("/tasks/stats").json()
     assert (stats["num_hits"], stats["num_misses"], stats["cache_size"]) == (2, 1, 2)
-    assert cache_metrics(http) == {
+    assert store_metrics(http) == {
         "lookups_total hits": 2,
         "lookups_total misses": 1,
         "evictions_total": 0,
+        "errors_total": 0,
         "entries": 2,
         "bytes": stats["num_bytes"],
     }
-
-
-def request_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if record.message.startswith("kvarena request=")]
 
 
 def test_the_log_has_a_line_for_each_request_and_nobodys_prompt(
@@ -159,16 +156,13 @@ def test_the_log_has_a_line_for_each_request_and_nobodys_prompt(
     with caplog.at_level("INFO", logger="kvarena"):
         ask(http, EARLIER)
         ask(http, LATER)
-        stops_by = time.monotonic() + 10
-        while len(lines := request_lines(caplog)) < 2 and time.monotonic() < stops_by:
-            time.sleep(0.05)
-    _, line = lines
-    assert "exact" in line
-    assert "mode=aligned similarity_threshold=0.95 " in line
-    assert "similarity=0.9" in line
-    assert "hit=true" in line
-    assert "num_layer_passes=" in line
-    assert EARLIER[:20] not in line
+        _, line = request_lines(caplog, at_least=2)
+    details = line["details"]
+    assert not line["approximate"]
+    assert (details["mode"], details["similarity_threshold"], details["hit"]) == ("aligned", 0.95, True)
+    assert details["similarity"] > 0.9
+    assert details["num_layer_passes"] > 0
+    assert EARLIER[:20] not in caplog.text
 
 
 def test_openais_client_in_a_stream(server: RealServer[SimLLMEngine], http: httpx.Client) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-from kvarena.stack.containers import CONTENDERS_OF, ComposeProfile, compose_service
+from kvarena.stack.containers import CONTENDERS_OF, LMCACHE_PROFILES, ComposeProfile, compose_service
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.plan import make_plan
 from kvarena.stack.serve import service_of_this_container
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
-from kvarena.stack.settings import Settings, load_settings
+from kvarena.stack.settings import SECRETS, Settings, load_settings
 
 PROFILES: tuple[ComposeProfile, ...] = ("cpu", "gpu", "ai100")
 OF_THE_HOST = {"run_in", "ui", "container_memory_gb", "models_dir", "local_hf_home", "data_dir", "results_dir"}
@@ -30,19 +30,25 @@ DECIDED_BY_THE_PROFILE = {"profile", "model", "contenders", "ai100_runtime", "ai
 
 @cache
 def composed(profile: str, *files: str) -> dict[str, Any]:
-    """What podman-compose reads in the files with this profile, without any setting of this machine."""
+    """What podman-compose reads in the files with this profile, and with the contender lmcache that it may have beside
+    it, without any setting of this machine."""
     options = [word for name in ("compose.yaml", *files) for word in ("-f", name)]
-    command = [sys.executable, "-m", "podman_compose", *options, "--profile", profile, "config"]
+    options += [word for name in with_lmcache(profile) for word in ("--profile", name)]
+    command = [sys.executable, "-m", "podman_compose", *options, "config"]
     environment = {key: value for key, value in os.environ.items() if key.lower() not in Settings.model_fields}
     done = subprocess.run(command, cwd=project_root(), env=environment, capture_output=True, text=True, check=True)
     read: dict[str, Any] = yaml.safe_load(done.stdout)
     return read
 
 
+def with_lmcache(profile: str) -> set[str]:
+    return {profile, *(name for own, name in LMCACHE_PROFILES.items() if own == profile)}
+
+
 def services_of(profile: str, *files: str) -> dict[str, dict[str, Any]]:
     """The services of one profile, by their names in compose.yaml."""
     everything: dict[str, dict[str, Any]] = composed(profile, *files)["services"]
-    return {name: service for name, service in everything.items() if profile in service["profiles"]}
+    return {name: own for name, own in everything.items() if with_lmcache(profile).intersection(own["profiles"])}
 
 
 def listed(profile: ComposeProfile, home: Home, tmp_path: Path) -> dict[str, Service]:
@@ -64,6 +70,12 @@ def test_the_services_are_those_of_the_one_list(profile: ComposeProfile, home: H
     assert set(services_of(profile)) == set(listed(profile, home, tmp_path))
 
 
+def test_the_contender_lmcache_is_off_by_default() -> None:
+    for profile, own in LMCACHE_PROFILES.items():
+        service = services_of(profile)[compose_service("lmcache", profile)]
+        assert service["profiles"] == [own]
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_ports_and_health_checks_are_those_of_the_one_list(profile: ComposeProfile, home: Home, tmp_path: Path) -> None:
     there_are = services_of(profile)
@@ -81,10 +93,10 @@ def test_ports_and_health_checks_are_those_of_the_one_list(profile: ComposeProfi
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_server_can_be_told_every_setting(profile: ComposeProfile) -> None:
-    own = {key for key in Settings.model_fields if not key.endswith("_port") and key not in ("port_base", "hf_token")}
+    own = {key for key in Settings.model_fields if not key.endswith("_port")} - {"port_base", *SECRETS}
     raw = yaml.safe_load((project_root() / "compose.yaml").read_text())
     for name, service in raw["services"].items():
-        if profile in service["profiles"]:
+        if with_lmcache(profile).intersection(service["profiles"]):
             known = {key.lower() for key in service["environment"]}
             assert own - OF_THE_HOST - DECIDED_BY_THE_PROFILE <= known, name
             assert known >= {"profile", "model", "contenders"}, name
@@ -118,13 +130,13 @@ def test_no_container_has_more_rights_than_it_needs(profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_lmcache_and_the_blend_share_memory_that_outlives_either(profile: ComposeProfile) -> None:
+def test_lmcache_and_its_clients_share_memory_that_outlives_them(profile: ComposeProfile) -> None:
     sharing = {
         name
         for name, service in services_of(profile).items()
         if any("shared-memory" in str(volume) and "/dev/shm" in str(volume) for volume in service.get("volumes", []))
     }
-    assert sharing == {compose_service("lmcache", profile), compose_service("blend", profile)}
+    assert sharing == {compose_service(name, profile) for name in ("lmcache-server", "blend", "lmcache")}
     assert composed(profile)["volumes"]["shared-memory"]["driver_opts"]["type"] == "tmpfs"
 
 
@@ -146,8 +158,9 @@ def test_prometheus_and_grafana_are_reached_on_the_loopback_only_and_pinned() ->
 def test_secrets_are_in_no_environment_and_the_page_has_no_use_for_the_token() -> None:
     for profile in PROFILES:
         for name, service in services_of(profile).items():
-            assert not {"HF_TOKEN", "KVARENA_API_KEY"}.intersection(environment_of(service))
+            assert not {key.upper() for key in SECRETS}.intersection(environment_of(service))
             expected = ["kvarena_api_key"] if "page" in name else ["hf_token", "kvarena_api_key"]
+            expected += ["lmcache_l2_password"] if "server" in name else []
             assert service["secrets"] == expected, name
 
 

@@ -119,7 +119,7 @@ def test_without_an_engine_processes_are_used_unless_containers_were_asked_for(t
 def test_two_gpus_are_not_shared_and_one_is(home: Home, tmp_path: Path, gpus: list[str]) -> None:
     shared = str(project_root() / "compose.gpu-share.yaml")
     two = plan_deployment(settings(tmp_path, profile="gpu"), home)
-    assert two.compose_services == ("lmcache-gpu", "blend-gpu", "plain-gpu", "page-gpu")
+    assert two.compose_services == ("lmcache-server-gpu", "blend-gpu", "plain-gpu", "page-gpu")
     assert two.record.compose[-2:] == ("--profile", "gpu")
     assert shared not in two.record.compose
     assert shared in plan_deployment(settings(tmp_path, profile="gpu", gpu_share=True), home).record.compose
@@ -137,6 +137,12 @@ def test_a_profile_has_its_contenders(home: Home, tmp_path: Path) -> None:
         plan_deployment(settings(tmp_path, profile="ai100", contenders="blend,ai100"), home)
 
 
+def test_the_contender_lmcache_brings_its_profile(home: Home, tmp_path: Path) -> None:
+    deployment = plan_deployment(settings(tmp_path, profile="cpu", contenders="plain,lmcache", ui=False), home)
+    assert deployment.compose_services == ("lmcache-server", "plain", "lmcache")
+    assert deployment.record.compose[-4:] == ("--profile", "cpu", "--profile", "lmcache")
+
+
 def test_every_setting_reaches_compose_and_secrets_do_not(home: Home, tmp_path: Path) -> None:
     chosen = settings(
         tmp_path, profile="cpu", contenders="plain,blend", port_base=9000, hf_token="hf_x", blend_ratio=0.3, ui=False
@@ -146,7 +152,7 @@ def test_every_setting_reaches_compose_and_secrets_do_not(home: Home, tmp_path: 
     assert environment["CONTENDERS"] == "blend,plain"
     assert (environment["BLEND_PORT"], environment["LMCACHE_HTTP_PORT"]) == ("9000", "9503")
     assert environment["BLEND_RATIO"] == "0.3"
-    assert deployment.compose_services == ("lmcache", "blend", "plain")
+    assert deployment.compose_services == ("lmcache-server", "blend", "plain")
     assert "hf_x" not in json.dumps([dict(environment), deployment.record.compose])
     assert "PROFILE" not in environment, "each container has its own"
 
@@ -163,12 +169,14 @@ def test_a_local_model_is_mounted_wherever_it_is(home: Home, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_life_of_a_stack_in_containers(engine: FakeEngine, home: Home, tmp_path: Path, console: Console) -> None:
-    ports = {key: free_port() for key in ("lmcache_port", "lmcache_http_port", "blend_port", "plain_port", "ui_port")}
+    ports = {
+        key: free_port() for key in ("lmcache_server_port", "lmcache_http_port", "blend_port", "plain_port", "ui_port")
+    }
     chosen = settings(
         tmp_path, run_in="containers", profile="cpu", hf_token="hf_x", results_dir=tmp_path / "results", **ports
     )
     engine.has(
-        lmcache=ports["lmcache_http_port"],
+        **{"lmcache-server": ports["lmcache_http_port"]},
         blend=ports["blend_port"],
         plain=ports["plain_port"],
         page=ports["ui_port"],
@@ -177,17 +185,17 @@ def test_the_life_of_a_stack_in_containers(engine: FakeEngine, home: Home, tmp_p
     lifecycle.up(chosen, home, console)
 
     made = engine.call("--no-start")
-    assert made["arguments"][-4:] == ["lmcache", "blend", "plain", "page"]
+    assert made["arguments"][-4:] == ["lmcache-server", "blend", "plain", "page"]
     assert "hf_x" not in json.dumps(made), "neither argument nor variable"
     token = Path(made["environment"]["HF_TOKEN_FILE"])
     assert token.read_text() == "hf_x"
     assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     order = [call["arguments"][1] for call in engine.calls if call["arguments"][0] == "start"]
-    assert order.index("kvarena-lmcache") < order.index("kvarena-blend"), "which depends on it"
+    assert order.index("kvarena-lmcache-server") < order.index("kvarena-blend"), "which depends on it"
 
     status = stack_status(home)
     assert {service.name: service.state for service in status.services} == {
-        "lmcache": "healthy",
+        "lmcache-server": "healthy",
         "blend": "healthy",
         "plain": "healthy",
         "page": "healthy",
@@ -197,7 +205,7 @@ def test_the_life_of_a_stack_in_containers(engine: FakeEngine, home: Home, tmp_p
     shown = kvarena("logs", "plain", "-n", "5")
     assert shown.stderr.startswith("listening on"), "docker logs shows standard error as such"
     unknown = kvarena("logs", "simllm")
-    assert "no log of 'simllm'; there are lmcache, blend, plain, page" in unknown.stderr
+    assert "no log of 'simllm'; there are lmcache-server, blend, plain, page" in unknown.stderr
 
     before = {service.name: service.pid for service in status.services}
     lifecycle.restart("plain", home, console)

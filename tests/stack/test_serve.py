@@ -15,17 +15,17 @@ from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.serve import read_secrets, service_of_this_container
 
-ALL = "blend,plain,prefix,simllm,ai100"
+ALL = "blend,plain,prefix,simllm,ai100,lmcache"
 
 
 @pytest.fixture(autouse=True)
 def _settings_of_the_profile_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROFILE", "cpu")
     monkeypatch.setenv("CONTENDERS", ALL)
-    monkeypatch.setattr(machine, "physical_cores", lambda: [(core,) for core in range(10)])
+    monkeypatch.setattr(machine, "physical_cores", lambda: [(core,) for core in range(12)])
 
 
-@pytest.mark.parametrize("name", ["lmcache", *ALL.split(","), "page"])
+@pytest.mark.parametrize("name", ["lmcache-server", *ALL.split(","), "page"])
 def test_every_service_listens_on_every_address_and_is_found_by_its_name(home: Home, name: str) -> None:
     service = service_of_this_container(name, home)
     assert "0.0.0.0" in service.command
@@ -37,7 +37,10 @@ def test_every_service_listens_on_every_address_and_is_found_by_its_name(home: H
 def test_the_blend_finds_lmcache_and_the_page_finds_the_contenders(home: Home) -> None:
     blend = service_of_this_container("blend", home)
     config = json.loads(blend.command[blend.command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
-    assert (config["lmcache_url"], config["lmcache_http_url"]) == ("tcp://lmcache:5555", "http://lmcache:8080")
+    assert (config["lmcache_url"], config["lmcache_http_url"]) == (
+        "tcp://lmcache-server:5555",
+        "http://lmcache-server:8080",
+    )
     page = service_of_this_container("page", home)
     urls = [contender["url"] for contender in json.loads(page.environment["KVARENA_CONTENDERS"])]
     assert urls == [
@@ -46,19 +49,20 @@ def test_the_blend_finds_lmcache_and_the_page_finds_the_contenders(home: Home) -
         "http://prefix:8002",
         "http://simllm:8003",
         "http://ai100:8004",
+        "http://lmcache:8005",
     ]
 
 
 def test_servers_of_one_machine_share_its_cores(home: Home) -> None:
     shares = [service_of_this_container(name, home).cpus for name in ALL.split(",")]
-    assert shares == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    assert shares == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
 
 
 def test_a_service_runs_whatever_contenders_says(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONTENDERS", "plain")
-    for name in ("lmcache", "blend", "simllm"):
+    for name in ("lmcache-server", "blend", "simllm"):
         assert service_of_this_container(name, home).name == name
-    with pytest.raises(StackError, match="no service 'blent'; choose one of lmcache, blend"):
+    with pytest.raises(StackError, match="no service 'blent'; choose one of lmcache-server, blend"):
         service_of_this_container("blent", home)
 
 

@@ -17,7 +17,7 @@ from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.record import Record, differences, read_record
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
-from kvarena.stack.settings import load_settings
+from kvarena.stack.settings import CONTENDERS, load_settings
 
 AI100_CHOICES: dict[str, object] = {
     "runtime": "onnx",
@@ -120,7 +120,26 @@ def test_the_two_vllms_differ_in_the_blend_only(home: Home, tmp_path: Path) -> N
     assert "--enable-prefix-caching" in plain
     assert "--enable-prompt-tokens-details" in plain
     different = dict(services["blend"].environment.items() ^ services["plain"].environment.items())
-    assert set(different) == {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_PLUGINS"}
+    assert set(different) == {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_PLUGINS", "KVARENA_CONTENDER"}
+    assert plain[plain.index("--middleware") + 1] == "kvarena.vllm_plugin.edge.Edge"
+
+
+def test_no_key_stands_in_commands_environments_or_the_record(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVARENA_API_KEY", "sesame-open")
+    _, services = make(home, tmp_path, contenders=",".join(CONTENDERS))
+    home.create()
+    Record(tuple(services.values()), "", "data", "demo", has_api_key=True).write(home)
+    assert "sesame-open" not in str(services) + home.record.read_text()
+
+
+def test_a_stack_without_a_key_is_not_the_one_that_asks_for_it(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    running = Record(tuple(services.values()), "", "data", "demo")
+    assert differences(running, dataclasses.replace(running, has_api_key=True)) == [
+        "KVARENA_API_KEY is not set for what runs"
+    ]
 
 
 @pytest.mark.usefixtures("two_cores")

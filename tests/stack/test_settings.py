@@ -66,6 +66,23 @@ def test_the_token_is_not_shown(env_file: Path) -> None:
     assert settings.hf_token.get_secret_value() == "hf_secret"
 
 
+def test_the_api_key_is_a_secret_and_vllms_servers_get_it_too(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings(env_file).secrets == {"KVARENA_API_KEY": "", "VLLM_API_KEY": ""}
+    env_file.write_text("KVARENA_API_KEY=of-the-file\nHF_TOKEN=hf\n")
+    settings = load_settings(env_file)
+    assert settings.secrets == {"HF_TOKEN": "hf", "KVARENA_API_KEY": "of-the-file", "VLLM_API_KEY": "of-the-file"}
+    assert "of-the-file" not in repr(settings)
+    monkeypatch.setenv("KVARENA_API_KEY", "of-the-environment")
+    assert load_settings(env_file).api_key == "of-the-environment"
+
+
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(env_file: Path) -> None:
+    env_file.write_text('KVARENA_API_KEY="two words"\n')
+    with pytest.raises(StackError) as refused:
+        load_settings(env_file)
+    assert str(refused.value) == "KVARENA_API_KEY must be of letters, digits and signs of ASCII, without spaces"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -18,6 +18,7 @@ import pytest
 
 from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of, stop_leftovers
+from request_lines import lines_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
@@ -167,7 +168,8 @@ def test_the_prefix_contender(tmp_path: Path, port_base: int) -> None:
             assert cached == [0, answers[0]["usage"]["prompt_tokens"]]
             assert answers[0]["choices"] == answers[1]["choices"]
             assert http.get("/cache/stats").json()["hits"] == 1
-        assert "prefix_cache_hit=true" in kvarena(home, "logs", "prefix").stdout
+        lines = lines_of(kvarena(home, "logs", "prefix").stdout)
+        assert [line["details"]["prefix_cache_hit"] for line in lines] == [False, True]
     finally:
         assert kvarena(home, "down").returncode == 0
     assert_nothing_left(home)
@@ -187,14 +189,14 @@ def test_the_simllm_contender(tmp_path: Path, port_base: int) -> None:
                 answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json()
                 reports.append(answer["kv_transfer_params"]["kvarena"])
             assert http.get("/tasks/stats").json()["num_hits"] == 1
-            assert 'kvarena_cache_lookups_total{engine="0",model_name="demo",outcome="hits"} 1' in (
+            assert 'kvarena_store_lookups_total{engine="0",model_name="demo",outcome="hits"} 1' in (
                 http.get("/metrics").text.replace('model_name="demo",engine="0"', 'engine="0",model_name="demo"')
             )
         assert [report["hit"] for report in reports] == [False, True]
         assert "What does Bruno play ?" in reports[1]["matched_prompt"]
         assert reports[1]["num_layer_passes"] < reports[1]["num_layer_passes_without_reuse"]
         log = kvarena(home, "logs", "simllm").stdout
-        assert "hit=true" in log
+        assert [line["details"]["hit"] for line in lines_of(log)] == [False, True]
         assert "lute" not in log
     finally:
         assert kvarena(home, "down").returncode == 0
@@ -220,7 +222,8 @@ def test_the_ai100_contender(tmp_path: Path, port_base: int) -> None:
         assert first["topic"] == second["topic"]
         assert second["num_prefilled_tokens"] < first["num_prefilled_tokens"]
         assert [slot["topic"] for slot in table["slots"]] == [first["topic"], None, None, None]
-        assert "INCREMENTAL_PREFILL" in kvarena(home, "logs", "ai100").stdout
+        lines = lines_of(kvarena(home, "logs", "ai100").stdout)
+        assert [line["details"]["status"] for line in lines] == ["NEW_TOPIC", "INCREMENTAL_PREFILL"]
     finally:
         assert kvarena(home, "down").returncode == 0
     assert_nothing_left(home)

@@ -25,6 +25,7 @@ class Blend(ThreadingHTTPServer):
         self.described: dict[str, Any] = {"separator": "<note>"}
         self.requests: list[dict[str, Any]] = []
         self.known: set[str] = set()
+        self.api_key = ""
         self.lock = threading.Lock()
         self.running = self.most_running = 0
         self.all_arrived = threading.Barrier(4)
@@ -34,7 +35,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: Blend
 
     def do_GET(self) -> None:
-        self._answer(200 if self.path == "/kvarena" else 404, self.server.described)
+        if self.server.api_key and self.headers["Authorization"] != f"Bearer {self.server.api_key}":
+            self._answer(401, {"error": {"message": "no valid key"}})
+        else:
+            self._answer(200 if self.path == "/kvarena" else 404, self.server.described)
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -107,6 +111,13 @@ def test_a_model_that_is_served_without_blending(blend: Blend) -> None:
     with pytest.raises(StackError, match="stays empty: m can't be blended: its window is short"):
         warm(url(blend), "demo", [TextChunk("a", "text")])
     assert not blend.requests
+
+
+def test_a_key_is_shown_and_a_refused_one_named(blend: Blend) -> None:
+    blend.api_key = "sesame"
+    assert warm(url(blend), "demo", [TextChunk("a", "text")], api_key="sesame").count("warmed") == 1
+    with pytest.raises(StackError, match="refuses KVARENA_API_KEY: no valid key"):
+        warm(url(blend), "demo", [TextChunk("a", "text")])
 
 
 def test_counts(blend: Blend) -> None:

@@ -44,7 +44,7 @@ def create_app(
     install_error_handlers(app)
     secured: list[Any] = []
     if config.api_key is not None:
-        app.add_middleware(ApiKeyCheck, api_key=config.api_key)
+        app.add_middleware(ApiKeyCheck, contender=engine.contender, api_keys=[config.api_key])
         secured = [Depends(HTTPBearer(auto_error=False))]  # For the OpenAPI document; the middleware checks.
     app.add_middleware(RequestIds)
     app.include_router(about.open_router)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-API_KEY_VARIABLE = "KVARENA_API_KEY"
+from kvarena.api_key import API_KEY_VARIABLE
 
 
 @dataclass(frozen=True)

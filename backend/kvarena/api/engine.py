@@ -47,7 +47,8 @@ class GenerationRequest:
     """A checked request. `prompt` is text, special tokens written out or added by the tokenizer as
     `add_special_tokens` says, or token ids.
 
-    `request_id` is for logs; clients choose it, so it may come twice.
+    `request_id` is the answer's, `http_request_id` the HTTP request's: for logs. Clients choose them, so they may come
+    twice.
 
     `messages` and `template_arguments` are what the prompt was rendered from, for engines that look at a conversation.
     `sample` numbers the `num_samples` that a client asked of one prompt. `options` is an instance of the engine's own
@@ -57,6 +58,7 @@ class GenerationRequest:
     request_id: str
     prompt: str | tuple[int, ...]
     sampling: Sampling
+    http_request_id: str = ""
     add_special_tokens: bool = True
     messages: tuple[Mapping[str, Any], ...] = ()
     template_arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -7,7 +7,6 @@ object. Messages name the value and what would be accepted.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-logger = logging.getLogger(__name__)
+from kvarena.api.request_log import log_request, path_of
 
 _TYPES = {
     400: "BadRequestError",
@@ -109,7 +108,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return _refuse(request, 400, *validation_message(error.errors()))
+    message, param = validation_message(error.errors())
+    return _refuse(request, 400, message, param, said_in_log=f"bad {param}" if param else "bad body")
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
@@ -128,9 +128,12 @@ def _refuse(
     *,
     headers: Mapping[str, str] | None = None,
     logged: bool = False,
+    said_in_log: str | None = None,
 ) -> Response:
+    """`said_in_log`: instead of a message that may quote a prompt."""
     if not logged:
-        path = shown(request.url.path)
-        request_id = request.state.request_id
-        logger.info("kvarena request=%s refused status=%d %s %s: %r", request_id, status, request.method, path, message)
+        fields = {"method": request.method, "path": path_of(request.scope), "error": said_in_log or message}
+        finish = "error" if status >= 500 else "refused"
+        contender = request.app.state.server.engine.contender
+        log_request(contender, request.state.request_id, status, {"finish": finish, **fields})
     return JSONResponse(error_body(status, message, param), status, dict(headers or {}))

@@ -40,6 +40,7 @@ def generation_requests(
             request_id=answer_id,
             prompt=prompt,
             sampling=_sample(sampling, sample),
+            http_request_id=http.state.request_id,
             add_special_tokens=prompts.add_special_tokens,
             messages=prompts.messages,
             template_arguments=prompts.template_arguments,

@@ -1,43 +1,31 @@
-"""The one line that every request leaves in the log: what its prompt was made of, how it ended, how long it took."""
+"""A generation's line in the log: what its prompt was made of, how it ended, how long it took."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-
+from kvarena.api.engine import EngineUnavailable, GenerationRequest
+from kvarena.api.report_log import TOKEN_COUNTS
+from kvarena.api.request_log import CLIENT_GONE, figures, log_request
 from kvarena.api.running import Outcome
 
+_STATUSES = {"stop": 200, "length": 200, "abort": CLIENT_GONE, "refused": 400, "error": 500}
 
-def log_line(request_id: str, outcome: Outcome, arrived_at: float) -> str:
-    """`kvarena request=... exact prompt=12 reused=8 recomputed=0 computed=4 generated=3 finish=stop ttft_ms=...`, then
-    the engine's own figures.
-    """
+
+def log_outcome(contender: str, request: GenerationRequest, outcome: Outcome, arrived_at: float) -> None:
+    """A request of several choices has a line for each."""
     report = outcome.report
     fields: dict[str, object] = {
-        "prompt": report.num_prompt_tokens,
-        "reused": report.num_reused_tokens,
-        "recomputed": report.num_recomputed_tokens,
-        "computed": report.num_computed_tokens,
-        "generated": outcome.num_tokens,
+        "id": request.request_id,
         "finish": finish_of(outcome),
+        "approximate": report.approximate,
+        "num_prompt_tokens": report.num_prompt_tokens,
+        **{name: getattr(report, name) for name in TOKEN_COUNTS},
+        "num_generated_tokens": outcome.num_tokens,
     }
     if outcome.first_token_at is not None:
         fields["ttft_ms"] = (outcome.first_token_at - arrived_at) * 1e3
     fields["total_ms"] = (outcome.ended_at - arrived_at) * 1e3
-    fields |= {key: value for key, value in _figures(report.details).items() if key not in fields}
-    kind = "approximate" if report.approximate else "exact"
-    return f"kvarena request={request_id} {kind} " + " ".join(f"{key}={_shown(key, v)}" for key, v in fields.items())
-
-
-def _figures(details: Mapping[str, object]) -> dict[str, object]:
-    """Single values, also those that stand together in an object; lists are too long for a line."""
-    found: dict[str, object] = {}
-    for key, value in details.items():
-        if isinstance(value, Mapping):
-            found |= _figures(value)
-        elif isinstance(value, str | int | float):
-            found[key] = value
-    return found
+    fields["details"] = figures(report.details)
+    log_request(contender, request.http_request_id, status_of(outcome), fields)
 
 
 def finish_of(outcome: Outcome) -> str:
@@ -47,11 +35,6 @@ def finish_of(outcome: Outcome) -> str:
     return outcome.finish_reason or "abort"
 
 
-def _shown(key: str, value: object) -> str:
-    """Milliseconds to a tenth; other numbers with the digits that tell them apart."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, float):
-        return f"{value:.1f}" if key.endswith("_ms") else f"{value:.6g}"
-    text = str(value)
-    return text if text.isprintable() and text and not set(text) & set(' "=') else json.dumps(text)
+def status_of(outcome: Outcome) -> int:
+    """What the client was told, or would have been told if its stream hadn't begun."""
+    return 503 if isinstance(outcome.error, EngineUnavailable) else _STATUSES[finish_of(outcome)]

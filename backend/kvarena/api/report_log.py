@@ -24,9 +24,19 @@ class ReportLog:
             while len(self._reports) > self._max_reports:
                 self._reports.popitem(last=False)
 
+    def forget(self, request_id: str) -> None:
+        """What is kept under the id of an answer, as `get` finds it."""
+        with self._lock:
+            for key in [key for key in self._reports if _is_of(request_id, key)]:
+                del self._reports[key]
+
     def get(self, request_id: str) -> dict[str, Any] | None:
         """By the id of the answer. An engine's own ids may have a suffix behind it, and so has each prompt of many."""
         with self._lock:
             newest_first = reversed(self._reports.items())
-            found = next((r for key, r in newest_first if key == request_id or key.startswith(request_id + "-")), None)
+            found = next((report for key, report in newest_first if _is_of(request_id, key)), None)
         return found and {**found, "request_id": request_id}
+
+
+def _is_of(request_id: str, key: str) -> bool:
+    return key == request_id or key.startswith(request_id + "-")

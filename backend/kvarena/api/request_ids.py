@@ -1,6 +1,6 @@
 """ASGI middleware: every request has an id, its client's (`X-Request-Id`) or a new one, and every answer says it.
 
-An id that could not stand in a path or a log line is replaced by a new one.
+An id that could not stand in a path or a log line is replaced by a new one, for whoever reads the header, too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class RequestIds:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _USABLE.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        MutableHeaders(scope=scope)["x-request-id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvarena.api.engine import Engine, GenerationRequest, Report
-from kvarena.api.log_line import log_line
+from kvarena.api.log_line import log_outcome
 from kvarena.api.metrics import Metrics
 from kvarena.api.running import Ended, Event, Outcome, Running
 from kvarena.api.text_stream import StopRule
@@ -113,9 +113,9 @@ class Runner:
     def _account(self, request: GenerationRequest, outcome: Outcome, arrived_at: float) -> None:
         self._metrics.observe(outcome, arrived_at)
         if outcome.error is not None and not outcome.refused:
-            logger.error("kvarena request=%s failed", request.request_id, exc_info=outcome.error)
+            logger.error("request %s failed", request.http_request_id, exc_info=outcome.error)
         if not outcome.refused:  # A refusal has its line where it is answered.
-            logger.info(log_line(request.request_id, outcome, arrived_at))
+            log_outcome(self._engine.contender, request, outcome, arrived_at)
 
 
 def _ended_early(arrived_at: float) -> Ended:

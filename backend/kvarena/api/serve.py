@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import APIRouter
 from prometheus_client.registry import Collector
 
+from kvarena.api import request_log
 from kvarena.api.app import create_app
 from kvarena.api.config import ApiConfig
 from kvarena.api.engine import Engine
@@ -33,8 +34,10 @@ def serve(
     collectors: Iterable[Collector] = (),
 ) -> None:
     """Returns, or ends the process, after SIGTERM or SIGINT; the engine is closed then. Port 0 takes a free one, which
-    the log names. Logs to standard output, unless logging is set up already.
+    the log names. Logs to standard output: a line of JSON for each request, and, unless logging is set up already, all
+    else.
     """
+    request_log.write_to_standard_output()
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stdout)
     make_server(engine, host, port, config, routers=routers, collectors=collectors).run()
 

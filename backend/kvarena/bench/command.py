@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,11 +132,12 @@ def decode(
     from kvarena.bench import decode_bench
     from kvarena.bench.results import load_results, save_results
     from kvarena.bench.shapes import model_folder
+    from kvarena.stack.settings import shown_api_key
 
     console = Console(stderr=as_json)
     with explained():
         workload = decode_bench.DecodeWorkload(integers(context_tokens), max_new_tokens, num_requests, seed)
-        contenders = {url: decode_bench.server_decode(url, os.environ.get("KVARENA_API_KEY", ""))} if url else {}
+        contenders = {url: decode_bench.server_decode(url, shown_api_key())} if url else {}
         folder = model_folder(model, shape)
         engine = _engine(folder, model, shape, cache_gb=0.0, storage="cpu")
         reference = decode_bench.generate_decode(folder, engine.model, random_weights=shape is not None)
@@ -158,11 +158,12 @@ def _target(
 ) -> tuple[PrefixTarget, dict[str, object]]:
     from kvarena.bench.prefix_targets import InProcess, Server
     from kvarena.bench.shapes import model_folder
+    from kvarena.stack.settings import shown_api_key
 
     if url:
         if model or shape:
             raise ValueError("--url measures the server's own model; --model and --shape go without it")
-        return Server(url, os.environ.get("KVARENA_API_KEY", "")), {"url": url}
+        return Server(url, shown_api_key()), {"url": url}
     engine = _engine(model_folder(model, shape), model, shape, cache_gb, storage)
     return InProcess(engine), {"model": engine.model_name, "storage": storage, "cache_gb": cache_gb}
 

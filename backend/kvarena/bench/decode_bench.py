@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from kvarena.api.engine import GenerationRequest, Sampling
+from kvarena.api_key import bearer
 from kvarena.bench.results import Row, ratio_spread, spread
 from kvarena.engines.hf_model import HFModel
 from kvarena.engines.prefix.engine import PrefixEngine
@@ -127,8 +128,7 @@ def generate_decode(path: str, model: HFModel, random_weights: bool) -> Decode:
 
 def server_decode(url: str, api_key: str = "") -> Decode:
     """A server that speaks OpenAI's API and takes token ids. Raises `ValueError` when it doesn't answer."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    http = httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers, trust_env=False)
+    http = httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=bearer(api_key), trust_env=False)
     try:
         name = http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
     except (httpx.HTTPError, KeyError, IndexError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from kvarena.api_key import bearer
 from kvarena.stack.warm import error_message
 
 REPORT_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -30,7 +31,7 @@ class OpenAIServer:
         self.name, self.url = name, url.removesuffix("/").removesuffix("/v1")
         self._http = httpx.Client(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers=bearer(api_key),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
         )

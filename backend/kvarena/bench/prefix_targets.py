@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from kvarena.api.engine import GenerationRequest, Sampling
+from kvarena.api_key import bearer
 from kvarena.bench.prefix_bench import Timed
 from kvarena.engines.prefix.engine import PrefixEngine
 from kvarena.engines.prefix.options import PrefixOptions
@@ -47,8 +48,7 @@ class Server:
     """Timed by the server: `/generate` answers as a whole. Raises `ValueError` when the address is no `prefix`."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=headers, trust_env=False)
+        self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=bearer(api_key), trust_env=False)
         try:
             described = self._http.get("/kvarena")
         except httpx.HTTPError as error:

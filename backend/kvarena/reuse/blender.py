@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 class BlendReport:
     """What one blend did: tokens by origin, store look-ups by outcome, milliseconds by stage.
 
-    `fetch_ms` is the waiting for the store, `select_ms` ends when the tokens to recompute are known. `store_errors` are
-    those since the last report, for chunks are put into the store beside the blend.
+    `fetch_ms` is the waiting for the store, `select_ms` ends when the tokens to recompute are known. `store_errors` and
+    `store_evictions` are those since the last report, for chunks are put into the store beside the blend; its size is
+    None where it isn't known here. `blend_failures` is 1 where the blend itself failed, and the whole range was
+    computed.
     """
 
     num_reused_tokens: int = 0
@@ -45,6 +47,10 @@ class BlendReport:
     store_hits: int = 0
     store_misses: int = 0
     store_errors: int = 0
+    store_evictions: int = 0
+    store_entries: int | None = None
+    store_bytes: int | None = None
+    blend_failures: int = 0
     fetch_ms: float = 0.0
     prefill_chunks_ms: float = 0.0
     move_ms: float = 0.0
@@ -79,7 +85,7 @@ class Blender:
         self.store = store
         self._puts = BackgroundPuts(store)
         self._fetches = ThreadPoolExecutor(1, thread_name_prefix="kvarena-fetch")
-        self._num_known_errors = store.stats.errors
+        self._known = replace(store.stats)
 
     def clear(self) -> None:
         self._puts.close()
@@ -114,9 +120,10 @@ class Blender:
                 self._blend(model, plan.clipped(start, end), start, end, params, store_new, report)
             except Exception:
                 logger.exception("blend failed; computing all of the prompt's tokens %d to %d", start, end)
-                report.store_errors += 1
+                report.blend_failures += 1
                 _count(report, ReusePlan(), start, end, num_recomputed=0)
                 model.forward(torch.arange(start, end))
+        self._note_store(report)
         return report
 
     def _blend(
@@ -140,7 +147,6 @@ class Blender:
         positions = torch.cat([selection.positions, *gaps]).sort().values
         computed = _forward(model, positions, selection.narrowings, report) if len(positions) else positions
         _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
-        report.store_errors += self._new_store_errors()
 
     def _fill(
         self, model: PrefilledModel, wanted: ReusePlan, watched: Sequence[int], store_new: bool, report: BlendReport
@@ -181,9 +187,12 @@ class Blender:
             if store_new:
                 self._puts.put(chunk, kv)
 
-    def _new_store_errors(self) -> int:
-        known, self._num_known_errors = self._num_known_errors, self.store.stats.errors
-        return self._num_known_errors - known
+    def _note_store(self, report: BlendReport) -> None:
+        """What happened to the store since the last report."""
+        known, self._known = self._known, replace(self.store.stats)
+        report.store_errors = self._known.errors - known.errors
+        report.store_evictions = self._known.evictions - known.evictions
+        report.store_entries, report.store_bytes = self._known.num_entries, self._known.num_bytes
 
 
 def _forward(

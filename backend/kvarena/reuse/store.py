@@ -24,15 +24,19 @@ from kvarena.reuse.plan import Chunk, ChunkKey, TokenIds
 
 @dataclass
 class StoreStats:
-    """Counts since the store was made. `errors` are misses and lost puts because the store failed."""
+    """Counts since the store was made, and what it keeps now. `errors` are misses and lost puts because the store
+    failed. Sizes are None where they are only known elsewhere.
+    """
 
     hits: int = 0
     misses: int = 0
     puts: int = 0
     evictions: int = 0
     errors: int = 0
+    num_entries: int | None = None
+    num_bytes: int | None = None
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, int | None]:
         return asdict(self)
 
 
@@ -129,6 +133,7 @@ class MemoryStore:
                 self._drop(next(iter(self._entries)))
                 self.stats.evictions += 1
             self.stats.puts += 1
+            self._note_sizes()
             return True
 
     def contains(self, chunk: Chunk) -> bool:
@@ -138,6 +143,7 @@ class MemoryStore:
         with self._lock:
             self._entries.clear()
             self.num_bytes = 0
+            self._note_sizes()
 
     def close(self) -> None:
         self.clear()
@@ -148,6 +154,9 @@ class MemoryStore:
             assert self.num_bytes == sum(kv.nbytes for _, kv in self._entries.values()) <= self.budget_bytes
             for key, (token_ids, kv) in self._entries.items():
                 assert kv.shape[2] == len(token_ids), f"entry {key.hex()} has {kv.shape[2]} of {len(token_ids)} tokens"
+
+    def _note_sizes(self) -> None:
+        self.stats.num_entries, self.stats.num_bytes = len(self._entries), self.num_bytes
 
     def _get(self, chunk: Chunk) -> torch.Tensor | None:
         entry = self._entries.get(chunk.key)

@@ -31,9 +31,11 @@ ComposeProfile = Literal["cpu", "gpu", "ai100"]
 
 CONTENDERS_OF: Mapping[ComposeProfile, tuple[str, ...]] = {
     "cpu": CONTENDERS,
-    "gpu": ("blend", "plain"),
+    "gpu": ("blend", "plain", "lmcache"),
     "ai100": ("ai100",),
 }
+LMCACHE_PROFILES: Mapping[ComposeProfile, str] = {"cpu": "lmcache", "gpu": "lmcache-gpu"}
+"""What the contender lmcache stands in, beside the profile: it is off by default."""
 SERVICE_ENDINGS: Mapping[ComposeProfile, str] = {"cpu": "", "gpu": "-gpu", "ai100": "-ai100"}
 CARD_DEVICES = Path("/dev/accel")
 GIB = 1 << 30
@@ -110,7 +112,8 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
             run_folder="",
             data_dir=str(plan.data_dir),
             served_model=plan.model.served_name,
-            compose=(*compose, "--profile", profile),
+            has_api_key=bool(settings.api_key),
+            compose=(*compose, *_profile_options(profile, plan.contenders)),
         ),
         compose_services=tuple(compose_service(service.name, profile) for service in services),
         environment=compose_environment(settings, plan) | (_card() if profile == "ai100" else {}),
@@ -142,6 +145,11 @@ def compose_environment(settings: Settings, plan: Plan) -> dict[str, str]:
     if settings.container_memory_gb is None and plan.profile == "cpu":
         environment["CONTAINER_MEMORY_GB"] = str(_memory_gb(plan))
     return environment
+
+
+def _profile_options(profile: ComposeProfile, contenders: Sequence[str]) -> list[str]:
+    more = [LMCACHE_PROFILES[profile]] if "lmcache" in contenders else []
+    return [word for name in (profile, *more) for word in ("--profile", name)]
 
 
 def _card() -> dict[str, str]:

@@ -37,7 +37,6 @@ def up(
     Raises `StackError` when it can't, after it has stopped what it started; Ctrl-C does the same at any point.
     """
     token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    secrets = {"HF_TOKEN": token} if token else {}
     if containers.are_wanted(settings):
         deployment = containers.plan_deployment(settings, home)
         bring_up(
@@ -45,7 +44,7 @@ def up(
             home,
             console,
             check=deployment.check,
-            secrets=secrets,
+            secrets=settings.given_secrets,
             when_healthy=when_healthy,
             start_runner=deployment.start,
         )
@@ -56,21 +55,16 @@ def up(
         run_folder="",
         data_dir=str(plan.data_dir),
         served_model=plan.model.served_name,
+        has_api_key=bool(settings.api_key),
     )
     bring_up(
         wanted,
         home,
         console,
         check=lambda services: check_before_start(plan, services, token),
-        secrets=secrets,
+        secrets=settings.secrets,
         when_healthy=when_healthy,
     )
-
-
-def _secrets(settings: Settings) -> dict[str, str]:
-    """What services read from their environment and nothing writes down, by their names for it."""
-    given = {"HF_TOKEN": settings.hf_token, "LMCACHE_RESP_PASSWORD": settings.lmcache_l2_password}
-    return {name: secret.get_secret_value() for name, secret in given.items() if secret}
 
 
 def bring_up(

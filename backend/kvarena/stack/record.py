@@ -24,6 +24,7 @@ class Record:
     run_folder: str
     data_dir: str
     served_model: str
+    has_api_key: bool = False
     compose: tuple[str, ...] = ()
     """Where the services are containers, the `docker compose` command that is about them, with its options."""
 
@@ -67,6 +68,8 @@ def differences(running: Record, wanted: Record) -> list[str]:
             lines += [f"{name}: {change}" for change in _changes(old, new)]
     if running.data_dir != wanted.data_dir:
         lines.append(f"data folder {running.data_dir}, not {wanted.data_dir}")
+    if running.has_api_key != wanted.has_api_key:
+        lines.append(f"KVARENA_API_KEY is {'set' if running.has_api_key else 'not set'} for what runs")
     return lines
 
 

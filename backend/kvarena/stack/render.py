@@ -64,7 +64,7 @@ def show_error(error: StackError, console: Console) -> None:
     console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
-def warm_with_progress(record: Record, console: Console) -> WarmResult:
+def warm_with_progress(record: Record, console: Console, api_key: str) -> WarmResult:
     """Fills the chunk cache of a running blend from the stack's data folder, with a bar.
 
     Raises `StackError` when there is no blend, no folder, or no answer.
@@ -89,7 +89,7 @@ def warm_with_progress(record: Record, console: Console) -> WarmResult:
             bar.advance(task)
 
         try:
-            return warm(blend.address, record.served_model, chunks, advance)
+            return warm(blend.address, record.served_model, chunks, advance, api_key)
         except (httpx.HTTPError, ValueError) as error:
             raise StackError(f"blend does not answer: {error or type(error).__name__}") from error
 

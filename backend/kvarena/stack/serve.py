@@ -48,6 +48,7 @@ def main() -> None:
     os.environ.update(read_secrets(SECRETS_FOLDER))
     try:
         service = service_of_this_container(name, home)
+        os.environ.update(load_settings().secrets)  # by the names that servers know them by
     except StackError as error:
         sys.exit(f"error: {error}")
     become(dataclasses.replace(service, command=(*service.command, *more_options)))

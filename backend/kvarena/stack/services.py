@@ -15,7 +15,7 @@ from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
-from kvarena.vllm_plugin.config import kv_transfer_config
+from kvarena.vllm_plugin.config import CONTENDER_VARIABLE, kv_transfer_config
 from kvarena.vllm_plugin.lmcache_config import lmcache_blend_options
 
 LMCACHE_CHUNK_TOKENS = 32
@@ -70,7 +70,6 @@ def _lmcache_server(plan: Plan, home: Home) -> Service:
     command += ["--shm-name", home.shm_name]
     if plan.lmcache_l2 is not None:
         command += [L2_OPTION, json.dumps(plan.lmcache_l2), "--l2-prefetch-policy", "retain"]  # chunks come again
-    command += ["--disable-metrics"]  # they would be served on every interface, on a port of their own
     return Service(
         name=LMCACHE_SERVER,
         title=TITLES[LMCACHE_SERVER],
@@ -92,7 +91,7 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", plan.network.listen, "--port", str(port)]
     command += ["--enable-prompt-tokens-details"]
-    command += ["--disable-access-log-for-endpoints", "/health,/metrics"]
+    command += ["--disable-uvicorn-access-log"]  # requests have their line from the edge
     if plan.max_model_len is not None:
         command += ["--max-model-len", str(plan.max_model_len)]
     if plan.load_format is not None:
@@ -106,6 +105,8 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     environment = _vllm_environment(plan, home)
     if name != "blend":
         environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
+    command += ["--middleware", "kvarena.vllm_plugin.edge.Edge"]  # the last is the outermost
+    environment[CONTENDER_VARIABLE] = name
     asks_lmcache = name == "lmcache" or (name == "blend" and plan.blend_needs_lmcache)
     return _contender(name, plan, home, command, environment, (LMCACHE_SERVER,) if asks_lmcache else ())
 

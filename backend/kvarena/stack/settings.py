@@ -1,12 +1,13 @@
 """The stack's settings: one frozen class, read from the command line, the environment and `.env`, in that order.
 
 `load_settings` is the only place where they are read. A bad value and an unknown key in `.env` raise `StackError`
-with the key, the value and the choices. What depends on the machine (which profile `auto` means, the model that
-goes with it, cores, GPUs) is decided later, in `plan`.
+with the key, the value (unless it is a secret) and the choices. What depends on the machine (which profile `auto`
+means, the model that goes with it, cores, GPUs) is decided later, in `plan`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from kvarena.api_key import API_KEY_VARIABLE
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 from kvarena.stack.lmcache_l2 import l2_adapter
@@ -29,6 +31,10 @@ BlendUnsupported = Literal["refuse", "plain"]
 BlendEngine = Literal["kvarena", "lmcache"]
 SimilarityThreshold = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
 CONTENDERS: tuple[str, ...] = get_args(ContenderName)
+SECRETS = ("hf_token", "kvarena_api_key", "lmcache_l2_password")
+VLLM_API_KEY_VARIABLE = "VLLM_API_KEY"
+LMCACHE_L2_PASSWORD_VARIABLE = "LMCACHE_RESP_PASSWORD"
+VISIBLE_ASCII = re.compile("[!-~]+")
 
 PORT_OFFSETS = {
     "blend": 0,
@@ -112,6 +118,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     hf_token: SecretStr | None = None
+    kvarena_api_key: SecretStr | None = None
     local_hf_home: Path | None = None
     data_dir: Path = Path("data")
     results_dir: Path = Path("results")
@@ -188,6 +195,13 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise ValueError("Input should be auto or a number from -1 to 1") from error
 
+    @field_validator("kvarena_api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not VISIBLE_ASCII.fullmatch(value.get_secret_value()):
+            raise ValueError("must be of letters, digits and signs of ASCII, without spaces")
+        return value
+
     @field_validator("data_dir", "results_dir", "models_dir", "local_hf_home", "ai100_topics_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
@@ -200,6 +214,25 @@ class Settings(BaseSettings):
         if value is not None:
             l2_adapter(value, 0.0, project_root())
         return value
+
+    @property
+    def api_key(self) -> str:
+        return self.kvarena_api_key.get_secret_value() if self.kvarena_api_key else ""
+
+    @property
+    def given_secrets(self) -> dict[str, str]:
+        """Those that were set, by their keys."""
+        given = {key.upper(): getattr(self, key) for key in SECRETS}
+        return {key: secret.get_secret_value() for key, secret in given.items() if secret is not None}
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """What services get by their environment, and no command line and no file shows, by their names for it. vLLM's
+        servers take the key from a variable of their own, which mustn't hold another one either.
+        """
+        given = self.given_secrets
+        renamed = {LMCACHE_L2_PASSWORD_VARIABLE: given.pop("LMCACHE_L2_PASSWORD")} if self.lmcache_l2_password else {}
+        return {**given, **renamed, API_KEY_VARIABLE: self.api_key, VLLM_API_KEY_VARIABLE: self.api_key}
 
     @property
     def ports(self) -> Ports:
@@ -251,6 +284,11 @@ def load_settings(env_file: Path | None = None, **command_line: Any) -> Settings
     return settings
 
 
+def shown_api_key() -> str:
+    """What this project's commands show to servers: the key of the environment or of `.env`, empty without one."""
+    return load_settings().api_key
+
+
 def _explain(error: ValidationError, env_file: Path) -> str:
     lines = []
     for problem in error.errors(include_url=False):
@@ -264,5 +302,6 @@ def _explain(error: ValidationError, env_file: Path) -> str:
         else:
             reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
             demand = reason if reason.startswith("must ") else reason.replace("be ", "must be ", 1)
-            lines.append(f"{key} {demand}, not {problem['input']!r}")
+            given = "" if key.lower() in SECRETS else f", not {problem['input']!r}"
+            lines.append(f"{key} {demand}{given}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import httpx
 
+from kvarena.api_key import bearer
 from kvarena.context import TextChunk, join_chunks
 from kvarena.stack.errors import StackError
 
@@ -61,20 +62,23 @@ def warm(
     model: str,
     chunks: Sequence[TextChunk],
     on_chunk: Callable[[ChunkOutcome], None] = lambda outcome: None,
+    api_key: str = "",
 ) -> WarmResult:
     """Sends the chunks, a few at a time; one that is refused doesn't stop the others.
 
     `on_chunk` is called after each. Raises `httpx.HTTPError` when the server doesn't answer at all, or isn't a blend,
-    and `StackError` when it serves its model without blending or isn't ours.
+    and `StackError` when it serves its model without blending, isn't ours, or asks for another key.
     """
     with (
-        httpx.Client(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client,
+        httpx.Client(base_url=base_url, headers=bearer(api_key), timeout=REQUEST_TIMEOUT_S, trust_env=False) as client,
         ThreadPoolExecutor(PARALLEL_REQUESTS) as pool,
     ):
-        answer = client.get("/kvarena")
-        if answer.status_code == httpx.codes.NOT_FOUND:
+        offer = client.get("/kvarena")
+        if offer.status_code == httpx.codes.NOT_FOUND:
             raise StackError("LMCache's own blender has no chunk cache to fill ahead: it stores what requests bring")
-        described = answer.raise_for_status().json()
+        if offer.status_code == httpx.codes.UNAUTHORIZED:
+            raise StackError(f"{base_url} refuses KVARENA_API_KEY: {error_message(offer)}")
+        described = offer.raise_for_status().json()
         if not described.get("blends", True):
             raise StackError(f"the chunk cache stays empty: {described.get('reason')}")
         separator = str(described.get("separator", ""))
@@ -105,6 +109,8 @@ def _warm_chunk(client: httpx.Client, model: str, chunk: TextChunk, separator: s
 
 
 def _outcome(report: dict[str, Any]) -> tuple[Outcome, str]:
+    if report.get("blend_failures"):
+        return "failed", "its blend failed; the blend's log says why"
     if report.get("store_errors"):
         return "failed", f"{report['store_errors']} store errors"
     if report.get("store_misses"):

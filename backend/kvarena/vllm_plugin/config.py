@@ -18,6 +18,9 @@ from kvarena.reuse.params import BlendParams
 MODEL_PROFILE_NAME = "kvarena.json"
 PROFILE_FIELDS = ("separator", *(field.name for field in dataclasses.fields(BlendParams)))
 
+CONNECTOR = "KVArenaConnector"
+CONTENDER_VARIABLE = "KVARENA_CONTENDER"
+"""Names a vLLM server in its log."""
 STORES = ("lmcache", "memory")
 UNSUPPORTED = ("refuse", "plain")
 
@@ -82,7 +85,7 @@ def kv_transfer_config(config: BlendConfig) -> str:
     """The value of vLLM's `--kv-transfer-config` that loads the blend with these settings."""
     return json.dumps(
         {
-            "kv_connector": "KVArenaConnector",
+            "kv_connector": CONNECTOR,
             "kv_connector_module_path": "kvarena.vllm_plugin.connector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": config.to_extra_config(),

@@ -73,6 +73,8 @@ class RequestReport:
         blend = self.blend or BlendReport()
         reused = self.num_prefix_tokens + blend.num_reused_tokens
         times = {name: round(value, 3) for name, value in asdict(blend).items() if name.endswith("_ms")}
+        known = {"store_entries": blend.store_entries, "store_bytes": blend.store_bytes}
+        sizes = {name: size for name, size in known.items() if size is not None}
         return {
             "request_id": self.request_id,
             "contender": "blend",
@@ -86,20 +88,12 @@ class RequestReport:
             "store_hits": blend.store_hits,
             "store_misses": blend.store_misses,
             "store_errors": blend.store_errors,
+            "store_evictions": blend.store_evictions,
+            **sizes,
+            "blend_failures": blend.blend_failures,
             **times,
             "spans": self._spans(blend),
         }
-
-    def log_line(self) -> str:
-        figures = self.as_dict()
-        kind = "approximate" if self.approximate else "exact"
-        return (
-            f"kvarena request={self.request_id} {kind} prompt={self.num_prompt_tokens} "
-            f"reused={figures['num_reused_tokens']} recomputed={figures['num_recomputed_tokens']} "
-            f"computed={figures['num_computed_tokens']} blend_ms={figures['blend_ms']:.1f} "
-            f"store_hits={figures['store_hits']} store_misses={figures['store_misses']} "
-            f"store_errors={figures['store_errors']}"
-        )
 
     def _spans(self, blend: BlendReport) -> list[dict[str, Any]]:
         reused = [(0, self.num_prefix_tokens, "prefix"), *((start, end, "reused") for start, end in blend.spans)]

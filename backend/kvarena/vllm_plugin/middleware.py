@@ -6,7 +6,6 @@ Loaded by `--middleware kvarena.vllm_plugin.middleware.KVArenaMiddleware`. A bad
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -14,8 +13,8 @@ from typing import Any
 
 from kvarena.reuse.params import POLICIES
 from kvarena.vllm_plugin.config import BlendConfig
+from kvarena.vllm_plugin.reports import wait_for_report
 from kvarena.vllm_plugin.request_params import KEY, given_params, read_request_params
-from kvarena.vllm_plugin.stats import report_log
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -25,7 +24,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 _REPORT_PATH = "/kvarena/requests/"
-_REPORT_WAIT_S = 1.0
 
 
 class KVArenaMiddleware:
@@ -89,10 +87,8 @@ def _num_layers(scope: Scope) -> int:
 
 
 async def _send_report(send: Send, request_id: str) -> None:
-    """A report follows its answer within a step of the engine, so a client may ask a moment too early."""
-    deadline = asyncio.get_running_loop().time() + _REPORT_WAIT_S
-    while (report := report_log.get(request_id)) is None and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.02)
+    """A client may ask a moment too early."""
+    report = await wait_for_report(request_id)
     if report is None:
         await _send_error(send, 404, f"no report of a request {request_id!r}", "NotFoundError")
     else:

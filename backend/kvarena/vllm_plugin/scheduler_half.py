@@ -135,10 +135,8 @@ class SchedulerHalf:
         return {"kvarena": tracked.answer}
 
     def take_stats(self) -> BlendStats | None:
-        """Reports of the requests that have finished, each logged once."""
+        """Reports of the requests that have finished, each once."""
         finished, self._finished = self._finished, []
-        for tracked in finished:
-            logger.info(tracked.report.log_line())
         return BlendStats.of([tracked.report.as_dict() for tracked in finished]) if finished else None
 
     def clear(self) -> None:

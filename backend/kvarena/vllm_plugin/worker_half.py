@@ -53,9 +53,10 @@ class WorkerHalf:
         assert self._blender is not None, "a blend without a store"
         for job in work.jobs:
             prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
-            self._reports.reports[job.request_id] = self._blender.blend(
-                prompt, job.plan, job.start, job.end, job.params, store_new=job.store_new
-            )
+            report = self._blender.blend(prompt, job.plan, job.start, job.end, job.params, store_new=job.store_new)
+            if report.blend_failures:
+                logger.error("request %s: its blend failed, see above; all of its tokens were computed", job.request_id)
+            self._reports.reports[job.request_id] = report
 
     def take_reports(self) -> BlendReports | None:
         taken, self._reports = self._reports, BlendReports({})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from kvarena.bench.quality.answers import Answerer
@@ -13,6 +12,7 @@ from kvarena.stack.home import Home
 from kvarena.stack.model import find_model
 from kvarena.stack.record import read_record
 from kvarena.stack.settings import CONTENDERS as STACK_CONTENDERS
+from kvarena.stack.settings import shown_api_key
 from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
 
 
@@ -30,7 +30,7 @@ def servers(wanted: Sequence[str], timeout_s: float, has_logprobs: bool) -> dict
     if not wanted and not running:
         raise ValueError("nothing runs; start the stack with kvarena up, or name servers: --contender name=address")
     addresses = dict(_address(given, running) for given in wanted) if wanted else running
-    key = os.environ.get("KVARENA_API_KEY", "")
+    key = shown_api_key()
     return {name: HTTPAnswerer(name, url, key, timeout_s, has_logprobs) for name, url in addresses.items()}
 
 

@@ -65,7 +65,13 @@ class OwnServers:
             plan = self.plan(home, folder, has_random_weights, max_model_len)
             record = Record(tuple(own_services(plan, home)), "", str(plan.data_dir), plan.model.served_name)
             try:
-                bring_up(record, home, console, check=lambda new: check_before_start(plan, new, None), secrets={})
+                bring_up(
+                    record,
+                    home,
+                    console,
+                    check=lambda new: check_before_start(plan, new, None),
+                    secrets=load_settings().secrets,
+                )
                 started, supervisor = running_supervisor(home)
                 assert started is not None, "it was started just now"
                 assert supervisor is not None, "it was started just now"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from kvarena.bench.ttft.own_servers import HF, OwnServers
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record, command_options
 from kvarena.stack.runner import Runner
+from kvarena.stack.settings import shown_api_key
 from kvarena.stack.supervision import running_supervisor
 
 MEASURED = ("blend", "plain", "lmcache", HF)
@@ -84,7 +84,7 @@ class Wanted:
             yield Contender(self._connect(name, url if "://" in url else f"http://{url}"), is_target=True)
 
     def _connect(self, name: str, url: str) -> OpenAIServer:
-        return OpenAIServer(name, url, os.environ.get("KVARENA_API_KEY", ""), self.timeout_s)
+        return OpenAIServer(name, url, shown_api_key(), self.timeout_s)
 
 
 def _stack_runs() -> bool:

@@ -8,8 +8,8 @@ import typer
 
 from kvarena.api.config import ApiConfig
 from kvarena.api.serve import serve
+from kvarena.api.store_metrics import StoreCollector
 from kvarena.engines import command_line
-from kvarena.engines.cache_metrics import CacheCollector
 from kvarena.engines.hf_model import PREFILL_PIECE_TOKENS, HFModel
 from kvarena.engines.prefix.engine import PrefixEngine
 from kvarena.engines.prefix.http import router
@@ -40,7 +40,7 @@ def main(
         storage=storage,
         min_tokens=min_tokens,
     )
-    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[CacheCollector(engine)])
+    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
 
 
 if __name__ == "__main__":

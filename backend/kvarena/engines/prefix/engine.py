@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from kvarena.api.engine import GeneratedToken, GenerationRequest
 from kvarena.api.prompt_tokens import num_tokens_to_generate, token_ids_of
 from kvarena.api.sampling import Sampler
-from kvarena.engines.cache_metrics import CacheFigures
+from kvarena.api.store_metrics import StoreFigures
 from kvarena.engines.generation import EngineGeneration
 from kvarena.engines.hf_model import Cancelled, HFModel
 from kvarena.engines.prefix.options import PrefixOptions
@@ -79,9 +79,10 @@ class PrefixEngine:
     def describe(self) -> dict[str, Any]:
         return {"contender": self.contender, "defaults": PrefixOptions().model_dump(), **self._settings}
 
-    def cache_figures(self) -> CacheFigures:
+    def store_figures(self) -> StoreFigures:
         stats = self.cache.stats()
-        return CacheFigures(stats.hits, stats.misses, stats.evictions, stats.cache_size, stats.num_bytes)
+        counts = (stats.hits, stats.misses, stats.evictions, stats.cache_size)
+        return StoreFigures(*counts, num_bytes=stats.num_bytes, num_errors=self.num_store_errors)
 
     def close(self) -> None:
         self.model.close()

@@ -114,6 +114,7 @@ def _generation_request(body: GenerateRequest, request_id: str) -> GenerationReq
             seed=body.seed,
             ignore_eos=body.ignore_eos,
         ),
+        http_request_id=request_id,
         cache_salt=body.cache_salt,
         options=PrefixOptions(use_cache=body.use_cache, use_prefix_cache=body.use_prefix_cache),
     )

@@ -8,8 +8,8 @@ import typer
 
 from kvarena.api.config import ApiConfig
 from kvarena.api.serve import serve
+from kvarena.api.store_metrics import StoreCollector
 from kvarena.engines import command_line
-from kvarena.engines.cache_metrics import CacheCollector
 from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.http import router
 from kvarena.engines.simllm.loading import load_simllm
@@ -88,7 +88,7 @@ def main(
         model, params, device=device, dtype=dtype, max_model_len=max_model_len, random=load_format == "dummy"
     )
     engine = SimLLMEngine(loaded, served_model_name or model)
-    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[CacheCollector(engine)])
+    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from kvarena.api.engine import GeneratedToken, GenerationRequest
 from kvarena.api.prompt_tokens import num_tokens_to_generate, token_ids_of
 from kvarena.api.sampling import Sampler
-from kvarena.engines.cache_metrics import CacheFigures
+from kvarena.api.store_metrics import StoreFigures
 from kvarena.engines.generation import EngineGeneration
 from kvarena.engines.hf_model import UnsupportedModel
 from kvarena.engines.simllm.excerpt import excerpt
@@ -58,10 +58,16 @@ class SimLLMEngine:
         modes = sorted(self.prefillers)
         return {"contender": self.contender, "modes": modes, "defaults": defaults, **settings}
 
-    def cache_figures(self) -> CacheFigures:
+    def store_figures(self) -> StoreFigures:
         stats = self.simllm.manager.get_statistics()
-        names = ("num_hits", "num_misses", "num_evictions", "cache_size", "num_bytes")
-        return CacheFigures(*(int(stats[name]) for name in names))
+        return StoreFigures(
+            stats["num_hits"],
+            stats["num_misses"],
+            stats["num_evictions"],
+            stats["cache_size"],
+            num_bytes=stats["num_bytes"],
+            num_errors=stats.get("num_store_errors", 0),
+        )
 
     def close(self) -> None:
         self.simllm.close()
