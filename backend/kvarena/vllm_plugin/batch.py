@@ -56,8 +56,10 @@ class Batch:
 
     def split(self, max_tokens: int) -> list[Batch]:
         """In order, for what comes later may attend to what came before; cut wherever a part is full."""
-        parts = zip(*(of.split(max_tokens) for of in (self.token_ids, self.positions, self.sequences)), strict=True)
-        return [Batch(*part, self.block_ids) for part in parts] if len(self) else []
+        parts = (slice(start, start + max_tokens) for start in range(0, len(self), max_tokens))
+        return [
+            Batch(self.token_ids[part], self.positions[part], self.sequences[part], self.block_ids) for part in parts
+        ]
 
     @cached_property
     def row_starts(self) -> torch.Tensor:

@@ -62,5 +62,5 @@ def _empty_kv(engine: VllmModel, num_tokens: int) -> torch.Tensor:
 def _keep(pieces: Sequence[torch.Tensor], layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """One layer's keys and values `(T, H_kv * D)` of a batch, into the KV `(2, L, t, H_kv * D)` of each row."""
     sizes = [piece.shape[2] for piece in pieces]
-    for piece, own_keys, own_values in zip(pieces, keys.split(sizes), values.split(sizes), strict=True):
+    for piece, own_keys, own_values in zip(pieces, torch.split(keys, sizes), torch.split(values, sizes), strict=True):
         piece[0, layer], piece[1, layer] = own_keys, own_values
