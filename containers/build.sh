@@ -54,14 +54,16 @@ build() {
         command=(buildah bud --isolation chroot --format docker --layers)
         if [[ -z ${BASE_IMAGE:-} ]]; then
             make_base
-            options+=(--build-arg "BASE_IMAGE=$base" --build-arg "BUILD_IMAGE=$base")
+            export BASE_IMAGE=$base BUILD_IMAGE=$base
         fi
     fi
     if [[ $builder != docker ]]; then
         mapfile -t -O "${#options[@]}" options < <(mounts_for_pip)
     fi
     for name in BASE_IMAGE BUILD_IMAGE; do
-        [[ -z ${!name:-} ]] || options+=(--build-arg "$name=${!name}")
+        if [[ -n ${!name:-} ]] && grep -q "^ARG $name=" "${dockerfiles[$image]}"; then
+            options+=(--build-arg "$name=${!name}")
+        fi
     done
     printf '== building kvarena-%s with %s\n' "$image" "$builder"
     "${command[@]}" --network host "${options[@]}" -f "${dockerfiles[$image]}" -t "kvarena-$image" .
