@@ -19,7 +19,7 @@ import jsonschema
 import pytest
 import yaml
 
-from kvarena.stack.services import LMCACHE_CHUNK_TOKENS
+from kvarena.stack.connectors import LMCACHE_CHUNK_TOKENS
 from kvarena.vllm_plugin.config import BlendConfig
 
 VALUES_FILE = Path(__file__).parents[1] / "deploy" / "production-stack.yaml"

@@ -110,6 +110,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(env_file: Path)
         ("AI100_KV_CACHE_BATCH_SIZE=0", "AI100_KV_CACHE_BATCH_SIZE must be greater than or equal to 1, not '0'"),
         ("LMCACHE_L2=http://x", r"LMCACHE_L2 must be redis://HOST\[:PORT\], .* a folder, .*, not 'http://x'$"),
         ("LMCACHE_L2=redis://", r"LMCACHE_L2 must be redis://HOST"),
+        ("LMCACHE_L2=redis://host:port", r"LMCACHE_L2 must be redis://HOST.*; Port could not be cast .*'port'"),
         ("LMCACHE_L2=redis://:pw@host", "LMCACHE_L2 must not hold a password; that is LMCACHE_L2_PASSWORD"),
         ('LMCACHE_L2={"type": 3}', "LMCACHE_L2 must be .*; this object has no type"),
         ('LMCACHE_L2={"type"', "LMCACHE_L2 must be .*; this is no JSON"),

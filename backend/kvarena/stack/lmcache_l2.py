@@ -35,9 +35,13 @@ def _redis(url: str) -> dict[str, Any]:
     parts = urlsplit(url)
     if parts.password:
         raise ValueError("must not hold a password; that is LMCACHE_L2_PASSWORD")
+    try:
+        port = parts.port or REDIS_PORT
+    except ValueError as error:
+        raise ValueError(f"must be {CHOICES}; {error}") from error
     if not parts.hostname or parts.path.strip("/") or parts.query:
         raise ValueError(f"must be {CHOICES}")
-    adapter = {"type": "resp", "host": parts.hostname, "port": parts.port or REDIS_PORT}
+    adapter = {"type": "resp", "host": parts.hostname, "port": port}
     return adapter | ({"username": parts.username} if parts.username else {})
 
 

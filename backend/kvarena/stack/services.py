@@ -11,17 +11,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-from kvarena.stack.errors import StackError
+from kvarena.stack.connectors import LMCACHE_CHUNK_TOKENS, vllm_connector
 from kvarena.stack.home import Home
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
-from kvarena.vllm_plugin.config import CONTENDER_VARIABLE, kv_transfer_config
-from kvarena.vllm_plugin.lmcache_config import lmcache_blend_options
+from kvarena.vllm_plugin.config import CONTENDER_VARIABLE
 
-LMCACHE_CHUNK_TOKENS = 32
 L2_OPTION = "--l2-adapter"
-LMCACHE_TIMEOUT_S = 10.0
-LMCACHE_HEARTBEAT_S = 2.0
 GPU_MEMORY_SHARE = 0.9
 
 Options = Mapping[str, object]
@@ -101,7 +97,7 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     if not plan.compile:
         command += ["--enforce-eager"]
     command += _gpu_memory(plan)
-    command += _connector(name, plan)
+    command += vllm_connector(name, plan)
     environment = _vllm_environment(plan, home)
     if name != "blend":
         environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
@@ -109,41 +105,6 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     environment[CONTENDER_VARIABLE] = name
     asks_lmcache = name == "lmcache" or (name == "blend" and plan.blend_needs_lmcache)
     return _contender(name, plan, home, command, environment, (LMCACHE_SERVER,) if asks_lmcache else ())
-
-
-def _connector(name: str, plan: Plan) -> list[str]:
-    """What makes the contenders differ: who supplies KV to vLLM, and whether it keeps a prefix cache itself."""
-    if name == "blend" and plan.blend_engine == "lmcache":
-        return _lmcache_blend(plan)
-    prefix_caching = ["--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"]
-    if name == "blend":
-        middleware = ["--middleware", "kvarena.vllm_plugin.middleware.KVArenaMiddleware"]
-        return [*prefix_caching, "--kv-transfer-config", kv_transfer_config(plan.blend), *middleware]
-    return [*prefix_caching, *(_lmcache_connector(plan) if name == "lmcache" else [])]
-
-
-def _lmcache_blend(plan: Plan) -> list[str]:
-    try:
-        return lmcache_blend_options(plan.blend, plan.lmcache_gb)
-    except ValueError as error:
-        raise StackError(f"BLEND_ENGINE is lmcache, and {error}") from error
-
-
-def _lmcache_connector(plan: Plan) -> list[str]:
-    """LMCache's own connector, on the server that has the blend's chunks.
-
-    The server's pieces must be whole blocks of vLLM's, and those have 128 tokens on a CPU where nobody says otherwise.
-    A server that is gone is missed after one heartbeat, and a request that had asked it waits for the time-out.
-    """
-    settings = {
-        "lmcache.mp.host": f"tcp://{plan.network.host(LMCACHE_SERVER)}",
-        "lmcache.mp.port": plan.ports.lmcache_server,
-        "lmcache.mp.mq_timeout": LMCACHE_TIMEOUT_S,
-        "lmcache.mp.heartbeat_interval": LMCACHE_HEARTBEAT_S,
-    }
-    connector = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
-    blocks = ["--block-size", str(LMCACHE_CHUNK_TOKENS)] if plan.profile == "cpu" else []
-    return [*blocks, "--kv-transfer-config", json.dumps(connector)]
 
 
 def _engine(name: str, plan: Plan, home: Home) -> Service:

@@ -20,6 +20,8 @@ from kvarena.vllm_plugin.lmcache_separator import special_string
 
 logger = logging.getLogger(__name__)
 
+CONNECTORS = (CONNECTOR, "LMCacheConnectorV1Dynamic")
+"""LMCache's in-process connector, by vLLM's name for it and by its own."""
 DEVICES = ("cuda", "xpu")
 MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """vLLM's classes whose layers LMCache has written out once more."""
@@ -31,7 +33,7 @@ def prepare(vllm_config: VllmConfig, model: nn.Module) -> None:
     Raises `ValueError` with every reason why LMCache's blender can't serve this.
     """
     transfer = vllm_config.kv_transfer_config
-    if transfer is None or transfer.kv_connector != CONNECTOR:
+    if transfer is None or transfer.kv_connector not in CONNECTORS:
         return
     from lmcache.integration.vllm.utils import ENGINE_NAME
     from lmcache.v1.compute.models.utils import VLLMModelTracker
