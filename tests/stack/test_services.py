@@ -430,7 +430,7 @@ def test_lmcaches_own_blender_is_a_form_of_blend(home: Home, tmp_path: Path, mon
     assert "VLLM_PLUGINS" not in blend.environment, "our plugin registers the model"
     assert "--no-enable-prefix-caching" in blend.command
     assert "--enable-prefix-caching" not in blend.command
-    assert "--middleware" not in blend.command
+    assert "kvarena.vllm_plugin.middleware.KVArenaMiddleware" not in blend.command
     extra = extra_config(blend)
     assert (extra["lmcache.blend_special_str"], extra["lmcache.blend_recompute_ratios"]) == ("@@", [0.3])
     assert (extra["lmcache.blend_check_layers"], extra["lmcache.max_local_cpu_size"]) == ([2], 1.0)
