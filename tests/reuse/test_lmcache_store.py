@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
+from dashboard import missing
 from kvarena.reuse.lmcache_store import KVGeometry, LMCacheStore
 from kvarena.reuse.plan import Chunk, as_token_ids
 from kvarena.reuse.store import get
@@ -58,3 +61,21 @@ def test_what_went_in_comes_out_and_a_dead_server_has_nothing(tmp_path: Path) ->
         assert torch.equal(found, kv_of(5))
         assert get(store, chunk_of(33)) is None, "the new server is empty"
         store.close()
+
+
+def test_the_server_counts_what_it_keeps_and_evicts_under_the_dashboards_names(tmp_path: Path) -> None:
+    wide = KVGeometry("wide", 16, 8, 64, torch.bfloat16)
+    kv = torch.zeros(2, 16, 1024, 512, dtype=torch.bfloat16)
+    with LMCacheServer(tmp_path, l1_gb=0.25) as server:
+        store = LMCacheStore(wide, server.url, server.http_url, retry_s=0.1)
+        stops_by, number = time.monotonic() + 60, 0
+        while (lacks := of_lmcache(server)) and time.monotonic() < stops_by:
+            store.put(Chunk(as_token_ids([number := number + 1] * 1024)), kv)
+        store.close()
+    assert lacks == set()
+    assert number * kv.nbytes > 0.25 * 2**30 / 2, "nothing was evicted before the memory was half full"
+
+
+def of_lmcache(server: LMCacheServer) -> set[str]:
+    exposition = httpx.get(f"{server.http_url}/metrics", trust_env=False).text
+    return {metric for metric in missing(exposition) if metric.startswith("lmcache_")}
