@@ -27,7 +27,7 @@ def free_port() -> int:
 class LMCacheServer:
     """A context; `kill` and `start` may be called inside it. `l2` is its second tier, as `l2_adapter` makes it."""
 
-    def __init__(self, folder: Path, l1_gb: float = 1.0, l2: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, l2: Mapping[str, Any] | None = None, *, l1_gb: float = 1.0) -> None:
         self.l1_gb = l1_gb
         self._l2 = l2
         self.log = folder / "lmcache.log"
