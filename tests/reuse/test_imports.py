@@ -10,7 +10,7 @@ import importlib, pkgutil, sys
 import kvarena.engines.blend, kvarena.reuse
 for package in (kvarena.reuse, kvarena.engines.blend):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if module.name != "kvarena.reuse.lmcache_store":
+        if not module.name.startswith("kvarena.reuse.lmcache_"):
             importlib.import_module(module.name)
 assert "kvarena.reuse.selection.kv_deviation" in sys.modules and "kvarena.engines.blend.prefill" in sys.modules
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"vllm", "lmcache"}))

@@ -1,54 +1,31 @@
-"""Chunk KV in an LMCache server, through LMCache's public SDK: its tiers and its isolation by salt become ours.
+"""Chunk KV in an LMCache server: its tiers and its isolation by salt become ours.
 
-LMCache keeps whole pieces of `--chunk-size` tokens and drops the rest, so a chunk is filled up with tokens that no
-vocabulary has. A server that is down costs one short time-out; then it isn't asked again for a while, and every
-request in between is a miss, counted as an error. One that was started anew is noticed when it finds nothing at all:
-its second tier may have everything.
+A server that is down costs one short time-out; then it isn't asked again for a while, and every request in between is a
+miss, counted as an error. One that was started anew is noticed when it finds nothing at all: its second tier may have
+everything.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import requests
 import torch
-import zmq
-from lmcache.sdk.context import LMCacheSDKContext, LMCacheSDKError
-from lmcache.sdk.wrapper.contiguous import ContiguousTransferWrapper
-from lmcache.v1.gpu_connector.utils import LayoutHints
-from lmcache.v1.multiprocess.transfer_context.worker_transfer import create_transfer_context
+from lmcache.sdk.context import LMCacheSDKError
 
+from kvarena.reuse.lmcache_context import KVGeometry, LMCacheContext, Lookup, ServerRestarted
 from kvarena.reuse.plan import Chunk
 from kvarena.reuse.store import Pieces, StoreStats
+
+__all__ = ["KVGeometry", "LMCacheStore"]
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-_FILLER_TOKEN = 0x7FFFFFFF
-_BLOCK_TOKENS = 32
-_POLL_S = 0.001
-_RESTART_CHECK_S = 1.0
-_NUM_THREADS = 4
-
-
-@dataclass(frozen=True)
-class KVGeometry:
-    """Shape and dtype of a model's KV, and a name that no model with other KV has."""
-
-    model_id: str
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
-    dtype: torch.dtype
 
 
 class LMCacheStore:
@@ -72,7 +49,7 @@ class LMCacheStore:
         self.timeout_s = timeout_s
         self.retry_s = retry_s
         self.stats = StoreStats()
-        self._context: _Context | None = None
+        self._context: LMCacheContext | None = None
         self._down_until = 0.0
         self._lock = threading.RLock()
 
@@ -115,10 +92,10 @@ class LMCacheStore:
         self.stats.misses += sum(retrieval.held[number] for number in numbers) - hits
         return found
 
-    def release(self, lookups: Sequence[_Lookup], taken: Sequence[_Lookup]) -> None:
+    def release(self, lookups: Sequence[Lookup], taken: Sequence[Lookup]) -> None:
         self._ask("release", lambda context: context.release(lookups, taken), default=None)
 
-    def _ask(self, what: str, call: Callable[[_Context], Result], *, default: Result) -> Result:
+    def _ask(self, what: str, call: Callable[[LMCacheContext], Result], *, default: Result) -> Result:
         with self._lock:
             if time.monotonic() < self._down_until:
                 self.stats.errors += 1
@@ -129,15 +106,18 @@ class LMCacheStore:
                 self._leave_alone(what, error)
                 return default
 
-    def _call(self, call: Callable[[_Context], Result]) -> Result:
+    def _call(self, call: Callable[[LMCacheContext], Result]) -> Result:
         """Once more, with a new context, where the server was started anew."""
-        self._context = self._context or _Context(self)
+        self._context = self._context or self._connect()
         try:
             return call(self._context)
-        except _ServerRestarted:
+        except ServerRestarted:
             self.close()
-            self._context = _Context(self)
+            self._context = self._connect()
             return call(self._context)
+
+    def _connect(self) -> LMCacheContext:
+        return LMCacheContext(self.geometry, self.url, self.http_url, self.timeout_s)
 
     def _leave_alone(self, what: str, error: Exception) -> None:
         logger.warning(
@@ -164,22 +144,18 @@ class LMCacheStore:
         return pieces
 
 
-class _ServerRestarted(LMCacheSDKError):
-    """The server isn't the one that this context registered with."""
-
-
 class _Retrieval:
     """Chunks looked up in the server, which holds on to them until the end. Without a context nothing is held.
 
     The pieces that are taken lie in the server's shared memory, so the context outlives them.
     """
 
-    def __init__(self, store: LMCacheStore, context: _Context | None, chunks: Sequence[Chunk]) -> None:
+    def __init__(self, store: LMCacheStore, context: LMCacheContext | None, chunks: Sequence[Chunk]) -> None:
         self.chunks = chunks
         self._store = store
         self._context = context
         self._lookups = context.look_up(chunks) if context else []
-        self._taken: list[_Lookup] = []
+        self._taken: list[Lookup] = []
         self.held = [lookup.is_held for lookup in self._lookups] or [False] * len(chunks)
         if context:
             context.num_retrievals += 1
@@ -187,7 +163,7 @@ class _Retrieval:
     def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
         return self._store.take(self, numbers)
 
-    def take_from(self, context: _Context, numbers: Sequence[int]) -> list[Pieces | None]:
+    def take_from(self, context: LMCacheContext, numbers: Sequence[int]) -> list[Pieces | None]:
         """Called by the store, one at a time. A context that isn't the one that looked up has none of them."""
         if context is not self._context:
             return [None] * len(numbers)
@@ -206,151 +182,3 @@ class _Retrieval:
         context.num_retrievals -= 1
         if context.is_retired:
             context.close_when_unused()
-
-
-@dataclass(frozen=True)
-class _Lookup:
-    """A chunk's look-up: its session at the server, and its token ids, filled up."""
-
-    chunk: Chunk
-    session: str
-    padded: list[int]
-    is_held: bool
-
-
-class _Context(LMCacheSDKContext):
-    """The SDK's context with its geometry given by hand; the SDK itself reads it off a registered GPU engine."""
-
-    def __init__(self, store: LMCacheStore) -> None:
-        super().__init__(store.url, store.http_url, store.geometry.model_id, timeout=store.timeout_s)
-        if self.chunk_size % _BLOCK_TOKENS:
-            raise LMCacheSDKError(f"--chunk-size must be a multiple of {_BLOCK_TOKENS}, not {self.chunk_size}")
-        self.num_retrievals = 0
-        self.is_retired = False
-        self._server = self._server_instance()
-        self._checked_at = time.monotonic()
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kvarena-lmcache")
-        self._world_size = 1
-        self._num_kv_readers = 1
-        self._register(store.geometry)
-
-    def close_when_unused(self) -> None:
-        """Unmaps the server's memory, but not under somebody who reads it."""
-        self.is_retired = True
-        if not self.num_retrievals:
-            self._threads.shutdown(wait=False)
-            self.close()
-
-    @property
-    def _zmq_context(self) -> zmq.Context[Any]:
-        return self._sockets
-
-    @_zmq_context.setter
-    def _zmq_context(self, context: zmq.Context[Any]) -> None:
-        """Sockets of a dead server must not keep `close` waiting for messages that nobody will take."""
-        context.linger = 0
-        self._sockets = context
-
-    def _register(self, geometry: KVGeometry) -> None:
-        shape = (1, 2, geometry.num_kv_heads, _BLOCK_TOKENS, geometry.head_size)
-        layers = {f"layer.{i}": torch.zeros(shape, dtype=geometry.dtype) for i in range(geometry.num_layers)}
-        transfer = create_transfer_context(layers, instance_id=self.instance_id, req_client=self._req_client)
-        hints = LayoutHints(
-            kv_layout="HND",
-            num_kv_heads=geometry.num_kv_heads,
-            tokens_per_block=_BLOCK_TOKENS,
-            head_dim=geometry.head_size,
-        )
-        blocks = self.chunk_size // _BLOCK_TOKENS
-        transfer.register(layers, self._model_name, 1, blocks, self.mq_timeout, layout_hints=hints)
-        self._engine_driven = transfer.engine_driven_context
-        self._transfer_ctx = ContiguousTransferWrapper(self._engine_driven, self.chunk_size)
-
-    def look_up(self, chunks: Sequence[Chunk]) -> list[_Lookup]:
-        """Side by side: a round trip each, one after the other, would cost more than the data."""
-        sessions = [f"kvarena-{uuid.uuid4().hex}" for _ in chunks]
-        padded = [self._padded(chunk) for chunk in chunks]
-        keys = [self._key(*call) for call in zip(chunks, padded, sessions, strict=True)]
-        for answer in [self._req_client.lookup(key.no_worker_id_version(), 1) for key in keys]:
-            answer.result(timeout=self.mq_timeout)
-        asked = [self._req_client.query_prefetch_status(session) for session in sessions]
-        held = [self._num_found(*call) == len(ids) for *call, ids in zip(sessions, asked, padded, strict=True)]
-        if not any(held):
-            self._notice_restart()
-        return [_Lookup(*lookup) for lookup in zip(chunks, sessions, padded, held, strict=True)]
-
-    def _notice_restart(self) -> None:
-        """A server that was started anew doesn't know this context, and finds nothing for it."""
-        if time.monotonic() < self._checked_at + _RESTART_CHECK_S:
-            return
-        self._checked_at = time.monotonic()
-        if self._server_instance() != self._server:
-            raise _ServerRestarted("it was started anew")
-
-    def _server_instance(self) -> str:
-        """A name that the server has from one start to the next."""
-        answer = requests.get(f"{self._http_url}/config", timeout=self.mq_timeout)
-        answer.raise_for_status()
-        return str(answer.json()["mp"]["instance_id"])
-
-    def take(self, lookups: Sequence[_Lookup]) -> list[Pieces | None]:
-        return list(self._threads.map(self._take, lookups))
-
-    def _take(self, lookup: _Lookup) -> Pieces | None:
-        if not lookup.is_held:
-            return None
-        slots = self._engine_driven.prepare_retrieve(self._read_key(lookup), self.instance_id)
-        if not slots:
-            raise LMCacheSDKError("a chunk that it held is gone, or no answer came")
-        rest = len(lookup.padded) - len(lookup.chunk)
-        return [*slots[:-1], slots[-1][:, :, : slots[-1].shape[2] - rest]]
-
-    def release(self, lookups: Sequence[_Lookup], taken: Sequence[_Lookup]) -> None:
-        """The server may drop what was taken, and what was only looked up."""
-        keys = [self._read_key(lookup) for lookup in taken]
-        if not all(self._threads.map(lambda key: self._engine_driven.commit_retrieve(key, self.instance_id), keys)):
-            raise LMCacheSDKError("it didn't take back what was taken")
-        self._end(*(lookup.session for lookup in lookups))
-
-    def store_padded(self, chunk: Chunk, kv: torch.Tensor) -> bool:
-        """Whether the server holds the chunk afterwards; `store` itself says no for one that it had already."""
-        ids = self._padded(chunk)
-        full = torch.nn.functional.pad(kv, (0, 0, 0, len(ids) - len(chunk)))
-        return bool(self.store(full, ids, cache_salt=_server_salt(chunk.salt))) or self.holds(chunk)
-
-    def holds(self, chunk: Chunk) -> bool:
-        (lookup,) = self.look_up([chunk])
-        self.release([lookup], [])
-        return lookup.is_held
-
-    def clear_server(self) -> None:
-        requests.post(f"{self._http_url}/cache/clear", timeout=self.mq_timeout).raise_for_status()
-
-    def _num_found(self, name: str, answer: Any) -> int:
-        """Tokens that a look-up found; it is asked again for as long as the server has not finished it."""
-        deadline = time.monotonic() + self.mq_timeout
-        while (pieces := answer.result(timeout=self.mq_timeout)) is None:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"lookup took longer than {self.mq_timeout} s")
-            time.sleep(_POLL_S)
-            answer = self._req_client.query_prefetch_status(name)
-        return int(pieces * self.chunk_size)
-
-    def _end(self, *names: str) -> None:
-        for ended in [self._req_client.end_session(name) for name in names]:
-            ended.result(timeout=self.mq_timeout)
-
-    def _padded(self, chunk: Chunk) -> list[int]:
-        ids: list[int] = chunk.token_ids.tolist()
-        return ids + [_FILLER_TOKEN] * (-len(ids) % self.chunk_size)
-
-    def _read_key(self, lookup: _Lookup) -> Any:
-        return self._key(lookup.chunk, lookup.padded, lookup.session, worker_id=0)
-
-    def _key(self, chunk: Chunk, ids: list[int], name: str, worker_id: int | None = None) -> Any:
-        return self._create_key(ids, 0, len(ids), name, cache_salt=_server_salt(chunk.salt), worker_id=worker_id)
-
-
-def _server_salt(salt: str) -> str:
-    """LMCache forbids some characters in a salt; a digest has none of them."""
-    return hashlib.blake2b(salt.encode(), digest_size=16).hexdigest() if salt else ""
