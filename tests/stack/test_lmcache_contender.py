@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
@@ -28,7 +27,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def ask(stack: Stack, name: str, prompt: str) -> tuple[list[int], int, int]:
     """The answer's tokens, the prompt's length, and how many of its tokens were cached."""
     request: dict[str, Any] = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "return_token_ids": True}
-    with httpx.Client(base_url=stack.address(name), timeout=120, trust_env=False) as http:
+    with stack.client(name) as http:
         request["model"] = http.get("/v1/models").json()["data"][0]["id"]
         answer: dict[str, Any] = http.post("/v1/completions", json=request).raise_for_status().json()
     usage = answer["usage"]

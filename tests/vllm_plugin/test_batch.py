@@ -55,6 +55,7 @@ def test_rows_are_the_stretches_of_neighbours(batch: Batch, max_tokens: int) -> 
 @given(batches())
 def test_slots_lie_in_the_blocks_of_their_sequence(batch: Batch) -> None:
     slots = batch.slots(BLOCK_SIZE)
+    assert slots.is_contiguous(), "kernels don't look at strides"
     for group in range(NUM_GROUPS):
         for slot, (sequence, position) in zip(slots[group].tolist(), tokens_of(batch), strict=True):
             block = batch.block_ids[sequence, group, position // BLOCK_SIZE].item()

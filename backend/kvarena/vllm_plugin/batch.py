@@ -89,6 +89,6 @@ class Batch:
         return self.block_ids[self.sequences[self.row_starts[:-1]], group]
 
     def slots(self, block_size: int) -> torch.Tensor:
-        """Where the tokens lie in each group's cache, `(G, T)`."""
+        """Where the tokens lie in each group's cache, `(G, T)`; contiguous, as kernels take them for."""
         blocks = self.block_ids.long()[self.sequences, :, self.positions // block_size]
-        return blocks.t() * block_size + self.positions % block_size
+        return blocks.t().contiguous() * block_size + self.positions % block_size
