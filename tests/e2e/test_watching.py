@@ -124,7 +124,7 @@ def test_an_id_that_is_of_no_use_is_replaced(stack: Stack) -> None:
 def scraped(stack: Stack) -> dict[str, str]:
     """The addresses of all that `targets.yml` names and this stack has."""
     record = read_record(Home(stack.home))
-    lmcache = record.service("lmcache") if record else None
+    lmcache = record.service("lmcache-server") if record else None
     assert lmcache is not None
     (http_port,) = lmcache.other_ports
     return {name: stack.address(name) for name in VLLMS} | {"lmcache-server": f"http://127.0.0.1:{http_port}"}

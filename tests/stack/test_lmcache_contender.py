@@ -20,8 +20,10 @@ PIECE_TOKENS = 32
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     model = save_tiny_model(tmp_path_factory.mktemp("tiny"))
     options = ("--contenders", "plain,lmcache", "--no-ui", "--model", str(model))
-    with started(tmp_path_factory.mktemp("lmcache"), *options) as stack:
-        yield stack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "none")  # without a compiler vLLM's servers compile nothing, which takes them minutes
+        with started(tmp_path_factory.mktemp("lmcache"), *options) as stack:
+            yield stack
 
 
 def ask(stack: Stack, name: str, prompt: str) -> tuple[list[int], int, int]:

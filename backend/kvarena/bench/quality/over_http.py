@@ -25,6 +25,7 @@ class HTTPAnswerer:
     ) -> None:
         self.name = name
         self._has_logprobs = has_logprobs
+        self._api_key = api_key
         self._server = OpenAIServer(name, url, api_key, timeout_s)
         self.is_blend = self._server.is_blend
         self.num_layers: int | None = (self._server.offer or {}).get("num_layers")
@@ -37,7 +38,7 @@ class HTTPAnswerer:
         if not self.is_blend:
             return
         try:
-            result = warm(self._server.url, self._server.model, chunks, lambda _: on_chunk())
+            result = warm(self._server.url, self._server.model, chunks, lambda _: on_chunk(), self._api_key)
         except httpx.HTTPError as error:
             raise NoAnswer(f"{self._server.url} stopped answering: {error}") from error
         if result.failures:
