@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 
+from chunk_kv import GEOMETRY, chunk_of, kv_of
 from dashboard import missing
 from kvarena.reuse.lmcache_store import KVGeometry, LMCacheStore
 from kvarena.reuse.plan import Chunk, as_token_ids
@@ -16,16 +17,6 @@ from kvarena.reuse.store import get
 from lmcache_server import LMCacheServer
 
 pytestmark = pytest.mark.slow
-GEOMETRY = KVGeometry("tiny", 3, 2, 16, torch.bfloat16)
-
-
-def chunk_of(num_tokens: int) -> Chunk:
-    return Chunk(as_token_ids([num_tokens] * num_tokens))
-
-
-def kv_of(num_tokens: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(num_tokens)
-    return torch.randn(2, 3, num_tokens, 32, generator=generator).bfloat16()
 
 
 def test_what_went_in_comes_out_and_a_dead_server_has_nothing(tmp_path: Path) -> None:

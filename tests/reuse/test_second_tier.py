@@ -9,24 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvarena.reuse.lmcache_store import KVGeometry, LMCacheStore
-from kvarena.reuse.plan import Chunk, as_token_ids
+from chunk_kv import GEOMETRY, chunk_of, kv_of
+from kvarena.reuse.lmcache_store import LMCacheStore
 from kvarena.reuse.store import get
 from kvarena.stack.lmcache_l2 import l2_adapter
 from lmcache_server import LMCacheServer
 from redis_server import running_redis
 
 pytestmark = pytest.mark.slow
-GEOMETRY = KVGeometry("tiny", 3, 2, 16, torch.bfloat16)
-
-
-def chunk_of(num_tokens: int) -> Chunk:
-    return Chunk(as_token_ids([num_tokens] * num_tokens))
-
-
-def kv_of(num_tokens: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(num_tokens)
-    return torch.randn(2, 3, num_tokens, 32, generator=generator).bfloat16()
 
 
 def store_over(server: LMCacheServer) -> LMCacheStore:
