@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kvarena.stack import machine
 from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of, stop_leftovers
 from kvarena.stack.service import Service
@@ -29,6 +30,12 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.delenv("KVARENA_HOME", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "physical_cores", lambda: [(0,), (1,)])
+    monkeypatch.setattr(machine, "has_compiler", lambda: True)
 
 
 @pytest.fixture

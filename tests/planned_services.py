@@ -1,0 +1,34 @@
+"""What settings come to, for tests of the services."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvarena.stack import machine
+from kvarena.stack.home import Home
+from kvarena.stack.plan import Plan, make_plan
+from kvarena.stack.service import Service
+from kvarena.stack.services import build_services
+from kvarena.stack.settings import load_settings
+
+
+def make(home: Home, tmp_path: Path, **command_line: object) -> tuple[Plan, dict[str, Service]]:
+    made = make_plan(load_settings(tmp_path / ".env", **({"profile": "cpu"} | command_line)), home)
+    return made, {service.name: service for service in build_services(made, home)}
+
+
+def option(service: Service, name: str) -> str:
+    return service.command[service.command.index(name) + 1]
+
+
+def extra_config(service: Service) -> dict[str, object]:
+    extra: dict[str, object] = json.loads(option(service, "--kv-transfer-config"))["kv_connector_extra_config"]
+    return extra
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: str) -> None:
+    monkeypatch.setattr(machine, "visible_gpus", lambda: list(gpus))
+    monkeypatch.setattr(machine, "installed_vllm", lambda: "gpu")

@@ -1,0 +1,48 @@
+"""How the servers share GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvarena.stack import machine
+from kvarena.stack.errors import StackError
+from kvarena.stack.home import Home
+from planned_services import make, option, with_gpus
+
+
+def test_one_gpu_is_shared(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, "0")
+    made, services = make(home, tmp_path, profile="auto")
+    assert made.profile == "gpu"
+    assert made.model.name == "mistralai/Mistral-7B-Instruct-v0.2"
+    for name in ("blend", "plain"):
+        assert services[name].environment["CUDA_VISIBLE_DEVICES"] == "0"
+        assert option(services[name], "--gpu-memory-utilization") == "0.45"
+        assert services[name].cpus == ()
+    assert services["plain"].depends_on == ("blend",), "vLLM measures free memory while it starts"
+
+
+def test_two_gpus_are_divided(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, "2", "5", "6")
+    _, services = make(home, tmp_path, profile="gpu", kv_cache_gb=10)
+    assert services["blend"].environment["CUDA_VISIBLE_DEVICES"] == "2"
+    assert services["plain"].environment["CUDA_VISIBLE_DEVICES"] == "5"
+    assert services["plain"].depends_on == ()
+    assert option(services["plain"], "--kv-cache-memory-bytes") == str(10 << 30)
+    assert "--gpu-memory-utilization" not in services["plain"].command
+
+
+def test_auto_takes_the_cpu_when_vllm_is_built_for_it(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, "0")
+    monkeypatch.setattr(machine, "installed_vllm", lambda: "cpu")
+    assert make(home, tmp_path, profile="auto")[0].profile == "cpu"
+
+
+def test_a_gpu_profile_needs_a_gpu(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch)
+    with pytest.raises(StackError, match="no GPU on this machine"):
+        make(home, tmp_path, profile="gpu")

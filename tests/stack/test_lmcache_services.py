@@ -1,0 +1,111 @@
+"""LMCache among the services: its server and second tier, its own connector, its own blender."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from kvarena.stack.errors import StackError
+from kvarena.stack.home import Home, project_root
+from kvarena.stack.services import build_services
+from planned_services import extra_config, make, option, with_gpus
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_lmcaches_own_connector_is_stock_vllm_on_the_same_server(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, contenders="lmcache,plain", port_base=9000)
+    assert list(services) == ["lmcache-server", "plain", "lmcache", "page"]
+    lmcache, plain, server = services["lmcache"], services["plain"], services["lmcache-server"]
+    assert (lmcache.port, server.port, lmcache.depends_on) == (9005, 9502, ("lmcache-server",))
+    assert lmcache.environment["VLLM_PLUGINS"] == ""
+    connector = json.loads(option(lmcache, "--kv-transfer-config"))
+    assert connector["kv_connector"] == "LMCacheMPConnector"
+    settings = connector["kv_connector_extra_config"]
+    assert f"{settings['lmcache.mp.host']}:{settings['lmcache.mp.port']}" == server.address
+    assert int(option(server, "--chunk-size")) % int(option(lmcache, "--block-size")) == 0
+    stock = list(lmcache.command)
+    for name in ("--kv-transfer-config", "--block-size"):
+        at = stock.index(name)
+        del stock[at : at + 2]
+    stock[stock.index("9005")] = "9001"
+    assert stock == list(plain.command)
+
+
+def test_on_a_gpu_lmcaches_connector_takes_vllms_own_blocks(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, "0")
+    _, services = make(home, tmp_path, profile="gpu", contenders="lmcache")
+    assert "--block-size" not in services["lmcache"].command
+
+
+def test_a_blend_in_memory_doesnt_wait_for_the_server_of_another(home: Home, tmp_path: Path) -> None:
+    plan, _ = make(home, tmp_path, contenders="blend,lmcache")
+    services = build_services(dataclasses.replace(plan, blend=dataclasses.replace(plan.blend, store="memory")), home)
+    assert {service.name: service.depends_on for service in services[:3]} == {
+        "lmcache-server": (),
+        "blend": (),
+        "lmcache": ("lmcache-server",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "adapter"),
+    [
+        ("redis://cache:6380", {"type": "resp", "host": "cache", "port": 6380}),
+        ("valkey://me@cache", {"type": "resp", "host": "cache", "port": 6379, "username": "me"}),
+        ('{"type": "s3", "s3_region": "r"}', {"type": "s3", "s3_region": "r"}),
+        (
+            "kept",
+            {
+                "type": "fs_native",
+                "base_path": str(project_root() / "kept"),
+                "max_capacity_gb": 3.0,
+                "eviction": {"eviction_policy": "LRU"},
+            },
+        ),
+    ],
+)
+def test_lmcaches_second_tier(home: Home, tmp_path: Path, place: str, adapter: dict[str, object]) -> None:
+    _, services = make(home, tmp_path, lmcache_l2=place, lmcache_l2_gb=3)
+    assert json.loads(option(services["lmcache-server"], "--l2-adapter")) == adapter
+    assert option(services["lmcache-server"], "--l2-prefetch-policy") == "retain"
+    assert "--l2-adapter" not in make(home, tmp_path)[1]["lmcache-server"].command
+
+
+def test_lmcaches_own_blender_is_a_form_of_blend(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, "0", "1")
+    chosen = {
+        "profile": "gpu",
+        "blend_engine": "lmcache",
+        "separator": "@@",
+        "blend_ratio": 0.3,
+        "blend_check_layer": 2,
+    }
+    _, services = make(home, tmp_path, **chosen)
+    assert list(services) == ["blend", "plain", "page"], "its chunks lie in its own process"
+    blend = services["blend"]
+    assert "VLLM_PLUGINS" not in blend.environment, "our plugin registers the model"
+    assert "--no-enable-prefix-caching" in blend.command
+    assert "--enable-prefix-caching" not in blend.command
+    assert "kvarena.vllm_plugin.middleware.KVArenaMiddleware" not in blend.command
+    extra = extra_config(blend)
+    assert (extra["lmcache.blend_special_str"], extra["lmcache.blend_recompute_ratios"]) == ("@@", [0.3])
+    assert (extra["lmcache.blend_check_layers"], extra["lmcache.max_local_cpu_size"]) == ([2], 1.0)
+    shown = json.loads(services["page"].environment["KVARENA_CONTENDERS"])
+    assert [contender.get("approximate", False) for contender in shown] == [True, False]
+
+
+def test_what_lmcaches_own_blender_cant_do_is_refused_before_anything_starts(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StackError, match=r"BLEND_ENGINE is lmcache, .* needs a GPU; on a CPU it must be kvarena"):
+        make(home, tmp_path, blend_engine="lmcache")
+    with_gpus(monkeypatch, "0")
+    with pytest.raises(StackError, match=r"BLEND_ENGINE is lmcache, and .* policy 'kv_deviation' only, not 'all'"):
+        make(home, tmp_path, profile="gpu", blend_engine="lmcache", blend_policy="all")
+    with pytest.raises(StackError, match="BLEND_ENGINE must be one of kvarena, lmcache, not 'both'"):
+        make(home, tmp_path, blend_engine="both")

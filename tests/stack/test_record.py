@@ -1,0 +1,41 @@
+"""The record of what runs: read back, and compared with what is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from kvarena.stack.home import Home
+from kvarena.stack.record import Record, differences, read_record
+from planned_services import make
+
+
+def test_the_record_reads_back(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    record = Record(tuple(services.values()), "/tmp/s", "data", "demo")
+    home.create()
+    record.write(home)
+    assert read_record(home) == record
+    assert differences(record, record) == []
+    home.record.write_text("{}")
+    assert read_record(home) is None
+
+
+def test_differences_are_told_in_words(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, ui=False)
+    _, others = make(home, tmp_path, max_model_len=512, contenders="plain", data_dir=tmp_path / "notes")
+    running = Record(tuple(services.values()), "", "data", "demo")
+    wanted = Record(tuple(others.values()), "", "notes", "demo")
+    lines = differences(running, wanted)
+    assert "blend is running and was not asked for" in lines
+    assert "page is not running" in lines
+    assert "plain: --max-model-len is not set, not 512" in lines
+    assert "data folder data, not notes" in lines
+
+
+def test_a_stack_without_a_key_is_not_the_one_that_asks_for_it(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    running = Record(tuple(services.values()), "", "data", "demo")
+    assert differences(running, dataclasses.replace(running, has_api_key=True)) == [
+        "KVARENA_API_KEY is not set for what runs"
+    ]
