@@ -19,14 +19,14 @@ declare -A dockerfiles=(
     [gpu]=backend/Dockerfile.gpu [ai100]=ai100/Dockerfile
 )
 
-# Debian with Python.
+# Debian with Python and pip, which the images that a Dockerfile begins with have too.
 make_base() {
     buildah inspect --type image "$base" >/dev/null 2>&1 && return
     command -v debootstrap >/dev/null 2>&1 || fail "debootstrap is needed: apt-get install debootstrap, or name a BASE_IMAGE"
     printf '== making %s\n' "$base"
     local folder container
     folder=$(mktemp -d)
-    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv bookworm "$folder/root" >"$folder/log" 2>&1 ||
+    debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv bookworm "$folder/root" >"$folder/log" 2>&1 ||
         fail "debootstrap failed; its log is $folder/log"
     container=$(buildah from scratch)
     buildah add --quiet "$container" "$folder/root" / >/dev/null
