@@ -193,6 +193,20 @@ def test_a_crashed_service_comes_back(home: Home, console: Console, small_servic
     assert_nothing_left(home)
 
 
+def test_a_killed_service_comes_back_without_its_old_children(
+    home: Home, console: Console, small_service: MakeService
+) -> None:
+    bring_up(home, console, small_service("first"), small_service("second"))
+    old = {name: psutil.Process(pid).children() for name, pid in pids(home).items()}
+    assert all(old.values())
+    before = pids(home)["first"]
+    os.kill(before, signal.SIGKILL)
+    assert eventually(lambda: states(home)["first"] == "healthy" and pids(home)["first"] != before)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in old["first"])
+    assert all(child.is_running() for child in old["second"]), "another service's are its own"
+    lifecycle.down(home, console)
+
+
 def test_a_service_that_hangs_is_seen(home: Home, console: Console, small_service: MakeService) -> None:
     bring_up(home, console, small_service("only"))
     os.kill(pids(home)["only"], signal.SIGSTOP)

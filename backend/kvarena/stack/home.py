@@ -19,6 +19,8 @@ from pathlib import Path
 from kvarena.stack.errors import StackError
 
 INSTANCE_VARIABLE = "KVARENA_INSTANCE"
+SERVICE_VARIABLE = "KVARENA_SERVICE"
+"""Its value, in the environment of a service and of all that it starts, is the service's name."""
 MAX_RUN_FOLDER_BYTES = 107 - len("/00000000-0000-0000-0000-000000000000")
 """The kernel's limit for the path of a socket, less the names that vLLM gives its own."""
 RUN_FOLDER_PREFIX = "kvarena-"

@@ -1,7 +1,8 @@
 """Becomes one service: `python -m kvarena.stack.launch NAME`, run by the supervisor.
 
 Commands and environments are taken from the record, not from the supervisor's configuration, whose quoting rules
-can't carry every path and separator. The process id stays the same, so the supervisor watches the service itself.
+can't carry every path and separator. What the service's last life left running is ended first: it would keep memory
+that the new one needs. The process id stays the same, so the supervisor watches the service itself.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from kvarena.stack.home import Home
+from kvarena.stack.home import SERVICE_VARIABLE, Home
 from kvarena.stack.logs import START_MARK
+from kvarena.stack.processes import end, processes_of
 from kvarena.stack.record import read_record
 from kvarena.stack.service import Service
 
@@ -23,10 +25,15 @@ GROUP_NICENESS = "5"
 
 def main() -> None:
     (name,) = sys.argv[1:]
-    record = read_record(Home.find())
+    home = Home.find()
+    record = read_record(home)
     service = record.service(name) if record else None
     if service is None:
-        sys.exit(f"no service {name!r} is recorded in {Home.find().record}")
+        sys.exit(f"no service {name!r} is recorded in {home.record}")
+    if leftovers := processes_of(home, name):
+        print(f"ending {len(leftovers)} processes that the last {name} left behind", flush=True)
+        end(leftovers)
+    os.environ[SERVICE_VARIABLE] = name
     become(service)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
-from kvarena.stack.home import INSTANCE_VARIABLE, Home
+from kvarena.stack.home import INSTANCE_VARIABLE, SERVICE_VARIABLE, Home
 
 TERMINATE_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
@@ -19,16 +20,33 @@ MAX_ROUNDS = 5
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def processes_of(home: Home) -> list[psutil.Process]:
-    """Every process of this user that carries the instance's marker, except this one."""
+def processes_of(home: Home, service: str | None = None) -> list[psutil.Process]:
+    """Every process of this user that carries the instance's marker, and the service's if one is named, but this one.
+
+    A server that is killed leaves its children behind: they are still the service's.
+    """
     marked = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid == os.getpid() or process.uids().real != os.getuid():
                 continue
-            if process.environ().get(INSTANCE_VARIABLE) == str(home.path):
+            environment = process.environ()
+            is_asked_for = service in (None, environment.get(SERVICE_VARIABLE))
+            if environment.get(INSTANCE_VARIABLE) == str(home.path) and is_asked_for:
                 marked.append(process)
     return marked
+
+
+def end(processes: Sequence[psutil.Process]) -> None:
+    """Politely first."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=TERMINATE_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)
 
 
 def stop_leftovers(home: Home) -> list[int]:
@@ -39,14 +57,7 @@ def stop_leftovers(home: Home) -> list[int]:
         if not found:
             break
         stopped |= dict.fromkeys(process.pid for process in found)
-        for process in found:
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-        _, alive = psutil.wait_procs(found, timeout=TERMINATE_TIMEOUT_S)
-        for process in alive:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)
+        end(found)
     remove_shared_memory(home)
     return list(stopped)
 
