@@ -40,10 +40,18 @@ def row(f1: float, ttft_ms: float, **more: Any) -> dict[str, Any]:
 
 
 def test_the_fastest_that_agrees_enough() -> None:
-    rows = [row(0.99, 300), row(0.97, 200), row(0.96, 100), row(1.0, 150, num_failed=1), row(0, 1) | {"f1": None}]
+    agreeing = [row(0.99, 300, check_layer=3), row(0.97, 200, check_layer=2)]
+    rows = [*agreeing, row(0.96, 100), row(1.0, 150, num_failed=1), row(0, 1) | {"f1": None}]
     assert fastest(rows, 0.97) is rows[1]
     assert fastest(rows, 0.98) is rows[0]
     assert fastest(rows, 0.995) is None
+
+
+def test_of_two_ratios_that_agree_the_lower_one_is_faster_whatever_was_measured() -> None:
+    rows = [row(1.0, 140, ratio=0.05), row(1.0, 90), row(1.0, 100, ratio=0.0, policy="chunk_head")]
+    assert fastest(rows, 0.97) is rows[0]
+    assert fastest([rows[0] | {"f1": {"mean": 0.9}}, *rows[1:]], 0.97) is rows[1]
+    assert fastest([rows[0], rows[1] | {"check_layer": 2}], 0.97) is not rows[0], "another layer is other work"
 
 
 def test_layers_up_to_half_of_the_model() -> None:
