@@ -25,7 +25,7 @@ def explained(contender: Contender, timeout_s: float) -> Iterator[None]:
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise ContenderError(
             f"Nothing answers at {contender.url}. Is the server running, or still starting? "
-            f"`kvarena status` and `kvarena logs {contender.service or contender.name}` say more."
+            f"./run-server.sh status and ./run-server.sh logs {contender.service or contender.name} say more."
         ) from error
     except httpx.TimeoutException as error:
         raise ContenderError(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from kvarena.bench.quality.questions import DEFAULT_KIND
+
 QUESTIONS_NAME = "questions.jsonl"
 
 
@@ -37,7 +39,7 @@ def load_examples(folder: Path, chunk_names: Collection[str]) -> list[Example]:
 def _read(line: str, chunk_names: Collection[str]) -> Example | None:
     try:
         entry = json.loads(line)
-        example = Example(str(entry["question"]), str(entry["kind"]), tuple(entry["chunks"]))
+        example = Example(str(entry["question"]), str(entry.get("kind") or DEFAULT_KIND), tuple(entry["chunks"]))
         is_follow_up = bool(entry.get("history"))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

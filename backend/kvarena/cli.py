@@ -44,6 +44,9 @@ app.command()(calibrate)
 app.command()(report)
 app.command()(worlds)
 
+WIDTH_WITHOUT_TERMINAL = 240
+"""Paths and addresses aren't folded where a program reads them."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Name = Annotated[str, typer.Argument(help="lmcache-server, a contender, or page.")]
 
@@ -53,7 +56,8 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
     from rich.console import Console
 
     errors = Console(stderr=True)
-    return (errors if as_json else Console()), errors
+    results = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    return (errors if as_json else results), errors
 
 
 @app.command()
@@ -125,7 +129,7 @@ def up(
             render.show_warm_result(warmed[0], record.data_dir, console)
         except StackError as error:
             render.show_error(error, errors)
-            console.print("The chunk cache is not filled; kvarena warm tries again.")
+            console.print("The chunk cache is not filled; ./run-server.sh warm tries again.")
 
     lifecycle.up(settings, home, console, when_healthy=fill_chunk_cache)
     current = stack_status(home)
@@ -193,7 +197,7 @@ def restart(name: Name) -> None:
     console = _consoles()[0]
     service = lifecycle.restart(name, Home.find(), console)
     if service.name == LMCACHE_SERVER and L2_OPTION not in service.command:
-        console.print("The chunk cache is empty now; kvarena warm fills it again.")
+        console.print("The chunk cache is empty now; ./run-server.sh warm fills it again.")
 
 
 @app.command()
@@ -208,7 +212,7 @@ def warm(as_json: Json = False) -> None:
     console, _ = _consoles(as_json)
     record, supervisor = running_supervisor(Home.find())
     if record is None or supervisor is None:
-        raise StackError("nothing is running; start the stack with kvarena up")
+        raise StackError("nothing is running; start the stack with ./run-server.sh")
     result = render.warm_with_progress(record, console, shown_api_key())
     if as_json:
         print(json.dumps(result.to_json(), indent=1))

@@ -39,10 +39,11 @@ def ai100(
     from rich.console import Console
 
     from kvarena.bench import ai100_bench, ai100_plot
-    from kvarena.bench.results import load_results, save_results
+    from kvarena.bench.results import check_writable, load_results, save_results
 
     console = Console(stderr=as_json)
     with explained():
+        check_writable(output)
         workload = ai100_bench.AI100Workload(
             history_tokens=history_tokens,
             num_turns=num_turns,

@@ -57,10 +57,11 @@ def prefix(
     from rich.console import Console
 
     from kvarena.bench import prefix_bench, prefix_plot
-    from kvarena.bench.results import load_results, save_results
+    from kvarena.bench.results import check_writable, load_results, save_results
 
     console = Console(stderr=as_json)
     with explained():
+        check_writable(output)
         workload = prefix_bench.PrefixWorkload(
             context_tokens=integers(context_tokens),
             levels=tuple(level.strip() for level in levels.split(",")),
@@ -95,10 +96,11 @@ def tasks(
     from rich.console import Console
 
     from kvarena.bench import task_search_bench
-    from kvarena.bench.results import load_results, save_results
+    from kvarena.bench.results import check_writable, load_results, save_results
 
     console = Console(stderr=as_json)
     with explained():
+        check_writable(output)
         workload = task_search_bench.TaskSearchWorkload(
             integers(num_tasks), embedding_dim, num_queries, similarity, seed
         )
@@ -130,12 +132,13 @@ def decode(
     from rich.console import Console
 
     from kvarena.bench import decode_bench
-    from kvarena.bench.results import load_results, save_results
+    from kvarena.bench.results import check_writable, load_results, save_results
     from kvarena.bench.shapes import model_folder
     from kvarena.stack.settings import shown_api_key
 
     console = Console(stderr=as_json)
     with explained():
+        check_writable(output)
         workload = decode_bench.DecodeWorkload(integers(context_tokens), max_new_tokens, num_requests, seed)
         contenders = {url: decode_bench.server_decode(url, shown_api_key())} if url else {}
         folder = model_folder(model, shape)

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from kvarena.api_key import bearer
+from kvarena.api_key import API_KEY_VARIABLE, bearer
 from kvarena.stack.warm import error_message
 
 REPORT_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -40,7 +40,7 @@ class OpenAIServer:
             offer = self._http.get("/kvarena")
             self.offer: dict[str, Any] | None = offer.json() if offer.is_success else None
         except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{name}: no OpenAI server answers at {self.url} ({error})") from error
+            raise ValueError(f"{name}: {_why_not(error, self.url, bool(api_key))}") from error
         self.model: str = model["id"]
         self.root: str | None = model.get("root")
         self.max_model_len: int | None = model.get("max_model_len")
@@ -91,6 +91,13 @@ class OpenAIServer:
 
     def close(self) -> None:
         self._http.close()
+
+
+def _why_not(error: Exception, url: str, has_key: bool) -> str:
+    """What keeps a server from being asked."""
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+        return f"{url} wants {API_KEY_VARIABLE}, which is {'another one than this' if has_key else 'not set here'}"
+    return f"no OpenAI server answers at {url} ({error})"
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:

@@ -24,13 +24,27 @@ Row = dict[str, Any]
 Group = TypeVar("Group", bound=Hashable)
 
 
+def check_writable(path: Path) -> None:
+    """Before hours of measuring: raises `OSError` or `ValueError` where `save_results` couldn't write this file."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file for the results")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part_of(path)
+    part.touch()
+    part.unlink()
+
+
 def save_results(path: Path, settings: Mapping[str, Any], rows: Sequence[Row], **details: Any) -> None:
     """Writes the file whole or not at all. Folders are made. `details` stand beside the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"settings": dict(settings), "versions": versions(), "machine": machine(), "rows": list(rows), **details}
-    part = path.with_name(path.name + ".part")
+    part = _part_of(path)
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def load_results(path: Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def restart(name: str, home: Home, console: Console) -> Service:
     with home.lock(), stop_signals_raise():
         record, supervisor = running_supervisor(home)
         if record is None or supervisor is None:
-            raise StackError("nothing is running; start the stack with kvarena up")
+            raise StackError("nothing is running; start the stack with ./run-server.sh")
         service = record.service(name)
         if service is None:
             names = ", ".join(service.name for service in record.services)

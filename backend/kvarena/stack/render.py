@@ -24,10 +24,10 @@ def show_status(status: StackStatus, console: Console) -> None:
     if status.num_unsupervised:
         console.print(
             f"{status.num_unsupervised} processes are running without their supervisor, which was killed; "
-            "kvarena down ends them."
+            "./run-server.sh stop ends them."
         )
     elif not status.services:
-        console.print("Nothing is running; start the stack with kvarena up.")
+        console.print("Nothing is running; start the stack with ./run-server.sh.")
     else:
         console.print(status_table(status))
 

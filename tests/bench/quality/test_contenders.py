@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exam_folder import write_exam_folder
+from kvarena.api.config import ApiConfig
 from kvarena.bench.openai_server import NoAnswer
 from kvarena.bench.quality.answers import Answer, Messages
 from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Attempt, ask_all
@@ -71,6 +72,13 @@ def test_no_server() -> None:
         port = free.getsockname()[1]
     with pytest.raises(ValueError, match=rf"there: no OpenAI server answers at http://127.0.0.1:{port}"):
         servers([f"there=127.0.0.1:{port}"], 1.0, True)
+
+
+def test_a_server_that_wants_a_key() -> None:
+    with serving(ScriptedEngine(), ApiConfig(api_key="sesame")) as locked:
+        for key, has in (("", "not set here"), ("other", "another one than this")):
+            with pytest.raises(ValueError, match=f"wants KVARENA_API_KEY, which is {has}"):
+                HTTPAnswerer("scripted", locked.url, api_key=key)
 
 
 def test_names_without_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,16 @@ def test_bad_command_lines(given: list[str], says: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.parametrize(("output", "says"), [("", "is a folder; name a file"), ("file/x.json", "error: ")])
+def test_where_no_result_can_be_written_nothing_is_measured(output: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["bench", "ttft", "--target", "there=nowhere", "--output", str(tmp_path / output)])
+    assert result.exit_code == 1
+    assert says in result.output
+    assert "there" not in result.output
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_names_and_addresses(real: RealServer[ScriptedEngine], model: Path, tmp_path: Path) -> None:
     twice = arguments(real, model, tmp_path / "x.json", "--target", f"mine={real.url}")
     result = CliRunner().invoke(app, twice)

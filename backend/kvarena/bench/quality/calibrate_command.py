@@ -66,7 +66,7 @@ def calibrate(
     from kvarena.bench.quality.rows import ALL_KINDS, Sheet
     from kvarena.bench.quality.session import Wanted, session
     from kvarena.bench.quality.setups import Setup, blend_setups
-    from kvarena.bench.results import load_results, save_results, shown_path
+    from kvarena.bench.results import check_writable, load_results, save_results, shown_path
     from kvarena.stack.home import project_root
     from kvarena.worlds.folder import QUESTIONS_NAME
 
@@ -75,6 +75,7 @@ def calibrate(
     path = questions or folder / QUESTIONS_NAME
     wanted = Wanted(engine, [contender], model, separator, timeout_s, has_logprobs=False)
     with explained():
+        check_writable(output)
         has_questions = questions is not None or path.is_file()
         exam = (
             load_exam(path, folder, num_questions)
@@ -125,7 +126,10 @@ def calibrate(
     if write and blend.model_folder:
         with explained():
             profile = calibration.write_profile(blend.model_folder, chosen, asked.separator)
-        console.print(f"Written to {profile}; servers that start from now on use it.", soft_wrap=True)
+        console.print(
+            f"Written to {profile}; a stack that is started from now on uses it, `restart` keeps the old one.",
+            soft_wrap=True,
+        )
     elif write:
         console.print("The model isn't a folder on this machine: set BLEND_POLICY and the like where it is served.")
 
@@ -137,7 +141,7 @@ def _show(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
     from kvarena.bench.quality.setups import Setup
 
     table = Table(title="Agreement with full prefill (token F1, %)", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("policy", "check layer", "ratio", "agreement", "interval", "TTFT ms", "failed", ""):
+    for name in ("policy", "layer", "ratio", "agreement", "interval", "TTFT ms", "failed", ""):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in rows:
         found = row["f1"]

@@ -67,7 +67,7 @@ def evaluate(
     from kvarena.bench.quality.session import Wanted, session
     from kvarena.bench.quality.setups import find_reference
     from kvarena.bench.quality.tables import show_rows
-    from kvarena.bench.results import load_results, save_results, shown_path
+    from kvarena.bench.results import check_writable, load_results, save_results, shown_path
     from kvarena.stack.home import project_root
     from kvarena.worlds.folder import QUESTIONS_NAME
 
@@ -75,6 +75,7 @@ def evaluate(
     path = questions or (data or project_root() / "data") / QUESTIONS_NAME
     wanted = Wanted(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
     with explained():
+        check_writable(output)
         exam = load_exam(path, data, limit)
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
         with session(wanted, console) as asked:

@@ -28,7 +28,9 @@ def servers(wanted: Sequence[str], timeout_s: float, has_logprobs: bool) -> dict
         if service.name in STACK_CONTENDERS
     }
     if not wanted and not running:
-        raise ValueError("nothing runs; start the stack with kvarena up, or name servers: --contender name=address")
+        raise ValueError(
+            "nothing runs; start the stack with ./run-server.sh, or name servers: --contender name=address"
+        )
     addresses = dict(_address(given, running) for given in wanted) if wanted else running
     key = shown_api_key()
     return {name: HTTPAnswerer(name, url, key, timeout_s, has_logprobs) for name, url in addresses.items()}
@@ -58,6 +60,6 @@ def _address(given: str, running: dict[str, str]) -> tuple[str, str]:
     if name not in running:
         raise ValueError(
             f"{name} isn't running; running: {', '.join(running) or 'nothing'}. "
-            "Start it with kvarena up --contenders, or give its address: --contender name=address"
+            "Start it with ./run-server.sh --contenders, or give its address: --contender name=address"
         )
     return name, running[name]

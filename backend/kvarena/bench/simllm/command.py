@@ -45,7 +45,7 @@ def simllm(
     from rich.console import Console
 
     from kvarena.bench.quality.questions import load_exam
-    from kvarena.bench.results import load_results, save_results, shown_path
+    from kvarena.bench.results import check_writable, load_results, save_results, shown_path
     from kvarena.bench.simllm import measuring, plot
     from kvarena.bench.simllm.contenders import setups
     from kvarena.bench.simllm.table import show_quality, show_speed
@@ -55,6 +55,7 @@ def simllm(
     console = Console(stderr=as_json)
     path = questions or project_root() / "data" / QUESTIONS_NAME
     with explained():
+        check_writable(output)
         exam = load_exam(path)
         chosen = setups([mode.strip() for mode in modes.split(",")], decimals(thresholds))
         bench = measuring.Bench(exam, chosen, similar, max_new_tokens, max_cache_size, dtype, seed)

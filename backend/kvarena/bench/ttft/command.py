@@ -67,7 +67,7 @@ def ttft(
     """
     from rich.console import Console
 
-    from kvarena.bench.results import load_results, save_results
+    from kvarena.bench.results import check_writable, load_results, save_results
     from kvarena.bench.ttft.measuring import Bench
     from kvarena.bench.ttft.own_servers import OwnServers
     from kvarena.bench.ttft.servers import Wanted
@@ -78,6 +78,7 @@ def ttft(
     rows: list[Row] = []
     settings: dict[str, Any] = {"benchmark": "ttft", "is_interrupted": False}
     with explained():
+        check_writable(output)
         lengths, at_once = integers(context_tokens), integers(concurrency)
         states = tuple(one.strip() for one in state.split(","))
         workload = Workload(lengths, states, at_once, chunk_tokens, question_tokens, max_new_tokens, repeats, seed)
