@@ -11,9 +11,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from kvarena.reuse.blender import BlendReport
 from kvarena.reuse.params import BlendParams
 from kvarena.reuse.plan import ReusePlan, TokenIds
+from kvarena.reuse.report import BlendReport
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from kvarena.engines.blend.blendable import BlendableModel
 from kvarena.engines.blend.prefilled import HFPrefilledModel
 from kvarena.engines.hf_model import HFModel
 from kvarena.engines.sequence_kv import SequenceKV
-from kvarena.reuse.blender import Blender, BlendReport
+from kvarena.reuse.blender import Blender
 from kvarena.reuse.matcher import ChunkIndex
 from kvarena.reuse.params import BlendParams
 from kvarena.reuse.plan import ReusePlan, TokenIds, as_token_ids
 from kvarena.reuse.planner import Planner
+from kvarena.reuse.report import BlendReport
 from kvarena.reuse.segmenter import Segmenter
 from kvarena.reuse.store import ChunkStore
 
