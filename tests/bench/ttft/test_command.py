@@ -197,7 +197,7 @@ def test_servers_that_are_started_for_it(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", "/no/compiler")  # a first compilation takes longer than all the rest
     stack, output = Stack(tmp_path / "home"), tmp_path / "x.json"
     contexts = ["--context-tokens", "384", "--chunk-tokens", "128", "--concurrency", "1,2", "--repeats", "1"]
-    policies = ["--policy", "kv_deviation:0.15", "--policy", "none"]
+    policies = ["--policy", "kv_deviation:0.15@2", "--policy", "none"]
     done = stack.command("bench", "ttft", *contexts, *policies, "--output", str(output), timeout_s=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not processes_of(Home(tmp_path / "home" / "bench" / "ttft"))

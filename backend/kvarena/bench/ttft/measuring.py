@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -115,6 +116,9 @@ class Bench:
 
 
 def _salt(cell: Cell, setup: Setup) -> str:
-    """Policies of one blend are asked the same new chunks, which the first one would make known to the others."""
+    """Policies of one blend are asked the same new chunks, which the first one would make known to the others.
+
+    vLLM allows few characters in a salt, and a label has others.
+    """
     brings_chunks = setup.policy is not None and cell.state in ("half", "cold")
-    return f"{setup.label} {cell.context_tokens}" if brings_chunks else ""
+    return hashlib.sha256(f"{setup.label} {cell.context_tokens}".encode()).hexdigest() if brings_chunks else ""
