@@ -16,9 +16,10 @@ from chats import OpenChat
 from history import Context
 from kvarena.context import TextChunk, load_system_prompt
 from servers_view import draw_servers
-from wire import Sampling
+from wire import Recomputing, Sampling
 
 NUM_DEFAULT_CHUNKS = 6
+DEFAULT_MAX_TTFT_MS = 500.0
 KEEP: Final = "session"  # what a widget holds outlives a look at another page
 SORTABLE_STYLE = """
 .sortable-component.vertical .sortable-container { padding: 0; background: #f3f5f9; }
@@ -125,7 +126,7 @@ def _draw_order(picked: list[str]) -> list[str]:
 
 
 def _draw_sampling() -> Sampling:
-    policy, ratio = _draw_blend()
+    recomputing = _draw_blend()
     mode, similarity_threshold = _draw_simllm()
     st.subheader("Answer")
     temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state=KEEP)
@@ -137,14 +138,14 @@ def _draw_sampling() -> Sampling:
         help="Goes on after the end of the answer (`ignore_eos`): text of equal length on both sides, "
         "for comparing tokens per second.",
     )
-    return Sampling(temperature, int(max_tokens), ignore_eos, policy, ratio, mode, similarity_threshold)
+    return Sampling(temperature, int(max_tokens), ignore_eos, recomputing, mode, similarity_threshold)
 
 
-def _draw_blend() -> tuple[str | None, float | None]:
-    """Policy and ratio, where there is a contender for them."""
+def _draw_blend() -> Recomputing:
+    """Where there is a contender for it."""
     offer = state.blend_offer()
     if not offer or not offer.policies:
-        return None, None
+        return Recomputing()
     st.subheader("Reuse")
     default = offer.policies.index(offer.policy) if offer.policy in offer.policies else 0
     policy = st.selectbox(
@@ -155,6 +156,19 @@ def _draw_blend() -> tuple[str | None, float | None]:
         persist_state=KEEP,
         help="Which reused tokens are recomputed.",
     )
+    if policy in offer.timed_policies and st.toggle(
+        "Keep to a time",
+        offer.max_ttft_ms is not None,
+        key="has-max-ttft",
+        persist_state=KEEP,
+        help="Recompute as many tokens as fit into a time to first token. What a token costs, the server learns from "
+        "the blends before.",
+    ):
+        default_ms = offer.max_ttft_ms or DEFAULT_MAX_TTFT_MS
+        max_ttft_ms = st.number_input(
+            "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", persist_state=KEEP
+        )
+        return Recomputing(policy, max_ttft_ms=max_ttft_ms)
     ratio = st.slider(
         "Ratio",
         0.0,
@@ -165,7 +179,7 @@ def _draw_blend() -> tuple[str | None, float | None]:
         persist_state=KEEP,
         help="Share of reused tokens to recompute.",
     )
-    return policy, ratio
+    return Recomputing(policy, ratio)
 
 
 def _draw_simllm() -> tuple[str | None, float | None]:

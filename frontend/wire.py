@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 Message = Mapping[str, str]
@@ -11,12 +11,17 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Blend:
-    """What `GET /kvarena` of a contender that blends offers."""
+    """What `GET /kvarena` of a contender that blends offers.
+
+    `timed_policies` are those whose ratio can be left to a time to first token, `max_ttft_ms` the server's own.
+    """
 
     policies: tuple[str, ...]
     policy: str
     ratio: float
     separator: str
+    timed_policies: tuple[str, ...] = ()
+    max_ttft_ms: float | None = None
 
     @classmethod
     def read(cls, offer: Mapping[str, Any]) -> Blend:
@@ -27,7 +32,20 @@ class Blend:
             policy=defaults.get("policy") or (policies[0] if policies else ""),
             ratio=float(defaults.get("ratio") or 0.0),
             separator=offer.get("separator") or "",
+            timed_policies=tuple(offer.get("timed_policies") or ()),
+            max_ttft_ms=defaults.get("max_ttft_ms"),
         )
+
+
+@dataclass(frozen=True)
+class Recomputing:
+    """What a blend is told to recompute: a policy, and a share of the reused tokens or a time to first token. None: the
+    server's own.
+    """
+
+    policy: str | None = None
+    ratio: float | None = None
+    max_ttft_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,16 +98,15 @@ class Server:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is asked of every contender alike. `policy` and `ratio` go to those that blend, `mode` and
-    `similarity_threshold` to those that look for similar prompts, `use_cache` to those with KV slots; None: their
-    default. `user` names a conversation, where it isn't empty.
+    """What is asked of every contender alike. `recomputing` goes to those that blend, `mode` and `similarity_threshold`
+    to those that look for similar prompts, `use_cache` to those with KV slots; None: their default. `user` names a
+    conversation, where it isn't empty.
     """
 
     temperature: float = 0.0
     max_tokens: int = 128
     ignore_eos: bool = False
-    policy: str | None = None
-    ratio: float | None = None
+    recomputing: Recomputing = Recomputing()
     mode: str | None = None
     similarity_threshold: float | None = None
     use_cache: bool | None = None
@@ -119,7 +136,7 @@ def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
     """What this kind of contender can be told about its reuse, as far as it was chosen."""
     chosen: dict[str, Any] = {}
     if server.blend:
-        chosen = {"policy": sampling.policy, "ratio": sampling.ratio}
+        chosen = asdict(sampling.recomputing)
     elif server.simllm:
         chosen = {"mode": sampling.mode, "similarity_threshold": sampling.similarity_threshold}
     elif server.has_slots:

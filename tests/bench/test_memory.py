@@ -9,7 +9,6 @@ import pytest
 
 from kvarena.bench.memory import PeakMemory
 
-
 RISE_AND_REST = """
 import mmap
 from kvarena.bench.memory import PeakMemory

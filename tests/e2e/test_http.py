@@ -61,7 +61,14 @@ def test_settings_are_told(stack: Stack) -> None:
         ({"check_layer": 99}, "from 0 to 5"),
         ({"store": "yes"}, "true or false"),
         ({"chunks": "text"}, "list of strings"),
-        ({"rate": 1}, "policy, ratio, check_layer, deviation, num_filters, head_tokens, run_tokens, store, chunks"),
+        ({"ratio": "auto"}, "needs max_ttft_ms"),
+        ({"max_ttft_ms": 0}, "a number above 0"),
+        ({"max_ttft_ms": 300, "ratio": 0.1}, "not both"),
+        ({"max_ttft_ms": 300, "policy": "none"}, "which none doesn't go by"),
+        (
+            {"rate": 1},
+            "policy, ratio, check_layer, deviation, num_filters, head_tokens, run_tokens, max_ttft_ms, store, chunks",
+        ),
     ],
 )
 def test_bad_values_are_refused_with_the_choices(stack: Stack, params: dict[str, Any], said: str) -> None:

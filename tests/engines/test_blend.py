@@ -19,6 +19,7 @@ from kvarena.engines.blend.blendable import BlendableModel
 from kvarena.engines.blend.prefill import BlendedPrefill
 from kvarena.engines.blend.prefilled import HFPrefilledModel
 from kvarena.engines.hf_model import HFModel, UnsupportedModel
+from kvarena.reuse.costs import LEAST_RATIO
 from kvarena.reuse.params import BlendParams
 from kvarena.reuse.plan import Chunk, as_token_ids
 from kvarena.reuse.prefilled import LayerKV, Narrowing
@@ -298,6 +299,29 @@ def test_keys_that_turn_otherwise_than_their_table_says_are_refused(monkeypatch:
     with pytest.raises(UnsupportedModel, match="keys of layer 0 don't turn"):
         BlendableModel(model)
     model.close()
+
+
+@pytest.mark.parametrize("policy", ["kv_deviation", "chunk_head", "query_attention"])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_a_time_for_the_blend_decides_on_the_ratio(blended: Blended, policy: str, ratio: float) -> None:
+    """Whatever the ratio is with which it begins; with time enough the prompt is computed whole."""
+    first, *others = map(blended.encode, make_prompts(21, 4))
+    params = BlendParams(policy, ratio=ratio)
+
+    def within(ids: list[int], budget_ms: float) -> BlendedPrefill:
+        result = blended.blender.prefill(ids, params, 64, budget_ms=budget_ms)
+        assert not result.report.blend_failures
+        return result
+
+    assert within(first, 1e9).report.ratio == ratio
+    blended.prefill(others[0], BlendParams(policy, ratio=0.3))
+    late, in_time = within(others[1], -1.0), within(others[2], 1e9)
+    assert late.report.ratio == LEAST_RATIO
+    assert 0 < late.report.num_recomputed_tokens < 0.05 * len(others[1])
+    assert in_time.report.ratio == 1.0
+    kv, logits = blended.blind(others[2], [])
+    assert_close(in_time.kv.filled(0, len(others[2])), kv)
+    assert_close(in_time.logits, logits)
 
 
 def test_a_check_layer_beyond_the_last_is_refused(blended: Blended) -> None:

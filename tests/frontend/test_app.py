@@ -52,6 +52,22 @@ def test_page_shows_servers_context_and_its_tokens(small_server, open_page: Open
     assert page.expander[0].label == "Context: 3 chunks, 18 tokens"
 
 
+def test_a_time_in_place_of_the_ratio(small_server, open_page: Open) -> None:
+    """It is offered for policies that go by a ratio, and by servers that know of it."""
+    blend = small_server(offer=OFFER | {"timed_policies": ["kv_deviation"]})
+    page = open_page(blend, small_server())
+    assert page.slider(key="ratio").value == 0.15
+    page.toggle(key="has-max-ttft").set_value(True).run()
+    assert not [slider for slider in page.slider if slider.key == "ratio"]
+    page.number_input(key="max-ttft-ms").set_value(250.0).run()
+    page.chat_input[0].set_value("Who?").run()
+    (asked,) = blend.completions()
+    assert asked["kv_transfer_params"]["kvarena"] == {"policy": "kv_deviation", "max_ttft_ms": 250.0}
+    page.selectbox(key="policy").set_value("none").run()
+    assert page.slider(key="ratio").value == 0.15
+    assert "has-max-ttft" not in {toggle.key for toggle in page.toggle}
+
+
 def test_question_goes_to_both_with_the_choices_on_the_page(small_server, open_page: Open) -> None:
     blend, plain = small_server(offer=OFFER), small_server()
     page = open_page(blend, plain)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from small_openai_server import SIMLLM_OFFER
-from wire import Sampling, Server, completion_request
+from wire import Recomputing, Sampling, Server, completion_request
 
 MODEL = {"id": "demo", "max_model_len": 4096}
 BLEND = {"contender": "blend", "policies": ["none"], "defaults": {"policy": "none", "ratio": 0.1}, "separator": "|"}
@@ -21,12 +21,12 @@ def test_what_a_server_is(offer: dict[str, Any] | None, blends: bool, keeps_repo
     server = Server.read(MODEL, offer)
     assert (server.model, server.max_model_len) == ("demo", 4096)
     assert (server.blend is not None, server.keeps_reports) == (blends, keeps_reports)
-    body = completion_request(server, [], Sampling(policy="none", ratio=0.5, mode="top_layer"))
+    body = completion_request(server, [], Sampling(recomputing=Recomputing("none", 0.5), mode="top_layer"))
     assert ("kv_transfer_params" in body) == blends
 
 
 def test_each_kind_of_contender_gets_its_own_choices() -> None:
-    chosen = Sampling(policy="none", ratio=0.5, mode="top_layer", similarity_threshold=0.9)
+    chosen = Sampling(recomputing=Recomputing("none", 0.5), mode="top_layer", similarity_threshold=0.9)
     blend, simllm = Server.read(MODEL, BLEND), Server.read(MODEL, SIMLLM_OFFER)
     assert simllm.simllm is not None
     assert (simllm.simllm.mode, simllm.simllm.similarity_threshold) == ("aligned", 0.998)

@@ -6,10 +6,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine import MEMORY, Step, plain_tokens, run_in_engine, run_steps
 
+from kvarena.reuse.costs import LEAST_RATIO
 from kvarena.vllm_plugin.config import BlendConfig
 from lmcache_server import LMCacheServer
 from tiny_models import random_text, save_tiny_model
@@ -80,6 +82,38 @@ def test_preempted_and_aborted_requests_leave_right_answers_and_nothing_else(mod
     assert whole.num_preemptions > 0
     assert aborted.tokens == expected[6:]
     assert whole.num_left_behind == aborted.num_left_behind == 0
+
+
+def test_a_time_to_first_token_decides_on_the_ratio(model: str, chunks: list[str]) -> None:
+    """Blends teach what tokens cost; blocks that were blended under one time aren't another's."""
+    prompts = [prompt_of(chunks[i:] + chunks[:i], "heron") for i in range(4)]
+    steps = [
+        Step(prompts[:1], 8, {"max_ttft_ms": 60_000}),
+        Step(prompts[1:2], 8, {"max_ttft_ms": 60_000}),
+        Step(prompts[1:2], 8, {"max_ttft_ms": 60_000}),
+        Step(prompts[1:2], 8, {"max_ttft_ms": 0.001}),
+        Step(prompts[2:], 8, {"ratio": "auto", "max_ttft_ms": 0.001}),
+    ]
+    expected = run_in_engine(plain_tokens, model, prompts[1:2], 8)
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, {})
+    unknown, whole, again, late = (outcome.reports[0] for outcome in outcomes[:4])
+    assert unknown["ratio"] == MEMORY.ratio
+    assert (whole["ratio"], whole["max_ttft_ms"], whole["approximate"]) == (1.0, 60_000, True)
+    assert outcomes[1].tokens == outcomes[2].tokens == expected
+    assert again["num_prefix_tokens"] > 0.8 * again["num_prompt_tokens"]
+    assert (late["ratio"], late["num_prefix_tokens"]) == (LEAST_RATIO, 0)
+    assert [report["ratio"] for report in outcomes[4].reports] == [LEAST_RATIO] * 2
+
+
+def test_the_servers_own_time_holds_for_what_names_no_ratio(model: str, chunks: list[str]) -> None:
+    prompts = [prompt_of(chunks[i:] + chunks[:i], "heron") for i in range(4)]
+    given: list[dict[str, Any]] = [{}, {}, {"ratio": 0.2}, {"policy": "none"}]
+    steps = [Step([prompt], 8, params) for prompt, params in zip(prompts, given, strict=True)]
+    outcomes = run_in_engine(run_steps, model, replace(MEMORY, max_ttft_ms=0.001), steps, {})
+    first, timed, named, none = (outcome.reports[0] for outcome in outcomes)
+    assert (first["ratio"], timed["ratio"], named["ratio"]) == (MEMORY.ratio, LEAST_RATIO, 0.2)
+    assert ["max_ttft_ms" in report for report in (first, timed, named, none)] == [True, True, False, False]
+    assert none["num_recomputed_tokens"] == 0
 
 
 def test_a_store_that_is_too_small_costs_only_speed(model: str, chunks: list[str]) -> None:

@@ -17,17 +17,22 @@ from dataclasses import replace
 import torch
 
 from kvarena.reuse.background import BackgroundPuts, one_ahead
+from kvarena.reuse.costs import BlendCosts
 from kvarena.reuse.evidence import BlendEvidence
 from kvarena.reuse.moving import Mover, groups_of
 from kvarena.reuse.params import BlendParams
 from kvarena.reuse.plan import ReusePlan, Span
 from kvarena.reuse.prefilled import LayerKV, Narrowing, PrefilledModel
+from kvarena.reuse.ranks import Ranks
 from kvarena.reuse.report import BlendReport
 from kvarena.reuse.selection import make_policy
 from kvarena.reuse.store import ChunkStore
 from kvarena.reuse.supply import Supply
 
 logger = logging.getLogger(__name__)
+RATIO_DIGITS = 4
+ANY_RATIO = 0.5
+"""Neither none nor all, for which a policy isn't asked."""
 
 
 class Blender:
@@ -38,6 +43,7 @@ class Blender:
         self._puts = BackgroundPuts(store)
         self._fetches = ThreadPoolExecutor(1, thread_name_prefix="kvarena-fetch")
         self._known = replace(store.stats)
+        self._costs = BlendCosts()
 
     def clear(self) -> None:
         self._puts.close()
@@ -59,17 +65,20 @@ class Blender:
         params: BlendParams,
         *,
         store_new: bool = True,
+        budget_ms: float | None = None,
     ) -> BlendReport:
         """Fill the cache of `[start, end)`; what stands before `start` is there already.
 
         Whatever the store loses or the model has no room for is computed as part of the prompt. After an unexpected
         failure the whole range is computed, so the answer is right in every case. `store_new`: whether KV that is
-        computed here is put into the store.
+        computed here is put into the store. `budget_ms`: the time for all of it. As many tokens are recomputed as fit,
+        by what earlier blends took; the ratio of `params` counts as long as nothing is known of them.
         """
         report = BlendReport()
+        deadline_s = None if budget_ms is None else time.perf_counter() + budget_ms / 1e3
         with report.timed("blend_ms"):
             try:
-                self._blend(model, plan.clipped(start, end), start, end, params, store_new, report)
+                self._blend(model, plan.clipped(start, end), start, end, params, store_new, deadline_s, report)
             except Exception:
                 logger.exception("blend failed; computing all of the prompt's tokens %d to %d", start, end)
                 report.blend_failures += 1
@@ -86,19 +95,35 @@ class Blender:
         end: int,
         params: BlendParams,
         store_new: bool,
+        deadline_s: float | None,
         report: BlendReport,
     ) -> None:
-        policy = make_policy(params)
-        watched = policy.watched_layers(len(model.rotations))
+        widest = params if deadline_s is None else replace(params, ratio=ANY_RATIO)
+        watched = make_policy(widest).watched_layers(len(model.rotations))
         plan, reused_kv = self._fill(model, wanted, watched, store_new, report)
-        first = start if params.recomputes_all else _exact_end(plan, start)
+        first = _exact_end(plan, start)
+        if deadline_s is not None:
+            params = self._within(deadline_s, params, plan.clipped(first, end), end - first, model.ranks)
+        report.ratio = params.ratio
+        first = start if params.recomputes_all else first
         inexact = plan.clipped(first, end)
         with report.timed("select_ms"):
-            selection = policy.select(inexact, BlendEvidence(model, inexact, reused_kv, first, end))
+            selection = make_policy(params).select(inexact, BlendEvidence(model, inexact, reused_kv, first, end))
         gaps = [torch.arange(low, high) for low, high in plan.gaps(first, end)]
         positions = torch.cat([selection.positions, *gaps]).sort().values
         computed = _forward(model, positions, selection.narrowings, report) if len(positions) else positions
         _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
+        self._costs.note(params, end - first, len(computed), report.select_ms, report.recompute_ms)
+
+    def _within(
+        self, deadline_s: float, params: BlendParams, inexact: ReusePlan, num_tokens: int, ranks: Ranks
+    ) -> BlendParams:
+        """With the ratio that fits into the rest of the time: the ranks', each by its own clock, on average."""
+        left_ms = 1e3 * (deadline_s - time.perf_counter())
+        num_reused = inexact.num_reused_tokens
+        ratio = self._costs.ratio_within(params, num_reused, num_tokens - num_reused, left_ms)
+        total, num_ranks = ranks.sum(torch.tensor([ratio, 1.0])).tolist()
+        return replace(params, ratio=round(total / num_ranks, RATIO_DIGITS))
 
     def _fill(
         self, model: PrefilledModel, wanted: ReusePlan, watched: Sequence[int], store_new: bool, report: BlendReport

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 POLICIES = ("kv_deviation", "chunk_head", "query_attention", "random", "none", "all")
@@ -48,20 +49,28 @@ class BlendParams:
 
     @property
     def recomputes_all(self) -> bool:
-        return self.policy == "all" or (self._goes_by_ratio and self.ratio == 1)
+        return self.policy == "all" or (self.goes_by_ratio and self.ratio == 1)
 
     @property
     def recomputes_none(self) -> bool:
-        return self.policy == "none" or (self._goes_by_ratio and self.ratio == 0)
+        return self.policy == "none" or (self.goes_by_ratio and self.ratio == 0)
 
     @property
-    def _goes_by_ratio(self) -> bool:
+    def goes_by_ratio(self) -> bool:
+        """Whether the ratio makes a difference."""
         return self.policy not in ("none", "all") and not (self.policy == "chunk_head" and self.head_tokens)
 
     def check_for(self, num_layers: int) -> None:
         """Raises `ValueError` for a check layer that the model doesn't have, where the policy has one."""
         if self.policy in WITH_CHECK_LAYER and self.check_layer >= num_layers:
             raise ValueError(f"check_layer must be from 0 to {num_layers - 1}, not {self.check_layer}")
+
+
+def check_max_ttft_ms(max_ttft_ms: object) -> float:
+    """A time to first token. Raises `ValueError` for what isn't one."""
+    if isinstance(max_ttft_ms, bool) or not isinstance(max_ttft_ms, int | float) or not 0 < max_ttft_ms < math.inf:
+        raise ValueError(f"max_ttft_ms must be a number above 0, not {max_ttft_ms!r}")
+    return float(max_ttft_ms)
 
 
 def _check_count(name: str, value: object, least: int, what: str) -> None:

@@ -18,9 +18,10 @@ class BlendReport:
     `fetch_ms` is the waiting for the store, `select_ms` ends when the tokens to recompute are known. `store_errors` and
     `store_evictions` are those since the last report, for chunks are put into the store beside the blend; its size is
     None where it isn't known here. `blend_failures` is 1 where the blend itself failed, and the whole range was
-    computed.
+    computed. `ratio` is the one that the policy was given, None where it came to none.
     """
 
+    ratio: float | None = None
     num_reused_tokens: int = 0
     num_recomputed_tokens: int = 0
     num_computed_tokens: int = 0

@@ -191,6 +191,7 @@ def _blend_config(settings: Settings, model: Model, home: Home, network: Network
             lmcache_url=f"tcp://{network.host(LMCACHE_SERVER)}:{settings.ports.lmcache_server}",
             lmcache_http_url=f"http://{network.host(LMCACHE_SERVER)}:{settings.ports.lmcache_http}",
             index_path=str(home.chunk_index(model.name)),
+            max_ttft_ms=settings.blend_max_ttft_ms,
             unsupported=settings.blend_unsupported,
         )
     except (TypeError, ValueError) as error:

@@ -174,6 +174,7 @@ class Settings(BaseSettings):
     blend_num_filters: Annotated[int, Field(ge=1)] | None = None
     blend_head_tokens: Annotated[int, Field(ge=0)] | None = None
     blend_run_tokens: Annotated[int, Field(ge=1)] | None = None
+    blend_max_ttft_ms: Annotated[float, Field(gt=0)] | None = None
     blend_unsupported: BlendUnsupported = "refuse"
     blend_engine: BlendEngine = "kvarena"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarena.reuse.params import BlendParams
+from kvarena.reuse.params import BlendParams, check_max_ttft_ms
 
 MODEL_PROFILE_NAME = "kvarena.json"
 PROFILE_FIELDS = ("separator", *(field.name for field in dataclasses.fields(BlendParams)))
@@ -29,7 +29,8 @@ UNSUPPORTED = ("refuse", "plain")
 class BlendConfig:
     """Every setting of the blend.
 
-    The first seven are the defaults of what a request may choose (`BlendParams`). `separator` marks chunk boundaries in
+    The first seven are the defaults of what a request may choose (`BlendParams`), and so is `max_ttft_ms`: where it is
+    set, it chooses the ratio, which is then what first blends begin with. `separator` marks chunk boundaries in
     a prompt's text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they
     don't. `unsupported`: whether a model that can't be blended stops the server, or is served without. Sizes are in
     bytes, times in seconds.
@@ -42,6 +43,7 @@ class BlendConfig:
     num_filters: int = 1
     head_tokens: int = 0
     run_tokens: int = 1
+    max_ttft_ms: float | None = None
     separator: str = " # # "
     min_chunk_tokens: int = 16
     store: str = "lmcache"
@@ -54,6 +56,10 @@ class BlendConfig:
 
     def __post_init__(self) -> None:
         _ = self.params
+        if self.max_ttft_ms is not None:
+            check_max_ttft_ms(self.max_ttft_ms)
+            if not self.params.goes_by_ratio:
+                raise ValueError(f"max_ttft_ms chooses the ratio, which {self.policy} doesn't go by here")
         if self.store not in STORES:
             raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
         if self.unsupported not in UNSUPPORTED:

@@ -14,7 +14,14 @@ from kvarena.vllm_plugin.config import BlendConfig
 CONNECTOR = "LMCacheConnectorV1"
 PREFIX = "lmcache."
 CHUNK_TOKENS = 256
-SUPPORTED = {"policy": "kv_deviation", "deviation": "keys", "num_filters": 1, "head_tokens": 0, "run_tokens": 1}
+SUPPORTED = {
+    "policy": "kv_deviation",
+    "deviation": "keys",
+    "num_filters": 1,
+    "head_tokens": 0,
+    "run_tokens": 1,
+    "max_ttft_ms": None,
+}
 """The one policy that LMCache's blender has, in the words of `BlendConfig`."""
 
 

@@ -20,7 +20,8 @@ from kvarena.reuse.report import BlendReport
 class BlendJob:
     """Scheduler to worker: fill `[start, end)` of a prompt in its own blocks, before this step's forward.
 
-    `block_ids` has the blocks of each of vLLM's groups of layers.
+    `block_ids` has the blocks of each of vLLM's groups of layers. `budget_ms`, from the beginning of the step's blends:
+    the time that decides on the ratio.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class BlendJob:
     plan: ReusePlan
     params: BlendParams
     store_new: bool
+    budget_ms: float | None = None
 
 
 @dataclass
@@ -66,6 +68,7 @@ class RequestReport:
     params: BlendParams
     approximate: bool
     num_prompt_tokens: int
+    max_ttft_ms: float | None = None
     num_prefix_tokens: int = 0
     blend: BlendReport | None = None
 
@@ -74,12 +77,16 @@ class RequestReport:
         reused = self.num_prefix_tokens + blend.num_reused_tokens
         times = {name: round(value, 3) for name, value in asdict(blend).items() if name.endswith("_ms")}
         known = {"store_entries": blend.store_entries, "store_bytes": blend.store_bytes}
+        ratio = self.params.ratio if blend.ratio is None else blend.ratio
+        budget = {} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms}
         sizes = {name: size for name, size in known.items() if size is not None}
         return {
             "request_id": self.request_id,
             "contender": "blend",
             "approximate": self.approximate,
             **asdict(self.params),
+            "ratio": ratio,
+            **budget,
             "num_prompt_tokens": self.num_prompt_tokens,
             "num_reused_tokens": reused,
             "num_recomputed_tokens": blend.num_recomputed_tokens,

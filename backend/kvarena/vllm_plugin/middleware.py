@@ -63,7 +63,8 @@ async def _describe(scope: Scope) -> dict[str, Any]:
     return {
         "contender": "blend",
         "policies": list(POLICIES),
-        "defaults": dataclasses.asdict(config.params),
+        "timed_policies": [name for name in POLICIES if dataclasses.replace(config.params, policy=name).goes_by_ratio],
+        "defaults": {**dataclasses.asdict(config.params), "max_ttft_ms": config.max_ttft_ms},
         "separator": config.separator,
         "store": config.store,
         "min_chunk_tokens": config.min_chunk_tokens,
@@ -97,8 +98,8 @@ async def _send_report(send: Send, request_id: str) -> None:
 
 def _check(request: dict[str, Any], scope: Scope) -> None:
     """Raise `ValueError` for parameters of ours that the engine would not understand."""
-    given = given_params(request.get("kv_transfer_params"))
-    params = read_request_params(request.get("kv_transfer_params"), _config(scope).params)
+    given, config = given_params(request.get("kv_transfer_params")), _config(scope)
+    params = read_request_params(request.get("kv_transfer_params"), config.params, config.max_ttft_ms)
     num_layers = _num_layers(scope)
     if "check_layer" in given:
         params.blend.check_for(num_layers)

@@ -7,30 +7,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvarena.reuse.params import BlendParams
+from kvarena.reuse.params import BlendParams, check_max_ttft_ms
 
 KEY = "kvarena"
+AUTO_RATIO = "auto"
 
 
 @dataclass(frozen=True)
 class RequestParams:
-    """`store_new`: whether chunks that this request brings are kept. `chunks`: texts to be reused as wholes."""
+    """`max_ttft_ms`, where there is one: the time to first token that decides on the ratio. `store_new`: whether chunks
+    that this request brings are kept. `chunks`: texts to be reused as wholes.
+    """
 
     blend: BlendParams
+    max_ttft_ms: float | None = None
     store_new: bool = True
     chunks: tuple[str, ...] = ()
 
+    @property
+    def recomputes_all(self) -> bool:
+        return self.blend.recomputes_all and self.max_ttft_ms is None
 
-def read_request_params(kv_transfer_params: object, defaults: BlendParams) -> RequestParams:
-    """Raises `ValueError` naming the key or value and the choices. Keys of other connectors are left alone."""
+
+def read_request_params(
+    kv_transfer_params: object, defaults: BlendParams, max_ttft_ms: float | None = None
+) -> RequestParams:
+    """The request's own over the server's. A ratio of the request goes before the server's `max_ttft_ms`.
+
+    Raises `ValueError` naming the key or value and the choices. Keys of other connectors are left alone.
+    """
     given = given_params(kv_transfer_params)
     choices = [field.name for field in dataclasses.fields(BlendParams)]
-    if unknown := sorted(set(given) - {*choices, "store", "chunks"}):
-        raise ValueError(
-            f"kv_transfer_params.{KEY} has no {unknown[0]!r}; it takes {', '.join([*choices, 'store', 'chunks'])}"
-        )
-    blend = dataclasses.replace(defaults, **{name: given[name] for name in choices if name in given})
-    return RequestParams(blend, _read_store(given), _read_chunks(given))
+    takes = [*choices, "max_ttft_ms", "store", "chunks"]
+    if unknown := sorted(set(given) - set(takes)):
+        raise ValueError(f"kv_transfer_params.{KEY} has no {unknown[0]!r}; it takes {', '.join(takes)}")
+    chosen = {name: given[name] for name in choices if name in given and given[name] != AUTO_RATIO}
+    blend = dataclasses.replace(defaults, **chosen)
+    return RequestParams(blend, _read_max_ttft_ms(given, blend, max_ttft_ms), _read_store(given), _read_chunks(given))
 
 
 def given_params(kv_transfer_params: object) -> Mapping[str, Any]:
@@ -39,6 +52,18 @@ def given_params(kv_transfer_params: object) -> Mapping[str, Any]:
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"kv_transfer_params.{KEY} must be an object, not {given!r}")
     return given or {}
+
+
+def _read_max_ttft_ms(given: Mapping[str, Any], blend: BlendParams, default: float | None) -> float | None:
+    is_asked_for = "max_ttft_ms" in given or given.get("ratio") == AUTO_RATIO
+    max_ttft_ms = check_max_ttft_ms(given["max_ttft_ms"]) if "max_ttft_ms" in given else default
+    if is_asked_for and given.get("ratio", AUTO_RATIO) != AUTO_RATIO:
+        raise ValueError(f"give a ratio or max_ttft_ms, which chooses it, not both; ratio is {given['ratio']!r}")
+    if is_asked_for and max_ttft_ms is None:
+        raise ValueError(f'ratio "{AUTO_RATIO}" needs max_ttft_ms, the time to first token to keep to')
+    if is_asked_for and not blend.goes_by_ratio:
+        raise ValueError(f"max_ttft_ms chooses the ratio, which {blend.policy} doesn't go by here")
+    return max_ttft_ms if is_asked_for or ("ratio" not in given and blend.goes_by_ratio) else None
 
 
 def _read_store(given: Mapping[str, Any]) -> bool:

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm import envs
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.request import Request, RequestStatus
 
+from kvarena.reuse.params import BlendParams
 from kvarena.reuse.plan import ReusePlan, TokenIds, as_token_ids
 from kvarena.reuse.planner import Planner
 from kvarena.reuse.segmenter import Segmenter
@@ -30,11 +32,12 @@ from kvarena.vllm_plugin.known_chunks import KnownChunks
 from kvarena.vllm_plugin.messages import BlendJob, BlendJobs, BlendReports, RequestReport
 from kvarena.vllm_plugin.request_params import RequestParams, read_request_params
 from kvarena.vllm_plugin.stats import BlendStats
+from kvarena.vllm_plugin.time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tracked:
     """A request from its arrival to its end. `answer` is what its response carries, filled in as it becomes known."""
 
@@ -44,6 +47,7 @@ class _Tracked:
     plan: ReusePlan
     report: RequestReport
     num_local_tokens: int = 0
+    allocated_s: float = 0.0
     answer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,6 +63,7 @@ class SchedulerHalf:
         self._segmenter = Segmenter(tokenizer, config.separator)
         self._tracked: dict[str, _Tracked] = {}
         self._jobs: list[BlendJob] = []
+        self._time_left = TimeLeft()
         self._finished: list[_Tracked] = []
 
     def on_new_request(self, request: Request) -> None:
@@ -66,8 +71,10 @@ class SchedulerHalf:
         params = self._read_params(request)
         token_ids = as_token_ids(request.prompt_token_ids or [])
         plan = self._plan(request, params, token_ids) if self._may_blend(request) else ReusePlan()
-        approximate = not (plan.is_prefix or params.blend.recomputes_all)
-        report = RequestReport(_answer_id(request.request_id), params.blend, approximate, request.num_prompt_tokens)
+        approximate = not (plan.is_prefix or params.recomputes_all)
+        report = RequestReport(
+            _answer_id(request.request_id), params.blend, approximate, request.num_prompt_tokens, params.max_ttft_ms
+        )
         self._tracked[request.request_id] = _Tracked(request, params, token_ids, plan, report)
         if approximate:
             _set_apart(request, params)
@@ -95,6 +102,8 @@ class SchedulerHalf:
             for span in tracked.plan.clipped(start, end):
                 if span.is_whole_chunk:
                     self._known.add(span.chunk)
+        tracked.allocated_s = time.perf_counter()
+        blend, budget_ms = self._ratio_or_budget(tracked)
         self._jobs.append(
             BlendJob(
                 request.request_id,
@@ -103,8 +112,9 @@ class SchedulerHalf:
                 start,
                 end,
                 tracked.plan.clipped(start, end),
-                tracked.params.blend,
+                blend,
                 tracked.params.store_new,
+                budget_ms,
             )
         )
 
@@ -114,13 +124,17 @@ class SchedulerHalf:
 
     def on_reports(self, reports: BlendReports) -> None:
         """Reports of a step come after the requests that finished in it: their answers are completed here."""
-        for request_id, blend in reports.reports.items():
-            finished = (t for t in self._finished if t.request.request_id == request_id)
-            tracked = self._tracked.get(request_id) or next(finished, None)
-            if tracked and tracked.report.blend is None:
+        finished = {tracked.request.request_id: tracked for tracked in self._finished}
+        blended = {self._tracked.get(name) or finished.get(name): blend for name, blend in reports.reports.items()}
+        known = {tracked: blend for tracked, blend in blended.items() if tracked}
+        for tracked, blend in known.items():
+            if tracked.report.blend is None:
                 tracked.report.blend = blend
                 if tracked.answer:
                     tracked.answer.update(tracked.report.as_dict())
+        if known:
+            step_ms = 1e3 * (time.perf_counter() - min(tracked.allocated_s for tracked in known))
+            self._time_left.note(step_ms, sum(blend.blend_ms for blend in reports.reports.values()))
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """What the response carries; the dictionary is completed by `on_reports` before it is sent."""
@@ -147,10 +161,21 @@ class SchedulerHalf:
 
     def _read_params(self, request: Request) -> RequestParams:
         try:
-            return read_request_params(request.kv_transfer_params, self._config.params)
+            return read_request_params(request.kv_transfer_params, self._config.params, self._config.max_ttft_ms)
         except ValueError as error:
             logger.error("request %s: %s; default settings are used", request.request_id, error)
-            return RequestParams(self._config.params)
+            return RequestParams(self._config.params, self._config.max_ttft_ms)
+
+    def _ratio_or_budget(self, tracked: _Tracked) -> tuple[BlendParams, float | None]:
+        """What decides on the ratio of a blend: its parameters, or a time. Blocks that were taken away from a request
+        are filled again as they were the first time.
+        """
+        blend, max_ttft_ms, before = tracked.params.blend, tracked.params.max_ttft_ms, tracked.report.blend
+        if max_ttft_ms is None:
+            return blend, None
+        if before and before.ratio is not None:
+            return replace(blend, ratio=before.ratio), None
+        return blend, self._time_left.budget_ms(tracked.request, max_ttft_ms)
 
     def _may_blend(self, request: Request) -> bool:
         return not self.refusal and _is_plain_text(request)
@@ -198,6 +223,7 @@ def _chunk_salt(request: Request) -> str:
 
 
 def _set_apart(request: Request, params: RequestParams) -> None:
-    request.cache_salt = f"{request.cache_salt or ''}\0kvarena {params.blend}"
+    within = "" if params.max_ttft_ms is None else f" within {params.max_ttft_ms} ms"
+    request.cache_salt = f"{request.cache_salt or ''}\0kvarena {params.blend}{within}"
     request.block_hashes.clear()
     request.update_block_hashes()

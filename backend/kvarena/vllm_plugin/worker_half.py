@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -51,9 +52,13 @@ class WorkerHalf:
             return
         assert self._engine is not None, "a blend before the KV cache was registered"
         assert self._blender is not None, "a blend without a store"
+        start_s = time.perf_counter()
         for job in work.jobs:
+            left_ms = None if job.budget_ms is None else job.budget_ms - 1e3 * (time.perf_counter() - start_s)
             prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
-            report = self._blender.blend(prompt, job.plan, job.start, job.end, job.params, store_new=job.store_new)
+            report = self._blender.blend(
+                prompt, job.plan, job.start, job.end, job.params, store_new=job.store_new, budget_ms=left_ms
+            )
             if report.blend_failures:
                 logger.error("request %s: its blend failed, see above; all of its tokens were computed", job.request_id)
             self._reports.reports[job.request_id] = report

@@ -19,6 +19,7 @@ from kvarena.bench.ttft.policies import DEFAULT_POLICIES, read_policies, read_po
             "kv_deviation:0.1@1,num_filters=2,deviation=values",
             Setup("blend", "kv_deviation", 0.1, 1, (("num_filters", 2), ("deviation", "values"))),
         ),
+        ("kv_deviation:300ms@2", Setup("blend", "kv_deviation", None, 2, max_ttft_ms=300.0)),
         ("chunk_head,head_tokens=12", Setup("blend", "chunk_head", options=(("head_tokens", 12),))),
     ],
 )
@@ -37,9 +38,21 @@ def test_options_are_sent_named_and_written_down() -> None:
     assert setup.to_json()["options"] == {"head_tokens": 12}
 
 
+def test_a_time_is_sent_named_and_written_down() -> None:
+    setup = read_policy("query_attention:250.5ms", "blend")
+    assert setup.choices == {"policy": "query_attention", "max_ttft_ms": 250.5}
+    assert setup.label == "blend query_attention 250.5 ms"
+    assert Setup.of_row(setup.to_json()) == setup.work == setup
+    assert "max_ttft_ms" not in read_policy("query_attention:0.25", "blend").to_json()
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("none:300ms", "none has no ratio that a time could choose"),
+        ("chunk_head:300ms,head_tokens=3", "chunk_head has no ratio that a time could choose"),
+        ("kv_deviation:0ms", "max_ttft_ms must be a number above 0, not 0.0"),
+        ("kv_deviation:1.2.3ms", "could not convert"),
         ("best:0.1", "policy must be one of kv_deviation"),
         ("kv_deviation:2", "ratio must be a number from 0 to 1, not 2.0"),
         ("kv_deviation:much", "could not convert"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvarena.reuse.params import OPTIONS, WITH_CHECK_LAYER, BlendParams
+from kvarena.reuse.params import OPTIONS, WITH_CHECK_LAYER, BlendParams, check_max_ttft_ms
 
 _WITHOUT_RATIO = ("none", "all")
 
@@ -15,7 +15,8 @@ _WITHOUT_RATIO = ("none", "all")
 class Setup:
     """What isn't chosen is None: contenders that don't blend have nothing to choose, `none` and `all` no ratio.
 
-    `options` are a policy's own beside these, such as `(("deviation", "values"),)`.
+    `options` are a policy's own beside these, such as `(("deviation", "values"),)`. `max_ttft_ms` is a time to first
+    token by which the server chooses the ratio.
     """
 
     contender: str
@@ -23,12 +24,15 @@ class Setup:
     ratio: float | None = None
     check_layer: int | None = None
     options: tuple[tuple[str, str | int], ...] = ()
+    max_ttft_ms: float | None = None
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Setup:
         """The one that a result's row is about."""
         options = tuple((row.get("options") or {}).items())
-        return cls(row["contender"], row["policy"], row["ratio"], row.get("check_layer"), options)
+        return cls(
+            row["contender"], row["policy"], row["ratio"], row.get("check_layer"), options, row.get("max_ttft_ms")
+        )
 
     @property
     def policy_label(self) -> str:
@@ -38,34 +42,48 @@ class Setup:
 
     @property
     def label(self) -> str:
-        """Such as `blend kv_deviation 15 % @2`, where 2 is the check layer."""
+        """Such as `blend kv_deviation 15 % @2` or `blend kv_deviation 300 ms @2`, where 2 is the check layer."""
         parts = [self.contender, self.policy_label, None if self.ratio is None else f"{100 * self.ratio:g} %"]
+        parts.append(None if self.max_ttft_ms is None else f"{self.max_ttft_ms:g} ms")
         parts.append(None if self.check_layer is None else f"@{self.check_layer}")
         return " ".join(part for part in parts if part)
 
     @property
     def choices(self) -> dict[str, Any]:
         """What was chosen, by its name in `kv_transfer_params.kvarena`."""
+        return self._params | ({} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms})
+
+    @property
+    def _params(self) -> dict[str, Any]:
         chosen = {"policy": self.policy, "ratio": self.ratio, "check_layer": self.check_layer, **dict(self.options)}
         return {name: value for name, value in chosen.items() if value is not None}
 
+    def check(self) -> None:
+        """Raises `ValueError` naming a value that can't be chosen, and the choices."""
+        params = BlendParams(**self._params)
+        if self.max_ttft_ms is not None:
+            check_max_ttft_ms(self.max_ttft_ms)
+            if not params.goes_by_ratio:
+                raise ValueError(f"{self.policy} has no ratio that a time could choose")
+
     @property
     def recomputes_all(self) -> bool:
-        return self.policy is not None and BlendParams(**self.choices).recomputes_all
+        return self.max_ttft_ms is None and self.policy is not None and BlendParams(**self._params).recomputes_all
 
     @property
     def work(self) -> Setup:
         """What is really done: with nothing or all to recompute, policies and check layers don't differ."""
-        if self.policy is None:
+        if self.policy is None or self.max_ttft_ms is not None:
             return self
-        params = BlendParams(**self.choices)
+        params = BlendParams(**self._params)
         if params.recomputes_all or params.recomputes_none:
             return Setup(self.contender, "all" if params.recomputes_all else "none")
         return self
 
     def to_json(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in ("contender", "policy", "ratio", "check_layer")}
-        return {**named, "options": dict(self.options)}
+        within = {} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms}
+        return {**named, **within, "options": dict(self.options)}
 
 
 def blend_setups(
@@ -83,7 +101,7 @@ def blend_setups(
         for ratio in [None] if has_no_ratio else ratios:
             setups += [Setup(contender, policy, ratio, layer, options) for layer in layers]
     for setup in setups:
-        BlendParams(**setup.choices)
+        setup.check()
     return list(dict.fromkeys(setups))
 
 

@@ -17,7 +17,7 @@ from kvarena.bench.series import Series, Styles, drawn_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SETUP_KEYS = ("contender", "policy", "ratio", "check_layer", "options")
+SETUP_KEYS = ("contender", "policy", "ratio", "check_layer", "max_ttft_ms", "options")
 RUN_KEYS = ("context_tokens", "store", "prompts", "concurrency", "num_requests", "num_failed")
 
 

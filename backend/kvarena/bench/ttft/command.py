@@ -26,7 +26,7 @@ def ttft(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="What blends recompute, POLICY[:RATIO][@LAYER][,OPTION=VALUE]; repeatable. "
+            help="What blends recompute, POLICY[:RATIO or :MSms][@LAYER][,OPTION=VALUE]; repeatable. "
             f"[default: {', '.join(DEFAULT_POLICIES)}]"
         ),
     ] = None,

@@ -46,26 +46,28 @@ class HFBlender:
         self._planner = Planner(self._index, min_chunk_tokens=min_chunk_tokens)
         self._segmenter = Segmenter(model.tokenizer, separator)
 
-    def prefill(self, token_ids: Sequence[int], params: BlendParams, capacity: int) -> BlendedPrefill:
-        """`capacity`: tokens that the KV has room for from the start; it grows.
+    def prefill(
+        self, token_ids: Sequence[int], params: BlendParams, capacity: int, *, budget_ms: float | None = None
+    ) -> BlendedPrefill:
+        """`capacity`: tokens that the KV has room for from the start; it grows. `budget_ms`: as of `Blender.blend`.
 
         Raises `ValueError` for a check layer that the model doesn't have, `Cancelled` when the model was closed.
         """
         params.check_for(self._model.kv_shape.num_layers)
         kv = self._model.new_kv(capacity)
-        report = self._model.run(self._blend, as_token_ids(token_ids), params, kv)
+        report = self._model.run(self._blend, as_token_ids(token_ids), params, kv, budget_ms)
         rest = token_ids[kv.length :]
         report.num_computed_tokens += len(rest)
         return BlendedPrefill(kv, self._model.prefill(kv, rest, is_cancelled=lambda: False), report)
 
-    def _blend(self, token_ids: TokenIds, params: BlendParams, kv: SequenceKV) -> BlendReport:
+    def _blend(self, token_ids: TokenIds, params: BlendParams, kv: SequenceKV, budget_ms: float | None) -> BlendReport:
         """Fills `kv` as far as there is something to reuse."""
         plan = self._plan(token_ids)
         end = self._planner.blend_end(plan, 0, len(token_ids) - 1)
         if not end:
             return BlendReport()
         prompt = HFPrefilledModel(self._blendable, token_ids[:end], kv)
-        return self._blender.blend(prompt, plan.clipped(0, end), 0, end, params)
+        return self._blender.blend(prompt, plan.clipped(0, end), 0, end, params, budget_ms=budget_ms)
 
     def _plan(self, token_ids: TokenIds) -> ReusePlan:
         """In the model's thread, to which the index belongs."""
