@@ -104,9 +104,9 @@ def _begin(opened: OpenChat, names: list[str]) -> None:
         return
     turns = opened.chat.turns
     context = turns[-1].context if turns else None
-    st.session_state["notes"] = [c.name for c in context.chunks] if context else names[:NUM_DEFAULT_NOTES]
     folder = state.page_settings().data_dir
     st.session_state["conversation-system"] = context.system if context else load_system_prompt(folder)
+    st.session_state["notes"] = [c.name for c in context.chunks] if context else names[:NUM_DEFAULT_NOTES]
 
 
 def _start_new(opened: OpenChat) -> None:

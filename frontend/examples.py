@@ -28,7 +28,7 @@ class Example:
 def load_examples(folder: Path, chunk_names: Collection[str]) -> list[Example]:
     """Examples whose chunks are all there; the two kinds alternate, `across` first."""
     path = folder / QUESTIONS_NAME
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     found = [example for line in lines if (example := _read(line, chunk_names))]
     across = [example for example in found if example.kind == "across"]
     others = [example for example in found if example.kind != "across"]
@@ -36,7 +36,7 @@ def load_examples(folder: Path, chunk_names: Collection[str]) -> list[Example]:
     return [example for pair in pairs for example in pair if example is not None]
 
 
-def _read(line: str, chunk_names: Collection[str]) -> Example | None:
+def _read(line: bytes, chunk_names: Collection[str]) -> Example | None:
     try:
         entry = json.loads(line)
         example = Example(str(entry["question"]), str(entry.get("kind") or DEFAULT_KIND), tuple(entry["chunks"]))

@@ -62,9 +62,9 @@ def _begin(opened: OpenChat, names: list[str]) -> None:
     turns = opened.chat.turns
     context = turns[-1].context if turns else None
     before = [chunk.name for chunk in context.chunks if chunk.name in names] if context else None
-    choose_chunks(names[:NUM_DEFAULT_CHUNKS] if before is None else before)
     folder = state.page_settings().data_dir
     st.session_state["system-prompt"] = context.system if context else load_system_prompt(folder)
+    choose_chunks(names[:NUM_DEFAULT_CHUNKS] if before is None else before)
 
 
 def _start_new_chat(opened: OpenChat) -> None:

@@ -23,14 +23,18 @@ class TextChunk:
 
 
 def read_text(path: Path) -> str:
-    """A file's text as UTF-8 without byte order mark; bytes that are no UTF-8 become U+FFFD."""
-    return path.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n").strip()
+    """A file's text without byte order mark. Raises `ValueError` naming a file that can't be read, or isn't UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as UTF-8 text: {error}") from error
+    return text.replace("\r\n", "\n").strip()
 
 
 def load_chunks(folder: Path) -> list[TextChunk]:
     """Every non-empty `.txt` and `.md` file below `folder` except the system prompt, in natural order (2 before 10).
 
-    Hidden files and folders are left out. Raises `ValueError` when the folder does not exist.
+    Hidden files and folders are left out. Raises `ValueError` when the folder does not exist, and as `read_text` does.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder of chunk files at {folder}")
@@ -45,6 +49,7 @@ def load_chunks(folder: Path) -> list[TextChunk]:
 
 
 def load_system_prompt(folder: Path) -> str:
+    """Empty where the folder has none. Raises `ValueError` as `read_text` does."""
     path = folder / SYSTEM_PROMPT_NAME
     return read_text(path) if path.is_file() else ""
 

@@ -202,6 +202,25 @@ def test_the_arena_is_as_it_was_after_a_look_at_another_page(small_server, open_
     assert not page.checkbox(key="run-plain").value
 
 
+@pytest.mark.parametrize("name", ["two.txt", "sys_prompt.txt"])
+def test_a_file_in_another_encoding_is_named_until_it_is_mended(
+    small_server, open_page: Open, tmp_path: Path, name: str
+) -> None:
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text("Über den Fluss", encoding="latin-1")
+    page = open_page(small_server(offer=OFFER), small_server())
+    for _ in range(2):
+        assert not page.exception
+        assert f"{name} can't be read as UTF-8 text" in page.error[0].value
+        page.run()
+    (tmp_path / name).write_text(text)
+    st.cache_data.clear()
+    page.run()
+    assert not page.error
+    assert page.multiselect(key="chunks").value == ["one", "three", "two"]
+    assert page.text_area(key="system-prompt").value == "Be brief."
+
+
 def test_bad_setting_is_shown_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVARENA_CONTENDERS", "nonsense")
     st.cache_resource.clear()

@@ -77,7 +77,8 @@ def test_shipped_town_is_complete() -> None:
 def test_examples_that_cant_be_used_are_left_out(tmp_path: Path) -> None:
     good = {"question": "Who?", "answers": ["Ann"], "kind": "single", "chunks": ["a"]}
     bad = ["", "no json", "[]", json.dumps({**good, "chunks": ["gone"]}), json.dumps({"question": "Who?"})]
-    (tmp_path / "questions.jsonl").write_text("\n".join([*bad, json.dumps(good)]))
+    lines = [line.encode() for line in (*bad, json.dumps(good))]
+    (tmp_path / "questions.jsonl").write_bytes(b"\n".join([b'{"question": "\xdcber?", "chunks": ["a"]}', *lines]))
     assert [example.question for example in load_examples(tmp_path, ["a", "b"])] == ["Who?"]
     assert load_examples(tmp_path / "nowhere", ["a"]) == []
 

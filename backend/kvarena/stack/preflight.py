@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from kvarena.context import load_chunks, load_system_prompt
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
 from kvarena.stack.model import check_hub_access
@@ -73,8 +74,14 @@ def check_install_path(prefix: str) -> None:
 
 
 def check_data_folder(folder: Path) -> None:
+    """It is there, and all its texts can be read."""
     if not folder.is_dir():
         raise StackError(f"there is no data folder at {folder}; make it, or name another with --data")
+    try:
+        load_system_prompt(folder)
+        load_chunks(folder)
+    except ValueError as error:
+        raise StackError(str(error)) from error
 
 
 def check_ports(services: Iterable[Service]) -> None:

@@ -74,12 +74,8 @@ def load_exam(path: Path, folder: Path | None = None, limit: int | None = None) 
     chunks = {chunk.name: chunk for chunk in load_chunks(folder)}
     if not chunks:
         raise ValueError(f"there are no .txt or .md files in {folder} to ask about")
-    try:
-        lines = read_text(path).splitlines()
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
     questions = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
                 questions.append(_question(json.loads(line), chunks))
