@@ -11,9 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 
 from kvarena.context import TextChunk
 from kvarena.stack.errors import StackError
+from kvarena.stack.render import show_warm_result
 from kvarena.stack.warm import ChunkOutcome, warm
 
 
@@ -146,8 +148,24 @@ def test_counts(blend: Blend) -> None:
         "num_already_there": 2,
         "num_too_short": 0,
         "num_failed": 0,
+        "too_short": [],
         "failures": [],
     }
+
+
+def test_chunks_that_are_not_kept_are_named(blend: Blend, console: Console) -> None:
+    chunks = [TextChunk("one", "one"), TextChunk("sub/[a]", "tiny"), TextChunk("b", "long")]
+    chunks += [TextChunk(f"t{number}", f"tiny {number}") for number in range(11)]
+    result = warm(url(blend), "demo", chunks)
+    assert result.to_json()["too_short"] == ["sub/[a]", *(f"t{number}" for number in range(11))]
+    show_warm_result(result, "data", console)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "Chunk cache: 1 computed, 0 already there, 12 too short to be kept, 1 refused.",
+        "  sub/[a]: too short to be kept",
+        *(f"  t{number}: too short to be kept" for number in range(9)),
+        "  and 2 more",
+        "  b: too many tokens",
+    ]
 
 
 def test_four_at_a_time(blend: Blend) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ from kvarena.stack.status import StackStatus
 from kvarena.stack.warm import ChunkOutcome, WarmResult, warm
 
 STATE_STYLES = {"healthy": "green", "starting": "yellow", "restarting": "yellow", "stopping": "yellow"}
-MAX_FAILURES_SHOWN = 10
+MAX_LINES_SHOWN = 10
 
 
 def show_status(status: StackStatus, console: Console) -> None:
@@ -99,14 +100,19 @@ def show_warm_result(result: WarmResult, data_dir: str, console: Console) -> Non
         console.print(f"No chunks in {_short_path(data_dir)}: the chunk cache is empty.", highlight=False)
         return
     counts = [f"{result.count('warmed')} computed", f"{result.count('already_there')} already there"]
-    if too_short := result.count("too_short"):
-        counts.append(f"{too_short} too short to be kept")
+    if too_short := result.chunks("too_short"):
+        counts.append(f"{len(too_short)} too short to be kept")
     if result.failures:
         counts.append(f"[red]{len(result.failures)} refused[/]")
     console.print(f"Chunk cache: {', '.join(counts)}.", highlight=False)
-    for failed in result.failures[:MAX_FAILURES_SHOWN]:
-        console.print(f"  {escape(failed.name)}: {escape(failed.reason)}", highlight=False)
-    if (more := len(result.failures) - MAX_FAILURES_SHOWN) > 0:
+    _show_first([f"{chunk.name}: too short to be kept" for chunk in too_short], console)
+    _show_first([f"{failed.name}: {failed.reason}" for failed in result.failures], console)
+
+
+def _show_first(lines: Sequence[str], console: Console) -> None:
+    for line in lines[:MAX_LINES_SHOWN]:
+        console.print(f"  {escape(line)}", highlight=False)
+    if (more := len(lines) - MAX_LINES_SHOWN) > 0:
         console.print(f"  and {more} more", highlight=False)
 
 

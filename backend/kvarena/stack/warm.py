@@ -6,7 +6,6 @@ report in each answer says whether the chunk was computed now or was there alrea
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -35,16 +34,19 @@ class ChunkOutcome:
 
 @dataclass(frozen=True)
 class WarmResult:
-    """`num_too_short` counts chunks of so few tokens that the blend doesn't keep them: they are computed each time."""
+    """A chunk is too short when it has so few tokens that the blend doesn't keep it: it is computed each time."""
 
     outcomes: tuple[ChunkOutcome, ...]
 
+    def chunks(self, outcome: Outcome) -> tuple[ChunkOutcome, ...]:
+        return tuple(chunk for chunk in self.outcomes if chunk.outcome == outcome)
+
     def count(self, outcome: Outcome) -> int:
-        return Counter(chunk.outcome for chunk in self.outcomes)[outcome]
+        return len(self.chunks(outcome))
 
     @property
     def failures(self) -> tuple[ChunkOutcome, ...]:
-        return tuple(chunk for chunk in self.outcomes if chunk.outcome == "failed")
+        return self.chunks("failed")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,6 +55,7 @@ class WarmResult:
             "num_already_there": self.count("already_there"),
             "num_too_short": self.count("too_short"),
             "num_failed": self.count("failed"),
+            "too_short": [chunk.name for chunk in self.chunks("too_short")],
             "failures": [{"chunk": failed.name, "reason": failed.reason} for failed in self.failures],
         }
 
