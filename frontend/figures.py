@@ -137,17 +137,24 @@ def without_report(figures: Figures) -> Figures:
 
 
 def speed_line(first_tokens: Sequence[tuple[str, float]]) -> str:
-    """Who was first, and by what factor, from measured times to the first token: (title, ms) per contender."""
+    """Who was first, and by what factor, from measured times to the first token: (title, ms) per contender.
+
+    Names all that it compares: others may stand on the page that failed, or have no token yet.
+    """
     if len(first_tokens) < 2:
         return ""
     (winner, best), *others = sorted(first_tokens, key=lambda entry: entry[1])
     behind = [(title, ms / max(best, 1e-9)) for title, ms in others]
     if all(factor < SAME_SPEED_RATIO for _, factor in behind):
-        return "Both equally fast to the first token" if len(others) == 1 else "All equally fast"
-    if len(behind) == 1:
-        return f"{winner}: {format_factor(behind[0][1])} times faster to the first token"
-    listed = ", ".join(f"{format_factor(factor)} times faster than {t}" for t, factor in behind)
-    return f"{winner} was first to its first token: {listed}"
+        return f"{_enumerated([winner, *(title for title, _ in behind)])} are equally fast to the first token"
+    factors = [f"{format_factor(factor)} times faster than {title}" for title, factor in behind]
+    return f"{winner}: {_enumerated(factors)} to the first token"
+
+
+def _enumerated(parts: Sequence[str]) -> str:
+    """`a, b and c`."""
+    *others, last = parts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def format_factor(factor: float) -> str:

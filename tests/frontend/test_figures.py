@@ -49,14 +49,15 @@ def test_no_bar_for_unknown_counts() -> None:
 @pytest.mark.parametrize(
     ("times", "line"),
     [
-        ([("A", 10.0), ("B", 45.0)], "A: 4.5 times faster to the first token"),
-        ([("A", 45.0), ("B", 30.0)], "B: 1.50 times faster to the first token"),
-        ([("A", 10.0), ("B", 10.2)], "Both equally fast to the first token"),
+        ([("A", 10.0), ("B", 45.0)], "A: 4.5 times faster than B to the first token"),
+        ([("A", 45.0), ("B", 30.0)], "B: 1.50 times faster than A to the first token"),
+        ([("A", 10.0), ("B", 10.2)], "A and B are equally fast to the first token"),
+        ([("A", 10.0), ("B", 10.2), ("C", 10.1)], "A, C and B are equally fast to the first token"),
         ([("A", 10.0)], ""),
         ([], ""),
         (
             [("A", 30.0), ("B", 10.0), ("C", 20.0)],
-            "B was first to its first token: 2.0 times faster than C, 3.0 times faster than A",
+            "B: 2.0 times faster than C and 3.0 times faster than A to the first token",
         ),
     ],
 )

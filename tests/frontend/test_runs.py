@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from history import Chat, Context
 from runs import Run
 from settings import Contender
 from small_openai_server import OFFER, SmallServer
+from turns import speed_html
 from wire import Sampling
 
 Prepare = Callable[..., Run]
@@ -86,6 +88,14 @@ def test_one_contender_down_leaves_the_other_alone(small_server, prepare: Prepar
         assert a.state == "failed"
         assert "Nothing answers" in a.error
         assert (b.state, b.text) == ("done", "Hello, world")
+
+
+def test_of_three_one_of_which_failed_the_two_compared_are_named(small_server, prepare: Prepare) -> None:
+    a, b, c = small_server(silence_s=0.3), small_server(), small_server()
+    c.stop()
+    run = prepare(a, b, c)
+    watch(run)
+    assert re.search(r">b: [\d.]+ times faster than a to the first token<", speed_html(run.turn))
 
 
 def test_stop_keeps_partial_text_and_ends_the_streams(small_server, prepare: Prepare) -> None:
