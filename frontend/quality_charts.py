@@ -11,6 +11,7 @@ from quality import Lines, Metric, Record
 HEIGHT = 420
 LEVEL_COLOURS = ("#46526a", "#94a3b8", "#b08968")
 LINE_COLOURS = ("#2563eb", "#ea7317", "#16a34a", "#a472e8", "#d6336c", "#0e9aa7", "#a16207", "#64748b")
+PERCENT = "~%"  # d3's: with as many digits as it takes to tell the ticks of a short axis apart
 MIN_SPAN = 0.1  # of the axis, in the metric's unit: equal figures shall look equal
 
 
@@ -20,7 +21,7 @@ def recomputed_chart(records: Sequence[Record], metric: Metric, lines: Lines) ->
         x=alt.X(
             "recomputed:Q",
             title="Share of the chunks' tokens recomputed",
-            axis=alt.Axis(format=".0%"),
+            axis=alt.Axis(format=PERCENT),
             scale=alt.Scale(domain=[0, _most_recomputed(records)]),
         ),
         color=_colour(records, lines),
@@ -119,7 +120,7 @@ def _colour(records: Sequence[Record], lines: Lines) -> alt.Color:
 
 def _quality(records: Sequence[Record], metric: Metric, field: str = "mean") -> alt.Y:
     title = metric.title if metric.is_share else f"{metric.title} (lower is better)"
-    axis = alt.Axis(format=".0%") if metric.is_share else alt.Axis()
+    axis = alt.Axis(format=PERCENT) if metric.is_share else alt.Axis()
     return alt.Y(f"{field}:Q", title=title, axis=axis, scale=alt.Scale(domain=_span(records, metric)))
 
 

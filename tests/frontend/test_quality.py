@@ -160,6 +160,19 @@ def test_charts_are_valid_and_keep_to_the_metric(result: EvalResult, metric: Any
         assert layer["encoding"]["color"]["scale"]["domain"] == ["plain", "none", "kv_deviation"]
 
 
+def test_ticks_of_a_short_axis_are_not_rounded_to_whole_percents() -> None:
+    found = small_eval_result()
+    for row in found["rows"]:
+        row["exact_match"] = {"mean": 0.004, "low": 0.0, "high": 0.01}
+        row["recomputed_ratio"] = row["recomputed_ratio"] and row["recomputed_ratio"] / 50
+    result = read(found)
+    records = points(result, "all", METRICS["exact_match"])
+    layers = recomputed_chart(records, METRICS["exact_match"], lines(result)).to_dict()["layer"]
+    axes = [layer["encoding"][name] for layer in layers for name in ("x", "y") if name in layer["encoding"]]
+    assert {axis["scale"]["domain"][1] < 0.06 for axis in axes} == {True}, "ticks are less than a percent apart"
+    assert {axis["axis"]["format"] for axis in axes} == {"~%"}, "a fixed number of digits repeats labels"
+
+
 def test_charts_of_equal_figures_and_of_full_prefill_alone_have_an_axis() -> None:
     found = small_eval_result()
     found["rows"] = found["rows"][:1]
