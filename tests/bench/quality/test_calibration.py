@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from kvarena.bench.quality.answers import Answer
 from kvarena.bench.quality.asking import Attempt
+from kvarena.bench.quality.calibrate_command import sample_note
 from kvarena.bench.quality.calibration import check_layers, document_exam, fastest, with_answers_of, write_profile
 from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import load_results
@@ -76,6 +77,12 @@ def test_documents_alone_are_enough_to_ask(documents: Path) -> None:
         document_exam(documents, 7)
 
 
+def test_the_finding_says_what_it_rests_on() -> None:
+    assert sample_note(30) == "This rests on 30 questions."
+    assert sample_note(29).startswith("This rests on 29 questions only: ")
+    assert sample_note(1).startswith("This rests on 1 question only: ")
+
+
 def test_the_profile_keeps_what_it_is_not_about(tmp_path: Path) -> None:
     path = write_profile(tmp_path, row(1, 1), "<note>")
     assert json.loads(path.read_text()) == {
@@ -96,6 +103,7 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--ratio", "0,0.5,1", "--target", "1"])
     assert result.exit_code == 0, result.output
     assert "chosen" in result.output
+    assert "This rests on 4 questions only: with fewer than 30, others" in result.output
     profile = json.loads((model / "kvarena.json").read_text())
     saved = load_results(output)
     assert saved["settings"]["chosen"]["policy"] == profile["policy"]
@@ -106,6 +114,7 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     (model / "kvarena.json").unlink()
     result = CliRunner().invoke(app, [*arguments, "--policy", "random", "--ratio", "0.05", "--target", "1"])
     assert result.exit_code == 1
+    assert "This rests on 4 questions only" in result.output
     assert "No setting reaches 100 % agreement" in result.output
     assert not (model / "kvarena.json").exists()
 

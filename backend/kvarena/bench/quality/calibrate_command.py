@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvarena.bench.results import Row
 
 DEFAULT_POLICIES = ("kv_deviation", "kv_deviation,deviation=values", "chunk_head", "query_attention")
+ENOUGH_QUESTIONS = 30
 INTERRUPTED = 130
 
 
@@ -46,7 +47,7 @@ def calibrate(
     ] = None,
     ratio: Annotated[str, typer.Option(help="Ratios to try, separated by commas.")] = "0,0.05,0.1,0.15,0.2,0.3",
     target: Annotated[float, typer.Option(min=0, max=1, help="Least agreement with full prefill (token F1).")] = 0.97,
-    num_questions: Annotated[int, typer.Option(min=1, help="Size of the sample.")] = 24,
+    num_questions: Annotated[int, typer.Option(min=1, help="Size of the sample.")] = ENOUGH_QUESTIONS,
     separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's or the model's]")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to here.")] = 24,
     timeout_s: Annotated[float, typer.Option(min=1, help="For one answer of a server.")] = 120.0,
@@ -115,6 +116,7 @@ def calibrate(
         print(json.dumps(load_results(output), indent=1))
     else:
         _show(rows, chosen, console)
+    console.print(sample_note(len(exam.questions)), soft_wrap=True)
     if chosen is None:
         best = max((row["f1"]["mean"] for row in rows if row["f1"]), default=0.0)
         console.print(
@@ -132,6 +134,17 @@ def calibrate(
         )
     elif write:
         console.print("The model isn't a folder on this machine: set BLEND_POLICY and the like where it is served.")
+
+
+def sample_note(num_questions: int) -> str:
+    """What the finding rests on, and that it is little where it is."""
+    found = f"This rests on {num_questions} question{'' if num_questions == 1 else 's'}"
+    if num_questions >= ENOUGH_QUESTIONS:
+        return f"{found}."
+    return (
+        f"{found} only: with fewer than {ENOUGH_QUESTIONS}, others of the same kind may well lead to another setting. "
+        "--num-questions takes more, where the file of questions has them."
+    )
 
 
 def _show(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
