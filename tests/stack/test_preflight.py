@@ -14,6 +14,7 @@ import pytest
 from kvarena.stack import machine, preflight
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
+from kvarena.stack.lmcache_l2 import l2_adapter
 from kvarena.stack.model import Model, find_model
 from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.preflight import GIB, MemoryNeed
@@ -96,6 +97,19 @@ def test_too_little_memory_gives_the_numbers() -> None:
 def test_too_little_shared_memory(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="LMCACHE_GB lower"):
         preflight.check_shared_memory(1e6, tmp_path)
+
+
+def test_a_second_tier_in_a_folder_is_made_and_written_to(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    preflight.check_lmcache_l2(l2_adapter(str(folder), 1.0, tmp_path))
+    assert list(folder.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for place, reason in (("file", "File exists"), ("file/below", "Not a directory"), ("/proc/l2", "No such file")):
+        message = f"LMCACHE_L2 is the folder .*{place}, which can't be made or written: {reason}.*name another"
+        with pytest.raises(StackError, match=message):
+            preflight.check_lmcache_l2(l2_adapter(place, 1.0, tmp_path))
+    preflight.check_lmcache_l2(l2_adapter("redis://nowhere", 1.0, tmp_path))
+    preflight.check_lmcache_l2(None)
 
 
 def test_missing_packages(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

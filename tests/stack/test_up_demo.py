@@ -241,6 +241,17 @@ def test_simllm_refuses_another_kind_of_model_before_anything_starts(tmp_path: P
     assert_nothing_left(home)
 
 
+def test_a_second_tier_that_cannot_be_written_is_refused_before_anything_starts(
+    module_home: Home, port_base: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCACHE_L2", "/proc/chunks")
+    up = kvarena(module_home, "up", "--contenders", "blend", "--no-ui", "--port-base", str(port_base))
+    assert up.returncode == 1
+    assert "LMCACHE_L2 is the folder /proc/chunks, which can't be made or written" in up.stderr
+    assert "starting" not in up.stdout
+    assert_nothing_left(module_home)
+
+
 def test_ctrl_c(module_home: Home, port_base: int) -> None:
     arguments = ("up", "--contenders", "plain", "--no-ui", "--port-base", str(port_base))
     with subprocess.Popen(

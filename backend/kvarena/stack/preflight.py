@@ -8,10 +8,12 @@ from __future__ import annotations
 import shutil
 import socket
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from kvarena.context import load_chunks, load_system_prompt
 from kvarena.stack import machine
@@ -42,6 +44,7 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
         check_memory(estimate_memory(plan), machine.available_memory_bytes())
     if any(service.name == LMCACHE_SERVER for service in services):
         check_shared_memory(plan.lmcache_gb)
+        check_lmcache_l2(plan.lmcache_l2)
 
 
 def check_packages(plan: Plan) -> None:
@@ -174,6 +177,21 @@ def check_shared_memory(lmcache_gb: float, folder: Path = SHARED_MEMORY) -> None
             f"LMCache keeps its {lmcache_gb:g} GiB in {folder}, where {_gib(free)} is free; "
             "set LMCACHE_GB lower, or make that file system larger"
         )
+
+
+def check_lmcache_l2(adapter: Mapping[str, Any] | None) -> None:
+    """A folder is made where there is none, and written to; other second tiers are for LMCache to reach."""
+    folder = Path(str((adapter or {}).get("base_path", "")))
+    if not folder.is_absolute():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise StackError(
+            f"LMCACHE_L2 is the folder {folder}, which can't be made or written: {error.strerror}; "
+            "name another, or let the user write there who starts the stack"
+        ) from error
 
 
 def _gib(num_bytes: int) -> str:
