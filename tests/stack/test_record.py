@@ -33,6 +33,19 @@ def test_differences_are_told_in_words(home: Home, tmp_path: Path) -> None:
     assert "data folder data, not notes" in lines
 
 
+def test_of_a_json_option_only_the_keys_that_differ_are_shown(home: Home, tmp_path: Path) -> None:
+    chosen = {"ui": False, "contenders": "blend", "blend_policy": "kv_deviation"}
+    _, services = make(home, tmp_path, **chosen, blend_ratio=0.1, lmcache_l2="/chunks")
+    _, others = make(home, tmp_path, **chosen, blend_ratio=0.3, lmcache_l2="redis://host")
+    running = Record(tuple(services.values()), "", "data", "demo")
+    lines = differences(running, dataclasses.replace(running, services=tuple(others.values())))
+    assert "blend: --kv-transfer-config.kv_connector_extra_config.ratio is 0.1, not 0.3" in lines
+    assert "lmcache-server: --l2-adapter.type is fs_native, not resp" in lines
+    assert "lmcache-server: --l2-adapter.port is not set, not 6379" in lines
+    assert 'lmcache-server: --l2-adapter.eviction is {"eviction_policy": "LRU"}, not left out' in lines
+    assert not [line for line in lines if "KVArenaConnector" in line]
+
+
 def test_a_stack_without_a_key_is_not_the_one_that_asks_for_it(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)
     running = Record(tuple(services.values()), "", "data", "demo")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,34 @@ def _names(*records: Record) -> list[str]:
 
 
 def _changes(old: Service, new: Service) -> list[str]:
-    changes = []
-    for before, after in ((command_options(old), command_options(new)), (old.environment, new.environment)):
-        for key in dict.fromkeys([*before, *after]):
-            if before.get(key) != after.get(key):
-                changes.append(f"{key} is {before.get(key, 'not set')}, not {after.get(key, 'left out')}")
+    changes = _changed_values(command_options(old), command_options(new))
+    changes += _changed_values(old.environment, new.environment)
     return changes or ["started in another way"]
+
+
+def _changed_values(before: Mapping[str, Any], after: Mapping[str, Any], within: str = "") -> list[str]:
+    """The keys whose values differ; of two JSON objects those in them, after a dot as vLLM's command line has them."""
+    changes = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = _parsed(before.get(key, "not set")), _parsed(after.get(key, "left out"))
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _changed_values(old, new, f"{within}{key}.")
+        elif old != new:
+            changes.append(f"{within}{key} is {_as_text(old)}, not {_as_text(new)}")
+    return changes
+
+
+def _parsed(value: Any) -> Any:
+    """The object that a text holds as JSON; anything else as it is."""
+    try:
+        found = json.loads(value)
+    except (TypeError, ValueError):
+        return value
+    return found if isinstance(found, dict) else value
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def command_options(service: Service) -> dict[str, str]:
