@@ -175,6 +175,28 @@ def test_the_prefix_contender(tmp_path: Path, port_base: int) -> None:
     assert_nothing_left(home)
 
 
+def test_a_running_stack_keeps_the_key_that_it_was_started_with(
+    tmp_path: Path, port_base: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "home")
+    arguments = ("up", "--contenders", "prefix", "--no-ui", "--port-base", str(port_base))
+    try:
+        for key, exit_code, message in (
+            ("first", 0, ""),
+            ("second", 1, "error: prefix is running with another KVARENA_API_KEY: set the one"),
+            ("", 1, "KVARENA_API_KEY is set for what runs"),
+            ("first", 0, ""),
+        ):
+            monkeypatch.setenv("KVARENA_API_KEY", key)
+            up = kvarena(home, *arguments)
+            assert up.returncode == exit_code, up.stdout + up.stderr
+            assert message in up.stderr
+            assert kvarena(home, "status").returncode == 0, "what runs goes on"
+    finally:
+        assert kvarena(home, "down").returncode == 0
+    assert_nothing_left(home)
+
+
 def test_the_simllm_contender(tmp_path: Path, port_base: int) -> None:
     """Alone, so without vLLM: up, two similar questions, the second over the first one's KV, the figures, down."""
     home = Home(tmp_path / "home")

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 
+from kvarena.api_key import API_KEY_VARIABLE
 from kvarena.stack import containers, progress
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.interrupts import stop_signals_ignored, stop_signals_raise
 from kvarena.stack.plan import make_plan
-from kvarena.stack.preflight import check_before_start
+from kvarena.stack.preflight import check_api_key, check_before_start
 from kvarena.stack.record import Record, differences
 from kvarena.stack.runner import Runner, SupervisorGoneError
 from kvarena.stack.service import Service
@@ -79,7 +80,7 @@ def bring_up(
 ) -> None:
     """Makes the services of `wanted` run (its run folder is made here). `check` sees those that are about to start."""
     with home.lock(), stop_signals_raise():
-        supervisor = _running_as_wanted(home, wanted, console)
+        supervisor = _running_as_wanted(home, wanted, secrets.get(API_KEY_VARIABLE, ""), console)
         missing = _not_running(supervisor, wanted.services)
         check(missing)
         try:
@@ -129,8 +130,8 @@ def down(home: Home, console: Console) -> None:
         console.print("Nothing was running.")
 
 
-def _running_as_wanted(home: Home, wanted: Record, console: Console) -> Runner | None:
-    """The supervisor that runs these very services; raises `StackError` when it runs others.
+def _running_as_wanted(home: Home, wanted: Record, api_key: str, console: Console) -> Runner | None:
+    """The supervisor that runs these very services; raises `StackError` when it runs others, or under another key.
 
     What a killed supervisor left behind, and a supervisor whose services have all ended, is cleared away.
     """
@@ -149,6 +150,7 @@ def _running_as_wanted(home: Home, wanted: Record, console: Console) -> Runner |
             + "\n  ".join(changes)
             + "\nStop it first (./run-server.sh stop, or kvarena down), then start it with the new ones."
         )
+    check_api_key(record.services, api_key)
     return supervisor
 
 

@@ -15,6 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from kvarena.api_key import bearer
 from kvarena.context import load_chunks, load_system_prompt
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
@@ -22,7 +25,9 @@ from kvarena.stack.model import check_hub_access
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
 from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
+from kvarena.stack.settings import CONTENDERS
 
+REQUEST_TIMEOUT_S = 5.0
 GIB = 1 << 30
 SERVER_OVERHEAD_BYTES = 3 * GIB // 2
 LMCACHE_OVERHEAD_BYTES = GIB // 2
@@ -74,6 +79,25 @@ def check_install_path(prefix: str) -> None:
         raise StackError(
             f"vLLM can't run from {prefix!r}, because of the white space in it; move the project elsewhere"
         )
+
+
+def check_api_key(running: Iterable[Service], api_key: str) -> None:
+    """What runs keeps the key that it was started with; a service that doesn't answer hasn't refused this one."""
+    for service in running:
+        if service.name in CONTENDERS and _refuses(service, api_key):
+            raise StackError(
+                f"{service.name} is running with another KVARENA_API_KEY: set the one that it was started with, or "
+                "stop the stack first (./run-server.sh stop, or kvarena down) and start it with the new one"
+            )
+
+
+def _refuses(service: Service, api_key: str) -> bool:
+    url, headers = f"{service.address}/v1/models", bearer(api_key)
+    try:
+        answer = httpx.get(url, headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == httpx.codes.UNAUTHORIZED
 
 
 def check_data_folder(folder: Path) -> None:
