@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -52,6 +53,7 @@ class LMCacheStore:
         self._context: LMCacheContext | None = None
         self._down_until = 0.0
         self._lock = threading.RLock()
+        self._releases = ThreadPoolExecutor(1, thread_name_prefix="kvarena-release")
 
     @contextmanager
     def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[_Retrieval]:
@@ -61,8 +63,8 @@ class LMCacheStore:
         try:
             yield retrieval
         finally:
-            with self._lock:
-                retrieval.end()
+            if context := retrieval.end():
+                self._releases.submit(self._release, context, retrieval)
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
         done = self._ask("put", lambda context: context.store_padded(chunk, kv), default=False)
@@ -77,6 +79,10 @@ class LMCacheStore:
         self._ask("clear", lambda context: context.clear_server(), default=None)
 
     def close(self) -> None:
+        self._releases.shutdown()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         with self._lock:
             if self._context:
                 self._context.close_when_unused()
@@ -92,8 +98,14 @@ class LMCacheStore:
         self.stats.misses += sum(retrieval.held[number] for number in numbers) - hits
         return found
 
-    def release(self, lookups: Sequence[Lookup], taken: Sequence[Lookup]) -> None:
-        self._ask("release", lambda context: context.release(lookups, taken), default=None)
+    def _release(self, context: LMCacheContext, retrieval: _Retrieval) -> None:
+        """Nobody waits for it. What is left of a context that failed isn't asked any more."""
+        with self._lock:
+            if not context.is_retired:
+                self._ask("release", lambda own: own.release(retrieval.lookups, retrieval.taken), default=None)
+            context.num_retrievals -= 1
+            if context.is_retired:
+                context.close_when_unused()
 
     def _ask(self, what: str, call: Callable[[LMCacheContext], Result], *, default: Result) -> Result:
         with self._lock:
@@ -112,7 +124,7 @@ class LMCacheStore:
         try:
             return call(self._context)
         except ServerRestarted:
-            self.close()
+            self._disconnect()
             self._context = self._connect()
             return call(self._context)
 
@@ -128,7 +140,7 @@ class LMCacheStore:
             self.retry_s,
         )
         self.stats.errors += 1
-        self.close()
+        self._disconnect()
         self._down_until = time.monotonic() + self.retry_s
 
     def _checked(self, chunk: Chunk, pieces: Pieces | None) -> Pieces | None:
@@ -154,9 +166,9 @@ class _Retrieval:
         self.chunks = chunks
         self._store = store
         self._context = context
-        self._lookups = context.look_up(chunks) if context else []
-        self._taken: list[Lookup] = []
-        self.held = [lookup.is_held for lookup in self._lookups] or [False] * len(chunks)
+        self.lookups = context.look_up(chunks) if context else []
+        self.taken: list[Lookup] = []
+        self.held = [lookup.is_held for lookup in self.lookups] or [False] * len(chunks)
         if context:
             context.num_retrievals += 1
 
@@ -167,18 +179,12 @@ class _Retrieval:
         """Called by the store, one at a time. A context that isn't the one that looked up has none of them."""
         if context is not self._context:
             return [None] * len(numbers)
-        lookups = [self._lookups[number] for number in numbers]
+        lookups = [self.lookups[number] for number in numbers]
         found = context.take(lookups)
-        self._taken += [lookup for lookup, pieces in zip(lookups, found, strict=True) if pieces is not None]
+        self.taken += [lookup for lookup, pieces in zip(lookups, found, strict=True) if pieces is not None]
         return found
 
-    def end(self) -> None:
-        """Called by the store. What is left of a context that failed isn't asked any more."""
+    def end(self) -> LMCacheContext | None:
+        """Nothing can be taken any more. Returns the context that has something to be released, if there is one."""
         context, self._context = self._context, None
-        if context is None:
-            return
-        if not context.is_retired:
-            self._store.release(self._lookups, self._taken)
-        context.num_retrievals -= 1
-        if context.is_retired:
-            context.close_when_unused()
+        return context

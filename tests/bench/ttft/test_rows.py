@@ -64,7 +64,15 @@ def test_a_failed_request_is_counted_and_its_pair_left_out() -> None:
 
 
 def test_shares_of_the_prompt_add_up_and_stages_are_the_reports() -> None:
-    report = {"store_hits": 3, "store_misses": 1, "fetch_ms": 5.0, "select_ms": 20.0, "blend_ms": 30.0, "ratio": 0.1}
+    report = {
+        "store_hits": 3,
+        "store_misses": 1,
+        "fetch_ms": 5.0,
+        "select_ms": 20.0,
+        "blend_ms": 30.0,
+        "max_ttft_ms": 500.0,
+        "ratio": 0.1,
+    }
     answer = timed(0.1, reuse=Reuse(1000, 700, 100), report=report)
     row = rows_of(blend=[Burst([answer], before_bytes=5, peak_bytes=9), Burst([answer], 7, 8)])[0]
     assert (row["reused_ratio"], row["recomputed_ratio"], row["computed_ratio"]) == (0.7, 0.1, 0.2)

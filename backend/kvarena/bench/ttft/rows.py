@@ -16,6 +16,7 @@ from kvarena.bench.ttft.workload import Cell
 DIGITS = 4
 UNKNOWN = "unknown"
 BLEND_MS = "blend_ms"
+NOT_STAGES = (BLEND_MS, "max_ttft_ms")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _stages(answered: Sequence[Timed]) -> dict[str, float] | None:
 
 def _split(one: Timed) -> dict[str, float]:
     report = one.report or {}
-    blend = {name: float(ms) for name, ms in report.items() if name.endswith("_ms") and name != BLEND_MS}
+    blend = {name: float(ms) for name, ms in report.items() if name.endswith("_ms") and name not in NOT_STAGES}
     stages = {name.removesuffix("_ms"): ms for name, ms in blend.items()}
     outside = max(0.0, one.ttft_ms - float(report.get(BLEND_MS, 0.0)))
     return stages | {"prefill": outside, "decode": one.e2e_ms - one.ttft_ms}
