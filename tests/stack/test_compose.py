@@ -34,7 +34,7 @@ def composed(profile: str, *files: str) -> dict[str, Any]:
     it, without any setting of this machine."""
     options = [word for name in ("compose.yaml", *files) for word in ("-f", name)]
     options += [word for name in with_lmcache(profile) for word in ("--profile", name)]
-    command = [sys.executable, "-m", "podman_compose", *options, "config"]
+    command = [sys.executable, "-m", "podman_compose", "--dry-run", *options, "config"]
     environment = {key: value for key, value in os.environ.items() if key.lower() not in Settings.model_fields}
     done = subprocess.run(command, cwd=project_root(), env=environment, capture_output=True, text=True, check=True)
     read: dict[str, Any] = yaml.safe_load(done.stdout)
