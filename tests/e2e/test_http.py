@@ -62,6 +62,7 @@ def test_settings_are_told(stack: Stack) -> None:
         ({"store": "yes"}, "true or false"),
         ({"chunks": "text"}, "list of strings"),
         ({"ratio": "auto"}, "needs max_ttft_ms"),
+        ({"policy": "auto"}, "kv_deviation, chunk_head, query_attention, random, none, all"),
         ({"max_ttft_ms": 0}, "a number above 0"),
         ({"max_ttft_ms": 300, "ratio": 0.1}, "not both"),
         ({"max_ttft_ms": 300, "policy": "none"}, "which none doesn't go by"),

@@ -101,11 +101,13 @@ class LMCacheStore:
     def _release(self, context: LMCacheContext, retrieval: _Retrieval) -> None:
         """Nobody waits for it. What is left of a context that failed isn't asked any more."""
         with self._lock:
-            if not context.is_retired:
-                self._ask("release", lambda own: own.release(retrieval.lookups, retrieval.taken), default=None)
-            context.num_retrievals -= 1
-            if context.is_retired:
-                context.close_when_unused()
+            try:
+                if not context.is_retired:
+                    self._ask("release", lambda own: own.release(retrieval.lookups, retrieval.taken), default=None)
+            finally:
+                context.num_retrievals -= 1
+                if context.is_retired:
+                    context.close_when_unused()
 
     def _ask(self, what: str, call: Callable[[LMCacheContext], Result], *, default: Result) -> Result:
         with self._lock:

@@ -40,12 +40,10 @@ class Mover:
         spans = [span for span, _ in group]
         positions, turns = positions_of(spans), self._turns(spans)
         with self.stopwatch.timed("move_ms"):
-            by_half = [
-                [piece[half].unbind() for piece in pieces] for half in (0, 1)
-            ]  # far cheaper than views one by one
+            halves = [[piece[half].unbind() for piece in pieces] for half in (0, 1)]  # one by one costs far more
         for layer, rotation in enumerate(self.model.rotations):
             with self.stopwatch.timed("move_ms"):
-                kv = LayerKV(*(self._joined([layers[layer] for layers in half]) for half in by_half))
+                kv = LayerKV(*(self._joined([layers[layer] for layers in half]) for half in halves))
                 if rotation and turns:
                     turns[rotation].apply_(kv.keys)
             with self.stopwatch.timed("write_ms"):
@@ -62,9 +60,9 @@ class Mover:
         here, there = here.to(self.model.device), there.to(self.model.device)
         return {rotation: rotation.between(here, there) for rotation in set(self.model.rotations) if rotation}
 
-    def _joined(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _joined(self, pieces: list[torch.Tensor]) -> torch.Tensor:
         """Keys or values `(t, H_kv * D)` of one layer as `(T, H_kv, D)`: a copy, on the model's device."""
-        flat = torch.cat(tuple(pieces))
+        flat = torch.cat(pieces)
         return flat.to(self.model.device).view(len(flat), -1, self.model.head_size)
 
 

@@ -66,10 +66,12 @@ class BlendParams:
             raise ValueError(f"check_layer must be from 0 to {num_layers - 1}, not {self.check_layer}")
 
 
-def check_max_ttft_ms(max_ttft_ms: object) -> float:
-    """A time to first token. Raises `ValueError` for what isn't one."""
+def check_max_ttft_ms(max_ttft_ms: object, params: BlendParams) -> float:
+    """A time to first token that chooses the ratio. Raises `ValueError` for what isn't one, or chooses nothing."""
     if isinstance(max_ttft_ms, bool) or not isinstance(max_ttft_ms, int | float) or not 0 < max_ttft_ms < math.inf:
         raise ValueError(f"max_ttft_ms must be a number above 0, not {max_ttft_ms!r}")
+    if not params.goes_by_ratio:
+        raise ValueError(f"max_ttft_ms chooses the ratio, which {params.policy} doesn't go by here")
     return float(max_ttft_ms)
 
 

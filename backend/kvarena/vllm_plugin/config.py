@@ -57,9 +57,7 @@ class BlendConfig:
     def __post_init__(self) -> None:
         _ = self.params
         if self.max_ttft_ms is not None:
-            check_max_ttft_ms(self.max_ttft_ms)
-            if not self.params.goes_by_ratio:
-                raise ValueError(f"max_ttft_ms chooses the ratio, which {self.policy} doesn't go by here")
+            check_max_ttft_ms(self.max_ttft_ms, self.params)
         if self.store not in STORES:
             raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
         if self.unsupported not in UNSUPPORTED:

@@ -41,7 +41,9 @@ def read_request_params(
     takes = [*choices, "max_ttft_ms", "store", "chunks"]
     if unknown := sorted(set(given) - set(takes)):
         raise ValueError(f"kv_transfer_params.{KEY} has no {unknown[0]!r}; it takes {', '.join(takes)}")
-    chosen = {name: given[name] for name in choices if name in given and given[name] != AUTO_RATIO}
+    chosen = {name: given[name] for name in choices if name in given}
+    if chosen.get("ratio") == AUTO_RATIO:
+        del chosen["ratio"]
     blend = dataclasses.replace(defaults, **chosen)
     return RequestParams(blend, _read_max_ttft_ms(given, blend, max_ttft_ms), _read_store(given), _read_chunks(given))
 
@@ -55,15 +57,17 @@ def given_params(kv_transfer_params: object) -> Mapping[str, Any]:
 
 
 def _read_max_ttft_ms(given: Mapping[str, Any], blend: BlendParams, default: float | None) -> float | None:
-    is_asked_for = "max_ttft_ms" in given or given.get("ratio") == AUTO_RATIO
-    max_ttft_ms = check_max_ttft_ms(given["max_ttft_ms"]) if "max_ttft_ms" in given else default
-    if is_asked_for and given.get("ratio", AUTO_RATIO) != AUTO_RATIO:
-        raise ValueError(f"give a ratio or max_ttft_ms, which chooses it, not both; ratio is {given['ratio']!r}")
-    if is_asked_for and max_ttft_ms is None:
+    if given.get("ratio", AUTO_RATIO) != AUTO_RATIO:
+        if "max_ttft_ms" in given:
+            raise ValueError(f"give a ratio or max_ttft_ms, which chooses it, not both; ratio is {given['ratio']!r}")
+        return None
+    if "max_ttft_ms" in given:
+        return check_max_ttft_ms(given["max_ttft_ms"], blend)
+    if "ratio" not in given:
+        return default if blend.goes_by_ratio else None
+    if default is None:
         raise ValueError(f'ratio "{AUTO_RATIO}" needs max_ttft_ms, the time to first token to keep to')
-    if is_asked_for and not blend.goes_by_ratio:
-        raise ValueError(f"max_ttft_ms chooses the ratio, which {blend.policy} doesn't go by here")
-    return max_ttft_ms if is_asked_for or ("ratio" not in given and blend.goes_by_ratio) else None
+    return check_max_ttft_ms(default, blend)
 
 
 def _read_store(given: Mapping[str, Any]) -> bool:

@@ -49,8 +49,8 @@ def test_a_time_is_sent_named_and_written_down() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("none:300ms", "none has no ratio that a time could choose"),
-        ("chunk_head:300ms,head_tokens=3", "chunk_head has no ratio that a time could choose"),
+        ("none:300ms", "which none doesn't go by"),
+        ("chunk_head:300ms,head_tokens=3", "which chunk_head doesn't go by"),
         ("kv_deviation:0ms", "max_ttft_ms must be a number above 0, not 0.0"),
         ("kv_deviation:1.2.3ms", "could not convert"),
         ("best:0.1", "policy must be one of kv_deviation"),

@@ -62,9 +62,7 @@ class Setup:
         """Raises `ValueError` naming a value that can't be chosen, and the choices."""
         params = BlendParams(**self._params)
         if self.max_ttft_ms is not None:
-            check_max_ttft_ms(self.max_ttft_ms)
-            if not params.goes_by_ratio:
-                raise ValueError(f"{self.policy} has no ratio that a time could choose")
+            check_max_ttft_ms(self.max_ttft_ms, params)
 
     @property
     def recomputes_all(self) -> bool:
