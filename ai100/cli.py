@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Multi-turn chat on the KV slots of an AI 100.")
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-
 
 @app.callback()
 def group() -> None:
@@ -55,7 +53,8 @@ def chat(
     mxfp6_matmul: options.Mxfp6 = False,
     mxint8_kv_cache: options.Mxint8 = False,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of notes for the system message. [default: data, with the demo model]")
+        Path | None,
+        typer.Option(help="Folder of notes for the system message. [default: the town's, with the town model]"),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Topic, status and reason of every turn; the log.")
@@ -186,9 +185,10 @@ def _check_mode(messages: list[str], *, batch: bool, as_json: bool, no_cache: bo
 
 def _system_message(settings: AI100Settings, data: Path | None) -> str:
     """The notes of a folder, as the prompts of the other contenders have them; every topic begins with it."""
+    from ai100.settings import TOWN_NOTES
     from kvarena.context import join_chunks, load_chunks, load_system_prompt
 
-    folder = data or (DATA if settings.is_demo and DATA.is_dir() else None)
+    folder = data or (TOWN_NOTES if settings.is_town and TOWN_NOTES.is_dir() else None)
     if folder is None:
         return ""
     profile = Path(settings.model_path) / "kvarena.json"

@@ -10,7 +10,7 @@ import typer
 Model = Annotated[
     str | None,
     typer.Option(
-        help="A folder or a hub name. [default: meta-llama/Llama-3.2-1B-Instruct on the card, else the demo model]"
+        help="A folder or a hub name. [default: meta-llama/Llama-3.2-1B-Instruct on the card, else the town model]"
     ),
 ]
 RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, qaic (the card), host, or onnx.")]

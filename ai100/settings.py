@@ -12,13 +12,14 @@ from ai100.runtimes.runtime import Runtime, StaticShapes
 from ai100.topics import THRESHOLD, TOPICS_FILE, EmbeddingTopics, KeywordTopics, Topics, load_topics
 
 CARD_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-DEMO_MODEL = Path(__file__).resolve().parents[1] / "backend" / "models" / "demo"
+TOWN_MODEL = Path(__file__).resolve().parents[1] / "backend" / "models" / "town"
+TOWN_NOTES = TOWN_MODEL / "notes"
 KINDS_OF_TOPICS = ("keyword", "embedding")
 
 
 @dataclass(frozen=True)
 class AI100Settings:
-    """`model` `None` is `CARD_MODEL` on the card and the demo model elsewhere. `device`, `dtype` and `random_weights`
+    """`model` `None` is `CARD_MODEL` on the card and the town model elsewhere. `device`, `dtype` and `random_weights`
     are the host's. `sentence_model`: a folder or hub name whose files are here, for topics by embedding.
     """
 
@@ -41,11 +42,11 @@ class AI100Settings:
 
     def __post_init__(self) -> None:
         on_card = self.model is None and chosen(self.runtime) == "qaic"
-        object.__setattr__(self, "model_path", self.model or (CARD_MODEL if on_card else str(DEMO_MODEL)))
+        object.__setattr__(self, "model_path", self.model or (CARD_MODEL if on_card else str(TOWN_MODEL)))
 
     @property
-    def is_demo(self) -> bool:
-        return Path(self.model_path).resolve() == DEMO_MODEL
+    def is_town(self) -> bool:
+        return Path(self.model_path).resolve() == TOWN_MODEL
 
 
 def open_engine(settings: AI100Settings) -> AI100Engine:

@@ -77,13 +77,13 @@ stop_all() {
     done
 }
 
-# A completion of the demo model; its answer is printed and must have tokens.
+# A completion of the town model; its answer is printed and must have tokens.
 ask() {
     local offset=${health[$1]%%/*} answer
     local chunk='The baker of the town is called Anna Berg. She lives in the house beside the river and sells bread.'
     answer=$(curl --silent --show-error --fail --max-time 120 "$(url "$offset/v1/completions")" \
         -H 'content-type: application/json' \
-        -d "{\"model\": \"demo\", \"prompt\": \"<note>$chunk<note>$chunk Who is the baker?\", \"max_tokens\": 4, \"temperature\": 0}")
+        -d "{\"model\": \"town\", \"prompt\": \"<note>$chunk<note>$chunk Who is the baker?\", \"max_tokens\": 4, \"temperature\": 0}")
     grep -qE '"completion_tokens": ?[1-4]' <<<"$answer" || fail "$1 gave no tokens: $answer"
     printf '%s\n' "$answer"
 }

@@ -58,7 +58,9 @@ def started(home: Path, *arguments: str) -> Iterator[Stack]:
     """As a user starts and stops it: `kvarena up` with these arguments, on free ports, with an API key."""
     stack = Stack(home, API_KEY)
     try:
-        up = stack.command("up", "--port-base", str(free_port_base()), *arguments, timeout_s=UP_TIMEOUT_S)
+        up = stack.command(
+            "up", "--model", "town", "--port-base", str(free_port_base()), *arguments, timeout_s=UP_TIMEOUT_S
+        )
         assert up.returncode == 0, up.stdout + up.stderr
         yield stack
     finally:

@@ -27,7 +27,7 @@ def small_eval_result() -> dict[str, Any]:
             "engine": "http",
             "num_questions": 8,
             "reference": "plain",
-            "contenders": {name: {"url": "http://127.0.0.1:8000", "model": "demo"} for name in ("plain", "blend")},
+            "contenders": {name: {"url": "http://127.0.0.1:8000", "model": "town"} for name in ("plain", "blend")},
         },
         "versions": {},
         "machine": {"cpu": "A small one", "num_cores": 2},

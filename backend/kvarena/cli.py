@@ -73,7 +73,9 @@ def up(
         str | None,
         typer.Option(help="processes, containers, or auto: containers for GPUs and cards. [default: auto]"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A local folder or a hub name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder, a hub name, or town: the small model of the made-up town.")
+    ] = None,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the page.")] = False,
     port_base: Annotated[
         int | None,
@@ -90,7 +92,7 @@ def up(
     max_model_len: Annotated[
         int | None, typer.Option(help="Longest context in tokens. [default: the model's own]")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of chunk files. [default: data]")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of documents. [default: the model's, else data]")] = None,
     blend_unsupported: Annotated[
         str | None,
         typer.Option(help="A model that can't be blended: refuse, or serve it plain. [default: refuse]"),

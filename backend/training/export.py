@@ -1,4 +1,4 @@
-"""Writes a run's model for Hugging Face and vLLM: `python backend/training/export.py --name demo`.
+"""Writes a run's model for Hugging Face and vLLM: `python backend/training/export.py --name town`.
 
 Checks that `transformers` loads it and computes what the training model computes.
 """
@@ -76,7 +76,7 @@ def check_equal(training: Training, model: LlamaForCausalLM) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="demo", help="the run's folder below backend/training/runs")
+    parser.add_argument("--name", default="town", help="the run's folder below backend/training/runs")
     parser.add_argument("--output", type=Path, help="where to (default: the folder export of the run)")
     arguments = parser.parse_args()
     run = RUNS / arguments.name

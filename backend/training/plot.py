@@ -1,4 +1,4 @@
-"""Draws a run's learning curve from its log: `python backend/training/plot.py --name demo`."""
+"""Draws a run's learning curve from its log: `python backend/training/plot.py --name town`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", default="demo")
+    parser.add_argument("--name", default="town")
     parser.add_argument("--output", type=Path, help="a .png or .svg file (default: curve.png in the run's folder)")
     arguments = parser.parse_args()
     run = RUNS / arguments.name

@@ -1,4 +1,4 @@
-"""How good a run's model is: `python backend/training/report.py --name demo`.
+"""How good a run's model is: `python backend/training/report.py --name town`.
 
 Exact match by kind and context length with full attention, and with naive reuse of chunks.
 """
@@ -19,7 +19,7 @@ from settings import RUNS, Settings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="demo")
+    parser.add_argument("--name", default="town")
     parser.add_argument("--times", type=int, default=2, help="so many times as many towns as during training")
     parser.add_argument("--short", action="store_true", help="without contexts of 2,000 tokens and more")
     arguments = parser.parse_args()

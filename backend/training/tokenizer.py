@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE in which a town's words are whole tokens and any other text is bytes.
+"""The town model's tokenizer: byte-level BPE in which a town's words are whole tokens and any other text is bytes.
 
 A word opening a line or following a special token gets the space that it has inside a sentence, so that "Bruno" is one
 token wherever it stands. Decoding drops that space at the start of a text.

@@ -1,4 +1,4 @@
-"""Trains the demo model from nothing: `python backend/training/train.py --name demo`, and again to go on.
+"""Trains the town model from nothing: `python backend/training/train.py --name town`, and again to go on.
 
 A step's data come from the seed and the step alone, so a resumed run is the same run. Uses a GPU with bfloat16 where
 there is one, and on a CPU the type in which its units compute.
@@ -243,7 +243,7 @@ def _cpu_has(*flags: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="demo", help="the run's folder below backend/training/runs")
+    parser.add_argument("--name", default="town", help="the run's folder below backend/training/runs")
     parser.add_argument("--tokens", type=int, help=f"length of the run (default {Settings.tokens:,})")
     parser.add_argument("--minutes", type=float, help="end after so much time of training, if that comes first")
     parser.add_argument("--seed", type=int)

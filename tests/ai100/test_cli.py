@@ -1,4 +1,4 @@
-"""`kvarena ai100 chat` and `python -m ai100.server` on the demo model, as a user starts them."""
+"""`kvarena ai100 chat` and `python -m ai100.server` on the town model, as a user starts them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def lines_of(output: str) -> list[tuple[str, ...]]:
     return [found.groups() for found in LINE.finditer(output)]
 
 
-def test_batch_on_the_demo_model() -> None:
+def test_batch_on_the_town_model() -> None:
     output = run("--batch", *QUESTIONS, "--verbose")
     (first, second) = lines_of(output)
     assert "grey" in output
@@ -119,7 +119,7 @@ def test_the_server_as_a_process(tmp_path: Path) -> None:
         "--port",
         "18004",
         "--served-model-name",
-        "demo",
+        "town",
         "--runtime",
         "host",
     ]

@@ -18,14 +18,14 @@ from kvarena.context import build_messages, load_chunks, load_system_prompt
 from running_stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"
 TEXTS = [chunk.text for chunk in load_chunks(DATA)]
 SYSTEM = load_system_prompt(DATA)
 
 
 def body(texts: list[str], question: str, **more: Any) -> dict[str, Any]:
     messages = build_messages(SYSTEM, texts, question, "<note>")
-    return {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 8, **more}
+    return {"model": "town", "messages": messages, "temperature": 0, "max_tokens": 8, **more}
 
 
 def ask(http: httpx.Client, request: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def test_message_parts_are_boundaries(stack: Stack) -> None:
     rng = random.Random(2)
     parts = [{"type": "text", "text": " ".join(rng.sample(text.split(), len(text.split())))} for text in TEXTS[:3]]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What does she keep?"}]}]
-    request = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 4}
+    request = {"model": "town", "messages": messages, "temperature": 0, "max_tokens": 4}
     with stack.client("blend") as http:
         first = ask(http, request)["report"]
         messages[0]["content"] = [*parts[::-1], {"type": "text", "text": "Where?"}]  # type: ignore[list-item]

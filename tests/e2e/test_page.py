@@ -28,7 +28,7 @@ NAMES = ("blend", "plain")
 
 def across_questions() -> list[dict[str, Any]]:
     """Shipped questions whose answer needs a chunk and the one before it."""
-    lines = (ROOT / "data" / "questions.jsonl").read_text().splitlines()
+    lines = (ROOT / "backend" / "models" / "town" / "notes" / "questions.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == "across"]
 
 
@@ -67,7 +67,7 @@ def drag_into_order(page: Page, name: str, target: str, order: list[str]) -> Non
 
 
 def ask_at_length(page: Page, question: str, num_tokens: int) -> None:
-    """The demo model's answers are a word or two: goes on to `num_tokens`, as the page's switch allows."""
+    """The town model's answers are a word or two: goes on to `num_tokens`, as the page's switch allows."""
     box = page.locator(".st-key-max-tokens input")
     box.fill(str(num_tokens))
     box.press("Enter")
@@ -131,7 +131,7 @@ def assert_speed_line_tells_the_truth(
 
 
 def test_context_shows_boundaries_that_add_up(page: Page) -> None:
-    names = [chunk.name for chunk in load_chunks(ROOT / "data")][:3]
+    names = [chunk.name for chunk in load_chunks(ROOT / "backend" / "models" / "town" / "notes")][:3]
     pick_chunks(page, names)
     settle(page)
     title = page.locator(".st-key-context-view summary, .st-key-context-view button").first.inner_text()

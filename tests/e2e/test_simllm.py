@@ -16,7 +16,7 @@ from running_stack import Stack, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"
 CHUNKS = load_chunks(DATA)
 NUM_LAYERS = 6
 
@@ -29,7 +29,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def report_of(http: httpx.Client, texts: list[str], question: str, **options: Any) -> dict[str, Any]:
     messages = build_messages(load_system_prompt(DATA), texts, question, "<note>")
-    body = {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 8}
+    body = {"model": "town", "messages": messages, "temperature": 0, "max_tokens": 8}
     answer = http.post("/v1/chat/completions", json=body | {"kv_transfer_params": {"kvarena": options}})
     report: dict[str, Any] = answer.raise_for_status().json()["kv_transfer_params"]["kvarena"]
     return report

@@ -19,7 +19,7 @@ from request_lines import lines_of
 from running_stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"
 TEXTS = [chunk.text for chunk in load_chunks(DATA)]
 VLLMS = ("blend", "plain")
 CHAT = "/v1/chat/completions"
@@ -27,7 +27,7 @@ CHAT = "/v1/chat/completions"
 
 def body(texts: list[str], **more: Any) -> dict[str, Any]:
     messages = build_messages("Be brief.", texts, "What does she keep?", "<note>")
-    return {"model": "demo", "messages": messages, "temperature": 0, "max_tokens": 4, **more}
+    return {"model": "town", "messages": messages, "temperature": 0, "max_tokens": 4, **more}
 
 
 def line_of(stack: Stack, name: str, request_id: str) -> dict[str, Any]:

@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     folders = {family: save_tiny_model(root / family, family) for family in FAMILIES}
-    return folders | {"demo": ROOT / "backend" / "models" / "demo"}
+    return folders | {"town": ROOT / "backend" / "models" / "town"}
 
 
-@pytest.fixture(scope="session", params=[*FAMILIES, "demo"])
+@pytest.fixture(scope="session", params=[*FAMILIES, "town"])
 def any_prefix(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Iterator[Prefix]:
     prefix = make_prefix(model_folders[request.param], min_tokens=4)
     yield prefix

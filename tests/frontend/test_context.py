@@ -16,6 +16,7 @@ from kvarena.context import TextChunk, load_chunks, load_system_prompt
 from panes import answer_html
 from settings import DEFAULT_CONTENDERS, Contender, read_settings
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert(1)</script> **bold** $x^2$ :smile: 🐝 &amp; "quoted"'
 
 
@@ -61,7 +62,7 @@ def test_texts_are_shown_letter_for_letter() -> None:
 
 
 def test_shipped_town_is_complete() -> None:
-    folder = read_settings({}).data_dir
+    folder = ROOT / "backend" / "models" / "town" / "notes"
     names = [chunk.name for chunk in load_chunks(folder)]
     examples = load_examples(folder, names)
     lines = (folder / "questions.jsonl").read_text().splitlines()

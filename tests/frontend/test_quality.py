@@ -40,7 +40,7 @@ def test_a_result_is_read_with_its_gaps(result: EvalResult) -> None:
     assert row.exact_match == Interval(0.9, 0.8, 1.0)
     assert (row.agreement, row.first_token_kl, row.recomputed_ratio) == (None, None, None)
     assert result.answers[BLIND, 0].detail == "HTTP 500"
-    assert summary(result) == "demo, engine http · 8 questions · full prefill: plain · A small one, 2 cores"
+    assert summary(result) == "town, engine http · 8 questions · full prefill: plain · A small one, 2 cores"
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{}", '{"settings": {"benchmark": "prefix"}, "rows": []}'])

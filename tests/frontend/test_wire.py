@@ -9,7 +9,7 @@ import pytest
 from small_openai_server import SIMLLM_OFFER
 from wire import Recomputing, Sampling, Server, completion_request
 
-MODEL = {"id": "demo", "max_model_len": 4096}
+MODEL = {"id": "town", "max_model_len": 4096}
 BLEND = {"contender": "blend", "policies": ["none"], "defaults": {"policy": "none", "ratio": 0.1}, "separator": "|"}
 
 
@@ -19,7 +19,7 @@ BLEND = {"contender": "blend", "policies": ["none"], "defaults": {"policy": "non
 )
 def test_what_a_server_is(offer: dict[str, Any] | None, blends: bool, keeps_reports: bool) -> None:
     server = Server.read(MODEL, offer)
-    assert (server.model, server.max_model_len) == ("demo", 4096)
+    assert (server.model, server.max_model_len) == ("town", 4096)
     assert (server.blend is not None, server.keeps_reports) == (blends, keeps_reports)
     body = completion_request(server, [], Sampling(recomputing=Recomputing("none", 0.5), mode="top_layer"))
     assert ("kv_transfer_params" in body) == blends

@@ -189,9 +189,9 @@ def test_on_the_demo_model(mode: str) -> None:
     and is used; mode "top_layer" doesn't, and isn't.
     """
     root = project_root()
-    exam = load_exam(root / "data" / "questions.jsonl")
+    exam = load_exam(root / "backend" / "models" / "town" / "notes" / "questions.jsonl")
     simllm = SimLLMInference.from_pretrained(
-        str(root / "backend" / "models" / "demo"),
+        str(root / "backend" / "models" / "town"),
         device="cpu",
         mode=mode,
         similarity_threshold="auto",

@@ -15,6 +15,7 @@ from planned_services import extra_config, make
 def test_the_blend_is_set_by_the_models_profile(home: Home, tmp_path: Path) -> None:
     made, services = make(home, tmp_path, contenders="blend")
     profile = json.loads((Path(made.model.name) / "kvarena.json").read_text())
+    assert profile.pop("data")
     config = extra_config(services["blend"])
     assert {key: config[key] for key in profile} == profile
     assert config["lmcache_url"] == "tcp://127.0.0.1:5555"

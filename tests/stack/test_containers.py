@@ -255,5 +255,5 @@ def test_the_memory_limit_follows_the_model(home: Home, tmp_path: Path) -> None:
         weights.truncate(20 << 30)  # sparse
     large = settings(tmp_path, profile="cpu", model=str(model), dtype="bfloat16")
     assert int(compose_environment(large, make_plan(large, home))["CONTAINER_MEMORY_GB"]) > 20
-    demo = settings(tmp_path, profile="cpu")
-    assert compose_environment(demo, make_plan(demo, home))["CONTAINER_MEMORY_GB"] == "8"
+    town = settings(tmp_path, profile="cpu")
+    assert compose_environment(town, make_plan(town, home))["CONTAINER_MEMORY_GB"] == "8"

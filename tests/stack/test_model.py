@@ -123,7 +123,7 @@ def test_hub_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_default_models() -> None:
-    assert find_model(None, "cpu").served_name == "demo"
+    assert find_model(None, "cpu").served_name == "town"
     assert find_model(None, "gpu").name == "mistralai/Mistral-7B-Instruct-v0.2"
 
 
@@ -131,7 +131,7 @@ def test_default_models() -> None:
 def test_relative_folders(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if base == "project":
-        assert find_model("backend/models/demo", "cpu").name == str(project_root() / "backend/models/demo")
+        assert find_model("backend/models/town", "cpu").name == str(project_root() / "backend/models/town")
         return
     (tmp_path / "org" / "mine").mkdir(parents=True)
     (tmp_path / "org" / "mine" / "config.json").write_text("{}")
@@ -152,9 +152,9 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 
 def test_weight_bytes(tmp_path: Path) -> None:
-    demo = find_model(None, "cpu")
-    on_disk = (Path(demo.name) / "model.safetensors").stat().st_size
-    assert demo.weight_bytes(None) == on_disk
-    (tmp_path / "config.json").write_text((Path(demo.name) / "config.json").read_text())
+    town = find_model(None, "cpu")
+    on_disk = (Path(town.name) / "model.safetensors").stat().st_size
+    assert town.weight_bytes(None) == on_disk
+    (tmp_path / "config.json").write_text((Path(town.name) / "config.json").read_text())
     estimated = find_model(str(tmp_path), "cpu").weight_bytes(None)
     assert estimated == pytest.approx(on_disk, rel=0.02)

@@ -12,7 +12,7 @@ from planned_services import make
 
 def test_the_record_reads_back(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)
-    record = Record(tuple(services.values()), "/tmp/s", "data", "demo")
+    record = Record(tuple(services.values()), "/tmp/s", "data", "town")
     home.create()
     record.write(home)
     assert read_record(home) == record
@@ -24,8 +24,8 @@ def test_the_record_reads_back(home: Home, tmp_path: Path) -> None:
 def test_differences_are_told_in_words(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path, ui=False)
     _, others = make(home, tmp_path, max_model_len=512, contenders="plain", data_dir=tmp_path / "notes")
-    running = Record(tuple(services.values()), "", "data", "demo")
-    wanted = Record(tuple(others.values()), "", "notes", "demo")
+    running = Record(tuple(services.values()), "", "data", "town")
+    wanted = Record(tuple(others.values()), "", "notes", "town")
     lines = differences(running, wanted)
     assert "blend is running and was not asked for" in lines
     assert "page is not running" in lines
@@ -37,7 +37,7 @@ def test_of_a_json_option_only_the_keys_that_differ_are_shown(home: Home, tmp_pa
     chosen = {"ui": False, "contenders": "blend", "blend_policy": "kv_deviation"}
     _, services = make(home, tmp_path, **chosen, blend_ratio=0.1, lmcache_l2="/chunks")
     _, others = make(home, tmp_path, **chosen, blend_ratio=0.3, lmcache_l2="redis://host")
-    running = Record(tuple(services.values()), "", "data", "demo")
+    running = Record(tuple(services.values()), "", "data", "town")
     lines = differences(running, dataclasses.replace(running, services=tuple(others.values())))
     assert "blend: --kv-transfer-config.kv_connector_extra_config.ratio is 0.1, not 0.3" in lines
     assert "lmcache-server: --l2-adapter.type is fs_native, not resp" in lines
@@ -48,7 +48,7 @@ def test_of_a_json_option_only_the_keys_that_differ_are_shown(home: Home, tmp_pa
 
 def test_a_stack_without_a_key_is_not_the_one_that_asks_for_it(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)
-    running = Record(tuple(services.values()), "", "data", "demo")
+    running = Record(tuple(services.values()), "", "data", "town")
     assert differences(running, dataclasses.replace(running, has_api_key=True)) == [
         "KVARENA_API_KEY is not set for what runs"
     ]

@@ -54,7 +54,7 @@ def test_no_key_stands_in_commands_environments_or_the_record(
     monkeypatch.setenv("KVARENA_API_KEY", "sesame-open")
     _, services = make(home, tmp_path, contenders=",".join(CONTENDERS))
     home.create()
-    Record(tuple(services.values()), "", "data", "demo", has_api_key=True).write(home)
+    Record(tuple(services.values()), "", "data", "town", has_api_key=True).write(home)
     assert "sesame-open" not in str(services) + home.record.read_text()
 
 
@@ -137,7 +137,7 @@ def test_options_go_through(home: Home, tmp_path: Path) -> None:
 
 def test_local_and_hub_models(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, services = make(home, tmp_path)
-    assert made.model.served_name == "demo"
+    assert made.model.served_name == "town"
     assert services["plain"].environment["HF_HUB_OFFLINE"] == "1"
     monkeypatch.chdir(tmp_path)
     made, services = make(home, tmp_path, model="org/model", local_hf_home=tmp_path)

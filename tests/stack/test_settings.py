@@ -32,7 +32,7 @@ def test_defaults(env_file: Path) -> None:
         lmcache_server=5555,
         lmcache_http=8080,
     )
-    assert settings.data_dir == project_root() / "data"
+    assert settings.data_dir is None
     assert settings.ui
 
 

@@ -31,7 +31,7 @@ MakeService = Callable[..., Service]
 
 
 def record_of(*services: Service) -> Record:
-    return Record(services=services, run_folder="", data_dir="data", served_model="demo")
+    return Record(services=services, run_folder="", data_dir="data", served_model="town")
 
 
 def bring_up(home: Home, console: Console, *services: Service) -> None:

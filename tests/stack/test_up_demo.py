@@ -1,4 +1,4 @@
-"""The real thing: `kvarena up` with vLLM and the demo model, as a person types it, to the last process gone."""
+"""The real thing: `kvarena up` with vLLM and the town model, as a person types it, to the last process gone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,14 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(home: Home) -> dict[str, str]:
-    return {**os.environ, "KVARENA_HOME": str(home.path), "KV_CACHE_GB": "1", "LMCACHE_GB": "0.5", "PROFILE": "cpu"}
+    return {
+        **os.environ,
+        "KVARENA_HOME": str(home.path),
+        "KV_CACHE_GB": "1",
+        "LMCACHE_GB": "0.5",
+        "PROFILE": "cpu",
+        "MODEL": "town",
+    }
 
 
 def up_plain(home: Home, port_base: int, *more: str) -> subprocess.CompletedProcess[str]:
@@ -88,7 +95,7 @@ def test_from_up_to_down(module_home: Home, port_base: int) -> None:
     assert "plain (vLLM without LMCache): healthy" in started.stdout
     assert url in started.stdout
 
-    request = {"model": "demo", "prompt": "You answer questions", "max_tokens": 3, "temperature": 0}
+    request = {"model": "town", "prompt": "You answer questions", "max_tokens": 3, "temperature": 0}
     answer = httpx.post(f"{url}/v1/completions", json=request, timeout=60).raise_for_status().json()
     assert answer["usage"]["completion_tokens"] == 3
     assert httpx.get(f"{url}/kvarena").status_code == 404
@@ -158,7 +165,7 @@ def test_the_prefix_contender(tmp_path: Path, port_base: int) -> None:
         up = kvarena(home, "up", "--contenders", "prefix", "--no-ui", "--port-base", str(port_base))
         assert up.returncode == 0, up.stdout + up.stderr
         chat = {
-            "model": "demo",
+            "model": "town",
             "messages": [{"role": "user", "content": "Bruno plays the lute . " * 10 + "What does Bruno play ?"}],
             "max_tokens": 4,
         }
@@ -207,12 +214,12 @@ def test_the_simllm_contender(tmp_path: Path, port_base: int) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 3}", timeout=60, trust_env=False) as http:
             reports = []
             for question in ("What does Bruno play ?", "What does Mara keep ?"):
-                chat = {"model": "demo", "messages": [{"role": "user", "content": notes + question}], "max_tokens": 4}
+                chat = {"model": "town", "messages": [{"role": "user", "content": notes + question}], "max_tokens": 4}
                 answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json()
                 reports.append(answer["kv_transfer_params"]["kvarena"])
             assert http.get("/tasks/stats").json()["num_hits"] == 1
-            assert 'kvarena_store_lookups_total{engine="0",model_name="demo",outcome="hits"} 1' in (
-                http.get("/metrics").text.replace('model_name="demo",engine="0"', 'engine="0",model_name="demo"')
+            assert 'kvarena_store_lookups_total{engine="0",model_name="town",outcome="hits"} 1' in (
+                http.get("/metrics").text.replace('model_name="town",engine="0"', 'engine="0",model_name="town"')
             )
         assert [report["hit"] for report in reports] == [False, True]
         assert "What does Bruno play ?" in reports[1]["matched_prompt"]
@@ -235,7 +242,7 @@ def test_the_ai100_contender(tmp_path: Path, port_base: int) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 4}", timeout=60, trust_env=False) as http:
             reports = []
             for question in (notes + "What does Bruno play ?", "And what does Mara play ?"):
-                chat = {"model": "demo", "user": "a", "messages": [{"role": "user", "content": question}]}
+                chat = {"model": "town", "user": "a", "messages": [{"role": "user", "content": question}]}
                 answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0, "max_tokens": 4}).json()
                 reports.append(answer["kv_transfer_params"]["kvarena"])
             table = http.get("/slots").json()
@@ -303,7 +310,7 @@ def test_lmcache_comes_back_after_it_was_killed(module_home: Home, port_base: in
     settings = load_settings(Path("none"), contenders="blend", profile="cpu", port_base=port_base, lmcache_gb=0.5)
     lmcache = build_services(make_plan(settings, module_home), module_home)[0]
     assert lmcache.name == "lmcache-server"
-    record = Record((lmcache,), "", "data", "demo")
+    record = Record((lmcache,), "", "data", "town")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVARENA_HOME", str(module_home.path))
         lifecycle.bring_up(record, module_home, Console(), check=lambda missing: None, secrets={})

@@ -91,10 +91,10 @@ def url(server: Blend) -> str:
 
 
 def test_the_request(blend: Blend) -> None:
-    warm(url(blend), "demo", [TextChunk("a", "text")])
+    warm(url(blend), "town", [TextChunk("a", "text")])
     (request,) = blend.requests
     assert request["prompt"] == "<note>text<note>"
-    assert request["model"] == "demo"
+    assert request["model"] == "town"
     assert request["max_tokens"] == 1
     assert request["kv_transfer_params"] == {"kvarena": {"store": True}}
 
@@ -103,7 +103,7 @@ def test_inside_a_running_event_loop(blend: Blend) -> None:
     """As in a notebook."""
 
     async def cell() -> int:
-        return warm(url(blend), "demo", [TextChunk("a", "text")]).count("warmed")
+        return warm(url(blend), "town", [TextChunk("a", "text")]).count("warmed")
 
     assert asyncio.run(cell()) == 1
 
@@ -111,21 +111,21 @@ def test_inside_a_running_event_loop(blend: Blend) -> None:
 def test_a_model_that_is_served_without_blending(blend: Blend) -> None:
     blend.described |= {"blends": False, "reason": "m can't be blended: its window is short"}
     with pytest.raises(StackError, match="stays empty: m can't be blended: its window is short"):
-        warm(url(blend), "demo", [TextChunk("a", "text")])
+        warm(url(blend), "town", [TextChunk("a", "text")])
     assert not blend.requests
 
 
 def test_a_key_is_shown_and_a_refused_one_named(blend: Blend) -> None:
     blend.api_key = "sesame"
-    assert warm(url(blend), "demo", [TextChunk("a", "text")], api_key="sesame").count("warmed") == 1
+    assert warm(url(blend), "town", [TextChunk("a", "text")], api_key="sesame").count("warmed") == 1
     with pytest.raises(StackError, match="refuses KVARENA_API_KEY: no valid key"):
-        warm(url(blend), "demo", [TextChunk("a", "text")])
+        warm(url(blend), "town", [TextChunk("a", "text")])
 
 
 def test_counts(blend: Blend) -> None:
     chunks = [TextChunk(name, f"{name} text") for name in ("one", "two", "tiny", "long", "stock", "broken")]
     seen: list[ChunkOutcome] = []
-    result = warm(url(blend), "demo", chunks, seen.append)
+    result = warm(url(blend), "town", chunks, seen.append)
     assert [chunk.name for chunk in result.outcomes] == [chunk.name for chunk in chunks]
     assert sorted(chunk.name for chunk in seen) == sorted(chunk.name for chunk in chunks)
     assert [chunk.outcome for chunk in result.outcomes] == [
@@ -141,7 +141,7 @@ def test_counts(blend: Blend) -> None:
         "the answer carries no request report",
         "2 store errors",
     ]
-    again = warm(url(blend), "demo", chunks[:2])
+    again = warm(url(blend), "town", chunks[:2])
     assert again.to_json() == {
         "num_chunks": 2,
         "num_warmed": 0,
@@ -156,7 +156,7 @@ def test_counts(blend: Blend) -> None:
 def test_chunks_that_are_not_kept_are_named(blend: Blend, console: Console) -> None:
     chunks = [TextChunk("one", "one"), TextChunk("sub/[a]", "tiny"), TextChunk("b", "long")]
     chunks += [TextChunk(f"t{number}", f"tiny {number}") for number in range(11)]
-    result = warm(url(blend), "demo", chunks)
+    result = warm(url(blend), "town", chunks)
     assert result.to_json()["too_short"] == ["sub/[a]", *(f"t{number}" for number in range(11))]
     show_warm_result(result, "data", console)
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
@@ -169,25 +169,25 @@ def test_chunks_that_are_not_kept_are_named(blend: Blend, console: Console) -> N
 
 
 def test_four_at_a_time(blend: Blend) -> None:
-    warm(url(blend), "demo", [TextChunk(f"c{i}", f"wait {i}") for i in range(8)])
+    warm(url(blend), "town", [TextChunk(f"c{i}", f"wait {i}") for i in range(8)])
     assert blend.most_running == 4
 
 
 def test_chunks_of_one_name_are_told_apart(blend: Blend) -> None:
-    result = warm(url(blend), "demo", [TextChunk("a", "one"), TextChunk("a", "long")])
+    result = warm(url(blend), "town", [TextChunk("a", "one"), TextChunk("a", "long")])
     assert [chunk.outcome for chunk in result.outcomes] == ["warmed", "failed"]
 
 
 def test_no_chunks(blend: Blend) -> None:
-    assert warm(url(blend), "demo", []).outcomes == ()
+    assert warm(url(blend), "town", []).outcomes == ()
 
 
 def test_no_server() -> None:
     with pytest.raises(httpx.ConnectError):
-        warm("http://127.0.0.1:9", "demo", [TextChunk("a", "text")])
+        warm("http://127.0.0.1:9", "town", [TextChunk("a", "text")])
 
 
 def test_a_server_without_our_chunk_cache(blend: Blend) -> None:
     with pytest.raises(StackError, match="LMCache's own blender has no chunk cache to fill"):
-        warm(url(blend) + "/elsewhere", "demo", [TextChunk("a", "text")])
+        warm(url(blend) + "/elsewhere", "town", [TextChunk("a", "text")])
     assert not blend.requests

@@ -31,7 +31,7 @@ def main() -> None:
         directory=str(home.path),
         stop_timeout_s=3.0,
     )
-    record = Record(services=(service,), run_folder="", data_dir="data", served_model="demo")
+    record = Record(services=(service,), run_folder="", data_dir="data", served_model="town")
     lifecycle.bring_up(record, home, Console(), check=lambda missing: None, secrets={})
 
 

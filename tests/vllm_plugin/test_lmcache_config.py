@@ -17,7 +17,7 @@ from kvarena.vllm_plugin.lmcache_config import SUPPORTED, lmcache_config
 from kvarena.vllm_plugin.lmcache_separator import special_string
 from tiny_models import tiny_tokenizer
 
-DEMO = Path(__file__).parents[2] / "backend" / "models" / "demo"
+TOWN = Path(__file__).parents[2] / "backend" / "models" / "town"
 CONFIG = BlendConfig(ratio=0.2, check_layer=2, separator=" # # ")
 CHUNKS = ["The tea is old.", "A goat on the hill", "seven lamps"]
 
@@ -68,11 +68,11 @@ def split_by_lmcache(tokenizer: Any, special: str, text: str) -> list[str]:
     return [tokenizer.decode(piece, skip_special_tokens=True).strip() for piece in pieces]
 
 
-@pytest.mark.parametrize("kind", ["bytes", "llama", "demo"])
+@pytest.mark.parametrize("kind", ["bytes", "llama", "town"])
 def test_lmcache_finds_the_separator_between_texts(kind: str) -> None:
-    make = {"bytes": tiny_tokenizer, "llama": like_llama, "demo": lambda: AutoTokenizer.from_pretrained(DEMO)}
-    tokenizer, separator = make[kind](), "<note>" if kind == "demo" else " # # "
-    chunks = ["the goat", "a lamp", "tea"] if kind == "demo" else CHUNKS
+    make = {"bytes": tiny_tokenizer, "llama": like_llama, "town": lambda: AutoTokenizer.from_pretrained(TOWN)}
+    tokenizer, separator = make[kind](), "<note>" if kind == "town" else " # # "
+    chunks = ["the goat", "a lamp", "tea"] if kind == "town" else CHUNKS
     prompt = separator.join(["Who?", *chunks, "Who?"])
     special = special_string(tokenizer, separator)
     assert split_by_lmcache(tokenizer, special, prompt)[1:-1] == chunks

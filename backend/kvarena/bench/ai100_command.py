@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def ai100(
-    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. [default: the demo model]")] = None,
+    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. [default: the town model]")] = None,
     shape: Annotated[str | None, typer.Option(help="Random weights of a size, 180m, 500m or 1b.")] = None,
     runtime: Annotated[str, typer.Option(help="auto, qaic (the card), host, or onnx.")] = "auto",
     history_tokens: Annotated[int, typer.Option(min=1, help="Of each conversation's first message.")] = 1000,
@@ -85,7 +85,7 @@ def _engine(model: str | None, shape: str | None, runtime: str, workload: AI100W
             shapes=StaticShapes(min(128, workload.ctx_len), workload.ctx_len, num, num + 1),
             random_weights=shape is not None,
             max_context=workload.ctx_len,
-            served_model_name=shape or model or "demo",
+            served_model_name=shape or model or "town",
         )
     )
 

@@ -32,7 +32,7 @@ def prefix(
         str | None, typer.Option(help="A prefix contender's address. [default: an engine in this process]")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Without --url: a local folder or a hub name. [default: the demo model]")
+        str | None, typer.Option(help="Without --url: a local folder or a hub name. [default: the town model]")
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Without --url: random weights of a size, 180m, 500m or 1b.")
@@ -119,7 +119,7 @@ def decode(
     url: Annotated[
         str | None, typer.Option(help="An OpenAI server of the same model to measure too, such as plain vLLM.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. [default: the demo model]")] = None,
+    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. [default: the town model]")] = None,
     shape: Annotated[str | None, typer.Option(help="Random weights of a size, 180m, 500m or 1b.")] = None,
     context_tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "128,1024",
     num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 5,
@@ -176,7 +176,7 @@ def _engine(folder: str, model: str | None, shape: str | None, cache_gb: float, 
     from kvarena.engines.prefix.engine import PrefixEngine
 
     loaded = HFModel.load(folder, random=shape is not None)
-    return PrefixEngine(loaded, shape or model or "demo", cache_bytes=int(cache_gb * 2**30), storage=storage)
+    return PrefixEngine(loaded, shape or model or "town", cache_bytes=int(cache_gb * 2**30), storage=storage)
 
 
 def _show_prefix(rows: list[Row], console: Console) -> None:

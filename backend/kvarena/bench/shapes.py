@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.stack.home import Home, project_root
+from kvarena.stack.model import SHIPPED_MODELS, TOWN, find_model
 
 SHAPES: dict[str, dict[str, int]] = {
     "180m": {
@@ -71,13 +72,13 @@ def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
 
 
 def model_folder(model: str | None, shape: str | None) -> str:
-    """A model's name or folder, by default the demo model's; of a shape one that stays, with what vLLM compiled for it.
+    """A model's name or folder, by default the stack's; of a shape one that stays, with what vLLM compiled for it.
 
     Raises `ValueError` when both are given, and for an unknown shape.
     """
     if model and shape:
         raise ValueError("--model and --shape exclude each other")
-    demo = project_root() / "backend" / "models" / "demo"
     if not shape:
-        return model or str(demo)
-    return str(write_shape(shape, Home.find().cache / "shapes" / shape, demo))
+        return model or find_model(None, "cpu").name
+    tokenizer_from = project_root() / SHIPPED_MODELS[TOWN]
+    return str(write_shape(shape, Home.find().cache / "shapes" / shape, tokenizer_from))

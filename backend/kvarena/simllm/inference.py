@@ -26,7 +26,7 @@ from kvarena.simllm.modeling import LlamaForCausalLMWithKVReuse, llama_config, r
 from kvarena.simllm.outcome import TaskOutcome
 from kvarena.simllm.params import AlignedParams, AutoThresholdParams, SimilarityThreshold, SimLLMParams
 from kvarena.simllm.shared_tasks import SharedTasks, TaskFormat
-from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+from kvarena.vllm_plugin.config import BlendConfig, read_blend_profile
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class SimLLMInference:
         such device. Raises `OSError` when there is no such model, and `ValueError` for one that isn't a Llama.
         """
         llama_config(model_path)
-        aligned = aligned or AlignedParams(blend=BlendConfig(**read_model_profile(model_path)).params)
+        aligned = aligned or AlignedParams(blend=BlendConfig(**read_blend_profile(model_path)).params)
         auto = auto or AutoThresholdParams()
         params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned, auto)
         model = LlamaForCausalLMWithKVReuse.from_pretrained(model_path, **model_kwargs)

@@ -14,8 +14,13 @@ from typing import Any
 
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
+from kvarena.vllm_plugin.config import read_model_profile
 
-DEFAULT_MODELS = {"cpu": "backend/models/demo", "gpu": "mistralai/Mistral-7B-Instruct-v0.2"}
+TOWN = "town"
+SHIPPED_MODELS = {TOWN: "backend/models/town"}
+"""What `--model` calls the models that lie in the repository, and their folders."""
+DEFAULT_MODELS = {"cpu": TOWN, "gpu": "mistralai/Mistral-7B-Instruct-v0.2"}
+DEFAULT_DATA_DIR = "data"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 HUB_TIMEOUT_S = 10.0
 
@@ -49,6 +54,12 @@ class Model:
             return ""
         return str(config.get("dtype") or config.get("torch_dtype") or "")
 
+    @property
+    def data_dir(self) -> Path:
+        """The documents that go with it: its profile's, else the project's. Raises `ValueError` for a bad profile."""
+        own = read_model_profile(self.name).get("data") if self.is_local else None
+        return Path(self.name, str(own)) if own else project_root() / DEFAULT_DATA_DIR
+
     def _config(self, hf_home: Path | None) -> dict[str, Any]:
         """Its `config.json`; empty where it isn't on this machine or can't be read."""
         folder = self._folder(hf_home)
@@ -65,6 +76,8 @@ class Model:
 def find_model(setting: str | None, profile: str) -> Model:
     """The model a setting names, or the profile's default. Raises `StackError` for a folder that isn't there."""
     text = setting or DEFAULT_MODELS[profile]
+    if text in SHIPPED_MODELS:
+        return _local(project_root() / SHIPPED_MODELS[text])
     for base in (Path.cwd(), project_root()):
         folder = base / Path(text).expanduser()
         if folder.is_dir():

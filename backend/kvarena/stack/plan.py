@@ -19,7 +19,7 @@ from kvarena.stack.machine import CoreShare
 from kvarena.stack.model import Model, find_model
 from kvarena.stack.service import LMCACHE_SERVER, LOOPBACK, Network
 from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
-from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+from kvarena.vllm_plugin.config import BlendConfig, read_blend_profile
 
 DEFAULT_CPU_KV_CACHE_GB = 1
 HALF_PRECISION = ("bfloat16", "float16")
@@ -113,7 +113,7 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
         blend=_blend_config(settings, model, home, network),
         blend_engine=_blend_engine(settings, on_cpu),
         ports=settings.ports,
-        data_dir=settings.data_dir,
+        data_dir=_data_dir(settings, model),
         results_dir=settings.results_dir,
         hf_home=settings.local_hf_home,
         lmcache_gb=settings.lmcache_gb,
@@ -166,6 +166,13 @@ def _second_tier(settings: Settings) -> dict[str, Any] | None:
     return l2_adapter(settings.lmcache_l2, settings.lmcache_l2_gb, project_root())
 
 
+def _data_dir(settings: Settings, model: Model) -> Path:
+    try:
+        return settings.data_dir or model.data_dir
+    except ValueError as error:
+        raise StackError(str(error)) from error
+
+
 def _blend_engine(settings: Settings, on_cpu: bool) -> str:
     if settings.blend_engine == "lmcache" and on_cpu and "blend" in settings.contenders:
         raise StackError("BLEND_ENGINE is lmcache, and LMCache's own blender needs a GPU; on a CPU it must be kvarena")
@@ -174,7 +181,7 @@ def _blend_engine(settings: Settings, on_cpu: bool) -> str:
 
 def _blend_config(settings: Settings, model: Model, home: Home, network: Network) -> BlendConfig:
     try:
-        profile = read_model_profile(model.name) if model.is_local else {}
+        profile = read_blend_profile(model.name) if model.is_local else {}
         chosen = {
             "separator": settings.separator,
             "policy": settings.blend_policy,

@@ -120,7 +120,7 @@ class Settings(BaseSettings):
     hf_token: SecretStr | None = None
     kvarena_api_key: SecretStr | None = None
     local_hf_home: Path | None = None
-    data_dir: Path = Path("data")
+    data_dir: Path | None = None
     results_dir: Path = Path("results")
     ui: bool = True
     gpu_share: bool = False

@@ -16,7 +16,9 @@ from typing import Any
 from kvarena.reuse.params import BlendParams, check_max_ttft_ms
 
 MODEL_PROFILE_NAME = "kvarena.json"
-PROFILE_FIELDS = ("separator", *(field.name for field in dataclasses.fields(BlendParams)))
+BLEND_FIELDS = ("separator", *(field.name for field in dataclasses.fields(BlendParams)))
+PROFILE_FIELDS = ("data", *BLEND_FIELDS)
+"""`data` is the folder of documents that goes with a model, relative to the model's own."""
 
 CONNECTOR = "KVArenaConnector"
 CONTENDER_VARIABLE = "KVARENA_CONTENDER"
@@ -113,3 +115,8 @@ def read_model_profile(model: str) -> dict[str, Any]:
         names = ", ".join(PROFILE_FIELDS)
         raise ValueError(f"{path} must be a JSON object with keys among {names}, not {unknown or profile!r}")
     return profile
+
+
+def read_blend_profile(model: str) -> dict[str, Any]:
+    """The part of `read_model_profile` that `BlendConfig` takes."""
+    return {key: value for key, value in read_model_profile(model).items() if key in BLEND_FIELDS}

@@ -61,7 +61,7 @@ class TownShape:
 
 
 def count_words(text: str) -> int:
-    """Words and punctuation marks; about the demo tokenizer's tokens."""
+    """Words and punctuation marks; about the town tokenizer's tokens."""
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 

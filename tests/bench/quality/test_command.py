@@ -75,7 +75,7 @@ def test_policies_in_this_process(tmp_path: Path) -> None:
         (["--engine", "hf", "--ratio", "2"], "ratio must be a number from 0 to 1"),
         (["--engine", "hf", "--policy", "best"], "policy must be one of"),
         (["--model", "x"], "--model goes with --engine hf"),
-        (["--questions", "missing.jsonl", "--data", "data"], "can't be read"),
+        (["--questions", "missing.jsonl", "--data", "backend/models/town/notes"], "can't be read"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:

@@ -49,7 +49,7 @@ def ttft_page(tmp_path_factory: pytest.TempPathFactory) -> HTMLPage:
 
 def test_each_file_has_its_sections() -> None:
     files = {path.name for path in (project_root() / "docs" / "results").glob("*.json")}
-    assert {"eval-demo.json", "prefix-180m.json", "simllm.json", "ai100-demo.json", "tasks.json"} <= files
+    assert {"eval-town.json", "prefix-180m.json", "simllm.json", "ai100-town.json", "tasks.json"} <= files
     page = shipped_page()
     assert {"quality", "others", "settings"} <= set(page.sections)
     assert {Path(name.split()[0]).name for name in page.sections["settings"].headings} == files

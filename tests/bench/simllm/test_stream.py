@@ -15,7 +15,7 @@ from kvarena.stack.home import project_root
 
 @pytest.fixture(scope="module")
 def exam() -> Exam:
-    return load_exam(project_root() / "data" / "questions.jsonl")
+    return load_exam(project_root() / "backend/models/town/notes" / "questions.jsonl")
 
 
 def names(question: EvalQuestion) -> list[str]:

@@ -193,7 +193,7 @@ def test_the_running_stack_is_measured_when_nothing_else_is_asked_for(
 
 @pytest.mark.slow
 def test_servers_that_are_started_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo model: what was known, reused and computed is what the states say, and nothing is left running."""
+    """The town model: what was known, reused and computed is what the states say, and nothing is left running."""
     monkeypatch.setenv("CXX", "/no/compiler")  # a first compilation takes longer than all the rest
     stack, output = Stack(tmp_path / "home"), tmp_path / "x.json"
     contexts = ["--context-tokens", "384", "--chunk-tokens", "128", "--concurrency", "1,2", "--repeats", "1"]

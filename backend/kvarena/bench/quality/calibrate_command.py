@@ -27,7 +27,7 @@ def calibrate(
     ] = "blend",
     engine: Annotated[str, typer.Option(help="http: a server; hf: in this process.")] = "http",
     model: Annotated[
-        str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the demo model]")
+        str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the town model]")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of .txt and .md chunks like those to be served. [default: data]")
@@ -63,20 +63,20 @@ def calibrate(
     from rich.console import Console
 
     from kvarena.bench.quality import calibration
+    from kvarena.bench.quality.contenders import default_data_dir
     from kvarena.bench.quality.questions import load_exam
     from kvarena.bench.quality.rows import ALL_KINDS, Sheet
     from kvarena.bench.quality.session import Wanted, session
     from kvarena.bench.quality.setups import Setup, blend_setups
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
-    from kvarena.stack.home import project_root
     from kvarena.worlds.folder import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
-    folder = data or (questions.parent if questions else project_root() / "data")
-    path = questions or folder / QUESTIONS_NAME
     wanted = Wanted(engine, [contender], model, separator, timeout_s, has_logprobs=False)
     with explained():
         check_writable(output)
+        folder = data or (questions.parent if questions else default_data_dir(engine, model))
+        path = questions or folder / QUESTIONS_NAME
         has_questions = questions is not None or path.is_file()
         exam = (
             load_exam(path, folder, num_questions)

@@ -27,7 +27,7 @@ def evaluate(
     ] = None,
     engine: Annotated[str, typer.Option(help="http: servers; hf: plain and blend in this process.")] = "http",
     model: Annotated[
-        str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the demo model]")
+        str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the town model]")
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -62,20 +62,20 @@ def evaluate(
     from rich.console import Console
 
     from kvarena.bench.quality import plot
+    from kvarena.bench.quality.contenders import default_data_dir
     from kvarena.bench.quality.questions import load_exam
     from kvarena.bench.quality.rows import Sheet
     from kvarena.bench.quality.session import Wanted, session
     from kvarena.bench.quality.setups import find_reference
     from kvarena.bench.quality.tables import show_rows
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
-    from kvarena.stack.home import project_root
     from kvarena.worlds.folder import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
-    path = questions or (data or project_root() / "data") / QUESTIONS_NAME
     wanted = Wanted(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
     with explained():
         check_writable(output)
+        path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
         exam = load_exam(path, data, limit)
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
         with session(wanted, console) as asked:

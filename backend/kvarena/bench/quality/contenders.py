@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from kvarena.bench.quality.answers import Answerer
 from kvarena.bench.quality.in_process import CONTENDERS, BlendAnswerer, PlainAnswerer
@@ -13,7 +14,7 @@ from kvarena.stack.model import find_model
 from kvarena.stack.record import read_record
 from kvarena.stack.settings import CONTENDERS as STACK_CONTENDERS
 from kvarena.stack.settings import shown_api_key
-from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+from kvarena.vllm_plugin.config import BlendConfig, read_blend_profile
 
 
 def servers(wanted: Sequence[str], timeout_s: float, has_logprobs: bool) -> dict[str, Answerer]:
@@ -36,12 +37,18 @@ def servers(wanted: Sequence[str], timeout_s: float, has_logprobs: bool) -> dict
     return {name: HTTPAnswerer(name, url, key, timeout_s, has_logprobs) for name, url in addresses.items()}
 
 
+def default_data_dir(engine: str, model: str | None) -> Path:
+    """The documents to ask about where nobody names any: the running stack's, or those that go with the model."""
+    record = read_record(Home.find()) if engine == "http" else None
+    return Path(record.data_dir) if record else find_model(model, "cpu").data_dir
+
+
 def engines(wanted: Sequence[str], model: str | None, separator: str | None, store_gb: float) -> dict[str, Answerer]:
     """`plain`, `blend` or both on a model in this process; they share its weights. Raises `ValueError`, `OSError`."""
     if unknown := [name for name in wanted if name not in CONTENDERS]:
         raise ValueError(f"in this process there are {', '.join(CONTENDERS)}, not {unknown[0]!r}")
     found = find_model(model, "cpu")
-    profile = read_model_profile(found.name)
+    profile = read_blend_profile(found.name)
     config = BlendConfig(**(profile | ({"separator": separator} if separator is not None else {})))
     shared = HFModel.load(found.name), found, config.separator
     store_bytes = int(store_gb * 2**30)

@@ -42,7 +42,7 @@ class ResultFile:
 
     @property
     def summary(self) -> str:
-        """Which benchmark, of what, where; such as `eval · demo · Xeon · 2 cores`."""
+        """Which benchmark, of what, where; such as `eval · town · Xeon · 2 cores`."""
         cores = self.machine.get("num_cores")
         model = self.settings.get("shape") or self.settings.get("model")
         parts = (self.benchmark, model, self.machine.get("cpu"), f"{cores} cores" if cores else None)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def simllm(
     shape: Annotated[str, typer.Option(help="Speed: random weights of a size, 180m, 500m or 1b.")] = "180m",
     model: Annotated[
-        str | None, typer.Option(help="Quality: a Llama, a local folder or a hub name. [default: the demo model]")
+        str | None, typer.Option(help="Quality: a Llama, a local folder or a hub name. [default: the town model]")
     ] = None,
     questions: Annotated[
         Path | None, typer.Option(help="JSONL with questions on the chunks beside it. [default: the shipped ones]")
@@ -49,13 +49,13 @@ def simllm(
     from kvarena.bench.simllm import measuring, plot
     from kvarena.bench.simllm.contenders import setups
     from kvarena.bench.simllm.table import show_quality, show_speed
-    from kvarena.stack.home import project_root
+    from kvarena.stack.model import find_model
     from kvarena.worlds.folder import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
-    path = questions or project_root() / "data" / QUESTIONS_NAME
     with explained():
         check_writable(output)
+        path = questions or find_model(model, "cpu").data_dir / QUESTIONS_NAME
         exam = load_exam(path)
         chosen = setups([mode.strip() for mode in modes.split(",")], decimals(thresholds))
         bench = measuring.Bench(exam, chosen, similar, max_new_tokens, max_cache_size, dtype, seed)

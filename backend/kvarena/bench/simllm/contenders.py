@@ -21,7 +21,7 @@ from kvarena.engines.simllm.options import SimLLMOptions
 from kvarena.simllm import AlignedParams, SimLLMInference, SimLLMParams
 from kvarena.simllm.params import checked_threshold
 from kvarena.stack.model import find_model
-from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+from kvarena.vllm_plugin.config import BlendConfig, read_blend_profile
 
 NO_REUSE = "no reuse"
 
@@ -114,12 +114,12 @@ class Network:
     def load(cls, folder: str, name: str, *, dtype: str = "auto", random: bool = False) -> Network:
         """As `load_module`."""
         module = load_module(folder, dtype=dtype, random=random)
-        profile = BlendConfig(**read_model_profile(folder))
+        profile = BlendConfig(**read_blend_profile(folder))
         return cls(name, module, AutoTokenizer.from_pretrained(folder), profile, random)
 
     @classmethod
     def find(cls, model: str | None, *, dtype: str | None = None) -> Network:
-        """A trained model as `kvarena.stack` finds it, by default the demo model; `dtype` None is the machine's best.
+        """A trained model as `kvarena.stack` finds it, by default the town model; `dtype` None is the machine's best.
 
         Raises `StackError` for a folder that isn't there.
         """

@@ -39,7 +39,7 @@ def demo(
     model_path: Annotated[
         str | None,
         typer.Option(
-            "--model_path", "--model-path", help="A Llama, a local folder or a hub name. [default: the demo model]"
+            "--model_path", "--model-path", help="A Llama, a local folder or a hub name. [default: the town model]"
         ),
     ] = None,
     max_cache_size: Annotated[
@@ -56,13 +56,13 @@ def demo(
     from transformers.utils import logging
 
     from kvarena.bench.quality.questions import load_exam
-    from kvarena.stack.home import project_root
+    from kvarena.stack.model import find_model
     from kvarena.worlds.folder import QUESTIONS_NAME
 
     console = Console()
     logging.disable_progress_bar()
     with explained():
-        exam = load_exam(project_root() / "data" / QUESTIONS_NAME)
+        exam = load_exam(find_model(model_path, "cpu").data_dir / QUESTIONS_NAME)
         if mode is DemoMode.BASIC:
             _basic(exam, model_path, max_cache_size, similarity_threshold, console)
         elif mode is DemoMode.SIMILARITY:

@@ -15,7 +15,7 @@ from kvarena.bench.simllm.contenders import Network, Setup, best_dtype
 from kvarena.bench.simllm.rows import answer_rows, make_rows
 from kvarena.bench.simllm.running import Asking, run_stream
 from kvarena.bench.simllm.stream import make_stream
-from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+from kvarena.vllm_plugin.config import BlendConfig, read_blend_profile
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Bench:
         """On random weights. Raises `ValueError` for an unknown shape."""
         torch.manual_seed(self.seed)
         network = Network.load(model_folder(None, shape), shape, dtype=self.dtype or best_dtype(), random=True)
-        separator = BlendConfig(**read_model_profile(model_folder(None, None))).separator
+        separator = BlendConfig(**read_blend_profile(model_folder(None, None))).separator
         return self._measure(network, num_tasks, separator, on_step)
 
     def quality(self, model: str | None, num_tasks: int, on_step: Callable[[], None]) -> Measured:
-        """On a trained model, by default the demo model."""
+        """On a trained model, by default the town model."""
         network = Network.find(model, dtype=self.dtype)
         return self._measure(network, num_tasks, network.config.separator, on_step)
 

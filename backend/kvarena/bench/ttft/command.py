@@ -62,7 +62,7 @@ def ttft(
     """Time to first token of contenders on the same prompts, in turn, as a client sees it.
 
     Servers are started for --shape or --model, and stopped at the end; else the running stack's are measured, or those
-    of --target; with none of these, servers are started on the demo model. Exit status: 0 done, 1 an error or requests
+    of --target; with none of these, servers are started on the town model. Exit status: 0 done, 1 an error or requests
     that failed, 130 interrupted; what came in until then is saved.
     """
     from rich.console import Console

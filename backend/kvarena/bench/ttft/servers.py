@@ -26,7 +26,7 @@ OF_THIS_MACHINE = ("command", "--model", "--host", "--port")
 @dataclass(frozen=True)
 class Wanted:
     """Servers on `model` or `shape` (`own` has how), else those of `targets` (`NAME=URL`), else the running stack's,
-    else servers on the demo model.
+    else servers on the town model.
     """
 
     model: str | None
@@ -64,7 +64,7 @@ class Wanted:
         """As they go into the result file. A prefix cache that is None is as the servers have it."""
         if not self.starts_servers:
             return {"has_prefix_caching": None}
-        return {"model": self.model or self.shape or "demo", **self.own.settings()}
+        return {"model": self.model or self.shape or "town", **self.own.settings()}
 
     def _of_stack(self, record: Record | None, supervisor: Runner | None) -> Iterator[Contender]:
         assert record is not None, "the stack runs"

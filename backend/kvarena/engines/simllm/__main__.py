@@ -14,7 +14,7 @@ from kvarena.engines.simllm.engine import SimLLMEngine
 from kvarena.engines.simllm.http import router
 from kvarena.engines.simllm.loading import load_simllm
 from kvarena.simllm.params import AUTO, AlignedParams, Mode, SimilarityThreshold, SimLLMParams, checked_threshold
-from kvarena.vllm_plugin.config import BlendConfig, read_model_profile
+from kvarena.vllm_plugin.config import BlendConfig, read_blend_profile
 
 SIMILARITY_THRESHOLD = 0.998
 """Prompts over the same long texts are nearly all above the paper's 0.8; docs/simllm.md has the figures."""
@@ -82,7 +82,7 @@ def main(
         max_cache_size,
         similarity_threshold,
         num_hyperplanes,
-        AlignedParams(blend=BlendConfig(**(read_model_profile(model) | given)).params),
+        AlignedParams(blend=BlendConfig(**(read_blend_profile(model) | given)).params),
     )
     loaded = load_simllm(
         model, params, device=device, dtype=dtype, max_model_len=max_model_len, random=load_format == "dummy"
