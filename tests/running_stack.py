@@ -34,7 +34,12 @@ class Stack:
     api_key: str = ""
 
     def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "KVARENA_HOME": str(self.home), "KVARENA_API_KEY": self.api_key}
+        environment = {
+            "LMCACHE_L2": "none",
+            **os.environ,
+            "KVARENA_HOME": str(self.home),
+            "KVARENA_API_KEY": self.api_key,
+        }
         return subprocess.run([KVARENA, *arguments], env=environment, text=True, capture_output=True, timeout=timeout_s)
 
     def service(self, name: str) -> dict[str, Any]:

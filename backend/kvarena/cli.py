@@ -143,6 +143,17 @@ def up(
         render.show_status(current, console)
 
 
+@app.command("get-model")
+def get_model() -> None:
+    """Download and convert the default model of CPU machines now, so that the first start needs no network."""
+    from kvarena.stack import default_model
+    from kvarena.stack.home import Home
+
+    home, console = Home.find(), _consoles()[0]
+    default_model.obtain(home, console)
+    console.print(f"{default_model.NAME} is ready in {default_model.folder_of(home)}.", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def down() -> None:
     """Stop everything."""
@@ -193,8 +204,8 @@ def restart(name: Name) -> None:
     """Stop and start one service and wait until it is healthy."""
     from kvarena.stack import lifecycle
     from kvarena.stack.home import Home
+    from kvarena.stack.lmcache_l2 import L2_OPTION
     from kvarena.stack.service import LMCACHE_SERVER
-    from kvarena.stack.services import L2_OPTION
 
     console = _consoles()[0]
     service = lifecycle.restart(name, Home.find(), console)
@@ -221,6 +232,20 @@ def warm(as_json: Json = False) -> None:
     else:
         render.show_warm_result(result, record.data_dir, console)
     raise typer.Exit(1 if result.failures else 0)
+
+
+@app.command()
+def clear(as_json: Json = False) -> None:
+    """Empty the chunk cache: LMCache's memory and the folder behind it, whether the stack runs or not."""
+    from kvarena.stack import chunk_cache
+    from kvarena.stack.home import Home
+
+    console, _ = _consoles(as_json)
+    cleared = chunk_cache.clear(Home.find())
+    if as_json:
+        print(json.dumps(cleared.to_json(), indent=1))
+    else:
+        console.print(cleared.as_text(), highlight=False, soft_wrap=True)
 
 
 @app.command(

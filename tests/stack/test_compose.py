@@ -115,7 +115,7 @@ def test_each_container_becomes_its_service(
             became = service_of_this_container(service.name, home)
         assert (became.name, became.port, became.other_ports) == (service.name, service.port, service.other_ports)
         assert became.health_url == service.health_url
-        assert set(service.environment) - {"HF_HUB_OFFLINE"} <= set(became.environment)
+        assert set(service.environment) - {"HF_HUB_OFFLINE", "KVARENA_NOTICE"} <= set(became.environment)
 
 
 @pytest.mark.parametrize("profile", [*PROFILES, "observability"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
+from kvarena.stack.lmcache_l2 import bound_bytes, clear_folder, l2_adapter, prune, size_bytes
 from kvarena.stack.services import build_services
 from planned_services import extra_config, make, option, with_gpus
 
@@ -63,7 +65,7 @@ def test_a_blend_in_memory_doesnt_wait_for_the_server_of_another(home: Home, tmp
             {
                 "type": "fs_native",
                 "base_path": str(project_root() / "kept"),
-                "max_capacity_gb": 3.0,
+                "max_capacity_gb": 1.5,
                 "eviction": {"eviction_policy": "LRU"},
             },
         ),
@@ -73,7 +75,35 @@ def test_lmcaches_second_tier(home: Home, tmp_path: Path, place: str, adapter: d
     _, services = make(home, tmp_path, lmcache_l2=place, lmcache_l2_gb=3)
     assert json.loads(option(services["lmcache-server"], "--l2-adapter")) == adapter
     assert option(services["lmcache-server"], "--l2-prefetch-policy") == "retain"
-    assert "--l2-adapter" not in make(home, tmp_path)[1]["lmcache-server"].command
+    assert "--l2-adapter" not in make(home, tmp_path, lmcache_l2="none")[1]["lmcache-server"].command
+
+
+def test_a_folder_of_the_stack_is_the_default_second_tier(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    adapter = json.loads(option(services["lmcache-server"], "--l2-adapter"))
+    assert adapter["base_path"] == str(home.path / "chunks")
+    assert bound_bytes(adapter) == 4 << 30
+
+
+def test_what_earlier_runs_left_is_bounded(tmp_path: Path) -> None:
+    """LMCache bounds what it writes itself; the rest, least recently used first, goes before it starts."""
+    adapter = l2_adapter(str(tmp_path), 20 / 2**30, tmp_path)
+    for second in range(5):
+        path = tmp_path / f"model@0x01@0@{second}.data"
+        path.write_bytes(b"1234")
+        os.utime(path, (second, second))
+    (tmp_path / "note.txt").write_text("not LMCache's")
+    assert size_bytes(tmp_path) == 20
+    assert prune(adapter) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model@0x01@0@3.data",
+        "model@0x01@0@4.data",
+        "note.txt",
+    ]
+    assert prune(adapter) == 0
+    assert prune({"type": "resp", "host": "x", "port": 1}) == 0
+    assert clear_folder(tmp_path) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
 def test_lmcaches_own_blender_is_a_form_of_blend(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ def test_hub_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not find_model(name, "cpu").is_local
 
 
+@pytest.mark.usefixtures("home")
 def test_default_models() -> None:
     assert find_model(None, "cpu").served_name == "town"
     assert find_model(None, "gpu").name == "mistralai/Mistral-7B-Instruct-v0.2"
@@ -152,7 +153,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 
 def test_weight_bytes(tmp_path: Path) -> None:
-    town = find_model(None, "cpu")
+    town = find_model("town", "cpu")
     on_disk = (Path(town.name) / "model.safetensors").stat().st_size
     assert town.weight_bytes(None) == on_disk
     (tmp_path / "config.json").write_text((Path(town.name) / "config.json").read_text())

@@ -73,6 +73,7 @@ def environment(home: Home) -> dict[str, str]:
         "LMCACHE_GB": "0.5",
         "PROFILE": "cpu",
         "MODEL": "town",
+        "LMCACHE_L2": "none",
     }
 
 

@@ -113,6 +113,7 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
             data_dir=str(plan.data_dir),
             served_model=plan.model.served_name,
             has_api_key=bool(settings.api_key),
+            notice=plan.notice,
             compose=(*compose, *_profile_options(profile, plan.contenders)),
         ),
         compose_services=tuple(compose_service(service.name, profile) for service in services),

@@ -57,6 +57,16 @@ class Home:
         return self.path / "cache"
 
     @property
+    def chunks(self) -> Path:
+        """LMCache's second tier, where no other is named."""
+        return self.path / "chunks"
+
+    @property
+    def models(self) -> Path:
+        """Models that were converted here."""
+        return self.path / "models"
+
+    @property
     def record(self) -> Path:
         """What runs: see `kvarena.stack.record`."""
         return self.path / "stack.json"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kvarena.stack.home import SERVICE_VARIABLE, Home
+from kvarena.stack.lmcache_l2 import adapter_of, prune
 from kvarena.stack.logs import START_MARK
 from kvarena.stack.processes import end, processes_of
 from kvarena.stack.record import read_record
@@ -39,6 +40,8 @@ def main() -> None:
 
 def become(service: Service) -> NoReturn:
     """Replaces this process by the service's, on its cores, in its folder and with its environment."""
+    if (adapter := adapter_of(service.command)) and (freed := prune(adapter)):
+        print(f"removed {freed / 2**20:.0f} MiB of chunks that were used least recently", flush=True)
     if service.cpus:
         os.sched_setaffinity(0, service.cpus)
         _yield_to_others()

@@ -11,13 +11,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 
 from kvarena.api_key import API_KEY_VARIABLE
-from kvarena.stack import containers, progress
+from kvarena.stack import containers, default_model, progress
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.interrupts import stop_signals_ignored, stop_signals_raise
-from kvarena.stack.plan import make_plan
+from kvarena.stack.plan import make_plan, pick_profile
 from kvarena.stack.preflight import check_api_key, check_before_start
 from kvarena.stack.record import Record, differences
 from kvarena.stack.runner import Runner, SupervisorGoneError
@@ -50,6 +51,7 @@ def up(
             start_runner=deployment.start,
         )
         return
+    _obtain_default_model(settings, home, console)
     plan = make_plan(settings, home)
     wanted = Record(
         services=tuple(build_services(plan, home)),
@@ -57,6 +59,7 @@ def up(
         data_dir=str(plan.data_dir),
         served_model=plan.model.served_name,
         has_api_key=bool(settings.api_key),
+        notice=plan.notice,
     )
     bring_up(
         wanted,
@@ -66,6 +69,16 @@ def up(
         secrets=settings.secrets,
         when_healthy=when_healthy,
     )
+
+
+def _obtain_default_model(settings: Settings, home: Home, console: Console) -> None:
+    """Where it is the one to serve. That it can't be had stops nothing: another model takes its place."""
+    if settings.model is not None or pick_profile(settings.profile)[0] != "cpu":
+        return
+    try:
+        default_model.obtain(home, console)
+    except StackError as error:
+        console.print(f"[yellow]{escape(f'{default_model.NAME} could not be had: {error}')}[/]", soft_wrap=True)
 
 
 def bring_up(

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvarena.stack import default_model
 from kvarena.stack.errors import StackError
-from kvarena.stack.home import project_root
+from kvarena.stack.home import Home, project_root
 from kvarena.vllm_plugin.config import read_model_profile
 
 TOWN = "town"
 SHIPPED_MODELS = {TOWN: "backend/models/town"}
 """What `--model` calls the models that lie in the repository, and their folders."""
-DEFAULT_MODELS = {"cpu": TOWN, "gpu": "mistralai/Mistral-7B-Instruct-v0.2"}
+DEFAULT_GPU_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
 DEFAULT_DATA_DIR = "data"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 HUB_TIMEOUT_S = 10.0
@@ -74,8 +75,13 @@ class Model:
 
 
 def find_model(setting: str | None, profile: str) -> Model:
-    """The model a setting names, or the profile's default. Raises `StackError` for a folder that isn't there."""
-    text = setting or DEFAULT_MODELS[profile]
+    """The model a setting names, or the profile's default. Raises `StackError` for a folder that isn't there.
+
+    On a CPU that is the one that `default_model.obtain` has made ready, and the town model as long as it hasn't.
+    """
+    if setting is None and profile == "cpu" and default_model.is_ready(home := Home.find()):
+        return _local(default_model.folder_of(home))
+    text = setting or (TOWN if profile == "cpu" else DEFAULT_GPU_MODEL)
     if text in SHIPPED_MODELS:
         return _local(project_root() / SHIPPED_MODELS[text])
     for base in (Path.cwd(), project_root()):

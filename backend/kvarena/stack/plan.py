@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.stack import machine
+from kvarena.stack.default_model import FALLBACK_NOTICE
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
-from kvarena.stack.lmcache_l2 import l2_adapter
+from kvarena.stack.lmcache_l2 import NO_L2, folder_adapter, l2_adapter
 from kvarena.stack.machine import CoreShare
-from kvarena.stack.model import Model, find_model
+from kvarena.stack.model import TOWN, Model, find_model
 from kvarena.stack.service import LMCACHE_SERVER, LOOPBACK, Network
 from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
 from kvarena.vllm_plugin.config import BlendConfig, read_blend_profile
@@ -31,7 +32,8 @@ VLLM_CONTENDERS = ("blend", "plain", "lmcache")
 @dataclass(frozen=True)
 class Plan:
     """`core_shares` has one entry per contender on a CPU and none on a GPU; `gpus` the other way round (fewer when
-    they share). `prefix_caching` is vLLM's own. `blend_engine` is kvarena, or lmcache for LMCache's own blender."""
+    they share). `prefix_caching` is vLLM's own. `blend_engine` is kvarena, or lmcache for LMCache's own blender.
+    `notice` is what a user should know of it, empty where there is nothing."""
 
     root: Path
     contenders: tuple[str, ...]
@@ -56,6 +58,7 @@ class Plan:
     dtype: str | None
     compile: bool
     prefix_caching: bool
+    notice: str
     core_shares: tuple[CoreShare, ...]
     gpus: tuple[str, ...]
     network: Network = LOOPBACK
@@ -99,7 +102,7 @@ class Plan:
 
 def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Plan:
     """Raises `StackError` for a model that isn't there, a bad model profile, and a GPU profile without a GPU."""
-    profile, gpus = _pick_profile(settings.profile)
+    profile, gpus = pick_profile(settings.profile)
     on_cpu = profile == "cpu"
     model = find_model(settings.model, profile)
     num_servers = len(settings.contenders)
@@ -117,7 +120,7 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
         results_dir=settings.results_dir,
         hf_home=settings.local_hf_home,
         lmcache_gb=settings.lmcache_gb,
-        lmcache_l2=_second_tier(settings),
+        lmcache_l2=_second_tier(settings, home),
         prefix_cache_gb=settings.prefix_cache_gb,
         prefix_storage=settings.prefix_storage,
         simllm=settings.simllm,
@@ -128,13 +131,14 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
         dtype=_dtype(settings, model, on_cpu),
         compile=not on_cpu or machine.has_compiler(),
         prefix_caching=True,
+        notice=FALLBACK_NOTICE if settings.model is None and on_cpu and model.served_name == TOWN else "",
         core_shares=tuple(shares),
         gpus=tuple(gpus[: 1 if settings.gpu_share else num_servers]),
         network=network,
     )
 
 
-def _pick_profile(wanted: str) -> tuple[str, list[str]]:
+def pick_profile(wanted: str) -> tuple[str, list[str]]:
     """`auto` takes the GPU when there is one and this environment's vLLM can use it. ai100 is of containers only."""
     if wanted == "ai100":
         raise StackError("PROFILE is ai100, which is for containers; take cpu, and AI100_RUNTIME=qaic for the card")
@@ -160,8 +164,10 @@ def _dtype(settings: Settings, model: Model, on_cpu: bool) -> str | None:
     return "float32" if float32_bytes <= FLOAT32_MEMORY_RATIO * machine.available_memory_bytes() else None
 
 
-def _second_tier(settings: Settings) -> dict[str, Any] | None:
+def _second_tier(settings: Settings, home: Home) -> dict[str, Any] | None:
     if settings.lmcache_l2 is None:
+        return folder_adapter(home.chunks, settings.lmcache_l2_gb)
+    if settings.lmcache_l2 == NO_L2:
         return None
     return l2_adapter(settings.lmcache_l2, settings.lmcache_l2_gb, project_root())
 

@@ -21,6 +21,7 @@ from kvarena.api_key import bearer
 from kvarena.context import load_chunks, load_system_prompt
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
+from kvarena.stack.lmcache_l2 import folder_of
 from kvarena.stack.model import check_hub_access
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
@@ -205,8 +206,8 @@ def check_shared_memory(lmcache_gb: float, folder: Path = SHARED_MEMORY) -> None
 
 def check_lmcache_l2(adapter: Mapping[str, Any] | None) -> None:
     """A folder is made where there is none, and written to; other second tiers are for LMCache to reach."""
-    folder = Path(str((adapter or {}).get("base_path", "")))
-    if not folder.is_absolute():
+    folder = folder_of(adapter)
+    if folder is None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,8 @@ class Record:
     data_dir: str
     served_model: str
     has_api_key: bool = False
+    notice: str = ""
+    """What a user should know of what runs."""
     compose: tuple[str, ...] = ()
     """Where the services are containers, the `docker compose` command that is about them, with its options."""
 

@@ -31,6 +31,13 @@ def show_status(status: StackStatus, console: Console) -> None:
         console.print("Nothing is running; start the stack with ./run-server.sh.")
     else:
         console.print(status_table(status))
+        console.print(f"Model: {status.model}", highlight=False)
+        if status.on_disk:
+            console.print(
+                f"{status.on_disk.as_text()}; ./run-server.sh clear empties it", highlight=False, soft_wrap=True
+            )
+        if status.notice:
+            console.print(f"[yellow]{escape(status.notice)}[/]", soft_wrap=True)
 
 
 def status_table(status: StackStatus) -> Table:

@@ -13,11 +13,11 @@ from dataclasses import asdict
 
 from kvarena.stack.connectors import LMCACHE_CHUNK_TOKENS, vllm_connector
 from kvarena.stack.home import Home
+from kvarena.stack.lmcache_l2 import L2_OPTION
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
 from kvarena.vllm_plugin.config import CONTENDER_VARIABLE
 
-L2_OPTION = "--l2-adapter"
 GPU_MEMORY_SHARE = 0.9
 
 Options = Mapping[str, object]
@@ -244,6 +244,7 @@ def _page(plan: Plan, home: Home) -> Service:
             "KVARENA_DATA_DIR": str(plan.data_dir),
             "KVARENA_RESULTS_DIR": str(plan.results_dir),
             "KVARENA_SEPARATOR": plan.blend.separator,
+            **({"KVARENA_NOTICE": plan.notice} if plan.notice else {}),
         },
         directory=str(script.parent),
     )

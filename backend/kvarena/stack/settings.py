@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from kvarena.api_key import API_KEY_VARIABLE
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
-from kvarena.stack.lmcache_l2 import l2_adapter
+from kvarena.stack.lmcache_l2 import NO_L2, l2_adapter
 
 ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100", "lmcache"]
 ProfileName = Literal["auto", "cpu", "gpu", "ai100"]
@@ -145,7 +145,7 @@ class Settings(BaseSettings):
     kv_cache_gb: Annotated[int, Field(ge=1)] | None = None
     lmcache_gb: Annotated[float, Field(gt=0)] = 1.0
     lmcache_l2: str | None = None
-    lmcache_l2_gb: Annotated[float, Field(gt=0)] = 10.0
+    lmcache_l2_gb: Annotated[float, Field(gt=0)] = 4.0
     lmcache_l2_password: SecretStr | None = None
     prefix_cache_gb: Annotated[float, Field(gt=0)] = 1.0
     prefix_storage: PrefixStorage = "cpu"
@@ -212,7 +212,7 @@ class Settings(BaseSettings):
     @field_validator("lmcache_l2")
     @classmethod
     def _is_an_adapter(cls, value: str | None) -> str | None:
-        if value is not None:
+        if value is not None and value != NO_L2:
             l2_adapter(value, 0.0, project_root())
         return value
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvarena.stack.chunk_cache import OnDisk, on_disk
 from kvarena.stack.health import Health, probe
 from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of
@@ -41,6 +42,9 @@ class ServiceStatus:
 class StackStatus:
     instance: str
     services: tuple[ServiceStatus, ...]
+    model: str = ""
+    notice: str = ""
+    on_disk: OnDisk | None = None
     num_unsupervised: int = 0
 
     @property
@@ -56,6 +60,9 @@ class StackStatus:
             "running": bool(self.services),
             "healthy": self.exit_code == EXIT_HEALTHY,
             "num_unsupervised_processes": self.num_unsupervised,
+            "model": self.model,
+            "notice": self.notice,
+            "chunks_on_disk": asdict(self.on_disk) if self.on_disk else None,
             "services": [asdict(service) for service in self.services],
         }
 
@@ -72,7 +79,7 @@ def stack_status(home: Home) -> StackStatus:
         _status(service, processes[service.name], health)
         for service, health in zip(record.services, answers, strict=True)
     )
-    return StackStatus(str(home.path), services)
+    return StackStatus(str(home.path), services, record.served_model, record.notice, on_disk(record))
 
 
 def _status(service: Service, process: ProcessInfo, health: Health) -> ServiceStatus:
