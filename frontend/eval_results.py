@@ -13,6 +13,9 @@ from typing import Any
 
 BENCHMARK = "eval"
 ALL_KINDS = "all"
+ALL_QUESTIONS = "all"
+SUBSETS = (ALL_QUESTIONS, "answered")
+"""All questions, and those that full prefill answers right."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Row:
-    """How a variant did on the questions of one kind, or on all of them.
+    """How a variant did on the questions of one kind, or on all of them; of one of `SUBSETS`.
 
     `recomputed_ratio` is the share of the chunks' tokens that was recomputed, `reused_ratio` that of the prompt which
     was not.
@@ -61,26 +64,33 @@ class Row:
     kind: str
     num_questions: int
     num_failed: int
-    num_unparsed: int
+    num_cut: int
+    correct: Interval | None
+    correct_vs_reference: Interval | None
     exact_match: Interval | None
     exact_match_vs_reference: Interval | None
     f1: Interval | None
     agreement: Interval | None
+    token_agreement: Interval | None
+    kl_along_answer: Interval | None
     first_token_kl: Interval | None
     ttft_median_ms: float | None
     ttft_p95_ms: float | None
     reused_ratio: float | None
     recomputed_ratio: float | None
+    subset: str = ALL_QUESTIONS
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`outcome` is answered, unparsed or failed; `detail` says why it failed."""
+    """`outcome` is answered or failed, in older files unparsed too; `detail` says why it failed."""
 
     text: str
     outcome: str
+    correct: float | None
     exact_match: float | None
     detail: str
+    is_complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,14 @@ class EvalResult:
     def variants(self) -> list[Variant]:
         return list(dict.fromkeys(row.variant for row in self.rows))
 
-    def rows_of(self, kind: str) -> list[Row]:
-        return [row for row in self.rows if row.kind == kind]
+    @property
+    def subsets(self) -> list[str]:
+        """Those that the file has rows of."""
+        found = {row.subset for row in self.rows}
+        return [subset for subset in SUBSETS if subset in found]
+
+    def rows_of(self, kind: str, subset: str = ALL_QUESTIONS) -> list[Row]:
+        return [row for row in self.rows if row.kind == kind and row.subset == subset]
 
 
 def read_result(text: str) -> EvalResult | None:
@@ -159,16 +175,21 @@ def _row(entry: Mapping[str, Any]) -> Row:
         kind=entry["kind"],
         num_questions=int(entry["num_questions"]),
         num_failed=int(entry["num_failed"]),
-        num_unparsed=int(entry["num_unparsed"]),
+        num_cut=int(entry["num_cut"] if "num_cut" in entry else entry["num_unparsed"]),
+        correct=_interval(entry.get("correct")),
+        correct_vs_reference=_interval(entry.get("correct_vs_reference")),
         exact_match=_interval(entry.get("exact_match")),
         exact_match_vs_reference=_interval(entry.get("exact_match_vs_reference")),
         f1=_interval(entry.get("f1")),
         agreement=_interval(entry.get("agreement")),
+        token_agreement=_interval(entry.get("token_agreement")),
+        kl_along_answer=_interval(entry.get("kl_along_answer")),
         first_token_kl=_interval(entry.get("first_token_kl")),
         ttft_median_ms=_number(ttft_ms.get("median")),
         ttft_p95_ms=_number(ttft_ms.get("p95")),
         reused_ratio=_number(entry.get("reused_ratio")),
         recomputed_ratio=_number(entry.get("recomputed_ratio")),
+        subset=entry.get("subset") or ALL_QUESTIONS,
     )
 
 
@@ -176,8 +197,10 @@ def _answer(entry: Mapping[str, Any]) -> Answer:
     return Answer(
         text=entry.get("text") or "",
         outcome=entry["outcome"],
+        correct=_number(entry.get("correct")),
         exact_match=_number(entry.get("exact_match")),
         detail=entry.get("detail") or "",
+        is_complete=entry.get("is_complete") is not False,
     )
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval_results import ALL_KINDS, Answer, EvalResult, Interval, Row, Variant
+from eval_results import ALL_KINDS, ALL_QUESTIONS, Answer, EvalResult, Interval, Row, Variant
 
 Record = dict[str, Any]
+NEW_COLUMNS = ("Right", "vs. full prefill", "Tokens", "KL along answer")
 MARKS = {1.0: "✓ ", 0.0: "✗ "}
 
 
@@ -31,12 +32,21 @@ class Metric:
 METRICS = {
     metric.key: metric
     for metric in (
+        Metric("correct", "Right answers"),
         Metric("exact_match", "Exact match"),
         Metric("f1", "Token F1"),
         Metric("agreement", "Agreement with full prefill"),
+        Metric("token_agreement", "Agreement token by token"),
+        Metric("kl_along_answer", "KL along the answer", is_share=False),
         Metric("first_token_kl", "First token's KL divergence", is_share=False),
     )
 }
+
+
+def metrics_of(result: EvalResult) -> dict[str, Metric]:
+    """Those that the file has; older ones lack some. All for a file that has none."""
+    found = {key: metric for key, metric in METRICS.items() if any(metric.of(row) for row in result.rows)}
+    return found or METRICS
 
 
 def percent(share: float) -> str:
@@ -75,10 +85,10 @@ def lines(result: EvalResult) -> Lines:
     return Lines([name for name, blends in names.items() if blends], [name for name in names if not names[name]])
 
 
-def points(result: EvalResult, kind: str, metric: Metric) -> list[Record]:
+def points(result: EvalResult, kind: str, metric: Metric, subset: str = ALL_QUESTIONS) -> list[Record]:
     """One per row of this kind that has the metric; `level` tells those that don't blend, and so have no ratio."""
     records = []
-    for row in result.rows_of(kind):
+    for row in result.rows_of(kind, subset):
         value, variant = metric.of(row), row.variant
         if value is None:
             continue
@@ -95,14 +105,17 @@ def points(result: EvalResult, kind: str, metric: Metric) -> list[Record]:
                 "high": value.high,
                 "questions": row.num_questions,
                 "failed": row.num_failed,
-                "unparsed": row.num_unparsed,
+                "cut": row.num_cut,
             }
         )
     return records
 
 
-def table(result: EvalResult, kind: str) -> list[Record]:
-    return [_table_row(row) for row in result.rows_of(kind)]
+def table(result: EvalResult, kind: str, subset: str = ALL_QUESTIONS) -> list[Record]:
+    """Columns that this file has no figure of are left out where older files lack them."""
+    records = [_table_row(row) for row in result.rows_of(kind, subset)]
+    unknown = [name for name in NEW_COLUMNS if all(record[name] is None for record in records)]
+    return [{name: value for name, value in record.items() if name not in unknown} for record in records]
 
 
 def _table_row(row: Row) -> Record:
@@ -114,13 +127,17 @@ def _table_row(row: Row) -> Record:
         "Check layer": variant.check_layer,
         "Questions": row.num_questions,
         "Failed": row.num_failed,
-        "Unparsed": row.num_unparsed,
+        "Cut": row.num_cut,
+        "Right": _mean(row.correct),
+        "vs. full prefill": _mean(row.correct_vs_reference),
         "Exact match": _mean(row.exact_match),
         "EM low": row.exact_match.low if row.exact_match else None,
         "EM high": row.exact_match.high if row.exact_match else None,
         "vs. reference": _mean(row.exact_match_vs_reference),
         "Token F1": _mean(row.f1),
         "Agreement": _mean(row.agreement),
+        "Tokens": _mean(row.token_agreement),
+        "KL along answer": _mean(row.kl_along_answer),
         "KL": _mean(row.first_token_kl),
         "TTFT median": row.ttft_median_ms,
         "TTFT p95": row.ttft_p95_ms,
@@ -148,12 +165,11 @@ def summary(result: EvalResult) -> str:
     return " · ".join(parts)
 
 
-def problems(result: EvalResult, kind: str) -> str:
+def problems(result: EvalResult, kind: str, subset: str = ALL_QUESTIONS) -> str:
     """How many answers there weren't; empty when all were there."""
-    rows = result.rows_of(kind)
-    failed, unparsed = sum(row.num_failed for row in rows), sum(row.num_unparsed for row in rows)
-    parts = [f"{failed:,} failed"] * bool(failed) + [f"{unparsed:,} could not be read as an answer"] * bool(unparsed)
-    return f"Of {sum(row.num_questions for row in rows):,} answers {' and '.join(parts)}." if parts else ""
+    rows = result.rows_of(kind, subset)
+    failed = sum(row.num_failed for row in rows)
+    return f"Of {sum(row.num_questions for row in rows):,} answers {failed:,} failed." if failed else ""
 
 
 def answer_table(result: EvalResult, kind: str, variants: Sequence[Variant], only_different: bool) -> list[Record]:
@@ -184,4 +200,5 @@ def _cell(answer: Answer | None) -> str | None:
         return f"⚠ failed: {answer.detail}"
     if answer.outcome == "unparsed":
         return f"⚠ unparsed: {answer.text}"
-    return MARKS.get(-1.0 if answer.exact_match is None else answer.exact_match, "") + answer.text
+    right = answer.exact_match if answer.correct is None else answer.correct
+    return MARKS.get(-1.0 if right is None else right, "") + answer.text + ("" if answer.is_complete else " …")

@@ -150,5 +150,5 @@ def _tooltip(metric: Metric) -> list[alt.Tooltip]:
         alt.Tooltip("ttft_ms:Q", title="first token, ms", format=",.0f"),
         alt.Tooltip("questions:Q", title="questions"),
         alt.Tooltip("failed:Q", title="failed"),
-        alt.Tooltip("unparsed:Q", title="unparsed"),
+        alt.Tooltip("cut:Q", title="cut"),
     ]

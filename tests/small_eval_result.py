@@ -31,25 +31,39 @@ def small_eval_result() -> dict[str, Any]:
         },
         "versions": {},
         "machine": {"cpu": "A small one", "num_cores": 2},
-        "rows": [_row(variant, kind) for variant in VARIANTS for kind in ("all", *KINDS)],
+        "rows": [
+            _row(variant, kind, subset)
+            for variant in VARIANTS
+            for kind in ("all", *KINDS)
+            for subset in ("all", "answered")
+        ],
         "answers": [_answer(variant, index) for variant in VARIANTS for index in range(len(questions))],
         "questions": questions,
     }
 
 
-def _row(variant: dict[str, Any], kind: str) -> dict[str, Any]:
-    blends, num_questions = variant["policy"] is not None, NUM_EACH * (2 if kind == "all" else 1)
+def _row(variant: dict[str, Any], kind: str, subset: str) -> dict[str, Any]:
+    blends, num_questions = (
+        variant["policy"] is not None,
+        (NUM_EACH - (subset == "answered")) * (2 if kind == "all" else 1),
+    )
     mean = 0.5 if variant["policy"] == "none" else 0.9
     return {
         **variant,
         "kind": kind,
+        "subset": subset,
         "num_questions": num_questions,
         "num_failed": int(variant["policy"] == "none" and kind != "across"),
-        "num_unparsed": 0,
+        "num_cut": 0,
+        "correct": _interval(mean),
         "exact_match": _interval(mean),
         "f1": _interval(mean),
+        "correct_vs_reference": _interval(mean - 0.9) if blends else None,
         "exact_match_vs_reference": _interval(mean - 0.9) if blends else None,
         "agreement": _interval(mean) if blends else None,
+        "token_agreement": _interval(mean) if blends else None,
+        "kl_along_answer": _interval(1 - mean) if blends else None,
+        "kl_method": "teacher_forced" if blends else None,
         "first_token_kl": None,
         "ttft_ms": {"median": 40.0 + 100 * (variant["ratio"] or 1) if blends else 200.0, "p95": 250.0},
         "reused_ratio": 0.8 if blends else 0.0,
@@ -69,6 +83,8 @@ def _answer(variant: dict[str, Any], index: int) -> dict[str, Any]:
         "question": index,
         "text": "" if failed else "cider" if right else "milk",
         "outcome": "failed" if failed else "answered",
+        "is_complete": None if failed else True,
+        "correct": None if failed else float(right),
         "exact_match": None if failed else float(right),
         "f1": None if failed else float(right),
         "ttft_ms": None if failed else 100.0,

@@ -5,20 +5,37 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from eval_results import ALL_KINDS, EvalResult, Variant
-from quality import METRICS, Metric, answer_table, lines, points, problems, summary, table, variant_name
+from eval_results import ALL_KINDS, ALL_QUESTIONS, EvalResult, Variant
+from quality import Metric, answer_table, lines, metrics_of, points, problems, summary, table, variant_name
 from quality_charts import recomputed_chart, time_chart
 from result_picker import pick_result
 
 NUM_ANSWER_COLUMNS = 4
-SHARES = ("Ratio", "Exact match", "EM low", "EM high", "vs. reference", "Token F1", "Agreement", "Reused")
+SUBSET_TITLES = {ALL_QUESTIONS: "all", "answered": "full prefill right"}
+SHARES = (
+    "Ratio",
+    "Right",
+    "vs. full prefill",
+    "Tokens",
+    "Exact match",
+    "EM low",
+    "EM high",
+    "vs. reference",
+    "Token F1",
+    "Agreement",
+    "Reused",
+)
 HELP = {
     "EM low": "Lower end of the interval of the exact match",
     "EM high": "Upper end of the interval of the exact match",
     "vs. reference": "Exact match, less that of the reference on the same questions",
     "KL": "Of the first token's probabilities, from full prefill's; lower is better",
     "Reused": "Share of the prompt that was not computed anew",
-    "Unparsed": "Answers that came, and could not be read as one",
+    "Cut": "Answers that didn't end within the tokens allowed; in older files those that were not scored",
+    "Right": "Answers that contain a gold answer",
+    "vs. full prefill": "Right answers, less those of the reference on the same questions",
+    "Tokens": "Share of full prefill's answer tokens that come out here too, after the same ones before them",
+    "KL along answer": "Of the next tokens' probabilities along full prefill's answer, nats; lower is better",
 }
 
 
@@ -32,33 +49,44 @@ def main() -> None:
     if result is None:
         st.stop()
     st.caption(summary(result))
-    metric, kind = choose_view(result)
-    draw_charts(result, metric, kind)
-    draw_table(result, kind)
+    metric, kind, subset = choose_view(result)
+    draw_charts(result, metric, kind, subset)
+    draw_table(result, kind, subset)
     draw_answers(result, kind)
 
 
-def choose_view(result: EvalResult) -> tuple[Metric, str]:
+def choose_view(result: EvalResult) -> tuple[Metric, str, str]:
+    metrics, subset = metrics_of(result), ALL_QUESTIONS
+    for name, choices in (("metric", metrics), ("kind", result.kinds), ("subset", result.subsets)):
+        if st.session_state.get(name) not in choices:
+            st.session_state[name] = next(iter(choices))
     left, right = st.columns(2)
     with left:
         key = st.segmented_control(
             "Metric",
-            list(METRICS),
-            format_func=lambda key: METRICS[key].title,
-            default="exact_match",
+            list(metrics),
+            format_func=lambda key: metrics[key].title,
             required=True,
             key="metric",
             persist_state="session",
         )
-    if st.session_state.get("kind") not in result.kinds:
-        st.session_state["kind"] = result.kinds[0]
     with right:
         kind = st.segmented_control("Questions", result.kinds, required=True, key="kind", persist_state="session")
-    return METRICS[key or "exact_match"], kind or result.kinds[0]
+        if len(result.subsets) > 1:
+            subset = st.segmented_control(
+                "Of these",
+                result.subsets,
+                format_func=lambda subset: SUBSET_TITLES[subset],
+                required=True,
+                key="subset",
+                persist_state="session",
+                help="All, or those alone that full prefill answers right",
+            )
+    return metrics[key or next(iter(metrics))], kind or result.kinds[0], subset or ALL_QUESTIONS
 
 
-def draw_charts(result: EvalResult, metric: Metric, kind: str) -> None:
-    records = points(result, kind, metric)
+def draw_charts(result: EvalResult, metric: Metric, kind: str, subset: str) -> None:
+    records = points(result, kind, metric, subset)
     if not records:
         st.info(f"This file has no figures of “{metric.title}” for these questions.")
         return
@@ -73,15 +101,17 @@ def draw_charts(result: EvalResult, metric: Metric, kind: str) -> None:
             st.altair_chart(chart, width="stretch")
 
 
-def draw_table(result: EvalResult, kind: str) -> None:
+def draw_table(result: EvalResult, kind: str, subset: str) -> None:
     st.markdown("**Figures**" if kind == ALL_KINDS else f"**Figures**, questions of the kind {kind}")
-    if problem := problems(result, kind):
+    if problem := problems(result, kind, subset):
         st.warning(problem)
-    frame = pd.DataFrame(table(result, kind))
+    frame = pd.DataFrame(table(result, kind, subset))
     columns = {name: st.column_config.NumberColumn(format="percent", help=HELP.get(name)) for name in SHARES}
     columns |= {name: st.column_config.NumberColumn(format="%.0f ms") for name in ("TTFT median", "TTFT p95")}
-    columns["KL"] = st.column_config.NumberColumn(format="%.4f", help=HELP["KL"])
-    columns["Unparsed"] = st.column_config.NumberColumn(help=HELP["Unparsed"])
+    columns |= {
+        name: st.column_config.NumberColumn(format="%.4f", help=HELP[name]) for name in ("KL", "KL along answer")
+    }
+    columns["Cut"] = st.column_config.NumberColumn(help=HELP["Cut"])
     st.dataframe(frame, hide_index=True, column_config=columns, height="content", placeholder="–", key="figures")
 
 

@@ -27,16 +27,20 @@ def result(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def rows(result: dict[str, Any], kind: str) -> dict[tuple[str, float | None], Any]:
-    return {(row["contender"], row["ratio"]): row for row in result["rows"] if row["kind"] == kind}
+    return {
+        (row["contender"], row["ratio"]): row for row in result["rows"] if (row["kind"], row["subset"]) == (kind, "all")
+    }
 
 
 def test_everything_is_answered_and_ratio_one_answers_as_full_prefill(result: dict[str, Any]) -> None:
     found = rows(result, "all")
     assert set(found) == {("plain", None), ("blend", 0), ("blend", 1)}
-    assert all(row["num_failed"] == row["num_unparsed"] == 0 for row in found.values())
+    assert all(row["num_failed"] == row["num_cut"] == 0 for row in found.values())
     assert found["blend", 1]["agreement"]["mean"] == 1
     assert found["blend", 1]["recomputed_ratio"] == 1
     assert found["blend", 1]["first_token_kl"]["mean"] < 1e-3
+    assert found["blend", 1]["kl_along_answer"]["mean"] < 1e-3
+    assert found["blend", 1]["kl_method"] == "common_prefix_top20"
     assert found["blend", 0]["recomputed_ratio"] == 0
     assert found["blend", 0]["reused_ratio"] > 0.8
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from eval_results import EvalResult, Interval, Variant, read_result
-from quality import METRICS, answer_table, line_name, lines, points, problems, summary, table, variant_name
+from quality import METRICS, answer_table, line_name, lines, metrics_of, points, problems, summary, table, variant_name
 from quality_charts import recomputed_chart, time_chart
 from result_files import find_result_files
 from small_eval_result import small_eval_result
@@ -132,9 +132,36 @@ def test_points_leave_out_what_was_not_measured(result: EvalResult) -> None:
 def test_table_has_no_zero_for_what_is_not_known(result: EvalResult) -> None:
     plain, blind, *_ = table(result, "single")
     assert (plain["Agreement"], plain["KL"], plain["Ratio"]) == (None, None, None)
-    assert (blind["Failed"], blind["Unparsed"], blind["Ratio"]) == (1, 0, 0.0)
+    assert (blind["Failed"], blind["Cut"], blind["Ratio"]) == (1, 0, 0.0)
     assert problems(result, "all") == "Of 32 answers 1 failed."
     assert problems(result, "across") == ""
+
+
+def test_every_figure_twice(result: EvalResult) -> None:
+    assert result.subsets == ["all", "answered"]
+    assert [record["questions"] for record in points(result, "all", METRICS["correct"], "answered")] == [6] * 4
+    assert [record["Questions"] for record in table(result, "single", "answered")] == [3] * 4
+    assert table(result, "all")[1]["KL along answer"] == 0.5
+    assert list(metrics_of(result)) == [key for key in METRICS if key != "first_token_kl"]
+
+
+def test_an_older_file_opens_with_what_it_has() -> None:
+    shipped = Path(__file__).resolve().parents[2] / "docs" / "results" / "eval-town.json"
+    result = read(json.loads(shipped.read_text()))
+    assert result.subsets == ["all"]
+    assert list(metrics_of(result)) == ["exact_match", "f1", "agreement", "first_token_kl"]
+    first = table(result, "all")[0]
+    assert first["Cut"] == 0
+    assert "Right" not in first
+    shown = answer_table(result, "all", result.variants[:1], only_different=False)
+    assert list(shown[0].values())[2].startswith("✓ ")
+
+
+def test_a_cut_answer_is_shown_as_cut() -> None:
+    found = small_eval_result()
+    found["answers"][0] |= {"is_complete": False}
+    result = read(found)
+    assert answer_table(result, "all", [PLAIN], only_different=False)[0]["plain"] == "✓ cider …"
 
 
 def test_answers_side_by_side(result: EvalResult) -> None:

@@ -58,10 +58,31 @@ def test_metric_and_kind_are_chosen(open_page: Open) -> None:
     page.button_group(key="kind").set_value("across").run()
     assert page.dataframe[0].value["Questions"].tolist() == [4] * 4
     assert not page.warning
-    page.button_group(key="metric").set_value("first_token_kl").run()
+    page.button_group(key="metric").set_value("kl_along_answer").run()
+    assert num_charts(page) == 2
+    page.button_group(key="subset").set_value("answered").run()
+    assert num_charts(page) == 2
+    assert page.dataframe[0].value["Questions"].tolist() == [3] * 4
+
+
+def test_a_kind_without_figures_of_the_metric_says_so(open_page: Open) -> None:
+    found = small_eval_result()
+    for row in found["rows"]:
+        if row["kind"] == "across":
+            row["agreement"] = None
+    page = open_page(run=json.dumps(found))
+    page.button_group(key="kind").set_value("across").run()
+    page.button_group(key="metric").set_value("agreement").run()
     assert num_charts(page) == 0
     assert "no figures" in page.info[0].value
     assert len(page.dataframe[0].value) == 4
+
+
+def test_an_older_file_has_no_choice_of_subset(open_page: Open) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "docs" / "results" / "eval-town.json"
+    page = open_page(run=shipped.read_text())
+    assert num_charts(page) == 2
+    assert [group.key for group in page.button_group] == ["metric", "kind"]
 
 
 def test_answers_that_differ_from_full_prefill(open_page: Open) -> None:
@@ -88,7 +109,7 @@ def test_a_broken_file_is_named_and_the_others_work(open_page: Open) -> None:
 
 def test_the_chosen_file_is_shown_and_a_kind_that_it_lacks_forgotten(open_page: Open) -> None:
     small = small_eval_result()
-    small["rows"] = [row for row in small["rows"] if row["kind"] == "all"][:2]
+    small["rows"] = [row for row in small["rows"] if (row["kind"], row["subset"]) == ("all", "all")][:2]
     page = open_page(run=json.dumps(small_eval_result()), small=json.dumps(small))
     by_name = {title.split(" · ")[0]: title for title in page.selectbox(key="result-file").options}
     page.selectbox(key="result-file").select(by_name["run.json"]).run()

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+SPEED_WINDOW_S = 600.0
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """What a user can put right is told in a line."""
@@ -29,8 +32,9 @@ def explained() -> Iterator[None]:
 def progress(num_steps: int, console: Console, text: str = "measuring") -> Iterator[Callable[[], None]]:
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+    # a step may take seconds or a fraction of one, in turn: what is left goes by many of them
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, speed_estimate_period=SPEED_WINDOW_S) as bar:
         task = bar.add_task(text, total=num_steps)
         yield lambda: bar.advance(task)
 

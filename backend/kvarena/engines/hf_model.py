@@ -116,6 +116,10 @@ class HFModel:
         """The logits `(V,)` behind one more token."""
         return self.run(self._forward, [token_id], kv)
 
+    def run_through(self, kv: SequenceKV, token_ids: Sequence[int]) -> torch.Tensor:
+        """The logits `(T, V)` behind each of some more tokens, from one forward."""
+        return self.run(self._forward_all, token_ids, kv)
+
     def without_kv(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The logits `(V,)` behind a sequence, every token of it computed now and nothing kept."""
         return self.run(self._forward, token_ids, None)
@@ -125,15 +129,20 @@ class HFModel:
 
     # -- in the model's thread -------------------------------------------------------------------------------------
 
-    def forward(self, token_ids: Sequence[int], **arguments: Any) -> Any:
+    def forward(self, token_ids: Sequence[int], *, logits_to_keep: int = 1, **arguments: Any) -> Any:
         """The network's own output for these tokens; `arguments` are Hugging Face's. Called in the model's thread."""
         self.num_forwards += 1
         self.num_forward_tokens += len(token_ids)
         input_ids = torch.tensor([list(token_ids)], device=self.kv_shape.device)
-        return self.module(input_ids=input_ids, logits_to_keep=1, **arguments)
+        return self.module(input_ids=input_ids, logits_to_keep=logits_to_keep, **arguments)
 
     def _forward(self, token_ids: Sequence[int], kv: SequenceKV | None) -> torch.Tensor:
         logits: torch.Tensor = self.forward(token_ids, past_key_values=kv, use_cache=kv is not None).logits[0, -1]
+        return logits
+
+    def _forward_all(self, token_ids: Sequence[int], kv: SequenceKV) -> torch.Tensor:
+        output = self.forward(token_ids, logits_to_keep=len(token_ids), past_key_values=kv, use_cache=True)
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     def _probe(self) -> KVShape:

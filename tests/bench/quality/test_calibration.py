@@ -13,7 +13,15 @@ from typer.testing import CliRunner
 from kvarena.bench.quality.answers import Answer
 from kvarena.bench.quality.asking import Attempt
 from kvarena.bench.quality.calibrate_command import sample_note
-from kvarena.bench.quality.calibration import check_layers, document_exam, fastest, with_answers_of, write_profile
+from kvarena.bench.quality.calibration import (
+    calibration_rows,
+    check_layers,
+    document_exam,
+    fastest,
+    still_in_the_race,
+    write_profile,
+)
+from kvarena.bench.quality.closeness import Closeness
 from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import load_results
 from kvarena.cli import app
@@ -35,14 +43,15 @@ def documents(tmp_path: Path) -> Path:
     return folder
 
 
-def row(f1: float, ttft_ms: float, **more: Any) -> dict[str, Any]:
-    setting = {"policy": "kv_deviation", "ratio": 0.1, "check_layer": 1, "num_failed": 0}
-    return setting | {"f1": {"mean": f1}, "ttft_ms": {"median": ttft_ms}} | more
+def row(agreement: float, ttft_ms: float, *, low: float = 0.0, high: float = 1.0, **more: Any) -> dict[str, Any]:
+    setting = {"contender": "blend", "policy": "kv_deviation", "ratio": 0.1, "check_layer": 1, "num_failed": 0}
+    found = {"mean": agreement, "low": low, "high": high}
+    return setting | {"token_agreement": found, "ttft_ms": {"median": ttft_ms}} | more
 
 
 def test_the_fastest_that_agrees_enough() -> None:
     agreeing = [row(0.99, 300, check_layer=3), row(0.97, 200, check_layer=2)]
-    rows = [*agreeing, row(0.96, 100), row(1.0, 150, num_failed=1), row(0, 1) | {"f1": None}]
+    rows = [*agreeing, row(0.96, 100), row(1.0, 150, num_failed=1), row(0, 1) | {"token_agreement": None}]
     assert fastest(rows, 0.97) is rows[1]
     assert fastest(rows, 0.98) is rows[0]
     assert fastest(rows, 0.995) is None
@@ -51,25 +60,49 @@ def test_the_fastest_that_agrees_enough() -> None:
 def test_of_two_ratios_that_agree_the_lower_one_is_faster_whatever_was_measured() -> None:
     rows = [row(1.0, 140, ratio=0.05), row(1.0, 90), row(1.0, 100, ratio=0.0, policy="chunk_head")]
     assert fastest(rows, 0.97) is rows[0]
-    assert fastest([rows[0] | {"f1": {"mean": 0.9}}, *rows[1:]], 0.97) is rows[1]
+    assert fastest([rows[0] | {"token_agreement": {"mean": 0.9}}, *rows[1:]], 0.97) is rows[1]
     assert fastest([rows[0], rows[1] | {"check_layer": 2}], 0.97) is not rows[0], "another layer is other work"
 
 
-def test_layers_up_to_half_of_the_model() -> None:
+def test_who_may_still_be_chosen() -> None:
+    def ratios_left(*rows: dict[str, Any]) -> list[float | None]:
+        return [setup.ratio for setup in still_in_the_race(rows, 0.9)]
+
+    hopeless, unsure = row(0.5, 10, high=0.8, ratio=0.0), row(0.8, 20, low=0.7, high=0.95, ratio=0.05)
+    sure, more = row(0.95, 30, low=0.92), row(0.97, 29, low=0.94, ratio=0.2)
+    assert ratios_left(hopeless, unsure, sure, more) == [0.05, 0.1]
+    elsewhere = row(0.97, 35, low=0.94, ratio=0.3, check_layer=2)
+    assert ratios_left(sure, elsewhere) == [0.1, 0.3], "not much slower"
+    assert ratios_left(sure, elsewhere | {"ttft_ms": {"median": 40}}) == [0.1]
+    assert ratios_left(sure | {"num_failed": 1}, more | {"token_agreement": None}) == []
+
+
+def test_layers_up_to_a_quarter_of_the_model() -> None:
     assert check_layers(1) == check_layers(3) == [1]
     assert check_layers(6) == [1, 2, 3]
-    assert check_layers(32) == check_layers(None) == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert check_layers(30) == [1, 2, 3, 4, 6]
+    assert check_layers(32) == [1, 2, 3, 4, 6, 8]
+    assert check_layers(80) == check_layers(None) == [1, 2, 3, 4, 6, 8, 12, 16]
+
+
+def test_rows_are_how_answers_agree_token_by_token() -> None:
+    def attempt(number: int, agreement: float, kl: float) -> Attempt:
+        close = Closeness(kl, kl, agreement, 4, "teacher_forced")
+        return Attempt(FULL, number, Answer("", False, 10.0 + number), closeness=close)
+
+    attempts = [attempt(0, 1.0, 0.0), attempt(1, 0.5, 0.2), Attempt(FULL, 2, None, "time-out")]
+    (found,) = calibration_rows(attempts)
+    assert (found["num_questions"], found["num_failed"]) == (3, 1)
+    assert found["token_agreement"]["mean"] == 0.75
+    assert found["same_answer"]["mean"] == 0.5
+    assert found["kl_along_answer"]["mean"] == pytest.approx(0.1)
+    assert found["ttft_ms"]["median"] == 10.5
 
 
 def test_documents_alone_are_enough_to_ask(documents: Path) -> None:
     exam = document_exam(documents, 7)
     assert len(exam.questions) == 7
     assert exam == document_exam(documents, 7) != document_exam(documents, 7, seed=1)
-    answered = [Attempt(FULL, number, Answer(f"tea {number}", True, 1.0)) for number in range(3)]
-    known = with_answers_of(exam, [*answered, Attempt(FULL, 3, None, "time-out")])
-    assert [question.answers for question in known.questions] == [("tea 0",), ("tea 1",), ("tea 2",)]
-    with pytest.raises(ValueError, match="full prefill answered nothing: time-out"):
-        with_answers_of(exam, [Attempt(FULL, 0, None, "time-out")])
     (documents / "3.md").unlink()
     (documents / "2.md").unlink()
     (documents / "1.md").unlink()
@@ -81,6 +114,23 @@ def test_the_finding_says_what_it_rests_on() -> None:
     assert sample_note(30) == "This rests on 30 questions."
     assert sample_note(29).startswith("This rests on 29 questions only: ")
     assert sample_note(1).startswith("This rests on 1 question only: ")
+
+
+@pytest.mark.slow
+def test_those_that_cannot_be_chosen_are_asked_no_further(documents: Path, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    (model / "kvarena.json").write_text('{"data": "notes", "separator": " # ", "ratio": 0.5}')
+    output = tmp_path / "calibration.json"
+    arguments = ["--engine", "hf", "--model", str(model), "--data", str(documents), "--max-tokens", "4"]
+    arguments += ["--num-questions", "8", "--policy", "random", "--ratio", "0,0.9,1", "--agreement", "0.95"]
+    result = CliRunner().invoke(app, ["calibrate", *arguments, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    asked = {one["ratio"]: one["num_questions"] for one in load_results(output)["rows"]}
+    assert asked[0] == 6, "naive reuse fails this random model"
+    assert asked[1] == 8
+    profile = json.loads((model / "kvarena.json").read_text())
+    assert (profile["data"], profile["separator"], profile["policy"]) == ("notes", " # ", "random")
+    assert "This rests on 8 questions only" in result.output
 
 
 def test_the_profile_keeps_what_it_is_not_about(tmp_path: Path) -> None:
@@ -100,19 +150,19 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     output = tmp_path / "calibration.json"
     arguments = ["calibrate", "--engine", "hf", "--model", str(model), "--data", str(documents), "--max-tokens", "4"]
     arguments += ["--num-questions", "4", "--output", str(output), "--separator", " # "]
-    result = CliRunner().invoke(app, [*arguments, "--ratio", "0,0.5,1", "--target", "1"])
+    result = CliRunner().invoke(app, [*arguments, "--ratio", "0,0.5,1", "--agreement", "1"])
     assert result.exit_code == 0, result.output
     assert "chosen" in result.output
     assert "This rests on 4 questions only: with fewer than 30, others" in result.output
     profile = json.loads((model / "kvarena.json").read_text())
     saved = load_results(output)
     assert saved["settings"]["chosen"]["policy"] == profile["policy"]
-    rows = {Setup.of_row(one): one["f1"]["mean"] for one in saved["rows"]}
+    rows = {Setup.of_row(one): one["token_agreement"]["mean"] for one in saved["rows"]}
     assert len(rows) == 3 * (3 * 2 + 1), "ratios, policies with layers and without"
     assert all(agreement == 1 for setup, agreement in rows.items() if setup.ratio == 1)
 
     (model / "kvarena.json").unlink()
-    result = CliRunner().invoke(app, [*arguments, "--policy", "random", "--ratio", "0.05", "--target", "1"])
+    result = CliRunner().invoke(app, [*arguments, "--policy", "random", "--ratio", "0.05", "--agreement", "1"])
     assert result.exit_code == 1
     assert "This rests on 4 questions only" in result.output
     assert "No setting reaches 100 % agreement" in result.output

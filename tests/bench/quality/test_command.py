@@ -32,7 +32,15 @@ def test_a_server(tmp_path: Path) -> None:
     assert json.loads(printed.stdout) == saved
     assert saved["settings"]["benchmark"] == "eval"
     assert saved["settings"]["reference"] == "scripted"
-    assert {row["kind"]: row["exact_match"]["mean"] for row in saved["rows"]} == {"all": 0.5, "single": 1, "across": 0}
+    assert {row["kind"]: row["correct"]["mean"] for row in saved["rows"] if row["subset"] == "all"} == {
+        "all": 0.5,
+        "single": 1,
+        "across": 0,
+    }
+    assert {(row["kind"], row["num_questions"]) for row in saved["rows"] if row["subset"] == "answered"} == {
+        ("all", 1),
+        ("single", 1),
+    }
     assert [one["text"] for one in saved["answers"]] == ["tea", "tea"]
     assert saved["questions"][1]["chunks"] == ["1-tea", "2-rain", "10-road"]
     assert output.with_suffix(".png").stat().st_size > 10_000
@@ -50,6 +58,27 @@ def test_failed_answers_are_an_exit_status(tmp_path: Path) -> None:
     assert (row["num_questions"], row["num_failed"], row["exact_match"]["mean"]) == (2, 1, 1)
 
 
+def test_answers_that_do_not_end_are_told_at_once_and_scored(tmp_path: Path) -> None:
+    records = [TEA | {"question": "\nsay tea and more of it", "needs": ["1-tea"]}] * 2
+    questions = write_exam_folder(tmp_path, records)
+    output = tmp_path / "x.json"
+    arguments = ["--questions", str(questions), "--output", str(output), "--max-tokens", "5"]
+    arguments += ["--seed", "7", "--num-chunks", "2"]
+    with serving(ScriptedEngine()) as server:
+        contenders = [f"--contender={name}={server.url}" for name in ("plain", "other")]
+        result = CliRunner().invoke(app, ["eval", *arguments, *contenders])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("The first answer of plain doesn't end within 5 tokens.") == 1
+    saved = load_results(output)
+    assert (saved["settings"]["seed"], saved["settings"]["num_chunks"]) == (7, 2)
+    assert {len(question["chunks"]) for question in saved["questions"]} == {2}
+    other = next(row for row in saved["rows"] if row["contender"] == "other")
+    assert (other["num_cut"], other["num_failed"]) == (2, 0)
+    assert other["correct"]["mean"] == other["agreement"]["mean"] == other["token_agreement"]["mean"] == 1
+    assert other["kl_along_answer"]["mean"] == 0
+    assert other["kl_method"] == "common_prefix_top20"
+
+
 @pytest.mark.slow
 def test_policies_in_this_process(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
@@ -63,8 +92,12 @@ def test_policies_in_this_process(tmp_path: Path) -> None:
     assert set(rows) == {(None, None), *((p, r) for p in ("kv_deviation", "random") for r in (0, 0.5, 1))}
     assert rows["kv_deviation", 0]["recomputed_ratio"] == 0
     assert 0.5 <= rows["random", 0.5]["recomputed_ratio"] < 0.6
+    assert {row["kl_method"] for row in rows.values()} == {None, "teacher_forced"}
     for policy in ("kv_deviation", "random"):
-        assert rows[policy, 1]["num_unparsed"] == 2 or rows[policy, 1]["agreement"]["mean"] == 1
+        same = rows[policy, 1]
+        assert same["agreement"]["mean"] == same["token_agreement"]["mean"] == 1
+        assert same["kl_along_answer"]["mean"] < 1e-4
+    assert rows["kv_deviation", 0]["kl_along_answer"]["mean"] > rows["kv_deviation", 0.5]["kl_along_answer"]["mean"] > 0
 
 
 @pytest.mark.parametrize(
@@ -74,7 +107,8 @@ def test_policies_in_this_process(tmp_path: Path) -> None:
         (["--ratio", "a"], "'a' is no list of numbers"),
         (["--engine", "hf", "--ratio", "2"], "ratio must be a number from 0 to 1"),
         (["--engine", "hf", "--policy", "best"], "policy must be one of"),
-        (["--model", "x"], "--model goes with --engine hf"),
+        (["--num-chunks", "3"], "contexts that --seed draws"),
+        (["--model", "x", "--data", "backend/models/town/notes"], "--model goes with --engine hf"),
         (["--questions", "missing.jsonl", "--data", "backend/models/town/notes"], "can't be read"),
     ],
 )

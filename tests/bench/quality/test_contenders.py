@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from exam_folder import write_exam_folder
 from kvarena.api.config import ApiConfig
 from kvarena.bench.openai_server import NoAnswer
 from kvarena.bench.quality.answers import Answer, Messages
-from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Attempt, ask_all
+from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Asking, Attempt, ask_all
+from kvarena.bench.quality.closeness import closeness
 from kvarena.bench.quality.contenders import engines, servers
 from kvarena.bench.quality.over_http import HTTPAnswerer
 from kvarena.bench.quality.questions import load_exam
@@ -25,6 +27,7 @@ from tiny_models import save_tiny_model
 
 SETUP = Setup("scripted")
 NUM_TOKENS = 8
+ASKING = Asking("#", 9)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +48,10 @@ def test_an_answer_over_http(real: RealServer[ScriptedEngine]) -> None:
     assert answer.ttft_ms > 0
     assert answer.reuse
     assert 0 < answer.reuse.num_reused_tokens < answer.reuse.num_prompt_tokens
-    assert answer.first_logprobs
-    assert max(answer.first_logprobs.values()) == pytest.approx(-0.5)
+    assert "".join(one.token for one in answer.logprobs) == "the old lamp"
+    assert max(answer.logprobs[0].top.values()) == pytest.approx(-0.5)
     assert not server.answer(said("forever"), SETUP, 3).is_complete
-    assert HTTPAnswerer("x", real.url, has_logprobs=False).answer(said("say tea"), SETUP, 9).first_logprobs is None
+    assert HTTPAnswerer("x", real.url, has_logprobs=False).answer(said("say tea"), SETUP, 9).logprobs == []
     assert not server.is_blend
     server.warm([], "#", lambda: None)
 
@@ -98,7 +101,7 @@ def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[Scri
     with serving(ScriptedEngine()) as stopped:
         dead = HTTPAnswerer("dead", stopped.url)
     attempts: list[Attempt] = []
-    ask_all(exam, [Setup("alive"), Setup("dead")], {"alive": alive, "dead": dead}, "#", 9, attempts.append)
+    ask_all(exam, [Setup("alive"), Setup("dead")], {"alive": alive, "dead": dead}, ASKING, attempts.append)
     outcomes = {name: [one.outcome for one in attempts if one.setup.contender == name] for name in ("alive", "dead")}
     assert outcomes == {"alive": ["answered"] * len(records), "dead": ["failed"] * len(records)}
     reasons = [one.reason for one in attempts if one.setup.contender == "dead"]
@@ -108,9 +111,9 @@ def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[Scri
 class Counting(HTTPAnswerer):
     num_asked = 0
 
-    def answer(self, messages: Messages, setup: Setup, max_tokens: int) -> Answer:
+    def answer(self, messages: Messages, setup: Setup, max_tokens: int, *along: Any) -> Answer:
         self.num_asked += 1
-        return super().answer(messages, Setup(self.name), max_tokens)
+        return super().answer(messages, Setup(self.name), max_tokens, *along)
 
 
 def test_what_is_the_same_work_is_done_once(real: RealServer[ScriptedEngine], tmp_path: Path) -> None:
@@ -118,7 +121,7 @@ def test_what_is_the_same_work_is_done_once(real: RealServer[ScriptedEngine], tm
     blend = Counting("blend", real.url)
     setups = blend_setups("blend", ["kv_deviation", "random"], [0.0, 0.5, 1.0], [1, 2])
     attempts: list[Attempt] = []
-    ask_all(exam, setups, {"blend": blend}, "#", 9, attempts.append)
+    ask_all(exam, setups, {"blend": blend}, ASKING, attempts.append)
     assert sorted((one.question, one.setup.label) for one in attempts) == sorted(
         (number, setup.label) for number in range(3) for setup in setups
     )
@@ -145,6 +148,73 @@ def test_in_process_answers_are_those_of_generate(folder: Path) -> None:
         expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         for setup in setups:
             assert made[setup.contender].answer(messages, setup, NUM_TOKENS).text == expected, setup
+    made["plain"].close()
+
+
+def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
+    """Full prefill's answer, fed to a KV that came from elsewhere, gives what the model itself gives over all of it."""
+    made = engines([], str(folder), " # ", 0.1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = f" # {'tea rain hill goat blue river ' * 6} # {'old lamp road bread ' * 8} # what is blue?"
+    messages = [{"role": "user", "content": text}]
+    full = made["plain"].answer(messages, Setup("plain"), NUM_TOKENS)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def logprobs(prompt: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *full.token_ids]])).logits[0]
+        return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+    expected = logprobs(prompt)
+    assert full.forced_logprobs is not None
+    torch.testing.assert_close(full.forced_logprobs, expected, atol=1e-4, rtol=1e-4)
+
+    shorter = [{"role": "user", "content": text[:-10]}]
+    other = made["plain"].answer(shorter, Setup("plain"), NUM_TOKENS, full)
+    theirs = logprobs(tokenizer.apply_chat_template(shorter, add_generation_prompt=True, return_dict=False))
+    found = closeness(full, other)
+    assert found
+    kl = torch.nn.functional.kl_div(theirs, expected, reduction="none", log_target=True).sum(-1)
+    assert found.kl == pytest.approx(float(kl.mean()), abs=1e-4)
+    assert found.kl > 0.01, "another prompt"
+    assert found.token_agreement == pytest.approx(float((theirs.argmax(-1) == expected.argmax(-1)).float().mean()))
+    assert other.text == made["plain"].answer(shorter, Setup("plain"), NUM_TOKENS).text, "decoded on from there"
+
+    for setup in (Setup("plain"), *blend_setups("blend", ["kv_deviation", "all"], [1.0], [])):
+        same = made[setup.contender].answer(messages, setup, NUM_TOKENS, full)
+        found = closeness(full, same)
+        assert found
+        assert found.token_agreement == 1, setup
+        assert found.kl == pytest.approx(0, abs=1e-5), setup
+        assert same.text == full.text
+    naive = made["blend"].answer(messages, Setup("blend", "none"), NUM_TOKENS, full)
+    found = closeness(full, naive)
+    assert found
+    assert found.kl > 1e-4
+    only = made["blend"].answer(messages, Setup("blend", "none"), NUM_TOKENS, full, compares_only=True)
+    assert naive.forced_logprobs is not None
+    assert only.forced_logprobs is not None
+    torch.testing.assert_close(only.forced_logprobs, naive.forced_logprobs)
+    made["plain"].close()
+
+
+def test_full_prefill_answers_first_and_distributions_are_not_kept(folder: Path, tmp_path: Path) -> None:
+    exam = load_exam(write_exam_folder(tmp_path, [{"question": "tea rain?", "answers": ["x"]}] * 3))
+    made = engines([], str(folder), " # ", 0.1)
+    setups = [*blend_setups("blend", ["kv_deviation"], [0.0, 1.0], []), Setup("plain")]
+    attempts: list[Attempt] = []
+    ask_all(exam, setups, made, Asking(" # ", 4, Setup("plain")), attempts.append)
+    assert [one.setup for one in attempts[::3]] == [Setup("plain")] * 3
+    assert {one.setup for one in attempts[1::3]} == set(setups[:2]), "the others take turns"
+    for one in attempts:
+        assert one.answer
+        assert one.answer.forced_logprobs is None
+        assert one.closeness
+        assert one.closeness.method == "teacher_forced"
+    attempts.clear()
+    ask_all(exam, setups, made, Asking(" # ", 4), attempts.append, numbers=[1])
+    assert [(one.question, one.closeness) for one in attempts] == [(1, None)] * 3
     made["plain"].close()
 
 

@@ -8,18 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from exam_folder import write_exam_folder
-from kvarena.bench.quality.answers import Answer, Reuse
+from kvarena.bench.quality.answers import Answer, Reuse, TokenLogprobs
 from kvarena.bench.quality.asking import Attempt
+from kvarena.bench.quality.closeness import Closeness, KLMethod, closeness, full_kl, top_kl
 from kvarena.bench.quality.intervals import mean_interval
 from kvarena.bench.quality.questions import Exam, load_exam
 from kvarena.bench.quality.rows import Sheet
-from kvarena.bench.quality.scoring import first_token_kl, is_same_answer, squad_score
+from kvarena.bench.quality.scoring import agrees, contains_answer, is_same_answer, squad_score
 from kvarena.bench.quality.setups import Setup, blend_setups, find_reference
 
 PLAIN = Setup("plain")
 NAIVE = Setup("blend", "kv_deviation", 0.0)
+METHOD: KLMethod = "teacher_forced"
 
 
 @pytest.mark.parametrize(
@@ -43,13 +46,74 @@ def test_same_answer_goes_by_the_same_normalisation() -> None:
     assert is_same_answer("lute", "harp") == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "answers", "is_right"),
+    [
+        ("Virat Kohli's highest score is 254 not out.", ["254"], True),
+        ("It was the year 1923.", ["1932", "1923"], True),
+        ("254*", ["254"], True),
+        ("254.5 runs", ["254"], False),
+        ("2540 runs", ["254"], False),
+        ("about 1,000 runs", ["1000"], True),
+        ("She is J.K. Rowling", ["J. K. Rowling"], True),
+        ("kohli’s bat", ["Kohli"], True),
+        ("Harbour Street 9", ["the harbour street"], True),
+        ("harbours", ["harbour"], False),
+        ("new\nDelhi, India", ["New Delhi"], True),
+        ("twenty-five", ["twenty five"], True),
+        ("The notes do not say who it was.", ["The notes do not say."], True),
+        ("hepatitis A", ["A"], False),
+        ("A", ["A"], True),
+        ("anything", ["..."], False),
+        ("", ["tea"], False),
+    ],
+)
+def test_a_right_answer_contains_a_gold_one_as_whole_words(text: str, answers: list[str], is_right: bool) -> None:
+    assert contains_answer(text, answers) == is_right
+
+
+def test_answers_agree_as_far_as_the_shorter_one_goes_where_it_is_cut() -> None:
+    assert agrees("The lute.", True, "lute", True) == 1
+    assert agrees("the old lu", False, "The old lute was", False) == 1
+    assert agrees("the old lute", True, "The old lute was", False) == 0, "it ended there"
+    assert agrees("the old harp", False, "The old lute was", False) == 0
+    assert agrees("", True, "lute", True) == agrees("", False, "lute", False) == 0
+    assert agrees("", True, "", True) == 1
+
+
+def test_kl_over_the_whole_vocabulary() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 5, 40).log_softmax(-1)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    )
+    torch.testing.assert_close(full_kl(p, q), expected)
+    assert full_kl(p, p).max() == 0
+    found = closeness(*(Answer("", True, 1.0, forced_logprobs=x) for x in (p, q)))
+    assert found
+    assert (found.method, found.num_tokens) == ("teacher_forced", 5)
+    assert found.kl == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert found.first_kl == pytest.approx(float(expected[0]), rel=1e-5)
+    assert found.token_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+def test_servers_are_compared_along_the_common_prefix() -> None:
+    def answered(*tokens: str, p: float = 0.5) -> Answer:
+        top = {"a": math.log(p), "b": math.log(1 - p)}
+        return Answer("", True, 1.0, logprobs=[TokenLogprobs(token, top) for token in tokens])
+
+    found = closeness(answered("x", "y", "z", "end"), answered("x", "y", "w", "v", p=0.8))
+    kl = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
+    assert found == Closeness(pytest.approx(kl), pytest.approx(kl), 0.5, 3, "common_prefix_top20")
+    assert closeness(answered("x"), answered("x", "y")) == Closeness(0, 0, 1, 1, "common_prefix_top20")
+    assert closeness(answered("x"), Answer("x", True, 1.0)) is None
+
+
 def test_kl_is_that_of_the_distributions_when_all_tokens_are_listed() -> None:
     p, q = [0.7, 0.2, 0.1], [0.5, 0.25, 0.25]
     listed = [dict(zip("abc", map(math.log, values), strict=True)) for values in (p, q)]
-    assert first_token_kl(*listed) == pytest.approx(
-        sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), abs=1e-6
-    )
-    assert first_token_kl(listed[0], listed[0]) == pytest.approx(0, abs=1e-6)
+    assert top_kl(*listed) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), abs=1e-6)
+    assert top_kl(listed[0], listed[0]) == pytest.approx(0, abs=1e-6)
 
 
 def test_kl_of_listed_tokens_is_a_lower_bound() -> None:
@@ -58,8 +122,8 @@ def test_kl_of_listed_tokens_is_a_lower_bound() -> None:
         p, q = rng.dirichlet(np.ones(40)), rng.dirichlet(np.ones(40))
         full = float((p * np.log(p / q)).sum())
         tops = [{str(i): math.log(d[i]) for i in np.argsort(d)[-20:]} for d in (p, q)]
-        assert 0 <= first_token_kl(*tops) <= full + 1e-6
-    assert first_token_kl({"a": -0.01}, {"b": -0.01}) == 0  # nothing in common says nothing
+        assert 0 <= top_kl(*tops) <= full + 1e-6
+    assert top_kl({"a": -0.01}, {"b": -0.01}) == 0  # nothing in common says nothing
 
 
 def test_intervals() -> None:
@@ -122,8 +186,8 @@ def exam(tmp_path: Path) -> Exam:
     return load_exam(write_exam_folder(tmp_path, records))
 
 
-def answer(text: str, *, is_complete: bool = True, logprob: float = -0.1, reuse: Reuse | None = None) -> Answer:
-    return Answer(text, is_complete, 100.0, reuse, {"tea": logprob})
+def answer(text: str, *, is_complete: bool = True, reuse: Reuse | None = None) -> Answer:
+    return Answer(text, is_complete, 100.0, reuse)
 
 
 def test_rows_count_what_failed_and_score_the_rest(exam: Exam) -> None:
@@ -131,32 +195,54 @@ def test_rows_count_what_failed_and_score_the_rest(exam: Exam) -> None:
         Attempt(PLAIN, 0, answer("tea")),
         Attempt(PLAIN, 1, answer("tea")),
         Attempt(PLAIN, 2, answer("Tea.")),
-        Attempt(NAIVE, 0, answer("tea", reuse=Reuse(100, 60, 20))),
+        Attempt(NAIVE, 0, answer("tea", reuse=Reuse(100, 60, 20)), closeness=Closeness(0.0, 0.0, 1.0, 4, METHOD)),
         Attempt(NAIVE, 1, None, "time-out"),
-        Attempt(NAIVE, 2, answer("rain", logprob=-2.0, reuse=Reuse(100, 80, 0, 40))),
+        Attempt(NAIVE, 2, answer("rain", reuse=Reuse(100, 80, 0, 40)), closeness=Closeness(0.3, 0.7, 0.5, 4, METHOD)),
     ]
-    rows = {(row["contender"], row["kind"]): row for row in Sheet(exam, attempts, PLAIN).rows()}
+    every = Sheet(exam, attempts, PLAIN).rows()
+    rows = {(row["contender"], row["kind"]): row for row in every if row["subset"] == "all"}
+    assert len(every) == 2 * len(rows), "full prefill answered all of them"
     assert list(rows) == [(name, kind) for name in ("plain", "blend") for kind in ("all", "single", "across")]
     plain, naive = rows["plain", "all"], rows["blend", "all"]
     assert plain["exact_match"]["mean"] == 1
     assert plain["agreement"] is plain["first_token_kl"] is plain["exact_match_vs_reference"] is None
     assert plain["reused_ratio"] is plain["recomputed_ratio"] is None
-    assert (naive["num_questions"], naive["num_failed"], naive["num_unparsed"]) == (3, 1, 0)
+    assert (naive["num_questions"], naive["num_failed"], naive["num_cut"]) == (3, 1, 0)
     assert naive["exact_match"]["mean"] == naive["agreement"]["mean"] == 0.5
     assert naive["exact_match_vs_reference"]["mean"] == -0.5
     assert naive["reused_ratio"] == pytest.approx(140 / 200)
     assert naive["recomputed_ratio"] == pytest.approx(20 / 120, abs=1e-4)
     assert rows["blend", "single"]["exact_match"]["mean"] == 1
     assert rows["blend", "across"]["exact_match"]["mean"] == 0
-    p, q = math.exp(-0.1), math.exp(-2.0)
-    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-    assert rows["blend", "across"]["first_token_kl"]["mean"] == pytest.approx(kl, abs=1e-4)
+    assert naive["token_agreement"]["mean"] == 0.75
+    assert naive["kl_along_answer"]["mean"] == pytest.approx(0.15)
+    assert naive["first_token_kl"]["mean"] == pytest.approx(0.35)
+    assert naive["kl_method"] == METHOD
+    assert plain["token_agreement"] is plain["kl_method"] is None
 
 
-def test_what_cannot_be_read_is_no_zero(exam: Exam) -> None:
+def test_every_figure_twice(exam: Exam) -> None:
+    attempts = [Attempt(PLAIN, number, answer(text)) for number, text in enumerate(("some tea", "rain", "rain"))]
+    attempts += [Attempt(NAIVE, number, answer(text)) for number, text in enumerate(("rain", "tea", "rain"))]
+    rows = {(row["contender"], row["kind"], row["subset"]): row for row in Sheet(exam, attempts, PLAIN).rows()}
+    assert rows["plain", "all", "all"]["correct"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
+    assert rows["plain", "all", "all"]["exact_match"]["mean"] == 0
+    assert rows["plain", "all", "answered"]["correct"]["mean"] == 1
+    assert rows["blend", "all", "all"]["correct"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
+    assert rows["blend", "all", "answered"]["correct"]["mean"] == 0
+    assert rows["blend", "all", "answered"]["correct_vs_reference"]["mean"] == -1
+    assert rows["blend", "single", "answered"]["num_questions"] == 1
+    assert ("blend", "across", "answered") not in rows
+    assert {row["subset"] for row in Sheet(exam, attempts, None).rows()} == {"all"}
+
+
+def test_a_cut_answer_is_scored_as_far_as_it_goes(exam: Exam) -> None:
     attempts = [Attempt(PLAIN, 0, answer("tea and so on", is_complete=False)), Attempt(PLAIN, 1, answer("  "))]
-    row = Sheet(exam, attempts, PLAIN).rows()[0]
-    assert row["num_unparsed"] == 2
-    assert row["exact_match"] is row["f1"] is None
+    sheet = Sheet(exam, attempts, PLAIN)
+    row = sheet.rows()[0]
+    assert (row["num_cut"], row["correct"]["mean"], row["exact_match"]["mean"]) == (1, 0.5, 0)
     assert row["ttft_ms"]["median"] == 100
-    assert [one["outcome"] for one in Sheet(exam, attempts, PLAIN).answers()] == ["unparsed", "unparsed"]
+    assert [(one["outcome"], one["is_complete"]) for one in sheet.answers()] == [
+        ("answered", False),
+        ("answered", True),
+    ]

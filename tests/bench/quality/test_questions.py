@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from exam_folder import write_exam_folder
-from kvarena.bench.quality.questions import load_exam
+from kvarena.bench.quality.questions import Redraw, load_exam
 from kvarena.worlds.exam import write_exam
 from kvarena.worlds.folder import write_folder
 from kvarena.worlds.town import TownShape, write_town
@@ -70,6 +70,40 @@ def test_a_made_up_town_can_be_asked(tmp_path: Path) -> None:
     assert [question.history for question in exam.questions] == [item.question.history for item in items]
     assert [question.answers for question in exam.questions] == [(item.question.answer,) for item in items]
     assert {len(question.chunks) for question in exam.questions} == {5}
+
+
+def test_a_seed_draws_other_contexts_and_keeps_what_a_question_needs_in_its_order(tmp_path: Path) -> None:
+    record = PLAIN | {"needs": ["5", "2"], "chunks": ["5", "1", "2", "3"]}
+    records = [record | {"question": f"What grows, {number}?"} for number in range(20)]
+    path = write_exam_folder(tmp_path, [*records, PLAIN | {"needs": [], "chunks": ["7"]}])
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"Chunk {number}.")
+
+    def contexts(*redraw: int | None) -> list[list[str]]:
+        exam = load_exam(path, redraw=Redraw(*redraw) if redraw else None)  # type: ignore[arg-type]
+        return [[chunk.name for chunk in question.chunks] for question in exam.questions]
+
+    assert contexts() == [["5", "1", "2", "3"]] * 20 + [["7"]]
+    drawn = contexts(1)
+    assert drawn == contexts(1) != contexts(2)
+    assert [len(set(names)) for names in drawn] == [4] * 20 + [1]
+    assert all(names.index("5") < names.index("2") for names in drawn[:-1])
+    assert {names.index("5") for names in drawn[:-1]} == {0, 1, 2}, "places are drawn too"
+    assert {name for names in drawn for name in names} > {"0", "8", "1-tea"}
+    assert {len(names) for names in contexts(1, 6)} == {6}
+    assert {len(names) for names in contexts(1, 1)} == {1, 2}, "never without what it needs"
+    assert {len(names) for names in contexts(1, 99)} == {12}, "the folder has no more"
+    path.write_text(path.read_text().split("\n", 1)[1])
+    assert contexts(1) == drawn[1:], "a question's context is its own, whatever else is asked"
+
+
+def test_no_other_context_without_knowing_what_a_question_needs(tmp_path: Path) -> None:
+    path = write_exam_folder(tmp_path, [PLAIN])
+    with pytest.raises(ValueError, match="line 1: without needs"):
+        load_exam(path, redraw=Redraw(1))
+    path = write_exam_folder(tmp_path, [PLAIN | {"needs": ["9"]}])
+    with pytest.raises(ValueError, match="needs has '9', which is not among its chunks: 1-tea"):
+        load_exam(path, redraw=Redraw(1))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_all_that_was_measured_is_drawn(ttft_page: HTMLPage) -> None:
         "Times sooner than plain",
     ] * 2
     assert "8 requests at once" in titles["ttft"][4]
-    assert len(titles["quality"]) == 2 * 3 + 1
+    assert len(titles["quality"]) == 4 * (3 + 1) + 1, "metrics, kinds and the questions answered right; and time"
     assert titles["time-split"][0].startswith("Time split at 512 tokens, warm store")
     assert len(titles["time-split"]) == 2 * 2 + 1
     assert titles["throughput"] == [

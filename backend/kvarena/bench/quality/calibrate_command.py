@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +14,15 @@ from kvarena.bench.console import decimals, explained, integers
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvarena.bench.quality.asking import Attempt
+    from kvarena.bench.quality.questions import Exam
+    from kvarena.bench.quality.session import Session
+    from kvarena.bench.quality.setups import Setup
     from kvarena.bench.results import Row
 
 DEFAULT_POLICIES = ("kv_deviation", "kv_deviation,deviation=values", "chunk_head", "query_attention")
 ENOUGH_QUESTIONS = 30
+ROUND_QUESTIONS = 6
 INTERRUPTED = 130
 
 
@@ -43,13 +48,15 @@ def calibrate(
         ),
     ] = None,
     check_layer: Annotated[
-        str | None, typer.Option(help="Check layers to try, separated by commas. [default: some up to half of all]")
+        str | None, typer.Option(help="Check layers to try, separated by commas. [default: some of the first quarter]")
     ] = None,
     ratio: Annotated[str, typer.Option(help="Ratios to try, separated by commas.")] = "0,0.05,0.1,0.15,0.2,0.3",
-    target: Annotated[float, typer.Option(min=0, max=1, help="Least agreement with full prefill (token F1).")] = 0.97,
+    agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of the tokens of full prefill's answers that come out.")
+    ] = 0.9,
     num_questions: Annotated[int, typer.Option(min=1, help="Size of the sample.")] = ENOUGH_QUESTIONS,
     separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's or the model's]")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to here.")] = 24,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to here.")] = 32,
     timeout_s: Annotated[float, typer.Option(min=1, help="For one answer of a server.")] = 120.0,
     write: Annotated[bool, typer.Option(help="Write the setting into the model's kvarena.json.")] = True,
     output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/calibration.json"),
@@ -65,14 +72,13 @@ def calibrate(
     from kvarena.bench.quality import calibration
     from kvarena.bench.quality.contenders import default_data_dir
     from kvarena.bench.quality.questions import load_exam
-    from kvarena.bench.quality.rows import ALL_KINDS, Sheet
     from kvarena.bench.quality.session import Wanted, session
     from kvarena.bench.quality.setups import Setup, blend_setups
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
     from kvarena.worlds.folder import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
-    wanted = Wanted(engine, [contender], model, separator, timeout_s, has_logprobs=False)
+    wanted = Wanted(engine, [contender], model, separator, timeout_s)
     with explained():
         check_writable(output)
         folder = data or (questions.parent if questions else default_data_dir(engine, model))
@@ -90,23 +96,23 @@ def calibrate(
             layers = integers(check_layer) if check_layer else calibration.check_layers(blend.num_layers)
             candidates = blend_setups(blend.name, policy or DEFAULT_POLICIES, decimals(ratio), layers)
             asked.warm(exam)
-            full, is_interrupted = asked.ask(exam, [Setup(blend.name, "all")], max_tokens)
-            if not is_interrupted:
-                exam = calibration.with_answers_of(exam, full)
-                attempts, is_interrupted = asked.ask(exam, candidates, max_tokens)
+            attempts, is_interrupted = _race(asked, exam, Setup(blend.name, "all"), candidates, max_tokens, agreement)
+            rows = calibration.calibration_rows(attempts)
+            if not is_interrupted and not any(row["token_agreement"] for row in rows):
+                reasons = sorted({attempt.reason for attempt in attempts if attempt.reason})
+                raise ValueError(f"nothing could be compared: {'; '.join(reasons) or 'no log-probabilities came'}")
     if is_interrupted:
         console.print("Interrupted: nothing was decided.")
         raise typer.Exit(INTERRUPTED)
-    rows = [
-        row for row in Sheet(exam, calibration.as_far_as_they_go(attempts), None).rows() if row["kind"] == ALL_KINDS
-    ]
-    chosen = calibration.fastest(rows, target)
+    num_questions = max(row["num_questions"] for row in rows)
+    chosen = calibration.fastest([row for row in rows if row["num_questions"] == num_questions], agreement)
     settings = {
         "benchmark": "calibrate",
         "engine": engine,
         "documents": shown_path(folder),
-        "num_questions": len(exam.questions),
-        "target": target,
+        "num_questions": num_questions,
+        "agreement": agreement,
+        "max_tokens": max_tokens,
         "separator": asked.separator,
         "contender": blend.describe(),
         "chosen": chosen and Setup.of_row(chosen).choices,
@@ -116,12 +122,13 @@ def calibrate(
         print(json.dumps(load_results(output), indent=1))
     else:
         _show(rows, chosen, console)
-    console.print(sample_note(len(exam.questions)), soft_wrap=True)
+    console.print(sample_note(num_questions), soft_wrap=True)
     if chosen is None:
-        best = max((row["f1"]["mean"] for row in rows if row["f1"]), default=0.0)
+        best = calibration.closest(rows)
         console.print(
-            f"[red]No setting reaches {100 * target:g} % agreement[/red]; the closest has {100 * best:.1f} %. "
-            "Nothing was written. Try higher ratios or other check layers.",
+            f"[red]No setting reaches {100 * agreement:g} % agreement[/red]"
+            + (f"; the closest, {Setup.of_row(best).label}, has {_percent(best['token_agreement'])} %" if best else "")
+            + ". Nothing was written. Try higher ratios, other check layers or a lower --agreement.",
             soft_wrap=True,
         )
         raise typer.Exit(1)
@@ -134,6 +141,32 @@ def calibrate(
         )
     elif write:
         console.print("The model isn't a folder on this machine: set BLEND_POLICY and the like where it is served.")
+
+
+def _race(
+    asked: Session, exam: Exam, full: Setup, candidates: Sequence[Setup], max_tokens: int, agreement: float
+) -> tuple[list[Attempt], bool]:
+    """The candidates' attempts, and whether it was interrupted.
+
+    All are asked the first questions; from round to round only those that may still be chosen are asked on. Full
+    prefill answers each question once.
+    """
+    from kvarena.bench.quality import calibration
+
+    attempts: list[Attempt] = []
+    left = list(candidates)
+    for start in range(0, len(exam.questions), ROUND_QUESTIONS):
+        numbers = range(len(exam.questions))[start : start + ROUND_QUESTIONS]
+        setups = list(dict.fromkeys([full, *left]))
+        found, is_interrupted = asked.ask(exam, setups, max_tokens, full, compares_only=True, numbers=numbers)
+        attempts += [attempt for attempt in found if attempt.setup in left]
+        if is_interrupted:
+            return attempts, True
+        rows = calibration.calibration_rows([attempt for attempt in attempts if attempt.setup in left])
+        left = calibration.still_in_the_race(rows, agreement)
+        if not left:
+            break
+    return attempts, False
 
 
 def sample_note(num_questions: int) -> str:
@@ -153,19 +186,26 @@ def _show(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
 
     from kvarena.bench.quality.setups import Setup
 
-    table = Table(title="Agreement with full prefill (token F1, %)", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("policy", "layer", "ratio", "agreement", "interval", "TTFT ms", "failed", ""):
+    title = "Agreement with full prefill, along its answers"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in ("policy", "layer", "ratio", "tokens %", "interval", "KL", "same %", "TTFT ms", "questions", ""):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for row in rows:
-        found = row["f1"]
+        found, kl = row["token_agreement"], row["kl_along_answer"]
         table.add_row(
             Setup.of_row(row).policy_label,
             "-" if row["check_layer"] is None else str(row["check_layer"]),
             "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
-            f"{100 * found['mean']:.1f}" if found else "-",
+            _percent(found),
             f"{100 * found['low']:.0f}-{100 * found['high']:.0f}" if found else "-",
+            f"{kl['mean']:.3f}" if kl else "-",
+            _percent(row["same_answer"]),
             f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else "-",
-            str(row["num_failed"]),
+            f"{row['num_questions']}" + (f" ({row['num_failed']} failed)" if row["num_failed"] else ""),
             "chosen" if row is chosen else "",
         )
     console.print(table)
+
+
+def _percent(interval: Mapping[str, float] | None) -> str:
+    return f"{100 * interval['mean']:.1f}" if interval else "-"

@@ -1,6 +1,8 @@
 """Which policy, check layer and ratio a model needs: the fastest that stays close to full prefill on given documents.
 
-Full prefill's own answers are the gold answers here, so no question needs one: agreement is their token F1.
+Compared are the next tokens along full prefill's own answers, so no question needs a gold answer, and a model that
+answers badly can be calibrated too. Settings that can't be chosen any more aren't asked on (a race: Maron and Moore,
+Hoeffding Races, 1993).
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ import dataclasses
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvarena.bench.quality.asking import Attempt
+from kvarena.bench.quality.intervals import mean_interval
 from kvarena.bench.quality.questions import EvalQuestion, Exam
+from kvarena.bench.quality.rows import closeness_figures, token_shares
 from kvarena.bench.quality.setups import Setup
-from kvarena.bench.results import Row
+from kvarena.bench.results import Row, spread
 from kvarena.context import load_chunks, load_system_prompt
 from kvarena.reuse.params import BlendParams
 from kvarena.vllm_plugin.config import MODEL_PROFILE_NAME, read_model_profile
@@ -31,6 +34,8 @@ PROMPTS = (
 )
 CHUNKS_PER_PROMPT = 6
 FIRST_LAYERS = (1, 2, 3, 4, 6, 8, 12, 16)
+NUM_FIRST_LAYERS = 3
+MUCH_SLOWER = 1.2
 
 
 def document_exam(folder: Path, num_questions: int, seed: int = 0) -> Exam:
@@ -48,34 +53,60 @@ def document_exam(folder: Path, num_questions: int, seed: int = 0) -> Exam:
 
 
 def check_layers(num_layers: int | None) -> list[int]:
-    """Worth trying: up to half of the model's, for all layers before the check layer are run over everything."""
-    return [layer for layer in FIRST_LAYERS if layer == 1 or num_layers is None or layer <= num_layers // 2]
+    """Worth trying: all layers before the check layer are run over everything, which a quarter of them makes too much.
+
+    Small models' first three are tried up to half of all.
+    """
+    if num_layers is None:
+        return list(FIRST_LAYERS)
+    most = max(num_layers // 4, min(NUM_FIRST_LAYERS, num_layers // 2), 1)
+    return [layer for layer in FIRST_LAYERS if layer <= most]
 
 
-def with_answers_of(exam: Exam, attempts: Sequence[Attempt]) -> Exam:
-    """The questions that were answered, these answers as the gold ones. Raises `ValueError` when there are none."""
-    answered = {attempt.question: attempt.answer.text for attempt in attempts if attempt.answer}
-    questions = tuple(
-        replace(question, answers=(text,))
-        for number, question in enumerate(exam.questions)
-        if (text := answered.get(number, "").strip())
-    )
-    if not questions:
-        reasons = {attempt.reason for attempt in attempts if attempt.reason} or {"all answers are empty"}
-        raise ValueError(f"full prefill answered nothing: {'; '.join(sorted(reasons))}")
-    return Exam(exam.system, questions)
+def calibration_rows(attempts: Sequence[Attempt]) -> list[Row]:
+    """A row for each setup: how it agrees with full prefill along its answers, and how soon it is.
+
+    `same_answer` is the share of answers that are full prefill's from the first token to the last.
+    """
+    rows = []
+    for setup, of_setup in _by_setup(attempts).items():
+        answers = [attempt.answer for attempt in of_setup if attempt.answer]
+        found = [attempt.closeness for attempt in of_setup if attempt.closeness]
+        rows.append(
+            {
+                **setup.to_json(),
+                "num_questions": len(of_setup),
+                "num_failed": len(of_setup) - len(answers),
+                **closeness_figures(of_setup),
+                "same_answer": mean_interval([float(one.token_agreement == 1) for one in found]),
+                "ttft_ms": spread([answer.ttft_ms for answer in answers]) if answers else None,
+                **token_shares(answer.reuse for answer in answers),
+            }
+        )
+    return rows
 
 
-def as_far_as_they_go(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """Answers that were cut off count too: both sides are cut at the same length."""
-    return [
-        replace(attempt, answer=replace(attempt.answer, is_complete=True)) if attempt.answer else attempt
-        for attempt in attempts
-    ]
+def still_in_the_race(rows: Sequence[Row], target: float) -> list[Setup]:
+    """Those that may still be chosen.
+
+    Out are those whose interval lies below the target, and those that can't be the fastest: there is one whose interval
+    lies above the target which does a part of their work, or takes far less time.
+    """
+    hopeful = [row for row in rows if _agreement(row, "high") >= target and not row["num_failed"]]
+    sure = [row for row in hopeful if _agreement(row, "low") >= target]
+
+    def is_beaten(row: Row) -> bool:
+        return any(
+            one is not row
+            and ((_does_the_work_of(row, one) and row["ratio"] != one["ratio"]) or _is_much_slower(row, one))
+            for one in sure
+        )
+
+    return [Setup.of_row(row) for row in hopeful if not is_beaten(row)]
 
 
 def fastest(rows: Sequence[Row], target: float) -> Row | None:
-    """Of the rows whose agreement (F1) reaches `target`, the one with the shortest time to first token.
+    """Of the rows whose token agreement reaches `target`, the one with the shortest time to first token.
 
     A lower ratio of the same policy does a part of the same work: where it was measured slower that was noise, and the
     time of the higher one counts for it.
@@ -85,8 +116,28 @@ def fastest(rows: Sequence[Row], target: float) -> Row | None:
         as_much_or_more = [other for other in rows if _does_the_work_of(other, row)]
         return min(float(other["ttft_ms"]["median"]) for other in as_much_or_more), row["ratio"] or 0.0
 
-    good = [row for row in rows if row["f1"] and row["f1"]["mean"] >= target and not row["num_failed"]]
+    good = [row for row in rows if _agreement(row, "mean") >= target and not row["num_failed"]]
     return min(good, key=cost, default=None)
+
+
+def closest(rows: Sequence[Row]) -> Row | None:
+    return max((row for row in rows if row["token_agreement"]), key=lambda row: _agreement(row, "mean"), default=None)
+
+
+def _agreement(row: Row, end: str) -> float:
+    """-1 where nothing was compared."""
+    return float(row["token_agreement"][end]) if row["token_agreement"] else -1.0
+
+
+def _is_much_slower(row: Row, other: Row) -> bool:
+    return bool(row["ttft_ms"]) and row["ttft_ms"]["median"] > MUCH_SLOWER * other["ttft_ms"]["median"]
+
+
+def _by_setup(attempts: Sequence[Attempt]) -> dict[Setup, list[Attempt]]:
+    found: dict[Setup, list[Attempt]] = {}
+    for attempt in attempts:
+        found.setdefault(attempt.setup, []).append(attempt)
+    return found
 
 
 def _does_the_work_of(row: Row, other: Row) -> bool:

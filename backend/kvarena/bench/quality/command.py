@@ -35,21 +35,28 @@ def evaluate(
             help="What a blend recomputes, such as kv_deviation,deviation=values; repeatable. [default: kv_deviation]"
         ),
     ] = None,
-    ratio: Annotated[str, typer.Option(help="Recomputed shares, separated by commas.")] = "0,0.05,0.1,0.15,0.3,1",
+    ratio: Annotated[str, typer.Option(help="Recomputed shares, separated by commas.")] = "0,0.05,0.1,0.15,0.3",
     check_layer: Annotated[
         str | None, typer.Option(help="Check layers of kv_deviation, separated by commas. [default: the model's]")
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option(help="JSONL with question, answers, optional chunks. [default: the town's]")
+        Path | None, typer.Option(help="JSONL with question, answers, optional chunks. [default: the documents']")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of the .txt and .md chunks. [default: where the questions are]")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many, always the same.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Draw other contexts: each question's `needs` among other chunks. [default: the file's own]"),
+    ] = None,
+    num_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Chunks of each context with --seed. [default: as many as in the file]")
+    ] = None,
     separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's or the model's]")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="An answer that is longer counts as unparsed.")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are cut, and scored as far as they go.")] = 32,
     timeout_s: Annotated[float, typer.Option(min=1, help="For one answer of a server.")] = 120.0,
-    logprobs: Annotated[bool, typer.Option(help="Compare the first tokens' probabilities.")] = True,
+    logprobs: Annotated[bool, typer.Option(help="Compare the servers' token probabilities.")] = True,
     warm: Annotated[bool, typer.Option(help="Have all chunks in the chunk cache before the first question.")] = True,
     store_gb: Annotated[float, typer.Option(min=0, help="With --engine hf: memory for chunks, in GiB.")] = 2.0,
     output: Annotated[Path, typer.Option(help="The result file; the plot goes beside it.")] = Path("results/eval.json"),
@@ -63,7 +70,7 @@ def evaluate(
 
     from kvarena.bench.quality import plot
     from kvarena.bench.quality.contenders import default_data_dir
-    from kvarena.bench.quality.questions import load_exam
+    from kvarena.bench.quality.questions import Redraw, load_exam
     from kvarena.bench.quality.rows import Sheet
     from kvarena.bench.quality.session import Wanted, session
     from kvarena.bench.quality.setups import find_reference
@@ -75,20 +82,24 @@ def evaluate(
     wanted = Wanted(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
     with explained():
         check_writable(output)
+        if num_chunks and seed is None:
+            raise ValueError("--num-chunks is the size of contexts that --seed draws")
         path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
-        exam = load_exam(path, data, limit)
+        exam = load_exam(path, data, limit, None if seed is None else Redraw(seed, num_chunks))
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
         with session(wanted, console) as asked:
             setups = asked.setups(policy or [DEFAULT_POLICY], ratios, layers)
             if warm:
                 asked.warm(exam)
-            attempts, is_interrupted = asked.ask(exam, setups, max_tokens)
-    reference = find_reference(setups)
+            reference = find_reference(setups)
+            attempts, is_interrupted = asked.ask(exam, setups, max_tokens, reference)
     settings = {
         "benchmark": "eval",
         "engine": engine,
         "questions": shown_path(path),
         "num_questions": len(exam.questions),
+        "seed": seed,
+        "num_chunks": num_chunks,
         "is_interrupted": is_interrupted,
         "reference": reference.label if reference else None,
         "separator": asked.separator,
@@ -100,7 +111,7 @@ def evaluate(
     with_gold = [question.to_json() for question in exam.questions]
     save_results(output, settings, rows, questions=with_gold, answers=sheet.answers())
     image = output.with_suffix(".png")
-    if has_scores := any(row["exact_match"] for row in rows):
+    if has_scores := any(row["correct"] for row in rows):
         plot.plot(output, image)
     if as_json:
         print(json.dumps(load_results(output), indent=1))

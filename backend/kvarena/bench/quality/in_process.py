@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -9,7 +10,7 @@ from time import perf_counter
 import torch
 
 from kvarena.bench.openai_server import NoAnswer
-from kvarena.bench.quality.answers import NUM_LOGPROBS, Answer, Messages, Reuse
+from kvarena.bench.quality.answers import Answer, Messages, Reuse
 from kvarena.bench.quality.setups import Setup
 from kvarena.context import TextChunk, join_chunks
 from kvarena.engines.blend.prefill import HFBlender
@@ -36,25 +37,60 @@ class PlainAnswerer:
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         """Keeps nothing."""
 
-    def answer(self, messages: Messages, setup: Setup, max_tokens: int) -> Answer:
+    def answer(
+        self,
+        messages: Messages,
+        setup: Setup,
+        max_tokens: int,
+        full: Answer | None = None,
+        compares_only: bool = False,
+    ) -> Answer:
+        """Where full prefill's answer is given, its tokens are fed first, all in one forward.
+
+        That gives the distributions to compare by, and this answer itself up to the first other token, from which it is
+        decoded on.
+        """
         started_s = perf_counter()
         token_ids = self._model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         capacity, longest = len(token_ids) + max_tokens, self._model.max_model_len
         if capacity > longest:
             raise NoAnswer(f"{len(token_ids)} tokens and an answer of {max_tokens} are more than the model's {longest}")
         kv, logits, reuse = self._prefill(token_ids, setup, capacity)
-        first_logprobs = self._logprobs(logits)
-        answer: list[int] = []
-        ttft_ms, is_complete = 0.0, False
-        for _ in range(max_tokens):
-            token = int(logits.argmax())
-            ttft_ms = ttft_ms or 1000 * (perf_counter() - started_s)
-            if is_complete := token in self._model.eos_token_ids:
-                break
-            answer.append(token)
-            logits = self._model.decode(kv, token)
-        text = self._model.tokenizer.decode(answer, skip_special_tokens=True)
-        return Answer(text, is_complete, ttft_ms, reuse, first_logprobs)
+        first = int(logits.argmax())  # on a GPU this waits for it
+        ttft_ms = 1000 * (perf_counter() - started_s)
+        if full is None:
+            answer = self._greedy(kv, logits, [], max_tokens)
+            forced = self._forced(kv, len(token_ids), logits, answer)
+        else:
+            forced = self._forced(kv, len(token_ids), logits, full.token_ids)
+            likeliest = [first, *forced[1:].argmax(-1).tolist()]
+            num_same = _common_prefix(likeliest, full.token_ids)
+            answer = list(full.token_ids[:num_same])
+            if num_same < len(full.token_ids) and not compares_only:
+                kv.truncate(len(token_ids) + num_same)
+                answer = self._greedy(kv, forced[num_same], answer, max_tokens)
+        is_complete = bool(answer) and answer[-1] in self._model.eos_token_ids
+        text = self._model.tokenizer.decode(answer[:-1] if is_complete else answer, skip_special_tokens=True)
+        log_probabilities = forced.float().log_softmax(-1)
+        return Answer(text, is_complete, ttft_ms, reuse, token_ids=tuple(answer), forced_logprobs=log_probabilities)
+
+    def _greedy(self, kv: SequenceKV, logits: torch.Tensor, begun: list[int], max_tokens: int) -> list[int]:
+        """An answer from its beginning, which `kv` holds, to its end token or to its `max_tokens`-th."""
+        answer = list(begun)
+        while True:
+            answer.append(int(logits.argmax()))
+            if answer[-1] in self._model.eos_token_ids or len(answer) >= max_tokens:
+                return answer
+            logits = self._model.decode(kv, answer[-1])
+
+    def _forced(
+        self, kv: SequenceKV, num_prompt_tokens: int, logits: torch.Tensor, answer: Sequence[int]
+    ) -> torch.Tensor:
+        """The logits `(T, V)` of each of an answer's `T` tokens behind the prompt, whose own are `logits` `(V,)`."""
+        kv.truncate(num_prompt_tokens)
+        if len(answer) == 1:
+            return logits[None]
+        return torch.cat([logits[None], self._model.run_through(kv, answer[:-1])])
 
     def describe(self) -> dict[str, object]:
         shape = self._model.kv_shape
@@ -68,10 +104,10 @@ class PlainAnswerer:
         kv = self._model.new_kv(capacity)
         return kv, self._model.prefill(kv, token_ids, lambda: False), Reuse(len(token_ids), 0)
 
-    def _logprobs(self, logits: torch.Tensor) -> dict[str, float]:
-        best = logits.float().log_softmax(-1).topk(min(NUM_LOGPROBS, len(logits)))
-        texts = [self._model.tokenizer.decode([token]) for token in best.indices.tolist()]
-        return dict(zip(reversed(texts), reversed(best.values.tolist()), strict=True))
+
+def _common_prefix(tokens: Sequence[int], others: Sequence[int]) -> int:
+    pairs = zip(tokens, others, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class BlendAnswerer(PlainAnswerer):

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from kvarena.bench.openai_server import NoAnswer, OpenAIServer
-from kvarena.bench.quality.answers import NUM_LOGPROBS, Answer, Messages, Reuse
+from kvarena.bench.quality.answers import NUM_LOGPROBS, Answer, Messages, Reuse, TokenLogprobs
 from kvarena.bench.quality.setups import Setup
 from kvarena.context import TextChunk
 from kvarena.stack.warm import warm
@@ -45,7 +45,14 @@ class HTTPAnswerer:
             failed = result.failures[0]
             raise NoAnswer(f"chunk {failed.name} couldn't be put into the chunk cache: {failed.reason}")
 
-    def answer(self, messages: Messages, setup: Setup, max_tokens: int) -> Answer:
+    def answer(
+        self,
+        messages: Messages,
+        setup: Setup,
+        max_tokens: int,
+        full: Answer | None = None,
+        compares_only: bool = False,
+    ) -> Answer:
         body: dict[str, Any] = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
         if self._has_logprobs:
             body |= {"logprobs": True, "top_logprobs": NUM_LOGPROBS}
@@ -61,7 +68,8 @@ class HTTPAnswerer:
 
     def _stream(self, body: Mapping[str, Any]) -> Answer:
         texts: list[str] = []
-        request_id, usage, finish_reason, first_s, logprobs = "", None, None, 0.0, None
+        logprobs: list[TokenLogprobs] = []
+        request_id, usage, finish_reason, first_s = "", None, None, 0.0
         sent_s = time.perf_counter()
         for event in self._server.events("/v1/chat/completions", body):
             request_id = event.get("id") or request_id
@@ -71,7 +79,7 @@ class HTTPAnswerer:
                 finish_reason = choice.get("finish_reason") or finish_reason
                 if (text or finish_reason) and not first_s:
                     first_s = time.perf_counter()
-                logprobs = logprobs or _first_logprobs(choice)
+                logprobs += _logprobs(choice)
                 texts.append(text)
         if finish_reason is None:
             raise NoAnswer("the stream ended in the middle of the answer")
@@ -90,12 +98,12 @@ def cached_tokens(usage: Mapping[str, Any]) -> Reuse:
     return Reuse(int(usage["prompt_tokens"]), cached, num_prefix_tokens=cached)
 
 
-def _first_logprobs(choice: Mapping[str, Any]) -> dict[str, float] | None:
-    """Of the answer's first token. Two tokens of the same text count as the likelier one."""
-    content = (choice.get("logprobs") or {}).get("content") or ()
-    if not content:
-        return None
-    found: dict[str, float] = {}
-    for entry in content[0].get("top_logprobs") or ():
-        found[entry["token"]] = max(entry["logprob"], found.get(entry["token"], float("-inf")))
+def _logprobs(choice: Mapping[str, Any]) -> list[TokenLogprobs]:
+    """Of the tokens of an event. Two tokens of the same text count as the likelier one."""
+    found = []
+    for entry in (choice.get("logprobs") or {}).get("content") or ():
+        top: dict[str, float] = {}
+        for one in entry.get("top_logprobs") or ():
+            top[one["token"]] = max(one["logprob"], top.get(one["token"], float("-inf")))
+        found.append(TokenLogprobs(entry["token"], top))
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvarena.bench.panels import Panel, save_png
+from kvarena.bench.quality.rows import ALL_KINDS
 from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import Row, grouped, load_results
 from kvarena.bench.series import Series, Styles, drawn_name
@@ -15,15 +16,23 @@ from kvarena.bench.series import Series, Styles, drawn_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ITSELF = {"mean": 1.0, "low": 1.0, "high": 1.0}
-"""How full prefill agrees with full prefill."""
+WITH_ITSELF = {"agreement": 1.0, "token_agreement": 1.0, "kl_along_answer": 0.0}
+"""How full prefill compares with full prefill."""
+IN_NATS = ("kl_along_answer",)
+"""The other metrics are shares, and drawn in percent."""
 
 
-def plot(result_path: Path, image_path: Path, metric: str = "exact_match") -> None:
+def main_metric(result: Mapping[str, Any]) -> str:
+    """Right answers as the file counts them: older ones have only exact matches."""
+    return "correct" if any(row.get("correct") for row in result["rows"]) else "exact_match"
+
+
+def plot(result_path: Path, image_path: Path, metric: str | None = None) -> None:
     """A row of pictures for each kind of question. Raises `ValueError` when the file holds no eval."""
     result = load_results(result_path)
     if result.get("settings", {}).get("benchmark") != "eval" or not result["rows"]:
         raise ValueError(f"{result_path} holds no eval")
+    metric = metric or main_metric(result)
     styles = Styles(map(drawn_name, result["rows"]))
     pairs = zip(by_share(result, metric, styles), by_time(result, metric, styles), strict=True)
     save_png([panel for pair in pairs for panel in pair], image_path, width_in=11, num_columns=2)
@@ -32,12 +41,12 @@ def plot(result_path: Path, image_path: Path, metric: str = "exact_match") -> No
 def by_share(result: Mapping[str, Any], metric: str, styles: Styles) -> list[Panel]:
     """A panel for each kind of question: the metric against what was recomputed, full prefill as a line across."""
 
-    def draw(rows: Sequence[Row], kind: str, axes: Axes) -> None:
+    def draw(rows: Sequence[Row], asked: str, axes: Axes) -> None:
         styles.draw(axes, lines([row for row in rows if row["policy"]], metric, _share))
         for row in rows:
             if row["policy"] is None:
-                _draw_level(axes, row, row[metric] or ITSELF, styles)
-        _label(axes, "chunk tokens recomputed (%)", metric, kind)
+                _draw_level(axes, row, metric, styles)
+        _label(axes, "chunk tokens recomputed (%)", metric, asked)
 
     return _panels(result, metric, draw, "against the share of recomputed tokens; full prefill as a line across")
 
@@ -45,20 +54,20 @@ def by_share(result: Mapping[str, Any], metric: str, styles: Styles) -> list[Pan
 def by_time(result: Mapping[str, Any], metric: str, styles: Styles) -> list[Panel]:
     """A panel for each kind of question: the metric against the median time to the first token."""
 
-    def draw(rows: Sequence[Row], kind: str, axes: Axes) -> None:
-        styles.draw(axes, lines([row for row in rows if row[metric] and row["ttft_ms"]], metric, _ttft))
-        _label(axes, "time to first token (ms), median", metric, kind)
+    def draw(rows: Sequence[Row], asked: str, axes: Axes) -> None:
+        styles.draw(axes, lines([row for row in rows if row.get(metric) and row["ttft_ms"]], metric, _ttft))
+        _label(axes, "time to first token (ms), median", metric, asked)
 
     return _panels(result, metric, draw, "against time to first token")
 
 
 def lines(rows: Sequence[Row], metric: str, x: Callable[[Row], float]) -> list[Series]:
-    """A line for each contender, policy and check layer, in the order of what was recomputed; in percent."""
+    """A line for each contender, policy and check layer, in the order of what was recomputed."""
     found: list[Series] = []
     for label, of_line in grouped(rows, _line_label).items():
         line = sorted(of_line, key=_share)
         name = drawn_name(line[0])
-        y, low, high = ([100 * row[metric][end] for row in line] for end in ("mean", "low", "high"))
+        y, low, high = ([_scale(metric) * row[metric][end] for row in line] for end in ("mean", "low", "high"))
         variant = sum(other.name == name for other in found)
         found.append(Series(name, label, [x(row) for row in line], y, low, high, variant))
     return found
@@ -67,12 +76,37 @@ def lines(rows: Sequence[Row], metric: str, x: Callable[[Row], float]) -> list[S
 def _panels(
     result: Mapping[str, Any], metric: str, draw: Callable[[Sequence[Row], str, Axes], None], against: str
 ) -> list[Panel]:
-    rows = [row for row in result["rows"] if row[metric] or (metric == "agreement" and _is_reference(row))]
-    shown = metric.replace("_", " ").capitalize()
-    return [
-        Panel(f"{shown} ({kind} questions) {against}; whiskers are 95 % intervals", partial(draw, of_kind, kind))
-        for kind, of_kind in grouped(rows, lambda row: str(row["kind"])).items()
+    rows = [
+        row
+        for row in _shown(result["rows"])
+        if row.get(metric) or (metric in WITH_ITSELF and _is_reference(row) and _is_compared(result, metric))
     ]
+    shown = _name(metric)
+    shown = shown[0].upper() + shown[1:]
+    return [
+        Panel(f"{shown} ({asked}) {against}; whiskers are 95 % intervals", partial(draw, of_kind, asked))
+        for asked, of_kind in grouped(rows, _asked).items()
+    ]
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    """Every kind of all questions, and all kinds together of those that full prefill answers right, if it's fewer."""
+    counts = {(row.get("subset", "all"), row["num_questions"]) for row in rows if row["kind"] == ALL_KINDS}
+    has_fewer = len({number for _, number in counts}) > 1
+    return [
+        row
+        for row in rows
+        if row.get("subset", "all") == "all" or (row["kind"] == ALL_KINDS and has_fewer and row["num_questions"])
+    ]
+
+
+def _asked(row: Row) -> str:
+    right = " that full prefill answers right" if row.get("subset", "all") == "answered" else ""
+    return f"{row['kind']} questions{right}"
+
+
+def _is_compared(result: Mapping[str, Any], metric: str) -> bool:
+    return any(row.get(metric) for row in result["rows"])
 
 
 def _is_reference(row: Row) -> bool:
@@ -80,8 +114,18 @@ def _is_reference(row: Row) -> bool:
     return row["policy"] is None and row["exact_match"] is not None and row["agreement"] is None
 
 
-def _label(axes: Axes, x: str, metric: str, kind: str) -> None:
-    axes.set(xlabel=x, ylabel=f"{metric.replace('_', ' ')} (%), {kind}", ylim=(-3, 103))
+def _name(metric: str) -> str:
+    return {"correct": "right answers", "kl_along_answer": "KL along the answer"}.get(metric, metric.replace("_", " "))
+
+
+def _scale(metric: str) -> float:
+    return 1.0 if metric in IN_NATS else 100.0
+
+
+def _label(axes: Axes, x: str, metric: str, asked: str) -> None:
+    unit = "nats" if metric in IN_NATS else "%"
+    axes.set(xlabel=x, ylabel=f"{_name(metric)} ({unit}), {asked}")
+    axes.set_ylim(*((0, None) if metric in IN_NATS else (-3, 103)))
     axes.grid(visible=True, alpha=0.3)
 
 
@@ -98,8 +142,9 @@ def _line_label(row: Row) -> str:
     return " ".join(part for part in (row["contender"], Setup.of_row(row).policy_label, layer) if part)
 
 
-def _draw_level(axes: Axes, row: Row, interval: Mapping[str, float], styles: Styles) -> None:
-    mean, low, high = (100 * interval[end] for end in ("mean", "low", "high"))
+def _draw_level(axes: Axes, row: Row, metric: str, styles: Styles) -> None:
+    interval = row.get(metric) or dict.fromkeys(("mean", "low", "high"), WITH_ITSELF[metric])
+    mean, low, high = (_scale(metric) * interval[end] for end in ("mean", "low", "high"))
     colour = styles.colour(drawn_name(row))
     axes.axhline(mean, color=colour, linestyle="--", linewidth=1.3, label=_line_label(row))
     axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)

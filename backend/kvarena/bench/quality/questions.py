@@ -20,7 +20,8 @@ DEFAULT_KIND = "question"
 class EvalQuestion:
     """`answers` are all accepted ones. `history` are earlier turns of the same chat, answered by the gold answers.
 
-    `needs` are names of the chunks that it can't be answered without, where that is known.
+    `needs` are names of the chunks that it can't be answered without, in the order in which they refer to each other,
+    where that is known.
     """
 
     question: str
@@ -42,6 +43,7 @@ class EvalQuestion:
             "kind": self.kind,
             "detail": self.detail,
             "chunks": [chunk.name for chunk in self.chunks],
+            "needs": list(self.needs),
         }
 
 
@@ -62,13 +64,35 @@ class Exam:
         return list(dict.fromkeys(question.kind for question in self.questions))
 
 
-def load_exam(path: Path, folder: Path | None = None, limit: int | None = None) -> Exam:
+@dataclass(frozen=True)
+class Redraw:
+    """Other contexts than the file's: the seed decides which chunks stand beside a question's `needs`, and where.
+
+    `num_chunks` is the size of each context, that of the file's where it is None.
+    """
+
+    seed: int
+    num_chunks: int | None = None
+
+    def context(self, question: str, needs: Sequence[str], size: int, names: Sequence[str]) -> list[str]:
+        """As many names as wanted, `needs` among them in their order. The same for the same seed and question."""
+        rng = random.Random(f"{self.seed} {question}")
+        others = [name for name in names if name not in needs]
+        num_others = max(0, (self.num_chunks or size) - len(needs))
+        context = rng.sample(others, min(num_others, len(others)))
+        places = sorted(rng.sample(range(len(context) + len(needs)), len(needs)))
+        for place, name in zip(places, needs, strict=True):
+            context.insert(place, name)
+        return context
+
+
+def load_exam(path: Path, folder: Path | None = None, limit: int | None = None, redraw: Redraw | None = None) -> Exam:
     """The questions of a JSONL file over the chunks of a folder, by default the one that the file is in.
 
     A line is an object with `question` and `answers` (a list, or one text); `chunks` are names of chunk files in the
     order of the context, all chunks of the folder where it's left out; `kind`, `detail`, `history` (a list of
-    `question` and `answer`) and `needs` (some of `chunks`) are optional. With `limit`, so many of them, always the
-    same. Raises `ValueError` that names the file and the line.
+    `question` and `answer`) and `needs` (some of the chunks) are optional. With `limit`, so many of them, always the
+    same. `redraw` gives each another context, and wants `needs`. Raises `ValueError` that names the file and the line.
     """
     folder = folder or path.parent
     chunks = {chunk.name: chunk for chunk in load_chunks(folder)}
@@ -78,7 +102,7 @@ def load_exam(path: Path, folder: Path | None = None, limit: int | None = None) 
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
-                questions.append(_question(json.loads(line), chunks))
+                questions.append(_question(json.loads(line), chunks, redraw))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not questions:
@@ -89,7 +113,7 @@ def load_exam(path: Path, folder: Path | None = None, limit: int | None = None) 
     return Exam(load_system_prompt(folder), tuple(questions))
 
 
-def _question(record: Any, chunks: Mapping[str, TextChunk]) -> EvalQuestion:
+def _question(record: Any, chunks: Mapping[str, TextChunk], redraw: Redraw | None) -> EvalQuestion:
     if not isinstance(record, dict):
         raise ValueError(f"a question is a JSON object, not {record!r}")
     given = record.get("answers")
@@ -100,9 +124,14 @@ def _question(record: Any, chunks: Mapping[str, TextChunk]) -> EvalQuestion:
     names = _texts(record["chunks"], "chunks") if record.get("chunks") is not None else list(chunks)
     if unknown := [name for name in names if name not in chunks]:
         raise ValueError(f"there is no chunk {unknown[0]!r}; the folder has {', '.join(list(chunks)[:20])}")
-    needs = _texts(record["needs"], "needs") if record.get("needs") else ()
-    if unknown := [name for name in needs if name not in names]:
-        raise ValueError(f"needs has {unknown[0]!r}, which is not among its chunks: {', '.join(names)}")
+    needs = list(dict.fromkeys(_texts(record["needs"], "needs"))) if record.get("needs") else []
+    choices = list(chunks) if redraw else names
+    if unknown := [name for name in needs if name not in choices]:
+        raise ValueError(f"needs has {unknown[0]!r}, which is not among its chunks: {', '.join(choices)}")
+    if redraw:
+        if record.get("needs") is None:
+            raise ValueError("without needs, the chunks that it can't be answered without, no other context is drawn")
+        names = redraw.context(question, needs, len(names), choices)
     return EvalQuestion(
         question,
         tuple(answers),

@@ -12,9 +12,9 @@ from kvarena.bench.console import progress
 from kvarena.bench.openai_server import NoAnswer
 from kvarena.bench.quality import contenders
 from kvarena.bench.quality.answers import Answerer
-from kvarena.bench.quality.asking import Attempt, ask_all
+from kvarena.bench.quality.asking import Asking, Attempt, ask_all
 from kvarena.bench.quality.questions import Exam
-from kvarena.bench.quality.setups import Setup, blend_setups
+from kvarena.bench.quality.setups import Setup, blend_setups, find_reference
 
 FALLBACK_SEPARATOR = "\n\n"
 
@@ -51,11 +51,14 @@ class Session:
     console: Console
 
     def setups(self, policies: Sequence[str], ratios: Sequence[float], check_layers: Sequence[int]) -> list[Setup]:
-        """All choices for those that blend, one setup for those that don't."""
+        """All choices for those that blend, one setup for those that don't; full prefill is always among them."""
         setups: list[Setup] = []
         for answerer in self.answerers.values():
             blends = blend_setups(answerer.name, policies, ratios, check_layers) if answerer.is_blend else None
             setups += blends or [Setup(answerer.name)]
+        blend = next((answerer.name for answerer in self.answerers.values() if answerer.is_blend), None)
+        if blend and find_reference(setups) is None:
+            setups.insert(0, Setup(blend, "all"))
         return setups
 
     def warm(self, exam: Exam) -> None:
@@ -68,20 +71,39 @@ class Session:
                 except NoAnswer as error:
                     raise ValueError(f"{answerer.name}: {error}") from error
 
-    def ask(self, exam: Exam, setups: Sequence[Setup], max_tokens: int) -> tuple[list[Attempt], bool]:
-        """What came of it, and whether it was interrupted."""
+    def ask(
+        self,
+        exam: Exam,
+        setups: Sequence[Setup],
+        max_tokens: int,
+        reference: Setup | None,
+        compares_only: bool = False,
+        numbers: Sequence[int] | None = None,
+    ) -> tuple[list[Attempt], bool]:
+        """What came of it, and whether it was interrupted. Says at the first question when full prefill doesn't end."""
         attempts: list[Attempt] = []
-        with progress(len(setups) * len(exam.questions), self.console, "asking") as advance:
+        asking = Asking(self.separator, max_tokens, reference, compares_only)
+        num_questions = len(exam.questions if numbers is None else numbers)
+        with progress(len(setups) * num_questions, self.console, "asking") as advance:
 
             def on_attempt(attempt: Attempt) -> None:
                 attempts.append(attempt)
                 advance()
+                if len(attempts) == 1 and reference and attempt.answer and not attempt.answer.is_complete:
+                    self.console.print(cut_note(reference, max_tokens), soft_wrap=True)
 
             try:
-                ask_all(exam, setups, self.answerers, self.separator, max_tokens, on_attempt)
+                ask_all(exam, setups, self.answerers, asking, on_attempt, numbers)
             except KeyboardInterrupt:
                 return attempts, True
         return attempts, False
+
+
+def cut_note(reference: Setup, max_tokens: int) -> str:
+    return (
+        f"The first answer of {reference.label} doesn't end within {max_tokens} tokens. "
+        "Answers that are cut are scored and compared as far as they go; --max-tokens allows longer ones."
+    )
 
 
 @contextmanager

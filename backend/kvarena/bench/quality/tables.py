@@ -12,42 +12,59 @@ from kvarena.bench.quality.rows import ALL_KINDS
 from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import Row
 
+TITLES = {"all": "All {} questions", "answered": "The {} that full prefill answers right"}
+
 
 def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> None:
-    """Two narrow tables: exact match over all questions and by kind; then the other figures, over all."""
+    """Narrow tables: right answers by kind; then all figures, over all questions and over those answered right."""
     shown = kinds if len(kinds) > 1 else []
-    troubles = [name for name in ("unparsed", "failed") if any(row[f"num_{name}"] for row in rows)]
-    right = Table(title="Exact match (%), 95 % intervals", box=box.SIMPLE_HEAD, collapse_padding=True)
-    other = Table(title="Closeness to full prefill, speed, trouble", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for table, names in (
-        (right, ("all", "interval", *shown)),
-        (other, ("recomputed", "reused", "F1", "same", "KL", "TTFT ms", *troubles)),
-    ):
-        table.add_column("contender", min_width=14)
-        for name in names:
-            table.add_column(name, justify="right", no_wrap=True)
+    of_all = [row for row in rows if row["kind"] == ALL_KINDS]
+    right = _table("Right answers (%), 95 % intervals", ("all", "interval", *shown))
+    for row in of_all:
+        if row["subset"] == "all":
+            by_kind = {one["kind"]: one for one in rows if _label(one) == _label(row) and one["subset"] == "all"}
+            right.add_row(
+                _label(row),
+                _mean(row["correct"]),
+                _interval(row["correct"]),
+                *(_mean(by_kind[kind]["correct"]) if kind in by_kind else "-" for kind in shown),
+            )
+    console.print(right)
+    for subset, title in TITLES.items():
+        if found := [row for row in of_all if row["subset"] == subset]:
+            console.print(_figures(found, title.format(max(row["num_questions"] for row in found))))
+
+
+def _figures(rows: Sequence[Row], title: str) -> Table:
+    troubles = [name for name in ("cut", "failed") if any(row[f"num_{name}"] for row in rows)]
+    table = _table(title, ("recomputed", "right", "EM", "F1", "same", "tokens", "KL", "TTFT ms", *troubles))
     for row in rows:
-        if row["kind"] != ALL_KINDS:
-            continue
-        by_kind = {one["kind"]: one for one in rows if _label(one) == _label(row)}
-        exact = row["exact_match"]
-        between = f"{100 * exact['low']:.0f}-{100 * exact['high']:.0f}" if exact else "-"
-        right.add_row(_label(row), _mean(exact), between, *(_mean(by_kind[kind]["exact_match"]) for kind in shown))
-        other.add_row(
+        recomputed, kl, ttft = row["recomputed_ratio"], row["kl_along_answer"], row["ttft_ms"]
+        table.add_row(
             _label(row),
-            *("-" if row[name] is None else f"{row[name]:.0%}" for name in ("recomputed_ratio", "reused_ratio")),
-            _mean(row["f1"]),
-            _mean(row["agreement"]),
-            f"{row['first_token_kl']['mean']:.3f}" if row["first_token_kl"] else "-",
-            f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else "-",
+            "-" if recomputed is None else f"{recomputed:.0%}",
+            *(_mean(row[name]) for name in ("correct", "exact_match", "f1", "agreement", "token_agreement")),
+            f"{kl['mean']:.3f}" if kl else "-",
+            f"{ttft['median']:,.0f}" if ttft else "-",
             *(str(row[f"num_{name}"]) for name in troubles),
         )
-    console.print(right)
-    console.print(other)
+    return table
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("contender", min_width=14)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _label(row: Row) -> str:
     return Setup.of_row(row).label
+
+
+def _interval(interval: Mapping[str, float] | None) -> str:
+    return f"{100 * interval['low']:.0f}-{100 * interval['high']:.0f}" if interval else "-"
 
 
 def _mean(interval: Mapping[str, float] | None) -> str:

@@ -40,8 +40,9 @@ TOPICS = (
     Topic(
         "quality",
         "Quality",
-        "Share of right answers (exact match) and of answers that are full prefill's (agreement), against the share of "
-        "the chunks' tokens that is recomputed. The broken line across is full prefill.",
+        "Share of right answers, of answers that are full prefill's (agreement), and of the next tokens along them "
+        "(token agreement), and how far the distributions of those lie apart (KL), against the share of the chunks' "
+        "tokens that is recomputed. The broken line across is full prefill.",
         quality.make,
         EVAL,
     ),
