@@ -74,6 +74,7 @@ def test_who_may_still_be_chosen() -> None:
     elsewhere = row(0.97, 35, low=0.94, ratio=0.3, check_layer=2)
     assert ratios_left(sure, elsewhere) == [0.1, 0.3], "not much slower"
     assert ratios_left(sure, elsewhere | {"ttft_ms": {"median": 40}}) == [0.1]
+    assert ratios_left(sure, row(0.97, 20, low=0.94, ratio=0.2)) == [0.1], "not both out when the times are noise"
     assert ratios_left(sure | {"num_failed": 1}, more | {"token_agreement": None}) == []
 
 

@@ -55,6 +55,10 @@ def calibrate(
         float, typer.Option(min=0, max=1, help="Least share of the tokens of full prefill's answers that come out.")
     ] = 0.9,
     num_questions: Annotated[int, typer.Option(min=1, help="Size of the sample.")] = ENOUGH_QUESTIONS,
+    seed: Annotated[int | None, typer.Option(help="Draw other contexts for the questions, as eval does.")] = None,
+    num_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Chunks of each context with --seed. [default: as many as in the file]")
+    ] = None,
     separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's or the model's]")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to here.")] = 32,
     timeout_s: Annotated[float, typer.Option(min=1, help="For one answer of a server.")] = 120.0,
@@ -71,7 +75,7 @@ def calibrate(
 
     from kvarena.bench.quality import calibration
     from kvarena.bench.quality.contenders import default_data_dir
-    from kvarena.bench.quality.questions import load_exam
+    from kvarena.bench.quality.questions import Redraw, load_exam
     from kvarena.bench.quality.session import Wanted, session
     from kvarena.bench.quality.setups import Setup, blend_setups
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
@@ -83,11 +87,12 @@ def calibrate(
         check_writable(output)
         folder = data or (questions.parent if questions else default_data_dir(engine, model))
         path = questions or folder / QUESTIONS_NAME
+        redraw = Redraw.of(seed, num_chunks)
         has_questions = questions is not None or path.is_file()
         exam = (
-            load_exam(path, folder, num_questions)
+            load_exam(path, folder, num_questions, redraw)
             if has_questions
-            else calibration.document_exam(folder, num_questions)
+            else calibration.document_exam(folder, num_questions, seed or 0, num_chunks)
         )
         with session(wanted, console) as asked:
             (blend,) = asked.answerers.values()
@@ -111,6 +116,8 @@ def calibrate(
         "engine": engine,
         "documents": shown_path(folder),
         "num_questions": num_questions,
+        "seed": seed,
+        "num_chunks": num_chunks,
         "agreement": agreement,
         "max_tokens": max_tokens,
         "separator": asked.separator,

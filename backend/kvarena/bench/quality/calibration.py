@@ -38,13 +38,13 @@ NUM_FIRST_LAYERS = 3
 MUCH_SLOWER = 1.2
 
 
-def document_exam(folder: Path, num_questions: int, seed: int = 0) -> Exam:
+def document_exam(folder: Path, num_questions: int, seed: int = 0, num_chunks: int | None = None) -> Exam:
     """Prompts without gold answers, each over chunks of the folder in a random order. Raises `ValueError`."""
     chunks = load_chunks(folder)
     if len(chunks) < 2:
         raise ValueError(f"{folder} has {len(chunks)} chunks; blending needs 2 at least")
     rng = random.Random(seed)
-    size = min(CHUNKS_PER_PROMPT, len(chunks))
+    size = min(num_chunks or CHUNKS_PER_PROMPT, len(chunks))
     questions = [
         EvalQuestion(PROMPTS[number % len(PROMPTS)], ("",), tuple(rng.sample(chunks, size)))
         for number in range(num_questions)
@@ -98,7 +98,10 @@ def still_in_the_race(rows: Sequence[Row], target: float) -> list[Setup]:
     def is_beaten(row: Row) -> bool:
         return any(
             one is not row
-            and ((_does_the_work_of(row, one) and row["ratio"] != one["ratio"]) or _is_much_slower(row, one))
+            and (
+                (_does_the_work_of(row, one) and row["ratio"] != one["ratio"])
+                or _time_ms(row, rows) > MUCH_SLOWER * _time_ms(one, rows)
+            )
             for one in sure
         )
 
@@ -106,15 +109,10 @@ def still_in_the_race(rows: Sequence[Row], target: float) -> list[Setup]:
 
 
 def fastest(rows: Sequence[Row], target: float) -> Row | None:
-    """Of the rows whose token agreement reaches `target`, the one with the shortest time to first token.
-
-    A lower ratio of the same policy does a part of the same work: where it was measured slower that was noise, and the
-    time of the higher one counts for it.
-    """
+    """Of the rows whose token agreement reaches `target`, the one with the shortest time to first token."""
 
     def cost(row: Row) -> tuple[float, float]:
-        as_much_or_more = [other for other in rows if _does_the_work_of(other, row)]
-        return min(float(other["ttft_ms"]["median"]) for other in as_much_or_more), row["ratio"] or 0.0
+        return _time_ms(row, rows), row["ratio"] or 0.0
 
     good = [row for row in rows if _agreement(row, "mean") >= target and not row["num_failed"]]
     return min(good, key=cost, default=None)
@@ -129,8 +127,14 @@ def _agreement(row: Row, end: str) -> float:
     return float(row["token_agreement"][end]) if row["token_agreement"] else -1.0
 
 
-def _is_much_slower(row: Row, other: Row) -> bool:
-    return bool(row["ttft_ms"]) and row["ttft_ms"]["median"] > MUCH_SLOWER * other["ttft_ms"]["median"]
+def _time_ms(row: Row, rows: Sequence[Row]) -> float:
+    """A row's time to first token.
+
+    A lower ratio of the same policy does a part of the same work: where it was measured slower that was noise, and the
+    time of the higher one counts for it.
+    """
+    as_much_or_more = [other for other in rows if _does_the_work_of(other, row)]
+    return min(float(other["ttft_ms"]["median"]) for other in as_much_or_more)
 
 
 def _by_setup(attempts: Sequence[Attempt]) -> dict[Setup, list[Attempt]]:

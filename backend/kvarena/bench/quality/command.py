@@ -82,10 +82,8 @@ def evaluate(
     wanted = Wanted(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
     with explained():
         check_writable(output)
-        if num_chunks and seed is None:
-            raise ValueError("--num-chunks is the size of contexts that --seed draws")
         path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
-        exam = load_exam(path, data, limit, None if seed is None else Redraw(seed, num_chunks))
+        exam = load_exam(path, data, limit, Redraw.of(seed, num_chunks))
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
         with session(wanted, console) as asked:
             setups = asked.setups(policy or [DEFAULT_POLICY], ratios, layers)

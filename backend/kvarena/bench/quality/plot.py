@@ -27,15 +27,21 @@ def main_metric(result: Mapping[str, Any]) -> str:
     return "correct" if any(row.get("correct") for row in result["rows"]) else "exact_match"
 
 
-def plot(result_path: Path, image_path: Path, metric: str | None = None) -> None:
-    """A row of pictures for each kind of question. Raises `ValueError` when the file holds no eval."""
+def plot(result_path: Path, image_path: Path) -> None:
+    """Right answers, a row of pictures for each kind of question; token agreement and KL over all of them.
+
+    Raises `ValueError` when the file holds no eval.
+    """
     result = load_results(result_path)
     if result.get("settings", {}).get("benchmark") != "eval" or not result["rows"]:
         raise ValueError(f"{result_path} holds no eval")
-    metric = metric or main_metric(result)
     styles = Styles(map(drawn_name, result["rows"]))
-    pairs = zip(by_share(result, metric, styles), by_time(result, metric, styles), strict=True)
-    save_png([panel for pair in pairs for panel in pair], image_path, width_in=11, num_columns=2)
+
+    def pairs(metric: str) -> list[tuple[Panel, Panel]]:
+        return list(zip(by_share(result, metric, styles), by_time(result, metric, styles), strict=True))
+
+    shown = [*pairs(main_metric(result)), *pairs("token_agreement")[:1], *pairs("kl_along_answer")[:1]]
+    save_png([panel for pair in shown for panel in pair], image_path, width_in=11, num_columns=2)
 
 
 def by_share(result: Mapping[str, Any], metric: str, styles: Styles) -> list[Panel]:
@@ -91,18 +97,16 @@ def _panels(
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
     """Every kind of all questions, and all kinds together of those that full prefill answers right, if it's fewer."""
-    counts = {(row.get("subset", "all"), row["num_questions"]) for row in rows if row["kind"] == ALL_KINDS}
-    has_fewer = len({number for _, number in counts}) > 1
-    return [
-        row
-        for row in rows
-        if row.get("subset", "all") == "all" or (row["kind"] == ALL_KINDS and has_fewer and row["num_questions"])
-    ]
+    has_fewer = len({row["num_questions"] for row in rows if row["kind"] == ALL_KINDS}) > 1
+    return [row for row in rows if not _is_answered(row) or (row["kind"] == ALL_KINDS and has_fewer)]
 
 
 def _asked(row: Row) -> str:
-    right = " that full prefill answers right" if row.get("subset", "all") == "answered" else ""
-    return f"{row['kind']} questions{right}"
+    return "questions that full prefill answers right" if _is_answered(row) else f"{row['kind']} questions"
+
+
+def _is_answered(row: Row) -> bool:
+    return str(row.get("subset", "all")) == "answered"
 
 
 def _is_compared(result: Mapping[str, Any], metric: str) -> bool:
@@ -124,7 +128,7 @@ def _scale(metric: str) -> float:
 
 def _label(axes: Axes, x: str, metric: str, asked: str) -> None:
     unit = "nats" if metric in IN_NATS else "%"
-    axes.set(xlabel=x, ylabel=f"{_name(metric)} ({unit}), {asked}")
+    axes.set(xlabel=x, ylabel=f"{_name(metric)} ({unit})\n{asked}")
     axes.set_ylim(*((0, None) if metric in IN_NATS else (-3, 103)))
     axes.grid(visible=True, alpha=0.3)
 

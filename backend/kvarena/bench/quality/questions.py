@@ -74,6 +74,13 @@ class Redraw:
     seed: int
     num_chunks: int | None = None
 
+    @classmethod
+    def of(cls, seed: int | None, num_chunks: int | None) -> Redraw | None:
+        """As the command line has them; None without a seed. Raises `ValueError` for a size without one."""
+        if num_chunks and seed is None:
+            raise ValueError("--num-chunks is the size of contexts that --seed draws")
+        return None if seed is None else cls(seed, num_chunks)
+
     def context(self, question: str, needs: Sequence[str], size: int, names: Sequence[str]) -> list[str]:
         """As many names as wanted, `needs` among them in their order. The same for the same seed and question."""
         rng = random.Random(f"{self.seed} {question}")

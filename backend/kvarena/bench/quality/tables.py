@@ -19,12 +19,14 @@ def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> No
     """Narrow tables: right answers by kind; then all figures, over all questions and over those answered right."""
     shown = kinds if len(kinds) > 1 else []
     of_all = [row for row in rows if row["kind"] == ALL_KINDS]
-    right = _table("Right answers (%), 95 % intervals", ("all", "interval", *shown))
+    extra = ["recomputed"] if any(_says_no_share(row) for row in of_all) else []
+    right = _table("Right answers (%), 95 % intervals", (*extra, "all", "interval", *shown))
     for row in of_all:
         if row["subset"] == "all":
             by_kind = {one["kind"]: one for one in rows if _label(one) == _label(row) and one["subset"] == "all"}
             right.add_row(
                 _label(row),
+                *("-" if row["recomputed_ratio"] is None else f"{row['recomputed_ratio']:.0%}" for _ in extra),
                 _mean(row["correct"]),
                 _interval(row["correct"]),
                 *(_mean(by_kind[kind]["correct"]) if kind in by_kind else "-" for kind in shown),
@@ -37,12 +39,11 @@ def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> No
 
 def _figures(rows: Sequence[Row], title: str) -> Table:
     troubles = [name for name in ("cut", "failed") if any(row[f"num_{name}"] for row in rows)]
-    table = _table(title, ("recomputed", "right", "EM", "F1", "same", "tokens", "KL", "TTFT ms", *troubles))
+    table = _table(title, ("right", "EM", "F1", "same", "tokens", "KL", "TTFT ms", *troubles))
     for row in rows:
-        recomputed, kl, ttft = row["recomputed_ratio"], row["kl_along_answer"], row["ttft_ms"]
+        kl, ttft = row["kl_along_answer"], row["ttft_ms"]
         table.add_row(
             _label(row),
-            "-" if recomputed is None else f"{recomputed:.0%}",
             *(_mean(row[name]) for name in ("correct", "exact_match", "f1", "agreement", "token_agreement")),
             f"{kl['mean']:.3f}" if kl else "-",
             f"{ttft['median']:,.0f}" if ttft else "-",
@@ -57,6 +58,11 @@ def _table(title: str, names: Sequence[str]) -> Table:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _says_no_share(row: Row) -> bool:
+    """Whether the row's label leaves open how much was recomputed, as with a number of tokens or a time."""
+    return row["ratio"] is None and row["policy"] not in (None, "none", "all")
 
 
 def _label(row: Row) -> str:
