@@ -134,6 +134,18 @@ def test_those_that_cannot_be_chosen_are_asked_no_further(documents: Path, tmp_p
     assert "This rests on 8 questions only" in result.output
 
 
+@pytest.mark.slow
+def test_where_nothing_was_reused_nothing_is_chosen(documents: Path, tmp_path: Path) -> None:
+    """All settings agree with full prefill then, for that is what they are."""
+    model = save_tiny_model(tmp_path / "model")
+    arguments = ["--engine", "hf", "--model", str(model), "--data", str(documents), "--max-tokens", "4"]
+    arguments += ["--separator", "", "--output", str(tmp_path / "x.json"), "--num-questions", "2", "--ratio", "0"]
+    result = CliRunner().invoke(app, ["calibrate", *arguments])
+    assert result.exit_code == 1
+    assert "nothing was reused and nothing compared: the separator ''" in result.stderr
+    assert not (model / "kvarena.json").exists()
+
+
 def test_the_profile_keeps_what_it_is_not_about(tmp_path: Path) -> None:
     path = write_profile(tmp_path, row(1, 1), "<note>")
     assert json.loads(path.read_text()) == {

@@ -76,7 +76,7 @@ def calibrate(
     from kvarena.bench.quality import calibration
     from kvarena.bench.quality.contenders import default_data_dir
     from kvarena.bench.quality.questions import Redraw, load_exam
-    from kvarena.bench.quality.session import Wanted, session
+    from kvarena.bench.quality.session import Wanted, nothing_reused_note, reuses_nothing, session
     from kvarena.bench.quality.setups import Setup, blend_setups
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
     from kvarena.worlds.folder import QUESTIONS_NAME
@@ -106,6 +106,8 @@ def calibrate(
             if not is_interrupted and not any(row["token_agreement"] for row in rows):
                 reasons = sorted({attempt.reason for attempt in attempts if attempt.reason})
                 raise ValueError(f"nothing could be compared: {'; '.join(reasons) or 'no log-probabilities came'}")
+            if not is_interrupted and reuses_nothing(attempts):
+                raise ValueError(nothing_reused_note(asked.separator))
     if is_interrupted:
         console.print("Interrupted: nothing was decided.")
         raise typer.Exit(INTERRUPTED)
@@ -195,8 +197,9 @@ def _show(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
 
     title = "Agreement with full prefill, along its answers"
     table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("policy", "layer", "ratio", "tokens %", "interval", "KL", "same %", "TTFT ms", "questions", ""):
-        table.add_column(name, justify="left" if name == "policy" else "right")
+    for name in ("policy", "layer", "ratio", "tokens %", "interval", "KL", "same %", "TTFT ms", "asked", ""):
+        is_policy = name == "policy"
+        table.add_column(name, justify="left" if is_policy else "right", no_wrap=not is_policy, overflow="fold")
     for row in rows:
         found, kl = row["token_agreement"], row["kl_along_answer"]
         table.add_row(

@@ -67,12 +67,13 @@ def evaluate(
     Exit status: 0 all answered, 1 an error or answers that failed, 130 interrupted; what came in until then is saved.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from kvarena.bench.quality import plot
     from kvarena.bench.quality.contenders import default_data_dir
     from kvarena.bench.quality.questions import Redraw, load_exam
     from kvarena.bench.quality.rows import Sheet
-    from kvarena.bench.quality.session import Wanted, session
+    from kvarena.bench.quality.session import Wanted, nothing_reused_note, reuses_nothing, session
     from kvarena.bench.quality.setups import find_reference
     from kvarena.bench.quality.tables import show_rows
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
@@ -116,6 +117,8 @@ def evaluate(
     else:
         show_rows(rows, exam.kinds, console)
         console.print(f"Figures are in {output}{f', the plot in {image}' if has_scores else ''}.", soft_wrap=True)
+    if reuses_nothing(attempts):
+        console.print(f"[yellow]{escape(nothing_reused_note(asked.separator))}[/yellow]", soft_wrap=True)
     _exit(attempts, is_interrupted, console)
 
 

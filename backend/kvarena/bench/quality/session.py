@@ -99,6 +99,20 @@ class Session:
         return attempts, False
 
 
+def reuses_nothing(attempts: Sequence[Attempt]) -> bool:
+    """Whether blends were asked, and no token came from a chunk: all figures are full prefill's."""
+    reuses = [one.answer.reuse for one in attempts if one.setup.policy and one.answer and one.answer.reuse]
+    return bool(reuses) and not any(reuse.num_reused_tokens + reuse.num_recomputed_tokens for reuse in reuses)
+
+
+def nothing_reused_note(separator: str) -> str:
+    return (
+        "No chunk was found again in a prompt, so nothing was reused and nothing compared: "
+        f"the separator {separator!r} may have other tokens between these texts, or the chunks may be too short. "
+        "--separator takes another one."
+    )
+
+
 def cut_note(reference: Setup, max_tokens: int) -> str:
     return (
         f"The first answer of {reference.label} doesn't end within {max_tokens} tokens. "
