@@ -195,11 +195,11 @@ def _show(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
 
     from kvarena.bench.quality.setups import Setup
 
-    title = "Agreement with full prefill, along its answers"
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("policy", "layer", "ratio", "tokens %", "interval", "KL", "same %", "TTFT ms", "asked", ""):
-        is_policy = name == "policy"
-        table.add_column(name, justify="left" if is_policy else "right", no_wrap=not is_policy, overflow="fold")
+    title = "Agreement with full prefill (%), along its answers"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("policy", min_width=17)
+    for name in ("layer", "ratio", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         found, kl = row["token_agreement"], row["kl_along_answer"]
         table.add_row(
