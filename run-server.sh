@@ -2,8 +2,8 @@
 # Sets KV Arena up in .venv, beside this file, and runs it.
 #
 #   ./run-server.sh [up] [--contenders blend,plain] [--profile auto|cpu|gpu|ai100] [--model M] [--no-ui] [--port-base N] ...
-#   ./run-server.sh setup [--profile ...]    sets up only
-#   ./run-server.sh status | logs NAME [-f] | restart NAME | warm | stop | down
+#   ./run-server.sh setup [--profile ...]    sets up only, the default model included
+#   ./run-server.sh status | logs NAME [-f] | restart NAME | warm | clear | stop | down
 #
 # With GPUs or a Cloud AI 100 card, and a Docker engine, it runs in containers; --run-in processes or containers decides.
 # Set-up happens before `up` only, and only when pyproject.toml, the pinned versions or the profile have changed since
@@ -178,6 +178,14 @@ set_up() {
     printf '%s\n' "$wanted" >"$stamp"
 }
 
+# So that a machine without a network can start afterwards; `up` gets it too, where it isn't there.
+get_model() {
+    [[ $(find_installation "$@") == cpu ]] || return 0
+    if ! "$venv/bin/kvarena" get-model; then
+        printf 'note: the small town model is served until the default one can be had\n' >&2
+    fi
+}
+
 case ${1:-} in
     '' | -*) set -- up "$@" ;;
     stop)
@@ -189,7 +197,10 @@ esac
 
 if [[ $1 == up || $1 == setup ]]; then
     set_up "$@"
-    [[ $1 == up ]] || exit 0
+    if [[ $1 == setup ]]; then
+        get_model "$@"
+        exit 0
+    fi
 elif [[ ! -x $venv/bin/kvarena ]]; then
     fail "nothing is set up yet; ./run-server.sh does that and starts the stack"
 fi

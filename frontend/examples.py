@@ -1,12 +1,13 @@
 """Questions that come with the chunk folder (`questions.jsonl`), each with the chunks it is about.
 
-The file is optional, and so is every line of it: one that can't be used is left out.
+The file is optional, and so is every line of it: one that can't be used is left out. Lines with `"example": true` are
+those that the page offers; where no line has it, all are. A line with `history` is offered after the questions in it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -18,31 +19,56 @@ QUESTIONS_NAME = "questions.jsonl"
 
 @dataclass(frozen=True)
 class Example:
-    """`kind` is `across` where a chunk leans on the one before; a follow-up is no example, for it opens no chat."""
+    """`kind` is `across` where a chunk leans on the one before. `after` are the questions asked before it."""
 
     question: str
     kind: str
     chunks: tuple[str, ...]
+    after: tuple[str, ...] = ()
 
 
 def load_examples(folder: Path, chunk_names: Collection[str]) -> list[Example]:
-    """Examples whose chunks are all there; the two kinds alternate, `across` first."""
-    path = folder / QUESTIONS_NAME
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    found = [example for line in lines if (example := _read(line, chunk_names))]
-    across = [example for example in found if example.kind == "across"]
-    others = [example for example in found if example.kind != "across"]
+    """Examples that open a chat and whose chunks are all there: as in the file where it says which, else the two kinds
+    alternate, `across` first.
+    """
+    found, are_chosen = _read_all(folder, chunk_names)
+    opening = [example for example in found if not example.after]
+    if are_chosen:
+        return opening
+    across = [example for example in opening if example.kind == "across"]
+    others = [example for example in opening if example.kind != "across"]
     pairs = zip_longest(across, others)
     return [example for pair in pairs for example in pair if example is not None]
 
 
-def _read(line: bytes, chunk_names: Collection[str]) -> Example | None:
+def opening_chunks(folder: Path, chunk_names: Collection[str]) -> tuple[str, ...]:
+    """The context that the page opens on: the first example's, where the file chooses any; else none."""
+    found, are_chosen = _read_all(folder, chunk_names)
+    return next((example.chunks for example in found if not example.after), ()) if are_chosen else ()
+
+
+def follow_ups(folder: Path, chunk_names: Collection[str], asked: Sequence[str]) -> list[str]:
+    """Questions that lean on those that were asked in this conversation."""
+    found, _ = _read_all(folder, chunk_names)
+    return list(dict.fromkeys(example.question for example in found if asked and example.after == tuple(asked)))
+
+
+def _read_all(folder: Path, chunk_names: Collection[str]) -> tuple[list[Example], bool]:
+    """All that can be used, and whether the file says which ones to offer."""
+    path = folder / QUESTIONS_NAME
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    read = [found for line in lines if (found := _read(line, chunk_names))]
+    chosen = [example for example, is_chosen in read if is_chosen]
+    return (chosen, True) if chosen else ([example for example, _ in read], False)
+
+
+def _read(line: bytes, chunk_names: Collection[str]) -> tuple[Example, bool] | None:
     try:
         entry = json.loads(line)
-        example = Example(str(entry["question"]), str(entry.get("kind") or DEFAULT_KIND), tuple(entry["chunks"]))
-        is_follow_up = bool(entry.get("history"))
+        after = tuple(str(turn["question"]) for turn in entry.get("history") or ())
+        kind = str(entry.get("kind") or DEFAULT_KIND)
+        example = Example(str(entry["question"]), kind, tuple(entry["chunks"]), after)
+        is_chosen = entry.get("example") is True
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    if is_follow_up:
-        return None
-    return example if set(example.chunks) <= set(chunk_names) and example.chunks else None
+    return (example, is_chosen) if set(example.chunks) <= set(chunk_names) and example.chunks else None

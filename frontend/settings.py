@@ -6,6 +6,7 @@ stack's default ports, the repository's `data/` and its `results/`.
     KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}, and "approximate" for one that is and doesn't report it
     KVARENA_DATA_DIR     folder of chunk files
     KVARENA_RESULTS_DIR  folder of result files
+    KVARENA_NOTICE       what the stack wants said of what it serves
     KVARENA_SEPARATOR    between chunks, where no contender says what its own is
     KVARENA_API_KEY      sent to every contender as a bearer token
     KVARENA_TIMEOUT_S    longest silence of a server, in seconds
@@ -60,6 +61,7 @@ class Settings:
     data_dir: Path = DEFAULT_DATA_DIR
     results_dir: Path = DEFAULT_RESULTS_DIR
     separator: str = DEFAULT_SEPARATOR
+    notice: str = ""
     api_key: str = field(default="", repr=False)
     timeout_s: float = DEFAULT_TIMEOUT_S
 
@@ -71,6 +73,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         data_dir=Path(environment.get("KVARENA_DATA_DIR") or DEFAULT_DATA_DIR),
         results_dir=Path(environment.get("KVARENA_RESULTS_DIR") or DEFAULT_RESULTS_DIR),
         separator=environment.get("KVARENA_SEPARATOR", DEFAULT_SEPARATOR),
+        notice=environment.get("KVARENA_NOTICE", ""),
         api_key=environment.get("KVARENA_API_KEY", ""),
         timeout_s=_seconds(environment.get("KVARENA_TIMEOUT_S", "")),
     )

@@ -13,6 +13,7 @@ from streamlit_sortables import sort_items  # type: ignore[import-untyped]
 import state
 from chat_session import ChatSession
 from chats import OpenChat
+from examples import opening_chunks
 from history import Context
 from kvarena.context import TextChunk, load_system_prompt
 from servers_view import draw_servers
@@ -56,7 +57,7 @@ def choose_chunks(names: Sequence[str]) -> None:
 
 
 def _begin(opened: OpenChat, names: list[str]) -> None:
-    """A page's first script run takes up where its chat stands, or with the first few chunks."""
+    """A page's first script run takes up where its chat stands; a new chat opens on the folder's examples."""
     if "chunks" in st.session_state:
         return
     turns = opened.chat.turns
@@ -64,7 +65,7 @@ def _begin(opened: OpenChat, names: list[str]) -> None:
     before = [chunk.name for chunk in context.chunks if chunk.name in names] if context else None
     folder = state.page_settings().data_dir
     st.session_state["system-prompt"] = context.system if context else load_system_prompt(folder)
-    choose_chunks(names[:NUM_DEFAULT_CHUNKS] if before is None else before)
+    choose_chunks(before if before is not None else opening_chunks(folder, names) or names[:NUM_DEFAULT_CHUNKS])
 
 
 def _start_new_chat(opened: OpenChat) -> None:

@@ -11,7 +11,7 @@ import state
 from chats import OpenChat
 from context_view import TokenCount, context_html, summary
 from errors import ContenderError
-from examples import Example, load_examples
+from examples import Example, follow_ups, load_examples
 from history import Context
 from question_box import asked_question, draw_question_box, put_question
 from runs import Run
@@ -29,11 +29,14 @@ def main() -> None:
     except ValueError as error:
         st.error(str(error))
         st.stop()
+    if notice := state.page_settings().notice:
+        st.info(notice)
     draw_context(choices.context)
     ask(opened, choices)
     if not opened.chat.turns:
         draw_examples()
     view = draw_turns(opened)
+    draw_follow_ups(opened, choices)
     draw_input(opened, choices)
     if opened.run and view:
         watch(opened, opened.run, view)
@@ -94,6 +97,16 @@ def draw_examples() -> None:
             on_click=_take_example,
             args=[example],
         )
+
+
+def draw_follow_ups(opened: OpenChat, choices: Choices) -> None:
+    """Questions of the folder's that go on from the last one."""
+    if opened.busy:
+        return
+    asked = [turn.question for turn in opened.chat.conversation(choices.context)]
+    found = follow_ups(state.page_settings().data_dir, state.chunk_files().keys(), asked)[:NUM_EXAMPLES]
+    for index, (column, question) in enumerate(zip(st.columns(NUM_EXAMPLES), found, strict=False)):
+        column.button(question, key=f"follow-up-{index}", width="stretch", on_click=put_question, args=[question])
 
 
 def _take_example(example: Example) -> None:

@@ -10,7 +10,7 @@ import pytest
 from boundaries import ChunkSpan, chunk_spans, common_prefix
 from chat_session import ChatSession
 from context_view import context_html, count_context
-from examples import load_examples
+from examples import follow_ups, load_examples, opening_chunks
 from history import Answer, Context
 from kvarena.context import TextChunk, load_chunks, load_system_prompt
 from panes import answer_html
@@ -73,6 +73,22 @@ def test_shipped_town_is_complete() -> None:
     assert all(entry["answers"] for entry in entries)
     assert len(examples) == sum("history" not in entry for entry in entries)
     assert [example.kind for example in examples[:4]] == ["across", "single", "across", "single"]
+
+
+def test_a_file_may_say_which_questions_are_offered(tmp_path: Path) -> None:
+    lines = [
+        {"question": "Who?", "chunks": ["a"]},
+        {"question": "Where?", "chunks": ["b", "a"], "example": True},
+        {"question": "When?", "chunks": ["a"], "example": True},
+        {"question": "Why there?", "chunks": ["b", "a"], "example": True, "history": [{"question": "Where?"}]},
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [example.question for example in load_examples(tmp_path, ["a", "b"])] == ["Where?", "When?"]
+    assert opening_chunks(tmp_path, ["a", "b"]) == ("b", "a")
+    assert follow_ups(tmp_path, ["a", "b"], ["Where?"]) == ["Why there?"]
+    assert follow_ups(tmp_path, ["a", "b"], ["Where?", "Why there?"]) == follow_ups(tmp_path, ["a", "b"], []) == []
+    (tmp_path / "questions.jsonl").write_text(json.dumps(lines[0]))
+    assert opening_chunks(tmp_path, ["a"]) == ()
 
 
 def test_examples_that_cant_be_used_are_left_out(tmp_path: Path) -> None:
