@@ -1,0 +1,91 @@
+"""The first click on a fresh stack: the default model, the shipped documents, the examples that the page offers.
+
+What a new user sees decides whether the rest is looked at, so it must not rot: the context that the page opens on, the
+example questions on it and what follows on from them, answered right by full prefill and alike by the blend.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from e2e.steps import answer_text, expect_states, figures, settle
+from kvarena.bench.quality.scoring import contains_answer
+from kvarena.context import build_messages, load_chunks, load_system_prompt
+from kvarena.stack.home import project_root
+from real_model import real_model_folder
+from running_stack import Stack, started
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+DATA = project_root() / "data"
+NAMES = ("blend", "plain")
+LEAST_SPEEDUP = 2
+"""Of the time to the first token, in one run on any machine; docs/performance.md has what was measured."""
+
+
+def examples() -> list[dict[str, Any]]:
+    lines = (DATA / "questions.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry.get("example")]
+
+
+@pytest.fixture(scope="module")
+def real_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with started(tmp_path_factory.mktemp("first"), "--model", str(real_model_folder())) as stack:
+        yield stack
+
+
+@pytest.fixture
+def real_page(real_stack: Stack, browser: Browser) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(real_stack.address("page"))
+    page.get_by_test_id("context").wait_for(timeout=60_000)
+    yield page
+    page.close()
+
+
+def test_the_first_click(real_page: Page) -> None:
+    first, *_ = examples()
+    expect(real_page.get_by_test_id("chunk")).to_have_count(len(first["chunks"]))
+    assert 10 <= len(first["chunks"]) <= 14
+    real_page.locator(".st-key-example-0 button").click()
+    expect_states(real_page, blend="done", plain="done")
+    settle(real_page)
+    blend, plain = (figures(real_page, name) for name in NAMES)
+    assert 3000 <= (plain["num_prompt_tokens"] or 0) <= 4500
+    assert (blend["num_reused_tokens"] or 0) > 0.8 * (blend["num_prompt_tokens"] or 0)
+    assert (plain["first_token_ms"] or 0) > LEAST_SPEEDUP * (blend["first_token_ms"] or 0)
+    for name in NAMES:
+        assert contains_answer(answer_text(real_page, name), first["answers"]), name
+    follow_up = real_page.locator(".st-key-follow-up-0 button")
+    expect(follow_up).to_be_visible()
+    asked = follow_up.inner_text()
+    follow_up.click()
+    expect_states(real_page, blend="done", plain="done")
+    expect(real_page.get_by_test_id("question").last).to_have_text(asked)
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: example["question"])
+def test_every_example_is_answered_right_by_both(real_stack: Stack, example: dict[str, Any]) -> None:
+    chunks = {chunk.name: chunk.text for chunk in load_chunks(DATA)}
+    said: dict[str, str] = {}
+    for name in NAMES:
+        with real_stack.client(name) as http:
+            separator = http.get("/kvarena").json()["separator"] if name == "blend" else said.get("separator", "")
+            said.setdefault("separator", separator)
+            model = http.get("/v1/models").json()["data"][0]["id"]
+            turns = [*(example.get("history") or []), {"question": example["question"]}]
+            texts = [chunks[chunk] for chunk in example["chunks"]]
+            messages = build_messages(load_system_prompt(DATA), texts, turns[0]["question"], separator)
+            for before, turn in zip(turns, turns[1:], strict=False):
+                messages.append({"role": "assistant", "content": before["answer"]})
+                messages.append({"role": "user", "content": turn["question"]})
+            body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 64}
+            answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
+            said[name] = answer["choices"][0]["message"]["content"]
+    for name in NAMES:
+        assert contains_answer(said[name], example["answers"]), (name, said[name])
