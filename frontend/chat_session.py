@@ -22,6 +22,8 @@ from errors import ContenderError, explained, http_error, stream_error
 from events import Done, Event, Failed, FirstToken, Text
 from figures import Figures, Stopwatch, from_usage, with_report, without_report
 from kvarena.api_key import bearer
+from kvarena.documents import TextChunk
+from kvarena.warm_request import WARM_PATH, ChunkOutcome, warm_outcome, warm_request
 from settings import Contender
 from wire import Message, Sampling, Server, completion_request
 
@@ -29,6 +31,7 @@ T = TypeVar("T")
 
 STATE_TIMEOUT_S = 2.0
 TOKENIZE_TIMEOUT_S = 20.0
+FILLS_AT_ONCE = 2  # questions are answered meanwhile
 REPORT_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 KEEPALIVE_S = 4.0  # shorter than uvicorn's 5 s, so that the client never reuses a connection that is being closed
 
@@ -86,6 +89,12 @@ class ChatSession:
         """
         return self._submit(self._answer(list(messages), sampling, put, request_id))
 
+    def fill(self, chunks: Sequence[TextChunk], put: Callable[[ChunkOutcome], None]) -> Future[None]:
+        """Fills this server's chunk cache, a few chunks at a time; `put` gets the outcome of each in the worker's
+        thread. Cancelling the future leaves out those that haven't ended.
+        """
+        return self._submit(self._fill(chunks, put))
+
     def close(self) -> None:
         """Ends the worker; the session is of no use afterwards."""
         self._submit(self._http.aclose()).result(timeout=STATE_TIMEOUT_S)
@@ -135,6 +144,29 @@ class ChatSession:
                 put(await self._stream(server, completion_request(server, messages, sampling), put, request_id))
         except ContenderError as error:
             put(Failed(str(error)))
+
+    async def _fill(self, chunks: Sequence[TextChunk], put: Callable[[ChunkOutcome], None]) -> None:
+        gate = asyncio.Semaphore(FILLS_AT_ONCE)
+
+        async def fill_one(chunk: TextChunk) -> None:
+            async with gate:
+                put(await self._fill_chunk(chunk))
+
+        await asyncio.gather(*map(fill_one, chunks))
+
+    async def _fill_chunk(self, chunk: TextChunk) -> ChunkOutcome:
+        try:
+            with explained(self.contender, self._timeout_s):
+                server = await self._known_server()
+                if server.blend is None:
+                    raise ContenderError(f"{self.contender.title} has no chunk cache to fill.")
+                body = warm_request(server.model, chunk.text, server.blend.separator)
+                reply = await self._http.post(WARM_PATH, json=body)
+                if reply.is_error:
+                    raise http_error(self.contender, reply)
+                return warm_outcome(chunk.name, reply.json())
+        except ContenderError as error:
+            return ChunkOutcome(chunk.name, "failed", str(error))
 
     async def _known_server(self) -> Server:
         if self.server is None:

@@ -9,8 +9,8 @@ import streamlit as st
 
 import state
 from chats import OpenChat
+from documents_view import draw_remarks
 from history import Context
-from kvarena.context import load_system_prompt
 from servers_view import draw_servers
 from slot_chat import CACHED, MODES, UNCACHED
 from slot_session import SlotSession
@@ -94,6 +94,7 @@ def _draw_context(opened: OpenChat) -> Context:
         placeholder="Pick text files",
         help="They stand in the system message. Another choice of them begins a new conversation.",
     )
+    draw_remarks(state.folder_documents())
     system = st.text_area("System prompt", key="conversation-system", height=80, persist_state=KEEP)
     return Context(system.strip(), tuple(chunks[name] for name in notes), state.separator())
 
@@ -104,8 +105,7 @@ def _begin(opened: OpenChat, names: list[str]) -> None:
         return
     turns = opened.chat.turns
     context = turns[-1].context if turns else None
-    folder = state.page_settings().data_dir
-    st.session_state["conversation-system"] = context.system if context else load_system_prompt(folder)
+    st.session_state["conversation-system"] = context.system if context else state.folder_documents().system
     st.session_state["notes"] = [c.name for c in context.chunks] if context else names[:NUM_DEFAULT_NOTES]
 
 

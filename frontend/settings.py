@@ -4,7 +4,9 @@ The environment is read here and nowhere else in the frontend. Without any of th
 stack's default ports, the repository's `data/` and its `results/`.
 
     KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}, and "approximate" for one that is and doesn't report it
-    KVARENA_DATA_DIR     folder of chunk files
+    KVARENA_DATA_DIR     folder of documents
+    KVARENA_CHUNK_TOKENS longer documents are split into chunks of at most so many tokens
+    KVARENA_TOKENIZER    the model's folder, or its repository in a hub cache, whose tokenizer.json counts them
     KVARENA_RESULTS_DIR  folder of result files
     KVARENA_NOTICE       what the stack wants said of what it serves
     KVARENA_SEPARATOR    between chunks, where no contender says what its own is
@@ -19,6 +21,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = ROOT / "data"
@@ -59,6 +63,8 @@ DEFAULT_CONTENDERS = (
 class Settings:
     contenders: tuple[Contender, ...] = DEFAULT_CONTENDERS
     data_dir: Path = DEFAULT_DATA_DIR
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    tokenizer: str = ""
     results_dir: Path = DEFAULT_RESULTS_DIR
     separator: str = DEFAULT_SEPARATOR
     notice: str = ""
@@ -71,6 +77,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     return Settings(
         contenders=_contenders(environment.get("KVARENA_CONTENDERS", "")),
         data_dir=Path(environment.get("KVARENA_DATA_DIR") or DEFAULT_DATA_DIR),
+        chunk_tokens=_chunk_tokens(environment.get("KVARENA_CHUNK_TOKENS", "")),
+        tokenizer=environment.get("KVARENA_TOKENIZER", ""),
         results_dir=Path(environment.get("KVARENA_RESULTS_DIR") or DEFAULT_RESULTS_DIR),
         separator=environment.get("KVARENA_SEPARATOR", DEFAULT_SEPARATOR),
         notice=environment.get("KVARENA_NOTICE", ""),
@@ -98,6 +106,14 @@ def _contenders(text: str) -> tuple[Contender, ...]:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"KVARENA_CONTENDERS needs at least one contender, each once; got {names}")
     return contenders
+
+
+def _chunk_tokens(text: str) -> int:
+    if not text.strip():
+        return DEFAULT_CHUNK_TOKENS
+    if not text.strip().isdecimal() or int(text) < MIN_CHUNK_TOKENS:
+        raise ValueError(f"KVARENA_CHUNK_TOKENS must be a number of tokens from {MIN_CHUNK_TOKENS} on, not {text!r}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -13,9 +13,10 @@ from streamlit_sortables import sort_items  # type: ignore[import-untyped]
 import state
 from chat_session import ChatSession
 from chats import OpenChat
+from documents_view import draw_remarks, draw_uploads
 from examples import opening_chunks
 from history import Context
-from kvarena.context import TextChunk, load_system_prompt
+from kvarena.documents import TextChunk
 from servers_view import draw_servers
 from wire import Recomputing, Sampling
 
@@ -40,12 +41,13 @@ class Choices:
 
 
 def draw_sidebar(opened: OpenChat) -> Choices:
-    chunks = state.chunk_files()
+    uploaded = state.uploaded_chunks().values()
+    chunks = state.chunk_files() | {chunk.name: chunk for named in uploaded for chunk in named}
     _begin(opened, list(chunks))
     with st.sidebar:
         st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened])
         sessions, in_sequence = _draw_contenders(opened.busy)
-        context = _draw_context(chunks)
+        context = _draw_context(chunks, opened.busy)
         sampling = _draw_sampling()
     return Choices(context, sampling, sessions, in_sequence)
 
@@ -63,9 +65,9 @@ def _begin(opened: OpenChat, names: list[str]) -> None:
     turns = opened.chat.turns
     context = turns[-1].context if turns else None
     before = [chunk.name for chunk in context.chunks if chunk.name in names] if context else None
-    folder = state.page_settings().data_dir
-    st.session_state["system-prompt"] = context.system if context else load_system_prompt(folder)
-    choose_chunks(before if before is not None else opening_chunks(folder, names) or names[:NUM_DEFAULT_CHUNKS])
+    st.session_state["system-prompt"] = context.system if context else state.folder_documents().system
+    opening = opening_chunks(state.page_settings().data_dir, names) or names[:NUM_DEFAULT_CHUNKS]
+    choose_chunks(opening if before is None else before)
 
 
 def _start_new_chat(opened: OpenChat) -> None:
@@ -92,7 +94,7 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
     return chosen, in_sequence
 
 
-def _draw_context(chunks: dict[str, TextChunk]) -> Context:
+def _draw_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
     st.subheader("Context")
     st.session_state["chunks"] = [n for n in st.session_state["chunks"] if n in chunks]
     picked = st.multiselect(
@@ -101,9 +103,12 @@ def _draw_context(chunks: dict[str, TextChunk]) -> Context:
         key="chunks",
         persist_state=KEEP,
         placeholder="Pick chunks",
-        help=f"Text files of {state.page_settings().data_dir}. New files show up by themselves.",
+        help=f"Documents of {state.page_settings().data_dir} and your own; long ones are in numbered chunks. New files "
+        "show up by themselves.",
     )
+    draw_remarks(state.folder_documents())
     order = _draw_order(picked)
+    draw_uploads(busy, choose_chunks)
     system = st.text_area("System prompt", key="system-prompt", height=80, persist_state=KEEP)
     return Context(system.strip(), tuple(chunks[name] for name in order), state.separator())
 

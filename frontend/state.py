@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import wait
-from dataclasses import replace
 
 import streamlit as st
 
@@ -17,10 +16,12 @@ from chat_session import ChatSession
 from chats import ChatStore, OpenChat
 from context_view import TokenCount, count_context
 from history import Chat, Context
-from kvarena.context import TextChunk, load_chunks
+from kvarena.documents import DocumentCache, Documents, TextChunk, load_documents, name_chunks
+from kvarena.splitting import Splitter, find_splitter
 from settings import Settings, read_settings
 from slot_chat import MODES, SLOT_CONTENDER, SlotChat
 from slot_session import SlotSession
+from uploads import Upload
 from wire import Blend, Server, SimLLM
 
 REFRESH_AGE_S = 3.0
@@ -59,16 +60,38 @@ def chat_store(page: str = "chat") -> ChatStore:
     return ChatStore(make_chat=SlotChat if page == "conversation" else Chat)
 
 
-@st.cache_data(ttl=3, show_spinner=False)
+@st.cache_resource(show_spinner=False)
+def _document_cache() -> DocumentCache:
+    return {}
+
+
+def splitter() -> Splitter:
+    """As `kvarena warm` splits; its tokenizer may come later, with the download of a hub model."""
+    settings = page_settings()
+    return find_splitter(settings.tokenizer, settings.chunk_tokens)
+
+
+@st.cache_data(ttl=3, show_spinner="Reading the documents")
+def folder_documents() -> Documents:
+    """Of the data folder; only files that have changed are read and split again."""
+    return load_documents(page_settings().data_dir, splitter(), _document_cache())
+
+
 def chunk_files() -> dict[str, TextChunk]:
-    """The chunk folder's chunks by name; two files with the same name but another suffix get a number."""
-    chunks: dict[str, TextChunk] = {}
-    for chunk in load_chunks(page_settings().data_dir):
-        name, number = chunk.name, 2
-        while name in chunks:
-            name, number = f"{chunk.name} ({number})", number + 1
-        chunks[name] = replace(chunk, name=name)
-    return chunks
+    """The data folder's chunks by name."""
+    return {chunk.name: chunk for chunk in folder_documents().chunks}
+
+
+def uploads() -> dict[str, Upload]:
+    """What was dropped on this page, by the key of each; gone with the session."""
+    found: dict[str, Upload] = st.session_state.setdefault("uploads", {})
+    return found
+
+
+def uploaded_chunks() -> dict[str, tuple[TextChunk, ...]]:
+    """The chunks of each upload by its key, under names that no chunk of the data folder has."""
+    documents = [upload.document for upload in uploads().values()]
+    return dict(zip(uploads(), name_chunks(documents, chunk_files().keys()), strict=True))
 
 
 @st.cache_data(max_entries=256, show_spinner=False)
@@ -98,6 +121,12 @@ def blend_offer() -> Blend | None:
     """The first blending contender's offer, the last known one when it is down."""
     offers = (session.server.blend for session in chat_sessions().values() if session.server)
     return next((offer for offer in offers if offer), None)
+
+
+def blending_session() -> ChatSession | None:
+    """The line to the first contender whose chunk cache can be filled."""
+    found = (s for s in chat_sessions().values() if s.server and s.server.blend and s.server.blend.policies)
+    return next(found, None)
 
 
 def simllm_offer() -> SimLLM | None:

@@ -157,6 +157,8 @@ class SmallServer:
                 elif server.error:
                     status, message = server.error
                     self._reply(status, {"error": {"message": message, "type": "BadRequestError", "code": status}})
+                elif self.path == "/v1/completions":
+                    self._reply(200, {"kv_transfer_params": {"kvarena": {"store_misses": 1}}})
                 else:
                     self._stream()
 

@@ -93,6 +93,10 @@ def up(
         int | None, typer.Option(help="Longest context in tokens. [default: the model's own]")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of documents. [default: the model's, else data]")] = None,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longer documents are split into chunks of at most so many tokens. [default: 512]"),
+    ] = None,
     blend_unsupported: Annotated[
         str | None,
         typer.Option(help="A model that can't be blended: refuse, or serve it plain. [default: refuse]"),
@@ -119,15 +123,17 @@ def up(
         dtype=dtype,
         max_model_len=max_model_len,
         data_dir=data.expanduser().resolve() if data else None,
+        chunk_tokens=chunk_tokens,
         blend_unsupported=blend_unsupported,
     )
     warmed: list[WarmResult] = []
 
     def fill_chunk_cache(record: Record) -> None:
-        if "blend" not in settings.contenders or settings.blend_engine == "lmcache":
-            return
         try:
-            warmed.append(render.warm_with_progress(record, console, settings.api_key))
+            documents = render.read_documents(record, console)
+            if "blend" not in settings.contenders or settings.blend_engine == "lmcache":
+                return
+            warmed.append(render.warm_with_progress(record, documents, console, settings.api_key))
             render.show_warm_result(warmed[0], record.data_dir, console)
         except StackError as error:
             render.show_error(error, errors)
@@ -226,7 +232,8 @@ def warm(as_json: Json = False) -> None:
     record, supervisor = running_supervisor(Home.find())
     if record is None or supervisor is None:
         raise StackError("nothing is running; start the stack with ./run-server.sh")
-    result = render.warm_with_progress(record, console, shown_api_key())
+    documents = render.read_documents(record, console)
+    result = render.warm_with_progress(record, documents, console, shown_api_key())
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
     else:

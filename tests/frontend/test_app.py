@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,22 +204,98 @@ def test_the_arena_is_as_it_was_after_a_look_at_another_page(small_server, open_
 
 
 @pytest.mark.parametrize("name", ["two.txt", "sys_prompt.txt"])
-def test_a_file_in_another_encoding_is_named_until_it_is_mended(
+def test_a_file_in_another_encoding_is_named_beside_the_others_until_it_is_mended(
     small_server, open_page: Open, tmp_path: Path, name: str
 ) -> None:
     text = (tmp_path / name).read_text()
     (tmp_path / name).write_text("Über den Fluss", encoding="latin-1")
     page = open_page(small_server(offer=OFFER), small_server())
-    for _ in range(2):
-        assert not page.exception
-        assert f"{name} can't be read as UTF-8 text" in page.error[0].value
-        page.run()
+    body = html(page)
+    assert "1 file can't be used" in body.replace("&#x27;", "'")
+    assert f"<b>{name}</b> not UTF-8 (byte 0)" in body
+    assert not page.error
+    assert {"one", "three"} <= set(page.multiselect(key="chunks").value)
+    page.chat_input[0].set_value("Who?").run()
+    assert 'data-testid="pane-blend" data-state="done"' in html(page)
     (tmp_path / name).write_text(text)
     st.cache_data.clear()
     page.run()
-    assert not page.error
-    assert page.multiselect(key="chunks").value == ["one", "three", "two"]
-    assert page.text_area(key="system-prompt").value == "Be brief."
+    assert "be used" not in html(page)
+    assert page.multiselect(key="chunks").options == ["one", "three", "two"]
+
+
+def test_a_long_document_of_the_folder_is_in_numbered_chunks_of_the_settings_size(
+    small_server, open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "manual.md").write_text("\n\n".join(f"# Part {n}\n\n{'A sentence on it. ' * 12}" for n in range(3)))
+    monkeypatch.setenv("KVARENA_CHUNK_TOKENS", "64")
+    page = open_page(small_server(offer=OFFER), small_server())
+    assert page.multiselect(key="chunks").options == ["manual 01", "manual 02", "manual 03", "one", "three", "two"]
+    assert any("estimated at 4 bytes a token" in caption.value for caption in page.caption)
+
+
+LONG = " ".join(f"Sentence {number} is about the sea." for number in range(200))
+
+
+def drop(page: AppTest, *files: tuple[str, bytes]) -> None:
+    page.file_uploader[0].set_value([(name, data, "") for name, data in files]).run()
+    deadline_s = time.monotonic() + 20
+    while 'data-state="filling"' in html(page) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+        page.run()
+
+
+def test_dropped_documents_are_split_filled_picked_and_removed(small_server, open_page: Open) -> None:
+    blend = small_server(offer=OFFER)
+    page = open_page(blend, small_server())
+    drop(page, ("one.txt", LONG.encode()), ("scan.pdf", b"no pdf"), ("a.docx", b"PK"))
+    body = html(page)
+    assert 'data-document="one.txt" data-state="filled"' in body
+    assert 'data-document="scan.pdf" data-state="problem"' in body
+    assert 'data-document="a.docx" data-state="problem"><b>a.docx</b><small>not a .txt, .md or .pdf file<' in body
+    options = page.multiselect(key="chunks").options
+    own = [name for name in options if name.startswith("one.txt ")]
+    assert own == [f"one.txt {number:02}" for number in range(1, len(own) + 1)], "the folder has a chunk one"
+    filled = [body for path, body, _ in blend.requests if path == "/v1/completions"]
+    separator = OFFER["separator"]
+    assert " ".join(sorted(body["prompt"] for body in filled)).count(separator) == 2 * len(own)
+    assert {body["max_tokens"] for body in filled} == {1}
+
+    next(button for button in page.button if button.label == "Pick").click().run()
+    assert page.multiselect(key="chunks").value == own
+    page.chat_input[0].set_value("Who?").run()
+    assert "Sentence 199" in blend.completions()[0]["messages"][1]["content"]
+    next(button for button in page.button if button.label == "Remove").click().run()
+    assert page.multiselect(key="chunks").options == ["one", "three", "two"]
+    assert page.multiselect(key="chunks").value == []
+
+
+def test_a_filling_that_fails_is_shown_and_can_be_tried_again(small_server, open_page: Open) -> None:
+    blend = small_server(offer=OFFER)
+    blend.error = (400, "too many tokens")
+    page = open_page(blend, small_server())
+    drop(page, ("notes.md", b"# Notes\n\nA note."))
+    body = html(page)
+    assert 'data-document="notes.md" data-state="failed"' in body
+    assert "too many tokens" in body
+    blend.error = None
+    next(button for button in page.button if button.label == "Fill").click().run()
+    drop(page)
+    assert 'data-document="notes.md" data-state="filled"' in html(page)
+
+
+def test_a_document_that_is_too_large_says_so(small_server, open_page: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = open_page(small_server(offer=OFFER), small_server())
+    drop(page, ("large.txt", b"word " * (5 << 20)))
+    assert "25 MB; at most 20 MB are taken" in html(page)
+
+
+def test_without_a_blend_documents_are_split_and_nothing_is_filled(small_server, open_page: Open) -> None:
+    plain, simllm = small_server(), small_server(offer=SIMLLM_OFFER, report=SIMLLM_REPORT)
+    page = open_page(simllm, plain)
+    drop(page, ("notes.md", b"# Notes"))
+    assert 'data-document="notes.md" data-state="split"' in html(page)
+    assert not [path for path, _, _ in simllm.requests + plain.requests if path == "/v1/completions"]
 
 
 def test_bad_setting_is_shown_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,8 @@ def test_settings_come_from_the_environment() -> None:
     own = read_settings({"KVARENA_CONTENDERS": json.dumps([entry | {"approximate": True}])})
     assert own.contenders == (Contender("mine", "Mine", "http://host:1", approximate=True),)
     assert (settings.data_dir, settings.results_dir) == (Path("/tmp/chunks"), Path("/tmp/results"))
+    sized = read_settings({"KVARENA_CHUNK_TOKENS": "256", "KVARENA_TOKENIZER": "/tmp/model"})
+    assert (sized.chunk_tokens, sized.tokenizer) == (256, "/tmp/model")
     assert read_settings({}).contenders == DEFAULT_CONTENDERS
     assert "secret" not in repr(read_settings({"KVARENA_API_KEY": "secret"}))
 
@@ -120,6 +122,8 @@ def test_settings_come_from_the_environment() -> None:
         {"KVARENA_CONTENDERS": '[{"name": "a b", "title": "A", "url": "http://x"}]'},
         {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A", "url": "localhost:8000"}]'},
         {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A"}]'},
+        {"KVARENA_CHUNK_TOKENS": "9"},
+        {"KVARENA_CHUNK_TOKENS": "²"},
         {"KVARENA_TIMEOUT_S": "soon"},
         {"KVARENA_TIMEOUT_S": "-1"},
     ],

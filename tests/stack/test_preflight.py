@@ -147,11 +147,8 @@ def test_no_data_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes/one.txt", "sys_prompt.txt"])
-def test_a_data_file_that_is_not_utf_8(tmp_path: Path, name: str) -> None:
+def test_a_data_file_that_is_not_utf_8_stops_nothing(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text("Über den Fluss", encoding="utf-8")
-    preflight.check_data_folder(tmp_path)
     path.write_text("Über den Fluss", encoding="latin-1")
-    with pytest.raises(StackError, match=f"{name} can't be read as UTF-8 text"):
-        preflight.check_data_folder(tmp_path)
+    preflight.check_data_folder(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from kvarena.splitting import Splitter
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record, differences, read_record
 from planned_services import make
@@ -44,6 +45,17 @@ def test_of_a_json_option_only_the_keys_that_differ_are_shown(home: Home, tmp_pa
     assert "lmcache-server: --l2-adapter.port is not set, not 6379" in lines
     assert 'lmcache-server: --l2-adapter.eviction is {"eviction_policy": "LRU"}, not left out' in lines
     assert not [line for line in lines if "KVArenaConnector" in line]
+
+
+def test_a_stack_splits_as_it_was_started(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path)
+    running = Record(tuple(services.values()), "", "data", "town", chunk_tokens=128, tokenizer_place="nowhere")
+    home.create()
+    running.write(home)
+    again = read_record(home)
+    assert again is not None
+    assert again.splitter == Splitter(128)
+    assert differences(running, dataclasses.replace(running, chunk_tokens=256)) == ["CHUNK_TOKENS is 128, not 256"]
 
 
 def test_a_stack_without_a_key_is_not_the_one_that_asks_for_it(home: Home, tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.splitting import find_splitter
 from kvarena.stack import machine
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import CONTENDERS
 from planned_services import extra_config, make, option
+
+TOWN = Path(__file__).resolve().parents[2] / "backend" / "models" / "town"
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -163,8 +166,15 @@ def test_the_page_knows_its_contenders(home: Home, tmp_path: Path) -> None:
         {"name": "plain", "title": "vLLM without LMCache", "url": "http://127.0.0.1:8001"},
     ]
     assert environment["KVARENA_DATA_DIR"] == str(tmp_path)
+    assert environment["KVARENA_CHUNK_TOKENS"] == "512"
+    assert find_splitter(environment["KVARENA_TOKENIZER"]).tokenizer_file == TOWN / "tokenizer.json"
     assert environment["KVARENA_RESULTS_DIR"] == str(tmp_path / "results")
     assert environment["KVARENA_SEPARATOR"] == "<note>", "the model's own"
+
+
+def test_a_hub_models_tokenizer_is_looked_for_in_its_cache(home: Home, tmp_path: Path) -> None:
+    _, services = make(home, tmp_path, model="org/name", profile="cpu", local_hf_home=tmp_path / "hf")
+    assert services["page"].environment["KVARENA_TOKENIZER"] == str(tmp_path / "hf" / "hub" / "models--org--name")
 
 
 def test_services_are_plain_data(home: Home, tmp_path: Path) -> None:

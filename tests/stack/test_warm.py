@@ -150,6 +150,7 @@ def test_counts(blend: Blend) -> None:
         "num_failed": 0,
         "too_short": [],
         "failures": [],
+        "unusable": [],
     }
 
 

@@ -114,6 +114,8 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
             served_model=plan.model.served_name,
             has_api_key=bool(settings.api_key),
             notice=plan.notice,
+            chunk_tokens=plan.chunk_tokens,
+            tokenizer_place=plan.tokenizer_place if plan.model.is_local else "",  # the page's container has no hub
             compose=(*compose, *_profile_options(profile, plan.contenders)),
         ),
         compose_services=tuple(compose_service(service.name, profile) for service in services),

@@ -60,6 +60,8 @@ def up(
         served_model=plan.model.served_name,
         has_api_key=bool(settings.api_key),
         notice=plan.notice,
+        chunk_tokens=plan.chunk_tokens,
+        tokenizer_place=plan.tokenizer_place,
     )
     bring_up(
         wanted,

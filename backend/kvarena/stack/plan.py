@@ -7,6 +7,7 @@ what nobody set, and divides cores or GPUs between the servers.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Plan:
     blend_engine: str
     ports: Ports
     data_dir: Path
+    chunk_tokens: int
     results_dir: Path
     hf_home: Path | None
     lmcache_gb: float
@@ -78,6 +80,15 @@ class Plan:
         """Of one server's weights; 0 if unknown."""
         is_widened = self.dtype == "float32" and self.model.dtype(self.hf_home) in HALF_PRECISION
         return self.model.weight_bytes(self.hf_home) * (2 if is_widened else 1)
+
+    @property
+    def tokenizer_place(self) -> str:
+        """The folder that has the model's `tokenizer.json`, or where the hub's cache will have it."""
+        if self.model.is_local:
+            return self.model.name
+        home = self.hf_home or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+        hub = home / "hub" if self.hf_home else Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+        return str(hub / f"models--{self.model.name.replace('/', '--')}")
 
     @property
     def servers_per_gpu(self) -> int:
@@ -117,6 +128,7 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
         blend_engine=_blend_engine(settings, on_cpu),
         ports=settings.ports,
         data_dir=_data_dir(settings, model),
+        chunk_tokens=settings.chunk_tokens,
         results_dir=settings.results_dir,
         hf_home=settings.local_hf_home,
         lmcache_gb=settings.lmcache_gb,

@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 
 from kvarena.api_key import bearer
-from kvarena.context import load_chunks, load_system_prompt
 from kvarena.stack import machine
 from kvarena.stack.errors import StackError
 from kvarena.stack.lmcache_l2 import folder_of
@@ -102,14 +101,9 @@ def _refuses(service: Service, api_key: str) -> bool:
 
 
 def check_data_folder(folder: Path) -> None:
-    """It is there, and all its texts can be read."""
+    """It is there. Files in it that can't be used are shown when the chunk cache is filled, and on the page."""
     if not folder.is_dir():
         raise StackError(f"there is no data folder at {folder}; make it, or name another with --data")
-    try:
-        load_system_prompt(folder)
-        load_chunks(folder)
-    except ValueError as error:
-        raise StackError(str(error)) from error
 
 
 def check_ports(services: Iterable[Service]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvarena.splitting import DEFAULT_CHUNK_TOKENS, Splitter, find_splitter
 from kvarena.stack.home import Home
 from kvarena.stack.service import Service
 
@@ -28,6 +29,9 @@ class Record:
     has_api_key: bool = False
     notice: str = ""
     """What a user should know of what runs."""
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    tokenizer_place: str = ""
+    """What counts them; empty where the size is estimated."""
     compose: tuple[str, ...] = ()
     """Where the services are containers, the `docker compose` command that is about them, with its options."""
 
@@ -35,6 +39,11 @@ class Record:
     def socket_path(self) -> Path:
         """Where supervisord listens."""
         return Path(self.run_folder) / "supervisor.sock"
+
+    @property
+    def splitter(self) -> Splitter:
+        """Cuts documents as this stack's page does."""
+        return find_splitter(self.tokenizer_place, self.chunk_tokens)
 
     def service(self, name: str) -> Service | None:
         return next((service for service in self.services if service.name == name), None)
@@ -71,6 +80,8 @@ def differences(running: Record, wanted: Record) -> list[str]:
             lines += [f"{name}: {change}" for change in _changes(old, new)]
     if running.data_dir != wanted.data_dir:
         lines.append(f"data folder {running.data_dir}, not {wanted.data_dir}")
+    if running.chunk_tokens != wanted.chunk_tokens:
+        lines.append(f"CHUNK_TOKENS is {running.chunk_tokens}, not {wanted.chunk_tokens}")
     if running.has_api_key != wanted.has_api_key:
         lines.append(f"KVARENA_API_KEY is {'set' if running.has_api_key else 'not set'} for what runs")
     return lines

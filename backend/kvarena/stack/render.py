@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -11,11 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kvarena.context import load_chunks
+from kvarena.documents import Documents, Remark, load_documents
 from kvarena.stack.errors import ServiceFailedError, StackError
 from kvarena.stack.record import Record
 from kvarena.stack.status import StackStatus
-from kvarena.stack.warm import ChunkOutcome, WarmResult, warm
+from kvarena.stack.warm import WarmResult, warm
+from kvarena.warm_request import ChunkOutcome
 
 STATE_STYLES = {"healthy": "green", "starting": "yellow", "restarting": "yellow", "stopping": "yellow"}
 MAX_LINES_SHOWN = 10
@@ -72,18 +74,40 @@ def show_error(error: StackError, console: Console) -> None:
     console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
-def warm_with_progress(record: Record, console: Console, api_key: str) -> WarmResult:
-    """Fills the chunk cache of a running blend from the stack's data folder, with a bar.
+def read_documents(record: Record, console: Console) -> Documents:
+    """The stack's data folder, split as its page splits it; what is to be said of its files is shown.
 
-    Raises `StackError` when there is no blend, no folder, or no answer.
+    Raises `StackError` when there is no such folder.
     """
+    splitter = record.splitter
+    try:
+        with console.status("reading the documents"):
+            documents = load_documents(Path(record.data_dir), splitter)
+    except ValueError as error:
+        raise StackError(str(error)) from error
+    if documents.is_split and splitter.estimates:
+        console.print(
+            "Chunks are of an estimated size, 4 bytes to a token: there is no tokenizer.json of this model here.",
+            highlight=False,
+        )
+    show_problems(documents.problems, console)
+    _show_first([str(note) for note in documents.notes], console)
+    return documents
+
+
+def show_problems(problems: Sequence[Remark], console: Console) -> None:
+    """The files of a folder that can't be used, if any, with the reasons."""
+    if problems:
+        count = len(problems)
+        console.print(f"[yellow]{count} file{'' if count == 1 else 's'} can't be used:[/]", highlight=False)
+        _show_first([str(problem) for problem in problems], console)
+
+
+def warm_with_progress(record: Record, documents: Documents, console: Console, api_key: str) -> WarmResult:
+    """Fills the chunk cache of a running blend, with a bar. Raises `StackError` without a blend, or without answers."""
     blend = record.service("blend")
     if blend is None:
         raise StackError("blend is not among the running contenders; only it has a chunk cache")
-    try:
-        chunks = load_chunks(Path(record.data_dir))
-    except ValueError as error:
-        raise StackError(str(error)) from error
     columns = (
         TextColumn("filling the chunk cache"),
         BarColumn(),
@@ -91,15 +115,16 @@ def warm_with_progress(record: Record, console: Console, api_key: str) -> WarmRe
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(chunks))
+        task = bar.add_task("", total=len(documents.chunks))
 
         def advance(outcome: ChunkOutcome) -> None:
             bar.advance(task)
 
         try:
-            return warm(blend.address, record.served_model, chunks, advance, api_key)
+            result = warm(blend.address, record.served_model, documents.chunks, advance, api_key)
         except (httpx.HTTPError, ValueError) as error:
             raise StackError(f"blend does not answer: {error or type(error).__name__}") from error
+    return replace(result, unusable=documents.problems)
 
 
 def show_warm_result(result: WarmResult, data_dir: str, console: Console) -> None:

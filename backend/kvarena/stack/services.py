@@ -242,6 +242,8 @@ def _page(plan: Plan, home: Home) -> Service:
             **COMMON_ENVIRONMENT,
             "KVARENA_CONTENDERS": json.dumps(contenders),
             "KVARENA_DATA_DIR": str(plan.data_dir),
+            "KVARENA_CHUNK_TOKENS": str(plan.chunk_tokens),
+            "KVARENA_TOKENIZER": plan.tokenizer_place,
             "KVARENA_RESULTS_DIR": str(plan.results_dir),
             "KVARENA_SEPARATOR": plan.blend.separator,
             **({"KVARENA_NOTICE": plan.notice} if plan.notice else {}),

@@ -16,6 +16,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHan
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvarena.api_key import API_KEY_VARIABLE
+from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 from kvarena.stack.lmcache_l2 import NO_L2, l2_adapter
@@ -121,6 +122,7 @@ class Settings(BaseSettings):
     kvarena_api_key: SecretStr | None = None
     local_hf_home: Path | None = None
     data_dir: Path | None = None
+    chunk_tokens: Annotated[int, Field(ge=MIN_CHUNK_TOKENS)] = DEFAULT_CHUNK_TOKENS
     results_dir: Path = Path("results")
     ui: bool = True
     gpu_share: bool = False

@@ -1,7 +1,7 @@
 """Fills the chunk cache: every chunk of a folder is sent once to the blend, which keeps its KV.
 
-Goes through the public API: a completion of one token whose prompt is the chunk between two separators. The request
-report in each answer says whether the chunk was computed now or was there already.
+Goes through the public API (`warm_request.py`). The request report in each answer says whether the chunk was computed
+now or was there already.
 """
 
 from __future__ import annotations
@@ -9,34 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 
 from kvarena.api_key import bearer
-from kvarena.context import TextChunk, join_chunks
+from kvarena.documents import Remark, TextChunk
 from kvarena.stack.errors import StackError
+from kvarena.warm_request import WARM_PATH, ChunkOutcome, Outcome, warm_outcome, warm_request
 
 PARALLEL_REQUESTS = 4
 REQUEST_TIMEOUT_S = 600.0
 
-Outcome = Literal["warmed", "already_there", "too_short", "failed"]
-
-
-@dataclass(frozen=True)
-class ChunkOutcome:
-    """What became of one chunk; `reason` says why it failed."""
-
-    name: str
-    outcome: Outcome
-    reason: str = ""
-
 
 @dataclass(frozen=True)
 class WarmResult:
-    """A chunk is too short when it has so few tokens that the blend doesn't keep it: it is computed each time."""
+    """A chunk is too short when it has so few tokens that the blend doesn't keep it: it is computed each time.
+
+    `unusable` are the folder's files that no chunks could be made of.
+    """
 
     outcomes: tuple[ChunkOutcome, ...]
+    unusable: tuple[Remark, ...] = ()
 
     def chunks(self, outcome: Outcome) -> tuple[ChunkOutcome, ...]:
         return tuple(chunk for chunk in self.outcomes if chunk.outcome == outcome)
@@ -57,6 +51,7 @@ class WarmResult:
             "num_failed": self.count("failed"),
             "too_short": [chunk.name for chunk in self.chunks("too_short")],
             "failures": [{"chunk": failed.name, "reason": failed.reason} for failed in self.failures],
+            "unusable": [{"file": remark.file, "reason": remark.text} for remark in self.unusable],
         }
 
 
@@ -92,33 +87,13 @@ def warm(
 
 
 def _warm_chunk(client: httpx.Client, model: str, chunk: TextChunk, separator: str) -> ChunkOutcome:
-    request = {
-        "model": model,
-        "prompt": join_chunks([chunk.text], separator),
-        "max_tokens": 1,
-        "temperature": 0,
-        "kv_transfer_params": {"kvarena": {"store": True}},
-    }
     try:
-        response = client.post("/v1/completions", json=request)
+        response = client.post(WARM_PATH, json=warm_request(model, chunk.text, separator))
         if response.is_error:
             return ChunkOutcome(chunk.name, "failed", error_message(response))
-        report = (response.json().get("kv_transfer_params") or {}).get("kvarena")
+        return warm_outcome(chunk.name, response.json())
     except (httpx.HTTPError, ValueError) as error:
         return ChunkOutcome(chunk.name, "failed", str(error) or type(error).__name__)
-    if not isinstance(report, dict):
-        return ChunkOutcome(chunk.name, "failed", "the answer carries no request report")
-    return ChunkOutcome(chunk.name, *_outcome(report))
-
-
-def _outcome(report: dict[str, Any]) -> tuple[Outcome, str]:
-    if report.get("blend_failures"):
-        return "failed", "its blend failed; the blend's log says why"
-    if report.get("store_errors"):
-        return "failed", f"{report['store_errors']} store errors"
-    if report.get("store_misses"):
-        return "warmed", ""
-    return ("already_there" if report.get("store_hits") else "too_short"), ""
 
 
 def error_message(response: httpx.Response) -> str:

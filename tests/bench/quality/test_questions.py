@@ -56,8 +56,22 @@ def test_questions_elsewhere_and_a_limit(tmp_path: Path) -> None:
     assert asked == sorted(asked)
     assert load_exam(path, tmp_path / "town", limit=20) == load_exam(path, tmp_path / "town")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no \.txt or \.md files"):
+    with pytest.raises(ValueError, match=r"no \.txt, \.md or \.pdf files"):
         load_exam(path, tmp_path / "empty")
+
+
+def test_a_file_that_cannot_be_used_matters_to_questions_that_need_it_alone(tmp_path: Path) -> None:
+    path = write_exam_folder(tmp_path, [PLAIN])
+    chunk = "1-tea"
+    (tmp_path / "bad.txt").write_bytes(b"")
+    assert [str(problem) for problem in load_exam(path).problems] == ["bad.txt: empty"]
+    write_exam_folder(tmp_path, [PLAIN | {"chunks": [chunk, "bad"]}])
+    with pytest.raises(ValueError, match=r"line 1: there is no chunk 'bad': bad\.txt: empty"):
+        load_exam(path)
+    (tmp_path / f"{chunk}.md").write_text("Another.")
+    write_exam_folder(tmp_path, [PLAIN | {"chunks": [chunk]}])
+    with pytest.raises(ValueError, match=rf"there is no chunk '{chunk}'; the folder has {chunk}\.md, {chunk}\.txt"):
+        load_exam(path)
 
 
 def test_a_made_up_town_can_be_asked(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def calibrate(
     from kvarena.bench.quality.session import Wanted, nothing_reused_note, reuses_nothing, session
     from kvarena.bench.quality.setups import Setup, blend_setups
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
+    from kvarena.stack.render import show_problems
     from kvarena.worlds.folder import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
@@ -94,6 +95,7 @@ def calibrate(
             if has_questions
             else calibration.document_exam(folder, num_questions, seed or 0, num_chunks)
         )
+        show_problems(exam.problems, console)
         with session(wanted, console) as asked:
             (blend,) = asked.answerers.values()
             if not blend.is_blend:

@@ -16,11 +16,11 @@ from typing import Any
 
 from kvarena.bench.quality.asking import Attempt
 from kvarena.bench.quality.intervals import mean_interval
-from kvarena.bench.quality.questions import EvalQuestion, Exam
+from kvarena.bench.quality.questions import EvalQuestion, Exam, stack_splitter
 from kvarena.bench.quality.rows import closeness_figures, token_shares
 from kvarena.bench.quality.setups import Setup
 from kvarena.bench.results import Row, spread
-from kvarena.context import load_chunks, load_system_prompt
+from kvarena.documents import load_documents
 from kvarena.reuse.params import BlendParams
 from kvarena.vllm_plugin.config import MODEL_PROFILE_NAME, read_model_profile
 
@@ -40,7 +40,8 @@ MUCH_SLOWER = 1.2
 
 def document_exam(folder: Path, num_questions: int, seed: int = 0, num_chunks: int | None = None) -> Exam:
     """Prompts without gold answers, each over chunks of the folder in a random order. Raises `ValueError`."""
-    chunks = load_chunks(folder)
+    documents = load_documents(folder, stack_splitter())
+    chunks = documents.chunks
     if len(chunks) < 2:
         raise ValueError(f"{folder} has {len(chunks)} chunks; blending needs 2 at least")
     rng = random.Random(seed)
@@ -49,7 +50,7 @@ def document_exam(folder: Path, num_questions: int, seed: int = 0, num_chunks: i
         EvalQuestion(PROMPTS[number % len(PROMPTS)], ("",), tuple(rng.sample(chunks, size)))
         for number in range(num_questions)
     ]
-    return Exam(load_system_prompt(folder), tuple(questions))
+    return Exam(documents.system, tuple(questions), documents.problems)
 
 
 def check_layers(num_layers: int | None) -> list[int]:

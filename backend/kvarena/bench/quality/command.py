@@ -77,6 +77,7 @@ def evaluate(
     from kvarena.bench.quality.setups import find_reference
     from kvarena.bench.quality.tables import show_rows
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
+    from kvarena.stack.render import show_problems
     from kvarena.worlds.folder import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
@@ -86,6 +87,7 @@ def evaluate(
         path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
         exam = load_exam(path, data, limit, Redraw.of(seed, num_chunks))
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
+        show_problems(exam.problems, console)
         with session(wanted, console) as asked:
             setups = asked.setups(policy or [DEFAULT_POLICY], ratios, layers)
             if warm:

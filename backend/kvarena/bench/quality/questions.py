@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarena.context import TextChunk, load_chunks, load_system_prompt, read_text
+from kvarena.documents import Documents, Remark, TextChunk, load_documents, read_text
+from kvarena.splitting import Splitter
 from kvarena.worlds.chat import messages
 from kvarena.worlds.questions import Turn
 
@@ -49,10 +50,11 @@ class EvalQuestion:
 
 @dataclass(frozen=True)
 class Exam:
-    """Questions over one folder of chunks, and the system prompt that goes with it."""
+    """Questions over one folder of chunks, the system prompt that goes with it, and its files that can't be used."""
 
     system: str
     questions: tuple[EvalQuestion, ...]
+    problems: tuple[Remark, ...] = ()
 
     @property
     def chunks(self) -> list[TextChunk]:
@@ -93,23 +95,34 @@ class Redraw:
         return context
 
 
+def stack_splitter() -> Splitter:
+    """Cuts documents as the stack that was started last does, so that its chunk cache knows them."""
+    from kvarena.stack.home import Home
+    from kvarena.stack.record import read_record
+    from kvarena.stack.settings import load_settings
+
+    record = read_record(Home.find())
+    return record.splitter if record else Splitter(load_settings().chunk_tokens)
+
+
 def load_exam(path: Path, folder: Path | None = None, limit: int | None = None, redraw: Redraw | None = None) -> Exam:
     """The questions of a JSONL file over the chunks of a folder, by default the one that the file is in.
 
-    A line is an object with `question` and `answers` (a list, or one text); `chunks` are names of chunk files in the
+    A line is an object with `question` and `answers` (a list, or one text); `chunks` are names of chunks in the
     order of the context, all chunks of the folder where it's left out; `kind`, `detail`, `history` (a list of
     `question` and `answer`) and `needs` (some of the chunks) are optional. With `limit`, so many of them, always the
     same. `redraw` gives each another context, and wants `needs`. Raises `ValueError` that names the file and the line.
     """
     folder = folder or path.parent
-    chunks = {chunk.name: chunk for chunk in load_chunks(folder)}
-    if not chunks:
-        raise ValueError(f"there are no .txt or .md files in {folder} to ask about")
+    documents = load_documents(folder, stack_splitter())
+    if not documents.chunks:
+        reasons = "; ".join(map(str, documents.problems))
+        raise ValueError(f"there are no .txt, .md or .pdf files in {folder} to ask about{reasons and f': {reasons}'}")
     questions = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
-                questions.append(_question(json.loads(line), chunks, redraw))
+                questions.append(_question(json.loads(line), documents, redraw))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not questions:
@@ -117,10 +130,11 @@ def load_exam(path: Path, folder: Path | None = None, limit: int | None = None, 
     if limit is not None and limit < len(questions):
         places = sorted(random.Random(0).sample(range(len(questions)), limit))
         questions = [questions[place] for place in places]
-    return Exam(load_system_prompt(folder), tuple(questions))
+    return Exam(documents.system, tuple(questions), documents.problems)
 
 
-def _question(record: Any, chunks: Mapping[str, TextChunk], redraw: Redraw | None) -> EvalQuestion:
+def _question(record: Any, documents: Documents, redraw: Redraw | None) -> EvalQuestion:
+    chunks = {chunk.name: chunk for chunk in documents.chunks}
     if not isinstance(record, dict):
         raise ValueError(f"a question is a JSON object, not {record!r}")
     given = record.get("answers")
@@ -130,7 +144,7 @@ def _question(record: Any, chunks: Mapping[str, TextChunk], redraw: Redraw | Non
         raise ValueError(f"question must be a text, not {question!r}")
     names = _texts(record["chunks"], "chunks") if record.get("chunks") is not None else list(chunks)
     if unknown := [name for name in names if name not in chunks]:
-        raise ValueError(f"there is no chunk {unknown[0]!r}; the folder has {', '.join(list(chunks)[:20])}")
+        raise ValueError(_no_such_chunk(unknown[0], documents))
     needs = list(dict.fromkeys(_texts(record["needs"], "needs"))) if record.get("needs") else []
     choices = list(chunks) if redraw else names
     if unknown := [name for name in needs if name not in choices]:
@@ -148,6 +162,15 @@ def _question(record: Any, chunks: Mapping[str, TextChunk], redraw: Redraw | Non
         _history(record.get("history") or []),
         tuple(needs),
     )
+
+
+def _no_such_chunk(name: str, documents: Documents) -> str:
+    """With the reason where its file can't be used, and the names where it is split or shares its name."""
+    if reasons := [str(problem) for problem in documents.problems if problem.file.startswith(f"{name}.")]:
+        return f"there is no chunk {name!r}: {reasons[0]}"
+    names = [chunk.name for chunk in documents.chunks]
+    alike = [other for other in names if other.startswith(name)] or names
+    return f"there is no chunk {name!r}; the folder has {', '.join(alike[:20])}"
 
 
 def _history(given: Any) -> tuple[Turn, ...]:

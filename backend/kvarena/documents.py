@@ -1,0 +1,357 @@
+"""The documents of a folder, or dropped on the page, as text chunks.
+
+A document is a `.txt`, `.md` or `.pdf` file. One that fits is one chunk, named after its file; a longer one is split,
+and its chunks are numbered (`manual 01`). A file that can't be used never hides the others: it becomes a remark that
+says why. No HTTP, no prompt.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from kvarena.splitting import Splitter
+
+DOCUMENT_SUFFIXES = (".txt", ".md", ".pdf")
+SYSTEM_PROMPT_NAME = "sys_prompt.txt"
+BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+LIKELY_ENCODINGS = (
+    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "mac_roman"),
+    *("cp932", "euc_jp", "gb18030", "big5", "cp949"),
+)
+MIN_LANGUAGE_COHERENCE_PERCENT = 40.0
+"""From here on a guessed encoding makes a known language of the text; short texts don't reach it."""
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """A document, or a numbered part of one: its name, and its text without surrounding white space."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What there is to say about one file."""
+
+    file: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file that was read. `path` is its path within the folder, every character printable. One that can't be used has
+    no `parts`, and `problem` says why; `note` is what should be known of one that can.
+    """
+
+    path: str
+    parts: tuple[str, ...] = ()
+    problem: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """All of a folder: its chunks, its system prompt (empty without one), the files that can't be used, and notes on
+    some that can. `is_split`: a document is more than one chunk.
+    """
+
+    chunks: tuple[TextChunk, ...] = ()
+    system: str = ""
+    problems: tuple[Remark, ...] = ()
+    notes: tuple[Remark, ...] = ()
+    is_split: bool = False
+
+
+DocumentCache = dict[Path, tuple[object, Document]]
+"""Documents read before, by file, with the state of the file and the splitter that they hold for."""
+
+
+def load_documents(folder: Path, splitter: Splitter | None = None, cache: DocumentCache | None = None) -> Documents:
+    """Everything below `folder` in natural order (2 before 10); hidden files and folders are left out.
+
+    Files whose size and time are those in `cache` aren't read again. Raises `ValueError` when there is no such folder,
+    and for nothing that is in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder of chunk files at {folder}")
+    splitter = splitter or Splitter()
+    earlier, seen = cache if cache is not None else {}, DocumentCache()
+    system = _system_prompt(folder)
+    found = [system]
+    documents = []
+    for path, reason in _files(folder):
+        name = printable(path.relative_to(folder).as_posix())
+        if name == system.path:
+            continue
+        if reason:
+            found.append(Document(name, problem=reason))
+        elif path.name.lower() == SYSTEM_PROMPT_NAME:
+            found.append(Document(name, problem="not used; the system prompt is that of the folder itself"))
+        else:
+            documents.append(_read_once(path, name, splitter, earlier, seen))
+    if cache is not None:
+        cache.clear()
+        cache.update(seen)
+    chunks = [chunk for named in name_chunks(documents) for chunk in named]
+    found = sorted([*found, *documents], key=lambda document: _natural_order(document.path))
+    return Documents(
+        tuple(chunks),
+        "".join(system.parts),
+        tuple(Remark(document.path, document.problem) for document in found if document.problem),
+        tuple(Remark(document.path, document.note) for document in found if document.note),
+        any(len(document.parts) > 1 for document in documents),
+    )
+
+
+def load_chunks(folder: Path, splitter: Splitter | None = None) -> list[TextChunk]:
+    """The chunks alone. Raises as `load_documents` does."""
+    return list(load_documents(folder, splitter).chunks)
+
+
+def load_system_prompt(folder: Path) -> str:
+    """Empty where the folder has none that can be read."""
+    return "".join(_system_prompt(folder).parts)
+
+
+def read_text(path: Path) -> str:
+    """A file's text without byte order mark. Raises `ValueError` naming a file that can't be read, or isn't UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as UTF-8 text: {error}") from error
+    return _clean(text)
+
+
+def read_document(path: str, data: bytes, splitter: Splitter) -> Document:
+    """The document that a file's bytes are; its suffix says of which kind."""
+    path = printable(path)
+    suffix = PurePosixPath(path).suffix.lower()
+    try:
+        text, note = _pdf_text(data) if suffix == ".pdf" else _decoded(data)
+        if not any(character.isalnum() for character in text):
+            raise ValueError(_without_words(suffix, text))
+        return Document(path, tuple(splitter.split(text, is_markdown=suffix == ".md")), note=note)
+    except ValueError as error:
+        return Document(path, problem=str(error))
+
+
+def name_chunks(documents: Sequence[Document], taken: Collection[str] = ()) -> list[tuple[TextChunk, ...]]:
+    """The chunks of each document, all names different and none of `taken`.
+
+    A chunk is called after its file without suffix, and its number where there are several; files that would share a
+    name all keep their suffix. What then is still the same (two uploads of one name) is counted: `a.txt (2)`.
+    """
+    with_suffix: set[int] = set()
+    while True:
+        bases = [_base(document, index in with_suffix) for index, document in enumerate(documents)]
+        used = Counter(taken)
+        for base, document in zip(bases, documents, strict=True):
+            used.update(_claimed(base, document))
+        clashing = {
+            index
+            for index, (base, document) in enumerate(zip(bases, documents, strict=True))
+            if any(used[name] > 1 for name in _claimed(base, document))
+        }
+        if clashing <= with_suffix:
+            break
+        with_suffix |= clashing
+    given = set(taken)
+    named = []
+    for base, document in zip(bases, documents, strict=True):
+        own, number = base, 2
+        while given & _claimed(own, document):
+            own, number = f"{base} ({number})", number + 1
+        given |= _claimed(own, document)
+        names = _part_names(own, len(document.parts))
+        named.append(tuple(TextChunk(name, text) for name, text in zip(names, document.parts, strict=True)))
+    return named
+
+
+def printable(name: str) -> str:
+    """A file's name as it can be shown and sent: line breaks, control characters and bytes not of UTF-8 are escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
+    )
+
+
+def _base(document: Document, with_suffix: bool) -> str:
+    return document.path if with_suffix else document.path[: -len(PurePosixPath(document.path).suffix) or None]
+
+
+def _part_names(base: str, count: int) -> list[str]:
+    if count == 1:
+        return [base]
+    return [f"{base} {number:0{max(2, len(str(count)))}}" for number in range(1, count + 1)]
+
+
+def _claimed(base: str, document: Document) -> set[str]:
+    """The names of its chunks, and the document's own."""
+    return {base, *_part_names(base, len(document.parts))} if document.parts else set()
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[tuple[Path, str]]:
+    """Every path below that could be a document, and why it can't be one, if so; in natural order."""
+    found: list[tuple[Path, str]] = []
+
+    def unreadable(error: OSError) -> None:
+        found.append((Path(error.filename), _os_reason(error)))
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        here = Path(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if (here / name).is_symlink():
+                found.append((here / name, "a link to a folder, which is not followed"))
+            elif _is_document(name):
+                found.append((here / name, "a folder, not a file; what is in it is read"))
+        for name in files:
+            if _is_document(name) and not name.startswith("."):
+                found.append((here / name, _no_file(here / name)))
+    return sorted(found, key=lambda entry: _natural_order(entry[0].as_posix()))
+
+
+def _is_document(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in DOCUMENT_SUFFIXES
+
+
+def _no_file(path: Path) -> str:
+    """Why a path isn't a file that can be read; a pipe would never end."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link to a file that isn't there"
+    except OSError as error:
+        return _os_reason(error)
+    return "" if stat.S_ISREG(mode) else "not a regular file"
+
+
+def _read_once(path: Path, name: str, splitter: Splitter, earlier: DocumentCache, seen: DocumentCache) -> Document:
+    try:
+        status = path.stat()
+        state = (status.st_mtime_ns, status.st_size, status.st_ino, splitter)
+        before = earlier.get(path)
+        document = before[1] if before and before[0] == state else read_document(name, path.read_bytes(), splitter)
+    except OSError as error:
+        return Document(name, problem=_os_reason(error))
+    seen[path] = (state, document)
+    return document
+
+
+def _os_reason(error: OSError) -> str:
+    return f"can't be read: {error.strerror or error}"
+
+
+def _system_prompt(folder: Path) -> Document:
+    """Of the folder itself, whatever the case of its name; without a path where there is none."""
+    try:
+        names = [name for name in os.listdir(folder) if name.lower() == SYSTEM_PROMPT_NAME]
+    except OSError:
+        names = []
+    files = [name for name in names if not (folder / name).is_dir()]
+    if not files:
+        return Document("")
+    name = max(files)  # small letters first
+    try:
+        if reason := _no_file(folder / name):
+            return Document(name, problem=reason)
+        text, note = _decoded((folder / name).read_bytes())
+    except OSError as error:
+        return Document(name, problem=_os_reason(error))
+    except ValueError as error:
+        return Document(name, problem=str(error))
+    return Document(name, (text,), note=note)
+
+
+def _natural_order(name: str) -> tuple[list[tuple[bool, int, str]], str]:
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts], name
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def _without_words(suffix: str, text: str) -> str:
+    if suffix == ".pdf":
+        return "a PDF without text; scanned pages have to be recognised first"
+    return "no words in it" if text else "empty"
+
+
+def _decoded(data: bytes) -> tuple[str, str]:
+    """A text file's text, and a note where its encoding was guessed. Raises `ValueError` with the reason."""
+    encoding = BYTE_ORDER_MARKS.get(data[:2], "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding != "utf-8-sig":
+            raise ValueError(f"not text: {error}") from error
+        return _guessed(data, error)
+    if "\0" in text:
+        raise ValueError("not text: it has zero bytes")
+    return _clean(text), "" if encoding == "utf-8-sig" else f"read as {encoding}"
+
+
+def _guessed(data: bytes, error: UnicodeDecodeError) -> tuple[str, str]:
+    """Only where the guess makes a known language of it: a wrong one is worse than none."""
+    from charset_normalizer import from_bytes
+
+    if b"\0" in data:
+        raise ValueError("not text: it has zero bytes") from error
+    mended = data.decode("utf-8", "replace")
+    num_bad = mended.count("\N{REPLACEMENT CHARACTER}")
+    if sum(not character.isascii() for character in mended) > 2 * num_bad:
+        raise ValueError(f"broken UTF-8 at byte {error.start}") from error
+    guess = from_bytes(data, cp_isolation=list(LIKELY_ENCODINGS)).best()
+    if guess is None or guess.percent_coherence < MIN_LANGUAGE_COHERENCE_PERCENT:
+        raise ValueError(
+            f"not UTF-8 (byte {error.start}), and no other encoding is certain; save it as UTF-8"
+        ) from error
+    return _clean(str(guess)), f"not UTF-8; read as {guess.encoding}"
+
+
+def _pdf_text(data: bytes) -> tuple[str, str]:
+    """The text of all pages; a line that goes on in lower case is one with the line before.
+
+    Raises `ValueError` with the reason.
+    """
+    from pypdf import PdfReader
+    from pypdf.errors import DependencyError
+
+    if not data.strip():
+        raise ValueError("empty")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of every oddity that it mends
+    try:
+        reader = PdfReader(io.BytesIO(data))
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise _EncryptedError
+        pages = [page.extract_text().strip() for page in reader.pages]
+    except (_EncryptedError, DependencyError) as error:
+        raise ValueError("an encrypted PDF; save it without a password") from error
+    except Exception as error:  # a broken file can raise anything there
+        raise ValueError(f"a broken PDF: {' '.join(str(error).split()) or type(error).__name__}") from error
+    text = "\n\n".join(page for page in pages if page)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "")
+    text = re.sub(r"(?<=[^\W\d_])-\n+(?=[a-zß-ÿ])", "", text)
+    return _clean(re.sub(r"(?<![.!?:;])[ ]*\n+(?=[a-zß-ÿ])", " ", text)), ""
+
+
+class _EncryptedError(Exception):
+    """A PDF that opens with a password only."""
+
+
+def _clean(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()

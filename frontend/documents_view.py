@@ -1,0 +1,125 @@
+"""Documents on the page: which files can't be used, and those that were dropped on it, with the filling of their KV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+
+import streamlit as st
+
+import state
+from kvarena.documents import DOCUMENT_SUFFIXES, Documents, Remark, TextChunk
+from uploads import MAX_UPLOAD_MB, Filling, Upload, read_upload, upload_key
+
+POLL_S = 0.5
+NUM_OPEN_REMARKS = 4
+
+
+def draw_remarks(documents: Documents) -> None:
+    """Every file of the folder that can't be used, and how those were read that had to be guessed."""
+    count = len(documents.problems)
+    parts = [
+        _remarks_html(f"{count} file{'' if count == 1 else 's'} can't be used", documents.problems, "problems"),
+        _remarks_html("Notes on files", documents.notes, "notes"),
+    ]
+    if html := "".join(parts):
+        st.html(html)
+    if documents.is_split and state.splitter().estimates:
+        st.caption("Sizes of chunks are estimated at 4 bytes a token: the model's tokenizer.json isn't here.")
+
+
+def draw_uploads(busy: bool, choose: Callable[[Sequence[str]], None]) -> None:
+    """The place to drop documents, and those that were. `choose` gets the names of one's chunks when it is picked."""
+    number = st.session_state.setdefault("num-dropped", 0)
+    files = st.file_uploader(
+        f"Your documents ({', '.join(DOCUMENT_SUFFIXES)})",
+        accept_multiple_files=True,
+        key=f"documents-{number}",
+        help=f"Up to {MAX_UPLOAD_MB} MB each. They are split like the files of the data folder, and forgotten when "
+        "this page is closed or reloaded.",
+    )
+    if files:
+        with st.spinner("Splitting into chunks"):
+            _take([(file.name, file.getvalue()) for file in files])
+        st.session_state["num-dropped"] = number + 1  # an empty uploader: what came is listed below it
+        st.rerun()
+    chunks = state.uploaded_chunks()
+    for key, upload in list(state.uploads().items()):
+        with st.container(key=f"upload-{key}"):
+            _draw_upload(key, upload, chunks[key], busy, choose)
+
+
+def _take(files: Sequence[tuple[str, bytes]]) -> None:
+    uploads = state.uploads()
+    for name, data in files:
+        key = upload_key(name, data)
+        if key not in uploads:
+            uploads[key] = Upload(read_upload(name, data, state.splitter()))
+            _fill(key)
+
+
+def _fill(key: str) -> None:
+    session, chunks = state.blending_session(), state.uploaded_chunks()[key]
+    if session and chunks:
+        state.uploads()[key].filling = Filling.start(chunks, session)
+
+
+def _remove(key: str) -> None:
+    if (upload := state.uploads().pop(key, None)) and upload.filling:
+        upload.filling.stop()
+
+
+def _draw_upload(
+    key: str, upload: Upload, chunks: Sequence[TextChunk], busy: bool, choose: Callable[[Sequence[str]], None]
+) -> None:
+    st.fragment(_draw_status, run_every=POLL_S if upload.is_filling else None)(upload, upload.is_filling, busy)
+    use, fill, remove = st.columns(3)
+    if chunks:
+        names = [chunk.name for chunk in chunks]
+        use.button("Pick", key=f"use-{key}", on_click=choose, args=[names], help="Picks its chunks, and no others.")
+        if not upload.is_filling and not upload.is_filled and state.blending_session():
+            fill.button("Fill", key=f"fill-{key}", on_click=_fill, args=[key], help="Fills the chunk cache with it.")
+    remove.button("Remove", key=f"remove-{key}", on_click=_remove, args=[key])
+
+
+def _draw_status(upload: Upload, was_filling: bool, busy: bool) -> None:
+    """Draws the page anew when the filling has ended."""
+    if was_filling and not upload.is_filling and not busy:
+        st.rerun()
+    st.html(upload_html(upload))
+
+
+def upload_html(upload: Upload) -> str:
+    document, filling = upload.document, upload.filling
+    status, text, bar = "problem", document.problem, ""
+    if document.parts:
+        count = len(document.parts)
+        status, text = "split", f"{count} chunk{'' if count == 1 else 's'}"
+    if filling and filling.failures:
+        first = filling.failures[0]
+        status = "failed"
+        text += f"; the KV of {len(filling.failures)} isn't there. {first.name}: {first.reason}"
+    elif filling and filling.is_over:
+        status = "filled"
+        too_short = sum(outcome.outcome == "too_short" for outcome in filling.outcomes)
+        text += f", KV filled{f', {too_short} too short to be kept' if too_short else ''}"
+    if filling and not filling.is_over:
+        status, done = "filling", len(filling.outcomes)
+        text += f", KV of {done} filled"
+        bar = f'<progress value="{done}" max="{filling.num_chunks}"></progress>'
+    detail = escape("; ".join(filter(None, (text, document.note))))
+    return (
+        f'<div class="ka-upload" data-testid="upload" data-document="{escape(document.path)}" data-state="{status}">'
+        f"<b>{escape(document.path)}</b><small>{detail}</small>{bar}</div>"
+    )
+
+
+def _remarks_html(title: str, remarks: Sequence[Remark], kind: str) -> str:
+    if not remarks:
+        return ""
+    items = "".join(f"<li><b>{escape(remark.file)}</b> {escape(remark.text)}</li>" for remark in remarks)
+    is_open = " open" if len(remarks) <= NUM_OPEN_REMARKS else ""
+    return (
+        f'<details class="ka-files" data-testid="file-{kind}"{is_open}><summary>{escape(title)}</summary>'
+        f"<ul>{items}</ul></details>"
+    )

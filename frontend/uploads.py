@@ -1,0 +1,74 @@
+"""Documents that were dropped on the page, and how far the chunk cache is filled with their chunks. Draws nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from chat_session import ChatSession
+from kvarena.documents import DOCUMENT_SUFFIXES, Document, TextChunk, printable, read_document
+from kvarena.splitting import Splitter
+from kvarena.warm_request import ChunkOutcome
+
+MAX_UPLOAD_MB = 20
+
+
+@dataclass
+class Filling:
+    """Chunks on their way into the chunk cache. `outcomes` grows in the session's thread."""
+
+    num_chunks: int
+    outcomes: list[ChunkOutcome] = field(default_factory=list)
+    future: Future[None] | None = None
+
+    @classmethod
+    def start(cls, chunks: Sequence[TextChunk], session: ChatSession) -> Filling:
+        filling = cls(len(chunks))
+        filling.future = session.fill(chunks, filling.outcomes.append)
+        return filling
+
+    @property
+    def is_over(self) -> bool:
+        return self.future is None or self.future.done()
+
+    @property
+    def failures(self) -> list[ChunkOutcome]:
+        return [outcome for outcome in list(self.outcomes) if outcome.outcome == "failed"]
+
+    def stop(self) -> None:
+        if self.future is not None:
+            self.future.cancel()
+
+
+@dataclass
+class Upload:
+    """One document; without a `filling` where nothing that blends was up."""
+
+    document: Document
+    filling: Filling | None = None
+
+    @property
+    def is_filling(self) -> bool:
+        return self.filling is not None and not self.filling.is_over
+
+    @property
+    def is_filled(self) -> bool:
+        return self.filling is not None and self.filling.is_over and not self.filling.failures
+
+
+def upload_key(name: str, data: bytes) -> str:
+    """The same file dropped twice is one upload."""
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass") + b"\0" + data).hexdigest()[:16]
+
+
+def read_upload(name: str, data: bytes, splitter: Splitter) -> Document:
+    """A document, or the problem that it is."""
+    if PurePosixPath(name).suffix.lower() not in DOCUMENT_SUFFIXES:
+        return Document(printable(name), problem="not a .txt, .md or .pdf file")
+    if len(data) > MAX_UPLOAD_MB << 20:
+        reason = f"{len(data) / (1 << 20):.0f} MB; at most {MAX_UPLOAD_MB} MB are taken. Put it into the data folder"
+        return Document(printable(name), problem=reason)
+    return read_document(name, data, splitter)
