@@ -32,11 +32,10 @@ def draw_uploads(busy: bool, choose: Callable[[Sequence[str]], None]) -> None:
     """The place to drop documents, and those that were. `choose` gets the names of one's chunks when it is picked."""
     number = st.session_state.setdefault("num-dropped", 0)
     files = st.file_uploader(
-        f"Your documents ({', '.join(DOCUMENT_SUFFIXES)})",
+        f"Drop your documents: {', '.join(DOCUMENT_SUFFIXES)}, up to {MAX_UPLOAD_MB} MB each",
         accept_multiple_files=True,
         key=f"documents-{number}",
-        help=f"Up to {MAX_UPLOAD_MB} MB each. They are split like the files of the data folder, and forgotten when "
-        "this page is closed or reloaded.",
+        help="They are split like the files of the data folder, and forgotten when this page is closed or reloaded.",
     )
     if files:
         with st.spinner("Splitting into chunks"):
@@ -73,13 +72,13 @@ def _draw_upload(
     key: str, upload: Upload, chunks: Sequence[TextChunk], busy: bool, choose: Callable[[Sequence[str]], None]
 ) -> None:
     st.fragment(_draw_status, run_every=POLL_S if upload.is_filling else None)(upload, upload.is_filling, busy)
-    use, fill, remove = st.columns(3)
-    if chunks:
-        names = [chunk.name for chunk in chunks]
-        use.button("Pick", key=f"use-{key}", on_click=choose, args=[names], help="Picks its chunks, and no others.")
-        if not upload.is_filling and not upload.is_filled and state.blending_session():
-            fill.button("Fill", key=f"fill-{key}", on_click=_fill, args=[key], help="Fills the chunk cache with it.")
-    remove.button("Remove", key=f"remove-{key}", on_click=_remove, args=[key])
+    with st.container(horizontal=True, key=f"upload-buttons-{key}"):
+        if chunks:
+            names = [chunk.name for chunk in chunks]
+            st.button("Pick", key=f"use-{key}", on_click=choose, args=[names], help="Picks its chunks, and no others.")
+            if not upload.is_filling and not upload.is_filled and state.blending_session():
+                st.button("Fill", key=f"fill-{key}", on_click=_fill, args=[key], help="Fills the chunk cache with it.")
+        st.button("Remove", key=f"remove-{key}", on_click=_remove, args=[key])
 
 
 def _draw_status(upload: Upload, was_filling: bool, busy: bool) -> None:
