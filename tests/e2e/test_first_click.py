@@ -6,6 +6,7 @@ example questions on it and what follows on from them, answered right by full pr
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from e2e.steps import answer_text, expect_states, figures, settle
 from kvarena.bench.quality.scoring import contains_answer
-from kvarena.context import build_messages, load_chunks, load_system_prompt
+from kvarena.context import build_messages
+from kvarena.documents import load_documents
 from kvarena.stack.home import project_root
 from real_model import real_model_folder
 from running_stack import Stack, started
@@ -71,7 +73,8 @@ def test_the_first_click(real_page: Page) -> None:
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example["question"])
 def test_every_example_is_answered_right_by_both(real_stack: Stack, example: dict[str, Any]) -> None:
-    chunks = {chunk.name: chunk.text for chunk in load_chunks(DATA)}
+    documents = load_documents(DATA)
+    chunks = {chunk.name: chunk.text for chunk in documents.chunks}
     said: dict[str, str] = {}
     for name in NAMES:
         with real_stack.client(name) as http:
@@ -80,8 +83,8 @@ def test_every_example_is_answered_right_by_both(real_stack: Stack, example: dic
             model = http.get("/v1/models").json()["data"][0]["id"]
             turns = [*(example.get("history") or []), {"question": example["question"]}]
             texts = [chunks[chunk] for chunk in example["chunks"]]
-            messages = build_messages(load_system_prompt(DATA), texts, turns[0]["question"], separator)
-            for before, turn in zip(turns, turns[1:], strict=False):
+            messages = build_messages(documents.system, texts, turns[0]["question"], separator)
+            for before, turn in itertools.pairwise(turns):
                 messages.append({"role": "assistant", "content": before["answer"]})
                 messages.append({"role": "user", "content": turn["question"]})
             body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 64}
