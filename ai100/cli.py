@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
     from ai100.chat_session import ChatSession
     from ai100.engine import AI100Engine
-    from ai100.settings import AI100Settings
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Multi-turn chat on the KV slots of an AI 100.")
 
@@ -52,10 +50,8 @@ def chat(
     num_devices: options.NumDevices = 1,
     mxfp6_matmul: options.Mxfp6 = False,
     mxint8_kv_cache: options.Mxint8 = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of notes for the system message. [default: the town's, with the town model]"),
-    ] = None,
+    data: options.Data = None,
+    notes_tokens: options.NotesTokens = 200,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Topic, status and reason of every turn; the log.")
     ] = False,
@@ -68,6 +64,7 @@ def chat(
     from ai100.runtimes.runtime import StaticShapes
     from ai100.settings import AI100Settings, open_engine
     from ai100.topics import TOPICS_FILE
+    from kvarena.stack.errors import StackError
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     console = Console(stderr=as_json)
@@ -86,13 +83,14 @@ def chat(
             threshold=threshold,
             max_context=max_context,
             gen_len=gen_len,
+            data=data,
+            notes_tokens=notes_tokens,
         )
-        system = _system_message(settings, data)
         engine = open_engine(settings)
-    except (ValueError, OSError, CardUnavailable, CompileFailed) as error:
+    except (ValueError, OSError, StackError, CardUnavailable, CompileFailed) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    talk = _Talk.over(engine, system, console, compare=compare, use_cache=not no_cache, verbose=verbose)
+    talk = _Talk.over(engine, console, compare=compare, use_cache=not no_cache, verbose=verbose)
     try:
         failed = talk.batch(messages or []) if batch else talk.interactive()
     finally:
@@ -111,13 +109,11 @@ class _Talk:
         self._verbose = verbose
 
     @classmethod
-    def over(
-        cls, engine: AI100Engine, system: str, console: Console, *, compare: bool, use_cache: bool, verbose: bool
-    ) -> _Talk:
+    def over(cls, engine: AI100Engine, console: Console, *, compare: bool, use_cache: bool, verbose: bool) -> _Talk:
         from ai100.chat_session import ChatSession
 
         modes = (True, False) if compare else (use_cache,)
-        return cls([ChatSession(engine, system, use_cache=mode) for mode in modes], console, verbose)
+        return cls([ChatSession(engine, use_cache=mode) for mode in modes], console, verbose)
 
     def batch(self, messages: list[str]) -> bool:
         """Whether one failed."""
@@ -181,16 +177,3 @@ def _check_mode(messages: list[str], *, batch: bool, as_json: bool, no_cache: bo
         raise ValueError("--json goes with --batch")
     if no_cache and compare:
         raise ValueError("--compare asks with and without the cache; --no-cache goes without it")
-
-
-def _system_message(settings: AI100Settings, data: Path | None) -> str:
-    """The notes of a folder, as the prompts of the other contenders have them; every topic begins with it."""
-    from ai100.settings import TOWN_NOTES
-    from kvarena.context import join_chunks, load_chunks, load_system_prompt
-
-    folder = data or (TOWN_NOTES if settings.is_town and TOWN_NOTES.is_dir() else None)
-    if folder is None:
-        return ""
-    profile = Path(settings.model_path) / "kvarena.json"
-    separator = json.loads(profile.read_text()).get("separator", "\n\n") if profile.is_file() else "\n\n"
-    return load_system_prompt(folder) + join_chunks([chunk.text for chunk in load_chunks(folder)], separator)

@@ -10,7 +10,7 @@ import typer
 Model = Annotated[
     str | None,
     typer.Option(
-        help="A folder or a hub name. [default: meta-llama/Llama-3.2-1B-Instruct on the card, else the town model]"
+        help="A folder, a hub name or town. [default: meta-llama/Llama-3.2-1B-Instruct on the card, else the stack's]"
     ),
 ]
 RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, qaic (the card), host, or onnx.")]
@@ -24,8 +24,14 @@ TopicKind = Annotated[str, typer.Option("--topics", help="keyword or embedding."
 TopicsFile = Annotated[Path | None, typer.Option(help="Topics and their words. [default: the one that ships]")]
 SentenceModel = Annotated[
     str | None,
-    typer.Option(help="For --topics embedding. [default: all-MiniLM-L6-v2 if it is here, else the model's own]"),
+    typer.Option(help="For --topics embedding. [default: all-MiniLM-L6-v2 if it is here, else word embeddings]"),
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder of notes; every topic gets those that fit it. [default: the model's]"),
+]
+NotesTokens = Annotated[int, typer.Option(help="The most tokens of notes that a topic begins with; 0 for none.")]
+Separator = Annotated[str | None, typer.Option(help="What stands between notes. [default: the model's own]")]
 Threshold = Annotated[float, typer.Option(help="How near a message must be to a topic, 0 to 1.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Process the whole history with every turn.")]
 Device = Annotated[str, typer.Option(help="Of the host runtime: auto, cpu or cuda.")]

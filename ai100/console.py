@@ -27,6 +27,7 @@ def ask_and_show(chat: ChatSession, question: str, console: Console, *, verbose:
         told = reply.details
         reason = f" ({told['reason']})" if told["reason"] else ""
         said = f"  topic {told['topic']!r}, {told['status']}{reason}, {reply.num_prompt_tokens} tokens of prompt"
+        said += f"\n  notes {told['notes']}" if told["notes"] else ""
         console.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
     return reply
 

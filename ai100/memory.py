@@ -11,11 +11,11 @@ import json
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ai100.conversation import Exchange, Message, Prompt, Turn, text_of
-from ai100.topics import Topics
+from ai100.topics import Spoken, Topics
 
 MAX_CONVERSATIONS = 1024
 MAX_TOKENISED = 8
@@ -44,10 +44,16 @@ class Begun:
 
 
 class ConversationMemory:
-    """Thread-safe. Keeps the last `max_conversations`."""
+    """Thread-safe. Keeps the last `max_conversations`. `question_in` a message is what tells its topic."""
 
-    def __init__(self, topics: Topics, max_conversations: int = MAX_CONVERSATIONS) -> None:
+    def __init__(
+        self,
+        topics: Topics,
+        max_conversations: int = MAX_CONVERSATIONS,
+        question_in: Callable[[str], str] = lambda message: message,
+    ) -> None:
         self._topics = topics
+        self._question_in = question_in
         self._max_conversations = max_conversations
         self._lock = threading.Lock()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
@@ -97,7 +103,11 @@ class ConversationMemory:
                 turns.remove(begun.turn)
 
     def _topic_of(self, question: Message, earlier: Sequence[Turn]) -> str:
-        return self._topics.topic_of(text_of(question), [(turn.topic, text_of(turn.question)) for turn in earlier])
+        said = [
+            Spoken(turn.topic, self._question_in(text_of(turn.question)), text_of(turn.answer) if turn.answer else "")
+            for turn in earlier
+        ]
+        return self._topics.topic_of(self._question_in(text_of(question)), said)
 
     def _aligned(self, remembered: Sequence[Turn], past: Sequence[tuple[Message, Message]]) -> list[Turn]:
         """The client's turns: as remembered up to the first that differs, and from there on anew."""

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from ai100 import command_line as options
 from ai100.engine import GEN_LEN, MAX_CONTEXT, AI100Engine
+from ai100.notes import NOTES_TOKENS
 from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions
 from ai100.runtimes.runtime import StaticShapes
 from ai100.settings import AI100Settings, open_engine
@@ -18,6 +19,7 @@ from kvarena.api.config import ApiConfig
 from kvarena.api.serve import serve
 from kvarena.api.server import TheServer
 from kvarena.api.store_metrics import StoreCollector
+from kvarena.stack.errors import StackError
 
 router = APIRouter()
 
@@ -68,6 +70,9 @@ def main(
     topics_file: options.TopicsFile = None,
     sentence_model: options.SentenceModel = None,
     threshold: options.Threshold = THRESHOLD,
+    data: options.Data = None,
+    notes_tokens: options.NotesTokens = NOTES_TOKENS,
+    separator: options.Separator = None,
     no_cache: options.NoCache = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
@@ -96,9 +101,12 @@ def main(
                 gen_len=gen_len,
                 use_cache=not no_cache,
                 served_model_name=served_model_name,
+                data=data,
+                notes_tokens=notes_tokens,
+                separator=separator,
             )
         )
-    except (ValueError, OSError, CardUnavailable, CompileFailed) as error:
+    except (ValueError, OSError, StackError, CardUnavailable, CompileFailed) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])

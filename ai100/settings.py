@@ -6,21 +6,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ai100.engine import GEN_LEN, MAX_CONTEXT, AI100Engine
+from ai100.notes import CONTEXT_SHARE, NO_NOTES, NOTES_TOKENS, Embed, Notes, load_notes
 from ai100.runtimes.compiled import CompileOptions
 from ai100.runtimes.registry import chosen, open_runtime
 from ai100.runtimes.runtime import Runtime, StaticShapes
 from ai100.topics import THRESHOLD, TOPICS_FILE, EmbeddingTopics, KeywordTopics, Topics, load_topics
+from kvarena.stack.model import Model, find_model
+from kvarena.vllm_plugin.config import read_model_profile
 
 CARD_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-TOWN_MODEL = Path(__file__).resolve().parents[1] / "backend" / "models" / "town"
-TOWN_NOTES = TOWN_MODEL / "notes"
+DEFAULT_SEPARATOR = "\n\n"
 KINDS_OF_TOPICS = ("keyword", "embedding")
 
 
 @dataclass(frozen=True)
 class AI100Settings:
-    """`model` `None` is `CARD_MODEL` on the card and the town model elsewhere. `device`, `dtype` and `random_weights`
-    are the host's. `sentence_model`: a folder or hub name whose files are here, for topics by embedding.
+    """`model` `None` is `CARD_MODEL` on the card and the stack's default elsewhere. `device`, `dtype` and
+    `random_weights` are the host's. `sentence_model`: a folder or hub name whose files are here, for topics by
+    embedding. `data` `None` is the folder that goes with the model, where there is one; `separator` `None` the model's.
+
+    Raises `StackError` for a model that isn't there, `ValueError` for a bad profile of it.
     """
 
     model: str | None = None
@@ -38,15 +43,33 @@ class AI100Settings:
     gen_len: int = GEN_LEN
     use_cache: bool = True
     served_model_name: str | None = None
-    model_path: str = field(init=False)
+    data: Path | None = None
+    notes_tokens: int = NOTES_TOKENS
+    separator: str | None = None
+    found: Model = field(init=False)
 
     def __post_init__(self) -> None:
         on_card = self.model is None and chosen(self.runtime) == "qaic"
-        object.__setattr__(self, "model_path", self.model or (CARD_MODEL if on_card else str(TOWN_MODEL)))
+        object.__setattr__(self, "found", find_model(CARD_MODEL if on_card else self.model, "cpu"))
 
     @property
-    def is_town(self) -> bool:
-        return Path(self.model_path).resolve() == TOWN_MODEL
+    def model_path(self) -> str:
+        return self.found.name
+
+    @property
+    def notes_folder(self) -> Path | None:
+        own = self.found.data_dir
+        return self.data or (own if own.is_dir() else None)
+
+    @property
+    def notes_budget(self) -> int:
+        """Notes leave most of a slot to what is said."""
+        return min(self.notes_tokens, self.shapes.ctx_len // CONTEXT_SHARE)
+
+    @property
+    def notes_separator(self) -> str:
+        profile = read_model_profile(self.model_path) if self.found.is_local else {}
+        return self.separator or str(profile.get("separator") or DEFAULT_SEPARATOR)
 
 
 def open_engine(settings: AI100Settings) -> AI100Engine:
@@ -64,23 +87,39 @@ def open_engine(settings: AI100Settings) -> AI100Engine:
         random=settings.random_weights,
     )
     try:
+        embed, knows_sentences = _embedding(settings, runtime)
+        notes = _notes(settings, runtime, embed if knows_sentences else None)
         return AI100Engine(
             runtime,
             settings.served_model_name or settings.model_path,
-            _topics(settings, lists, runtime),
+            _topics(settings, lists, embed, notes if knows_sentences or embed is None else NO_NOTES),
             max_context=settings.max_context,
             gen_len=settings.gen_len,
             use_cache=settings.use_cache,
+            notes=notes,
         )
     except BaseException:
         runtime.close()
         raise
 
 
-def _topics(settings: AI100Settings, lists: dict[str, tuple[str, ...]], runtime: Runtime) -> Topics:
+def _embedding(settings: AI100Settings, runtime: Runtime) -> tuple[Embed | None, bool]:
+    """For topics by embedding. And whether it is a sentence model's: long texts say nothing to another."""
     if settings.topics == "keyword":
-        return KeywordTopics(lists, settings.threshold)
+        return None, False
     from ai100.embeddings import local_embedding
 
-    embed = local_embedding(settings.model_path, runtime.tokenizer, settings.sentence_model)
-    return EmbeddingTopics(embed, lists, settings.threshold)
+    return local_embedding(settings.model_path, runtime.tokenizer, settings.sentence_model)
+
+
+def _notes(settings: AI100Settings, runtime: Runtime, embed: Embed | None) -> Notes:
+    folder = settings.notes_folder
+    if folder is None:
+        return Notes(separator=settings.notes_separator)
+    return load_notes(folder, runtime.tokenizer, settings.notes_budget, settings.notes_separator, embed)
+
+
+def _topics(settings: AI100Settings, lists: dict[str, tuple[str, ...]], embed: Embed | None, notes: Notes) -> Topics:
+    if embed is None:
+        return KeywordTopics(lists, settings.threshold, notes)
+    return EmbeddingTopics(embed, lists, settings.threshold, notes)

@@ -32,8 +32,12 @@ def words(text: str) -> list[str]:
 @lru_cache(maxsize=4096)
 def content_words(text: str) -> tuple[str, ...]:
     """The stems of words that say what a text is about, in order, each once."""
-    told = (word for word in words(text) if word not in _STOPS and word not in _REFERRING)
-    return tuple(dict.fromkeys(stem(word) for word in told))
+    return tuple(dict.fromkeys(telling_stems(text)))
+
+
+def telling_stems(text: str) -> list[str]:
+    """As `content_words`, each as often as it stands there."""
+    return [stem(word) for word in words(text) if word not in _STOPS and word not in _REFERRING]
 
 
 def stem(word: str) -> str:
@@ -49,6 +53,15 @@ def is_follow_up(text: str) -> bool:
     """Whether a message can't be understood alone: it refers to something, continues, or says nothing of its own."""
     said = text.strip().lower()
     return said.startswith(_CONTINUATIONS) or not content_words(text) or not _REFERRING.isdisjoint(words(text))
+
+
+def has_name(text: str) -> bool:
+    """Whether a word inside a sentence is written large, as names are in English."""
+    return any(
+        word[0].isupper() and word.lower() not in _STOPS
+        for sentence in re.split(r"[.!?:]\s+", text.strip())
+        for word in _WORD.findall(sentence)[1:]
+    )
 
 
 def _short(stemmed: str) -> str:

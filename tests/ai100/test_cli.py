@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from kvarena.cli import app
 
-SMALL = ["--ctx-len", "2560", "--kv-cache-batch-size", "2", "--gen-len", "20", "--prefill-seq-len", "256"]
+SMALL = ["--model", "town", "--ctx-len", "2048", "--full-batch-size", "1", "--kv-cache-batch-size", "2"]
+SMALL += ["--gen-len", "20", "--prefill-seq-len", "256", "--notes-tokens", "600"]
 QUESTIONS = ["What colour is the door of Thea?", "And what does she collect?"]
 LINE = re.compile(r"\[(NEW|INCR|RESET|FULL)\] Slot (\d) \| Turn (\d) \| Prefilled (\d+) tokens \| First token")
 
@@ -48,7 +49,7 @@ def test_batch_on_the_town_model() -> None:
     assert "shells" in output
     assert first[:3] == ("NEW", "0", "1")
     assert second[:3] == ("INCR", "0", "2")
-    assert int(second[3]) < 30 < 1000 < int(first[3]), "the notes are prefilled once"
+    assert int(second[3]) < 30 < 400 < int(first[3]) < 700, "its own notes are prefilled, and once"
     assert "topic 'townspeople'" in output
 
 
@@ -94,6 +95,8 @@ def test_json_without_the_cache(notes: list[str]) -> None:
         (["--max-context", "0"], "max_context"),
         (["--full-batch-size", "9"], "full_batch_size 9"),
         (["--model", "/nothing"], "/nothing"),
+        (["--data", "/nothing"], "/nothing"),
+        (["--notes-tokens", "-1"], "notes_tokens"),
     ],
 )
 def test_bad_command_lines_say_what_is_wrong(arguments: Sequence[str], says: str) -> None:
@@ -106,7 +109,7 @@ def test_bad_command_lines_say_what_is_wrong(arguments: Sequence[str], says: str
 def test_what_cannot_be_answered_fails_and_the_rest_is_asked(notes: list[str]) -> None:
     result = CliRunner().invoke(app, ["ai100", "chat", *SMALL, *notes, "--batch", "word " * 3000, QUESTIONS[0]])
     assert result.exit_code == 1
-    assert "2560" in result.output
+    assert "2048" in result.output
     assert "grey" in result.output
 
 
@@ -119,6 +122,8 @@ def test_the_server_as_a_process(tmp_path: Path) -> None:
         "--port",
         "18004",
         "--served-model-name",
+        "town",
+        "--model",
         "town",
         "--runtime",
         "host",

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 from ai100.engine import AI100Engine
 from ai100.runtimes.registry import open_runtime
 from ai100.runtimes.runtime import StaticShapes
-from ai100.settings import TOWN_MODEL
 from ai100.topics import KeywordTopics, load_topics
 from ai100_engine import AI100, CHAT_TEMPLATE, LISTS, MAX_TOKENS, Answer, at_once, make_ai100, read
 from kvarena.api.engine import Sampling
+from kvarena.stack.model import find_model
 from tiny_models import WORDS
 
 NUM_TURNS = 30
+TOWN = Path(find_model("town", "cpu").name)
 Make = Callable[..., AI100]
 
 
@@ -144,8 +145,8 @@ def test_a_context_of_any_small_length_is_filled_and_never_passed(make: Make) ->
 
 def test_the_town_model_whose_answers_end_by_themselves() -> None:
     """The end-of-sequence token has no KV yet: it is the first token of the follow-up's prefill."""
-    reference: Any = AutoModelForCausalLM.from_pretrained(TOWN_MODEL, dtype=torch.float32).eval()
-    ai100 = make_ai100(TOWN_MODEL, StaticShapes(64, 512, 1, 2), KeywordTopics(load_topics()), reference=reference)
+    reference: Any = AutoModelForCausalLM.from_pretrained(TOWN, dtype=torch.float32).eval()
+    ai100 = make_ai100(TOWN, StaticShapes(64, 512, 1, 2), KeywordTopics(load_topics()), reference=reference)
     notes = {
         "role": "system",
         "content": "Use only the notes below.<note>Igor keeps bees. The door of Igor is pink.<note>",
