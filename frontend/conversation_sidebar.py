@@ -10,14 +10,12 @@ import streamlit as st
 import state
 from chats import OpenChat
 from documents_view import draw_remarks
-from history import Context
 from servers_view import draw_servers
-from slot_chat import CACHED, MODES, UNCACHED
+from slot_chat import CACHED, MODES, UNCACHED, SlotContext
 from slot_session import SlotSession
 from wire import Sampling
 
 KEEP: Final = "session"
-NUM_DEFAULT_NOTES = 12
 BOTH = "Both"
 CHOICES = {BOTH: MODES, CACHED.title: (CACHED,), UNCACHED.title: (UNCACHED,)}
 
@@ -26,7 +24,7 @@ CHOICES = {BOTH: MODES, CACHED.title: (CACHED,), UNCACHED.title: (UNCACHED,)}
 class Choices:
     """`sessions` are those that answer the next message."""
 
-    context: Context
+    context: SlotContext
     sessions: dict[str, SlotSession]
     in_sequence: bool
     is_up: bool
@@ -34,7 +32,7 @@ class Choices:
     max_tokens: int
 
     def sampling(self, conversation: str) -> Sampling:
-        return Sampling(self.temperature, self.max_tokens, user=conversation)
+        return Sampling(self.temperature, self.max_tokens, user=conversation, notes=self.context.notes)
 
 
 def draw_sidebar(opened: OpenChat) -> Choices:
@@ -80,33 +78,30 @@ def _draw_modes() -> tuple[list[str], bool]:
     return [mode.name for mode in CHOICES[chosen or BOTH]], in_sequence
 
 
-def _draw_context(opened: OpenChat) -> Context:
-    """The system message that every topic has: a prompt, and text files of the data folder."""
-    chunks = state.chunk_files()
-    _begin(opened, list(chunks))
+def _draw_context(opened: OpenChat) -> SlotContext:
+    """What every topic begins with: the system prompt, and notes that the server chooses for it."""
+    _begin(opened)
     st.subheader("What the model knows")
-    st.session_state["notes"] = [name for name in st.session_state["notes"] if name in chunks]
-    notes = st.multiselect(
-        "Notes",
-        list(chunks),
-        key="notes",
+    notes = st.toggle(
+        "Notes for each topic",
+        key="conversation-notes",
         persist_state=KEEP,
-        placeholder="Pick text files",
-        help="They stand in the system message. Another choice of them begins a new conversation.",
+        help="The server takes those of the data folder that fit a topic's first message into its system message, and "
+        "adds to a later message what it needs beyond them. Another choice begins a new conversation.",
     )
     draw_remarks(state.folder_documents())
     system = st.text_area("System prompt", key="conversation-system", height=80, persist_state=KEEP)
-    return Context(system.strip(), tuple(chunks[name] for name in notes), state.separator())
+    return SlotContext(system.strip(), notes=notes)
 
 
-def _begin(opened: OpenChat, names: list[str]) -> None:
-    """A page's first script run takes up where its chat stands, or with the first notes of the folder."""
-    if "notes" in st.session_state:
+def _begin(opened: OpenChat) -> None:
+    """A page's first script run takes up where its chat stands, or with the folder's system prompt and notes."""
+    if "conversation-notes" in st.session_state:
         return
     turns = opened.chat.turns
     context = turns[-1].context if turns else None
     st.session_state["conversation-system"] = context.system if context else state.folder_documents().system
-    st.session_state["notes"] = [c.name for c in context.chunks] if context else names[:NUM_DEFAULT_NOTES]
+    st.session_state["conversation-notes"] = context.notes if isinstance(context, SlotContext) else True
 
 
 def _start_new(opened: OpenChat) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from figures import Figures
 from history import Chat, Context, Turn
-from kvarena.context import join_chunks
 from settings import Contender
 from slots import SlotTable, changes
 
@@ -30,6 +29,13 @@ class Mode:
 CACHED = Mode("cached", "With slots", use_cache=True)
 UNCACHED = Mode("uncached", "Without", use_cache=False)
 MODES = (CACHED, UNCACHED)
+
+
+@dataclass(frozen=True)
+class SlotContext(Context):
+    """`notes`: the server adds those of its folder that fit a topic."""
+
+    notes: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,8 @@ class SlotChat(Chat):
     _num_noted: int = 0
 
     def messages(self, contender: str, context: Context, question: str) -> list[dict[str, str]]:
-        """The chunks stand in the system message, which every topic has. Answers are as they came."""
-        system = context.system + join_chunks(context.texts, context.separator)
-        messages = [{"role": "system", "content": system}] if system else []
+        """The system prompt is every topic's. Answers are as they came."""
+        messages = [{"role": "system", "content": context.system}] if context.system else []
         for turn in self.conversation(context):
             if said := _said(turn):
                 messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": said}]

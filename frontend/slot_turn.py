@@ -19,7 +19,8 @@ STATUS_LABELS = {
 class SlotTurn:
     """`turn` counts those of the topic, `prefill_ms` ends with the first token; times are the server's.
 
-    `slot` and `status` are None for a turn that ended before it had a slot, `reason` says why a topic was reset.
+    `slot` and `status` are None for a turn that ended before it had a slot, `reason` says why a topic was reset,
+    `notes` names those in its prompt.
     """
 
     topic: str
@@ -32,6 +33,7 @@ class SlotTurn:
     prefill_ms: float
     decode_ms: float
     total_ms: float
+    notes: str = ""
 
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> SlotTurn:
@@ -47,6 +49,7 @@ class SlotTurn:
             prefill_ms=timings["prefill_ms"],
             decode_ms=timings["decode_ms"],
             total_ms=timings["total_ms"],
+            notes=report.get("notes") or "",
         )
 
 
@@ -54,13 +57,14 @@ def slot_turn_html(turn: SlotTurn) -> str:
     status = turn.status or ""
     slot = "no slot" if turn.slot is None else f"slot {turn.slot}"
     reason = f'<div data-testid="reset-reason">{escape(turn.reason)}</div>' if turn.reason else ""
+    notes = f'<div data-testid="notes">notes: {escape(turn.notes)}</div>' if turn.notes else ""
     return (
         f'<div class="ka-task" data-testid="slot-turn" data-status="{escape(status)}" '
         f'data-topic="{escape(turn.topic)}" data-turn="{turn.turn}">'
         f'<span class="ka-badge ka-status-{escape(status)}">{escape(STATUS_LABELS.get(status, status))}</span> '
         f"<b>{escape(turn.topic)}</b> in {slot}, turn {turn.turn}: prefilled "
         f"{_number('num_prefilled_tokens', turn.num_prefilled_tokens, f'{turn.num_prefilled_tokens:,}')} tokens"
-        f"{reason}<div>{_times(turn)}</div></div>"
+        f"{reason}{notes}<div>{_times(turn)}</div></div>"
     )
 
 

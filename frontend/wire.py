@@ -99,8 +99,8 @@ class Server:
 @dataclass(frozen=True)
 class Sampling:
     """What is asked of every contender alike. `recomputing` goes to those that blend, `mode` and `similarity_threshold`
-    to those that look for similar prompts, `use_cache` to those with KV slots; None: their default. `user` names a
-    conversation, where it isn't empty.
+    to those that look for similar prompts, `use_cache` and `notes` (whether the server adds notes of its own) to those
+    with KV slots; None: their default. `user` names a conversation, where it isn't empty.
     """
 
     temperature: float = 0.0
@@ -110,6 +110,7 @@ class Sampling:
     mode: str | None = None
     similarity_threshold: float | None = None
     use_cache: bool | None = None
+    notes: bool = False
     user: str = ""
 
 
@@ -140,5 +141,5 @@ def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
     elif server.simllm:
         chosen = {"mode": sampling.mode, "similarity_threshold": sampling.similarity_threshold}
     elif server.has_slots:
-        chosen = {"use_cache": sampling.use_cache}
+        chosen = {"use_cache": sampling.use_cache, "notes": sampling.notes}
     return {key: value for key, value in chosen.items() if value is not None}

@@ -49,6 +49,7 @@ AI100_REPORT = {
     "contender": "ai100",
     "approximate": False,
     "topic": "<i>cooking</i>",
+    "notes": "bread, <i>salt</i>",
     "slot": 1,
     "turn": 2,
     "status": "INCREMENTAL_PREFILL",

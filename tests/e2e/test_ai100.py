@@ -15,8 +15,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with started(tmp_path_factory.mktemp("ai100"), "--contenders", "ai100") as stack:
-        yield stack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AI100_NOTES_TOKENS", "600")  # a fact of the town's is one of twenty in its note
+        with started(tmp_path_factory.mktemp("ai100"), "--contenders", "ai100", "--model", "town") as stack:
+            yield stack
 
 
 def status(page: Page, name: str) -> str | None:

@@ -20,8 +20,7 @@ Open = Callable[..., AppTest]
 
 @pytest.fixture
 def open_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Open:
-    """The page over one server of this name, and the notes `one`."""
-    (tmp_path / "one.txt").write_text("This is one.")
+    """The page over one server of this name, and a folder with a system prompt."""
     (tmp_path / "sys_prompt.txt").write_text("Be brief.")
 
     def page(server: SmallServer, name: str = "ai100") -> AppTest:
@@ -49,11 +48,11 @@ def test_a_message_goes_to_both_modes_with_the_same_messages(small_server, open_
     page = open_page(server)
     page.chat_input[0].set_value("Who?").run()
     cached, uncached = server.completions()
-    assert cached["kv_transfer_params"]["kvarena"] == {"use_cache": True}
-    assert uncached["kv_transfer_params"]["kvarena"] == {"use_cache": False}
+    assert cached["kv_transfer_params"]["kvarena"] == {"use_cache": True, "notes": True}
+    assert uncached["kv_transfer_params"]["kvarena"] == {"use_cache": False, "notes": True}
     assert cached["user"] != uncached["user"]
     assert cached["messages"] == uncached["messages"]
-    assert cached["messages"][0]["content"] == "Be brief. # # This is one. # # "
+    assert cached["messages"][0]["content"] == "Be brief.", "notes are the server's to choose"
     body = html(page)
     assert all(f'data-testid="pane-{name}" data-state="done"' in body for name in ("cached", "uncached"))
     assert body.count('data-testid="slot-turn"') == 2
@@ -70,6 +69,19 @@ def test_a_follow_up_goes_on_with_the_conversation_letter_for_letter(small_serve
     assert [message["content"] for message in second["messages"][1:]] == ["Who?", " Hello, world", "And why?"]
 
 
+def test_without_notes_a_new_conversation_begins(small_server, open_page: Open) -> None:
+    server = slot_server(small_server)
+    page = open_page(server)
+    page.segmented_control(key="modes").set_value("With slots").run()
+    page.chat_input[0].set_value("Who?").run()
+    page.toggle(key="conversation-notes").set_value(False).run()
+    page.chat_input[0].set_value("And why?").run()
+    with_notes, without = server.completions()
+    assert without["kv_transfer_params"]["kvarena"]["notes"] is False
+    assert without["user"] != with_notes["user"]
+    assert len(without["messages"]) == 2, "the system prompt and the question"
+
+
 @pytest.mark.parametrize(("choice", "use_cache"), [("With slots", True), ("Without", False)])
 def test_one_mode_alone(small_server, open_page: Open, choice: str, use_cache: bool) -> None:
     server = slot_server(small_server)
@@ -77,7 +89,7 @@ def test_one_mode_alone(small_server, open_page: Open, choice: str, use_cache: b
     page.segmented_control(key="modes").set_value(choice).run()
     page.chat_input[0].set_value("Who?").run()
     (asked,) = server.completions()
-    assert asked["kv_transfer_params"]["kvarena"] == {"use_cache": use_cache}
+    assert asked["kv_transfer_params"]["kvarena"] == {"use_cache": use_cache, "notes": True}
     assert 'data-testid="saved"' not in html(page), "nothing to compare with"
 
 

@@ -6,20 +6,19 @@ import time
 from typing import Any
 
 from figures import Figures, with_report
-from history import Context, Turn
-from kvarena.context import TextChunk
+from history import Turn
 from runs import Run
 from settings import Contender
-from slot_chat import MODES, SlotChat
+from slot_chat import MODES, SlotChat, SlotContext
 from slot_rows import row
 from slot_session import SlotSession
 from slots import SlotTable
 from small_openai_server import AI100_OFFER, AI100_REPORT
 from wire import Sampling
 
-CONTEXT = Context("Be brief.", (TextChunk("one", "Salt is white."),), " # ")
+CONTEXT = SlotContext("Be brief.")
 SERVER = Contender("ai100", "Slots", "http://127.0.0.1:8004")
-SYSTEM = {"role": "system", "content": "Be brief. # Salt is white. # "}
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def table(*rows: dict[str, Any]) -> SlotTable:
@@ -34,7 +33,7 @@ def add_turn(chat: SlotChat, cached: str, uncached: str, states: tuple[str, str]
     return turn
 
 
-def test_both_modes_get_the_same_messages_with_the_chunks_in_the_system_message() -> None:
+def test_both_modes_get_the_same_messages() -> None:
     chat = SlotChat()
     add_turn(chat, " white", " white")
     expected = [
@@ -44,7 +43,7 @@ def test_both_modes_get_the_same_messages_with_the_chunks_in_the_system_message(
         {"role": "user", "content": "And sugar?"},
     ]
     assert all(chat.messages(mode.name, CONTEXT, "And sugar?") == expected for mode in MODES)
-    assert chat.messages("cached", Context(), "Hello?") == [{"role": "user", "content": "Hello?"}]
+    assert chat.messages("cached", SlotContext(), "Hello?") == [{"role": "user", "content": "Hello?"}]
 
 
 def test_a_whole_answer_goes_before_a_partial_one_and_an_unanswered_turn_is_left_out() -> None:
@@ -65,7 +64,7 @@ def test_a_conversation_without_answers_yet_has_a_name_that_no_turn_had() -> Non
     add_turn(chat, " white", " white")
     assert first != second
     assert chat.name(CONTEXT) == second
-    assert chat.name(Context("Be long.")) not in (first, second)
+    assert chat.name(SlotContext("Be long.")) not in (first, second)
     assert SlotChat().name(CONTEXT) != first
 
 

@@ -47,8 +47,9 @@ def test_a_reset_says_why_and_a_turn_without_a_slot_says_so() -> None:
 def test_the_mode_and_the_conversation_go_into_the_request() -> None:
     server = Server.read({"id": "town"}, AI100_OFFER)
     body = completion_request(server, [], Sampling(use_cache=False, user="a"))
-    assert (body["kv_transfer_params"], body["user"]) == ({"kvarena": {"use_cache": False}}, "a")
-    assert "kv_transfer_params" not in completion_request(server, [], Sampling())
+    assert (body["kv_transfer_params"], body["user"]) == ({"kvarena": {"use_cache": False, "notes": False}}, "a")
+    arena = completion_request(server, [], Sampling())
+    assert arena["kv_transfer_params"] == {"kvarena": {"notes": False}}, "the arena brings the context itself"
     assert "user" not in completion_request(server, [], Sampling())
     other = Server.read({"id": "town"}, None)
     assert "kv_transfer_params" not in completion_request(other, [], Sampling(use_cache=False))

@@ -70,6 +70,7 @@ def test_ai100_serves_the_stacks_model_in_slots_as_long_as_its_context(home: Hom
     assert option(ai100, "--kv-cache-batch-size") == "3"
     assert option(ai100, "--topics-file") == str(project_root() / "topics.yaml")
     assert option(ai100, "--ctx-len") == "512"
+    assert option(ai100, "--data") == services["page"].environment["KVARENA_DATA_DIR"]
     assert option(ai100, "--load-format") == "dummy"
     assert option(ai100, "--served-model-name") == option(services["plain"], "--served-model-name")
     assert "--full-batch-size" not in ai100.command, "the server's own default"

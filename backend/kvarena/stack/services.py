@@ -145,9 +145,15 @@ def _simllm_options(plan: Plan) -> Options:
 
 
 def _ai100_options(plan: Plan) -> Options:
-    """Every slot has the length of the context."""
+    """Every slot has the length of the context; notes are those of the page."""
     chosen = {f"--{key.replace('_', '-')}": value for key, value in asdict(plan.ai100).items()}
-    return {**chosen, "--ctx-len": plan.ai100.ctx_len or plan.max_model_len}
+    data = plan.data_dir if plan.data_dir.is_dir() else None
+    return {
+        **chosen,
+        "--ctx-len": plan.ai100.ctx_len or plan.max_model_len,
+        "--data": data,
+        "--separator": plan.blend.separator,
+    }
 
 
 ENGINE_MODULES = {

@@ -102,6 +102,7 @@ class AI100Choices:
     topics: str | None
     topics_file: Path | None
     threshold: float | None
+    notes_tokens: int | None
 
 
 class Settings(BaseSettings):
@@ -167,6 +168,7 @@ class Settings(BaseSettings):
     ai100_topics: AI100Topics | None = None
     ai100_topics_file: Path | None = None
     ai100_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    ai100_notes_tokens: Annotated[int, Field(ge=0)] | None = None
 
     separator: str | None = None
     blend_policy: str | None = None
