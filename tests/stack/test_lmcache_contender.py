@@ -1,57 +1,177 @@
-"""The contender lmcache as a user runs it: stock vLLM over the LMCache server, beside plain vLLM."""
+"""The contender lmcache as a user runs it: vLLM over the LMCache server, beside plain vLLM."""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
+from kvarena.stack.home import Home
+from kvarena.stack.record import read_record
 from running_stack import Stack, started
 from tiny_models import random_text, save_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 PIECE_TOKENS = 32
+LONG_ANSWER_TOKENS = 400
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    model = save_tiny_model(tmp_path_factory.mktemp("tiny"))
-    options = ("--contenders", "plain,lmcache", "--no-ui", "--model", str(model))
+    model, data = save_tiny_model(tmp_path_factory.mktemp("tiny")), tmp_path_factory.mktemp("data")
+    (data / "note.md").write_text("tea and rain")
+    options = ("--contenders", "plain,lmcache", "--no-ui", "--model", str(model), "--data", str(data))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", "none")  # without a compiler vLLM's servers compile nothing, which takes them minutes
         with started(tmp_path_factory.mktemp("lmcache"), *options) as stack:
             yield stack
 
 
-def ask(stack: Stack, name: str, prompt: str) -> tuple[list[int], int, int]:
+@pytest.fixture(scope="module")
+def plain(stack: Stack) -> Iterator[httpx.Client]:
+    with stack.client("plain") as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def lmcache(stack: Stack) -> Iterator[httpx.Client]:
+    with stack.client("lmcache") as http:
+        yield http
+
+
+def ask(http: httpx.Client, prompt: str) -> tuple[list[int], int, int]:
     """The answer's tokens, the prompt's length, and how many of its tokens were cached."""
-    request: dict[str, Any] = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "return_token_ids": True}
-    with stack.client(name) as http:
-        request["model"] = http.get("/v1/models").json()["data"][0]["id"]
-        answer: dict[str, Any] = http.post("/v1/completions", json=request).raise_for_status().json()
+    answer: dict[str, Any] = http.post("/v1/completions", json=request(prompt)).raise_for_status().json()
     usage = answer["usage"]
     return answer["choices"][0]["token_ids"], usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
 
-def test_prefixes_survive_vllms_restart_and_the_servers_death_costs_only_speed(stack: Stack) -> None:
+def request(prompt: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "max_tokens": 16, "temperature": 0, "return_token_ids": True} | more
+
+
+def long_answer(http: httpx.Client, prompt: str, under_way: Callable[[], object] = lambda: None) -> list[int]:
+    """Its tokens. `under_way` is called when the first of them has come."""
+    tokens: list[int] = []
+    body = request(prompt, max_tokens=LONG_ANSWER_TOKENS, ignore_eos=True, stream=True)
+    with http.stream("POST", "/v1/completions", json=body) as reply:
+        reply.raise_for_status()
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                if not tokens:
+                    under_way()
+                tokens += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
+    return tokens
+
+
+def restart_vllm(stack: Stack) -> None:
+    restarted = stack.command("restart", "lmcache", timeout_s=600)
+    assert restarted.returncode == 0, restarted.stderr
+
+
+def num_stored_bytes(stack: Stack) -> float:
+    """0 while there is no server."""
+    record = read_record(Home(stack.home))
+    server = record.service("lmcache-server") if record else None
+    assert server
+    try:
+        metrics = httpx.get(f"http://127.0.0.1:{server.other_ports[0]}/metrics", trust_env=False, timeout=5).text
+    except httpx.TransportError:
+        return 0.0
+    found = [line for line in metrics.splitlines() if line.startswith("lmcache_mp_l1_memory_usage_bytes")]
+    return sum(float(line.split()[-1]) for line in found)
+
+
+def ask_until_stored(stack: Stack, plain: httpx.Client, lmcache: httpx.Client, rng: random.Random) -> str:
+    """The first prompt that LMCache keeps once its server is back."""
+    stops_by = time.monotonic() + 300
+    while time.monotonic() < stops_by:
+        before, prompt = num_stored_bytes(stack), random_text(rng, 300)
+        assert ask(lmcache, prompt)[0] == ask(plain, prompt)[0]
+        if num_stored_bytes(stack) > before:
+            return prompt
+        time.sleep(1)
+    raise AssertionError("nothing is stored after the server's return")
+
+
+def test_prefixes_survive_vllms_restart_and_a_lost_server_costs_only_speed(
+    stack: Stack, plain: httpx.Client, lmcache: httpx.Client
+) -> None:
     rng = random.Random(3)
     first, second = random_text(rng, 300), random_text(rng, 300)
     longer = first + " " + random_text(rng, 60)
-    expected = {prompt: ask(stack, "plain", prompt)[0] for prompt in (first, longer, second)}
+    expected = {prompt: ask(plain, prompt)[0] for prompt in (first, longer, second)}
 
-    assert ask(stack, "lmcache", first)[::2] == (expected[first], 0)
-    restarted = stack.command("restart", "lmcache", timeout_s=300)
-    assert restarted.returncode == 0, restarted.stderr
-    tokens, num_first_tokens, num_cached = ask(stack, "lmcache", first)
+    assert ask(lmcache, first)[::2] == (expected[first], 0)
+    assert ask(lmcache, second)[::2] == (expected[second], 0)
+    restart_vllm(stack)
+    tokens, num_first_tokens, num_cached = ask(lmcache, first)
     assert tokens == expected[first]
     assert num_cached == (num_first_tokens - 1) // PIECE_TOKENS * PIECE_TOKENS, "whole pieces, vLLM's cache was empty"
-    tokens, _, num_cached = ask(stack, "lmcache", longer)
+    tokens, _, num_cached = ask(lmcache, longer)
     assert tokens == expected[longer]
     assert num_cached >= num_first_tokens - PIECE_TOKENS
 
-    psutil.Process(stack.service("lmcache-server")["pid"]).kill()
-    assert ask(stack, "lmcache", second)[::2] == (expected[second], 0)
-    assert ask(stack, "lmcache", longer)[0] == expected[longer]
+    lost = lose_server(stack, plain, lmcache, rng, signal.SIGSTOP, known=[second, longer])
+    again = ask_until_stored(stack, plain, lmcache, rng)
+    restart_vllm(stack)
+    assert_found_again(plain, lmcache, again)
+    for prompt in lost:
+        assert ask(lmcache, prompt)[0] == ask(plain, prompt)[0], "no KV that nobody stored"
+
+    lose_server(stack, plain, lmcache, rng, signal.SIGKILL, known=[second, longer])
+    again = ask_until_stored(stack, plain, lmcache, rng)
+    restart_vllm(stack)
+    assert_found_again(plain, lmcache, again)
+
+
+def lose_server(
+    stack: Stack,
+    plain: httpx.Client,
+    lmcache: httpx.Client,
+    rng: random.Random,
+    loss: signal.Signals,
+    known: list[str],
+) -> list[str]:
+    """With answers under way, and eight prompts at once while it is gone. All are plain's, by the same processes.
+
+    Returns the new prompts that were asked meanwhile.
+    """
+    new, long = [random_text(rng, 300) for _ in range(6)], [random_text(rng, 200) for _ in range(2)]
+    prompts = [*new, *known]
+    expected = [ask(plain, prompt)[0] for prompt in prompts]
+    expected_long = [long_answer(plain, prompt) for prompt in long]
+    server, vllm = (psutil.Process(stack.service(name)["pid"]) for name in ("lmcache-server", "lmcache"))
+    engine = {process.pid for process in vllm.children(recursive=True)}
+
+    under_way = Barrier(len(long) + 1, timeout=120)
+    with ThreadPoolExecutor(16) as pool:
+        running = [pool.submit(long_answer, lmcache, prompt, under_way.wait) for prompt in long]
+        under_way.wait()
+        server.send_signal(loss)
+        try:
+            answers = list(pool.map(lambda prompt: ask(lmcache, prompt)[0], prompts))
+            assert answers == expected
+            assert [answer.result() for answer in running] == expected_long
+            assert [ask(lmcache, prompt)[0] for prompt in prompts] == expected
+        finally:
+            if loss == signal.SIGSTOP:
+                server.send_signal(signal.SIGCONT)
+    assert stack.service("lmcache")["pid"] == vllm.pid
+    assert engine <= {process.pid for process in vllm.children(recursive=True)}, "its engine is another"
+    return new
+
+
+def assert_found_again(plain: httpx.Client, lmcache: httpx.Client, prompt: str) -> None:
+    tokens, num_tokens, num_cached = ask(lmcache, prompt)
+    assert tokens == ask(plain, prompt)[0]
+    assert num_cached == (num_tokens - 1) // PIECE_TOKENS * PIECE_TOKENS

@@ -24,7 +24,8 @@ def test_lmcaches_own_connector_is_stock_vllm_on_the_same_server(home: Home, tmp
     assert (lmcache.port, server.port, lmcache.depends_on) == (9005, 9502, ("lmcache-server",))
     assert lmcache.environment["VLLM_PLUGINS"] == ""
     connector = json.loads(option(lmcache, "--kv-transfer-config"))
-    assert connector["kv_connector"] == "LMCacheMPConnector"
+    assert connector["kv_connector"] == "FailSafeLMCacheConnector"
+    assert connector["kv_load_failure_policy"] == "recompute", "else a prefix that can't be loaded is an error"
     settings = connector["kv_connector_extra_config"]
     assert f"{settings['lmcache.mp.host']}:{settings['lmcache.mp.port']}" == server.address
     assert int(option(server, "--chunk-size")) % int(option(lmcache, "--block-size")) == 0

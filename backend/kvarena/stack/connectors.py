@@ -35,10 +35,10 @@ def _lmcache_blend(plan: Plan) -> list[str]:
 
 
 def _lmcache_connector(plan: Plan) -> list[str]:
-    """LMCache's own connector, on the server that has the blend's chunks.
+    """LMCache's own connector, failing safe, on the server that has the blend's chunks.
 
     The server's pieces must be whole blocks of vLLM's, and those have 128 tokens on a CPU where nobody says otherwise.
-    A server that is gone is missed after one heartbeat, and a request that had asked it waits for the time-out.
+    A server that is gone or hangs is missed within a heartbeat or two, or when something asked of it times out.
     """
     settings = {
         "lmcache.mp.host": f"tcp://{plan.network.host(LMCACHE_SERVER)}",
@@ -46,6 +46,12 @@ def _lmcache_connector(plan: Plan) -> list[str]:
         "lmcache.mp.mq_timeout": LMCACHE_TIMEOUT_S,
         "lmcache.mp.heartbeat_interval": LMCACHE_HEARTBEAT_S,
     }
-    connector = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": settings}
+    connector = {
+        "kv_connector": "FailSafeLMCacheConnector",
+        "kv_connector_module_path": "kvarena.vllm_plugin.lmcache_connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": settings,
+    }
     blocks = ["--block-size", str(LMCACHE_CHUNK_TOKENS)] if plan.profile == "cpu" else []
     return [*blocks, "--kv-transfer-config", json.dumps(connector)]
