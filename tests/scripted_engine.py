@@ -1,7 +1,8 @@
 """A deterministic engine for tests of the HTTP layer: it answers with the text that its prompt asks for.
 
 The tokenizer is a real byte-level BPE one. A prompt's last line is the script: `say <text>` is tokenised and streamed
-token by token; other words make it wait, fail, or never end. The first half of a prompt counts as reused.
+token by token; other words make it wait, fail, or never end. The first half of a prompt counts as reused. With a
+`Pace` every answer goes on as the test lets it, whatever its prompt says.
 """
 
 from __future__ import annotations
@@ -36,6 +37,29 @@ class ScriptedOptions(BaseModel):
     depth: int = 1
 
 
+class Pace:
+    """A test's hand on all answers of an engine: none has more tokens than `let` through, or ends before `end`."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._over = False
+
+    def let(self, num_tokens: int) -> None:
+        """So many more of each answer."""
+        self._num_tokens += num_tokens
+
+    def end(self) -> None:
+        self._over = True
+
+    def positions(self, closed: threading.Event) -> Iterator[int]:
+        """Of the tokens of one answer, as they come; until the end, or until it is closed."""
+        count = 0
+        while not closed.wait(0.002) and not (self._over and count == self._num_tokens):
+            while count < self._num_tokens and not closed.is_set():
+                yield count
+                count += 1
+
+
 @dataclass
 class ScriptedEngine:
     """`requests`: what it was asked. `open`: generations that are not closed yet."""
@@ -45,6 +69,7 @@ class ScriptedEngine:
     model_name: str = "tiny"
     max_model_len: int = MAX_MODEL_LEN
     options_model: type[BaseModel] | None = ScriptedOptions
+    pace: Pace | None = None
     tokenizer: PreTrainedTokenizerFast = field(default_factory=tokenizer)
     requests: list[GenerationRequest] = field(default_factory=list)
     open: set[int] = field(default_factory=set)
@@ -87,6 +112,11 @@ class ScriptedGeneration:
         self._engine.open.discard(id(self))
 
     def __iter__(self) -> Iterator[GeneratedToken]:
+        if self._engine.pace:
+            words = self._engine.tokenizer.encode(" tea", add_special_tokens=False)
+            yield from (self._token(words[at % len(words)]) for at in self._engine.pace.positions(self._closed))
+            self.finish_reason = None if self._closed.is_set() else "stop"
+            return
         word, _, rest = self._script.partition(" ")
         if word == "refuse":
             raise ValueError("refused before the first token; nothing is accepted")

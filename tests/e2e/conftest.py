@@ -10,11 +10,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from e2e.steps import opened
 from running_stack import Stack, started
 
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -26,7 +26,6 @@ BROWSER_FLAGS = (
     "--disable-component-update",
     "--no-first-run",
 )
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 @pytest.fixture(scope="session")
@@ -51,19 +50,5 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(stack: Stack, browser: Browser) -> Iterator[Page]:
-    """The open page. The test fails when anything in it asked for an address beyond loopback."""
-    page = browser.new_page(viewport={"width": 1440, "height": 900})
-    addresses: list[str] = []
-    page.on("request", lambda request: addresses.append(request.url))
-    page.on("websocket", lambda websocket: addresses.append(websocket.url))
-    page.goto(stack.address("page"))
-    page.get_by_test_id("context").wait_for(timeout=60_000)
-    yield page
-    page.close()
-    assert addresses
-    assert not [url for url in addresses if not _is_local(url)]
-
-
-def _is_local(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme in ("data", "blob", "about") or parts.hostname in LOOPBACK
+    with opened(browser, stack.address("page")) as page:
+        yield page

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
-from playwright.sync_api import Locator, Page, expect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Browser, Locator, Page, expect
 
 ANSWER_MS = 120_000
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+@contextmanager
+def opened(browser: Browser, url: str) -> Iterator[Page]:
+    """The open page. The test fails when anything in it asked for an address beyond loopback."""
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    addresses: list[str] = []
+    page.on("request", lambda request: addresses.append(request.url))
+    page.on("websocket", lambda websocket: addresses.append(websocket.url))
+    page.goto(url)
+    page.get_by_test_id("context").wait_for(timeout=60_000)
+    yield page
+    page.close()
+    assert addresses
+    assert not [url for url in addresses if not _is_local(url)]
+
+
+def _is_local(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("data", "blob", "about") or parts.hostname in LOOPBACK
 
 
 def pick_chunks(page: Page, names: list[str]) -> None:
@@ -53,3 +79,10 @@ def figures(page: Page, name: str) -> dict[str, float | None]:
     found = pane(page, name).locator("[data-figure]").all()
     pairs = [(item.get_attribute("data-figure") or "", item.get_attribute("data-value")) for item in found]
     return {key: float(value) if value else None for key, value in pairs}
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "condition not met in time"
+        time.sleep(0.05)

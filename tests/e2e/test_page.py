@@ -1,20 +1,19 @@
-"""A person at the page, against the real stack: picks, drags, asks, reads, stops, reloads; a server dies."""
+"""A person at the page, against the real stack: picks, drags, asks, reads, stops; a server dies."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import re
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from e2e.steps import answer_text, ask, expect_states, figures, pane, pick_chunks, settle
+from e2e.steps import ANSWER_MS, answer_text, ask, expect_states, figures, pane, pick_chunks, settle, until
 from kvarena.context import load_chunks
 from running_stack import Stack
 from small_eval_result import small_eval_result
@@ -24,6 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOT = ROOT / "docs" / "images" / "arena.png"
 NAMES = ("blend", "plain")
+LONG_ANSWER_TOKENS = 7000
 
 
 def across_questions() -> list[dict[str, Any]]:
@@ -77,13 +77,6 @@ def ask_at_length(page: Page, question: str, num_tokens: int) -> None:
     expect(switch).to_be_checked()
     settle(page)
     ask(page, question)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "condition not met in time"
-        time.sleep(0.05)
 
 
 def test_pick_reorder_ask_and_read_the_figures(page: Page) -> None:
@@ -143,58 +136,28 @@ def test_context_shows_boundaries_that_add_up(page: Page) -> None:
     assert places[-1][2] < total
 
 
-RECORD_LENGTHS = """() => {
-    const length = name => {
-        const found = document.querySelectorAll(`[data-testid="answer-${name}"]`);
-        return found.length ? found[found.length - 1].textContent.length : 0;
-    };
-    window.lengths = [];
-    new MutationObserver(() => window.lengths.push([length("blend"), length("plain")]))
-        .observe(document.body, {childList: true, subtree: true, characterData: true});
-}"""
-
-
-def test_both_panes_grow_at_the_same_time(page: Page) -> None:
-    page.evaluate(RECORD_LENGTHS)
-    ask_at_length(page, "What does everybody keep?", 1500)
-    expect_states(page, blend="done", plain="done")
-    lengths = sorted({tuple(pair) for pair in page.evaluate("window.lengths")})
-    blend_end, plain_end = lengths[-1]
-    between = [(blend, plain) for blend, plain in lengths if 0 < blend < blend_end and 0 < plain < plain_end]
-    assert len({blend for blend, _ in between}) >= 5, lengths
-    assert len({plain for _, plain in between}) >= 5, lengths
-    assert all(figures(page, name)["num_output_tokens"] == 1500 for name in NAMES)
-
-
-def test_stop_keeps_what_had_arrived_and_the_chat_goes_on(page: Page, stack: Stack) -> None:
-    ask_at_length(page, "What does everybody drink?", 3000)
-    until(lambda: all(len(answer_text(page, name)) > 100 for name in NAMES))
-    page.locator(".st-key-in-sequence label").first.click()
-    seen = {name: len(answer_text(page, name)) for name in NAMES}
-    until(lambda: all(len(answer_text(page, name)) > seen[name] for name in NAMES))
-    page.locator(".st-key-in-sequence label").first.click()
-    page.locator(".st-key-stop button").click()
+@pytest.mark.parametrize("leave", ["stop", "reload"])
+def test_real_servers_end_what_nobody_waits_for(page: Page, stack: Stack, leave: str) -> None:
+    """Again where an answer was through in spite of its length; `test_under_way.py` has those that can't be."""
+    for attempt in range(5):
+        ask_at_length(page, f"What does everybody drink on day {attempt}?", LONG_ANSWER_TOKENS)
+        until(lambda: all(answer_text(page, name) for name in NAMES))
+        if leave == "stop":
+            page.locator(".st-key-stop button").click()
+        else:
+            page.reload()
+        for name in NAMES:
+            expect(pane(page, name)).to_have_attribute("data-state", re.compile("done|interrupted"), timeout=ANSWER_MS)
+        until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
+        if all(pane(page, name).get_attribute("data-state") == "interrupted" for name in NAMES):
+            break
+        page.locator(".st-key-new-chat button").click()
+        expect(page.get_by_test_id("question")).to_have_count(0)
     expect_states(page, blend="interrupted", plain="interrupted")
-    kept = {name: answer_text(page, name) for name in NAMES}
-    assert all(len(text) > 100 for text in kept.values())
-    until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
+    assert all(answer_text(page, name) for name in NAMES)
 
     ask_at_length(page, "And what does nobody drink?", 8)
     expect_states(page, blend="done", plain="done")
-    expect(page.get_by_test_id("question")).to_have_count(2)
-    for name in NAMES:
-        first = page.get_by_test_id(f"answer-{name}").first
-        assert first.inner_text().strip() == kept[name]
-
-
-def test_reload_in_the_middle_keeps_the_partial_turn(page: Page, stack: Stack) -> None:
-    ask_at_length(page, "What does everybody collect?", 3000)
-    until(lambda: all(len(answer_text(page, name)) > 100 for name in NAMES))
-    page.reload()
-    expect_states(page, blend="interrupted", plain="interrupted")
-    expect(page.get_by_test_id("question")).to_have_text(["What does everybody collect?"])
-    assert all(len(answer_text(page, name)) > 100 for name in NAMES)
-    until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
 
 
 def test_quality_of_a_result_file_and_back_to_the_chat(page: Page, tmp_path: Path) -> None:
