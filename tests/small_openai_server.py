@@ -1,7 +1,7 @@
 """A small real HTTP server that speaks the part of the contenders' API that the page uses.
 
-What it does with the next completion is set on its attributes: stream at some pace, refuse, break off in the middle.
-Its tokenizer gives each distinct word a number.
+What it does with the next completion is set on its attributes: stream at some pace, wait for the test, refuse, break
+off in the middle. Its tokenizer gives each distinct word a number.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ REPORT = {
 @dataclass
 class SmallServer:
     """`offer` None makes it a plain contender; `slots`: what `GET /slots` answers. `cut_after` pieces of text,
-    the connection is closed.
+    the connection is closed. `hold_after` pieces, an answer waits for `go_on`, or until its client has gone.
     """
 
     pieces: list[str] = field(default_factory=lambda: ["Hello", ", ", "world"])
@@ -91,6 +91,8 @@ class SmallServer:
     delay_s: float = 0.0
     silence_s: float = 0.0
     cut_after: int | None = None
+    hold_after: int | None = None
+    go_on: threading.Event = field(default_factory=threading.Event)
     error: tuple[int, str] | None = None
     stream_error: str = ""
     health: tuple[int, dict[str, Any]] = (200, {})
@@ -205,6 +207,8 @@ class SmallServer:
                         self.connection.shutdown(socket.SHUT_RDWR)
                         return
                     self._event({"choices": [{"delta": {"content": piece}}]})
+                    if index + 1 == server.hold_after:
+                        self._hold()
                     time.sleep(server.delay_s)
                 if server.stream_error:
                     self._event({"error": {"message": server.stream_error}})
@@ -212,6 +216,13 @@ class SmallServer:
                 self._event({"choices": [], "usage": self._usage()})
                 self._chunk(b"data: [DONE]\n\n")
                 self._chunk(b"")
+
+            def _hold(self) -> None:
+                """Raises `ConnectionError` once the client has gone."""
+                while not server.go_on.wait(0.01):
+                    with contextlib.suppress(BlockingIOError):
+                        if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                            raise ConnectionError("the client has gone")
 
             def _usage(self) -> dict[str, Any]:
                 details = {"cached_tokens": server.cached_tokens}

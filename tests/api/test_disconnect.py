@@ -82,22 +82,22 @@ def test_the_server_ends_running_generations() -> None:
     started = time.monotonic()
     with serving(ScriptedEngine()) as real:
 
-        async def ask() -> tuple[httpx.Response, httpx.Response]:
+        async def ask() -> tuple[httpx.Response, list[str]]:
+            endless = {"prompt": "forever", "stream": True, "max_tokens": 10**6}
             async with httpx.AsyncClient(base_url=real.url, trust_env=False, timeout=20) as client:
                 whole = asyncio.create_task(client.post(TEXT, json={"prompt": "block"}))
-                stream = asyncio.create_task(
-                    client.post(TEXT, json={"prompt": "forever", "stream": True, "max_tokens": 10**6})
-                )
-                await until(lambda: len(real.engine.open) == 2)
-                await asyncio.sleep(0.1)
-                real.server.should_exit = True
-                return await whole, await stream
+                async with client.stream("POST", TEXT, json=endless) as reply:
+                    lines = reply.aiter_lines()
+                    assert (await anext(lines)).startswith("data: ")
+                    await until(lambda: len(real.engine.open) == 2)
+                    real.server.should_exit = True
+                    return await whole, [line async for line in lines if line]
 
-        whole, stream = asyncio.run(ask())
+        whole, lines = asyncio.run(ask())
     assert whole.status_code == 503
     assert "shutting down" in whole.json()["error"]["message"]
-    assert "shutting down" in stream.text
-    assert stream.text.endswith("data: [DONE]\n\n")
+    assert "shutting down" in lines[-2]
+    assert lines[-1] == "data: [DONE]"
     assert real.engine.closed
     assert not real.engine.open
     assert time.monotonic() - started < 5

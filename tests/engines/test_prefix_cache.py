@@ -173,7 +173,8 @@ def test_a_common_beginning_is_computed_once() -> None:
         started.wait()
         lease = cache.acquire(shared + ids(1000 * (number + 1), 10))
         known.append(lease.num_tokens)
-        time.sleep(0.01)
+        while cache.stats().waits < 7:
+            time.sleep(0.001)
         finish(lease)
 
     threads = [threading.Thread(target=request, args=(number,)) for number in range(8)]

@@ -178,10 +178,10 @@ def test_page_that_is_no_openai_server_is_explained(small_server, connect: Conne
 
 
 def test_cancelling_closes_the_connection_at_once(small_server, connect: Connect) -> None:
-    server: SmallServer = small_server(pieces=["word "] * 1000, delay_s=0.02)
+    server: SmallServer = small_server(pieces=["word "] * 50, hold_after=10)
     events: list[Event] = []
     future = connect(server.url).answer(QUESTION, Sampling(), events.append, "question-1")
-    until(lambda: len(events) > 3)
+    until(lambda: len(events) >= 10)
     future.cancel()
     with pytest.raises(CancelledError):
         future.result()

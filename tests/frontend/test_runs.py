@@ -20,7 +20,8 @@ from wire import Sampling
 
 Prepare = Callable[..., Run]
 CONTEXT = Context("Be brief.")
-SLOW = {"pieces": ["word "] * 50, "delay_s": 0.02}
+HELD = {"pieces": ["word "] * 50, "hold_after": 10}
+"""Answers that are under way until the test lets them go on."""
 
 
 @pytest.fixture
@@ -48,11 +49,12 @@ def watch(run: Run, condition: Callable[[], bool] = lambda: False, timeout_s: fl
 
 
 def test_both_answer_at_the_same_time(small_server, prepare: Prepare) -> None:
-    a, b = small_server(**SLOW), small_server(**SLOW)
+    a, b = small_server(**HELD), small_server(**HELD)
     run = prepare(a, b)
-    watch(run, lambda: a.num_open_streams == b.num_open_streams == 1)
-    watch(run, lambda: all(0 < len(answer.text) < 250 for answer in run.turn.answers.values()))
+    watch(run, lambda: all(answer.text == "word " * 10 for answer in run.turn.answers.values()))
     assert a.num_open_streams == b.num_open_streams == 1
+    for server in (a, b):
+        server.go_on.set()
     watch(run)
     assert [answer.state for answer in run.turn.answers.values()] == ["done", "done"]
     assert all(answer.text == "word " * 50 for answer in run.turn.answers.values())
@@ -99,20 +101,18 @@ def test_of_three_one_of_which_failed_the_two_compared_are_named(small_server, p
 
 
 def test_stop_keeps_partial_text_and_ends_the_streams(small_server, prepare: Prepare) -> None:
-    slow, waiting = small_server(**SLOW), small_server()
-    run = prepare(slow, waiting, in_sequence=True)
+    held, waiting = small_server(**HELD), small_server()
+    run = prepare(held, waiting, in_sequence=True)
     first, second = run.turn.answers.values()
-    watch(run, lambda: len(first.text) > 20)
+    watch(run, lambda: first.text == "word " * 10)
     run.stop()
-    partial = first.text
-    assert 20 < len(partial) < 250
     assert (first.state, second.state, second.text) == ("interrupted", "interrupted", "")
     deadline_s = time.monotonic() + 5
-    while not slow.num_broken_streams:
+    while not held.num_broken_streams:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     assert not run.advance()
-    assert first.text == partial
+    assert first.text == "word " * 10
     assert not waiting.completions(), "whoever had not been asked is not asked any more"
 
 
@@ -136,7 +136,7 @@ def test_contenders_get_the_same_messages(small_server, prepare: Prepare) -> Non
 def test_forgotten_chat_is_stopped(small_server, prepare: Prepare) -> None:
     store = ChatStore(max_chats=2)
     old = store.new()
-    old.run = run = prepare(small_server(**SLOW), chat=old.chat)
+    old.run = run = prepare(small_server(**HELD), chat=old.chat)
     watch(run, lambda: len(run.turn.answers["a"].text) > 0)
     kept = store.new()
     assert store.get(kept.chat.key) is kept
