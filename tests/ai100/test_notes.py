@@ -15,7 +15,7 @@ from ai100.settings import AI100Settings, open_engine
 from ai100.topics import KeywordTopics, load_topics
 from ai100_engine import AI100, Answer, read
 from kvarena.api.sampling import Sampling
-from kvarena.stack.model import find_model
+from real_model import real_model_folder
 
 Make = Callable[..., AI100]
 SEED = [
@@ -162,9 +162,10 @@ def test_the_seed_conversation_in_short_slots(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_model(None, "cpu").served_name == "town", reason="the default model isn't here")
 def test_the_seed_conversation_over_the_real_model_and_its_documents() -> None:
-    settings = AI100Settings(runtime="host", shapes=StaticShapes(128, 2048, 1, 4), gen_len=60)
+    settings = AI100Settings(
+        model=str(real_model_folder()), runtime="host", shapes=StaticShapes(128, 2048, 1, 4), gen_len=60
+    )
     engine = open_engine(settings)
     chat = ChatSession(engine)
     replies = [chat.ask(question) for question in SEED]

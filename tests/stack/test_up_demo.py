@@ -67,13 +67,13 @@ def command(*arguments: str) -> list[str]:
 
 def environment(home: Home) -> dict[str, str]:
     return {
+        "LMCACHE_L2": "none",
         **os.environ,
         "KVARENA_HOME": str(home.path),
         "KV_CACHE_GB": "1",
         "LMCACHE_GB": "0.5",
         "PROFILE": "cpu",
         "MODEL": "town",
-        "LMCACHE_L2": "none",
     }
 
 

@@ -148,7 +148,7 @@ def test_the_benchmark_as_it_is_typed(folder: Path, questions: Path, tmp_path: P
     [
         ([], ["Mode top_layer", "Mode aligned", "the same again", "notes reordered", "'grey'"]),
         (["--mode", "similarity", "--similarity_threshold", "0.999"], ["At a threshold of 0.999", "of 15 pairs hit"]),
-        (["--mode", "benchmark", "--max_cache_size", "20"], ["12 tasks, 6 similar", "Quality on demo", "aligned 0.8"]),
+        (["--mode", "benchmark", "--max_cache_size", "20"], ["12 tasks, 6 similar", "Quality on town", "aligned 0.8"]),
     ],
 )
 def test_the_demonstrations_as_they_are_typed(arguments: list[str], said: list[str]) -> None:

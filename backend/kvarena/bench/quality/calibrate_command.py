@@ -214,9 +214,11 @@ def _show(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
             _percent(row["same_answer"]),
             f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else "-",
             f"{row['num_questions']}" + (f" ({row['num_failed']} failed)" if row["num_failed"] else ""),
-            "chosen" if row is chosen else "",
+            "<" if row is chosen else "",
         )
     console.print(table)
+    if chosen:
+        console.print(f"<: chosen, {Setup.of_row(chosen).label}", highlight=False, soft_wrap=True)
 
 
 def _percent(interval: Mapping[str, float] | None) -> str:
