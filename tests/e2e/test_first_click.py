@@ -51,7 +51,7 @@ def real_page(real_stack: Stack, browser: Browser) -> Iterator[Page]:
 
 def test_the_first_click(real_page: Page) -> None:
     first, *_ = examples()
-    expect(real_page.get_by_test_id("chunk")).to_have_count(len(first["chunks"]))
+    expect(real_page.get_by_test_id("chunk")).to_have_count(len(first["chunks"]), timeout=60_000)
     assert 10 <= len(first["chunks"]) <= 14
     real_page.locator(".st-key-example-0 button").click()
     expect_states(real_page, blend="done", plain="done")
@@ -63,11 +63,11 @@ def test_the_first_click(real_page: Page) -> None:
     for name in NAMES:
         assert contains_answer(answer_text(real_page, name), first["answers"]), name
     follow_up = real_page.locator(".st-key-follow-up-0 button")
-    expect(follow_up).to_be_visible()
+    expect(follow_up).to_be_visible(timeout=60_000)
     asked = follow_up.inner_text()
     follow_up.click()
+    expect(real_page.get_by_test_id("question").last).to_have_text(asked, timeout=60_000)
     expect_states(real_page, blend="done", plain="done")
-    expect(real_page.get_by_test_id("question").last).to_have_text(asked)
 
 
 def test_the_examples_are_answered_right_by_both(real_stack: Stack) -> None:
