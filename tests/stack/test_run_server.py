@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvarena.stack.home import project_root
 
-TOOLS = ("bash", "cat", "chmod", "cksum", "cp", "dirname", "grep", "mkdir", "rm", "sed", "sh", "sleep", "tail", "tr")
+TOOLS = (
+    "bash", "cat", "chmod", "cksum", "cp", "dirname", "grep", "head", "mkdir", "rm", "sed", "sh", "sleep", "tail", "tr",
+)  # fmt: skip
 
 FAKE_PYTHON = """#!/bin/sh
 # Is recent enough, makes itself the environment's Python, reaches an index if ONLINE, and notes what pip was asked for.
@@ -24,8 +27,10 @@ case "$*" in
     chmod +x "$last/bin/kvarena"
     echo venv >> "$CALLS" ;;
 *"pip show"*) case "$*" in *"${HAS:-nothing}") exit 0 ;; *) exit 1 ;; esac ;;
+*"-m uv"*) shift 2; [ -n "$HAS_UV" ] || exit 1; echo "uv $*" >> "$CALLS" ;;
 *"-m pip"*) shift 2; echo "$*" >> "$CALLS"; [ -z "$PIP_FAILS" ] || { echo "no matching distribution"; exit 1; } ;;
 --version) echo "Python 3.11.0" ;;
+*uv_options.py) echo --index; echo http://mirror ;;
 "- "*) [ -n "$ONLINE" ] ;;
 esac
 """
@@ -69,7 +74,8 @@ class Checkout:
 
     @property
     def pip_calls(self) -> list[str]:
-        return self.calls.read_text().splitlines()
+        """What was asked for, but for uv itself."""
+        return [call for call in self.calls.read_text().splitlines() if not call.endswith("constraints/cpu.txt uv")]
 
 
 @pytest.fixture
@@ -103,6 +109,54 @@ def test_torch_for_cpus_comes_from_its_own_index(checkout: Checkout) -> None:
     checkout.add_python()
     checkout.run(ONLINE="yes")
     assert "--extra-index-url https://download.pytorch.org/whl/cpu -e" in checkout.pip_calls[1]
+
+
+def test_uv_installs_where_it_can_be_had(checkout: Checkout) -> None:
+    checkout.add_python()
+    assert checkout.run(HAS_UV="yes").returncode == 0
+    _, install, uninstall = checkout.pip_calls
+    python = f"{checkout.folder}/.venv/bin/python"
+    assert install.startswith(f"uv pip install --no-cache --python {python} --compile-bytecode")
+    assert "--index http://mirror" in install, "what pip was configured with"
+    assert install.endswith(f"-c {checkout.folder}/constraints/cpu.txt -e {checkout.folder}[cpu,ai100,ui,bench]")
+    assert uninstall.startswith("uninstall")
+
+
+def test_pips_configuration_becomes_uvs(tmp_path: Path) -> None:
+    config = tmp_path / "pip.conf"
+    config.write_text(
+        "[global]\nindex-url = https://one/simple\nfind-links = /nowhere/wheels\n"
+        f"[install]\nextra-index-url =\n    https://two/simple\n    file://{tmp_path}\ntrusted-host = two\n"
+    )
+    printed = subprocess.run(
+        [sys.executable, str(project_root() / "constraints" / "uv_options.py")],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_CONFIG_FILE": str(config), "PIP_NO_INDEX": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    expected = [
+        "--default-index",
+        "https://one/simple",
+        "--index",
+        "https://two/simple",
+        "--index",
+        f"file://{tmp_path}",
+    ]
+    assert [word for word in printed if word in expected] == expected
+    assert "--find-links" not in printed, "uv fails where a folder isn't there"
+    assert printed[printed.index("--allow-insecure-host") + 1] == "two"
+    assert "--no-index" not in printed
+
+
+def test_extra_packages_stay_until_the_pins_change(checkout: Checkout) -> None:
+    checkout.add_python()
+    checkout.run()
+    checkout.run(SETUP_EXTRAS="dev")
+    assert checkout.pip_calls[0].endswith("[cpu,ai100,ui,bench,dev]")
+    for extras in ("dev", ""):
+        checkout.run(SETUP_EXTRAS=extras)
+        assert checkout.pip_calls == []
 
 
 @pytest.mark.parametrize("change", ["constraints/cpu.txt", "pyproject.toml"])

@@ -212,6 +212,10 @@ def _vllm_environment(plan: Plan, home: Home) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(home.cache / "inductor"),
         **_hub_environment(plan),
     }
+    if plan.profile == "cpu":
+        # vLLM 0.32 saves what it compiles ahead of time for a CPU and can't load it again, so that each start compiles
+        # anew; without that, Inductor's own cache is found again.
+        environment["VLLM_USE_AOT_COMPILE"] = "0"
     if not plan.compile:  # --enforce-eager is for the model; samplers would be compiled at their first request
         environment["TORCHDYNAMO_DISABLE"] = "1"
     return environment
