@@ -1,3 +1,5 @@
 """KV Arena: ways of reusing an LLM's KV cache, side by side."""
 
-__version__ = "0.1.0"
+from importlib.metadata import version
+
+__version__ = version("kvarena")
