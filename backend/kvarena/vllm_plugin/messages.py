@@ -62,7 +62,7 @@ class BlendReports(KVConnectorWorkerMetadata):
 
 @dataclass
 class RequestReport:
-    """What a request's prompt was made of; the API's `kvarena` object (docs/architecture.md)."""
+    """What a request's prompt was made of; the API's `kvarena` object (docs/http.md)."""
 
     request_id: str
     params: BlendParams
