@@ -1,3 +1,3 @@
 """Multi-turn chat on KV slots (Qualcomm Cloud AI 100): every topic of a conversation keeps its slot, and a follow-up
-prefills only what is new. Uses `kvarena.api` and nothing else of the backend.
+prefills only what is new.
 """

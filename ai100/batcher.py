@@ -1,26 +1,137 @@
 """Continuous batching over slots: `Batcher._run` is the whole of it.
 
-One thread runs the device. In every round waiting turns get slots, in the order of their arrival; the oldest turn that
-is still in its prompt runs one more piece of it; and all that are behind theirs decode one token together. So a long
+One thread runs the device. In every round waiting requests get slots, in the order of their arrival; the oldest that
+is still in its prompt runs one more piece of it; and all that are past theirs decode one token together. So a long
 prompt delays the others' tokens by no more than a piece.
 
 | what goes wrong | who is hurt |
 |---|---|
-| a prompt that can't be served, an error in one turn | that turn; its slot is forgotten |
-| an error in a batch | those of its turns that fail alone, too |
+| a prompt that can't be served, an error in one request | that request; its slot is forgotten |
+| an error in a batch | those of its requests that fail alone, too |
 | the device is lost | all that run; waiting ones start in empty slots of the device that is opened anew |
+
+A request stands between two threads: the batcher's, which runs it, and its reader's, which takes the tokens.
+
+| field | written by |
+|---|---|
+| `slot`, `figures`, `num_prefilled`, `last_token_id`, `finish_reason` | the batcher |
+| `num_taken`, `closed` | the reader |
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from time import perf_counter
 
-from ai100.batched_turn import BatchedTurn
+from ai100.conversation import Prompt
 from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, Runtime
-from ai100.slots import Slot, SlotTable
-from kvarena.api.engine import EngineUnavailable, FinishReason
+from ai100.slots import Slot, SlotKey, SlotTable, Status
+from kvarena.engines.base import EngineUnavailable, FinishReason, GeneratedToken
+
+
+@dataclass
+class RequestMetrics:
+    """What a turn cost. Milliseconds add up: waiting, then prefill up to the first token, then decode."""
+
+    slot: int | None = None
+    status: Status | None = None
+    reason: str | None = None
+    num_prompt_tokens: int = 0
+    num_reused_tokens: int = 0
+    num_decoded_tokens: int = 0
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+@dataclass
+class BatchedRequest:
+    """`prepare` makes the prompt when the topic's earlier turns have ended; it raises `ValueError` for one that can't
+    be served. `on_end` hears of the end before a later turn of the topic begins.
+    """
+
+    key: SlotKey
+    prepare: Callable[[], Prompt]
+    draw: Callable[[Logits], GeneratedToken]
+    on_end: Callable[[BatchedRequest], None]
+    eos_token_ids: frozenset[int] = frozenset()
+    use_cache: bool = True
+
+    prompt: Prompt | None = None
+    slot: Slot | None = None
+    figures: RequestMetrics = field(default_factory=RequestMetrics)
+    answer_ids: list[int] = field(default_factory=list)
+    num_taken: int = 0
+    closed: bool = False
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+    _tokens: SimpleQueue[GeneratedToken | None] = field(default_factory=SimpleQueue)
+    _submitted_s: float = field(default_factory=perf_counter)
+    _stage_s: float = field(default_factory=perf_counter)
+
+    def __iter__(self) -> Iterator[GeneratedToken]:
+        """The reader's: tokens until the end. Raises what ended the turn, if anything did."""
+        while (token := self._tokens.get()) is not None:
+            self.num_taken += 1
+            yield token
+        if self.error is not None:
+            raise self.error
+
+    # -- the batcher's -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_prefilled(self) -> bool:
+        assert self.prompt is not None, "a turn that runs has a prompt"
+        assert self.slot is not None, "a turn that runs has a slot"
+        return self.slot.position >= len(self.prompt.token_ids)
+
+    def begin(self, prompt: Prompt, slot: Slot, num_reused_tokens: int) -> None:
+        self.prompt, self.slot = prompt, slot
+        figures = self.figures
+        figures.slot, figures.num_reused_tokens = slot.index, num_reused_tokens
+        figures.num_prompt_tokens = len(prompt.token_ids)
+        figures.status, figures.reason = self._status(prompt, num_reused_tokens)
+        figures.queue_ms = self._lap_ms()
+
+    def take(self, token: GeneratedToken) -> None:
+        if not self.answer_ids:
+            self.figures.prefill_ms = self._lap_ms()
+        self.answer_ids.append(token.token_id)
+        self.figures.num_decoded_tokens = len(self.answer_ids)
+        self._tokens.put(token)
+
+    def end(self, finish_reason: FinishReason | None, error: BaseException | None) -> None:
+        self.finish_reason, self.error = finish_reason, error
+        self.figures.decode_ms = self._lap_ms() if self.answer_ids else 0.0
+        self.figures.total_ms = (perf_counter() - self._submitted_s) * 1e3
+        try:
+            self.on_end(self)
+        except Exception as failed:  # It is the turn's, and not the batcher's.
+            self.error = error or failed
+        self.ended.set()
+        self._tokens.put(None)
+
+    def _status(self, prompt: Prompt, num_reused_tokens: int) -> tuple[Status, str | None]:
+        if not self.use_cache:
+            return Status.FULL_PREFILL, None
+        if prompt.reset_reason is not None:
+            return Status.RESET_TOPIC, prompt.reset_reason
+        if num_reused_tokens:
+            return Status.INCREMENTAL_PREFILL, None
+        if prompt.num_earlier_turns:
+            return Status.RESET_TOPIC, "its slot had been given away or lost; its turns were prefilled again"
+        return Status.NEW_TOPIC, None
+
+    def _lap_ms(self) -> float:
+        before, self._stage_s = self._stage_s, perf_counter()
+        return (self._stage_s - before) * 1e3
+
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +142,16 @@ class Batcher:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.slots = SlotTable(runtime.shapes.kv_cache_batch_size, runtime.shapes.ctx_len)
-        self._arrived: list[BatchedTurn] = []
-        self._waiting: list[BatchedTurn] = []
-        self._running: list[BatchedTurn] = []
+        self._arrived: list[BatchedRequest] = []
+        self._waiting: list[BatchedRequest] = []
+        self._running: list[BatchedRequest] = []
         self._is_lost = False
         self._closing = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="ai100-batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, turn: BatchedTurn) -> None:
+    def submit(self, turn: BatchedRequest) -> None:
         """Its tokens come when it is iterated."""
         with self._wake:
             self._arrived.append(turn)
@@ -49,7 +160,7 @@ class Batcher:
         if is_late:
             self.close()
 
-    def let_go(self, turn: BatchedTurn) -> None:
+    def let_go(self, turn: BatchedRequest) -> None:
         """Its reader has gone: it ends as soon as the step that runs has ended."""
         with self._wake:
             turn.closed = True
@@ -108,7 +219,7 @@ class Batcher:
                 self._waiting.remove(turn)
                 self._start(turn)
 
-    def _start(self, turn: BatchedTurn) -> None:
+    def _start(self, turn: BatchedRequest) -> None:
         try:
             prompt = turn.prepare()
         except Exception as error:
@@ -144,7 +255,7 @@ class Batcher:
         if turn.is_prefilled:
             self._advance(turn, logits)
 
-    def _decode_a_token(self, turns: Sequence[BatchedTurn]) -> None:
+    def _decode_a_token(self, turns: Sequence[BatchedRequest]) -> None:
         """One token in each. Running a token once more at its position changes nothing, so what failed together is
         tried alone.
         """
@@ -166,7 +277,7 @@ class Batcher:
             self.slots.extend(_held(turn), [row.token_id])
             self._advance(turn, behind)
 
-    def _advance(self, turn: BatchedTurn, logits: Logits) -> None:
+    def _advance(self, turn: BatchedRequest, logits: Logits) -> None:
         """The next token `(V,)` is drawn: it is pending now, and may be the last."""
         try:
             token = turn.draw(logits)
@@ -182,12 +293,12 @@ class Batcher:
         if len(turn.answer_ids) == turn.prompt.max_tokens:
             self._end(turn, "length")
 
-    def _end(self, turn: BatchedTurn, finish_reason: FinishReason | None = None) -> None:
+    def _end(self, turn: BatchedRequest, finish_reason: FinishReason | None = None) -> None:
         self._running.remove(turn)
         self.slots.give_back(_held(turn))
         turn.end(finish_reason, None)
 
-    def _fail(self, turn: BatchedTurn, error: BaseException) -> None:
+    def _fail(self, turn: BatchedRequest, error: BaseException) -> None:
         self._running.remove(turn)
         self.slots.forget(_held(turn))
         turn.end(None, error)
@@ -214,6 +325,6 @@ class Batcher:
         return True
 
 
-def _held(turn: BatchedTurn) -> Slot:
+def _held(turn: BatchedRequest) -> Slot:
     assert turn.slot is not None, "a turn that runs has a slot"
     return turn.slot

@@ -1,4 +1,7 @@
-"""`kvarena ai100 chat`: multi-turn chat on KV slots in a terminal, with the engine in this process."""
+"""`kvarena ai100 chat`: multi-turn chat on KV slots in a terminal, with the engine in this process.
+
+Heavy imports are inside the commands.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ai100 import command_line as options
+from ai100.cli_options import (
+    CtxLen,
+    Data,
+    Device,
+    Dtype,
+    FullBatchSize,
+    GenLen,
+    KvCacheBatchSize,
+    MaxContext,
+    Model,
+    Mxfp6,
+    Mxint8,
+    NoCache,
+    NotesTokens,
+    NumCores,
+    NumDevices,
+    PrefillSeqLen,
+    RuntimeName,
+    SentenceModel,
+    Threshold,
+    TopicKind,
+    TopicsFile,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ai100.chat_session import ChatSession
+    from ai100.chat import ChatSession
     from ai100.engine import AI100Engine
+
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Multi-turn chat on the KV slots of an AI 100.")
 
@@ -28,30 +54,30 @@ def group() -> None:
 def chat(
     messages: Annotated[list[str] | None, typer.Argument(help="With --batch: what to ask, in order.")] = None,
     batch: Annotated[bool, typer.Option("--batch", help="Ask the messages given, and end.")] = False,
-    no_cache: options.NoCache = False,
+    no_cache: NoCache = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Ask with and without the cache; times side by side.")
     ] = False,
-    model: options.Model = None,
-    runtime: options.RuntimeName = "auto",
-    full_batch_size: options.FullBatchSize = 2,
-    kv_cache_batch_size: options.KvCacheBatchSize = 4,
-    ctx_len: options.CtxLen = 4096,
-    prefill_seq_len: options.PrefillSeqLen = 128,
-    gen_len: options.GenLen = 500,
-    threshold: options.Threshold = 0.3,
-    max_context: options.MaxContext = 800,
-    topics: options.TopicKind = "keyword",
-    topics_file: options.TopicsFile = None,
-    sentence_model: options.SentenceModel = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
-    num_cores: options.NumCores = 16,
-    num_devices: options.NumDevices = 1,
-    mxfp6_matmul: options.Mxfp6 = False,
-    mxint8_kv_cache: options.Mxint8 = False,
-    data: options.Data = None,
-    notes_tokens: options.NotesTokens = 200,
+    model: Model = None,
+    runtime: RuntimeName = "auto",
+    full_batch_size: FullBatchSize = 2,
+    kv_cache_batch_size: KvCacheBatchSize = 4,
+    ctx_len: CtxLen = 4096,
+    prefill_seq_len: PrefillSeqLen = 128,
+    gen_len: GenLen = 500,
+    threshold: Threshold = 0.3,
+    max_context: MaxContext = 800,
+    topics: TopicKind = "keyword",
+    topics_file: TopicsFile = None,
+    sentence_model: SentenceModel = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    num_cores: NumCores = 16,
+    num_devices: NumDevices = 1,
+    mxfp6_matmul: Mxfp6 = False,
+    mxint8_kv_cache: Mxint8 = False,
+    data: Data = None,
+    notes_tokens: NotesTokens = 200,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Topic, status and reason of every turn; the log.")
     ] = False,
@@ -60,11 +86,11 @@ def chat(
     """Chat; every topic keeps its KV slot, and a follow-up prefills only what is new."""
     from rich.console import Console
 
-    from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions
+    from ai100.runtimes.card import CardUnavailable, CompileFailed, CompileOptions
     from ai100.runtimes.runtime import StaticShapes
     from ai100.settings import AI100Settings, open_engine
     from ai100.topics import TOPICS_FILE
-    from kvarena.stack.errors import StackError
+    from kvarena.stack.service import StackError
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     console = Console(stderr=as_json)
@@ -90,7 +116,7 @@ def chat(
     except (ValueError, OSError, StackError, CardUnavailable, CompileFailed) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    talk = _Talk.over(engine, console, compare=compare, use_cache=not no_cache, verbose=verbose)
+    talk = _ChatLoop.over(engine, console, compare=compare, use_cache=not no_cache, verbose=verbose)
     try:
         failed = talk.batch(messages or []) if batch else talk.interactive()
     finally:
@@ -100,7 +126,7 @@ def chat(
     raise typer.Exit(1 if failed else 0)
 
 
-class _Talk:
+class _ChatLoop:
     """`chats`: the one that is shown, and with `--compare` its twin without the cache."""
 
     def __init__(self, chats: list[ChatSession], console: Console, verbose: bool) -> None:
@@ -109,8 +135,8 @@ class _Talk:
         self._verbose = verbose
 
     @classmethod
-    def over(cls, engine: AI100Engine, console: Console, *, compare: bool, use_cache: bool, verbose: bool) -> _Talk:
-        from ai100.chat_session import ChatSession
+    def over(cls, engine: AI100Engine, console: Console, *, compare: bool, use_cache: bool, verbose: bool) -> _ChatLoop:
+        from ai100.chat import ChatSession
 
         modes = (True, False) if compare else (use_cache,)
         return cls([ChatSession(engine, use_cache=mode) for mode in modes], console, verbose)
@@ -125,7 +151,7 @@ class _Talk:
         return failed
 
     def interactive(self) -> bool:
-        from ai100.console import HELP, show_stats
+        from ai100.chat import HELP, show_stats
 
         self._console.print(HELP, markup=False, highlight=False)
         while True:
@@ -148,8 +174,8 @@ class _Talk:
 
     def _ask(self, message: str) -> bool:
         """Whether it was answered. Ctrl-C ends an answer and not the chat."""
-        from ai100.console import ask_and_show, show_comparison
-        from kvarena.api.engine import EngineUnavailable
+        from ai100.chat import ask_and_show, show_comparison
+        from kvarena.engines.base import EngineUnavailable
 
         shown, *twins = self.chats
         try:
@@ -164,7 +190,7 @@ class _Talk:
         return True
 
     def _show_end(self) -> None:
-        from ai100.console import totals
+        from ai100.chat import totals
 
         if len(self.chats) == 2:
             totals(self.chats[0].replies, self.chats[1].replies, self._console)

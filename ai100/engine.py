@@ -1,4 +1,4 @@
-"""The AI 100 engine: `AI100Generation._steps` is a turn from its message to its last token.
+"""The AI 100 engine and its request parameters: `AI100Generation._steps` is a turn from its message to its last token.
 
 Everything above `Runtime` is the same code on a card and on a host.
 """
@@ -13,21 +13,32 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, StrictBool
 
-from ai100.batched_turn import BatchedTurn
-from ai100.batcher import Batcher
-from ai100.conversation import Chat, Exchange, Prompt, PromptWriter, text_of
-from ai100.memory import Begun, ConversationMemory
+from ai100.batcher import BatchedRequest, Batcher
+from ai100.conversation import Chat, ConversationMemory, OpenTurn, ParsedMessages, Prompt, PromptWriter, text_of
 from ai100.notes import NO_NOTES, Notes
-from ai100.options import AI100Options
 from ai100.runtimes.runtime import Logits, Runtime
 from ai100.slots import SlotKey
 from ai100.topics import Topics
-from kvarena.api.detokenizer import Detokenizer
-from kvarena.api.engine import FinishReason, GeneratedToken, GenerationRequest, Report
-from kvarena.api.sampling import Sampler
-from kvarena.api.store_metrics import StoreFigures
+from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report
+from kvarena.engines.sampling import Sampler
+from kvarena.engines.store_metrics import StoreFigures
+from kvarena.server.detokenizer import Detokenizer
+
+
+class AI100Options(BaseModel):
+    """`use_cache` false processes the topic's whole history anew, and keeps nothing of it.
+
+    `notes`: whether the server adds notes that fit the topic; left out, it does so for a client that sends neither a
+    system message nor chunks of its own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    use_cache: StrictBool = True
+    notes: StrictBool | None = None
+
 
 MAX_CONTEXT = 800
 GEN_LEN = 500
@@ -36,7 +47,7 @@ PLAIN_TEXT = "text"
 
 
 class AI100Engine:
-    """Implements `kvarena.api.engine.Engine`. Owns the runtime."""
+    """Implements `kvarena.engines.base.Engine`. Owns the runtime."""
 
     contender = "ai100"
     options_model: type[BaseModel] | None = AI100Options
@@ -109,11 +120,11 @@ class _Planned:
     """A request that knows whose slot it needs; `begun` is `None` for one that is no chat."""
 
     key: SlotKey
-    begun: Begun | None = None
+    begun: OpenTurn | None = None
 
 
 class AI100Generation:
-    """One request. Implements `kvarena.api.engine.Generation`."""
+    """One request. Implements `kvarena.engines.base.Generation`."""
 
     def __init__(self, engine: AI100Engine, request: GenerationRequest) -> None:
         self.report = Report()
@@ -124,7 +135,7 @@ class AI100Generation:
         options = request.options if isinstance(request.options, AI100Options) else AI100Options()
         self._use_cache = options.use_cache and engine.use_cache
         self._wants_notes = options.notes
-        self._turn: BatchedTurn | None = None
+        self._turn: BatchedRequest | None = None
         self._lock = threading.Lock()
         self._closed = False
 
@@ -164,7 +175,7 @@ class AI100Generation:
     def _plan(self) -> _Planned:
         request, memory = self._request, self._engine.memory
         name, salt = request.conversation_id, request.cache_salt
-        exchange = Exchange.of(request.messages) if request.messages else None
+        exchange = ParsedMessages.of(request.messages) if request.messages else None
         if exchange is None:
             named = memory.named(salt, name) if name is not None and request.sample == 0 else uuid.uuid4().hex
             return _Planned(SlotKey(salt, named, PLAIN_TEXT))
@@ -173,10 +184,10 @@ class AI100Generation:
         begun = memory.begin(exchange, salt, name, keep=request.sample == 0)
         return _Planned(SlotKey(salt, begun.conversation.id, begun.turn.topic), begun)
 
-    def _batched(self, planned: _Planned) -> BatchedTurn:
+    def _batched(self, planned: _Planned) -> BatchedRequest:
         sampling = self._request.sampling
         sampler = Sampler(sampling, torch.device("cpu"))
-        return BatchedTurn(
+        return BatchedRequest(
             key=planned.key,
             prepare=partial(self._prompt, planned),
             draw=partial(_draw, sampler),
@@ -203,7 +214,7 @@ class AI100Generation:
         self.prompt_token_ids = prompt.token_ids
         return prompt
 
-    def _notes(self, begun: Begun) -> Notes:
+    def _notes(self, begun: OpenTurn) -> Notes:
         """Those to choose from; none where the client brings a context of its own."""
         notes, wanted = self._engine.notes, self._wants_notes
         if wanted is None:
@@ -211,7 +222,7 @@ class AI100Generation:
             wanted = not begun.system and not any(map(notes.is_context, asked))
         return notes if wanted else NO_NOTES
 
-    def _remember(self, planned: _Planned, turn: BatchedTurn) -> None:
+    def _remember(self, planned: _Planned, turn: BatchedRequest) -> None:
         """The answer, as far as it was read where it was given up; a turn of which nothing was read never was."""
         if planned.begun is None:
             return

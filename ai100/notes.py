@@ -1,15 +1,15 @@
 """Which notes of a folder a topic is answered from: those nearest to its first message, within a budget of tokens.
 
-A note is a paragraph of a file, under the file's title. The choice depends on what was asked alone, never on what is in
-a slot, so a prompt is the same with slots and without.
+A note is a paragraph of a file, under the file's title. The choice depends on what was asked alone, never on what is
+in a slot, so a prompt is the same with slots and without.
 
 | notes | chosen | stand |
 |---|---|---|
 | of a topic | for its first message: the nearest, as many as the budget takes | in the system message, for good |
 | of a turn | for a later message: the nearest that aren't there yet, in half the budget | before its question |
 
-Files of a series (`kohli-1-...`, `kohli-2-...`) are about one subject. How near a note is to a message is told by BM25
-(Robertson and Zaragoza 2009), or by the cosine of sentence vectors.
+Files of a series (`kohli-1-...`, `kohli-2-...`) are about one subject. How near a note is to a message is told by
+BM25 (Robertson and Zaragoza 2009), or by the cosine of sentence vectors.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ai100.words import content_words, telling_stems
-from kvarena.api.tokenizer import Tokenizer
-from kvarena.context import join_chunks, load_chunks, load_system_prompt
+from kvarena.documents import join_chunks, load_chunks, load_system_prompt
+from kvarena.engines.base import Tokenizer
 
 NOTES_TOKENS = 200
 CONTEXT_SHARE = 3
@@ -61,7 +61,7 @@ class Note:
         return " ".join(re.findall(r"[^\W_]+", re.split(r"\d", self.name, maxsplit=1)[0]))
 
 
-class Nearness(Protocol):
+class Similarity(Protocol):
     """How near notes are to a message. `least`: what a note must have to be told to the model at all; `kept`: what the
     next best need of the best one's.
     """
@@ -78,7 +78,7 @@ class Nearness(Protocol):
         ...
 
 
-class WordNearness:
+class BM25Similarity:
     """By the words that a note and a message share, the rarer the more. A note's title counts twice."""
 
     least = 0.3
@@ -114,7 +114,7 @@ class WordNearness:
         return scores
 
 
-class VectorNearness:
+class CosineSimilarity:
     """By the cosine of sentence vectors."""
 
     least = 0.3
@@ -154,8 +154,8 @@ class Notes:
         self.budget = budget
         self.system = system if budget else ""
         self.separator = separator
-        self.words = WordNearness(self.notes)
-        self._nearness: Nearness = VectorNearness(self.notes, embed) if embed and self.notes else self.words
+        self.words = BM25Similarity(self.notes)
+        self._nearness: Similarity = CosineSimilarity(self.notes, embed) if embed and self.notes else self.words
         self._ranked = lru_cache(maxsize=1024)(self._rank)
 
     def of_topic(self, message: str) -> tuple[Note, ...]:
@@ -181,7 +181,7 @@ class Notes:
         return message.rpartition(self.separator)[2].strip() or message if self.is_context(message) else message
 
     def is_context(self, message: str) -> bool:
-        """Whether a message brings chunks, as `kvarena.context.join_chunks` writes them."""
+        """Whether a message brings chunks, as `kvarena.documents.join_chunks` writes them."""
         return message.startswith(self.separator) and message.count(self.separator) > 1
 
     def joined(self, notes: Sequence[Note]) -> str:

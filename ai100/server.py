@@ -8,18 +8,40 @@ import typer
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from ai100 import command_line as options
+from ai100.cli_options import (
+    CtxLen,
+    Data,
+    Device,
+    Dtype,
+    FullBatchSize,
+    GenLen,
+    KvCacheBatchSize,
+    MaxContext,
+    Model,
+    Mxfp6,
+    Mxint8,
+    NoCache,
+    NotesTokens,
+    NumCores,
+    NumDevices,
+    PrefillSeqLen,
+    RuntimeName,
+    SentenceModel,
+    Separator,
+    Threshold,
+    TopicKind,
+    TopicsFile,
+)
 from ai100.engine import GEN_LEN, MAX_CONTEXT, AI100Engine
 from ai100.notes import NOTES_TOKENS
-from ai100.runtimes.compiled import CardUnavailable, CompileFailed, CompileOptions
+from ai100.runtimes.card import CardUnavailable, CompileFailed, CompileOptions
 from ai100.runtimes.runtime import StaticShapes
 from ai100.settings import AI100Settings, open_engine
 from ai100.topics import THRESHOLD, TOPICS_FILE
-from kvarena.api.config import ApiConfig
-from kvarena.api.serve import serve
-from kvarena.api.server import TheServer
-from kvarena.api.store_metrics import StoreCollector
-from kvarena.stack.errors import StackError
+from kvarena.engines.store_metrics import StoreCollector
+from kvarena.server.app import serve
+from kvarena.server.state import ApiConfig, ServerDep
+from kvarena.stack.service import StackError
 
 router = APIRouter()
 
@@ -45,7 +67,7 @@ class SlotRows(BaseModel):
 
 
 @router.get("/slots")
-async def slots(server: TheServer) -> SlotRows:
+async def slots(server: ServerDep) -> SlotRows:
     engine = server.engine
     assert isinstance(engine, AI100Engine)
     rows = [SlotRow(**row) for row in engine.slot_rows()]
@@ -53,34 +75,34 @@ async def slots(server: TheServer) -> SlotRows:
 
 
 def main(
-    model: options.Model = None,
+    model: Model = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call it. [default: the model's name]")
     ] = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8004,
-    runtime: options.RuntimeName = "auto",
-    full_batch_size: options.FullBatchSize = 2,
-    kv_cache_batch_size: options.KvCacheBatchSize = 4,
-    ctx_len: options.CtxLen = 4096,
-    prefill_seq_len: options.PrefillSeqLen = 128,
-    gen_len: options.GenLen = GEN_LEN,
-    max_context: options.MaxContext = MAX_CONTEXT,
-    topics: options.TopicKind = "keyword",
-    topics_file: options.TopicsFile = None,
-    sentence_model: options.SentenceModel = None,
-    threshold: options.Threshold = THRESHOLD,
-    data: options.Data = None,
-    notes_tokens: options.NotesTokens = NOTES_TOKENS,
-    separator: options.Separator = None,
-    no_cache: options.NoCache = False,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
+    runtime: RuntimeName = "auto",
+    full_batch_size: FullBatchSize = 2,
+    kv_cache_batch_size: KvCacheBatchSize = 4,
+    ctx_len: CtxLen = 4096,
+    prefill_seq_len: PrefillSeqLen = 128,
+    gen_len: GenLen = GEN_LEN,
+    max_context: MaxContext = MAX_CONTEXT,
+    topics: TopicKind = "keyword",
+    topics_file: TopicsFile = None,
+    sentence_model: SentenceModel = None,
+    threshold: Threshold = THRESHOLD,
+    data: Data = None,
+    notes_tokens: NotesTokens = NOTES_TOKENS,
+    separator: Separator = None,
+    no_cache: NoCache = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
-    num_cores: options.NumCores = 16,
-    num_devices: options.NumDevices = 1,
-    mxfp6_matmul: options.Mxfp6 = False,
-    mxint8_kv_cache: options.Mxint8 = False,
+    num_cores: NumCores = 16,
+    num_devices: NumDevices = 1,
+    mxfp6_matmul: Mxfp6 = False,
+    mxint8_kv_cache: Mxint8 = False,
 ) -> None:
     """Serve multi-turn chat on KV slots."""
     try:

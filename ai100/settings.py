@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ai100.engine import GEN_LEN, MAX_CONTEXT, AI100Engine
 from ai100.notes import CONTEXT_SHARE, NO_NOTES, NOTES_TOKENS, Embed, Notes, load_notes
-from ai100.runtimes.compiled import CompileOptions
+from ai100.runtimes.card import CompileOptions
 from ai100.runtimes.registry import chosen, open_runtime
 from ai100.runtimes.runtime import Runtime, StaticShapes
 from ai100.topics import THRESHOLD, TOPICS_FILE, EmbeddingTopics, KeywordTopics, Topics, load_topics
+from kvarena.engines.vllm.config import read_model_profile
 from kvarena.stack.model import Model, find_model
-from kvarena.vllm_plugin.config import read_model_profile
 
 CARD_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 DEFAULT_SEPARATOR = "\n\n"

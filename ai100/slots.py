@@ -1,4 +1,4 @@
-"""The slots: which topic's tokens lie in which, how far, and who has to go when a new topic needs one.
+"""The slots: which topic's tokens are in which, how far, and which is evicted when a new topic needs one.
 
 Holds token ids only; what runs them is told by its caller, who does to the device what was agreed here.
 

@@ -9,9 +9,9 @@ Both kinds follow one rule, and differ in how near a message is to a topic:
 | is short and names nothing ("When was the wedding?") | the most recent of this conversation's |
 | anything else | a new one, named by its first few words |
 
-What a topic is known by: its words in the file, the messages in it, the notes about it; and, for a message that refers
-back, the answers in it and the notes it was answered from. Notes are about the topic whose words their titles have,
-else about one that has the name of their series.
+What a topic is known by: its words in the file, the messages in it, the notes about it; and, for a message that
+refers back, the answers in it and the notes it was answered from. Notes are about the topic whose words their titles
+have, else about one that has the name of their series.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_SHORT_WORDS = 2
 
 
 @dataclass(frozen=True)
-class Spoken:
+class PastTurn:
     """A turn of a conversation: its topic's name, what the user said, and the answer, if there is one yet."""
 
     topic: str
@@ -45,7 +45,7 @@ class Spoken:
 
 
 class Topics(Protocol):
-    def topic_of(self, message: str, earlier: Sequence[Spoken]) -> str:
+    def topic_of(self, message: str, earlier: Sequence[PastTurn]) -> str:
         """The topic's name; `earlier` are the conversation's turns, oldest first. Thread-safe, without memory."""
         ...
 
@@ -63,7 +63,7 @@ class KeywordTopics:
     def __post_init__(self) -> None:
         _check(self.threshold)
 
-    def topic_of(self, message: str, earlier: Sequence[Spoken]) -> str:
+    def topic_of(self, message: str, earlier: Sequence[PastTurn]) -> str:
         weights = {word: self._weight(word) for word in content_words(message)}
 
         def nearness(name: str, follows: bool) -> float:
@@ -103,7 +103,7 @@ class EmbeddingTopics:
     def __post_init__(self) -> None:
         _check(self.threshold)
 
-    def topic_of(self, message: str, earlier: Sequence[Spoken]) -> str:
+    def topic_of(self, message: str, earlier: Sequence[PastTurn]) -> str:
         vector = self.embed([message])[0]
 
         def nearness(name: str, follows: bool) -> float:
@@ -133,7 +133,7 @@ def load_topics(path: Path = TOPICS_FILE) -> dict[str, tuple[str, ...]]:
 
 def _choose(
     message: str,
-    earlier: Sequence[Spoken],
+    earlier: Sequence[PastTurn],
     known: Iterable[str],
     nearness: Callable[[str, bool], float],
     threshold: float,
@@ -155,7 +155,7 @@ def _new_name(message: str) -> str:
     return " ".join(telling[:NUM_NAMING_WORDS])
 
 
-def _texts(name: str, earlier: Sequence[Spoken], notes: Notes, *, with_answers: bool) -> list[str]:
+def _texts(name: str, earlier: Sequence[PastTurn], notes: Notes, *, with_answers: bool) -> list[str]:
     """What was said in a topic; with the answers, also the notes that it began with."""
     turns = [turn for turn in earlier if turn.topic == name]
     said = [turn.message for turn in turns]

@@ -1,14 +1,15 @@
-"""All HTTP of the page: one `ChatSession` per contender, and nothing of Streamlit.
+"""All HTTP of the page: one `ChatSession` per contender, `SlotSession` for the one with KV slots. No Streamlit.
 
 A session owns one worker thread that runs one event loop and one HTTP client for as long as the page's process
 lives, so no connection and no client is built inside a measurement. Time stamps are taken in that thread, where the
-bytes arrive. An answer is a stream of events (`events.py`) that the worker hands to a callback; cancelling its future
-closes the connection, upon which the server stops generating.
+bytes arrive. An answer is a stream of events (`figures.py`) that the worker hands to a callback; cancelling its
+future closes the connection, upon which the server stops generating.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import threading
 import time
@@ -18,14 +19,22 @@ from typing import Any, TypeVar
 
 import httpx
 
-from errors import ContenderError, explained, http_error, stream_error
-from events import Done, Event, Failed, FirstToken, Text
-from figures import Figures, Stopwatch, from_usage, with_report, without_report
-from kvarena.api_key import bearer
+from contender_api import (
+    ContenderError,
+    Message,
+    Sampling,
+    Server,
+    completion_request,
+    explained,
+    http_error,
+    stream_error,
+)
+from figures import Done, Event, Failed, Figures, FirstToken, Stopwatch, Text, from_usage, with_report, without_report
+from kvarena.client import bearer
 from kvarena.documents import TextChunk
 from kvarena.warm_request import WARM_PATH, ChunkOutcome, warm_outcome, warm_request
 from settings import Contender
-from wire import Message, Sampling, Server, completion_request
+from slots import SlotTable
 
 T = TypeVar("T")
 
@@ -238,3 +247,32 @@ class ChatSession:
             except (httpx.HTTPError, ValueError, KeyError, TypeError):
                 break
         return without_report(figures)
+
+
+class SlotSession(ChatSession):
+    """A `ChatSession` that says in every request whether the slots are used, and whose conversation it is."""
+
+    def __init__(self, contender: Contender, use_cache: bool, api_key: str = "", timeout_s: float = 600.0) -> None:
+        super().__init__(contender, api_key, timeout_s)
+        self._use_cache = use_cache
+
+    def answer(
+        self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None], request_id: str
+    ) -> Future[None]:
+        """The two modes' conversations have names of their own, so that neither goes on with the other's turns; and so
+        have their requests, which one server gets.
+        """
+        user = f"{sampling.user}-{self.contender.name}" if sampling.user else ""
+        chosen = dataclasses.replace(sampling, use_cache=self._use_cache, user=user)
+        return super().answer(messages, chosen, put, f"{request_id}-{self.contender.name}")
+
+    def slots(self) -> Future[SlotTable]:
+        """What lies in the slots now. Its result raises `ContenderError`."""
+        return self._submit(self._slots())
+
+    async def _slots(self) -> SlotTable:
+        with explained(self.contender, STATE_TIMEOUT_S):
+            reply = await self._http.get("/slots", timeout=STATE_TIMEOUT_S)
+            if reply.is_error:
+                raise http_error(self.contender, reply)
+            return SlotTable.read(reply.json())

@@ -1,6 +1,9 @@
 """The context as it will be sent: system prompt, separators, chunks in their order, each with its tokens.
 
-Texts are escaped: a chunk is shown letter for letter, whatever markup is in it.
+The prompt's ids and each chunk's ids come from the server's own tokenizer. A chunk is looked up in the prompt in
+order; since a tokenizer may join a chunk's end with its neighbour, up to `MAX_EDGE` tokens at either end may differ
+and are then counted as the chunk's own. Texts are escaped: a chunk is shown letter for letter, whatever markup is in
+it.
 """
 
 from __future__ import annotations
@@ -9,10 +12,64 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from boundaries import ChunkSpan, chunk_spans, common_prefix
+from chat import Context
 from chat_session import ChatSession
-from history import Context
-from kvarena.context import build_messages
+from kvarena.documents import build_messages
+
+MAX_EDGE = 3
+
+
+@dataclass(frozen=True)
+class ChunkSpan:
+    """Tokens `[start, end)` of the prompt; both None where the chunk could not be found as it stands alone."""
+
+    num_tokens: int
+    start: int | None = None
+    end: int | None = None
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two prompts share from their beginning."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+def chunk_spans(prompt: Sequence[int], chunks: Sequence[Sequence[int]], start: int = 0) -> list[ChunkSpan]:
+    """One span per chunk, in order, none before `start`."""
+    spans = []
+    cursor = start
+    for chunk in chunks:
+        found = _find_with_edges(prompt, chunk, cursor)
+        if found is None:
+            spans.append(ChunkSpan(len(chunk)))
+            continue
+        cursor = found + len(chunk)
+        spans.append(ChunkSpan(len(chunk), found, cursor))
+    return spans
+
+
+def _find_with_edges(prompt: Sequence[int], chunk: Sequence[int], start: int) -> int | None:
+    for edge in range(MAX_EDGE + 1):
+        inner = chunk[edge : len(chunk) - edge]
+        if len(inner) <= 2 * edge:
+            return None
+        found = _find(prompt, inner, start + edge)
+        if found is not None:
+            return found - edge
+    return None
+
+
+def _find(prompt: Sequence[int], wanted: Sequence[int], start: int) -> int | None:
+    wanted = list(wanted)
+    for at in range(start, len(prompt) - len(wanted) + 1):
+        if prompt[at] == wanted[0] and list(prompt[at : at + len(wanted)]) == wanted:
+            return at
+    return None
+
 
 NUM_SHADES = 6
 

@@ -1,4 +1,4 @@
-"""A result file of `kvarena eval`, as data: how well each way of answering did, and every single answer.
+"""A result file of `kvarena eval`, as data: how well each variant did, and every single answer.
 
 Reads and checks; draws nothing and knows nothing of Streamlit. A figure that the file doesn't have is None, never 0.
 """
@@ -82,7 +82,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Answer:
+class EvalAnswer:
     """`outcome` is answered or failed, in older files unparsed too; `detail` says why it failed."""
 
     text: str
@@ -112,7 +112,7 @@ class EvalResult:
     reference: Variant | None
     rows: tuple[Row, ...]
     questions: tuple[Question, ...] = ()
-    answers: Mapping[tuple[Variant, int], Answer] = field(default_factory=dict)
+    answers: Mapping[tuple[Variant, int], EvalAnswer] = field(default_factory=dict)
 
     @property
     def kinds(self) -> list[str]:
@@ -193,8 +193,8 @@ def _row(entry: Mapping[str, Any]) -> Row:
     )
 
 
-def _answer(entry: Mapping[str, Any]) -> Answer:
-    return Answer(
+def _answer(entry: Mapping[str, Any]) -> EvalAnswer:
+    return EvalAnswer(
         text=entry.get("text") or "",
         outcome=entry["outcome"],
         correct=_number(entry.get("correct")),

@@ -1,7 +1,8 @@
 """Questions that come with the chunk folder (`questions.jsonl`), each with the chunks it is about.
 
 The file is optional, and so is every line of it: one that can't be used is left out. Lines with `"example": true` are
-those that the page offers; where no line has it, all are. A line with `history` is offered after the questions in it.
+those that the page offers; where no line has it, all are. A line with `history` is offered after the questions in
+it.
 """
 
 from __future__ import annotations

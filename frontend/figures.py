@@ -1,7 +1,9 @@
-"""The figures under an answer, and what two answers' figures say about each other.
+"""The figures under an answer, what two answers' figures say about each other, and the events that bring them.
 
 Times are the client's: taken where the bytes arrive. Token counts are the server's: from `usage`, and from the
-contender's request report where it keeps one. A figure that nobody reported is None, never 0.
+contender's request report where it keeps one. A figure that nobody reported is None, never 0. Also here: what
+became of the search for a similar earlier prompt, and what a turn on KV slots did, from the report to HTML. A worker
+tells the page of an answer in this order: FirstToken and Text, then Done or Failed.
 """
 
 from __future__ import annotations
@@ -9,10 +11,168 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
-from similar_task import SimilarTask
-from slot_turn import SlotTurn
+
+@dataclass(frozen=True)
+class SimilarTask:
+    """`similarity` is the cosine to the earlier prompt that lent its KV; None: none was similar enough, or none asked.
+    `similarity_threshold` None: the server finds none good enough at present. `checked_similarity` is there when reuse
+    was only compared with full prefill, to find the threshold; `check_agrees`: it gave the same first token.
+
+    A layer pass is one prompt token through one layer. `matched_prompt` is empty where the server keeps it to itself.
+    """
+
+    mode: str
+    similarity_threshold: float | None
+    similarity: float | None
+    num_layer_passes: int
+    num_layer_passes_without_reuse: int
+    matched_prompt: str = ""
+    num_matched_prompt_tokens: int | None = None
+    checked_similarity: float | None = None
+    check_agrees: bool = False
+
+    @classmethod
+    def read(cls, report: Mapping[str, Any]) -> SimilarTask:
+        check = report.get("check") or {}
+        return cls(
+            mode=report["mode"],
+            similarity_threshold=report["similarity_threshold"],
+            similarity=report["similarity"],
+            num_layer_passes=report["num_layer_passes"],
+            num_layer_passes_without_reuse=report["num_layer_passes_without_reuse"],
+            matched_prompt=report.get("matched_prompt") or "",
+            num_matched_prompt_tokens=report.get("num_matched_prompt_tokens"),
+            checked_similarity=check.get("similarity"),
+            check_agrees=check.get("agrees", False),
+        )
+
+    @property
+    def num_skipped_passes(self) -> int:
+        """Negative where choosing what to recompute cost more than was reused."""
+        return self.num_layer_passes_without_reuse - self.num_layer_passes
+
+
+def similar_task_html(task: SimilarTask) -> str:
+    if task.similarity is None:
+        return (
+            f'<div class="ka-task" data-testid="similar-task" data-hit="false">{_miss(task)} Prefilled in full.</div>'
+        )
+    return (
+        '<div class="ka-task" data-testid="similar-task" data-hit="true">'
+        "Similar to an earlier prompt: cosine "
+        f"{_task_number('similarity', task.similarity, f'{task.similarity:.5f}')}, "
+        f"threshold {_shown(task.similarity_threshold)}. {_skipped(task)}{_earlier_prompt(task)}</div>"
+    )
+
+
+def _miss(task: SimilarTask) -> str:
+    if task.checked_similarity is not None:
+        first_token = "would have begun as full prefill did" if task.check_agrees else "would have begun differently"
+        return f"Compared, to find the threshold: reuse at cosine {task.checked_similarity:.5f} {first_token}."
+    if task.similarity_threshold is None:
+        return "No reuse: the server finds no similarity at which answers agree with full prefill often enough."
+    threshold = _shown(task.similarity_threshold)
+    return f"No similar earlier prompt: none that can be used has a cosine of {threshold} or more."
+
+
+def _shown(threshold: float | None) -> str:
+    return "none" if threshold is None else f"{threshold:g}"
+
+
+def _skipped(task: SimilarTask) -> str:
+    skipped, total = task.num_skipped_passes, task.num_layer_passes_without_reuse
+    number = _task_number("num_skipped_passes", skipped, f"{abs(skipped):,}")
+    if skipped < 0:
+        return f"Skipped nothing: ran {number} layer passes more than the {total:,} of a full prefill."
+    return f"Skipped {number} of {total:,} layer passes ({skipped / total:.0%})."
+
+
+def _earlier_prompt(task: SimilarTask) -> str:
+    if not task.matched_prompt:
+        return ""
+    size = "" if task.num_matched_prompt_tokens is None else f", {task.num_matched_prompt_tokens:,} tokens"
+    return (
+        f"<details><summary>The earlier prompt{size}</summary>"
+        f'<div class="ka-text" data-testid="matched-prompt">{escape(task.matched_prompt)}</div></details>'
+    )
+
+
+def _task_number(key: str, value: float, text: str) -> str:
+    return f'<b data-figure="{key}" data-value="{value!r}">{text}</b>'
+
+
+STATUS_LABELS = {
+    "NEW_TOPIC": "new topic",
+    "INCREMENTAL_PREFILL": "incremental prefill",
+    "RESET_TOPIC": "topic reset",
+    "FULL_PREFILL": "full prefill",
+}
+
+
+@dataclass(frozen=True)
+class SlotTurn:
+    """`turn` counts those of the topic, `prefill_ms` ends with the first token; times are the server's.
+
+    `slot` and `status` are None for a turn that ended before it had a slot, `reason` says why a topic was reset,
+    `notes` names those in its prompt.
+    """
+
+    topic: str
+    slot: int | None
+    turn: int
+    status: str | None
+    reason: str
+    num_prefilled_tokens: int
+    num_decoded_tokens: int
+    prefill_ms: float
+    decode_ms: float
+    total_ms: float
+    notes: str = ""
+
+    @classmethod
+    def read(cls, report: Mapping[str, Any]) -> SlotTurn:
+        timings = report["timings"]
+        return cls(
+            topic=report["topic"],
+            slot=report["slot"],
+            turn=report["turn"],
+            status=report["status"],
+            reason=report.get("reason") or "",
+            num_prefilled_tokens=report["num_prefilled_tokens"],
+            num_decoded_tokens=report["num_decoded_tokens"],
+            prefill_ms=timings["prefill_ms"],
+            decode_ms=timings["decode_ms"],
+            total_ms=timings["total_ms"],
+            notes=report.get("notes") or "",
+        )
+
+
+def slot_turn_html(turn: SlotTurn) -> str:
+    status = turn.status or ""
+    slot = "no slot" if turn.slot is None else f"slot {turn.slot}"
+    reason = f'<div data-testid="reset-reason">{escape(turn.reason)}</div>' if turn.reason else ""
+    notes = f'<div data-testid="notes">notes: {escape(turn.notes)}</div>' if turn.notes else ""
+    return (
+        f'<div class="ka-task" data-testid="slot-turn" data-status="{escape(status)}" '
+        f'data-topic="{escape(turn.topic)}" data-turn="{turn.turn}">'
+        f'<span class="ka-badge ka-status-{escape(status)}">{escape(STATUS_LABELS.get(status, status))}</span> '
+        f"<b>{escape(turn.topic)}</b> in {slot}, turn {turn.turn}: prefilled "
+        f"{_slot_number('num_prefilled_tokens', turn.num_prefilled_tokens, f'{turn.num_prefilled_tokens:,}')} tokens"
+        f"{reason}{notes}<div>{_times(turn)}</div></div>"
+    )
+
+
+def _times(turn: SlotTurn) -> str:
+    times = {"prefill": turn.prefill_ms, "decode": turn.decode_ms, "total": turn.total_ms}
+    return ", ".join(f"{name} {_slot_number(f'{name}_ms', ms, f'{ms:,.1f} ms')}" for name, ms in times.items())
+
+
+def _slot_number(key: str, value: float, text: str) -> str:
+    return f'<b data-figure="{key}" data-value="{value!r}">{text}</b>'
+
 
 SAME_SPEED_RATIO = 1.05
 MIN_DECODE_S = 0.001
@@ -177,3 +337,31 @@ def _prefix_spans(num_prompt_tokens: int | None, num_cached_tokens: int | None) 
     prefix = Span(0, num_cached_tokens, "prefix")
     rest = Span(num_cached_tokens, num_prompt_tokens, "computed")
     return tuple(span for span in (prefix, rest) if span.end > span.start)
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """The first token is there: `first_token_ms` after the request was sent."""
+
+    first_token_ms: float
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """`finish_reason` is the server's: `stop`, `length` and so on."""
+
+    figures: Figures
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    message: str
+
+
+Event = FirstToken | Text | Done | Failed

@@ -1,9 +1,11 @@
-"""A question under way: every chosen contender answers it, at the same time or one after the other.
+"""Questions in progress, and the chats of this page process by key, so that a reloaded page finds its chat again.
 
-The workers put their events on one queue; whoever draws the page calls `advance`, which applies them to the turn's
-answers and, one after the other, asks the next contender. So a run that nobody watches starts nothing new. Several
-script runs may watch one run: `advance` and `stop` take a lock. All contenders get one request id, by which their logs
-tell of the same question.
+Every chosen contender answers a question, at the same time or one after the other. The workers put their events on
+one queue; whoever draws the page calls `advance`, which applies them to the turn's answers and, one after the other,
+asks the next contender. So a run that nobody watches starts nothing new. Several script runs may watch one run:
+`advance` and `stop` take a lock. All contenders get one request id, by which their logs tell of the same question.
+A chat's key is random and stands in the page's address (`?chat=...`). At most `MAX_CHATS` are kept, the longest
+unused one goes first; a restart of the page forgets them all.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from __future__ import annotations
 import queue
 import threading
 import uuid
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
+from chat import Answer, Chat, Context, Turn
 from chat_session import ChatSession
-from events import Event
-from history import Answer, Chat, Context, Turn
-from wire import Sampling
+from contender_api import Sampling
+from figures import Event
 
 
 class Run:
@@ -98,3 +102,50 @@ class Run:
 
         answer.start()
         self._futures[name] = self._sessions[name].answer(self._messages[name], self._sampling, put, self._request_id)
+
+
+MAX_CHATS = 64
+
+
+@dataclass
+class OpenChat:
+    """A chat and the question that is under way in it, if any."""
+
+    chat: Chat = field(default_factory=Chat)
+    run: Run | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self.run is not None
+
+    def stop(self) -> None:
+        """Ends the run; partial answers stay in the chat, marked as interrupted."""
+        if self.run is not None:
+            self.run.stop()
+            self.run = None
+
+
+class ChatStore:
+    """Safe to use from several sessions at once. `make_chat` makes an empty chat."""
+
+    def __init__(self, max_chats: int = MAX_CHATS, make_chat: Callable[[], Chat] = Chat) -> None:
+        self._make_chat = make_chat
+        self._max_chats = max_chats
+        self._chats: OrderedDict[str, OpenChat] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> OpenChat | None:
+        with self._lock:
+            if key in self._chats:
+                self._chats.move_to_end(key)
+            return self._chats.get(key)
+
+    def new(self) -> OpenChat:
+        """An empty chat; the longest unused ones are stopped and forgotten to make room."""
+        opened = OpenChat(self._make_chat())
+        with self._lock:
+            self._chats[opened.chat.key] = opened
+            while len(self._chats) > self._max_chats:
+                _, forgotten = self._chats.popitem(last=False)
+                forgotten.stop()
+        return opened

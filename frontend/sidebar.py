@@ -1,4 +1,8 @@
-"""The sidebar: which servers, which chunks in which order, and how to ask. Returns the choices, asks nobody."""
+"""The sidebars of Arena and of Conversations. They return the choices and ask nobody.
+
+Arena: which servers, which chunks in which order, and how to ask. Conversations: which modes, what the model knows,
+and how to ask.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,15 @@ import streamlit as st
 from streamlit_sortables import sort_items  # type: ignore[import-untyped]
 
 import state
-from chat_session import ChatSession
-from chats import OpenChat
+from chat import Context
+from chat_session import ChatSession, SlotSession
+from contender_api import RecomputeOptions, Sampling
 from documents_view import draw_remarks, draw_uploads
 from examples import opening_chunks
-from history import Context
 from kvarena.documents import TextChunk
-from servers_view import draw_servers
-from wire import Recomputing, Sampling
+from question_box import draw_servers
+from runs import OpenChat
+from slots import CACHED, MODES, UNCACHED, SlotContext
 
 NUM_DEFAULT_CHUNKS = 6
 DEFAULT_MAX_TTFT_MS = 500.0
@@ -33,23 +38,23 @@ SORTABLE_STYLE = """
 
 
 @dataclass(frozen=True)
-class Choices:
+class ArenaChoices:
     context: Context
     sampling: Sampling
     sessions: dict[str, ChatSession]
     in_sequence: bool
 
 
-def draw_sidebar(opened: OpenChat) -> Choices:
+def draw_arena_sidebar(opened: OpenChat) -> ArenaChoices:
     uploaded = state.uploaded_chunks().values()
     chunks = state.chunk_files() | {chunk.name: chunk for named in uploaded for chunk in named}
-    _begin(opened, list(chunks))
+    _begin_arena(opened, list(chunks))
     with st.sidebar:
         st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened])
         sessions, in_sequence = _draw_contenders(opened.busy)
-        context = _draw_context(chunks, opened.busy)
+        context = _draw_arena_context(chunks, opened.busy)
         sampling = _draw_sampling()
-    return Choices(context, sampling, sessions, in_sequence)
+    return ArenaChoices(context, sampling, sessions, in_sequence)
 
 
 def choose_chunks(names: Sequence[str]) -> None:
@@ -58,7 +63,7 @@ def choose_chunks(names: Sequence[str]) -> None:
     st.session_state["order"] = st.session_state["dealt"] = list(names)
 
 
-def _begin(opened: OpenChat, names: list[str]) -> None:
+def _begin_arena(opened: OpenChat, names: list[str]) -> None:
     """A page's first script run takes up where its chat stands; a new chat opens on the folder's examples."""
     if "chunks" in st.session_state:
         return
@@ -94,7 +99,7 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
     return chosen, in_sequence
 
 
-def _draw_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
+def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
     st.subheader("Context")
     st.session_state["chunks"] = [n for n in st.session_state["chunks"] if n in chunks]
     picked = st.multiselect(
@@ -147,11 +152,11 @@ def _draw_sampling() -> Sampling:
     return Sampling(temperature, int(max_tokens), ignore_eos, recomputing, mode, similarity_threshold)
 
 
-def _draw_blend() -> Recomputing:
+def _draw_blend() -> RecomputeOptions:
     """Where there is a contender for it."""
     offer = state.blend_offer()
     if not offer or not offer.policies:
-        return Recomputing()
+        return RecomputeOptions()
     st.subheader("Reuse")
     default = offer.policies.index(offer.policy) if offer.policy in offer.policies else 0
     policy = st.selectbox(
@@ -174,7 +179,7 @@ def _draw_blend() -> Recomputing:
         max_ttft_ms = st.number_input(
             "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", persist_state=KEEP
         )
-        return Recomputing(policy, max_ttft_ms=max_ttft_ms)
+        return RecomputeOptions(policy, max_ttft_ms=max_ttft_ms)
     ratio = st.slider(
         "Ratio",
         0.0,
@@ -185,7 +190,7 @@ def _draw_blend() -> Recomputing:
         persist_state=KEEP,
         help="Share of reused tokens to recompute.",
     )
-    return Recomputing(policy, ratio)
+    return RecomputeOptions(policy, ratio)
 
 
 def _draw_simllm() -> tuple[str | None, float | None]:
@@ -219,3 +224,96 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         "close to 1.",
     )
     return mode, similarity_threshold
+
+
+BOTH = "Both"
+MODE_CHOICES = {BOTH: MODES, CACHED.title: (CACHED,), UNCACHED.title: (UNCACHED,)}
+
+
+@dataclass(frozen=True)
+class ConversationChoices:
+    """`sessions` are those that answer the next message."""
+
+    context: SlotContext
+    sessions: dict[str, SlotSession]
+    in_sequence: bool
+    is_up: bool
+    temperature: float
+    max_tokens: int
+
+    def sampling(self, conversation: str) -> Sampling:
+        return Sampling(self.temperature, self.max_tokens, user=conversation, notes=self.context.notes)
+
+
+def draw_conversation_sidebar(opened: OpenChat) -> ConversationChoices:
+    with st.sidebar:
+        st.button("New conversation", key="new-chat", width="stretch", on_click=_start_new_conversation, args=[opened])
+        sessions = state.slot_sessions()
+        server = {name: session for name, session in sessions.items() if name == CACHED.name}
+        if server:
+            draw_servers(server, opened.busy)
+        modes, in_sequence = _draw_modes()
+        context = _draw_conversation_context(opened)
+        st.subheader("Answer")
+        temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="conversation-temperature", persist_state=KEEP)
+        max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="conversation-max-tokens", persist_state=KEEP)
+    return ConversationChoices(
+        context,
+        {name: sessions[name] for name in modes if name in sessions},
+        in_sequence,
+        bool(server) and all(session.up for session in server.values()),
+        temperature,
+        int(max_tokens),
+    )
+
+
+def _draw_modes() -> tuple[list[str], bool]:
+    chosen = st.segmented_control(
+        "Answer each message",
+        list(MODE_CHOICES),
+        default=BOTH,
+        required=True,
+        key="modes",
+        persist_state=KEEP,
+        help="With slots a follow-up prefills its own tokens only; without, the topic's whole history. Both get the "
+        "same messages.",
+    )
+    in_sequence = st.toggle(
+        "One after the other",
+        value=True,
+        key="conversation-in-sequence",
+        persist_state=KEEP,
+        help="Off: both at the same time, in one batch, so that each slows the other down.",
+    )
+    return [mode.name for mode in MODE_CHOICES[chosen or BOTH]], in_sequence
+
+
+def _draw_conversation_context(opened: OpenChat) -> SlotContext:
+    """What every topic begins with: the system prompt, and notes that the server chooses for it."""
+    _begin_conversation(opened)
+    st.subheader("What the model knows")
+    notes = st.toggle(
+        "Notes for each topic",
+        key="conversation-notes",
+        persist_state=KEEP,
+        help="The server takes those of the data folder that fit a topic's first message into its system message, and "
+        "adds to a later message what it needs beyond them. Another choice begins a new conversation.",
+    )
+    draw_remarks(state.folder_documents())
+    system = st.text_area("System prompt", key="conversation-system", height=80, persist_state=KEEP)
+    return SlotContext(system.strip(), notes=notes)
+
+
+def _begin_conversation(opened: OpenChat) -> None:
+    """A page's first script run takes up where its chat stands, or with the folder's system prompt and notes."""
+    if "conversation-notes" in st.session_state:
+        return
+    turns = opened.chat.turns
+    context = turns[-1].context if turns else None
+    st.session_state["conversation-system"] = context.system if context else state.folder_documents().system
+    st.session_state["conversation-notes"] = context.notes if isinstance(context, SlotContext) else True
+
+
+def _start_new_conversation(opened: OpenChat) -> None:
+    opened.stop()
+    state.new_chat("conversation")

@@ -1,10 +1,19 @@
-"""The table of KV slots as `GET /slots` gives it, and what became of each slot between two looks at it."""
+"""The table of KV slots as `GET /slots` gives it, what changed between two looks, and a chat on slots.
+
+Pure data. A chat answers each message with the slots and without. Both modes get the same messages: a turn's answer
+in them is the first mode's that is whole, else the first that has text. Without sampling both answers are equal, so
+either history is both modes'.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from chat import Chat, Context, Turn
+from figures import Figures
+from settings import Contender
 
 
 @dataclass(frozen=True)
@@ -78,3 +87,103 @@ def changes(before: SlotTable, after: SlotTable) -> list[SlotChange]:
         return []
     pairs = zip(before.slots, after.slots, strict=True)
     return [SlotChange(old.index, old.topic, new.topic) for old, new in pairs if old.holds != new.holds]
+
+
+SLOT_CONTENDER = "ai100"
+
+
+@dataclass(frozen=True)
+class Mode:
+    name: str
+    title: str
+    use_cache: bool
+
+    def of(self, server: Contender) -> Contender:
+        return Contender(self.name, self.title, server.url, service=server.name)
+
+
+CACHED = Mode("cached", "With slots", use_cache=True)
+UNCACHED = Mode("uncached", "Without", use_cache=False)
+MODES = (CACHED, UNCACHED)
+
+
+@dataclass(frozen=True)
+class SlotContext(Context):
+    """`notes`: the server adds those of its folder that fit a topic."""
+
+    notes: bool = True
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Over the turns that were answered in both modes: what the slots saved. Tokens are those not prefilled."""
+
+    num_turns: int = 0
+    first_token_ms: float = 0.0
+    num_tokens: int = 0
+
+
+@dataclass
+class SlotChat(Chat):
+    """`slot_history` says, oldest first, what the turns did to the slots; `conversations` are the server's ids of
+    this chat's, as far as they were seen.
+    """
+
+    slot_history: list[str] = field(default_factory=list)
+    conversations: set[str] = field(default_factory=set)
+    _seen: SlotTable | None = None
+    _num_noted: int = 0
+
+    def messages(self, contender: str, context: Context, question: str) -> list[dict[str, str]]:
+        """The system prompt is every topic's. Answers are as they came."""
+        messages = [{"role": "system", "content": context.system}] if context.system else []
+        for turn in self.conversation(context):
+            if said := _said(turn):
+                messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": said}]
+        return [*messages, {"role": "user", "content": question}]
+
+    def name(self, context: Context) -> str:
+        """Of the conversation that a question over `context` belongs to; one without answers yet has a new name."""
+        answered = [turn for turn in self.conversation(context) if _said(turn)]
+        first = next((at for at, turn in enumerate(self.turns) if answered and turn is answered[0]), len(self.turns))
+        return f"{self.key}-{first}"
+
+    def saved(self) -> Saved:
+        pairs = [_figures_of_both(turn) for turn in self.turns]
+        both = [pair for pair in pairs if pair]
+        return Saved(
+            num_turns=len(both),
+            first_token_ms=sum(
+                (without.first_token_ms or 0) - (cached.first_token_ms or 0) for cached, without in both
+            ),
+            num_tokens=sum((w.num_computed_tokens or 0) - (c.num_computed_tokens or 0) for c, w in both),
+        )
+
+    def note_slots(self, table: SlotTable) -> None:
+        """Call between turns: says of every slot that changed since the last call who changed it."""
+        is_after_turn = len(self.turns) > self._num_noted
+        own = self._slot_of_last_turn() if is_after_turn else None
+        if own is not None and (conversation := table.conversation_of(own)):
+            self.conversations.add(conversation)
+        for change in changes(self._seen, table) if self._seen else ():
+            is_own = is_after_turn and (own in (change.index, None) or change.after is None)
+            who = f"turn {len(self.turns)}" if is_own else "another conversation"
+            self.slot_history.append(f"{who} {change.text()}")
+        self._seen, self._num_noted = table, len(self.turns)
+
+    def _slot_of_last_turn(self) -> int | None:
+        answer = self.turns[-1].answers.get(CACHED.name)
+        done = answer.figures.slot_turn if answer else None
+        return done.slot if done else None
+
+
+def _said(turn: Turn) -> str:
+    """Empty for a turn that nobody answered; it is left out of the conversation."""
+    answers = sorted(turn.answers.values(), key=lambda answer: answer.state != "done")
+    return next((answer.text for answer in answers if answer.text.strip()), "")
+
+
+def _figures_of_both(turn: Turn) -> tuple[Figures, Figures] | None:
+    answers = [turn.answers.get(mode.name) for mode in MODES]
+    figures = [answer.figures for answer in answers if answer and answer.state == "done"]
+    return (figures[0], figures[1]) if len(figures) == len(MODES) else None

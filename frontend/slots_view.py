@@ -1,4 +1,4 @@
-"""The picture of the KV slots: what lies in each, how full it is, whose it is and how long ago it was used."""
+"""The picture of the KV slots: what is in each, how full it is, whose it is and how long ago it was used."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from html import escape
 
 import streamlit as st
 
-from errors import ContenderError
-from slot_chat import SlotChat
-from slot_session import SlotSession
-from slots import Slot, SlotTable
+from chat_session import SlotSession
+from contender_api import ContenderError
+from slots import Slot, SlotChat, SlotTable
 
 FOLLOW_S = 0.3
 NUM_SHADES = 6

@@ -1,4 +1,4 @@
-"""What outlives a script run: the lines to the contenders, the chats, and what this page has chosen.
+"""What outlives a script run: the sessions with the contenders, the chats, and what this page has chosen.
 
 Resources are shared by every page of the process; `st.session_state` is this page's alone.
 """
@@ -12,17 +12,16 @@ from concurrent.futures import wait
 
 import streamlit as st
 
-from chat_session import ChatSession
-from chats import ChatStore, OpenChat
+from chat import Chat, Context
+from chat_session import ChatSession, SlotSession
+from contender_api import BlendOffer, Server, SimLLMOffer
 from context_view import TokenCount, count_context
-from history import Chat, Context
 from kvarena.documents import DocumentCache, Documents, TextChunk, load_documents, name_chunks
 from kvarena.splitting import Splitter, find_splitter
+from runs import ChatStore, OpenChat
 from settings import Settings, read_settings
-from slot_chat import MODES, SLOT_CONTENDER, SlotChat
-from slot_session import SlotSession
+from slots import MODES, SLOT_CONTENDER, SlotChat
 from uploads import Upload
-from wire import Blend, Server, SimLLM
 
 REFRESH_AGE_S = 3.0
 
@@ -117,7 +116,7 @@ def servers_seen(sessions: Mapping[str, ChatSession]) -> tuple[tuple[str, str, S
     return tuple((name, s.problem, s.server) for name, s in sessions.items())
 
 
-def blend_offer() -> Blend | None:
+def blend_offer() -> BlendOffer | None:
     """The first blending contender's offer, the last known one when it is down."""
     offers = (session.server.blend for session in chat_sessions().values() if session.server)
     return next((offer for offer in offers if offer), None)
@@ -129,7 +128,7 @@ def blending_session() -> ChatSession | None:
     return next(found, None)
 
 
-def simllm_offer() -> SimLLM | None:
+def simllm_offer() -> SimLLMOffer | None:
     """As `blend_offer`, of the first contender that looks for similar prompts."""
     offers = (session.server.simllm for session in chat_sessions().values() if session.server)
     return next((offer for offer in offers if offer), None)

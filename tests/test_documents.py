@@ -12,10 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvarena.context import TextChunk, load_chunks, load_system_prompt
-from kvarena.documents import Document, DocumentCache, Remark, load_documents, name_chunks, read_document
+from kvarena.documents import (
+    Document,
+    DocumentCache,
+    Remark,
+    TextChunk,
+    load_chunks,
+    load_documents,
+    load_system_prompt,
+    name_chunks,
+    read_document,
+)
 from kvarena.splitting import Splitter
-from pdf_files import encrypted, pdf_of
+from support.pdf_files import encrypted, pdf_of
 
 GERMAN = "Die Straße führt über den Fluß nach Köln. Grüße an alle Bürger und Gäste, schöne Tage!"
 SENTENCES = [f"Sentence number {number} is about the sea." for number in range(60)]

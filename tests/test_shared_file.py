@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.shared_file import SharedFile
+from kvarena.stores.sqlite import SharedFile
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS words (id INTEGER PRIMARY KEY, word TEXT UNIQUE);"
 

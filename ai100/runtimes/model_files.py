@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ai100.runtimes.runtime import StaticShapes
-from kvarena.api.tokenizer import Tokenizer
+from kvarena.engines.base import Tokenizer
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 

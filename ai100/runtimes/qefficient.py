@@ -1,20 +1,61 @@
 """The runtime of the card: a graph compiled by QEfficient, in a session on Cloud AI 100.
 
-What is not here: QEfficient's own decode loop, which is greedy only and writes into the slots of idle rows. The session
-is injected, so that the same code runs over ONNX Runtime (`onnx_session.py`).
+A session holds a compiled graph on a device, and between runs the graph's retained state: every `past_*` input, whose
+next value is the output of the same name plus `_RetainedState`. `Session` is the part of QEfficient's
+`QAICInferenceSession` that is used (QEfficient/generation/cloud_infer.py). It is injected, so that the same code
+runs over ONNX Runtime (`onnx_session.py`). Not here: QEfficient's own decode loop, which is greedy only and writes
+into the slots of idle rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ai100.runtimes.filled_slots import FilledSlots, SlotRange
 from ai100.runtimes.model_files import ModelFiles
-from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, StaticShapes
-from ai100.runtimes.session import Buffers, Session, logits_buffer, skip_retained_state
+from ai100.runtimes.runtime import DecodeRow, DeviceLost, FilledSlots, Logits, SlotRange, StaticShapes
+
+Buffers = dict[str, NDArray[Any]]
+
+
+class Session(Protocol):
+    """One thread at a time."""
+
+    @property
+    def input_names(self) -> Sequence[str]: ...
+
+    @property
+    def output_names(self) -> Sequence[str]: ...
+
+    def skip_buffers(self, skipped_buffer_names: list[str]) -> None:
+        """These stay on the device: they are neither given nor given back."""
+        ...
+
+    def set_buffers(self, buffers: Buffers) -> None:
+        """Sets inputs, and the shapes of outputs."""
+        ...
+
+    def run(self, inputs: Buffers) -> Buffers:
+        """Every failure is an exception, of many types; the retained state is lost with it."""
+        ...
+
+    def deactivate(self) -> None:
+        """Gives the device back."""
+        ...
+
+
+def skip_retained_state(session: Session) -> None:
+    names = [*session.input_names, *session.output_names]
+    session.skip_buffers([name for name in names if name.startswith("past_")])
+
+
+def logits_buffer(batch_size: int, vocab_size: int) -> Buffers:
+    return {"logits": np.zeros((batch_size, 1, vocab_size), dtype=np.float32)}
+
 
 NOWHERE = -1
 """The position of padding and of idle rows: what they compute is written into no slot, and their logits mean

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ai100.runtimes import card
-from ai100.runtimes.compiled import CardUnavailable, CompileOptions, compile_model, open_on_card
+from ai100.runtimes.card import CardUnavailable, CompileOptions, compile_model, open_on_card
 from ai100.runtimes.host import HostRuntime
 from ai100.runtimes.model_files import ModelFiles
 from ai100.runtimes.qefficient import QEfficientRuntime
@@ -70,8 +70,7 @@ def _open_qaic(path: str, shapes: StaticShapes, options: CompileOptions) -> Runt
 
 def _open_onnx(path: str, shapes: StaticShapes) -> Runtime:
     try:
-        from ai100.runtimes.export import export
-        from ai100.runtimes.onnx_session import OnnxSession
+        from ai100.runtimes.onnx_session import OnnxSession, export
     except ImportError as error:
         raise ValueError(f"runtime 'onnx' needs the packages of kvarena[ai100]: {error}") from error
     files = ModelFiles.read(path)

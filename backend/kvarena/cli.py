@@ -16,17 +16,16 @@ import typer
 
 from ai100.cli import app as ai100
 from kvarena.bench.command import app as bench
-from kvarena.bench.quality.calibrate_command import calibrate
-from kvarena.bench.quality.command import evaluate
+from kvarena.bench.quality.command import calibrate, evaluate
 from kvarena.bench.report.command import report
 from kvarena.bench.simllm.demo_command import app as simllm
-from kvarena.worlds.command import worlds
+from kvarena.synthetic_qa.command import worlds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvarena.stack.chunk_cache import WarmResult
     from kvarena.stack.record import Record
-    from kvarena.stack.warm import WarmResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,8 +104,8 @@ def up(
 ) -> None:
     """Start the stack, wait until it is healthy and fill the chunk cache."""
     from kvarena.stack import lifecycle, render
-    from kvarena.stack.errors import StackError
     from kvarena.stack.home import Home
+    from kvarena.stack.service import StackError
     from kvarena.stack.settings import load_settings
     from kvarena.stack.status import stack_status
 
@@ -152,12 +151,16 @@ def up(
 @app.command("get-model")
 def get_model() -> None:
     """Download and convert the default model of CPU machines now, so that the first start needs no network."""
-    from kvarena.stack import default_model
     from kvarena.stack.home import Home
+    from kvarena.stack.model import DEFAULT_CPU_MODEL, default_model_folder, obtain_default_model
 
     home, console = Home.find(), _consoles()[0]
-    default_model.obtain(home, console)
-    console.print(f"{default_model.NAME} is ready in {default_model.folder_of(home)}.", highlight=False, soft_wrap=True)
+    obtain_default_model(home, console)
+    console.print(
+        f"{DEFAULT_CPU_MODEL} is ready in {default_model_folder(home)}.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -223,10 +226,10 @@ def restart(name: Name) -> None:
 def warm(as_json: Json = False) -> None:
     """Fill the chunk cache of the running blend from its data folder."""
     from kvarena.stack import render
-    from kvarena.stack.errors import StackError
     from kvarena.stack.home import Home
+    from kvarena.stack.service import StackError
     from kvarena.stack.settings import shown_api_key
-    from kvarena.stack.supervision import running_supervisor
+    from kvarena.stack.supervisord import running_supervisor
 
     console, _ = _consoles(as_json)
     record, supervisor = running_supervisor(Home.find())
@@ -273,7 +276,7 @@ def main() -> None:
 
 def run(command: Callable[[], object]) -> None:
     """Runs a command; an error of the stack becomes its message and an exit status."""
-    from kvarena.stack.errors import StackError
+    from kvarena.stack.service import StackError
 
     try:
         command()

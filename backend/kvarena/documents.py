@@ -1,8 +1,8 @@
-"""The documents of a folder, or dropped on the page, as text chunks.
+"""The documents of a folder, or uploaded on the page, as text chunks; and the prompt that is built from chunks.
 
 A document is a `.txt`, `.md` or `.pdf` file. One that fits is one chunk, named after its file; a longer one is split,
 and its chunks are numbered (`manual 01`). A file that can't be used never hides the others: it becomes a remark that
-says why. No HTTP, no prompt.
+says why. Used by whatever builds a context: the page, the warm-up, the benchmarks. No tokens, no HTTP.
 """
 
 from __future__ import annotations
@@ -355,3 +355,14 @@ class _EncryptedError(Exception):
 
 def _clean(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def join_chunks(texts: Sequence[str], separator: str) -> str:
+    """The chunks with the separator before each and after the last, so that every chunk has two exact boundaries."""
+    return "".join(separator + text for text in texts) + separator if texts else ""
+
+
+def build_messages(system: str, texts: Sequence[str], question: str, separator: str) -> list[dict[str, str]]:
+    """The first turn of a chat over these chunks."""
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": join_chunks(texts, separator) + question}]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvarena.context import join_chunks
+from kvarena.documents import join_chunks
 
 WARM_PATH = "/v1/completions"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from kvarena.worlds.relations import Category
-from kvarena.worlds.town import DEFAULT_LINKS, LINKS
+from kvarena.synthetic_qa.facts import Category
+from kvarena.synthetic_qa.town import DEFAULT_LINKS, LINKS
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Exact match on towns that no training run sees, by kind of question: with full attention and with naive reuse.
 
-An answer is right if every token of it, the end included, is the likeliest one behind the gold tokens before it: that
+An answer is right if every token of it, the end included, is the likeliest one after the gold tokens before it: that
 is what greedy decoding finds, at the price of one forward pass for all questions of a town.
 
-Naive reuse computes each chunk alone and moves its keys. Rotary attention depends on distances alone, so that is the
-same as a context in which chunks don't see each other.
+Naive reuse computes each chunk alone and moves its keys. Rotary attention depends on distances alone, so that is
+the same as a context in which chunks don't see each other.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rows import KINDS, Batch, TextCoder, make_batch
 from tokenizer import NOTE_ID
 from torch import Tensor
 
-from kvarena.worlds.chat import NOTE
-from kvarena.worlds.town import DEFAULT_LINKS
+from kvarena.synthetic_qa.questions import NOTE
+from kvarena.synthetic_qa.town import DEFAULT_LINKS
 
 SEED = "evaluation"
 CONTEXTS = {"400": (RowShape(400, 640, 4), 1), "800": (RowShape(800, 768, 4), 1)}

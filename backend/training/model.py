@@ -1,7 +1,7 @@
 """A small Llama for training, with the parameter names of Hugging Face's: its state dict is the exported model's.
 
 A row is a context followed by branches: questions that all see the context and not each other, so that one context
-pays for many questions and each is asked as it will be, right behind the notes.
+pays for many questions and each is asked as it will be, right after the notes.
 
 Shapes: B rows, T tokens of a row, C of them context, H heads, D head size.
 """

@@ -1,4 +1,4 @@
-"""Shows how a run gets on: a bar and the last figures on a terminal, a line now and then elsewhere."""
+"""Shows a run's progress: a bar and the last figures on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training rows: a town's chunks as context, and behind it branches with questions and answers.
+"""Training rows: a town's chunks as context, followed by branches with questions and answers.
 
     <s>system<user><note>chunk<note>chunk<note>      |  question<assistant>answer</s>[<user>follow-up<assistant>...]
     context, padded to `context_tokens`              |  branches, together padded to `branch_tokens`
@@ -20,11 +20,11 @@ from tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, PAD_ID, USER_ID
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from kvarena.context import join_chunks
-from kvarena.worlds import chat
-from kvarena.worlds.questions import Question, Quiz
-from kvarena.worlds.sentence import Chunk, chunk_text
-from kvarena.worlds.town import TownShape, write_town
+from kvarena.documents import join_chunks
+from kvarena.synthetic_qa import questions as chat
+from kvarena.synthetic_qa.facts import Chunk, chunk_text
+from kvarena.synthetic_qa.questions import Question, Quiz
+from kvarena.synthetic_qa.town import TownShape, write_town
 
 KINDS = (
     "single", "same_person", "same_shop", "same_street", "same_day", "nickname", "unanswerable", "followup", "history"

@@ -1,7 +1,7 @@
 """The town model's tokenizer: byte-level BPE in which a town's words are whole tokens and any other text is bytes.
 
-A word opening a line or following a special token gets the space that it has inside a sentence, so that "Bruno" is one
-token wherever it stands. Decoding drops that space at the start of a text.
+A word opening a line or following a special token gets the space that it has inside a sentence, so that "Bruno" is
+one token wherever it stands. Decoding drops that space at the start of a text.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvarena.worlds.chat import NOTE, OTHER_SYSTEM_PROMPTS, SYSTEM_PROMPT
-from kvarena.worlds.questions import NOT_SAID, Quiz
-from kvarena.worlds.sentence import chunk_text
-from kvarena.worlds.town import LINKS, TownShape, write_town
+from kvarena.synthetic_qa.facts import chunk_text
+from kvarena.synthetic_qa.questions import NOT_SAID, NOTE, OTHER_SYSTEM_PROMPTS, SYSTEM_PROMPT, Quiz
+from kvarena.synthetic_qa.town import LINKS, TownShape, write_town
 
 PAD, BOS, EOS, USER, ASSISTANT = "<pad>", "<s>", "</s>", "<user>", "<assistant>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, NOTE, USER, ASSISTANT]

@@ -1,6 +1,6 @@
 """Arena: the same question to every contender, side by side. Draws only; `chat_session.py` does all HTTP.
 
-A script run reads the choices, draws the context and the chat, and then watches the question under way, if any.
+A script run reads the choices, draws the context and the chat, and then watches the question in progress, if any.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import streamlit as st
 
 import state
-from chats import OpenChat
+from chat import Context
+from contender_api import ContenderError
 from context_view import TokenCount, context_html, summary
-from errors import ContenderError
 from examples import Example, follow_ups, load_examples
-from history import Context
 from question_box import asked_question, draw_question_box, put_question
-from runs import Run
-from sidebar import Choices, choose_chunks, draw_sidebar
-from turns import draw_turns, watch
+from runs import OpenChat, Run
+from sidebar import ArenaChoices, choose_chunks, draw_arena_sidebar
+from turns_view import draw_turns, watch
 
 NUM_EXAMPLES = 4
 
@@ -25,7 +24,7 @@ def main() -> None:
     st.html('<div class="ka-title">KV Arena<small>the same question, with and without reused KV</small></div>')
     try:
         opened = state.open_chat()
-        choices = draw_sidebar(opened)
+        choices = draw_arena_sidebar(opened)
     except ValueError as error:
         st.error(str(error))
         st.stop()
@@ -42,7 +41,7 @@ def main() -> None:
         watch(opened, opened.run, view)
 
 
-def ask(opened: OpenChat, choices: Choices) -> None:
+def ask(opened: OpenChat, choices: ArenaChoices) -> None:
     """Turns the question that was typed or clicked into a run, with the choices that are on the page now."""
     question = asked_question()
     if question and choices.sessions and not opened.busy:
@@ -56,7 +55,7 @@ def ask(opened: OpenChat, choices: Choices) -> None:
         )
 
 
-def draw_input(opened: OpenChat, choices: Choices) -> None:
+def draw_input(opened: OpenChat, choices: ArenaChoices) -> None:
     if opened.chat.turns and not opened.busy and not opened.chat.continues(choices.context):
         st.caption("The context has changed: the next question starts a new conversation over it.")
     placeholder = "Ask about the chunks" if choices.sessions else "Choose a contender first"
@@ -99,7 +98,7 @@ def draw_examples() -> None:
         )
 
 
-def draw_follow_ups(opened: OpenChat, choices: Choices) -> None:
+def draw_follow_ups(opened: OpenChat, choices: ArenaChoices) -> None:
     """Questions of the folder's that go on from the last one."""
     if opened.busy:
         return

@@ -1,6 +1,6 @@
 """Conversations: one chat on KV slots, each message answered with the slots and without, side by side.
 
-Draws only; `slot_session.py` does all HTTP.
+Draws only; `chat_session.py` does all HTTP.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from html import escape
 import streamlit as st
 
 import state
-from chats import OpenChat
-from conversation_sidebar import Choices, draw_sidebar
 from question_box import asked_question, draw_question_box
-from runs import Run
-from slot_chat import CACHED, SlotChat
+from runs import OpenChat, Run
+from sidebar import ConversationChoices, draw_conversation_sidebar
+from slots import CACHED, SlotChat
 from slots_view import SlotsView
-from turns import draw_turns, watch
+from turns_view import draw_turns, watch
 
 START_COMMAND = "./run-server.sh --contenders ai100"
 NUM_HISTORY_LINES = 3
@@ -26,7 +25,7 @@ def main() -> None:
     st.html('<div class="ka-title">Conversations<small>a KV slot per topic, only new tokens prefilled</small></div>')
     try:
         opened = state.open_chat("conversation")
-        choices = draw_sidebar(opened)
+        choices = draw_conversation_sidebar(opened)
     except ValueError as error:
         st.error(str(error))
         st.stop()
@@ -42,7 +41,7 @@ def main() -> None:
         watch(opened, opened.run, view, also=slots.follow if slots else lambda: None)
 
 
-def ask(opened: OpenChat, chat: SlotChat, choices: Choices) -> None:
+def ask(opened: OpenChat, chat: SlotChat, choices: ConversationChoices) -> None:
     question = asked_question()
     if question and choices.is_up and not opened.busy:
         sampling = choices.sampling(chat.name(choices.context))

@@ -1,13 +1,13 @@
-"""Quality: how good the answers of each way of reuse are, and how soon they begin. Draws result files, asks nobody."""
+"""Quality: how good the answers of each variant are, and how soon they begin. Draws result files, asks nobody."""
 
 from __future__ import annotations
 
 import pandas as pd
 import streamlit as st
 
+from eval_charts import recomputed_chart, time_chart
 from eval_results import ALL_KINDS, ALL_QUESTIONS, EvalResult, Variant
-from quality import Metric, answer_table, lines, metrics_of, points, problems, summary, table, variant_name
-from quality_charts import recomputed_chart, time_chart
+from eval_tables import Metric, answer_table, lines, metrics_of, points, problems, summary, table, variant_name
 from result_picker import pick_result
 
 NUM_ANSWER_COLUMNS = 4

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ai100_engine import AI100, make_ai100
-from tiny_models import save_tiny_model
+from support.ai100_engine import AI100, make_ai100
+from support.tiny_models import save_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from schemathesis import GenerationMode
 
 from ai100.runtimes.runtime import StaticShapes
 from ai100.server import router
-from ai100_engine import make_ai100
-from kvarena.api.app import create_app
-from kvarena.api.config import ApiConfig
-from schema_cases import NEGATIVE, POSITIVE, check_operation
+from kvarena.server.app import create_app
+from kvarena.server.state import ApiConfig
+from support.ai100_engine import make_ai100
+from support.schema_cases import NEGATIVE, POSITIVE, check_operation
 
 pytestmark = pytest.mark.slow
 

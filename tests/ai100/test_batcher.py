@@ -11,8 +11,8 @@ import torch
 
 from ai100.engine import AI100Generation
 from ai100.runtimes.runtime import DeviceLost, StaticShapes
-from ai100_engine import AI100, Answer, at_once, read
-from kvarena.api.engine import EngineUnavailable, Sampling
+from kvarena.engines.base import EngineUnavailable, Sampling
+from support.ai100_engine import AI100, Answer, at_once, read
 
 Make = Callable[..., AI100]
 FOUR = StaticShapes(prefill_seq_len=16, ctx_len=512, full_batch_size=4, kv_cache_batch_size=4)

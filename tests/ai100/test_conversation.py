@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from ai100.conversation import Exchange
-from ai100.memory import ConversationMemory
+from ai100.conversation import ConversationMemory, ParsedMessages
 from ai100.topics import KeywordTopics
-from ai100_engine import AI100, CHAT_TEMPLATE, LISTS, read
-from kvarena.api.engine import GenerationRequest, Sampling
+from kvarena.engines.base import GenerationRequest, Sampling
+from support.ai100_engine import AI100, CHAT_TEMPLATE, LISTS, read
 
 Make = Callable[..., AI100]
 
@@ -175,7 +174,7 @@ def test_the_oldest_conversations_are_forgotten() -> None:
     memory = ConversationMemory(KeywordTopics(LISTS), max_conversations=2)
 
     def begin(question: str, name: str | None) -> str:
-        exchange = Exchange.of([user(question)])
+        exchange = ParsedMessages.of([user(question)])
         assert exchange is not None
         return memory.begin(exchange, "", name).conversation.id
 
@@ -200,4 +199,4 @@ def test_the_oldest_conversations_are_forgotten() -> None:
     ],
 )
 def test_messages_out_of_turn_are_no_exchange(messages: list[dict[str, str]]) -> None:
-    assert Exchange.of(messages) is None
+    assert ParsedMessages.of(messages) is None

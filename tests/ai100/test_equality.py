@@ -16,10 +16,10 @@ from ai100.engine import AI100Engine
 from ai100.runtimes.registry import open_runtime
 from ai100.runtimes.runtime import StaticShapes
 from ai100.topics import KeywordTopics, load_topics
-from ai100_engine import AI100, CHAT_TEMPLATE, LISTS, MAX_TOKENS, Answer, at_once, make_ai100, read
-from kvarena.api.engine import Sampling
+from kvarena.engines.base import Sampling
 from kvarena.stack.model import find_model
-from tiny_models import WORDS
+from support.ai100_engine import AI100, CHAT_TEMPLATE, LISTS, MAX_TOKENS, Answer, at_once, make_ai100, read
+from support.tiny_models import WORDS
 
 NUM_TURNS = 30
 TOWN = Path(find_model("town", "cpu").name)
@@ -102,7 +102,7 @@ def test_several_users_at_once(make: Make, salted: bool) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_other_families(tmp_path: Path, family: str) -> None:
-    from tiny_models import save_tiny_model
+    from support.tiny_models import save_tiny_model
 
     folder = save_tiny_model(tmp_path, family)
     reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -15,10 +15,10 @@ from openai import OpenAI
 from ai100.engine import AI100Engine
 from ai100.runtimes.runtime import DeviceLost
 from ai100.server import router
-from ai100_engine import AI100
-from real_server import RealServer, serving
-from request_lines import request_lines
-from tiny_models import WORDS
+from support.ai100_engine import AI100
+from support.real_server import RealServer, serving
+from support.request_lines import request_lines
+from support.tiny_models import WORDS
 
 CHAT = "/v1/chat/completions"
 Served = tuple[AI100, RealServer[AI100Engine]]

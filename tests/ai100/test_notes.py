@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from ai100.chat_session import ChatSession
+from ai100.chat import ChatSession
 from ai100.notes import MAX_NOTE_CHARACTERS, Note, Notes, load_notes, passages
 from ai100.runtimes.runtime import StaticShapes
 from ai100.settings import AI100Settings, open_engine
 from ai100.topics import KeywordTopics, load_topics
-from ai100_engine import AI100, Answer, read
-from kvarena.api.sampling import Sampling
-from real_model import real_model_folder
+from kvarena.engines.sampling import Sampling
+from support.ai100_engine import AI100, Answer, read
+from support.real_model import real_model_folder
 
 Make = Callable[..., AI100]
 SEED = [

@@ -15,15 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ai100.runtimes import card
-from ai100.runtimes.export import export
 from ai100.runtimes.host import HostRuntime
 from ai100.runtimes.model_files import ModelFiles
-from ai100.runtimes.onnx_session import OnnxSession
-from ai100.runtimes.qefficient import QEfficientRuntime
+from ai100.runtimes.onnx_session import OnnxSession, export
+from ai100.runtimes.qefficient import Buffers, QEfficientRuntime, Session
 from ai100.runtimes.registry import open_runtime
 from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, Runtime, StaticShapes
-from ai100.runtimes.session import Buffers, Session
-from tiny_models import FAMILIES, save_tiny_model
+from support.tiny_models import FAMILIES, save_tiny_model
 
 SHAPES = StaticShapes(prefill_seq_len=8, ctx_len=48, full_batch_size=3, kv_cache_batch_size=5)
 NAMES = ("host", "onnx", "qaic")
@@ -350,7 +348,7 @@ def test_a_cuda_error_is_a_lost_device(folders: dict[str, Path], monkeypatch: py
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ai100.runtimes.slot_kv.SlotKV.update", lost)
+        patch.setattr("ai100.runtimes.host.SlotKV.update", lost)
         with pytest.raises(DeviceLost, match="launch failure"):
             runtime.prefill(0, [1, 2], 0)
         with pytest.raises(DeviceLost):

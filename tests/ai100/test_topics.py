@@ -18,12 +18,12 @@ from ai100.embeddings import (
     packaged_sentence_model,
 )
 from ai100.notes import Note, Notes
-from ai100.topics import TOPICS_FILE, EmbeddingTopics, KeywordTopics, Spoken, Topics, load_topics
+from ai100.topics import TOPICS_FILE, EmbeddingTopics, KeywordTopics, PastTurn, Topics, load_topics
 from ai100.words import content_words, is_follow_up, stem
 
 DEFAULT = KeywordTopics(load_topics())
-CRICKET = Spoken("cricket", "Who is the best cricket player?")
-PASTA = Spoken("cooking", "How do I cook pasta?")
+CRICKET = PastTurn("cricket", "Who is the best cricket player?")
+PASTA = PastTurn("cooking", "How do I cook pasta?")
 
 
 SEED = [
@@ -37,9 +37,9 @@ SEED_TOPICS = ["cricket", "cricket", "books", "books", "cricket"]
 
 
 def walk(topics: Topics, *messages: str) -> list[str]:
-    earlier: list[Spoken] = []
+    earlier: list[PastTurn] = []
     for message in messages:
-        earlier.append(Spoken(topics.topic_of(message, earlier), message))
+        earlier.append(PastTurn(topics.topic_of(message, earlier), message))
     return [turn.topic for turn in earlier]
 
 
@@ -71,7 +71,7 @@ def test_an_unknown_topic_is_named_by_its_first_few_words() -> None:
 def test_a_follow_up_goes_to_the_topic_it_refers_to() -> None:
     assert DEFAULT.topic_of("What is his highest score?", [CRICKET, PASTA]) == "cricket", "a score is no pasta's"
     assert (
-        DEFAULT.topic_of("What was her first prize?", [Spoken("marie curie", "Tell me about Marie Curie")])
+        DEFAULT.topic_of("What was her first prize?", [PastTurn("marie curie", "Tell me about Marie Curie")])
         == "marie curie"
     )
 
@@ -99,7 +99,7 @@ def test_a_conversation_that_comes_and_goes() -> None:
 
 def test_two_known_subjects_that_come_and_go() -> None:
     assert walk(DEFAULT, *SEED) == SEED_TOPICS
-    told = [Spoken("cricket", SEED[0]), Spoken("books", SEED[2])]
+    told = [PastTurn("cricket", SEED[0]), PastTurn("books", SEED[2])]
     assert DEFAULT.topic_of("How many centuries has he scored?", told) == "cricket", "and not the last one"
     assert DEFAULT.topic_of("What's the last book about?", told[::-1]) == "books"
 
@@ -113,7 +113,7 @@ def test_a_short_message_that_names_nothing_continues_the_last_topic() -> None:
 def test_an_answer_and_the_notes_of_a_topic_tell_what_refers_back_to_it() -> None:
     notes = Notes([Note("moss-1", "Moss\nMoss has no roots.", 9), Note("rust-1", "Rust\nRust is red.", 9)])
     topics = KeywordTopics({}, notes=notes)
-    moss, rust = Spoken("moss", "What is moss?"), Spoken("rust", "What is rust?", "It forms on iron.")
+    moss, rust = PastTurn("moss", "What is moss?"), PastTurn("rust", "What is rust?", "It forms on iron.")
     assert walk(topics, moss.message, rust.message) == ["moss", "rust"], "topics have the names of the notes' series"
     assert topics.topic_of("Has it roots?", [moss, rust]) == "moss"
     assert topics.topic_of("Is that all the iron?", [rust, moss]) == "rust"
@@ -182,9 +182,13 @@ def vectors_by_letter(texts: list[str]) -> np.ndarray:
 def test_topics_by_vectors_follow_the_same_rule() -> None:
     topics = EmbeddingTopics(vectors_by_letter, {"zoo": ["zebra", "zoo"], "lily": ["lily", "lilly"]}, threshold=0.6)
     assert topics.topic_of("zebras zoo", []) == "zoo"
-    assert topics.topic_of("lily", [Spoken("zoo", "zebra")]) == "lily"
-    assert topics.topic_of("What is it?", [Spoken("lily", "lily"), Spoken("qqq", "qqq")]) == "qqq", "the most recent"
-    assert topics.topic_of("Is that lily's?", [Spoken("lily", "lily"), Spoken("qqq", "qqq")]) == "lily", "the nearest"
+    assert topics.topic_of("lily", [PastTurn("zoo", "zebra")]) == "lily"
+    assert topics.topic_of("What is it?", [PastTurn("lily", "lily"), PastTurn("qqq", "qqq")]) == "qqq", (
+        "the most recent"
+    )
+    assert topics.topic_of("Is that lily's?", [PastTurn("lily", "lily"), PastTurn("qqq", "qqq")]) == "lily", (
+        "the nearest"
+    )
     assert topics.topic_of("hum", []) == "hum"
 
 

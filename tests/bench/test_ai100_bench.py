@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from ai100.runtimes.runtime import StaticShapes
 from ai100.topics import KeywordTopics, load_topics
-from ai100_engine import AI100, make_ai100
 from kvarena.bench import ai100_bench
 from kvarena.bench.ai100_bench import AI100Workload
-from kvarena.bench.ai100_plot import plot
 from kvarena.bench.command import app
+from kvarena.bench.plots import plot_ai100
 from kvarena.bench.results import save_results
-from tiny_models import save_tiny_model
+from support.ai100_engine import AI100, make_ai100
+from support.tiny_models import save_tiny_model
 
 WORKLOAD = AI100Workload(
     history_tokens=120,
@@ -59,12 +59,12 @@ def test_rows_are_what_was_run(ai100: AI100) -> None:
 
 
 def test_another_answer_without_the_cache_is_an_error(ai100: AI100, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = ai100_bench.Talk.ask
+    ask = ai100_bench.BenchConversation.ask
 
-    def wrong(talk: ai100_bench.Talk, question: str, max_tokens: int) -> ai100_bench.Asked:
+    def wrong(talk: ai100_bench.BenchConversation, question: str, max_tokens: int) -> ai100_bench.TimedAnswer:
         return ask(talk, question if talk.use_cache else question + " tea", max_tokens)
 
-    monkeypatch.setattr(ai100_bench.Talk, "ask", wrong)
+    monkeypatch.setattr(ai100_bench.BenchConversation, "ask", wrong)
     with pytest.raises(ValueError, match="turn 1"):
         ai100_bench.run(ai100.engine, WORKLOAD)
 
@@ -100,4 +100,4 @@ def test_bad_workloads_and_other_files_are_refused(tmp_path: Path) -> None:
         AI100Workload(num_rounds=0)
     save_results(tmp_path / "r.json", {"benchmark": "prefix"}, [{"a": 1}])
     with pytest.raises(ValueError, match="no ai100 benchmark"):
-        plot(tmp_path / "r.json", tmp_path / "x.png")
+        plot_ai100(tmp_path / "r.json", tmp_path / "x.png")

@@ -10,15 +10,14 @@ from typer.testing import CliRunner
 
 from kvarena.bench import prefix_bench
 from kvarena.bench.command import app
-from kvarena.bench.prefix_bench import LEVELS, SCENARIOS, PrefixWorkload
-from kvarena.bench.prefix_plot import plot
-from kvarena.bench.prefix_targets import InProcess, Server
+from kvarena.bench.plots import plot_prefix
+from kvarena.bench.prefix_bench import LEVELS, SCENARIOS, InProcess, PrefixWorkload, Server
 from kvarena.bench.results import load_results, save_results
 from kvarena.bench.shapes import SHAPES, write_shape
-from kvarena.engines.prefix.http import router
-from prefix_engine import make_prefix
-from real_server import serving
-from tiny_models import save_tiny_model
+from kvarena.contenders.prefix.http import router
+from support.prefix_engine import make_prefix
+from support.real_server import serving
+from support.tiny_models import save_tiny_model
 
 WORKLOAD = PrefixWorkload(context_tokens=(60, 200), num_requests=2, max_new_tokens=3)
 
@@ -87,7 +86,7 @@ def test_results_are_read_back_and_other_files_refused(tmp_path: Path) -> None:
     save_results(path, {"a": 1}, [{"b": 2}])
     assert load_results(path)["rows"] == [{"b": 2}]
     with pytest.raises(ValueError, match="no prefix benchmark"):
-        plot(path, tmp_path / "x.png")
+        plot_prefix(path, tmp_path / "x.png")
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"r\.json"):
         load_results(path)

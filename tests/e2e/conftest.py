@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from e2e.steps import opened
-from running_stack import Stack, started
+from support.page_steps import opened
+from support.running_stack import Stack, started
 
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER_FLAGS = (

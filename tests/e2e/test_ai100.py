@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from e2e.steps import answer_text, ask, expect_states, figures, pane
-from running_stack import Stack, started
+from support.page_steps import answer_text, ask, expect_states, figures, pane
+from support.running_stack import Stack, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from e2e.steps import ask, expect_states, figures, pane, settle
-from pdf_files import pdf_of
+from support.page_steps import ask, expect_states, figures, pane, settle
+from support.pdf_files import pdf_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 

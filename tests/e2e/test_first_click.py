@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from e2e.steps import answer_text, expect_states, figures, settle
 from kvarena.bench.quality.scoring import contains_answer
-from kvarena.context import build_messages
-from kvarena.documents import load_documents
+from kvarena.documents import build_messages, load_documents
 from kvarena.stack.home import project_root
-from real_model import real_model_folder
-from running_stack import Stack, started
+from support.page_steps import answer_text, expect_states, figures, settle
+from support.real_model import real_model_folder
+from support.running_stack import Stack, started
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 

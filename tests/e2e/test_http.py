@@ -14,8 +14,8 @@ import openai
 import psutil
 import pytest
 
-from kvarena.context import build_messages, load_chunks, load_system_prompt
-from running_stack import Stack
+from kvarena.documents import build_messages, load_chunks, load_system_prompt
+from support.running_stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from e2e.steps import ANSWER_MS, answer_text, ask, expect_states, figures, pane, pick_chunks, settle, until
-from kvarena.context import load_chunks
-from running_stack import Stack
-from small_eval_result import small_eval_result
+from kvarena.documents import load_chunks
+from support.page_steps import ANSWER_MS, answer_text, ask, expect_states, figures, pane, pick_chunks, settle, until
+from support.running_stack import Stack
+from support.small_eval_result import small_eval_result
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 

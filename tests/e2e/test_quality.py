@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from kvarena.bench.results import load_results
 from kvarena.cli import app
-from running_stack import Stack
+from support.running_stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
 LEAST_AGREEMENT = 0.99

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from kvarena.bench.report.files import read_files
 from kvarena.bench.report.page import render
-from small_eval_result import small_eval_result
-from small_ttft_result import small_ttft_result
+from kvarena.bench.report.parts import read_files
+from support.small_eval_result import small_eval_result
+from support.small_ttft_result import small_ttft_result
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 

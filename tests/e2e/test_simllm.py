@@ -10,9 +10,9 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from e2e.steps import answer_text, ask, expect_states, figures, pane, pick_chunks, settle
-from kvarena.context import build_messages, load_chunks, load_system_prompt
-from running_stack import Stack, started
+from kvarena.documents import build_messages, load_chunks, load_system_prompt
+from support.page_steps import answer_text, ask, expect_states, figures, pane, pick_chunks, settle
+from support.running_stack import Stack, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -18,10 +18,10 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from e2e.steps import answer_text, ask, expect_states, figures, opened, until
-from lmcache_server import free_port
-from real_server import serving
-from scripted_engine import Pace, ScriptedEngine
+from support.lmcache_server import free_port
+from support.page_steps import answer_text, ask, expect_states, figures, opened, until
+from support.real_server import serving
+from support.scripted_engine import Pace, ScriptedEngine
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -9,14 +9,14 @@ from typing import Any
 import httpx
 import pytest
 
-from dashboard import metrics_of_queries, missing, queries
-from kvarena.context import build_messages, load_chunks
+from kvarena.documents import build_messages, load_chunks
 from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of
 from kvarena.stack.record import read_record
-from prometheus_server import prometheus
-from request_lines import lines_of
-from running_stack import Stack
+from support.dashboard import metrics_of_queries, missing, queries
+from support.prometheus_server import prometheus
+from support.request_lines import lines_of
+from support.running_stack import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from small_openai_server import SmallServer
+from support.small_openai_server import SmallServer
 
 FRONTEND = Path(__file__).resolve().parents[2] / "frontend"
 sys.path.insert(0, str(FRONTEND))

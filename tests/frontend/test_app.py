@@ -11,7 +11,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from small_openai_server import OFFER, SIMLLM_OFFER, SIMLLM_REPORT, SmallServer
+from support.small_openai_server import OFFER, SIMLLM_OFFER, SIMLLM_REPORT, SmallServer
 
 APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
 Open = Callable[..., AppTest]

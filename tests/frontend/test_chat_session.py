@@ -10,11 +10,10 @@ from concurrent.futures import CancelledError
 import pytest
 
 from chat_session import ChatSession
-from errors import ContenderError
-from events import Done, Event, Failed, FirstToken, Text
+from contender_api import ContenderError, RecomputeOptions, Sampling
+from figures import Done, Event, Failed, FirstToken, Text
 from settings import Contender
-from small_openai_server import OFFER, SmallServer
-from wire import Recomputing, Sampling
+from support.small_openai_server import OFFER, SmallServer
 
 QUESTION = [{"role": "user", "content": "Who keeps bees?"}]
 Connect = Callable[..., ChatSession]
@@ -92,7 +91,7 @@ def test_a_missing_report_leaves_figures_unknown_and_never_zero(small_server, co
 
 
 def test_policy_and_ratio_go_to_blending_contenders_only(small_server, connect: Connect) -> None:
-    sampling = Sampling(temperature=0.5, max_tokens=7, ignore_eos=True, recomputing=Recomputing("none", 0.3))
+    sampling = Sampling(temperature=0.5, max_tokens=7, ignore_eos=True, recomputing=RecomputeOptions("none", 0.3))
     blend, plain = small_server(offer=OFFER), small_server()
     for server in (blend, plain):
         answer(connect(server.url), sampling)

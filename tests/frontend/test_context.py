@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from boundaries import ChunkSpan, chunk_spans, common_prefix
+from chat import Answer, Context
 from chat_session import ChatSession
-from context_view import context_html, count_context
+from context_view import ChunkSpan, chunk_spans, common_prefix, context_html, count_context
 from examples import follow_ups, load_examples, opening_chunks
-from history import Answer, Context
-from kvarena.context import TextChunk, load_chunks, load_system_prompt
-from panes import answer_html
+from kvarena.documents import TextChunk, load_chunks, load_system_prompt
 from settings import DEFAULT_CONTENDERS, Contender, read_settings
+from turns_view import answer_html
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert(1)</script> **bold** $x^2$ :smile: 🐝 &amp; "quoted"'

@@ -10,8 +10,8 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from slot_rows import row
-from small_openai_server import AI100_OFFER, AI100_REPORT, SmallServer
+from support.slot_rows import row
+from support.small_openai_server import AI100_OFFER, AI100_REPORT, SmallServer
 
 APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
 SLOTS = {"slots": [row(0), row(1, "sports", "c1", position=100, last_used=3)], "ctx_len": 200, "num_evictions": 0}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from charts import token_bar, token_parts
 from figures import Figures, Stopwatch, from_usage, prefix_cache_note, speed_line, with_report
-from small_openai_server import REPORT
+from support.small_openai_server import REPORT
+from turns_view import token_bar, token_parts
 
 
 def test_decode_speed_leaves_the_first_token_out() -> None:

@@ -11,7 +11,7 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 import settings
-from small_eval_result import small_eval_result
+from support.small_eval_result import small_eval_result
 
 APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
 Open = Callable[..., AppTest]

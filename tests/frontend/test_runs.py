@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from chat import Chat, Context
 from chat_session import ChatSession
-from chats import ChatStore
-from history import Chat, Context
-from runs import Run
+from contender_api import Sampling
+from runs import ChatStore, Run
 from settings import Contender
-from small_openai_server import OFFER, SmallServer
-from turns import speed_html
-from wire import Sampling
+from support.small_openai_server import OFFER, SmallServer
+from turns_view import speed_html
 
 Prepare = Callable[..., Run]
 CONTEXT = Context("Be brief.")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from figures import Figures, with_report
-from history import Answer
-from panes import answer_html
+from chat import Answer
+from figures import Figures, SimilarTask, similar_task_html, with_report
 from settings import Contender
-from similar_task import SimilarTask, similar_task_html
-from small_openai_server import REPORT, SIMLLM_REPORT
+from support.small_openai_server import REPORT, SIMLLM_REPORT
+from turns_view import answer_html
 
 HIT = SimilarTask.read(SIMLLM_REPORT)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from chat import Turn
+from chat_session import SlotSession
+from contender_api import Sampling
 from figures import Figures, with_report
-from history import Turn
 from runs import Run
 from settings import Contender
-from slot_chat import MODES, SlotChat, SlotContext
-from slot_rows import row
-from slot_session import SlotSession
-from slots import SlotTable
-from small_openai_server import AI100_OFFER, AI100_REPORT
-from wire import Sampling
+from slots import MODES, SlotChat, SlotContext, SlotTable
+from support.slot_rows import row
+from support.small_openai_server import AI100_OFFER, AI100_REPORT
 
 CONTEXT = SlotContext("Be brief.")
 SERVER = Contender("ai100", "Slots", "http://127.0.0.1:8004")

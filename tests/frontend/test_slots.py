@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from figures import Figures, with_report
-from history import Answer
-from panes import answer_html
+from chat import Answer
+from contender_api import Sampling, Server, completion_request
+from figures import Figures, SlotTurn, slot_turn_html, with_report
 from settings import Contender
-from slot_rows import row
-from slot_turn import SlotTurn, slot_turn_html
 from slots import Slot, SlotTable, changes
 from slots_view import slots_html
-from small_openai_server import AI100_OFFER, AI100_REPORT, SIMLLM_REPORT
-from wire import Sampling, Server, completion_request
+from support.slot_rows import row
+from support.small_openai_server import AI100_OFFER, AI100_REPORT, SIMLLM_REPORT
+from turns_view import answer_html
 
 
 def table(*rows: dict[str, Any]) -> SlotTable:

@@ -18,7 +18,7 @@ from kvarena.stack.processes import processes_of, stop_leftovers
 from kvarena.stack.service import Service
 from kvarena.stack.services import COMMON_ENVIRONMENT
 
-SMALL_SERVICE = Path(__file__).with_name("small_service.py")
+SMALL_SERVICE = Path(__file__).parents[1] / "support" / "small_service.py"
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
-from planned_services import extra_config, make
+from kvarena.stack.service import StackError
+from support.planned_services import extra_config, make
 
 
 def test_the_blend_is_set_by_the_models_profile(home: Home, tmp_path: Path) -> None:

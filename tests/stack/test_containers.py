@@ -18,14 +18,14 @@ from rich.console import Console
 
 from kvarena.stack import containers, lifecycle, machine
 from kvarena.stack.containers import are_wanted, compose_environment, plan_deployment
-from kvarena.stack.errors import ServiceFailedError, StackError
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.record import read_record
+from kvarena.stack.service import ServiceFailedError, StackError
 from kvarena.stack.settings import Settings, load_settings
 from kvarena.stack.status import stack_status
-from lmcache_server import free_port
+from support.lmcache_server import free_port
 
-FAKE_DOCKER = Path(__file__).with_name("fake_docker.py")
+FAKE_DOCKER = Path(__file__).parents[1] / "support" / "fake_docker.py"
 
 
 class FakeEngine:

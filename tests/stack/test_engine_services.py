@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from kvarena.stack.home import Home, project_root
-from planned_services import extra_config, make, option
+from support.planned_services import extra_config, make, option
 
 AI100_CHOICES: dict[str, object] = {
     "runtime": "onnx",
@@ -46,7 +46,7 @@ def test_simllm_is_a_pytorch_server_that_blends_as_blend_does(home: Home, tmp_pa
     assert list(services) == ["lmcache-server", "blend", "simllm", "page"]
     simllm = services["simllm"]
     assert (simllm.port, simllm.cpus, simllm.environment["OMP_NUM_THREADS"]) == (8003, (1,), "1")
-    assert simllm.command[1:3] == ("-m", "kvarena.engines.simllm")
+    assert simllm.command[1:3] == ("-m", "kvarena.contenders.simllm")
     assert option(simllm, "--mode") == "top_layer"
     assert option(simllm, "--similarity-threshold") == "0.9"
     assert option(simllm, "--max-cache-size") == "7"
@@ -83,9 +83,9 @@ def test_ai100_serves_the_stacks_model_in_slots_as_long_as_its_context(home: Hom
 @pytest.mark.parametrize(
     ("name", "module", "threshold"),
     [
-        ("prefix", "kvarena.engines.prefix.__main__", None),
-        ("simllm", "kvarena.engines.simllm.__main__", 0.5),
-        ("simllm", "kvarena.engines.simllm.__main__", "auto"),
+        ("prefix", "kvarena.contenders.prefix.__main__", None),
+        ("simllm", "kvarena.contenders.simllm.__main__", 0.5),
+        ("simllm", "kvarena.contenders.simllm.__main__", "auto"),
         ("ai100", "ai100.server", None),
     ],
 )

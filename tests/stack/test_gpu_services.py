@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from kvarena.stack import machine
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
-from planned_services import make, option, with_gpus
+from kvarena.stack.service import StackError
+from support.planned_services import make, option, with_gpus
 
 
 def test_one_gpu_is_shared(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

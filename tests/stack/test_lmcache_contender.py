@@ -17,8 +17,8 @@ import pytest
 
 from kvarena.stack.home import Home
 from kvarena.stack.record import read_record
-from running_stack import Stack, started
-from tiny_models import random_text, save_tiny_model
+from support.running_stack import Stack, started
+from support.tiny_models import random_text, save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 PIECE_TOKENS = 32

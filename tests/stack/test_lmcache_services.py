@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.lmcache_l2 import bound_bytes, clear_folder, l2_adapter, prune, size_bytes
+from kvarena.stack.service import StackError
 from kvarena.stack.services import build_services
-from planned_services import extra_config, make, option, with_gpus
+from support.planned_services import extra_config, make, option, with_gpus
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -122,7 +122,7 @@ def test_lmcaches_own_blender_is_a_form_of_blend(home: Home, tmp_path: Path, mon
     assert "VLLM_PLUGINS" not in blend.environment, "our plugin registers the model"
     assert "--no-enable-prefix-caching" in blend.command
     assert "--enable-prefix-caching" not in blend.command
-    assert "kvarena.vllm_plugin.middleware.KVArenaMiddleware" not in blend.command
+    assert "kvarena.engines.vllm.middleware.KVArenaMiddleware" not in blend.command
     extra = extra_config(blend)
     assert (extra["lmcache.blend_special_str"], extra["lmcache.blend_recompute_ratios"]) == ("@@", [0.3])
     assert (extra["lmcache.blend_check_layers"], extra["lmcache.max_local_cpu_size"]) == ([2], 1.0)

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 import pytest
 
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 from kvarena.stack.model import cached_snapshot, check_hub_access, find_model
+from kvarena.stack.service import StackError
 
 
 class Hub(BaseHTTPRequestHandler):

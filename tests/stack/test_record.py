@@ -8,7 +8,7 @@ from pathlib import Path
 from kvarena.splitting import Splitter
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record, differences, read_record
-from planned_services import make
+from support.planned_services import make
 
 
 def test_the_record_reads_back(home: Home, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from kvarena.stack.home import Home
 from kvarena.stack.processes import stop_leftovers
-from running_stack import KVARENA, free_port_base
+from support.running_stack import KVARENA, free_port_base
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

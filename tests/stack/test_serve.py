@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kvarena.stack import machine
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.serve import read_secrets, service_of_this_container
+from kvarena.stack.service import StackError
 
 ALL = "blend,plain,prefix,simllm,ai100,lmcache"
 

@@ -14,7 +14,7 @@ from kvarena.stack.home import Home
 from kvarena.stack.record import Record
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import CONTENDERS
-from planned_services import extra_config, make, option
+from support.planned_services import extra_config, make, option
 
 TOWN = Path(__file__).resolve().parents[2] / "backend" / "models" / "town"
 
@@ -48,7 +48,7 @@ def test_the_two_vllms_differ_in_the_blend_only(home: Home, tmp_path: Path) -> N
     assert "--enable-prompt-tokens-details" in plain
     different = dict(services["blend"].environment.items() ^ services["plain"].environment.items())
     assert set(different) == {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_PLUGINS", "KVARENA_CONTENDER"}
-    assert plain[plain.index("--middleware") + 1] == "kvarena.vllm_plugin.edge.Edge"
+    assert plain[plain.index("--middleware") + 1] == "kvarena.server.vllm_middleware.AccessMiddleware"
 
 
 def test_no_key_stands_in_commands_environments_or_the_record(

@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
+from kvarena.stack.service import StackError
 from kvarena.stack.settings import AI100Runtime, AI100Topics, Ports, SimLLMMode, load_settings
 
 
@@ -174,7 +174,7 @@ def test_ai100_choices_are_the_servers() -> None:
 
 def test_simllm_modes_are_the_librarys() -> None:
     """Kept apart, so that reading settings imports no PyTorch."""
-    from kvarena.simllm.params import MODES
+    from kvarena.contenders.simllm.params import MODES
 
     assert set(get_args(SimLLMMode)) == set(MODES)
 

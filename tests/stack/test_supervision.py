@@ -16,14 +16,13 @@ import pytest
 from rich.console import Console
 
 from kvarena.stack import lifecycle
-from kvarena.stack.errors import ServiceFailedError, StackError
 from kvarena.stack.home import Home
 from kvarena.stack.logs import tail
 from kvarena.stack.processes import processes_of
 from kvarena.stack.record import Record, read_record
-from kvarena.stack.service import Service
+from kvarena.stack.service import Service, ServiceFailedError, StackError
 from kvarena.stack.status import stack_status
-from kvarena.stack.supervision import Supervisor, running_supervisor
+from kvarena.stack.supervisord import Supervisor, running_supervisor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -253,7 +252,7 @@ def test_up_after_supervisord_was_killed(home: Home, console: Console, small_ser
 def test_down_when_supervisord_hangs(
     home: Home, console: Console, small_service: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvarena.stack.supervision.CALL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("kvarena.stack.supervisord.CALL_TIMEOUT_S", 1.0)
     bring_up(home, console, small_service("only"))
     os.kill(supervisor_of(home).pid, signal.SIGSTOP)
     lifecycle.down(home, console)
@@ -296,7 +295,7 @@ def test_a_long_home_has_its_sockets_elsewhere(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_up_cleans_up(home: Home, small_service: MakeService, number: signal.Signals) -> None:
-    script = Path(__file__).with_name("up_small_services.py")
+    script = Path(__file__).parents[1] / "support" / "up_small_services.py"
     service = small_service("slow", "--healthy-after", "3600")
     command = [sys.executable, str(script), str(service.port)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -18,7 +18,7 @@ import pytest
 
 from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of, stop_leftovers
-from request_lines import lines_of
+from support.request_lines import lines_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")

@@ -13,10 +13,10 @@ import httpx
 import pytest
 from rich.console import Console
 
-from kvarena.context import TextChunk
-from kvarena.stack.errors import StackError
+from kvarena.documents import TextChunk
+from kvarena.stack.chunk_cache import ChunkOutcome, warm
 from kvarena.stack.render import show_warm_result
-from kvarena.stack.warm import ChunkOutcome, warm
+from kvarena.stack.service import StackError
 
 
 class Blend(ThreadingHTTPServer):

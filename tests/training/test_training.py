@@ -154,10 +154,10 @@ def test_naive_reuse_in_one_forward_is_moved_chunks(tmp_path: Path, tokenizer_fo
 def test_rows_are_tokenised_as_the_chat_template_does(tokenizer: Any) -> None:
     from rows import TextCoder
 
-    from kvarena.worlds import chat
-    from kvarena.worlds.questions import Quiz
-    from kvarena.worlds.sentence import chunk_text
-    from kvarena.worlds.town import TownShape, write_town
+    from kvarena.synthetic_qa import questions as chat
+    from kvarena.synthetic_qa.facts import chunk_text
+    from kvarena.synthetic_qa.questions import Quiz
+    from kvarena.synthetic_qa.town import TownShape, write_town
 
     coder = TextCoder(tokenizer)
     for seed in range(20):
@@ -182,7 +182,7 @@ def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
 
 
 def test_words_of_a_town_are_one_token_each(tokenizer: Any) -> None:
-    from kvarena.worlds import words
+    from kvarena.synthetic_qa import words
 
     pools = (
         words.PEOPLE,

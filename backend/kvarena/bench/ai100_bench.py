@@ -1,7 +1,8 @@
-"""What KV slots gain in multi-turn chat: how soon follow-ups are answered, and how much several conversations get done.
+"""What KV slots gain in multi-turn chat: time to first token of follow-ups, and throughput of several conversations.
 
-First token: conversations with a long first message, every turn asked with and without the cache, in turn about. Whole:
-conversations under way, one turn of all of them at once and one turn of one after the other, in turn about.
+First token: conversations with a long first message, every turn asked with and without the cache, alternating.
+Throughput: conversations in progress, one turn of all of them at once and one turn of one after the other,
+alternating.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from ai100.engine import AI100Engine
-from ai100.options import AI100Options
-from kvarena.api.engine import GenerationRequest, Sampling
+from ai100.engine import AI100Engine, AI100Options
 from kvarena.bench.prefix_bench import make_text
 from kvarena.bench.results import Row, ratio_spread, spread
+from kvarena.engines.base import GenerationRequest, Sampling
 
 CACHED, UNCACHED = "slots", "no cache"
 AT_ONCE, IN_TURN = "at once", "one after the other"
@@ -60,7 +60,7 @@ class AI100Workload:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TimedAnswer:
     first_token_ms: float
     total_ms: float
     token_ids: tuple[int, ...]
@@ -68,14 +68,14 @@ class Asked:
 
 
 @dataclass
-class Talk:
+class BenchConversation:
     """A conversation with the engine, of one topic; questions are follow-ups."""
 
     engine: AI100Engine
     use_cache: bool = True
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def ask(self, question: str, max_tokens: int) -> Asked:
+    def ask(self, question: str, max_tokens: int) -> TimedAnswer:
         request = GenerationRequest(
             uuid.uuid4().hex,
             "",
@@ -93,13 +93,13 @@ class Talk:
             token_ids.append(token.token_id)
         ended_s = perf_counter()
         prefilled: int = generation.report.details["num_prefilled_tokens"]
-        return Asked(1e3 * (first_s - started_s), 1e3 * (ended_s - started_s), tuple(token_ids), prefilled)
+        return TimedAnswer(1e3 * (first_s - started_s), 1e3 * (ended_s - started_s), tuple(token_ids), prefilled)
 
 
 def run(engine: AI100Engine, workload: AI100Workload, on_step: Callable[[], None] = lambda: None) -> list[Row]:
     """Rows of `measure` "first token", one for each turn, and of "throughput"."""
     rng = random.Random(workload.seed)
-    Talk(engine).ask(_message(engine, workload, 1, rng), 2)
+    BenchConversation(engine).ask(_message(engine, workload, 1, rng), 2)
     return [*_first_tokens(engine, workload, rng, on_step), *_throughput(engine, workload, rng, on_step)]
 
 
@@ -107,9 +107,9 @@ def _first_tokens(
     engine: AI100Engine, workload: AI100Workload, rng: random.Random, on_step: Callable[[], None]
 ) -> Iterator[Row]:
     """Raises `ValueError` when an answer with the cache isn't the one without."""
-    asked: dict[int, list[tuple[Asked, Asked]]] = {}
+    asked: dict[int, list[tuple[TimedAnswer, TimedAnswer]]] = {}
     for repeat in range(workload.num_repeats):
-        talks = Talk(engine), Talk(engine, use_cache=False)
+        talks = BenchConversation(engine), BenchConversation(engine, use_cache=False)
         for turn in range(1, workload.num_turns + 1):
             question = _message(engine, workload, turn, rng)
             order = talks if (repeat + turn) % 2 else talks[::-1]
@@ -134,7 +134,7 @@ def _throughput(
     engine: AI100Engine, workload: AI100Workload, rng: random.Random, on_step: Callable[[], None]
 ) -> Iterator[Row]:
     """Conversations under way: their long first messages lie in their slots before the clock starts."""
-    talks = [Talk(engine) for _ in range(workload.num_conversations)]
+    talks = [BenchConversation(engine) for _ in range(workload.num_conversations)]
     for talk in talks:
         talk.ask(_message(engine, workload, 1, rng), 1)
     seconds: dict[str, list[float]] = {AT_ONCE: [], IN_TURN: []}

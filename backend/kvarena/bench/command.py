@@ -1,24 +1,293 @@
-"""`kvarena bench`: reads the command line, shows progress, prints a table and saves the result file."""
+"""`kvarena bench`: each subcommand reads its options, shows progress, prints a table and saves the result file.
+
+Imported by the command line at its start: everything heavy is imported inside the commands.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarena.bench.ai100_command import ai100
-from kvarena.bench.console import explained, integers, progress
-from kvarena.bench.simllm.command import simllm
-from kvarena.bench.ttft.command import ttft
+from kvarena.bench.console import decimals, explained, integers, progress
+from kvarena.bench.variants import DEFAULT_POLICIES, read_policies
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ai100.engine import AI100Engine
+    from kvarena.bench.ai100_bench import AI100Workload
     from kvarena.bench.prefix_bench import PrefixTarget
     from kvarena.bench.results import Row
-    from kvarena.engines.prefix.engine import PrefixEngine
+    from kvarena.contenders.prefix.engine import PrefixEngine
+
+
+def ai100(
+    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. [default: the town model]")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of a size, 180m, 500m or 1b.")] = None,
+    runtime: Annotated[str, typer.Option(help="auto, qaic (the card), host, or onnx.")] = "auto",
+    history_tokens: Annotated[int, typer.Option(min=1, help="Of each conversation's first message.")] = 1000,
+    num_turns: Annotated[int, typer.Option(min=2, help="Turns of a conversation.")] = 10,
+    num_repeats: Annotated[int, typer.Option(min=1, help="Conversations for the time to first token.")] = 2,
+    num_conversations: Annotated[int, typer.Option(min=1, help="Conversations at once, for the throughput.")] = 4,
+    num_rounds: Annotated[int, typer.Option(min=1, help="Turns of each of them, at once and in turn.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
+    throughput_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, for the throughput.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
+    output: Annotated[Path, typer.Option(help="The result file; the plot goes beside it.")] = Path(
+        "results/ai100.json"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """What KV slots gain in multi-turn chat: follow-ups with and without them, several conversations at once."""
+    from rich.console import Console
+
+    from kvarena.bench import ai100_bench
+    from kvarena.bench.plots import plot_ai100
+    from kvarena.bench.results import check_writable, load_results, save_results
+
+    console = Console(stderr=as_json)
+    with explained():
+        check_writable(output)
+        workload = ai100_bench.AI100Workload(
+            history_tokens=history_tokens,
+            num_turns=num_turns,
+            num_repeats=num_repeats,
+            num_conversations=num_conversations,
+            max_new_tokens=max_new_tokens,
+            throughput_tokens=throughput_tokens,
+            num_rounds=num_rounds,
+            seed=seed,
+        )
+        engine = _ai100_engine(model, shape, runtime, workload)
+        try:
+            with progress(workload.num_steps, console) as advance:
+                rows = ai100_bench.run(engine, workload, advance)
+        finally:
+            engine.close()
+    described = engine.describe() | {"model": engine.model_name}
+    save_results(output, ai100_bench.settings(workload, **described), rows)
+    image = output.with_suffix(".png")
+    plot_ai100(output, image)
+    if as_json:
+        print(json.dumps(load_results(output), indent=1))
+    else:
+        _show_ai100(rows, console)
+        console.print(f"Figures are in {output}, the plot in {image}.", soft_wrap=True)
+
+
+def _ai100_engine(model: str | None, shape: str | None, runtime: str, workload: AI100Workload) -> AI100Engine:
+    """One slot more than conversations: turns without the cache run in it."""
+    from ai100.runtimes.runtime import StaticShapes
+    from ai100.settings import AI100Settings, open_engine
+    from kvarena.bench.shapes import model_folder
+
+    num = workload.num_conversations
+    return open_engine(
+        AI100Settings(
+            model=model_folder(model, shape),
+            runtime=runtime,
+            shapes=StaticShapes(min(128, workload.ctx_len), workload.ctx_len, num, num + 1),
+            random_weights=shape is not None,
+            max_context=workload.ctx_len,
+            served_model_name=shape or model or "town",
+        )
+    )
+
+
+def _show_ai100(rows: list[Row], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from kvarena.bench.ai100_bench import follow_up_speedup
+
+    turns = Table(title="Time to first token; medians", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in ("turn", "prefilled", "slots ms", "prefilled", "no cache ms", "sooner by"):
+        turns.add_column(name, justify="right", no_wrap=True)
+    modes = Table(title="Throughput", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in ("conversations", "tokens/s", "times", "least to most"):
+        modes.add_column(name, justify="left" if name == "conversations" else "right", no_wrap=True)
+    for row in rows:
+        if row["measure"] == "first token":
+            turns.add_row(
+                str(row["turn"]),
+                f"{row['slots_prefilled_tokens']:,}",
+                f"{row['slots_ttft_ms']['median']:,.1f}",
+                f"{row['no_cache_prefilled_tokens']:,}",
+                f"{row['no_cache_ttft_ms']['median']:,.1f}",
+                f"{row['sooner']['median']:,.1f}x",
+            )
+        else:
+            times = row["times"]
+            modes.add_row(
+                f"{row['num_conversations']} {row['mode']}",
+                f"{row['tokens_per_s']['median']:,.1f}",
+                f"{times['median']:.2f}x",
+                f"{times['low']:.2f} to {times['high']:.2f}",
+            )
+    console.print(turns)
+    sooner = follow_up_speedup(rows)
+    console.print(f"Follow-ups sooner by {sooner['median']:.1f}x ({sooner['low']:.1f} to {sooner['high']:.1f})")
+    console.print(modes)
+
+
+def simllm(
+    shape: Annotated[str, typer.Option(help="Speed: random weights of a size, 180m, 500m or 1b.")] = "180m",
+    model: Annotated[
+        str | None, typer.Option(help="Quality: a Llama, a local folder or a hub name. [default: the town model]")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="JSONL with questions on the chunks beside it. [default: the shipped ones]")
+    ] = None,
+    num_tasks: Annotated[int, typer.Option(min=2, help="Speed: tasks of the stream.")] = 16,
+    num_quality_tasks: Annotated[int, typer.Option(min=2, help="Quality: tasks of the stream.")] = 120,
+    similar: Annotated[float, typer.Option(min=0, max=1, help="Share of tasks similar to an earlier one.")] = 0.5,
+    modes: Annotated[str, typer.Option(help="aligned, top_layer or both, separated by a comma.")] = "aligned,top_layer",
+    thresholds: Annotated[str, typer.Option(help="Cosine similarities, separated by commas.")] = "0.8,0.998,0.9997",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are generated for each answer.")] = 8,
+    max_cache_size: Annotated[int, typer.Option(min=1, help="Tasks that each contender keeps.")] = 100,
+    dtype: Annotated[
+        str | None, typer.Option(help="Such as bfloat16, or auto: the model's. [default: float32 on a CPU, else auto]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the stream and the random weights.")] = 0,
+    output: Annotated[Path, typer.Option(help="The result file; the plot goes beside it.")] = Path(
+        "results/simllm.json"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """What reuse between similar tasks gains in speed and costs in quality, by mode and threshold.
+
+    All contenders answer the same tasks in turn, in this process, each with tasks of its own, over the same weights.
+    """
+    from rich.console import Console
+
+    from kvarena.bench.plots import plot_simllm
+    from kvarena.bench.quality.questions import load_questions
+    from kvarena.bench.results import check_writable, load_results, save_results, shown_path
+    from kvarena.bench.simllm import measuring
+    from kvarena.bench.simllm.measuring import show_quality, show_speed
+    from kvarena.bench.simllm.running import setups
+    from kvarena.stack.model import find_model
+    from kvarena.synthetic_qa.questions import QUESTIONS_NAME
+
+    console = Console(stderr=as_json)
+    with explained():
+        check_writable(output)
+        path = questions or find_model(model, "cpu").data_dir / QUESTIONS_NAME
+        exam = load_questions(path)
+        chosen = setups([mode.strip() for mode in modes.split(",")], decimals(thresholds))
+        bench = measuring.Bench(exam, chosen, similar, max_new_tokens, max_cache_size, dtype, seed)
+        with progress((num_tasks + num_quality_tasks) * len(chosen), console) as advance:
+            speed = bench.speed(shape, num_tasks, advance)
+            quality = bench.quality(model, num_quality_tasks, advance)
+    settings = {"benchmark": "simllm", "shape": shape, "questions": shown_path(path), **bench.settings()}
+    rows: list[Row] = [*speed.rows, *quality.rows]
+    save_results(output, settings, rows, answers=[*speed.answers, *quality.answers])
+    image = output.with_suffix(".png")
+    plot_simllm(output, image)
+    if as_json:
+        print(json.dumps(load_results(output), indent=1))
+    else:
+        show_speed(speed.rows, console)
+        show_quality(quality.rows, console)
+        console.print(f"Figures are in {output}, the plot in {image}.", soft_wrap=True)
+
+
+INTERRUPTED = 130
+
+
+def ttft(
+    shape: Annotated[str | None, typer.Option(help="Start servers on random weights: 180m, 500m or 1b.")] = None,
+    model: Annotated[str | None, typer.Option(help="Start servers on it: a local folder or a hub name.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="NAME=URL of any OpenAI server to measure; repeatable.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What blends recompute, POLICY[:RATIO or :MSms][@LAYER][,OPTION=VALUE]; repeatable. "
+            f"[default: {', '.join(DEFAULT_POLICIES)}]"
+        ),
+    ] = None,
+    context_tokens: Annotated[str, typer.Option(help="Lengths of the context, separated by commas.")] = (
+        "512,1000,2000,4000"
+    ),
+    state: Annotated[
+        str, typer.Option(help="Which chunks are known: warm (all), half, cold (none); none: a prompt without chunks.")
+    ] = "warm,half,cold,none",
+    concurrency: Annotated[str, typer.Option(help="Requests at once, separated by commas.")] = "1",
+    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement; a warm-up comes before.")] = 3,
+    chunk_tokens: Annotated[int, typer.Option(help="Size of the chunks.")] = 256,
+    question_tokens: Annotated[int, typer.Option(min=1, help="Size of the question.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 8,
+    store: Annotated[str, typer.Option(help="Of a blend that is started: lmcache or memory.")] = "lmcache",
+    store_gb: Annotated[float, typer.Option(min=0.1, help="Its memory for chunks, in GiB.")] = 4.0,
+    kv_cache_gb: Annotated[
+        int | None, typer.Option(min=1, help="vLLM's memory for KV, in GiB. [default: as in the stack]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of servers that are started, as bfloat16. [default: as the stack chooses]")
+    ] = None,
+    hf: Annotated[bool, typer.Option(help="Start a server of Hugging Face with SDPA too.")] = True,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A local folder or a hub name. [default: what the first server serves]")
+    ] = None,
+    separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's]")] = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="For one answer.")] = 900.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/ttft.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Time to first token of contenders on the same prompts, in turn, as a client sees it.
+
+    Servers are started for --shape or --model, and stopped at the end; else the running stack's are measured, or those
+    of --target; with none of these, servers are started on the town model. Exit status: 0 done, 1 an error or requests
+    that failed, 130 interrupted; what came in until then is saved.
+    """
+    from rich.console import Console
+
+    from kvarena.bench.results import check_writable, load_results, save_results
+    from kvarena.bench.ttft.measuring import Bench, show_rows, show_warnings
+    from kvarena.bench.ttft.servers import OwnServers, ServerOptions
+    from kvarena.bench.ttft.workload import Workload
+
+    console = Console(stderr=as_json)
+    rows: list[Row] = []
+    settings: dict[str, Any] = {"benchmark": "ttft", "is_interrupted": False}
+    with explained():
+        check_writable(output)
+        lengths, at_once = integers(context_tokens), integers(concurrency)
+        states = tuple(one.strip() for one in state.split(","))
+        workload = Workload(lengths, states, at_once, chunk_tokens, question_tokens, max_new_tokens, repeats, seed)
+        policies = read_policies(policy or DEFAULT_POLICIES, "blend")
+        wanted = ServerOptions(
+            model, shape, target or (), OwnServers(store, store_gb, kv_cache_gb, hf, dtype), timeout_s
+        )
+        with wanted.found(workload.longest_tokens, console) as contenders:
+            bench = Bench.of(contenders, policies, workload, separator, tokenizer)
+            settings |= wanted.settings() | bench.settings()
+            try:
+                with progress(bench.num_steps, console) as advance:
+                    for new in bench.run(advance):
+                        rows += new
+                        save_results(output, settings, rows)
+            except KeyboardInterrupt:
+                settings["is_interrupted"] = True
+    save_results(output, settings, rows)
+    if as_json:
+        print(json.dumps(load_results(output), indent=1))
+    else:
+        show_rows(rows, console)
+        console.print(f"Figures are in {output}.", soft_wrap=True)
+    show_warnings(rows, console)
+    if settings["is_interrupted"]:
+        console.print("Interrupted: the figures are those until then.")
+        raise typer.Exit(INTERRUPTED)
+    if any(row["num_failed"] for row in rows):
+        raise typer.Exit(1)
+
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure contenders and save the figures.")
 app.command()(simllm)
@@ -56,7 +325,8 @@ def prefix(
     """What each layer of caching gains: none, a KV cache, a prefix cache; cold, repeated, with a new question."""
     from rich.console import Console
 
-    from kvarena.bench import prefix_bench, prefix_plot
+    from kvarena.bench import prefix_bench
+    from kvarena.bench.plots import plot_prefix
     from kvarena.bench.results import check_writable, load_results, save_results
 
     console = Console(stderr=as_json)
@@ -69,12 +339,12 @@ def prefix(
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-        target, described = _target(url, model, shape, cache_gb, storage)
+        target, described = _prefix_target(url, model, shape, cache_gb, storage)
         with progress(workload.num_steps, console) as advance:
             rows = prefix_bench.run(target, workload, advance)
     save_results(output, prefix_bench.settings(workload, **described), rows)
     image = output.with_suffix(".png")
-    prefix_plot.plot(output, image)
+    plot_prefix(output, image)
     if as_json:
         print(json.dumps(load_results(output), indent=1))
     else:
@@ -142,7 +412,7 @@ def decode(
         workload = decode_bench.DecodeWorkload(integers(context_tokens), max_new_tokens, num_requests, seed)
         contenders = {url: decode_bench.server_decode(url, shown_api_key())} if url else {}
         folder = model_folder(model, shape)
-        engine = _engine(folder, model, shape, cache_gb=0.0, storage="cpu")
+        engine = _prefix_engine(folder, model, shape, cache_gb=0.0, storage="cpu")
         reference = decode_bench.generate_decode(folder, engine.model, random_weights=shape is not None)
         contenders |= {decode_bench.ENGINE: decode_bench.engine_decode(engine), decode_bench.GENERATE: reference}
         with progress(workload.num_steps, console) as advance:
@@ -156,10 +426,10 @@ def decode(
         console.print(f"Figures are in {output}.", soft_wrap=True)
 
 
-def _target(
+def _prefix_target(
     url: str | None, model: str | None, shape: str | None, cache_gb: float, storage: str
 ) -> tuple[PrefixTarget, dict[str, object]]:
-    from kvarena.bench.prefix_targets import InProcess, Server
+    from kvarena.bench.prefix_bench import InProcess, Server
     from kvarena.bench.shapes import model_folder
     from kvarena.stack.settings import shown_api_key
 
@@ -167,13 +437,13 @@ def _target(
         if model or shape:
             raise ValueError("--url measures the server's own model; --model and --shape go without it")
         return Server(url, shown_api_key()), {"url": url}
-    engine = _engine(model_folder(model, shape), model, shape, cache_gb, storage)
+    engine = _prefix_engine(model_folder(model, shape), model, shape, cache_gb, storage)
     return InProcess(engine), {"model": engine.model_name, "storage": storage, "cache_gb": cache_gb}
 
 
-def _engine(folder: str, model: str | None, shape: str | None, cache_gb: float, storage: str) -> PrefixEngine:
-    from kvarena.engines.hf_model import HFModel
-    from kvarena.engines.prefix.engine import PrefixEngine
+def _prefix_engine(folder: str, model: str | None, shape: str | None, cache_gb: float, storage: str) -> PrefixEngine:
+    from kvarena.contenders.prefix.engine import PrefixEngine
+    from kvarena.engines.hf.model import HFModel
 
     loaded = HFModel.load(folder, random=shape is not None)
     return PrefixEngine(loaded, shape or model or "town", cache_bytes=int(cache_gb * 2**30), storage=storage)

@@ -1,4 +1,7 @@
-"""What the measuring commands have in common: errors in a line, progress, lists of numbers."""
+"""What the measuring commands have in common: errors in one line, progress, lists of numbers.
+
+Imported by the command line at its start, so rich is imported inside the functions.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Time per output token of the PyTorch engine, of Hugging Face `generate` on the same weights, and of a server.
 
-One request at a time, contenders in turn, so that a slower minute of the machine meets all of them. The first token
-belongs to the prefill and is left out.
+One request at a time, contenders in turn, so that a slower minute of the machine meets all of them. The first
+token belongs to the prefill and is left out.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from kvarena.api.engine import GenerationRequest, Sampling
-from kvarena.api_key import bearer
 from kvarena.bench.results import Row, ratio_spread, spread
-from kvarena.engines.hf_model import HFModel
-from kvarena.engines.prefix.engine import PrefixEngine
+from kvarena.client import bearer
+from kvarena.contenders.prefix.engine import PrefixEngine
+from kvarena.engines.base import GenerationRequest, Sampling
+from kvarena.engines.hf.model import HFModel
 
 ENGINE = "prefix engine"
 GENERATE = "Hugging Face generate"

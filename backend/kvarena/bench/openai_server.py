@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
-from kvarena.api_key import API_KEY_VARIABLE, bearer
-from kvarena.stack.warm import error_message
+from kvarena.client import API_KEY_VARIABLE, bearer
+from kvarena.stack.chunk_cache import error_message
 
 REPORT_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 CONNECT_TIMEOUT_S = 5.0

@@ -1,6 +1,7 @@
 """Result files: JSON with the settings, the versions and the machine beside the figures.
 
-`rows` is a list of flat objects; groups of figures in a row (`{"median": .., "p95": ..}`) keep their unit in the name.
+`rows` is a list of flat objects; groups of figures in a row (`{"median": .., "p95": ..}`) keep their unit in the
+name.
 """
 
 from __future__ import annotations

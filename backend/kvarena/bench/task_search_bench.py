@@ -1,7 +1,7 @@
-"""How long the search for a similar task takes, and how often it finds it, by the number of tasks that are kept.
+"""How long the search for a similar task takes, and how often it finds one, by the number of tasks that are kept.
 
-Tasks come in clusters, as questions on the same texts do; a query is a kept task's embedding with noise, at a chosen
-cosine. Time on the processor is measured beside time on the wall: it is that of all cores together.
+Tasks come in clusters, as questions on the same texts do; a query is a kept task's embedding with noise, at a
+chosen cosine. CPU time is measured beside wall time: it is that of all cores together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from kvarena.bench.results import Row, spread
-from kvarena.simllm.manager import InterTaskKVManager
+from kvarena.contenders.simllm.manager import InterTaskKVManager
 
 CLUSTER_TASKS = 20
 CLUSTER_NOISE = 0.3

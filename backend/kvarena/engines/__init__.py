@@ -1,1 +1,1 @@
-"""Engines in plain PyTorch over Hugging Face models: each a contender, served by `kvarena.api`."""
+"""The blend's adapters: inside vLLM, and over Hugging Face models in plain PyTorch."""

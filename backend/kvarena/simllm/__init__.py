@@ -1,19 +1,18 @@
 """Sim-LLM: similar tasks lend each other their KV (Luo et al., "Sim-LLM: Optimizing LLM Inference at the Edge through
-Inter-Task KV Reuse", NeurIPS 2025).
+Inter-Task KV Reuse", NeurIPS 2025). The public names; the code is in `kvarena.contenders.simllm`.
 
-`SimLLMInference` is the whole of it for a Llama model; the parts can be used alone. Approximate, but for misses and, in
-mode "aligned", for prompts that begin as an earlier one does and share nothing else with it.
+`SimLLMInference` is the whole of it for a Llama model; the parts can be used alone. Approximate, but for misses and,
+in mode "aligned", for prompts that begin as an earlier one does and share nothing else with it.
 """
 
-from kvarena.simllm.entry import TaskCacheEntry
-from kvarena.simllm.inference import SimLLMInference, TaskAnswer
-from kvarena.simllm.lsh import LSHIndex
-from kvarena.simllm.manager import InterTaskKVManager, TaskMatch
-from kvarena.simllm.modeling import LlamaForCausalLMWithKVReuse, LlamaModelWithKVReuse
-from kvarena.simllm.outcome import TaskOutcome
-from kvarena.simllm.params import AlignedParams, AutoThresholdParams, SimLLMParams
-from kvarena.simllm.shared_tasks import SharedTasks, TaskFormat
-from kvarena.simllm.threshold import AgreementSample
+from kvarena.contenders.simllm.inference import SimLLMInference, TaskAnswer
+from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch
+from kvarena.contenders.simllm.modeling import LlamaForCausalLMWithKVReuse, LlamaModelWithKVReuse
+from kvarena.contenders.simllm.params import AlignedParams, AutoThresholdParams, SimLLMParams
+from kvarena.contenders.simllm.shared_tasks import SharedTasks, TaskFormat
+from kvarena.contenders.simllm.similarity import LSHIndex
+from kvarena.contenders.simllm.task import TaskCacheEntry, TaskOutcome
+from kvarena.contenders.simllm.threshold import AgreementSample
 
 __all__ = [
     "AgreementSample",

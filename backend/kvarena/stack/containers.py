@@ -18,12 +18,11 @@ from pydantic import SecretStr
 
 from kvarena.stack import machine
 from kvarena.stack.docker import Containers, container_name, create_containers, engine_answers
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
 from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.preflight import check_data_folder, check_ports, estimate_memory
 from kvarena.stack.record import Record
-from kvarena.stack.service import Service
+from kvarena.stack.service import Service, StackError
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import CONTENDERS, Settings
 

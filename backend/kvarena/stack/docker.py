@@ -1,7 +1,7 @@
 """The services as containers of a Docker engine: asked, started and stopped through the command `docker`.
 
-The counterpart of `supervision` and `supervisord`. What a container is made of is `compose.yaml`'s; its name is
-`kvarena-` and the service's. The engine brings back what crashes.
+The counterpart of `supervisord`. What a container is made of is in `compose.yaml`; its name is `kvarena-` and the
+service's. The engine restarts what crashes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from kvarena.stack.errors import StackError
 from kvarena.stack.record import Record
-from kvarena.stack.runner import ProcessInfo, SupervisorGoneError
-from kvarena.stack.service import Service
+from kvarena.stack.service import ProcessInfo, Service, StackError, SupervisorGoneError
 
 CALL_TIMEOUT_S = 120.0
 LOG_LINES = 200

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvarena.stack.errors import StackError
+from kvarena.stack.service import StackError
 
 INSTANCE_VARIABLE = "KVARENA_INSTANCE"
 SERVICE_VARIABLE = "KVARENA_SERVICE"

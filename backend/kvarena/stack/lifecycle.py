@@ -1,34 +1,184 @@
-"""The commands that change what runs: up, restart and down.
+"""The commands that change what runs: up, restart and down; and what they share: signals, waiting, ending everything.
 
 One of them at a time per instance. `up` either ends with every service healthy or leaves things as it found them;
 `down` ends with nothing of the instance left, whatever state it was in.
+
+Services start in the order they depend on each other. One that dies, or takes longer than its time, ends the wait with
+`ServiceFailedError` and the end of its log. Any signal to end becomes one `KeyboardInterrupt`, and cleaning up goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 
-from kvarena.api_key import API_KEY_VARIABLE
-from kvarena.stack import containers, default_model, progress
-from kvarena.stack.errors import StackError
+from kvarena.client import API_KEY_VARIABLE
+from kvarena.stack import containers
+from kvarena.stack.health import probe
 from kvarena.stack.home import Home
-from kvarena.stack.interrupts import stop_signals_ignored, stop_signals_raise
+from kvarena.stack.logs import first_exception, size_of
+from kvarena.stack.model import DEFAULT_CPU_MODEL, obtain_default_model
 from kvarena.stack.plan import make_plan, pick_profile
 from kvarena.stack.preflight import check_api_key, check_before_start
+from kvarena.stack.processes import stop_leftovers
 from kvarena.stack.record import Record, differences
-from kvarena.stack.runner import Runner, SupervisorGoneError
-from kvarena.stack.service import Service
+from kvarena.stack.render import Reporter, make_reporter
+from kvarena.stack.service import ProcessInfo, Runner, Service, ServiceFailedError, StackError, SupervisorGoneError
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import Settings
-from kvarena.stack.startup import start_and_wait, stop_and_wait
-from kvarena.stack.supervision import running_supervisor
-from kvarena.stack.supervisord import start_supervisor
-from kvarena.stack.teardown import stop_everything
+from kvarena.stack.supervisord import running_supervisor, start_supervisor
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def stop_signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does."""
+    with _handled_by(_interrupt):
+        yield
+
+
+@contextmanager
+def stop_signals_ignored() -> Iterator[None]:
+    """The block runs to its end."""
+    with _handled_by(signal.SIG_IGN):
+        yield
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, Any], Any] | signal.Handlers) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+POLL_S = 0.5
+LOG_LINES = 20
+
+
+@dataclass(frozen=True)
+class _Started:
+    """What a service that is being waited for must stay: the same process, and in time."""
+
+    pid: int
+    deadline: float
+    log_size: int
+
+
+def start_and_wait(supervisor: Runner, services: Sequence[Service], reporter: Reporter) -> None:
+    """Brings these services up; one that runs already is only waited for. Raises `ServiceFailedError`."""
+    waiting = list(services)
+    healthy: set[str] = set()
+    started: dict[str, _Started] = {}
+    names = {service.name for service in services}
+    while waiting:
+        processes = supervisor.processes()
+        for service in list(waiting):
+            reporter.update(service.name, "starting" if service.name in started else "waiting")
+            if service.name not in started:
+                if names.intersection(service.depends_on) <= healthy:
+                    started[service.name] = _start(supervisor, service, processes)
+                continue
+            _check_alive(supervisor, service, started[service.name], processes[service.name], reporter)
+            if probe(service) == "healthy":
+                healthy.add(service.name)
+                waiting.remove(service)
+                reporter.update(service.name, "healthy")
+        if waiting:
+            time.sleep(POLL_S)
+
+
+def _start(supervisor: Runner, service: Service, processes: Mapping[str, ProcessInfo]) -> _Started:
+    log_size = size_of(service.log_path)
+    if not processes[service.name].is_up:
+        supervisor.start(service.name)
+        processes = supervisor.processes()
+    return _Started(
+        pid=processes[service.name].pid,
+        deadline=time.monotonic() + service.start_timeout_s,
+        log_size=log_size,
+    )
+
+
+def _check_alive(supervisor: Runner, service: Service, start: _Started, now: ProcessInfo, reporter: Reporter) -> None:
+    if now.pid != start.pid or not now.is_up:
+        reason = "died while it was starting"
+    elif time.monotonic() > start.deadline:
+        reason = f"was not healthy within {service.start_timeout_s:.0f} s"
+    else:
+        return
+    reporter.update(service.name, "failed")
+    lines = supervisor.log_of_start(service, start.log_size)
+    raise ServiceFailedError(
+        service.name,
+        reason,
+        cause=first_exception(lines),
+        log_tail="\n".join(lines[-LOG_LINES:]),
+        log_path=service.log_path,
+    )
+
+
+def stop_and_wait(supervisor: Runner, services: Sequence[Service], reporter: Reporter) -> None:
+    """Stops these services at once and waits until supervisord has seen each of them end."""
+    running = list(services)
+    for service in running:
+        supervisor.stop(service.name)
+    deadline = time.monotonic() + 2 * max((service.stop_timeout_s for service in running), default=0.0)
+    while running and time.monotonic() < deadline:
+        processes = supervisor.processes()
+        for service in list(running):
+            info = processes[service.name]
+            if info.is_gone:
+                running.remove(service)
+            reporter.update(service.name, "stopped" if service not in running else "stopping")
+        time.sleep(POLL_S / 2)
+
+
+def stop_everything(home: Home, console: Console) -> tuple[list[str], list[int]]:
+    """Returns the services it stopped, and the processes no supervisor answered for (any more)."""
+    record, supervisor = running_supervisor(home)
+    stopped: list[str] = []
+    if record is not None and supervisor is not None:
+        with contextlib.suppress(SupervisorGoneError):  # its services are leftovers now
+            stopped = _stop_services(record, supervisor, console)
+        supervisor.shut_down()
+    leftovers = stop_leftovers(home)
+    _remove_files(home, record)
+    return stopped, leftovers
+
+
+def _stop_services(record: Record, supervisor: Runner, console: Console) -> list[str]:
+    processes = supervisor.processes()
+    running = [service for service in record.services if not processes[service.name].is_gone]
+    with make_reporter(console, running) as reporter:
+        stop_and_wait(supervisor, running, reporter)
+    return [service.name for service in running]
+
+
+def _remove_files(home: Home, record: Record | None) -> None:
+    """Logs and caches stay."""
+    shutil.rmtree(home.secrets, ignore_errors=True)
+    home.remove_run_folder(Path(record.run_folder) if record is not None else home.usual_run_folder)
+    for path in (home.record, home.daemon_config, home.path / "supervisord.pid"):
+        path.unlink(missing_ok=True)
 
 
 def up(
@@ -78,9 +228,9 @@ def _obtain_default_model(settings: Settings, home: Home, console: Console) -> N
     if settings.model is not None or pick_profile(settings.profile)[0] != "cpu":
         return
     try:
-        default_model.obtain(home, console)
+        obtain_default_model(home, console)
     except StackError as error:
-        console.print(f"[yellow]{escape(f'{default_model.NAME} could not be had: {error}')}[/]", soft_wrap=True)
+        console.print(f"[yellow]{escape(f'{DEFAULT_CPU_MODEL} could not be had: {error}')}[/]", soft_wrap=True)
 
 
 def bring_up(
@@ -103,7 +253,7 @@ def bring_up(
                 wanted = dataclasses.replace(wanted, run_folder=str(home.new_run_folder()))
                 wanted.write(home)
                 supervisor = start_runner(home, wanted, secrets)
-            with progress.reporter(console, wanted.services) as reporter:
+            with make_reporter(console, wanted.services) as reporter:
                 start_and_wait(supervisor, wanted.services, reporter)
             when_healthy(wanted)
         except BaseException:
@@ -122,7 +272,7 @@ def restart(name: str, home: Home, console: Console) -> Service:
         if service is None:
             names = ", ".join(service.name for service in record.services)
             raise StackError(f"no service {name!r} is running; there are {names}")
-        with progress.reporter(console, [service]) as reporter:
+        with make_reporter(console, [service]) as reporter:
             stop_and_wait(supervisor, [service], reporter)
             try:
                 start_and_wait(supervisor, [service], reporter)
@@ -184,5 +334,5 @@ def _undo(home: Home, record: Record, started: Sequence[Service], console: Conso
         return
     _, supervisor = running_supervisor(home)
     if supervisor is not None:
-        with contextlib.suppress(SupervisorGoneError), progress.reporter(console, started) as reporter:
+        with contextlib.suppress(SupervisorGoneError), make_reporter(console, started) as reporter:
             stop_and_wait(supervisor, started, reporter)

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvarena.engines.vllm.config import BlendConfig, read_blend_profile
 from kvarena.stack import machine
-from kvarena.stack.default_model import FALLBACK_NOTICE
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.lmcache_l2 import NO_L2, folder_adapter, l2_adapter
 from kvarena.stack.machine import CoreShare
-from kvarena.stack.model import TOWN, Model, find_model
-from kvarena.stack.service import LMCACHE_SERVER, LOOPBACK, Network
+from kvarena.stack.model import FALLBACK_NOTICE, TOWN, Model, find_model
+from kvarena.stack.service import LMCACHE_SERVER, LOOPBACK, Network, StackError
 from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
-from kvarena.vllm_plugin.config import BlendConfig, read_blend_profile
 
 DEFAULT_CPU_KV_CACHE_GB = 1
 HALF_PRECISION = ("bfloat16", "float16")

@@ -17,14 +17,13 @@ from typing import Any
 
 import httpx
 
-from kvarena.api_key import bearer
+from kvarena.client import bearer
 from kvarena.stack import machine
-from kvarena.stack.errors import StackError
 from kvarena.stack.lmcache_l2 import folder_of
 from kvarena.stack.model import check_hub_access
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
-from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
+from kvarena.stack.service import HOST, LMCACHE_SERVER, Service, StackError
 from kvarena.stack.settings import CONTENDERS
 
 REQUEST_TIMEOUT_S = 5.0

@@ -1,18 +1,30 @@
-"""The processes of an instance, found by the marker in their environment and not by what a supervisor remembers.
+"""The processes of an instance: becoming a service, and finding and ending what services have left behind.
 
-Whatever way a supervisor or a server ended, `stop_leftovers` finds what it left behind and ends it.
+They are found by the marker in their environment and not by what a supervisor remembers: whatever way a supervisor or a
+server ended, `stop_leftovers` finds what it left behind and ends it.
+
+`python -m kvarena.stack.processes NAME`, run by the supervisor, becomes one service. Commands and environments are
+taken from the record, not from the supervisor's configuration, whose quoting rules can't carry every path and
+separator. What the service's last run left behind is ended first: it would keep memory that the new one needs. The
+process id stays the same, so the supervisor watches the service itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
 from kvarena.stack.home import INSTANCE_VARIABLE, SERVICE_VARIABLE, Home
+from kvarena.stack.lmcache_l2 import adapter_of, prune
+from kvarena.stack.logs import START_MARK
+from kvarena.stack.record import read_record
+from kvarena.stack.service import Service
 
 TERMINATE_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 5.0
@@ -37,7 +49,7 @@ def processes_of(home: Home, service: str | None = None) -> list[psutil.Process]
     return marked
 
 
-def end(processes: Sequence[psutil.Process]) -> None:
+def end_processes(processes: Sequence[psutil.Process]) -> None:
     """Politely first."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -57,7 +69,7 @@ def stop_leftovers(home: Home) -> list[int]:
         if not found:
             break
         stopped |= dict.fromkeys(process.pid for process in found)
-        end(found)
+        end_processes(found)
     remove_shared_memory(home)
     return list(stopped)
 
@@ -78,3 +90,47 @@ def listener_of(port: int) -> str:
             if is_listener and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
     return ""
+
+
+NICENESS = 5
+GROUP_NICENESS = "5"
+
+
+def main() -> None:
+    (name,) = sys.argv[1:]
+    home = Home.find()
+    record = read_record(home)
+    service = record.service(name) if record else None
+    if service is None:
+        sys.exit(f"no service {name!r} is recorded in {home.record}")
+    if leftovers := processes_of(home, name):
+        print(f"ending {len(leftovers)} processes that the last {name} left behind", flush=True)
+        end_processes(leftovers)
+    os.environ[SERVICE_VARIABLE] = name
+    become(service)
+
+
+def become(service: Service) -> NoReturn:
+    """Replaces this process by the service's, on its cores, in its folder and with its environment."""
+    if (adapter := adapter_of(service.command)) and (freed := prune(adapter)):
+        print(f"removed {freed / 2**20:.0f} MiB of chunks that were used least recently", flush=True)
+    if service.cpus:
+        os.sched_setaffinity(0, service.cpus)
+        _yield_to_others()
+    os.chdir(service.directory)
+    print(f"{START_MARK}{service.title}", flush=True)
+    os.execvpe(service.command[0], service.command, {**os.environ, **service.environment})
+
+
+def _yield_to_others() -> None:
+    """A vLLM server keeps its cores busy for as long as it answers; page and browser must not starve beside it.
+
+    Where Linux schedules sessions as groups (autogroup), niceness only counts inside one, and the group has its own.
+    """
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(GROUP_NICENESS)
+
+
+if __name__ == "__main__":
+    main()

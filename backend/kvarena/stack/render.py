@@ -1,23 +1,120 @@
-"""How the stack looks on a terminal: the table of services, the message of a service that failed, the warm-up."""
+"""How the stack looks on a terminal: services as they start and stop, the table of services, errors, the warm-up.
+
+While services start or stop, each has a line with a spinner on a terminal, and a line per change elsewhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
 
 import httpx
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kvarena.documents import Documents, Remark, load_documents
-from kvarena.stack.errors import ServiceFailedError, StackError
+from kvarena.stack.chunk_cache import WarmResult, warm
 from kvarena.stack.record import Record
+from kvarena.stack.service import Service, ServiceFailedError, StackError
 from kvarena.stack.status import StackStatus
-from kvarena.stack.warm import WarmResult, warm
 from kvarena.warm_request import ChunkOutcome
+
+STYLES = {"healthy": "green", "stopped": "dim", "failed": "red"}
+FINAL_STATES = frozenset({"healthy", "stopped", "failed"})
+
+
+class Reporter(Protocol):
+    """Is told each service's state as often as it is looked at; used as a context."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def update(self, name: str, state: str) -> None: ...
+
+
+class LiveReporter:
+    """A line per service that changes in place."""
+
+    def __init__(self, console: Console, services: Iterable[Service]) -> None:
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {
+            service.name: self._progress.add_task(
+                f"{service.name:<8} {service.title}", total=1, start=False, state="waiting"
+            )
+            for service in services
+        }
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, name: str, state: str) -> None:
+        task = self._tasks[name]
+        if state != "waiting":
+            self._progress.start_task(task)
+        shown = f"[{STYLES[state]}]{state}" if state in STYLES else state
+        self._progress.update(task, state=shown, completed=int(state in FINAL_STATES))
+        if state in FINAL_STATES:
+            self._progress.stop_task(task)
+
+
+class PlainReporter:
+    """A line whenever a service's state changes, for logs and pipes."""
+
+    def __init__(self, console: Console, services: Iterable[Service]) -> None:
+        self._console = console
+        self._titles = {service.name: service.title for service in services}
+        self._states: dict[str, str] = {}
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+    def update(self, name: str, state: str) -> None:
+        if self._states.get(name, "waiting") == state:
+            return
+        self._states[name] = state
+        seconds = time.monotonic() - self._began
+        self._console.print(f"{name} ({self._titles[name]}): {state} ({seconds:.0f} s)", highlight=False)
+
+
+def make_reporter(console: Console, services: Iterable[Service]) -> Reporter:
+    return (LiveReporter if console.is_terminal else PlainReporter)(console, services)
+
 
 STATE_STYLES = {"healthy": "green", "starting": "yellow", "restarting": "yellow", "stopping": "yellow"}
 MAX_LINES_SHOWN = 10

@@ -13,11 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import Home
-from kvarena.stack.launch import become
 from kvarena.stack.plan import make_plan
-from kvarena.stack.service import BETWEEN_CONTAINERS, LMCACHE_SERVER, Service
+from kvarena.stack.processes import become
+from kvarena.stack.service import BETWEEN_CONTAINERS, LMCACHE_SERVER, Service, StackError
 from kvarena.stack.services import TITLES, build_services
 from kvarena.stack.settings import CONTENDERS, load_settings
 

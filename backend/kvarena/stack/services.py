@@ -1,7 +1,8 @@
-"""The services of the stack, as data: what each is, how it is started and how it tells that it is well.
+"""The services of the stack, as data: what each is, how it is started, and how its health is asked.
 
 `build_services` is the one list. It starts nothing and looks at nothing but its arguments, so that whatever runs the
-services, a supervisor of processes here or containers elsewhere, takes them from it.
+services, a supervisor of processes or containers, takes them from it. First in the file: which KV connector the vLLM of
+a contender gets, as options of vLLM's command line: ours, LMCache's own, or none.
 """
 
 from __future__ import annotations
@@ -11,12 +12,59 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-from kvarena.stack.connectors import LMCACHE_CHUNK_TOKENS, vllm_connector
+from kvarena.engines.vllm.config import CONTENDER_VARIABLE, kv_transfer_config
+from kvarena.engines.vllm.lmcache_config import lmcache_blend_options
 from kvarena.stack.home import Home
 from kvarena.stack.lmcache_l2 import L2_OPTION
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
-from kvarena.stack.service import HOST, LMCACHE_SERVER, Service
-from kvarena.vllm_plugin.config import CONTENDER_VARIABLE
+from kvarena.stack.service import HOST, LMCACHE_SERVER, Service, StackError
+
+LMCACHE_CHUNK_TOKENS = 32
+"""The pieces in which the LMCache server keeps KV."""
+LMCACHE_TIMEOUT_S = 10.0
+LMCACHE_HEARTBEAT_S = 2.0
+
+
+def vllm_connector(name: str, plan: Plan) -> list[str]:
+    """What the contenders differ in; whether vLLM keeps a prefix cache itself goes with it."""
+    if name == "blend" and plan.blend_engine == "lmcache":
+        return _lmcache_blend(plan)
+    prefix_caching = ["--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"]
+    if name == "blend":
+        middleware = ["--middleware", "kvarena.engines.vllm.middleware.KVArenaMiddleware"]
+        return [*prefix_caching, "--kv-transfer-config", kv_transfer_config(plan.blend), *middleware]
+    return [*prefix_caching, *(_lmcache_connector(plan) if name == "lmcache" else [])]
+
+
+def _lmcache_blend(plan: Plan) -> list[str]:
+    try:
+        return lmcache_blend_options(plan.blend, plan.lmcache_gb)
+    except ValueError as error:
+        raise StackError(f"BLEND_ENGINE is lmcache, and {error}") from error
+
+
+def _lmcache_connector(plan: Plan) -> list[str]:
+    """LMCache's own connector, failing safe, on the server that has the blend's chunks.
+
+    The server's pieces must be whole blocks of vLLM's, and those have 128 tokens on a CPU where nobody says otherwise.
+    A server that is gone or hangs is missed within a heartbeat or two, or when something asked of it times out.
+    """
+    settings = {
+        "lmcache.mp.host": f"tcp://{plan.network.host(LMCACHE_SERVER)}",
+        "lmcache.mp.port": plan.ports.lmcache_server,
+        "lmcache.mp.mq_timeout": LMCACHE_TIMEOUT_S,
+        "lmcache.mp.heartbeat_interval": LMCACHE_HEARTBEAT_S,
+    }
+    connector = {
+        "kv_connector": "FailSafeLMCacheConnector",
+        "kv_connector_module_path": "kvarena.engines.vllm.lmcache_connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": settings,
+    }
+    blocks = ["--block-size", str(LMCACHE_CHUNK_TOKENS)] if plan.profile == "cpu" else []
+    return [*blocks, "--kv-transfer-config", json.dumps(connector)]
+
 
 GPU_MEMORY_SHARE = 0.9
 
@@ -101,14 +149,14 @@ def _vllm(name: str, plan: Plan, home: Home) -> Service:
     environment = _vllm_environment(plan, home)
     if name != "blend":
         environment["VLLM_PLUGINS"] = ""  # stock vLLM, without our plugin
-    command += ["--middleware", "kvarena.vllm_plugin.edge.Edge"]  # the last is the outermost
+    command += ["--middleware", "kvarena.server.vllm_middleware.AccessMiddleware"]  # the last is the outermost
     environment[CONTENDER_VARIABLE] = name
     asks_lmcache = name == "lmcache" or (name == "blend" and plan.blend_needs_lmcache)
     return _contender(name, plan, home, command, environment, (LMCACHE_SERVER,) if asks_lmcache else ())
 
 
 def _engine(name: str, plan: Plan, home: Home) -> Service:
-    """A server over `kvarena.api`: a PyTorch engine, or ai100."""
+    """A server over `kvarena.server`: a PyTorch engine, or ai100."""
     command = [sys.executable, "-m", ENGINE_MODULES[name]]
     command += ["--model", plan.model.name, "--served-model-name", plan.model.served_name]
     command += ["--host", plan.network.listen, "--port", str(getattr(plan.ports, name))]
@@ -157,8 +205,8 @@ def _ai100_options(plan: Plan) -> Options:
 
 
 ENGINE_MODULES = {
-    "prefix": "kvarena.engines.prefix",
-    "simllm": "kvarena.engines.simllm",
+    "prefix": "kvarena.contenders.prefix",
+    "simllm": "kvarena.contenders.simllm",
     "ai100": "ai100.server",
 }
 ENGINE_OPTIONS: Mapping[str, Callable[[Plan], Options]] = {

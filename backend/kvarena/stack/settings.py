@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from kvarena.api_key import API_KEY_VARIABLE
+from kvarena.client import API_KEY_VARIABLE
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
-from kvarena.stack.errors import StackError
 from kvarena.stack.home import project_root
 from kvarena.stack.lmcache_l2 import NO_L2, l2_adapter
+from kvarena.stack.service import StackError
 
 ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100", "lmcache"]
 ProfileName = Literal["auto", "cpu", "gpu", "ai100"]

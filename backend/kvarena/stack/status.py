@@ -10,9 +10,8 @@ from kvarena.stack.chunk_cache import OnDisk, on_disk
 from kvarena.stack.health import Health, probe
 from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of
-from kvarena.stack.runner import ProcessInfo
-from kvarena.stack.service import Service
-from kvarena.stack.supervision import running_supervisor
+from kvarena.stack.service import ProcessInfo, Service
+from kvarena.stack.supervisord import running_supervisor
 
 EXIT_HEALTHY, EXIT_UNHEALTHY, EXIT_NOTHING_RUNS = 0, 1, 3
 STATES_OF_SUPERVISOR = {

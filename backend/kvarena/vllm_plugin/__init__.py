@@ -1,1 +1,1 @@
-"""The blend inside stock vLLM: a KV connector, loaded by `--kv-transfer-config`, and a plugin entry point."""
+"""The names under which vLLM's command lines written for kvarena 0.1.0 find the connector and the middleware."""

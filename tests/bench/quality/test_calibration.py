@@ -10,27 +10,25 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvarena.bench.quality.answers import Answer
-from kvarena.bench.quality.asking import Attempt
-from kvarena.bench.quality.calibrate_command import sample_note
+from kvarena.bench.quality.asking import Answer, Attempt, Closeness
 from kvarena.bench.quality.calibration import (
     calibration_rows,
     check_layers,
-    document_exam,
+    document_questions,
     fastest,
     still_in_the_race,
     write_profile,
 )
-from kvarena.bench.quality.closeness import Closeness
-from kvarena.bench.quality.setups import Setup
+from kvarena.bench.quality.command import sample_note
 from kvarena.bench.results import load_results
+from kvarena.bench.variants import Variant
 from kvarena.cli import app
-from kvarena.vllm_plugin.config import read_model_profile
-from real_server import serving
-from scripted_engine import ScriptedEngine
-from tiny_models import random_text, save_tiny_model
+from kvarena.engines.vllm.config import read_model_profile
+from support.real_server import serving
+from support.scripted_engine import ScriptedEngine
+from support.tiny_models import random_text, save_tiny_model
 
-FULL = Setup("blend", "all")
+FULL = Variant("blend", "all")
 
 
 @pytest.fixture
@@ -101,14 +99,14 @@ def test_rows_are_how_answers_agree_token_by_token() -> None:
 
 
 def test_documents_alone_are_enough_to_ask(documents: Path) -> None:
-    exam = document_exam(documents, 7)
+    exam = document_questions(documents, 7)
     assert len(exam.questions) == 7
-    assert exam == document_exam(documents, 7) != document_exam(documents, 7, seed=1)
+    assert exam == document_questions(documents, 7) != document_questions(documents, 7, seed=1)
     (documents / "3.md").unlink()
     (documents / "2.md").unlink()
     (documents / "1.md").unlink()
     with pytest.raises(ValueError, match="1 chunks; blending needs 2"):
-        document_exam(documents, 7)
+        document_questions(documents, 7)
 
 
 def test_the_finding_says_what_it_rests_on() -> None:
@@ -170,7 +168,7 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     profile = json.loads((model / "kvarena.json").read_text())
     saved = load_results(output)
     assert saved["settings"]["chosen"]["policy"] == profile["policy"]
-    rows = {Setup.of_row(one): one["token_agreement"]["mean"] for one in saved["rows"]}
+    rows = {Variant.of_row(one): one["token_agreement"]["mean"] for one in saved["rows"]}
     assert len(rows) == 3 * (3 * 2 + 1), "ratios, policies with layers and without"
     assert all(agreement == 1 for setup, agreement in rows.items() if setup.ratio == 1)
 

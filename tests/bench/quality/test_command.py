@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from exam_folder import write_exam_folder
-from kvarena.bench.quality.plot import plot
+from kvarena.bench.plots import plot_eval
 from kvarena.bench.results import load_results, save_results
 from kvarena.cli import app
-from real_server import serving
-from scripted_engine import ScriptedEngine
-from tiny_models import save_tiny_model
+from support.question_folder import write_question_folder
+from support.real_server import serving
+from support.scripted_engine import ScriptedEngine
+from support.tiny_models import save_tiny_model
 
 TEA = {"question": "\nsay tea", "answers": ["tea"], "kind": "single"}
 
 
 def test_a_server(tmp_path: Path) -> None:
-    questions = write_exam_folder(tmp_path / "town", [TEA, TEA | {"answers": ["rain"], "kind": "across"}])
+    questions = write_question_folder(tmp_path / "town", [TEA, TEA | {"answers": ["rain"], "kind": "across"}])
     output = tmp_path / "new" / "x.json"
     arguments = ["eval", "--questions", str(questions), "--output", str(output)]
     with serving(ScriptedEngine()) as server:
@@ -47,7 +47,7 @@ def test_a_server(tmp_path: Path) -> None:
 
 
 def test_failed_answers_are_an_exit_status(tmp_path: Path) -> None:
-    questions = write_exam_folder(tmp_path, [TEA, TEA | {"question": "\nrefuse"}])
+    questions = write_question_folder(tmp_path, [TEA, TEA | {"question": "\nrefuse"}])
     output = tmp_path / "x.json"
     with serving(ScriptedEngine()) as server:
         arguments = ["--contender", f"scripted={server.url}", "--questions", str(questions), "--output", str(output)]
@@ -60,7 +60,7 @@ def test_failed_answers_are_an_exit_status(tmp_path: Path) -> None:
 
 def test_answers_that_do_not_end_are_told_at_once_and_scored(tmp_path: Path) -> None:
     records = [TEA | {"question": "\nsay tea and more of it", "needs": ["1-tea"]}] * 2
-    questions = write_exam_folder(tmp_path, records)
+    questions = write_question_folder(tmp_path, records)
     output = tmp_path / "x.json"
     arguments = ["--questions", str(questions), "--output", str(output), "--max-tokens", "5"]
     arguments += ["--seed", "7", "--num-chunks", "2"]
@@ -82,7 +82,7 @@ def test_answers_that_do_not_end_are_told_at_once_and_scored(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_policies_in_this_process(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
-    questions = write_exam_folder(tmp_path / "town", [{"question": "tea rain?", "answers": ["x"]}] * 2)
+    questions = write_question_folder(tmp_path / "town", [{"question": "tea rain?", "answers": ["x"]}] * 2)
     output = tmp_path / "x.json"
     arguments = ["--engine", "hf", "--model", str(model), "--questions", str(questions), "--output", str(output)]
     arguments += ["--policy", "kv_deviation", "--policy", "random", "--ratio", "0,0.5,1", "--max-tokens", "4"]
@@ -123,4 +123,4 @@ def test_a_plot_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "prefix.json"
     save_results(path, {"benchmark": "prefix"}, [{"ttft_ms": {"median": 1}}])
     with pytest.raises(ValueError, match="holds no eval"):
-        plot(path, tmp_path / "x.png")
+        plot_eval(path, tmp_path / "x.png")

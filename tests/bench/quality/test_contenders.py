@@ -11,21 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from exam_folder import write_exam_folder
-from kvarena.api.config import ApiConfig
 from kvarena.bench.openai_server import NoAnswer
-from kvarena.bench.quality.answers import Answer, Messages
-from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Asking, Attempt, ask_all
-from kvarena.bench.quality.closeness import closeness
-from kvarena.bench.quality.contenders import engines, servers
-from kvarena.bench.quality.over_http import HTTPAnswerer
-from kvarena.bench.quality.questions import load_exam
-from kvarena.bench.quality.setups import Setup, blend_setups
-from real_server import RealServer, serving
-from scripted_engine import ScriptedEngine
-from tiny_models import save_tiny_model
+from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Answer, Asking, Attempt, Messages, ask_all, closeness
+from kvarena.bench.quality.http_answerer import HTTPAnswerer
+from kvarena.bench.quality.questions import load_questions
+from kvarena.bench.quality.session import engines, servers
+from kvarena.bench.variants import Variant, blend_variants
+from kvarena.server.state import ApiConfig
+from support.question_folder import write_question_folder
+from support.real_server import RealServer, serving
+from support.scripted_engine import ScriptedEngine
+from support.tiny_models import save_tiny_model
 
-SETUP = Setup("scripted")
+SETUP = Variant("scripted")
 NUM_TOKENS = 8
 ASKING = Asking("#", 9)
 
@@ -66,7 +64,7 @@ def test_what_goes_wrong_has_its_reason(real: RealServer[ScriptedEngine], script
 
 def test_choices_reach_the_server(real: RealServer[ScriptedEngine]) -> None:
     with pytest.raises(NoAnswer, match="policy"):  # which this engine doesn't have
-        HTTPAnswerer("scripted", real.url).answer(said("say tea"), Setup("scripted", "random", 0.1), 9)
+        HTTPAnswerer("scripted", real.url).answer(said("say tea"), Variant("scripted", "random", 0.1), 9)
 
 
 def test_no_server() -> None:
@@ -96,12 +94,12 @@ def test_names_without_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[ScriptedEngine], tmp_path: Path) -> None:
     records = [{"question": "\nsay tea", "answers": ["tea"]}] * (MAX_FAILURES_IN_A_ROW + 3)
-    exam = load_exam(write_exam_folder(tmp_path, records))
+    exam = load_questions(write_question_folder(tmp_path, records))
     alive = HTTPAnswerer("alive", real.url)
     with serving(ScriptedEngine()) as stopped:
         dead = HTTPAnswerer("dead", stopped.url)
     attempts: list[Attempt] = []
-    ask_all(exam, [Setup("alive"), Setup("dead")], {"alive": alive, "dead": dead}, ASKING, attempts.append)
+    ask_all(exam, [Variant("alive"), Variant("dead")], {"alive": alive, "dead": dead}, ASKING, attempts.append)
     outcomes = {name: [one.outcome for one in attempts if one.setup.contender == name] for name in ("alive", "dead")}
     assert outcomes == {"alive": ["answered"] * len(records), "dead": ["failed"] * len(records)}
     reasons = [one.reason for one in attempts if one.setup.contender == "dead"]
@@ -111,15 +109,15 @@ def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[Scri
 class Counting(HTTPAnswerer):
     num_asked = 0
 
-    def answer(self, messages: Messages, setup: Setup, max_tokens: int, *along: Any) -> Answer:
+    def answer(self, messages: Messages, setup: Variant, max_tokens: int, *along: Any) -> Answer:
         self.num_asked += 1
-        return super().answer(messages, Setup(self.name), max_tokens, *along)
+        return super().answer(messages, Variant(self.name), max_tokens, *along)
 
 
 def test_what_is_the_same_work_is_done_once(real: RealServer[ScriptedEngine], tmp_path: Path) -> None:
-    exam = load_exam(write_exam_folder(tmp_path, [{"question": "\nsay tea", "answers": ["tea"]}] * 3))
+    exam = load_questions(write_question_folder(tmp_path, [{"question": "\nsay tea", "answers": ["tea"]}] * 3))
     blend = Counting("blend", real.url)
-    setups = blend_setups("blend", ["kv_deviation", "random"], [0.0, 0.5, 1.0], [1, 2])
+    setups = blend_variants("blend", ["kv_deviation", "random"], [0.0, 0.5, 1.0], [1, 2])
     attempts: list[Attempt] = []
     ask_all(exam, setups, {"blend": blend}, ASKING, attempts.append)
     assert sorted((one.question, one.setup.label) for one in attempts) == sorted(
@@ -137,7 +135,7 @@ def test_in_process_answers_are_those_of_generate(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     made = engines([], str(folder), " # ", 0.1)
-    setups = [Setup("plain"), *blend_setups("blend", ["kv_deviation", "all"], [1.0], [])]
+    setups = [Variant("plain"), *blend_variants("blend", ["kv_deviation", "all"], [1.0], [])]
     for words in ("tea rain hill goat blue river", "stone seven market lamp road bread under morning old"):
         text = f" # {words * 6} # {words[::-1] * 5} # {words}"
         messages = [{"role": "user", "content": text}]
@@ -158,7 +156,7 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = f" # {'tea rain hill goat blue river ' * 6} # {'old lamp road bread ' * 8} # what is blue?"
     messages = [{"role": "user", "content": text}]
-    full = made["plain"].answer(messages, Setup("plain"), NUM_TOKENS)
+    full = made["plain"].answer(messages, Variant("plain"), NUM_TOKENS)
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def logprobs(prompt: list[int]) -> torch.Tensor:
@@ -171,7 +169,7 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
     torch.testing.assert_close(full.forced_logprobs, expected, atol=1e-4, rtol=1e-4)
 
     shorter = [{"role": "user", "content": text[:-10]}]
-    other = made["plain"].answer(shorter, Setup("plain"), NUM_TOKENS, full)
+    other = made["plain"].answer(shorter, Variant("plain"), NUM_TOKENS, full)
     theirs = logprobs(tokenizer.apply_chat_template(shorter, add_generation_prompt=True, return_dict=False))
     found = closeness(full, other)
     assert found
@@ -179,20 +177,20 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
     assert found.kl == pytest.approx(float(kl.mean()), abs=1e-4)
     assert found.kl > 0.01, "another prompt"
     assert found.token_agreement == pytest.approx(float((theirs.argmax(-1) == expected.argmax(-1)).float().mean()))
-    assert other.text == made["plain"].answer(shorter, Setup("plain"), NUM_TOKENS).text, "decoded on from there"
+    assert other.text == made["plain"].answer(shorter, Variant("plain"), NUM_TOKENS).text, "decoded on from there"
 
-    for setup in (Setup("plain"), *blend_setups("blend", ["kv_deviation", "all"], [1.0], [])):
+    for setup in (Variant("plain"), *blend_variants("blend", ["kv_deviation", "all"], [1.0], [])):
         same = made[setup.contender].answer(messages, setup, NUM_TOKENS, full)
         found = closeness(full, same)
         assert found
         assert found.token_agreement == 1, setup
         assert found.kl == pytest.approx(0, abs=1e-5), setup
         assert same.text == full.text
-    naive = made["blend"].answer(messages, Setup("blend", "none"), NUM_TOKENS, full)
+    naive = made["blend"].answer(messages, Variant("blend", "none"), NUM_TOKENS, full)
     found = closeness(full, naive)
     assert found
     assert found.kl > 1e-4
-    only = made["blend"].answer(messages, Setup("blend", "none"), NUM_TOKENS, full, compares_only=True)
+    only = made["blend"].answer(messages, Variant("blend", "none"), NUM_TOKENS, full, compares_only=True)
     assert naive.forced_logprobs is not None
     assert only.forced_logprobs is not None
     torch.testing.assert_close(only.forced_logprobs, naive.forced_logprobs)
@@ -200,12 +198,12 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
 
 
 def test_full_prefill_answers_first_and_distributions_are_not_kept(folder: Path, tmp_path: Path) -> None:
-    exam = load_exam(write_exam_folder(tmp_path, [{"question": "tea rain?", "answers": ["x"]}] * 3))
+    exam = load_questions(write_question_folder(tmp_path, [{"question": "tea rain?", "answers": ["x"]}] * 3))
     made = engines([], str(folder), " # ", 0.1)
-    setups = [*blend_setups("blend", ["kv_deviation"], [0.0, 1.0], []), Setup("plain")]
+    setups = [*blend_variants("blend", ["kv_deviation"], [0.0, 1.0], []), Variant("plain")]
     attempts: list[Attempt] = []
-    ask_all(exam, setups, made, Asking(" # ", 4, Setup("plain")), attempts.append)
-    assert [one.setup for one in attempts[::3]] == [Setup("plain")] * 3
+    ask_all(exam, setups, made, Asking(" # ", 4, Variant("plain")), attempts.append)
+    assert [one.setup for one in attempts[::3]] == [Variant("plain")] * 3
     assert {one.setup for one in attempts[1::3]} == set(setups[:2]), "the others take turns"
     for one in attempts:
         assert one.answer
@@ -221,5 +219,5 @@ def test_full_prefill_answers_first_and_distributions_are_not_kept(folder: Path,
 def test_too_long_for_the_model(folder: Path) -> None:
     made = engines(["plain"], str(folder), None, 0.1)
     with pytest.raises(NoAnswer, match="are more than the model's 2048"):
-        made["plain"].answer([{"role": "user", "content": "tea " * 3000}], Setup("plain"), 9)
+        made["plain"].answer([{"role": "user", "content": "tea " * 3000}], Variant("plain"), 9)
     made["plain"].close()

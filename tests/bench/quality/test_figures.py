@@ -10,18 +10,31 @@ import numpy as np
 import pytest
 import torch
 
-from exam_folder import write_exam_folder
-from kvarena.bench.quality.answers import Answer, Reuse, TokenLogprobs
-from kvarena.bench.quality.asking import Attempt
-from kvarena.bench.quality.closeness import Closeness, KLMethod, closeness, full_kl, top_kl
-from kvarena.bench.quality.intervals import mean_interval
-from kvarena.bench.quality.questions import Exam, load_exam
-from kvarena.bench.quality.rows import Sheet
-from kvarena.bench.quality.scoring import agrees, contains_answer, is_same_answer, squad_score
-from kvarena.bench.quality.setups import Setup, blend_setups, find_reference
+from kvarena.bench.quality.asking import (
+    Answer,
+    Attempt,
+    Closeness,
+    KLMethod,
+    Reuse,
+    TokenLogprobs,
+    closeness,
+    full_kl,
+    top_kl,
+)
+from kvarena.bench.quality.questions import QuestionSet, load_questions
+from kvarena.bench.quality.scoring import (
+    ScoreSheet,
+    agrees,
+    contains_answer,
+    is_same_answer,
+    mean_interval,
+    squad_score,
+)
+from kvarena.bench.variants import Variant, blend_variants, find_reference
+from support.question_folder import write_question_folder
 
-PLAIN = Setup("plain")
-NAIVE = Setup("blend", "kv_deviation", 0.0)
+PLAIN = Variant("plain")
+NAIVE = Variant("blend", "kv_deviation", 0.0)
 METHOD: KLMethod = "teacher_forced"
 
 
@@ -139,7 +152,7 @@ def test_intervals() -> None:
 
 
 def test_setups_and_their_reference() -> None:
-    setups = blend_setups("blend", ["kv_deviation", "random", "none"], [0.0, 0.15], [1, 2])
+    setups = blend_variants("blend", ["kv_deviation", "random", "none"], [0.0, 0.15], [1, 2])
     assert [setup.label for setup in setups] == [
         "blend kv_deviation 0 % @1",
         "blend kv_deviation 0 % @2",
@@ -151,16 +164,16 @@ def test_setups_and_their_reference() -> None:
     ]
     assert setups[2].choices == {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 1}
     assert find_reference(setups) is None
-    values, heads = blend_setups("blend", ["kv_deviation,deviation=values", "chunk_head,head_tokens=12"], [0.1], [])
+    values, heads = blend_variants("blend", ["kv_deviation,deviation=values", "chunk_head,head_tokens=12"], [0.1], [])
     assert values.label == "blend kv_deviation (deviation values) 10 %"
     assert heads.choices == {"policy": "chunk_head", "head_tokens": 12}
-    assert all(Setup.of_row(json.loads(json.dumps(setup.to_json()))) == setup for setup in [*setups, values, heads])
-    whole = blend_setups("blend", ["kv_deviation"], [0.5, 1.0], [])
+    assert all(Variant.of_row(json.loads(json.dumps(setup.to_json()))) == setup for setup in [*setups, values, heads])
+    whole = blend_variants("blend", ["kv_deviation"], [0.5, 1.0], [])
     assert find_reference(whole) == whole[1]
     assert find_reference([*whole, PLAIN]) == PLAIN
     assert [setup.work == setup for setup in [*whole, PLAIN]] == [True, False, True]
     assert setups[0].work == setups[1].work == setups[4].work == setups[6].work != whole[1].work
-    assert find_reference([Setup("blend", "all")]) == Setup("blend", "all")
+    assert find_reference([Variant("blend", "all")]) == Variant("blend", "all")
 
 
 @pytest.mark.parametrize(
@@ -176,21 +189,21 @@ def test_setups_and_their_reference() -> None:
 )
 def test_what_cannot_be_chosen_is_said(policy: str, ratio: float) -> None:
     with pytest.raises(ValueError, match=r"must be|has no option"):
-        blend_setups("blend", [policy], [ratio], [])
+        blend_variants("blend", [policy], [ratio], [])
 
 
 @pytest.fixture
-def exam(tmp_path: Path) -> Exam:
+def exam(tmp_path: Path) -> QuestionSet:
     kinds = ("single", "single", "across")
     records = [{"question": f"{kind}?", "answers": ["tea"], "kind": kind} for kind in kinds]
-    return load_exam(write_exam_folder(tmp_path, records))
+    return load_questions(write_question_folder(tmp_path, records))
 
 
 def answer(text: str, *, is_complete: bool = True, reuse: Reuse | None = None) -> Answer:
     return Answer(text, is_complete, 100.0, reuse)
 
 
-def test_rows_count_what_failed_and_score_the_rest(exam: Exam) -> None:
+def test_rows_count_what_failed_and_score_the_rest(exam: QuestionSet) -> None:
     attempts = [
         Attempt(PLAIN, 0, answer("tea")),
         Attempt(PLAIN, 1, answer("tea")),
@@ -199,7 +212,7 @@ def test_rows_count_what_failed_and_score_the_rest(exam: Exam) -> None:
         Attempt(NAIVE, 1, None, "time-out"),
         Attempt(NAIVE, 2, answer("rain", reuse=Reuse(100, 80, 0, 40)), closeness=Closeness(0.3, 0.7, 0.5, 4, METHOD)),
     ]
-    every = Sheet(exam, attempts, PLAIN).rows()
+    every = ScoreSheet(exam, attempts, PLAIN).rows()
     rows = {(row["contender"], row["kind"]): row for row in every if row["subset"] == "all"}
     assert len(every) == 2 * len(rows), "full prefill answered all of them"
     assert list(rows) == [(name, kind) for name in ("plain", "blend") for kind in ("all", "single", "across")]
@@ -221,10 +234,10 @@ def test_rows_count_what_failed_and_score_the_rest(exam: Exam) -> None:
     assert plain["token_agreement"] is plain["kl_method"] is None
 
 
-def test_every_figure_twice(exam: Exam) -> None:
+def test_every_figure_twice(exam: QuestionSet) -> None:
     attempts = [Attempt(PLAIN, number, answer(text)) for number, text in enumerate(("some tea", "rain", "rain"))]
     attempts += [Attempt(NAIVE, number, answer(text)) for number, text in enumerate(("rain", "tea", "rain"))]
-    rows = {(row["contender"], row["kind"], row["subset"]): row for row in Sheet(exam, attempts, PLAIN).rows()}
+    rows = {(row["contender"], row["kind"], row["subset"]): row for row in ScoreSheet(exam, attempts, PLAIN).rows()}
     assert rows["plain", "all", "all"]["correct"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
     assert rows["plain", "all", "all"]["exact_match"]["mean"] == 0
     assert rows["plain", "all", "answered"]["correct"]["mean"] == 1
@@ -233,12 +246,12 @@ def test_every_figure_twice(exam: Exam) -> None:
     assert rows["blend", "all", "answered"]["correct_vs_reference"]["mean"] == -1
     assert rows["blend", "single", "answered"]["num_questions"] == 1
     assert ("blend", "across", "answered") not in rows
-    assert {row["subset"] for row in Sheet(exam, attempts, None).rows()} == {"all"}
+    assert {row["subset"] for row in ScoreSheet(exam, attempts, None).rows()} == {"all"}
 
 
-def test_a_cut_answer_is_scored_as_far_as_it_goes(exam: Exam) -> None:
+def test_a_cut_answer_is_scored_as_far_as_it_goes(exam: QuestionSet) -> None:
     attempts = [Attempt(PLAIN, 0, answer("tea and so on", is_complete=False)), Attempt(PLAIN, 1, answer("  "))]
-    sheet = Sheet(exam, attempts, PLAIN)
+    sheet = ScoreSheet(exam, attempts, PLAIN)
     row = sheet.rows()[0]
     assert (row["num_cut"], row["correct"]["mean"], row["exact_match"]["mean"]) == (1, 0.5, 0)
     assert row["ttft_ms"]["median"] == 100

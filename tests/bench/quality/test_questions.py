@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
-from exam_folder import write_exam_folder
-from kvarena.bench.quality.questions import Redraw, load_exam
-from kvarena.worlds.exam import write_exam
-from kvarena.worlds.folder import write_folder
-from kvarena.worlds.town import TownShape, write_town
+from kvarena.bench.quality.questions import Redraw, load_questions
+from kvarena.synthetic_qa.questions import write_folder, write_questions
+from kvarena.synthetic_qa.town import TownShape, write_town
+from support.question_folder import write_question_folder
 
 PLAIN = {"question": "What grows?", "answers": ["tea"]}
 
 
 def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
-    exam = load_exam(write_exam_folder(tmp_path, [PLAIN]))
+    exam = load_questions(write_question_folder(tmp_path, [PLAIN]))
     (question,) = exam.questions
     assert [chunk.name for chunk in question.chunks] == ["1-tea", "2-rain", "10-road"]
     assert (question.kind, question.detail, question.history) == ("question", "", ())
@@ -36,7 +35,7 @@ def test_chunks_history_and_several_answers(tmp_path: Path) -> None:
         "chunks": ["2-rain", "1-tea"],
         "history": [{"question": "When does rain fall?", "answer": "seven"}],
     }
-    exam = load_exam(write_exam_folder(tmp_path, [record, PLAIN | {"answers": "tea"}]))
+    exam = load_questions(write_question_folder(tmp_path, [record, PLAIN | {"answers": "tea"}]))
     first, second = exam.questions
     assert first.messages("", "|") == [
         {"role": "user", "content": "|Rain falls at seven.|Tea grows on the hill.|When does rain fall?"},
@@ -50,36 +49,36 @@ def test_chunks_history_and_several_answers(tmp_path: Path) -> None:
 
 def test_questions_elsewhere_and_a_limit(tmp_path: Path) -> None:
     records = [PLAIN | {"question": f"Question {number}?"} for number in range(10)]
-    path = write_exam_folder(tmp_path / "town", records).rename(tmp_path / "asked.jsonl")
-    asked = [question.question for question in load_exam(path, tmp_path / "town", limit=5).questions]
+    path = write_question_folder(tmp_path / "town", records).rename(tmp_path / "asked.jsonl")
+    asked = [question.question for question in load_questions(path, tmp_path / "town", limit=5).questions]
     assert len(set(asked)) == 5
     assert asked == sorted(asked)
-    assert load_exam(path, tmp_path / "town", limit=20) == load_exam(path, tmp_path / "town")
+    assert load_questions(path, tmp_path / "town", limit=20) == load_questions(path, tmp_path / "town")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no \.txt, \.md or \.pdf files"):
-        load_exam(path, tmp_path / "empty")
+        load_questions(path, tmp_path / "empty")
 
 
 def test_a_file_that_cannot_be_used_matters_to_questions_that_need_it_alone(tmp_path: Path) -> None:
-    path = write_exam_folder(tmp_path, [PLAIN])
+    path = write_question_folder(tmp_path, [PLAIN])
     chunk = "1-tea"
     (tmp_path / "bad.txt").write_bytes(b"")
-    assert [str(problem) for problem in load_exam(path).problems] == ["bad.txt: empty"]
-    write_exam_folder(tmp_path, [PLAIN | {"chunks": [chunk, "bad"]}])
+    assert [str(problem) for problem in load_questions(path).problems] == ["bad.txt: empty"]
+    write_question_folder(tmp_path, [PLAIN | {"chunks": [chunk, "bad"]}])
     with pytest.raises(ValueError, match=r"line 1: there is no chunk 'bad': bad\.txt: empty"):
-        load_exam(path)
+        load_questions(path)
     (tmp_path / f"{chunk}.md").write_text("Another.")
-    write_exam_folder(tmp_path, [PLAIN | {"chunks": [chunk]}])
+    write_question_folder(tmp_path, [PLAIN | {"chunks": [chunk]}])
     with pytest.raises(ValueError, match=rf"there is no chunk '{chunk}'; the folder has {chunk}\.md, {chunk}\.txt"):
-        load_exam(path)
+        load_questions(path)
 
 
 def test_a_made_up_town_can_be_asked(tmp_path: Path) -> None:
     rng = random.Random(3)
     town = write_town(rng, TownShape(8, 60))
-    items = write_exam(town, rng, 40, 5)
+    items = write_questions(town, rng, 40, 5)
     write_folder(tmp_path, town, items)
-    exam = load_exam(tmp_path / "questions.jsonl")
+    exam = load_questions(tmp_path / "questions.jsonl")
     assert [question.question for question in exam.questions] == [item.question.question for item in items]
     assert [question.history for question in exam.questions] == [item.question.history for item in items]
     assert [question.answers for question in exam.questions] == [(item.question.answer,) for item in items]
@@ -89,12 +88,12 @@ def test_a_made_up_town_can_be_asked(tmp_path: Path) -> None:
 def test_a_seed_draws_other_contexts_and_keeps_what_a_question_needs_in_its_order(tmp_path: Path) -> None:
     record = PLAIN | {"needs": ["5", "2"], "chunks": ["5", "1", "2", "3"]}
     records = [record | {"question": f"What grows, {number}?"} for number in range(20)]
-    path = write_exam_folder(tmp_path, [*records, PLAIN | {"needs": [], "chunks": ["7"]}])
+    path = write_question_folder(tmp_path, [*records, PLAIN | {"needs": [], "chunks": ["7"]}])
     for number in range(9):
         (tmp_path / f"{number}.txt").write_text(f"Chunk {number}.")
 
     def contexts(*redraw: int | None) -> list[list[str]]:
-        exam = load_exam(path, redraw=Redraw(*redraw) if redraw else None)  # type: ignore[arg-type]
+        exam = load_questions(path, redraw=Redraw(*redraw) if redraw else None)  # type: ignore[arg-type]
         return [[chunk.name for chunk in question.chunks] for question in exam.questions]
 
     assert contexts() == [["5", "1", "2", "3"]] * 20 + [["7"]]
@@ -112,12 +111,12 @@ def test_a_seed_draws_other_contexts_and_keeps_what_a_question_needs_in_its_orde
 
 
 def test_no_other_context_without_knowing_what_a_question_needs(tmp_path: Path) -> None:
-    path = write_exam_folder(tmp_path, [PLAIN])
+    path = write_question_folder(tmp_path, [PLAIN])
     with pytest.raises(ValueError, match="line 1: without needs"):
-        load_exam(path, redraw=Redraw(1))
-    path = write_exam_folder(tmp_path, [PLAIN | {"needs": ["9"]}])
+        load_questions(path, redraw=Redraw(1))
+    path = write_question_folder(tmp_path, [PLAIN | {"needs": ["9"]}])
     with pytest.raises(ValueError, match="needs has '9', which is not among its chunks: 1-tea"):
-        load_exam(path, redraw=Redraw(1))
+        load_questions(path, redraw=Redraw(1))
 
 
 @pytest.mark.parametrize(
@@ -132,17 +131,17 @@ def test_no_other_context_without_knowing_what_a_question_needs(tmp_path: Path) 
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    path = write_exam_folder(tmp_path, [PLAIN, PLAIN | change])
+    path = write_question_folder(tmp_path, [PLAIN, PLAIN | change])
     with pytest.raises(ValueError, match=said) as caught:
-        load_exam(path)
+        load_questions(path)
     assert str(caught.value).startswith(f"{path}, line 2: ")
 
 
 @pytest.mark.parametrize(("text", "said"), [("", "has no questions"), ("{", "line 1"), ("[1]\n", "JSON object")])
 def test_a_bad_file_is_named(tmp_path: Path, text: str, said: str) -> None:
-    path = write_exam_folder(tmp_path, [])
+    path = write_question_folder(tmp_path, [])
     path.write_text(text)
     with pytest.raises(ValueError, match=said):
-        load_exam(path)
+        load_questions(path)
     with pytest.raises(ValueError, match="can't be read"):
-        load_exam(tmp_path / "missing.jsonl", tmp_path)
+        load_questions(tmp_path / "missing.jsonl", tmp_path)

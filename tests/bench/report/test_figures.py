@@ -12,17 +12,33 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvarena.bench.panels import Panel, save_png, to_svg
-from kvarena.bench.quality.plot import by_share, by_time, lines
-from kvarena.bench.report.bars import Bar, draw_bars
-from kvarena.bench.report.page import render
-from kvarena.bench.report.setups import conditions, over_context, setup_label
-from kvarena.bench.report.throughput import throughput_bars
-from kvarena.bench.report.time_split import time_bars
-from kvarena.bench.report.ttft import speedup, times_ms, ttft_bars
-from kvarena.bench.series import COLOURS, GREY, PALETTE, Series, Styles, drawn_name
-from small_eval_result import small_eval_result
-from small_ttft_result import CONTEXTS, SETUPS, small_ttft_result
+from kvarena.bench.plots import by_share, by_time, lines
+from kvarena.bench.plotting import (
+    COLOURS,
+    GREY,
+    PALETTE,
+    Bar,
+    Panel,
+    Series,
+    Styles,
+    draw_bars,
+    drawn_name,
+    save_png,
+    to_svg,
+)
+from kvarena.bench.report.page import (
+    conditions,
+    over_context,
+    render,
+    speedup,
+    throughput_bars,
+    time_bars,
+    times_ms,
+    ttft_bars,
+    variant_label,
+)
+from support.small_eval_result import small_eval_result
+from support.small_ttft_result import CONTEXTS, SETUPS, small_ttft_result
 
 ROWS = small_ttft_result()["rows"]
 WARM = [row for row in ROWS if row["store"] == "warm" and row["concurrency"] == 1]
@@ -45,7 +61,7 @@ def test_ttft_lines_equal_the_rows() -> None:
     series = over_context(WARM, times_ms)
     assert len(series) == len(SETUPS)
     for one in series:
-        rows = [row for row in WARM if setup_label(row) == one.label]
+        rows = [row for row in WARM if variant_label(row) == one.label]
         assert tuple(one.x) == CONTEXTS
         assert list(one.y) == list(one.low) == [row["ttft_ms"]["median"] for row in rows]
         assert list(one.high) == [row["ttft_ms"]["p95"] for row in rows]
@@ -108,7 +124,7 @@ def test_time_bars_are_the_stages_as_shares() -> None:
         assert sum(shares.values()) == pytest.approx(100)
         assert shares["recompute"] == pytest.approx(100 * row["stages_ms"].get("recompute", 0) / total_ms)
         assert shares["rotate"] == pytest.approx(100 * row["stages_ms"].get("move", 0) / total_ms)
-        assert bar.label == setup_label(row)
+        assert bar.label == variant_label(row)
     names = [name for name, *_ in time_bars(WARM)[0].parts]
     assert names == ["fetch", "rotate", "write", "select", "recompute", "prefill", "decode", "report"]
 

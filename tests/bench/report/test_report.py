@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from html_page import HTMLPage
-from kvarena.bench.report.files import read_files
 from kvarena.bench.report.page import render
+from kvarena.bench.report.parts import read_files
 from kvarena.cli import app
 from kvarena.stack.home import project_root
-from small_eval_result import small_eval_result
-from small_ttft_result import SETUPS, small_ttft_result
+from support.html_page import HTMLPage
+from support.small_eval_result import small_eval_result
+from support.small_ttft_result import SETUPS, small_ttft_result
 
 SCRIPT = "<script>alert('x')</script>"
 

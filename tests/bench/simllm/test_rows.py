@@ -10,20 +10,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from kvarena.api.engine import Report
+from kvarena.bench.plots import plot_simllm, speed_and_quality
 from kvarena.bench.quality.questions import EvalQuestion
 from kvarena.bench.results import Row, load_results, save_results
-from kvarena.bench.simllm.contenders import Setup, TaskAnswer
 from kvarena.bench.simllm.demo import cosines, differing_bits
-from kvarena.bench.simllm.plot import joined, plot
-from kvarena.bench.simllm.rows import answer_rows, make_rows
-from kvarena.bench.simllm.running import ContenderRun
-from kvarena.bench.simllm.stream import StreamTask
-from kvarena.bench.simllm.table import show_quality, show_speed
+from kvarena.bench.simllm.measuring import answer_rows, make_rows, show_quality, show_speed
+from kvarena.bench.simllm.running import ContenderRun, SimLLMVariant, StreamTask, TaskAnswer
+from kvarena.engines.base import Report
 
 QUESTION = EvalQuestion("which?", ("tea",), ())
 TASKS = [StreamTask(QUESTION, "new"), StreamTask(QUESTION, "new"), StreamTask(QUESTION, "other order", 0)]
-REUSE = Setup("aligned", 0.9)
+REUSE = SimLLMVariant("aligned", 0.9)
 
 
 def answer(text: str, total_ms: float, num_layer_passes: int, *, hit: bool = False, rise: int | None = 5) -> TaskAnswer:
@@ -42,7 +39,7 @@ def answer(text: str, total_ms: float, num_layer_passes: int, *, hit: bool = Fal
 def rows() -> list[Row]:
     full = [answer(text, 1000, 400) for text in ("tea", "The tea.", "rain")]
     reused = [answer("tea", 1000, 400, rise=7), answer("goat", 900, 350), answer("rain", 100, 50, hit=True, rise=None)]
-    runs = [ContenderRun(Setup(), full, 0), ContenderRun(REUSE, reused, 2**20)]
+    runs = [ContenderRun(SimLLMVariant(), full, 0), ContenderRun(REUSE, reused, 2**20)]
     return make_rows(TASKS, runs, model="small", has_random_weights=False)
 
 
@@ -70,7 +67,7 @@ def test_figures() -> None:
 def test_file_plot_and_tables(tmp_path: Path) -> None:
     path, image = tmp_path / "x.json", tmp_path / "x.png"
     save_results(path, {"benchmark": "simllm"}, rows())
-    plot(path, image)
+    plot_simllm(path, image)
     assert image.read_bytes().startswith(b"\x89PNG")
     shown = Console(file=io.StringIO(), width=80)
     saved = load_results(path)["rows"]
@@ -86,11 +83,11 @@ def test_file_plot_and_tables(tmp_path: Path) -> None:
 
 def test_speed_and_quality_of_two_models_meet(tmp_path: Path) -> None:
     shape = [row | {"model": "180m", "throughput_vs_no_reuse": 2.0} for row in rows()]
-    points = joined([*shape, *rows()])
+    points = speed_and_quality([*shape, *rows()])
     assert [(speed["model"], quality["model"]) for speed, quality in points] == [("180m", "small")] * 2
     save_results(tmp_path / "x.json", {"benchmark": "prefix"}, rows())
     with pytest.raises(ValueError, match="holds no Sim-LLM benchmark"):
-        plot(tmp_path / "x.json", tmp_path / "x.png")
+        plot_simllm(tmp_path / "x.json", tmp_path / "x.png")
 
 
 def test_single_answers() -> None:

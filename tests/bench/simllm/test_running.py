@@ -12,13 +12,11 @@ import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from exam_folder import write_exam_folder
-from kvarena.bench.quality.questions import Exam, load_exam
-from kvarena.bench.simllm.contenders import Network, Setup, setups
-from kvarena.bench.simllm.running import Asking, run_stream
-from kvarena.bench.simllm.stream import make_stream
+from kvarena.bench.quality.questions import QuestionSet, load_questions
+from kvarena.bench.simllm.running import SharedModel, SimLLMVariant, StreamSettings, make_stream, run_stream, setups
 from kvarena.cli import app
-from tiny_models import save_tiny_model
+from support.question_folder import write_question_folder
+from support.tiny_models import save_tiny_model
 
 NUM_STEPS = 5
 
@@ -37,17 +35,17 @@ def questions(tmp_path: Path) -> Path:
         for chunks in (both, one)
         for place, name in enumerate(["what", "which"])
     ]
-    return write_exam_folder(tmp_path / "town", records)
+    return write_question_folder(tmp_path / "town", records)
 
 
 @pytest.fixture
-def exam(questions: Path) -> Exam:
-    return load_exam(questions)
+def exam(questions: Path) -> QuestionSet:
+    return load_questions(questions)
 
 
 def test_contenders_share_weights_and_no_tasks(folder: Path) -> None:
-    network = Network.load(str(folder), "tiny")
-    first, second = (network.contender(Setup("top_layer", 0.5), 10) for _ in range(2))
+    network = SharedModel.load(str(folder), "tiny")
+    first, second = (network.contender(SimLLMVariant("top_layer", 0.5), 10) for _ in range(2))
     places = [[weight.data_ptr() for weight in one.engine.model.module.parameters()] for one in (first, second)]
     assert places[0] == places[1] == [weight.data_ptr() for weight in network.module.parameters()]
     prompt = [9] * 30
@@ -63,7 +61,7 @@ def test_random_weights_are_a_seeds(folder: Path) -> None:
     weights = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        module = Network.load(str(folder), "tiny", random=True).module
+        module = SharedModel.load(str(folder), "tiny", random=True).module
         weights.append(module.model.layers[0].mlp.up_proj.weight)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -77,10 +75,10 @@ def generated(folder: Path, prompt: Sequence[int]) -> tuple[int, ...]:
     return tuple(answer[: answer.index(1)] if 1 in answer else answer)
 
 
-def test_every_task_is_put_to_every_contender(folder: Path, exam: Exam) -> None:
-    network = Network.load(str(folder), "tiny")
+def test_every_task_is_put_to_every_contender(folder: Path, exam: QuestionSet) -> None:
+    network = SharedModel.load(str(folder), "tiny")
     tasks = make_stream(exam, 8, 0.5)
-    asking = Asking("Read.", "\n", NUM_STEPS)
+    asking = StreamSettings("Read.", "\n", NUM_STEPS)
     chosen = setups(["aligned", "top_layer"], [0.9999])
     steps: list[None] = []
     none, aligned, top_layer = run_stream(network, tasks, chosen, asking, lambda: steps.append(None))

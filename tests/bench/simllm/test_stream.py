@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from exam_folder import write_exam_folder
-from kvarena.bench.quality.questions import EvalQuestion, Exam, load_exam
-from kvarena.bench.simllm.stream import StreamTask, make_stream
+from kvarena.bench.quality.questions import EvalQuestion, QuestionSet, load_questions
+from kvarena.bench.simllm.running import StreamTask, make_stream
 from kvarena.stack.home import project_root
+from support.question_folder import write_question_folder
 
 
 @pytest.fixture(scope="module")
-def exam() -> Exam:
-    return load_exam(project_root() / "backend/models/town/notes" / "questions.jsonl")
+def exam() -> QuestionSet:
+    return load_questions(project_root() / "backend/models/town/notes" / "questions.jsonl")
 
 
 def names(question: EvalQuestion) -> list[str]:
@@ -26,14 +26,14 @@ def similar(stream: list[StreamTask]) -> list[StreamTask]:
     return [task for task in stream if task.earlier is not None]
 
 
-def test_half_of_the_tasks_are_the_shipped_questions_each_once(exam: Exam) -> None:
+def test_half_of_the_tasks_are_the_shipped_questions_each_once(exam: QuestionSet) -> None:
     stream = make_stream(exam, 2 * len(exam.questions), 0.5)
     assert len(similar(stream)) == len(exam.questions)
     assert {task.question for task in similar(stream)} == set(exam.questions)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9, 1.0])
-def test_a_similar_task_has_an_earlier_new_ones_chunks(exam: Exam, ratio: float) -> None:
+def test_a_similar_task_has_an_earlier_new_ones_chunks(exam: QuestionSet, ratio: float) -> None:
     stream = make_stream(exam, 40, ratio, seed=3)
     assert len(stream) == 40
     assert len(similar(stream)) == min(round(40 * ratio), 39)
@@ -51,12 +51,12 @@ def test_a_similar_task_has_an_earlier_new_ones_chunks(exam: Exam, ratio: float)
         assert {task.kind for task in stream} == {"new", "same context", "other order"}
 
 
-def test_new_tasks_share_no_set_of_chunks(exam: Exam) -> None:
+def test_new_tasks_share_no_set_of_chunks(exam: QuestionSet) -> None:
     contexts = [frozenset(task.question.chunks) for task in make_stream(exam, 60, 0.5) if task.earlier is None]
     assert len(set(contexts)) == len(contexts) == 30
 
 
-def test_gold_answers_hold(exam: Exam) -> None:
+def test_gold_answers_hold(exam: QuestionSet) -> None:
     """What a question needs, and what stood in between, stands in the task's context as in the exam."""
     as_shipped = {(question.question, question.answers): question for question in exam.questions}
     for task in make_stream(exam, 240, 0.5) + make_stream(exam, 100, 0.9, seed=1):
@@ -67,25 +67,27 @@ def test_gold_answers_hold(exam: Exam) -> None:
         assert stretch in "|".join(names(task.question))
 
 
-def test_equal_seeds_make_equal_streams(exam: Exam) -> None:
+def test_equal_seeds_make_equal_streams(exam: QuestionSet) -> None:
     assert make_stream(exam, 30, 0.5, seed=1) == make_stream(exam, 30, 0.5, seed=1)
     for one, other in pairwise(make_stream(exam, 30, 0.5, seed=seed) for seed in range(3)):
         assert one != other
 
 
 def test_an_exam_of_a_single_question(tmp_path: Path) -> None:
-    exam = load_exam(write_exam_folder(tmp_path, [{"question": "tea?", "answers": ["tea"]}]))
+    exam = load_questions(write_question_folder(tmp_path, [{"question": "tea?", "answers": ["tea"]}]))
     assert [task.question for task in make_stream(exam, 4, 0.5)] == list(exam.questions) * 4
 
 
 @pytest.mark.parametrize(("num_tasks", "ratio", "message"), [(0, 0.5, "not 0"), (4, 1.5, "from 0 to 1, not 1.5")])
-def test_what_is_no_stream(exam: Exam, num_tasks: int, ratio: float, message: str) -> None:
+def test_what_is_no_stream(exam: QuestionSet, num_tasks: int, ratio: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_stream(exam, num_tasks, ratio)
 
 
 def test_needs_are_read_and_checked(tmp_path: Path) -> None:
     record = {"question": "tea?", "answers": ["tea"], "chunks": ["1-tea", "10-road"]}
-    assert load_exam(write_exam_folder(tmp_path, [record | {"needs": ["1-tea"]}])).questions[0].needs == ("1-tea",)
+    assert load_questions(write_question_folder(tmp_path, [record | {"needs": ["1-tea"]}])).questions[0].needs == (
+        "1-tea",
+    )
     with pytest.raises(ValueError, match=r"line 1: needs has '2-rain', which is not among its chunks: 1-tea, 10-road"):
-        load_exam(write_exam_folder(tmp_path, [record | {"needs": ["2-rain"]}]))
+        load_questions(write_question_folder(tmp_path, [record | {"needs": ["2-rain"]}]))

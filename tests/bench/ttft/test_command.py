@@ -21,11 +21,11 @@ from kvarena.stack.home import INSTANCE_VARIABLE, Home
 from kvarena.stack.processes import processes_of
 from kvarena.stack.record import Record
 from kvarena.stack.service import Service
-from kvarena.stack.supervision import ProcessInfo
-from real_server import RealServer, serving
-from running_stack import Stack
-from scripted_engine import ScriptedEngine
-from tiny_models import save_tiny_model
+from kvarena.stack.supervisord import ProcessInfo
+from support.real_server import RealServer, serving
+from support.running_stack import Stack
+from support.scripted_engine import ScriptedEngine
+from support.tiny_models import save_tiny_model
 
 SHORT = ["--context-tokens", "64,100", "--chunk-tokens", "32", "--repeats", "2", "--max-new-tokens", "3"]
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvarena.bench.quality.answers import Reuse
-from kvarena.bench.quality.setups import Setup
+from kvarena.bench.quality.asking import Reuse
 from kvarena.bench.ttft.client import Burst, Timed
-from kvarena.bench.ttft.rows import Measured, cell_rows
-from kvarena.bench.ttft.table import show_rows, show_troubles
+from kvarena.bench.ttft.measuring import Measured, cell_rows, show_rows, show_warnings
 from kvarena.bench.ttft.workload import Cell
+from kvarena.bench.variants import Variant
 
-PLAIN, BLEND, OTHER = Setup("plain"), Setup("blend", "kv_deviation", 0.15), Setup("mine")
+PLAIN, BLEND, OTHER = Variant("plain"), Variant("blend", "kv_deviation", 0.15), Variant("mine")
 CELL = Cell(1000, "warm", 1)
 
 
@@ -101,7 +100,7 @@ def test_the_table_and_what_not_to_believe() -> None:
     rows = cell_rows(CELL, measured, "plain", num_known_chunks=3)
     console = Console(file=io.StringIO(), width=200)
     show_rows(rows, console)
-    show_troubles(rows, console)
+    show_warnings(rows, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "10.00 (10.00-10.00)" in shown
     assert "1 of 2 requests failed: no [memory]" in shown

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 from kvarena.bench.ttft.workload import OPENING_TOKENS, STATES, Cell, Prompts, Vocabulary, Workload, chunk_sizes
-from kvarena.reuse.matcher import ChunkIndex
-from kvarena.reuse.plan import as_token_ids
-from kvarena.reuse.planner import Planner
-from kvarena.reuse.segmenter import Segmenter
-from tiny_models import tiny_tokenizer
+from kvarena.core.matching import ChunkIndex, Planner, Segmenter
+from kvarena.core.plan import as_token_ids
+from support.tiny_models import tiny_tokenizer
 
 SEPARATOR = " # # "
 TOKENIZER = tiny_tokenizer()

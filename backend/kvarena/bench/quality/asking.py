@@ -1,17 +1,170 @@
-"""Every question put to every setup in turn, so that a slower minute meets all of them."""
+"""The contract with whatever answers questions, and every question put to every variant in turn.
+
+In turn, so that a slower minute of the machine meets all of them. Each answer is compared with full prefill's: how
+close the next-token distributions along the answer are, on the same tokens before them. In this process that is
+exact: full prefill's answer is fed to the other KV (teacher forcing), so every position is compared, over the whole
+vocabulary. A server tells the likeliest tokens along its own answer alone, so the comparison ends where the answers
+differ.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from kvarena.bench.openai_server import NoAnswer
-from kvarena.bench.quality.answers import Answer, Answerer, Messages
-from kvarena.bench.quality.closeness import Closeness, closeness
-from kvarena.bench.quality.questions import Exam
-from kvarena.bench.quality.setups import Setup
+from kvarena.bench.quality.questions import QuestionSet
+from kvarena.bench.variants import Variant
+from kvarena.documents import TextChunk
+
+if TYPE_CHECKING:
+    import torch
+
+
+Messages = Sequence[Mapping[str, str]]
+NUM_LOGPROBS = 20
+"""As many of a token's as OpenAI's API gives."""
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Tokens of a prompt by origin; the rest was computed as usual. Those of a prefix cache are among the reused."""
+
+    num_prompt_tokens: int
+    num_reused_tokens: int
+    num_recomputed_tokens: int = 0
+    num_prefix_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token of an answer, as its text, and the likeliest ones at its place (nats)."""
+
+    token: str
+    top: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer. `is_complete`: it ended by itself; else it is cut.
+
+    Of a server's answer there are `logprobs`, one for each token. Of one in this process there are `token_ids`, the end
+    token among them where it came, and `forced_logprobs` `(T, V)`, float32: the whole distributions of the next token
+    along full prefill's answer (its own where it is full prefill's), from the first token on.
+    """
+
+    text: str
+    is_complete: bool
+    ttft_ms: float
+    reuse: Reuse | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
+    token_ids: Sequence[int] = ()
+    forced_logprobs: torch.Tensor | None = None
+
+
+class Answerer(Protocol):
+    """A contender. `warm` and `answer` raise `NoAnswer`."""
+
+    name: str
+    is_blend: bool
+    separator: str | None
+    """What it cuts chunks at, or its model's profile says; None where nothing is known."""
+    num_layers: int | None
+    model_folder: Path | None
+    """The served model's, where it is one on this machine."""
+
+    def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
+        """Has the KV of these chunks ready where the contender keeps any."""
+        ...
+
+    def answer(
+        self,
+        messages: Messages,
+        setup: Variant,
+        max_tokens: int,
+        full: Answer | None = None,
+        compares_only: bool = False,
+    ) -> Answer:
+        """`full` is full prefill's answer, to be compared with along its tokens; None where this is to become it.
+
+        `compares_only`: what it would answer itself isn't wanted, so a contender that can compare without answering
+        may leave the text empty.
+        """
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """What goes into the result file's settings."""
+        ...
+
+    def close(self) -> None: ...
+
+
+KLMethod = Literal["teacher_forced", "common_prefix_top20"]
+_LEAST_PROBABILITY = 1e-9
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """`kl` is KL(full prefill || this) in nats, the mean over `num_tokens` positions; `first_kl` that of the first one.
+
+    `token_agreement` is the share of full prefill's tokens at which this one's likeliest token is the same; with
+    `common_prefix_top20` of those before the first other one, which is a lower bound.
+    """
+
+    kl: float
+    first_kl: float
+    token_agreement: float
+    num_tokens: int
+    method: KLMethod
+
+
+def closeness(full: Answer, other: Answer) -> Closeness | None:
+    """None where an answer has nothing to compare by."""
+    if full.forced_logprobs is not None and other.forced_logprobs is not None:
+        return _teacher_forced(full.forced_logprobs, other.forced_logprobs)
+    if full.logprobs and other.logprobs:
+        return _along_common_prefix(full.logprobs, other.logprobs)
+    return None
+
+
+def _teacher_forced(full: torch.Tensor, other: torch.Tensor) -> Closeness:
+    kl = full_kl(full, other)
+    agreement = (full.argmax(-1) == other.argmax(-1)).float().mean()
+    return Closeness(float(kl.mean()), float(kl[0]), float(agreement), len(kl), "teacher_forced")
+
+
+def _along_common_prefix(full: Sequence[TokenLogprobs], other: Sequence[TokenLogprobs]) -> Closeness:
+    """The first tokens that differ have the same ones before them, so they count too."""
+    pairs = list(zip(full, other, strict=False))
+    num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0].token == pair[1].token, pairs))
+    kl = [top_kl(mine.top, others.top) for mine, others in pairs[: num_same + 1]]
+    return Closeness(sum(kl) / len(kl), kl[0], num_same / len(full), len(kl), "common_prefix_top20")
+
+
+def full_kl(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(full || other) `(T,)` in nats of log-probabilities `(T, V)`."""
+    from torch.nn.functional import kl_div
+
+    return kl_div(other, full, reduction="none", log_target=True).sum(-1).clamp(min=0)
+
+
+def top_kl(full: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """KL(full || other) in nats over the tokens that both list, everything else as one outcome.
+
+    Taking outcomes together can only lower the divergence, so this is a lower bound of that of all tokens.
+    """
+    shared = sorted(full.keys() & other.keys())
+    p = [math.exp(full[token]) for token in shared]
+    q = [math.exp(other[token]) for token in shared]
+    pairs = zip([*p, 1 - sum(p)], [*q, 1 - sum(q)], strict=True)
+    floored = [(max(a, _LEAST_PROBABILITY), max(b, _LEAST_PROBABILITY)) for a, b in pairs]
+    return max(0.0, sum(a * math.log(a / b) for a, b in floored))
+
 
 MAX_FAILURES_IN_A_ROW = 5
 
@@ -22,7 +175,7 @@ Outcome = Literal["answered", "failed"]
 class Attempt:
     """What became of a question. `failed`: no answer came, `reason` says why. `closeness` is that to full prefill."""
 
-    setup: Setup
+    setup: Variant
     question: int
     answer: Answer | None
     reason: str = ""
@@ -42,13 +195,13 @@ class Asking:
 
     separator: str
     max_tokens: int
-    reference: Setup | None = None
+    reference: Variant | None = None
     compares_only: bool = False
 
 
 def ask_all(
-    exam: Exam,
-    setups: Sequence[Setup],
+    exam: QuestionSet,
+    setups: Sequence[Variant],
     answerers: Mapping[str, Answerer],
     asking: Asking,
     on_attempt: Callable[[Attempt], None],
@@ -63,7 +216,7 @@ def ask_all(
     failures_in_a_row = Counter[str]()
     for number in range(len(exam.questions)) if numbers is None else numbers:
         messages = exam.questions[number].messages(exam.system, asking.separator)
-        done: dict[Setup, Attempt] = {}
+        done: dict[Variant, Attempt] = {}
         full: Answer | None = None
         for setup in _in_turn(setups, asking.reference, number):
             if setup.work not in done:
@@ -74,7 +227,7 @@ def ask_all(
             on_attempt(replace(done[setup.work], setup=setup))
 
 
-def _in_turn(setups: Sequence[Setup], reference: Setup | None, number: int) -> list[Setup]:
+def _in_turn(setups: Sequence[Variant], reference: Variant | None, number: int) -> list[Variant]:
     """The reference first; each of the others stands in every place once."""
     others = [setup for setup in setups if setup != reference]
     start = number % len(others) if others else 0
@@ -92,7 +245,7 @@ def _compared(attempt: Attempt, full: Answer | None) -> Attempt:
 def _attempt(
     answerer: Answerer,
     messages: Messages,
-    setup: Setup,
+    setup: Variant,
     number: int,
     asking: Asking,
     full: Answer | None,

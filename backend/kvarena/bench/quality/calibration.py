@@ -1,8 +1,8 @@
 """Which policy, check layer and ratio a model needs: the fastest that stays close to full prefill on given documents.
 
 Compared are the next tokens along full prefill's own answers, so no question needs a gold answer, and a model that
-answers badly can be calibrated too. Settings that can't be chosen any more aren't asked on (a race: Maron and Moore,
-Hoeffding Races, 1993).
+answers badly can be calibrated too. Settings that can't be chosen any more aren't asked on (a race: Maron and
+Moore, Hoeffding Races, 1993).
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.bench.quality.asking import Attempt
-from kvarena.bench.quality.intervals import mean_interval
-from kvarena.bench.quality.questions import EvalQuestion, Exam, stack_splitter
-from kvarena.bench.quality.rows import closeness_figures, token_shares
-from kvarena.bench.quality.setups import Setup
+from kvarena.bench.quality.questions import EvalQuestion, QuestionSet, stack_splitter
+from kvarena.bench.quality.scoring import closeness_figures, mean_interval, token_shares
 from kvarena.bench.results import Row, spread
+from kvarena.bench.variants import Variant
 from kvarena.documents import load_documents
-from kvarena.reuse.params import BlendParams
-from kvarena.vllm_plugin.config import MODEL_PROFILE_NAME, read_model_profile
+from kvarena.engines.vllm.config import MODEL_PROFILE_NAME, read_model_profile
+from kvarena.policies.params import BlendParams
 
 PROMPTS = (
     "What is this text about?",
@@ -38,7 +37,7 @@ NUM_FIRST_LAYERS = 3
 MUCH_SLOWER = 1.2
 
 
-def document_exam(folder: Path, num_questions: int, seed: int = 0, num_chunks: int | None = None) -> Exam:
+def document_questions(folder: Path, num_questions: int, seed: int = 0, num_chunks: int | None = None) -> QuestionSet:
     """Prompts without gold answers, each over chunks of the folder in a random order. Raises `ValueError`."""
     documents = load_documents(folder, stack_splitter())
     chunks = documents.chunks
@@ -50,7 +49,7 @@ def document_exam(folder: Path, num_questions: int, seed: int = 0, num_chunks: i
         EvalQuestion(PROMPTS[number % len(PROMPTS)], ("",), tuple(rng.sample(chunks, size)))
         for number in range(num_questions)
     ]
-    return Exam(documents.system, tuple(questions), documents.problems)
+    return QuestionSet(documents.system, tuple(questions), documents.problems)
 
 
 def check_layers(num_layers: int | None) -> list[int]:
@@ -87,7 +86,7 @@ def calibration_rows(attempts: Sequence[Attempt]) -> list[Row]:
     return rows
 
 
-def still_in_the_race(rows: Sequence[Row], target: float) -> list[Setup]:
+def still_in_the_race(rows: Sequence[Row], target: float) -> list[Variant]:
     """Those that may still be chosen.
 
     Out are those whose interval lies below the target, and those that can't be the fastest: there is one whose interval
@@ -106,7 +105,7 @@ def still_in_the_race(rows: Sequence[Row], target: float) -> list[Setup]:
             for one in sure
         )
 
-    return [Setup.of_row(row) for row in hopeful if not is_beaten(row)]
+    return [Variant.of_row(row) for row in hopeful if not is_beaten(row)]
 
 
 def fastest(rows: Sequence[Row], target: float) -> Row | None:
@@ -138,8 +137,8 @@ def _time_ms(row: Row, rows: Sequence[Row]) -> float:
     return min(float(other["ttft_ms"]["median"]) for other in as_much_or_more)
 
 
-def _by_setup(attempts: Sequence[Attempt]) -> dict[Setup, list[Attempt]]:
-    found: dict[Setup, list[Attempt]] = {}
+def _by_setup(attempts: Sequence[Attempt]) -> dict[Variant, list[Attempt]]:
+    found: dict[Variant, list[Attempt]] = {}
     for attempt in attempts:
         found.setdefault(attempt.setup, []).append(attempt)
     return found
@@ -157,7 +156,7 @@ def write_profile(folder: Path, row: Row, separator: str) -> Path:
     """Puts the row's setting into the model's profile, which servers read when they start. The rest of it stays."""
     profile: dict[str, Any] = {"separator": separator, **read_model_profile(str(folder))}
     kept = {name: value for name, value in profile.items() if name not in dataclasses.asdict(BlendParams())}
-    profile = kept | Setup.of_row(row | {"contender": ""}).choices
+    profile = kept | Variant.of_row(row | {"contender": ""}).choices
     path = folder / MODEL_PROFILE_NAME
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(profile) + "\n")

@@ -1,9 +1,13 @@
-"""`kvarena eval`: reads the command line, shows progress, prints a table, saves the result file and its plot."""
+"""`kvarena eval` and `kvarena calibrate`: read the command line, show progress, print tables, save the result file.
+
+`eval` asks questions with gold answers and draws a plot. `calibrate` tries policies, check layers and ratios on a
+sample, and makes the best one the model's own. Heavy imports are inside the commands.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +19,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvarena.bench.quality.asking import Attempt
+    from kvarena.bench.quality.questions import QuestionSet
+    from kvarena.bench.quality.session import Session
+    from kvarena.bench.results import Row
+    from kvarena.bench.variants import Variant
+
 
 DEFAULT_POLICY = "kv_deviation"
 INTERRUPTED = 130
@@ -69,23 +78,27 @@ def evaluate(
     from rich.console import Console
     from rich.markup import escape
 
-    from kvarena.bench.quality import plot
-    from kvarena.bench.quality.contenders import default_data_dir
-    from kvarena.bench.quality.questions import Redraw, load_exam
-    from kvarena.bench.quality.rows import Sheet
-    from kvarena.bench.quality.session import Wanted, nothing_reused_note, reuses_nothing, session
-    from kvarena.bench.quality.setups import find_reference
-    from kvarena.bench.quality.tables import show_rows
+    from kvarena.bench.plots import plot_eval
+    from kvarena.bench.quality.questions import Redraw, load_questions
+    from kvarena.bench.quality.scoring import ScoreSheet, show_rows
+    from kvarena.bench.quality.session import (
+        ContenderOptions,
+        default_data_dir,
+        nothing_reused_note,
+        reuses_nothing,
+        session,
+    )
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
+    from kvarena.bench.variants import find_reference
     from kvarena.stack.render import show_problems
-    from kvarena.worlds.folder import QUESTIONS_NAME
+    from kvarena.synthetic_qa.questions import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
-    wanted = Wanted(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
+    wanted = ContenderOptions(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
     with explained():
         check_writable(output)
         path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
-        exam = load_exam(path, data, limit, Redraw.of(seed, num_chunks))
+        exam = load_questions(path, data, limit, Redraw.of(seed, num_chunks))
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
         show_problems(exam.problems, console)
         with session(wanted, console) as asked:
@@ -107,13 +120,13 @@ def evaluate(
         "max_tokens": max_tokens,
         "contenders": {name: answerer.describe() for name, answerer in asked.answerers.items()},
     }
-    sheet = Sheet(exam, attempts, reference)
+    sheet = ScoreSheet(exam, attempts, reference)
     rows = sheet.rows()
     with_gold = [question.to_json() for question in exam.questions]
     save_results(output, settings, rows, questions=with_gold, answers=sheet.answers())
     image = output.with_suffix(".png")
     if has_scores := any(row["correct"] for row in rows):
-        plot.plot(output, image)
+        plot_eval(output, image)
     if as_json:
         print(json.dumps(load_results(output), indent=1))
     else:
@@ -133,3 +146,216 @@ def _exit(attempts: Sequence[Attempt], is_interrupted: bool, console: Console) -
         raise typer.Exit(INTERRUPTED)
     if failed:
         raise typer.Exit(1)
+
+
+DEFAULT_POLICIES = ("kv_deviation", "kv_deviation,deviation=values", "chunk_head", "query_attention")
+ENOUGH_QUESTIONS = 30
+ROUND_QUESTIONS = 6
+
+
+def calibrate(
+    contender: Annotated[
+        str, typer.Option(help="A blend of the running stack, or name=address; with --engine hf: blend.")
+    ] = "blend",
+    engine: Annotated[str, typer.Option(help="http: a server; hf: in this process.")] = "http",
+    model: Annotated[
+        str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the town model]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of .txt and .md chunks like those to be served. [default: data]")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="JSONL with questions. [default: the folder's, else prompts that suit any text]")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A policy to try, perhaps with options: kv_deviation,deviation=values,num_filters=2; repeatable. "
+            f"[default: {' '.join(DEFAULT_POLICIES)}]"
+        ),
+    ] = None,
+    check_layer: Annotated[
+        str | None, typer.Option(help="Check layers to try, separated by commas. [default: some of the first quarter]")
+    ] = None,
+    ratio: Annotated[str, typer.Option(help="Ratios to try, separated by commas.")] = "0,0.05,0.1,0.15,0.2,0.3",
+    agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of the tokens of full prefill's answers that come out.")
+    ] = 0.9,
+    num_questions: Annotated[int, typer.Option(min=1, help="Size of the sample.")] = ENOUGH_QUESTIONS,
+    seed: Annotated[int | None, typer.Option(help="Draw other contexts for the questions, as eval does.")] = None,
+    num_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Chunks of each context with --seed. [default: as many as in the file]")
+    ] = None,
+    separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's or the model's]")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to here.")] = 32,
+    timeout_s: Annotated[float, typer.Option(min=1, help="For one answer of a server.")] = 120.0,
+    write: Annotated[bool, typer.Option(help="Write the setting into the model's kvarena.json.")] = True,
+    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/calibration.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Find the fastest blend of a model that agrees with full prefill, and make it the model's own.
+
+    Exit status: 0 found, 1 an error or no setting that agrees enough, 130 interrupted. Servers read the profile when
+    they start.
+    """
+    from rich.console import Console
+
+    from kvarena.bench.quality import calibration
+    from kvarena.bench.quality.questions import Redraw, load_questions
+    from kvarena.bench.quality.session import (
+        ContenderOptions,
+        default_data_dir,
+        nothing_reused_note,
+        reuses_nothing,
+        session,
+    )
+    from kvarena.bench.results import check_writable, load_results, save_results, shown_path
+    from kvarena.bench.variants import Variant, blend_variants
+    from kvarena.stack.render import show_problems
+    from kvarena.synthetic_qa.questions import QUESTIONS_NAME
+
+    console = Console(stderr=as_json)
+    wanted = ContenderOptions(engine, [contender], model, separator, timeout_s)
+    with explained():
+        check_writable(output)
+        folder = data or (questions.parent if questions else default_data_dir(engine, model))
+        path = questions or folder / QUESTIONS_NAME
+        redraw = Redraw.of(seed, num_chunks)
+        has_questions = questions is not None or path.is_file()
+        exam = (
+            load_questions(path, folder, num_questions, redraw)
+            if has_questions
+            else calibration.document_questions(folder, num_questions, seed or 0, num_chunks)
+        )
+        show_problems(exam.problems, console)
+        with session(wanted, console) as asked:
+            (blend,) = asked.answerers.values()
+            if not blend.is_blend:
+                raise ValueError(f"{blend.name} doesn't blend; there is nothing to calibrate")
+            layers = integers(check_layer) if check_layer else calibration.check_layers(blend.num_layers)
+            candidates = blend_variants(blend.name, policy or DEFAULT_POLICIES, decimals(ratio), layers)
+            asked.warm(exam)
+            attempts, is_interrupted = _race(asked, exam, Variant(blend.name, "all"), candidates, max_tokens, agreement)
+            rows = calibration.calibration_rows(attempts)
+            if not is_interrupted and not any(row["token_agreement"] for row in rows):
+                reasons = sorted({attempt.reason for attempt in attempts if attempt.reason})
+                raise ValueError(f"nothing could be compared: {'; '.join(reasons) or 'no log-probabilities came'}")
+            if not is_interrupted and reuses_nothing(attempts):
+                raise ValueError(nothing_reused_note(asked.separator))
+    if is_interrupted:
+        console.print("Interrupted: nothing was decided.")
+        raise typer.Exit(INTERRUPTED)
+    num_questions = max(row["num_questions"] for row in rows)
+    chosen = calibration.fastest([row for row in rows if row["num_questions"] == num_questions], agreement)
+    settings = {
+        "benchmark": "calibrate",
+        "engine": engine,
+        "documents": shown_path(folder),
+        "num_questions": num_questions,
+        "seed": seed,
+        "num_chunks": num_chunks,
+        "agreement": agreement,
+        "max_tokens": max_tokens,
+        "separator": asked.separator,
+        "contender": blend.describe(),
+        "chosen": chosen and Variant.of_row(chosen).choices,
+    }
+    save_results(output, settings, rows)
+    if as_json:
+        print(json.dumps(load_results(output), indent=1))
+    else:
+        _show_calibration(rows, chosen, console)
+    console.print(sample_note(num_questions), soft_wrap=True)
+    if chosen is None:
+        best = calibration.closest(rows)
+        console.print(
+            f"[red]No setting reaches {100 * agreement:g} % agreement[/red]"
+            + (
+                f"; the closest, {Variant.of_row(best).label}, has {_percent(best['token_agreement'])} %"
+                if best
+                else ""
+            )
+            + ". Nothing was written. Try higher ratios, other check layers or a lower --agreement.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    if write and blend.model_folder:
+        with explained():
+            profile = calibration.write_profile(blend.model_folder, chosen, asked.separator)
+        console.print(
+            f"Written to {profile}; a stack that is started from now on uses it, `restart` keeps the old one.",
+            soft_wrap=True,
+        )
+    elif write:
+        console.print("The model isn't a folder on this machine: set BLEND_POLICY and the like where it is served.")
+
+
+def _race(
+    asked: Session, exam: QuestionSet, full: Variant, candidates: Sequence[Variant], max_tokens: int, agreement: float
+) -> tuple[list[Attempt], bool]:
+    """The candidates' attempts, and whether it was interrupted.
+
+    All are asked the first questions; from round to round only those that may still be chosen are asked on. Full
+    prefill answers each question once.
+    """
+    from kvarena.bench.quality import calibration
+
+    attempts: list[Attempt] = []
+    left = list(candidates)
+    for start in range(0, len(exam.questions), ROUND_QUESTIONS):
+        numbers = range(len(exam.questions))[start : start + ROUND_QUESTIONS]
+        setups = list(dict.fromkeys([full, *left]))
+        found, is_interrupted = asked.ask(exam, setups, max_tokens, full, compares_only=True, numbers=numbers)
+        attempts += [attempt for attempt in found if attempt.setup in left]
+        if is_interrupted:
+            return attempts, True
+        rows = calibration.calibration_rows([attempt for attempt in attempts if attempt.setup in left])
+        left = calibration.still_in_the_race(rows, agreement)
+        if not left:
+            break
+    return attempts, False
+
+
+def sample_note(num_questions: int) -> str:
+    """What the finding rests on, and that it is little where it is."""
+    found = f"This rests on {num_questions} question{'' if num_questions == 1 else 's'}"
+    if num_questions >= ENOUGH_QUESTIONS:
+        return f"{found}."
+    return (
+        f"{found} only: with fewer than {ENOUGH_QUESTIONS}, others of the same kind may well lead to another setting. "
+        "--num-questions takes more, where the file of questions has them."
+    )
+
+
+def _show_calibration(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from kvarena.bench.variants import Variant
+
+    title = "Agreement with full prefill (%), along its answers"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("policy", min_width=17)
+    for name in ("layer", "ratio", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        found, kl = row["token_agreement"], row["kl_along_answer"]
+        table.add_row(
+            Variant.of_row(row).policy_label,
+            "-" if row["check_layer"] is None else str(row["check_layer"]),
+            "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
+            _percent(found),
+            f"{100 * found['low']:.0f}-{100 * found['high']:.0f}" if found else "-",
+            f"{kl['mean']:.3f}" if kl else "-",
+            _percent(row["same_answer"]),
+            f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else "-",
+            f"{row['num_questions']}" + (f" ({row['num_failed']} failed)" if row["num_failed"] else ""),
+            "<" if row is chosen else "",
+        )
+    console.print(table)
+    if chosen:
+        console.print(f"<: chosen, {Variant.of_row(chosen).label}", highlight=False, soft_wrap=True)
+
+
+def _percent(interval: Mapping[str, float] | None) -> str:
+    return f"{100 * interval['mean']:.1f}" if interval else "-"

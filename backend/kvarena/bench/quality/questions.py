@@ -11,8 +11,7 @@ from typing import Any
 
 from kvarena.documents import Documents, Remark, TextChunk, load_documents, read_text
 from kvarena.splitting import Splitter
-from kvarena.worlds.chat import messages
-from kvarena.worlds.questions import Turn
+from kvarena.synthetic_qa.questions import AnsweredQuestion, messages
 
 DEFAULT_KIND = "question"
 
@@ -30,11 +29,11 @@ class EvalQuestion:
     chunks: tuple[TextChunk, ...]
     kind: str = DEFAULT_KIND
     detail: str = ""
-    history: tuple[Turn, ...] = ()
+    history: tuple[AnsweredQuestion, ...] = ()
     needs: tuple[str, ...] = ()
 
     def messages(self, system: str, separator: str) -> list[dict[str, str]]:
-        turns = (*self.history, Turn(self.question, self.answers[0]))
+        turns = (*self.history, AnsweredQuestion(self.question, self.answers[0]))
         return messages([chunk.text for chunk in self.chunks], turns, separator, system)
 
     def to_json(self) -> dict[str, Any]:
@@ -49,7 +48,7 @@ class EvalQuestion:
 
 
 @dataclass(frozen=True)
-class Exam:
+class QuestionSet:
     """Questions over one folder of chunks, the system prompt that goes with it, and its files that can't be used."""
 
     system: str
@@ -105,7 +104,9 @@ def stack_splitter() -> Splitter:
     return record.splitter if record else Splitter(load_settings().chunk_tokens)
 
 
-def load_exam(path: Path, folder: Path | None = None, limit: int | None = None, redraw: Redraw | None = None) -> Exam:
+def load_questions(
+    path: Path, folder: Path | None = None, limit: int | None = None, redraw: Redraw | None = None
+) -> QuestionSet:
     """The questions of a JSONL file over the chunks of a folder, by default the one that the file is in.
 
     A line is an object with `question` and `answers` (a list, or one text); `chunks` are names of chunks in the
@@ -130,7 +131,7 @@ def load_exam(path: Path, folder: Path | None = None, limit: int | None = None, 
     if limit is not None and limit < len(questions):
         places = sorted(random.Random(0).sample(range(len(questions)), limit))
         questions = [questions[place] for place in places]
-    return Exam(documents.system, tuple(questions), documents.problems)
+    return QuestionSet(documents.system, tuple(questions), documents.problems)
 
 
 def _question(record: Any, documents: Documents, redraw: Redraw | None) -> EvalQuestion:
@@ -173,9 +174,9 @@ def _no_such_chunk(name: str, documents: Documents) -> str:
     return f"there is no chunk {name!r}; the folder has {', '.join(alike[:20])}"
 
 
-def _history(given: Any) -> tuple[Turn, ...]:
+def _history(given: Any) -> tuple[AnsweredQuestion, ...]:
     try:
-        return tuple(Turn(str(turn["question"]), str(turn["answer"])) for turn in given)
+        return tuple(AnsweredQuestion(str(turn["question"]), str(turn["answer"])) for turn in given)
     except (TypeError, KeyError) as error:
         raise ValueError(f"history must be a list of objects with question and answer, not {given!r}") from error
 

@@ -1,6 +1,10 @@
-"""How good an answer's text is: SQuAD's exact match and token F1 (Rajpurkar et al., arXiv 1606.05250), and whether it
-contains a gold answer, as Lost in the Middle (arXiv 2307.03172) and RULER (arXiv 2404.06654) count right answers of
-models that answer in sentences.
+"""From answers to scores, to a result file's rows, to a table in a terminal.
+
+Scores: SQuAD's exact match and token F1 (Rajpurkar et al., arXiv 1606.05250), and whether the answer contains a gold
+answer, as Lost in the Middle (arXiv 2307.03172) and RULER (arXiv 2404.06654) count right answers of models that
+answer in sentences. Means come with 95 % bootstrap intervals (percentile method) over questions. There is a row for
+each variant, kind of question and subset: all questions, and those that full prefill answers right, for a weak
+model's answers to the others say little about a method of reuse.
 """
 
 from __future__ import annotations
@@ -8,8 +12,42 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kvarena.bench.quality.asking import Answer, Attempt, Reuse
+from kvarena.bench.quality.questions import QuestionSet
+from kvarena.bench.results import Row, spread
+from kvarena.bench.variants import Variant
+
+NUM_RESAMPLES = 2_000
+DIGITS = 4
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> dict[str, float] | None:
+    """None without values. Values that are all equal, as when every answer is right, have an interval of no width."""
+    from scipy.stats import bootstrap
+
+    if not values:
+        return None
+    mean = low = high = float(np.mean(values))
+    if len(set(values)) > 1:
+        resampled = bootstrap(
+            (np.asarray(values, dtype=float),),
+            np.mean,
+            n_resamples=NUM_RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+        low, high = map(float, resampled.confidence_interval)
+    return {"mean": round(mean, DIGITS), "low": round(low, DIGITS), "high": round(high, DIGITS)}
+
 
 _WITHIN_NUMBERS = re.compile(r"(?<=\d)[.,](?=\d)")
 _BETWEEN_WORDS = re.compile(r"[^\w\s]|_")
@@ -65,3 +103,204 @@ def _words(text: str) -> str:
 def _squad_text(text: str) -> str:
     without_punctuation = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(_ARTICLES.sub(" ", without_punctuation).split())
+
+
+ALL_KINDS = "all"
+KL_DIGITS = 6
+Subset = Literal["all", "answered"]
+SUBSETS: tuple[Subset, ...] = ("all", "answered")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer with its scores. `correct`: 1 when it contains a gold answer, else 0."""
+
+    answer: Answer
+    score: Score
+    correct: float
+
+
+class ScoreSheet:
+    """The attempts with their scores. What failed is counted, and scored nowhere."""
+
+    def __init__(self, exam: QuestionSet, attempts: Sequence[Attempt], reference: Variant | None) -> None:
+        self._exam, self._attempts, self._reference = exam, attempts, reference
+        self._scored = {
+            (one.setup, one.question): self._score(one.answer, self._gold(one)) for one in attempts if one.answer
+        }
+        self._answered = {
+            question for (setup, question), one in self._scored.items() if setup == reference and one.correct
+        }
+
+    def rows(self) -> list[Row]:
+        """Those without any question are left out."""
+        kinds = [ALL_KINDS, *self._exam.kinds] if len(self._exam.kinds) > 1 else [ALL_KINDS]
+        setups = dict.fromkeys(attempt.setup for attempt in self._attempts)
+        rows = [self._row(setup, kind, subset) for setup in setups for kind in kinds for subset in SUBSETS]
+        return [row for row in rows if row["num_questions"]]
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Every single outcome, for whoever wants to read them."""
+        return [self._answer(attempt) for attempt in self._attempts]
+
+    def _row(self, setup: Variant, kind: str, subset: Subset) -> Row:
+        attempts = [
+            attempt
+            for attempt in self._attempts
+            if attempt.setup == setup
+            and kind in (ALL_KINDS, self._kind(attempt))
+            and (subset == "all" or attempt.question in self._answered)
+        ]
+        answers = [attempt.answer for attempt in attempts if attempt.answer]
+        scored = [found for attempt in attempts if (found := self._scored.get((setup, attempt.question)))]
+        return {
+            **setup.to_json(),
+            "kind": kind,
+            "subset": subset,
+            "num_questions": len(attempts),
+            "num_failed": sum(attempt.outcome == "failed" for attempt in attempts),
+            "num_cut": sum(not answer.is_complete for answer in answers),
+            "correct": mean_interval([one.correct for one in scored]),
+            "exact_match": mean_interval([one.score.exact_match for one in scored]),
+            "f1": mean_interval([one.score.f1 for one in scored]),
+            **self._against_reference(setup, attempts),
+            "ttft_ms": spread([answer.ttft_ms for answer in answers]) if answers else None,
+            **token_shares(answer.reuse for answer in answers),
+        }
+
+    def _against_reference(self, setup: Variant, attempts: Sequence[Attempt]) -> dict[str, Any]:
+        """Question by question, over those that both could answer. None where there is nothing to compare with."""
+        is_other = self._reference is not None and setup != self._reference
+        pairs = [
+            (mine, full)
+            for attempt in attempts
+            if is_other and self._reference
+            if (mine := self._scored.get((setup, attempt.question)))
+            if (full := self._scored.get((self._reference, attempt.question)))
+        ]
+        return {
+            "correct_vs_reference": mean_interval([mine.correct - full.correct for mine, full in pairs]),
+            "exact_match_vs_reference": mean_interval([m.score.exact_match - f.score.exact_match for m, f in pairs]),
+            "agreement": mean_interval([_agree(mine.answer, full.answer) for mine, full in pairs]),
+            **closeness_figures(attempts if is_other else ()),
+        }
+
+    @staticmethod
+    def _score(answer: Answer, gold: Sequence[str]) -> Scored:
+        return Scored(answer, squad_score(answer.text, gold), contains_answer(answer.text, gold))
+
+    def _answer(self, attempt: Attempt) -> dict[str, Any]:
+        scored, close = self._scored.get((attempt.setup, attempt.question)), attempt.closeness
+        return {
+            **attempt.setup.to_json(),
+            "question": attempt.question,
+            "outcome": attempt.outcome,
+            "text": attempt.answer.text if attempt.answer else None,
+            "is_complete": attempt.answer.is_complete if attempt.answer else None,
+            "correct": scored.correct if scored else None,
+            "exact_match": scored.score.exact_match if scored else None,
+            "f1": round(scored.score.f1, DIGITS) if scored else None,
+            "token_agreement": round(close.token_agreement, DIGITS) if close else None,
+            "kl_along_answer": round(close.kl, KL_DIGITS) if close else None,
+            "ttft_ms": round(attempt.answer.ttft_ms, 2) if attempt.answer else None,
+            "detail": attempt.reason,
+        }
+
+    def _gold(self, attempt: Attempt) -> Sequence[str]:
+        return self._exam.questions[attempt.question].answers
+
+    def _kind(self, attempt: Attempt) -> str:
+        return self._exam.questions[attempt.question].kind
+
+
+def closeness_figures(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Of the distributions along full prefill's answers; None where they weren't compared."""
+    found = [attempt.closeness for attempt in attempts if attempt.closeness]
+    return {
+        "token_agreement": mean_interval([one.token_agreement for one in found]),
+        "kl_along_answer": mean_interval([one.kl for one in found]),
+        "kl_method": found[0].method if found else None,
+        "first_token_kl": mean_interval([one.first_kl for one in found]),
+    }
+
+
+def _agree(mine: Answer, full: Answer) -> float:
+    return agrees(mine.text, mine.is_complete, full.text, full.is_complete)
+
+
+def token_shares(reuses: Iterable[Reuse | None]) -> dict[str, float | None]:
+    """Of all prompts' tokens those reused as they were; of the tokens that came from chunks those recomputed."""
+    known = [reuse for reuse in reuses if reuse]
+    prompt = sum(reuse.num_prompt_tokens for reuse in known)
+    reused = sum(reuse.num_reused_tokens for reuse in known)
+    recomputed = sum(reuse.num_recomputed_tokens for reuse in known)
+    chunks = reused + recomputed - sum(reuse.num_prefix_tokens for reuse in known)
+    return {
+        "reused_ratio": round(reused / prompt, DIGITS) if prompt else None,
+        "recomputed_ratio": round(recomputed / chunks, DIGITS) if chunks else None,
+    }
+
+
+TITLES = {"all": "All {} questions", "answered": "The {} that full prefill answers right"}
+
+
+def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> None:
+    """Narrow tables: right answers by kind; then all figures, over all questions and over those answered right."""
+    shown = kinds if len(kinds) > 1 else []
+    of_all = [row for row in rows if row["kind"] == ALL_KINDS]
+    extra = ["recomputed"] if any(_says_no_share(row) for row in of_all) else []
+    right = _table("Right answers (%), 95 % intervals", (*extra, "all", "interval", *shown))
+    for row in of_all:
+        if row["subset"] == "all":
+            by_kind = {one["kind"]: one for one in rows if _label(one) == _label(row) and one["subset"] == "all"}
+            right.add_row(
+                _label(row),
+                *("-" if row["recomputed_ratio"] is None else f"{row['recomputed_ratio']:.0%}" for _ in extra),
+                _mean(row["correct"]),
+                _interval(row["correct"]),
+                *(_mean(by_kind[kind]["correct"]) if kind in by_kind else "-" for kind in shown),
+            )
+    console.print(right)
+    for subset, title in TITLES.items():
+        if found := [row for row in of_all if row["subset"] == subset]:
+            console.print(_figures(found, title.format(max(row["num_questions"] for row in found))))
+
+
+def _figures(rows: Sequence[Row], title: str) -> Table:
+    troubles = [name for name in ("cut", "failed") if any(row[f"num_{name}"] for row in rows)]
+    table = _table(title, ("right", "EM", "F1", "same", "tokens", "KL", "TTFT ms", *troubles))
+    for row in rows:
+        kl, ttft = row["kl_along_answer"], row["ttft_ms"]
+        table.add_row(
+            _label(row),
+            *(_mean(row[name]) for name in ("correct", "exact_match", "f1", "agreement", "token_agreement")),
+            f"{kl['mean']:.3f}" if kl else "-",
+            f"{ttft['median']:,.0f}" if ttft else "-",
+            *(str(row[f"num_{name}"]) for name in troubles),
+        )
+    return table
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("contender", min_width=14)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _says_no_share(row: Row) -> bool:
+    """Whether the row's label leaves open how much was recomputed, as with a number of tokens or a time."""
+    return row["ratio"] is None and row["policy"] not in (None, "none", "all")
+
+
+def _label(row: Row) -> str:
+    return Variant.of_row(row).label
+
+
+def _interval(interval: Mapping[str, float] | None) -> str:
+    return f"{100 * interval['low']:.0f}-{100 * interval['high']:.0f}" if interval else "-"
+
+
+def _mean(interval: Mapping[str, float] | None) -> str:
+    return f"{100 * interval['mean']:.1f}" if interval else "-"

@@ -1,26 +1,224 @@
-"""The contenders of one measurement: looked for, warmed, asked, with progress, and let go."""
+"""The contenders of one measurement: found, warmed, asked with progress, and closed.
+
+They are servers by address, services of the running stack by name, or engines in this process on a Hugging Face
+model: `plain` prefills every prompt whole, `blend` blends chunks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
 
+import torch
 from rich.console import Console
 
 from kvarena.bench.console import progress
 from kvarena.bench.openai_server import NoAnswer
-from kvarena.bench.quality import contenders
-from kvarena.bench.quality.answers import Answerer
-from kvarena.bench.quality.asking import Asking, Attempt, ask_all
-from kvarena.bench.quality.questions import Exam
-from kvarena.bench.quality.setups import Setup, blend_setups, find_reference
+from kvarena.bench.quality.asking import Answer, Answerer, Asking, Attempt, Messages, Reuse, ask_all
+from kvarena.bench.quality.http_answerer import HTTPAnswerer
+from kvarena.bench.quality.questions import QuestionSet
+from kvarena.bench.variants import Variant, blend_variants, find_reference
+from kvarena.core.store import MemoryStore
+from kvarena.documents import TextChunk, join_chunks
+from kvarena.engines.hf.blend import HFBlender
+from kvarena.engines.hf.model import HFModel
+from kvarena.engines.hf.sequence_kv import SequenceKV
+from kvarena.engines.vllm.config import BlendConfig, read_blend_profile
+from kvarena.policies.params import BlendParams
+from kvarena.stack.home import Home
+from kvarena.stack.model import Model, find_model
+from kvarena.stack.record import read_record
+from kvarena.stack.settings import CONTENDERS as STACK_CONTENDERS
+from kvarena.stack.settings import shown_api_key
+
+CONTENDERS = ("plain", "blend")
+
+
+class PlainAnswerer:
+    """Full prefill and greedy decoding."""
+
+    is_blend = False
+
+    def __init__(self, name: str, model: HFModel, source: Model, separator: str | None) -> None:
+        self.name, self.separator = name, separator
+        self.num_layers: int | None = model.kv_shape.num_layers
+        self.model_folder = Path(source.name) if source.is_local else None
+        self._model, self._model_name = model, source.served_name
+
+    def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
+        """Keeps nothing."""
+
+    def answer(
+        self,
+        messages: Messages,
+        setup: Variant,
+        max_tokens: int,
+        full: Answer | None = None,
+        compares_only: bool = False,
+    ) -> Answer:
+        """Where full prefill's answer is given, its tokens are fed first, all in one forward.
+
+        That gives the distributions to compare by, and this answer itself up to the first other token, from which it is
+        decoded on.
+        """
+        started_s = perf_counter()
+        token_ids = self._model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        capacity, longest = len(token_ids) + max_tokens, self._model.max_model_len
+        if capacity > longest:
+            raise NoAnswer(f"{len(token_ids)} tokens and an answer of {max_tokens} are more than the model's {longest}")
+        kv, logits, reuse = self._prefill(token_ids, setup, capacity)
+        first = int(logits.argmax())  # on a GPU this waits for it
+        ttft_ms = 1000 * (perf_counter() - started_s)
+        if full is None:
+            answer = self._greedy(kv, logits, [], max_tokens)
+            forced = self._forced(kv, len(token_ids), logits, answer)
+        else:
+            forced = self._forced(kv, len(token_ids), logits, full.token_ids)
+            likeliest = [first, *forced[1:].argmax(-1).tolist()]
+            num_same = _common_prefix(likeliest, full.token_ids)
+            answer = list(full.token_ids[:num_same])
+            if num_same < len(full.token_ids) and not compares_only:
+                kv.truncate(len(token_ids) + num_same)
+                answer = self._greedy(kv, forced[num_same], answer, max_tokens)
+        is_complete = bool(answer) and answer[-1] in self._model.eos_token_ids
+        text = self._model.tokenizer.decode(answer[:-1] if is_complete else answer, skip_special_tokens=True)
+        log_probabilities = forced.float().log_softmax(-1)
+        return Answer(text, is_complete, ttft_ms, reuse, token_ids=tuple(answer), forced_logprobs=log_probabilities)
+
+    def _greedy(self, kv: SequenceKV, logits: torch.Tensor, begun: list[int], max_tokens: int) -> list[int]:
+        """An answer from its beginning, which `kv` holds, to its end token or to its `max_tokens`-th."""
+        answer = list(begun)
+        while True:
+            answer.append(int(logits.argmax()))
+            if answer[-1] in self._model.eos_token_ids or len(answer) >= max_tokens:
+                return answer
+            logits = self._model.decode(kv, answer[-1])
+
+    def _forced(
+        self, kv: SequenceKV, num_prompt_tokens: int, logits: torch.Tensor, answer: Sequence[int]
+    ) -> torch.Tensor:
+        """The logits `(T, V)` of each of an answer's `T` tokens behind the prompt, whose own are `logits` `(V,)`."""
+        kv.truncate(num_prompt_tokens)
+        if len(answer) == 1:
+            return logits[None]
+        return torch.cat([logits[None], self._model.run_through(kv, answer[:-1])])
+
+    def describe(self) -> dict[str, object]:
+        shape = self._model.kv_shape
+        device, dtype = str(shape.device), str(shape.dtype).removeprefix("torch.")
+        return {"model": self._model_name, "num_threads": torch.get_num_threads(), "device": device, "dtype": dtype}
+
+    def close(self) -> None:
+        self._model.close()
+
+    def _prefill(
+        self, token_ids: Sequence[int], setup: Variant, capacity: int
+    ) -> tuple[SequenceKV, torch.Tensor, Reuse]:
+        kv = self._model.new_kv(capacity)
+        return kv, self._model.prefill(kv, token_ids, lambda: False), Reuse(len(token_ids), 0)
+
+
+def _common_prefix(tokens: Sequence[int], others: Sequence[int]) -> int:
+    pairs = zip(tokens, others, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+class BlendAnswerer(PlainAnswerer):
+    """Blends over a store of its own in main memory."""
+
+    is_blend = True
+
+    def __init__(
+        self, name: str, model: HFModel, source: Model, separator: str, defaults: BlendParams, store_bytes: int
+    ) -> None:
+        super().__init__(name, model, source, separator)
+        self._defaults = defaults
+        self._store = MemoryStore(store_bytes)
+        self._blender = HFBlender(model, self._store, separator=separator)
+
+    def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
+        for chunk in chunks:
+            text = join_chunks([chunk.text], separator)
+            token_ids = self._model.tokenizer.encode(text, add_special_tokens=False)
+            if len(token_ids) > self._model.max_model_len:
+                raise NoAnswer(f"chunk {chunk.name} has {len(token_ids)} tokens, more than the model's contexts")
+            self._blender.prefill(token_ids, BlendParams("none"), len(token_ids))
+            on_chunk()
+
+    def _prefill(
+        self, token_ids: Sequence[int], setup: Variant, capacity: int
+    ) -> tuple[SequenceKV, torch.Tensor, Reuse]:
+        params = BlendParams(**(vars(self._defaults) | setup.choices))
+        blended = self._blender.prefill(token_ids, params, capacity)
+        report = blended.report
+        reuse = Reuse(len(token_ids), report.num_reused_tokens, report.num_recomputed_tokens)
+        return blended.kv, blended.logits, reuse
+
+
+def servers(wanted: Sequence[str], timeout_s: float, has_logprobs: bool) -> dict[str, Answerer]:
+    """`wanted` are names of the running stack, or `name=address`; all of the stack's when empty.
+
+    Raises `ValueError` for a name that doesn't run and for an address at which nothing answers.
+    """
+    record = read_record(Home.find())
+    running = {
+        service.name: service.address
+        for service in (record.services if record else ())
+        if service.name in STACK_CONTENDERS
+    }
+    if not wanted and not running:
+        raise ValueError(
+            "nothing runs; start the stack with ./run-server.sh, or name servers: --contender name=address"
+        )
+    addresses = dict(_address(given, running) for given in wanted) if wanted else running
+    key = shown_api_key()
+    return {name: HTTPAnswerer(name, url, key, timeout_s, has_logprobs) for name, url in addresses.items()}
+
+
+def default_data_dir(engine: str, model: str | None) -> Path:
+    """The documents to ask about where nobody names any: the running stack's, or those that go with the model."""
+    record = read_record(Home.find()) if engine == "http" else None
+    return Path(record.data_dir) if record else find_model(model, "cpu").data_dir
+
+
+def engines(wanted: Sequence[str], model: str | None, separator: str | None, store_gb: float) -> dict[str, Answerer]:
+    """`plain`, `blend` or both on a model in this process; they share its weights. Raises `ValueError`, `OSError`."""
+    if unknown := [name for name in wanted if name not in CONTENDERS]:
+        raise ValueError(f"in this process there are {', '.join(CONTENDERS)}, not {unknown[0]!r}")
+    found = find_model(model, "cpu")
+    profile = read_blend_profile(found.name)
+    config = BlendConfig(**(profile | ({"separator": separator} if separator is not None else {})))
+    shared = HFModel.load(found.name), found, config.separator
+    store_bytes = int(store_gb * 2**30)
+    return {
+        name: BlendAnswerer(name, *shared, config.params, store_bytes)
+        if name == "blend"
+        else PlainAnswerer(name, *shared)
+        for name in wanted or CONTENDERS
+    }
+
+
+def _address(given: str, running: dict[str, str]) -> tuple[str, str]:
+    name, _, url = given.partition("=")
+    if url:
+        return name, url if "://" in url else f"http://{url}"
+    if name not in running:
+        raise ValueError(
+            f"{name} isn't running; running: {', '.join(running) or 'nothing'}. "
+            "Start it with ./run-server.sh --contenders, or give its address: --contender name=address"
+        )
+    return name, running[name]
+
 
 FALLBACK_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ContenderOptions:
     """Whom to ask. `engine` is `http` (servers) or `hf` (in this process, on `model`); what is None has a default."""
 
     engine: str = "http"
@@ -34,12 +232,12 @@ class Wanted:
     def find(self) -> dict[str, Answerer]:
         """Raises `ValueError` or `OSError` for what isn't there."""
         if self.engine == "hf":
-            return contenders.engines(self.contenders, self.model, self.separator, self.store_gb)
+            return engines(self.contenders, self.model, self.separator, self.store_gb)
         if self.engine != "http":
             raise ValueError(f"engine is {self.engine!r}; it is http or hf")
         if self.model:
             raise ValueError("servers have a model already; --model goes with --engine hf")
-        return contenders.servers(self.contenders, self.timeout_s, self.has_logprobs)
+        return servers(self.contenders, self.timeout_s, self.has_logprobs)
 
 
 @dataclass(frozen=True)
@@ -50,18 +248,18 @@ class Session:
     separator: str
     console: Console
 
-    def setups(self, policies: Sequence[str], ratios: Sequence[float], check_layers: Sequence[int]) -> list[Setup]:
+    def setups(self, policies: Sequence[str], ratios: Sequence[float], check_layers: Sequence[int]) -> list[Variant]:
         """All choices for those that blend, one setup for those that don't; full prefill is always among them."""
-        setups: list[Setup] = []
+        setups: list[Variant] = []
         for answerer in self.answerers.values():
-            blends = blend_setups(answerer.name, policies, ratios, check_layers) if answerer.is_blend else None
-            setups += blends or [Setup(answerer.name)]
+            blends = blend_variants(answerer.name, policies, ratios, check_layers) if answerer.is_blend else None
+            setups += blends or [Variant(answerer.name)]
         blend = next((answerer.name for answerer in self.answerers.values() if answerer.is_blend), None)
         if blend and find_reference(setups) is None:
-            setups.insert(0, Setup(blend, "all"))
+            setups.insert(0, Variant(blend, "all"))
         return setups
 
-    def warm(self, exam: Exam) -> None:
+    def warm(self, exam: QuestionSet) -> None:
         """Raises `ValueError` when a chunk can't be had ready."""
         blends = [answerer for answerer in self.answerers.values() if answerer.is_blend]
         with progress(len(blends) * len(exam.chunks), self.console, "warming") as advance:
@@ -73,10 +271,10 @@ class Session:
 
     def ask(
         self,
-        exam: Exam,
-        setups: Sequence[Setup],
+        exam: QuestionSet,
+        setups: Sequence[Variant],
         max_tokens: int,
-        reference: Setup | None,
+        reference: Variant | None,
         compares_only: bool = False,
         numbers: Sequence[int] | None = None,
     ) -> tuple[list[Attempt], bool]:
@@ -113,7 +311,7 @@ def nothing_reused_note(separator: str) -> str:
     )
 
 
-def cut_note(reference: Setup, max_tokens: int) -> str:
+def cut_note(reference: Variant, max_tokens: int) -> str:
     return (
         f"The first answer of {reference.label} doesn't end within {max_tokens} tokens. "
         "Answers that are cut are scored and compared as far as they go; --max-tokens allows longer ones."
@@ -121,7 +319,7 @@ def cut_note(reference: Setup, max_tokens: int) -> str:
 
 
 @contextmanager
-def session(wanted: Wanted, console: Console) -> Iterator[Session]:
+def session(wanted: ContenderOptions, console: Console) -> Iterator[Session]:
     with console.status("Looking for the contenders ..."):
         answerers = wanted.find()
     blends_first = sorted(answerers.values(), key=lambda answerer: not answerer.is_blend)

@@ -8,20 +8,21 @@ from typing import Annotated
 import typer
 
 from kvarena.bench.console import explained
-from kvarena.bench.report.files import DEFAULT
+from kvarena.bench.report.parts import DEFAULT_PATTERN
 
 
 def report(
     results: Annotated[
-        list[str] | None, typer.Argument(help=f"Result files, folders of them, or patterns. [default: {DEFAULT}]")
+        list[str] | None,
+        typer.Argument(help=f"Result files, folders of them, or patterns. [default: {DEFAULT_PATTERN}]"),
     ] = None,
     output: Annotated[Path, typer.Option(help="The page.")] = Path("results/report.html"),
 ) -> None:
     """Make one HTML page of result files: speed, quality, where the time goes, settings, tables to copy."""
     from rich.console import Console
 
-    from kvarena.bench.report.files import read_files
     from kvarena.bench.report.page import render
+    from kvarena.bench.report.parts import read_files
 
     console = Console()
     with explained():

@@ -1,5 +1,5 @@
-"""`kvarena bench simllm`: what reuse between similar tasks gains in speed and costs in quality.
+"""What reuse between similar tasks gains in speed and costs in quality: `kvarena bench simllm`, `kvarena simllm demo`.
 
-`stream` makes tasks of questions on chunks, `contenders` are engines over the same weights, `running` has them answer
-in turn, `rows` makes figures of the answers. `plot` and `table` show them, `demo` shows single requests.
+`running` makes a stream of tasks from questions on chunks and has engines over the same weights answer it in turn,
+`measuring` makes figures of the answers, `demo` shows single requests.
 """

@@ -1,4 +1,4 @@
-"""Three demonstrations of reuse between similar tasks, on questions on chunks: no printing here."""
+"""Demonstrations of reuse between similar tasks, on questions on chunks, and how a terminal shows them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from kvarena.bench.quality.questions import EvalQuestion, Exam
-from kvarena.bench.simllm.contenders import Contender, Network, Setup, TaskAnswer
-from kvarena.bench.simllm.running import Asking, warm_up
-from kvarena.bench.simllm.stream import is_answered_by
+from kvarena.bench.quality.questions import EvalQuestion, QuestionSet
+from kvarena.bench.simllm.running import (
+    Contender,
+    SharedModel,
+    SimLLMVariant,
+    StreamSettings,
+    TaskAnswer,
+    is_answered_by,
+    warm_up,
+)
+from kvarena.contenders.simllm.similarity import ROUNDING
 from kvarena.simllm import LSHIndex
 
 UNRELATED = {"unrelated": "What is machine learning?", "its twin": "Explain machine learning."}
@@ -43,7 +53,7 @@ class Compared:
     num_hyperplanes: int
 
 
-def steps(exam: Exam) -> list[Step]:
+def steps(exam: QuestionSet) -> list[Step]:
     """The first question of the exam, itself again, and two near twins."""
     first = exam.questions[0]
     half = len(first.chunks) // 2
@@ -57,9 +67,11 @@ def steps(exam: Exam) -> list[Step]:
     ]
 
 
-def run_steps(network: Network, exam: Exam, setup: Setup, asking: Asking) -> list[ShownAnswer]:
+def run_steps(
+    network: SharedModel, exam: QuestionSet, setup: SimLLMVariant, asking: StreamSettings
+) -> list[ShownAnswer]:
     """In order, by one engine with reuse and one without."""
-    contenders = [network.contender(one, asking.max_cache_size) for one in (setup, Setup())]
+    contenders = [network.contender(one, asking.max_cache_size) for one in (setup, SimLLMVariant())]
     try:
         for contender in contenders:
             warm_up(contender, network, asking)
@@ -69,7 +81,7 @@ def run_steps(network: Network, exam: Exam, setup: Setup, asking: Asking) -> lis
             contender.engine.close()
 
 
-def compare(network: Network, exam: Exam, separator: str, num_hyperplanes: int = 16) -> Compared:
+def compare(network: SharedModel, exam: QuestionSet, separator: str, num_hyperplanes: int = 16) -> Compared:
     """Prompts of the exam that share their chunks, others, and two that have nothing to do with them."""
     first, _, *twins = steps(exam)
     shared = set(first.question.chunks)
@@ -94,14 +106,81 @@ def differing_bits(hashes: Sequence[str]) -> list[list[int]]:
     return [[(int(one, 2) ^ int(other, 2)).bit_count() for other in hashes] for one in hashes]
 
 
-def _shown(network: Network, step: Step, contenders: Sequence[Contender], asking: Asking) -> ShownAnswer:
+def _shown(network: SharedModel, step: Step, contenders: Sequence[Contender], asking: StreamSettings) -> ShownAnswer:
     prompt = network.token_ids(step.question.messages(asking.system, asking.separator))
     answers = [contender.answer(prompt, asking.max_new_tokens) for contender in contenders]
     return ShownAnswer(step, *answers)
 
 
 @torch.inference_mode()
-def _embedding(network: Network, token_ids: Sequence[int]) -> torch.Tensor:
+def _embedding(network: SharedModel, token_ids: Sequence[int]) -> torch.Tensor:
     model = network.module.model
     embedding: torch.Tensor = model.task_embedding(torch.tensor(token_ids, device=network.module.device))
     return embedding.cpu()
+
+
+def show_steps(setup: SimLLMVariant, shown: Sequence[ShownAnswer], console: Console) -> None:
+    """What was reused, what it took, and the answer beside full prefill's."""
+    title = f"Mode {setup.mode}, threshold {setup.similarity_threshold:g}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("prompt", no_wrap=True)
+    for name in ("cosine", "reused", "passes", "TTFT", "without"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("answer", "without"):
+        table.add_column(name)
+    for one in shown:
+        report = one.answer.report
+        similarity, passes = report.details["similarity"], report.details["num_layer_passes"]
+        table.add_row(
+            one.step.name,
+            "miss" if similarity is None else f"{similarity:.4f}",
+            f"{report.num_reused_tokens / report.num_prompt_tokens:.0%}",
+            f"{passes / report.details['num_layer_passes_without_reuse']:.0%}",
+            f"{one.answer.first_token_ms:,.0f}",
+            f"{one.without_reuse.first_token_ms:,.0f}",
+            _quoted(one.answer.text),
+            _quoted(one.without_reuse.text),
+        )
+    console.print(table)
+
+
+def explain_steps(shown: Sequence[ShownAnswer], console: Console) -> None:
+    console.print(
+        "cosine: similarity to the earlier prompt that was found; reused: prompt tokens; passes: layer passes over "
+        "prompt tokens, of full prefill's; TTFT: time to first token, ms; without: full prefill's",
+        style="dim",
+    )
+    _show_questions({one.step.name: one.step.question.question for one in shown}, console)
+
+
+def show_compared(compared: Compared, threshold: float, console: Console) -> None:
+    """Cosine and differing bits of each pair; what would hit is bold."""
+    title = f"Cosine of the prompts' embeddings, and how many of {compared.num_hyperplanes} hash bits differ"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("prompt", no_wrap=True)
+    names = list(compared.questions)
+    for number in range(1, len(names)):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    num_hits = 0
+    for row, name in enumerate(names):
+        cells = []
+        for column in range(row):
+            cosine = float(compared.cosines[row, column])
+            is_hit = cosine >= threshold - ROUNDING
+            num_hits += is_hit
+            text = f"{cosine:.4f}/{compared.num_differing_bits[row][column]}"
+            cells.append(f"[bold green]{text}[/bold green]" if is_hit else text)
+        table.add_row(f"{row + 1} {name}", *cells)
+    console.print(table)
+    num_pairs = len(names) * (len(names) - 1) // 2
+    console.print(f"At a threshold of {threshold:g} {num_hits} of {num_pairs} pairs hit; they are bold.")
+    _show_questions(compared.questions, console)
+
+
+def _show_questions(questions: Mapping[str, str], console: Console) -> None:
+    for name, text in questions.items():
+        console.print(f"{name}: {text}", style="dim", markup=False, highlight=False)
+
+
+def _quoted(text: str) -> str:
+    return repr(text.strip())

@@ -1,4 +1,4 @@
-"""`kvarena simllm demo`: three demonstrations for a terminal."""
+"""`kvarena simllm demo`: three demonstrations for a terminal. Heavy imports are inside the command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from kvarena.bench.console import explained, progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvarena.bench.quality.questions import Exam
+    from kvarena.bench.quality.questions import QuestionSet
+
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Reuse between similar tasks (Sim-LLM).")
 
@@ -55,14 +56,14 @@ def demo(
     from rich.console import Console
     from transformers.utils import logging
 
-    from kvarena.bench.quality.questions import load_exam
+    from kvarena.bench.quality.questions import load_questions
     from kvarena.stack.model import find_model
-    from kvarena.worlds.folder import QUESTIONS_NAME
+    from kvarena.synthetic_qa.questions import QUESTIONS_NAME
 
     console = Console()
     logging.disable_progress_bar()
     with explained():
-        exam = load_exam(find_model(model_path, "cpu").data_dir / QUESTIONS_NAME)
+        exam = load_questions(find_model(model_path, "cpu").data_dir / QUESTIONS_NAME)
         if mode is DemoMode.BASIC:
             _basic(exam, model_path, max_cache_size, similarity_threshold, console)
         elif mode is DemoMode.SIMILARITY:
@@ -72,42 +73,38 @@ def demo(
 
 
 def _basic(
-    exam: Exam, model_path: str | None, max_cache_size: int, similarity_threshold: float, console: Console
+    exam: QuestionSet, model_path: str | None, max_cache_size: int, similarity_threshold: float, console: Console
 ) -> None:
-    from kvarena.bench.simllm.contenders import Network, Setup
-    from kvarena.bench.simllm.demo import run_steps
-    from kvarena.bench.simllm.demo_tables import explain_steps, show_steps
-    from kvarena.bench.simllm.running import Asking
-    from kvarena.simllm.params import MODES
+    from kvarena.bench.simllm.demo import explain_steps, run_steps, show_steps
+    from kvarena.bench.simllm.running import SharedModel, SimLLMVariant, StreamSettings
+    from kvarena.contenders.simllm.params import MODES
 
     with console.status("Loading the model ..."):
-        network = Network.find(model_path)
-    asking = Asking(exam.system, network.config.separator, max_cache_size=max_cache_size)
+        network = SharedModel.find(model_path)
+    asking = StreamSettings(exam.system, network.config.separator, max_cache_size=max_cache_size)
     for reuse in MODES:
-        setup = Setup(reuse, similarity_threshold)
+        setup = SimLLMVariant(reuse, similarity_threshold)
         with console.status(f"Asking in mode {reuse} ..."):
             shown = run_steps(network, exam, setup, asking)
         show_steps(setup, shown, console)
     explain_steps(shown, console)
 
 
-def _similarity(exam: Exam, model_path: str | None, similarity_threshold: float, console: Console) -> None:
-    from kvarena.bench.simllm.contenders import Network
-    from kvarena.bench.simllm.demo import compare
-    from kvarena.bench.simllm.demo_tables import show_compared
+def _similarity(exam: QuestionSet, model_path: str | None, similarity_threshold: float, console: Console) -> None:
+    from kvarena.bench.simllm.demo import compare, show_compared
+    from kvarena.bench.simllm.running import SharedModel
 
     with console.status("Loading the model ..."):
-        network = Network.find(model_path)
+        network = SharedModel.find(model_path)
     show_compared(compare(network, exam, network.config.separator), similarity_threshold, console)
 
 
 def _benchmark(
-    exam: Exam, model_path: str | None, max_cache_size: int, similarity_threshold: float, console: Console
+    exam: QuestionSet, model_path: str | None, max_cache_size: int, similarity_threshold: float, console: Console
 ) -> None:
-    from kvarena.bench.simllm.contenders import setups
-    from kvarena.bench.simllm.measuring import Bench
-    from kvarena.bench.simllm.table import show_quality, show_speed
-    from kvarena.simllm.params import MODES
+    from kvarena.bench.simllm.measuring import Bench, show_quality, show_speed
+    from kvarena.bench.simllm.running import setups
+    from kvarena.contenders.simllm.params import MODES
 
     chosen = setups(MODES, [similarity_threshold])
     bench = Bench(exam, chosen, similar_ratio=0.5, max_cache_size=max_cache_size)

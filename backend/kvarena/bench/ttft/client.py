@@ -10,9 +10,9 @@ from typing import Any
 
 from kvarena.bench.memory import PeakMemory
 from kvarena.bench.openai_server import NoAnswer, OpenAIServer
-from kvarena.bench.quality.answers import Reuse
-from kvarena.bench.quality.over_http import cached_tokens
-from kvarena.bench.quality.setups import Setup
+from kvarena.bench.quality.asking import Reuse
+from kvarena.bench.quality.http_answerer import cached_tokens
+from kvarena.bench.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Contender:
         self._extras: dict[str, Any] = {"ignore_eos": True} if server.can_tokenize() else {}
         self._memory = PeakMemory(pid, with_children=True) if pid else None
 
-    def ask_at_once(self, prompts: Sequence[Sequence[int]], setup: Setup, max_tokens: int, salt: str = "") -> Burst:
+    def ask_at_once(self, prompts: Sequence[Sequence[int]], setup: Variant, max_tokens: int, salt: str = "") -> Burst:
         """`salt` keeps a blend's chunks apart from those of other salts."""
 
         def ask(prompt: Sequence[int]) -> Timed | str:
@@ -120,7 +120,7 @@ class Contender:
     def close(self) -> None:
         self.server.close()
 
-    def _ask(self, prompt: Sequence[int], setup: Setup, max_tokens: int, salt: str) -> Timed:
+    def _ask(self, prompt: Sequence[int], setup: Variant, max_tokens: int, salt: str) -> Timed:
         body: dict[str, Any] = {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, **self._extras}
         if salt:
             body["cache_salt"] = salt

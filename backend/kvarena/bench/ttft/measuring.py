@@ -1,4 +1,8 @@
-"""The measurement: for every cell, every setup is asked the same prompts in turn, burst by burst."""
+"""The measurement: for every cell, every variant is asked the same prompts in turn, burst by burst.
+
+Bursts become rows, one for each variant of a cell, and rows a table in a terminal, with what to know before
+believing them.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,196 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from transformers import AutoTokenizer
 
-from kvarena.bench.quality.setups import Setup
-from kvarena.bench.results import Row
-from kvarena.bench.ttft.client import Burst, Contender
-from kvarena.bench.ttft.rows import Measured, cell_rows
+from kvarena.bench.results import Row, ratio_spread, spread
+from kvarena.bench.ttft.client import Burst, Contender, Timed
 from kvarena.bench.ttft.workload import Cell, Prompts, Vocabulary, Workload
+from kvarena.bench.variants import Variant
+
+DIGITS = 4
+UNKNOWN = "unknown"
+BLEND_MS = "blend_ms"
+NOT_STAGES = (BLEND_MS, "max_ttft_ms")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`is_told`: what the contender's store holds is known, from its kind or because it was started for this."""
+
+    setup: Variant
+    is_told: bool
+    bursts: Sequence[Burst]
+
+    @property
+    def outcomes(self) -> list[Timed | str]:
+        return [outcome for burst in self.bursts for outcome in burst.outcomes]
+
+    @property
+    def answered(self) -> list[Timed]:
+        return [one for burst in self.bursts for one in burst.answered]
+
+
+def cell_rows(cell: Cell, measured: Sequence[Measured], reference: str, num_known_chunks: int = 0) -> list[Row]:
+    """`reference` names the contender that the others are compared with, prompt by prompt.
+
+    `num_known_chunks` of each prompt ought to be in a blend's store.
+    """
+    plain = next((one for one in measured if one.setup.contender == reference), None)
+    rows = [_row(cell, one, plain) for one in measured]
+    return [{**row, "num_known_chunks": num_known_chunks} for row in rows]
+
+
+def _row(cell: Cell, one: Measured, plain: Measured | None) -> Row:
+    answered = one.answered
+    failures = [outcome for outcome in one.outcomes if isinstance(outcome, str)]
+    rates = [rate for burst in one.bursts if (rate := burst.requests_per_s)]
+    return {
+        **one.setup.to_json(),
+        "context_tokens": cell.context_tokens,
+        "store": cell.state if one.is_told else UNKNOWN,
+        "prompts": cell.state,
+        "concurrency": cell.concurrency,
+        "num_requests": len(one.outcomes),
+        "num_failed": len(failures),
+        "failure": failures[0] if failures else None,
+        "ttft_ms": _spread(one.ttft_ms for one in answered),
+        "tpot_ms": _spread(tpot for one in answered if (tpot := one.tpot_ms) is not None),
+        "e2e_ms": _spread(one.e2e_ms for one in answered),
+        "speedup_vs_plain": _ratios(_ttft_speedups(one, plain)) if plain else None,
+        "requests_per_s": ratio_spread(rates) if rates else None,
+        "throughput_vs_plain": _ratios(_throughput_ratios(one, plain)) if plain else None,
+        **_token_shares(answered),
+        "stages_ms": _stages(answered),
+        "idle_rss_bytes": one.bursts[0].before_bytes if one.bursts else None,
+        "peak_rss_bytes": max((burst.peak_bytes for burst in one.bursts if burst.peak_bytes), default=None),
+    }
+
+
+def _ttft_speedups(one: Measured, plain: Measured) -> Iterator[float]:
+    """How many times sooner the first token came, on each prompt that both answered."""
+    for mine, other in zip(one.outcomes, plain.outcomes, strict=True):
+        if isinstance(mine, Timed) and isinstance(other, Timed):
+            yield other.ttft_ms / mine.ttft_ms
+
+
+def _throughput_ratios(one: Measured, plain: Measured) -> Iterator[float]:
+    """How many times more requests were answered in a second, burst by burst."""
+    for mine, other in zip(one.bursts, plain.bursts, strict=True):
+        if mine.requests_per_s and other.requests_per_s:
+            yield mine.requests_per_s / other.requests_per_s
+
+
+def _ratios(values: Iterable[float]) -> dict[str, float] | None:
+    found = list(values)
+    return ratio_spread(found) if found else None
+
+
+def _spread(values: Iterable[float]) -> dict[str, float] | None:
+    found = list(values)
+    return spread(found) if found else None
+
+
+def _token_shares(answered: Sequence[Timed]) -> dict[str, Any]:
+    """Of all prompts' tokens; the three shares add up to 1. None where the server tells nothing."""
+    known = [one.reuse for one in answered if one.reuse]
+    num_tokens = sum(reuse.num_prompt_tokens for reuse in known)
+    reused = sum(reuse.num_reused_tokens for reuse in known)
+    recomputed = sum(reuse.num_recomputed_tokens for reuse in known)
+    counts = {"reused": reused, "recomputed": recomputed, "computed": num_tokens - reused - recomputed}
+    reports = [one.report for one in answered if one.report]
+    return {
+        "num_prompt_tokens": round(num_tokens / len(known)) if known else None,
+        **{f"{name}_ratio": round(count / num_tokens, DIGITS) if known else None for name, count in counts.items()},
+        "num_store_hits": sum(report["store_hits"] for report in reports) if reports else None,
+        "num_store_misses": sum(report["store_misses"] for report in reports) if reports else None,
+    }
+
+
+def _stages(answered: Sequence[Timed]) -> dict[str, float] | None:
+    """Medians of a request's parts: those of the blend by its own report, what was before the first token beside
+    them (waiting included), and behind it."""
+    split = [_split(one) for one in answered]
+    names = dict.fromkeys(name for stages in split for name in stages)
+    return {name: round(float(np.median([s.get(name, 0.0) for s in split])), 3) for name in names} or None
+
+
+def _split(one: Timed) -> dict[str, float]:
+    report = one.report or {}
+    blend = {name: float(ms) for name, ms in report.items() if name.endswith("_ms") and name not in NOT_STAGES}
+    stages = {name.removesuffix("_ms"): ms for name, ms in blend.items()}
+    outside = max(0.0, one.ttft_ms - float(report.get(BLEND_MS, 0.0)))
+    return stages | {"prefill": outside, "decode": one.e2e_ms - one.ttft_ms}
+
+
+def show_rows(rows: Sequence[Row], console: Console) -> None:
+    """A section for each cell."""
+    title = "Time to first token (TTFT), medians; sooner than plain by, with the least and greatest of pairs"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("contender")
+    for name in ("TTFT ms", "sooner by", "req/s", "reused", "redone", "MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index, row in enumerate(rows):
+        if not index or _cell(row) != _cell(rows[index - 1]):
+            table.add_section()
+            table.add_row(f"[bold]{_cell(row)}")
+        table.add_row(
+            Variant.of_row(row).label,
+            _figure(row["ttft_ms"], "median", "{:,.0f}"),
+            _ratio(row["speedup_vs_plain"]),
+            _figure(row["requests_per_s"], "median", "{:.2f}"),
+            *(_share(row[f"{name}_ratio"]) for name in ("reused", "recomputed")),
+            "-" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 2**20:,.0f}",
+        )
+    console.print(table)
+
+
+def show_warnings(rows: Sequence[Row], console: Console) -> None:
+    """Requests that failed, and stores that had lost what they should have known."""
+    for row in rows:
+        if row["num_failed"]:
+            failed = f"{row['num_failed']} of {row['num_requests']} requests failed"
+            reason = escape(row["failure"])
+            console.print(
+                f"[red]{Variant.of_row(row).label}, {row['context_tokens']:,} tokens: {failed}[/red]: {reason}"
+            )
+    lost = [row for row in rows if _has_lost_chunks(row)]
+    if lost:
+        first = f"{Variant.of_row(lost[0]).label}, {lost[0]['store']}, {lost[0]['context_tokens']:,} tokens"
+        console.print(
+            f"[yellow]Known chunks were not in the store any more in {len(lost)} rows[/yellow], the first: {first}. "
+            "Give the store more memory (--store-gb).",
+            soft_wrap=True,
+        )
+
+
+def _has_lost_chunks(row: Row) -> bool:
+    if row["num_store_hits"] is None or row["policy"] is None:
+        return False
+    return bool(row["num_store_hits"] < row["num_known_chunks"] * (row["num_requests"] - row["num_failed"]))
+
+
+def _cell(row: Row) -> str:
+    chunks = "no chunks" if row["prompts"] == "none" else row["prompts"]
+    return f"{row['context_tokens']:,} tokens, {chunks}, {row['concurrency']} at once"
+
+
+def _figure(figures: Mapping[str, float] | None, name: str, form: str) -> str:
+    return form.format(figures[name]) if figures else "-"
+
+
+def _ratio(ratio: Mapping[str, float] | None) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "-"
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
 
 REFERENCE = "plain"
 FALLBACK_SEPARATOR = "\n\n"
@@ -25,7 +212,7 @@ class Bench:
     """`policies` are what every blend is asked for, `separator` goes between chunks."""
 
     contenders: Mapping[str, Contender]
-    policies: Mapping[str, Sequence[Setup]]
+    policies: Mapping[str, Sequence[Variant]]
     workload: Workload
     separator: str
     vocabulary: Vocabulary
@@ -34,7 +221,7 @@ class Bench:
     def of(
         cls,
         contenders: Sequence[Contender],
-        policies: Sequence[Setup],
+        policies: Sequence[Variant],
         workload: Workload,
         separator: str | None,
         tokenizer: str | None,
@@ -64,12 +251,12 @@ class Bench:
             **vars(self.workload),
         }
 
-    def setups(self, state: str) -> list[Setup]:
+    def setups(self, state: str) -> list[Variant]:
         """Who is compared. With no chunk in the prompt a blend has nothing to choose."""
-        setups: list[Setup] = []
+        setups: list[Variant] = []
         for name in self.contenders:
             blends = self.policies.get(name) if state != "none" else None
-            setups += blends or [Setup(name)]
+            setups += blends or [Variant(name)]
         return setups
 
     def run(self, on_step: Callable[[], None]) -> Iterator[list[Row]]:
@@ -86,7 +273,7 @@ class Bench:
         """Every setup meets a prompt of this length once, in the first state it is measured in."""
         if "warm" in self.workload.states:
             self._teach(prompts, [(name, "") for name in self.policies])
-        first_states: dict[Setup, str] = {}
+        first_states: dict[Variant, str] = {}
         for cell in self.workload.cells:
             for setup in self.setups(cell.state):
                 first_states.setdefault(setup, cell.state)
@@ -96,14 +283,14 @@ class Bench:
     def _teach(self, prompts: Prompts, places: Iterable[tuple[str, str]]) -> None:
         """Has the known chunks stored by these blends, for these salts."""
         for name, salt in places:
-            self.contenders[name].ask_at_once([prompts.teach()], Setup(name, "none"), 1, salt)
+            self.contenders[name].ask_at_once([prompts.teach()], Variant(name, "none"), 1, salt)
 
     def _measure(self, cell: Cell, prompts: Prompts, on_step: Callable[[], None]) -> list[Measured]:
         setups = self.setups(cell.state)
         salts = {setup: _salt(cell, setup) for setup in setups}
         if cell.state == "half":
             self._teach(prompts, [(setup.contender, salt) for setup, salt in salts.items() if salt])
-        bursts: dict[Setup, list[Burst]] = {setup: [] for setup in setups}
+        bursts: dict[Variant, list[Burst]] = {setup: [] for setup in setups}
         for repeat in range(self.workload.repeats):
             batch = [prompts.draw(cell.state) for _ in range(cell.concurrency)]
             first = repeat % len(setups)
@@ -115,7 +302,7 @@ class Bench:
         return [Measured(setup, self.contenders[setup.contender].is_told, bursts[setup]) for setup in setups]
 
 
-def _salt(cell: Cell, setup: Setup) -> str:
+def _salt(cell: Cell, setup: Variant) -> str:
     """Policies of one blend are asked the same new chunks, which the first one would make known to the others.
 
     vLLM allows few characters in a salt, and a label has others.

@@ -1,4 +1,4 @@
-"""The prompts: chunks in a new order for every request, and a fresh question behind them, by the token.
+"""The prompts: chunks in a new order for every request, then a fresh question, exact to the token.
 
     special tokens · opening · separator chunk · separator chunk · ... · separator question
 

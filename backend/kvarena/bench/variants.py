@@ -1,0 +1,159 @@
+"""What is compared: a contender with one choice of policy, ratio and check layer, and how such a choice is typed.
+
+`kvarena bench ttft` takes `POLICY[:RATIO or :MSms][@LAYER][,OPTION=VALUE ...]`, `kvarena eval` a list of
+policies, ratios and check layers. Nothing here asks a contender.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvarena.policies.params import OPTIONS, WITH_CHECK_LAYER, BlendParams, check_max_ttft_ms
+
+_WITHOUT_RATIO = ("none", "all")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What isn't chosen is None: contenders that don't blend have nothing to choose, `none` and `all` no ratio.
+
+    `options` are a policy's own beside these, such as `(("deviation", "values"),)`. `max_ttft_ms` is a time to first
+    token by which the server chooses the ratio.
+    """
+
+    contender: str
+    policy: str | None = None
+    ratio: float | None = None
+    check_layer: int | None = None
+    options: tuple[tuple[str, str | int], ...] = ()
+    max_ttft_ms: float | None = None
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Variant:
+        """The one that a result's row is about."""
+        options = tuple((row.get("options") or {}).items())
+        return cls(
+            row["contender"], row["policy"], row["ratio"], row.get("check_layer"), options, row.get("max_ttft_ms")
+        )
+
+    @property
+    def policy_label(self) -> str:
+        """Such as `kv_deviation (deviation values)`; empty where there is none."""
+        options = ", ".join(f"{name} {value}" for name, value in self.options)
+        return f"{self.policy or ''}{options and f' ({options})'}"
+
+    @property
+    def label(self) -> str:
+        """Such as `blend kv_deviation 15 % @2` or `blend kv_deviation 300 ms @2`, where 2 is the check layer."""
+        parts = [self.contender, self.policy_label, None if self.ratio is None else f"{100 * self.ratio:g} %"]
+        parts.append(None if self.max_ttft_ms is None else f"{self.max_ttft_ms:g} ms")
+        parts.append(None if self.check_layer is None else f"@{self.check_layer}")
+        return " ".join(part for part in parts if part)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What was chosen, by its name in `kv_transfer_params.kvarena`."""
+        return self._params | ({} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms})
+
+    @property
+    def _params(self) -> dict[str, Any]:
+        chosen = {"policy": self.policy, "ratio": self.ratio, "check_layer": self.check_layer, **dict(self.options)}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def check(self) -> None:
+        """Raises `ValueError` naming a value that can't be chosen, and the choices."""
+        params = BlendParams(**self._params)
+        if self.max_ttft_ms is not None:
+            check_max_ttft_ms(self.max_ttft_ms, params)
+
+    @property
+    def recomputes_all(self) -> bool:
+        return self.max_ttft_ms is None and self.policy is not None and BlendParams(**self._params).recomputes_all
+
+    @property
+    def work(self) -> Variant:
+        """What is really done: with nothing or all to recompute, policies and check layers don't differ."""
+        if self.policy is None or self.max_ttft_ms is not None:
+            return self
+        params = BlendParams(**self._params)
+        if params.recomputes_all or params.recomputes_none:
+            return Variant(self.contender, "all" if params.recomputes_all else "none")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        named = {name: getattr(self, name) for name in ("contender", "policy", "ratio", "check_layer")}
+        within = {} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms}
+        return {**named, **within, "options": dict(self.options)}
+
+
+def blend_variants(
+    contender: str, policies: Sequence[str], ratios: Sequence[float], check_layers: Sequence[int]
+) -> list[Variant]:
+    """Every policy at every ratio, and the check layers for those that have one; no layers: the server's own.
+
+    A policy may bring options: `kv_deviation,deviation=values,num_filters=2`.
+    Raises `ValueError` naming a value that can't be chosen, and the choices.
+    """
+    setups = []
+    for policy, options in map(read_policy_options, policies):
+        layers: Sequence[int | None] = check_layers if policy in WITH_CHECK_LAYER and check_layers else [None]
+        has_no_ratio = policy in _WITHOUT_RATIO or "head_tokens" in dict(options)
+        for ratio in [None] if has_no_ratio else ratios:
+            setups += [Variant(contender, policy, ratio, layer, options) for layer in layers]
+    for setup in setups:
+        setup.check()
+    return list(dict.fromkeys(setups))
+
+
+def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, str | int], ...]]:
+    """A policy and its options, such as `chunk_head,head_tokens=12`. Raises `ValueError` for one it hasn't."""
+    policy, *parts = (part.strip() for part in given.split(","))
+    options = dict(part.partition("=")[::2] for part in parts)
+    known = OPTIONS.get(policy, ())
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{policy} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    return policy, tuple((name, int(value) if value.isdigit() else value) for name, value in options.items())
+
+
+def find_reference(setups: Sequence[Variant]) -> Variant | None:
+    """The one that stands for full prefill: a contender that doesn't approximate, or else a blend of all tokens."""
+    exact = [setup for setup in setups if setup.policy is None]
+    return next(iter([*exact, *(setup for setup in setups if setup.recomputes_all)]), None)
+
+
+DEFAULT_POLICIES = ("kv_deviation:0.15", "chunk_head:0.05", "query_attention:0.05", "none")
+SYNTAX = re.compile(r"(?P<policy>[a-z_]+)(:((?P<ms>[\d.]+)ms|(?P<ratio>[^@]+)))?(@(?P<check_layer>\d+))?")
+
+
+def read_policy(text: str, contender: str) -> Variant:
+    """`kv_deviation:0.15@2,num_filters=2` is 15 % at check layer 2 with gradual filtering, `kv_deviation:300ms` what
+    fits into 300 ms to the first token.
+
+    What isn't given is the server's own. Raises `ValueError` naming what can't be chosen, and the choices.
+    """
+    before_options, comma, options = text.strip().partition(",")
+    match = SYNTAX.fullmatch(before_options)
+    if match is None:
+        raise ValueError(
+            f"policy is {text!r}; write it as chunk_head, chunk_head:0.05, kv_deviation:300ms or kv_deviation:0.15@2"
+        )
+    try:
+        setup = Variant(
+            contender,
+            match["policy"],
+            float(match["ratio"]) if match["ratio"] else None,
+            int(match["check_layer"]) if match["check_layer"] else None,
+            read_policy_options(match["policy"] + comma + options)[1],
+            float(match["ms"]) if match["ms"] else None,
+        )
+        setup.check()
+    except ValueError as error:
+        raise ValueError(f"policy {text!r}: {error}") from error
+    return setup
+
+
+def read_policies(texts: Sequence[str], contender: str) -> list[Variant]:
+    return list(dict.fromkeys(read_policy(text, contender) for text in texts))

@@ -1,0 +1,135 @@
+"""The prefix contender's own paths: one plain generation with its timings, and the cache's figures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvarena.contenders.prefix.engine import PrefixEngine, PrefixOptions
+from kvarena.engines.base import GenerationRequest, Sampling
+from kvarena.server.detokenizer import StopRule
+from kvarena.server.generation import Ended
+from kvarena.server.protocol import INT64, RequestModel
+from kvarena.server.requests import JsonRoute
+from kvarena.server.responses import ClientWatch, GenerationGroup
+from kvarena.server.state import ERRORS, ServerDep
+
+router = APIRouter(route_class=JsonRoute)
+
+
+def _engine_of(server: ServerDep) -> PrefixEngine:
+    assert isinstance(server.engine, PrefixEngine)
+    return server.engine
+
+
+TheEngine = Annotated[PrefixEngine, Depends(_engine_of)]
+
+
+class GenerateRequest(RequestModel):
+    """`prompt` is plain text; chats go to `/v1/chat/completions`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    max_new_tokens: int = Field(64, ge=1, lt=2**31)
+    use_cache: bool = True
+    use_prefix_cache: bool = True
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    ignore_eos: bool = False
+    cache_salt: str = Field("", max_length=1024)
+
+
+class GenerateAnswer(BaseModel):
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_prompt_tokens: int
+    num_answer_tokens: int
+    latency_ms: float
+    tokens_per_sec: float
+    cache_enabled: bool
+    prefix_cache_hit: bool
+    timings: dict[str, float]
+
+
+class CacheStats(BaseModel):
+    """`cache_size`: whole prefixes, with their logits; `num_bytes` is what they and all between them take."""
+
+    cache_size: int
+    num_nodes: int
+    num_bytes: int
+    capacity_bytes: int
+    hits: int
+    misses: int
+    hit_rate: float
+    total_requests: int
+    evictions: int
+    tokens_saved: int
+    waits: int
+    store_errors: int
+
+
+@router.post("/generate", responses=ERRORS)
+async def generate(body: GenerateRequest, request: Request, server: ServerDep) -> GenerateAnswer:
+    answer = GenerationGroup(server.runner, [_generation_request(body, request.state.request_id)], StopRule(), 1)
+    texts: list[str] = []
+    with ClientWatch(request, answer):
+        async for _, event in answer.events():
+            if not isinstance(event, Ended):
+                texts.append(event.text)
+                continue
+            outcome = event.outcome
+            break
+    assert outcome.finish_reason is not None, "events() raises for what didn't finish"
+    server.reports.add(answer.report(request.state.request_id, server.engine.contender))
+    details = outcome.report.details
+    total_ms = details["timings"]["total_ms"]
+    return GenerateAnswer(
+        text="".join(texts),
+        finish_reason=outcome.finish_reason,
+        num_prompt_tokens=outcome.report.num_prompt_tokens,
+        num_answer_tokens=outcome.num_tokens,
+        latency_ms=total_ms,
+        tokens_per_sec=round(1000 * outcome.num_tokens / total_ms, 3),
+        cache_enabled=details["cache_enabled"],
+        prefix_cache_hit=details["prefix_cache_hit"],
+        timings=details["timings"],
+    )
+
+
+def _generation_request(body: GenerateRequest, request_id: str) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=body.prompt,
+        sampling=Sampling(
+            max_tokens=body.max_new_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            seed=body.seed,
+            ignore_eos=body.ignore_eos,
+        ),
+        http_request_id=request_id,
+        cache_salt=body.cache_salt,
+        options=PrefixOptions(use_cache=body.use_cache, use_prefix_cache=body.use_prefix_cache),
+    )
+
+
+@router.get("/cache/stats")
+async def cache_stats(engine: TheEngine) -> CacheStats:
+    stats = engine.cache.stats()
+    return CacheStats(
+        **asdict(stats),
+        hit_rate=round(stats.hit_rate, 4),
+        total_requests=stats.total_requests,
+        store_errors=engine.num_store_errors,
+    )
+
+
+@router.post("/cache/clear")
+async def clear_cache(engine: TheEngine) -> dict[str, Any]:
+    engine.cache.clear()
+    return {"cleared": True}

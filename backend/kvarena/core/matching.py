@@ -1,0 +1,358 @@
+"""From a prompt's token ids to its reuse plan.
+
+Two sources. Known chunks are found wherever they stand, by rsync's idea (Tridgell and Mackerras 1996): a chunk is
+indexed by the hash of its windows at multiples of `window`, a prompt is hashed at every position, and a hit is
+extended both ways. A hash hit only nominates: tokens are always compared. Segments are ranges that the client
+marked, by a separator string or by naming the texts. A separator tokenises differently in different surroundings
+(LMCache issues 1136, 2639), so it is looked for in the text of the tokens. A segment that is not known yet is
+planned too: its KV is computed once, alone, and stored.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvarena.core.plan import Chunk, ChunkKey, ReusePlan, Span, TokenIds, as_token_ids
+
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+
+
+class ChunkIndex:
+    """The known chunks of every salt, bounded by their number of tokens; the least recently used one goes first.
+
+    Not thread-safe: it belongs to one scheduler.
+    """
+
+    def __init__(self, *, window: int = 16, max_tokens: int = 4_000_000, max_candidates: int = 16) -> None:
+        self.window = window
+        self.max_tokens = max_tokens
+        self.max_candidates = max_candidates
+        self.num_tokens = 0
+        self._chunks: OrderedDict[ChunkKey, Chunk] = OrderedDict()
+        self._windows: dict[str, dict[int, list[tuple[ChunkKey, int]]]] = defaultdict(dict)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return iter(self._chunks.values())
+
+    def __contains__(self, chunk: Chunk) -> bool:
+        return chunk.key in self._chunks
+
+    def touch(self, chunk: Chunk) -> bool:
+        """Whether the chunk is known; it then counts as just used."""
+        if chunk.key not in self._chunks:
+            return False
+        self._chunks.move_to_end(chunk.key)
+        return True
+
+    def add(self, chunk: Chunk) -> list[Chunk]:
+        """Make a chunk known. Returns the chunks that had to go for it. One larger than the bound isn't taken."""
+        if self.touch(chunk) or not 0 < len(chunk) <= self.max_tokens:
+            return []
+        self._chunks[chunk.key] = chunk
+        self.num_tokens += len(chunk)
+        windows = self._windows[chunk.salt]
+        for offset, value in self._chunk_windows(chunk):
+            windows.setdefault(value, []).append((chunk.key, offset))
+        dropped = []
+        while self.num_tokens > self.max_tokens:
+            dropped.append(next(iter(self._chunks.values())))
+            self.remove(dropped[-1])
+        return dropped
+
+    def remove(self, chunk: Chunk) -> None:
+        if self._chunks.pop(chunk.key, None) is None:
+            return
+        self.num_tokens -= len(chunk)
+        windows = self._windows[chunk.salt]
+        for offset, value in self._chunk_windows(chunk):
+            windows[value].remove((chunk.key, offset))
+            if not windows[value]:
+                del windows[value]
+        if not windows:
+            del self._windows[chunk.salt]
+
+    def match(self, token_ids: TokenIds, salt: str = "", *, min_tokens: int = 32) -> list[Span]:
+        """Known chunks of `salt` in the prompt, left to right and without overlap.
+
+        A match shorter than `min_tokens` counts only when it is a whole chunk.
+        """
+        spans: list[Span] = []
+        end = 0
+        for position in self._hit_positions(token_ids, salt):
+            if position < end:
+                continue
+            span = self._longest_match(token_ids, salt, int(position), end, min_tokens)
+            if span:
+                self._chunks.move_to_end(span.chunk.key)
+                spans.append(span)
+                end = span.end
+        return spans
+
+    def check_integrity(self) -> None:
+        """Compare every derived figure with the chunks themselves. Raises `AssertionError`."""
+        assert self.num_tokens == sum(map(len, self._chunks.values())) <= self.max_tokens
+        expected = sorted(
+            (chunk.salt, value, key, offset)
+            for key, chunk in self._chunks.items()
+            for offset, value in self._chunk_windows(chunk)
+        )
+        found = sorted(
+            (salt, value, key, offset)
+            for salt, windows in self._windows.items()
+            for value, places in windows.items()
+            for key, offset in places
+        )
+        assert expected == found, "windows and chunks disagree"
+
+    def _chunk_windows(self, chunk: Chunk) -> list[tuple[int, int]]:
+        hashes = window_hashes(chunk.token_ids, self.window)
+        return [(offset, int(hashes[offset])) for offset in range(0, len(hashes), self.window)]
+
+    def _hit_positions(self, token_ids: TokenIds, salt: str) -> npt.NDArray[np.int64]:
+        windows = self._windows.get(salt)
+        hashes = window_hashes(token_ids, self.window)
+        if not windows or not len(hashes):
+            return np.empty(0, np.int64)
+        return np.flatnonzero(np.fromiter((value in windows for value in hashes.tolist()), bool, len(hashes)))
+
+    def _longest_match(self, token_ids: TokenIds, salt: str, position: int, low: int, min_tokens: int) -> Span | None:
+        value = int(window_hashes(token_ids[position : position + self.window], self.window)[0])
+        best: Span | None = None
+        for key, offset in self._windows[salt][value][-self.max_candidates :]:
+            span = _extend(token_ids, self._chunks[key], position, offset, low, self.window)
+            counts = span and (len(span) >= min_tokens or span.is_whole_chunk)
+            if span and counts and (best is None or len(span) > len(best)):
+                best = span
+        return best
+
+
+def window_hashes(token_ids: TokenIds, window: int) -> npt.NDArray[np.uint64]:
+    """A polynomial hash modulo 2^64 of every window of `window` tokens; empty for a shorter text."""
+    count = len(token_ids) - window + 1
+    if count <= 0:
+        return np.empty(0, np.uint64)
+    mixed = (token_ids.astype(np.uint64) + np.uint64(1)) * _MIX
+    mixed ^= mixed >> np.uint64(29)
+    hashes = np.zeros(count, np.uint64)
+    for i in range(window):
+        hashes = hashes * _MULTIPLIER + mixed[i : i + count]
+    return hashes
+
+
+def _extend(token_ids: TokenIds, chunk: Chunk, position: int, offset: int, low: int, window: int) -> Span | None:
+    """The longest run around a hit in which prompt and chunk agree, not reaching below `low`; None if they don't."""
+    ids = chunk.token_ids
+    if not np.array_equal(token_ids[position : position + window], ids[offset : offset + window]):
+        return None
+    back = min(position - low, offset)
+    before = token_ids[position - back : position] != ids[offset - back : offset]
+    start = position - (int(np.argmax(before[::-1])) if before.any() else back)
+    ahead = min(len(token_ids) - position, len(ids) - offset)
+    after = token_ids[position : position + ahead] != ids[offset : offset + ahead]
+    end = position + (int(np.argmax(after)) if after.any() else ahead)
+    return Span(start, end, chunk, offset - (position - start))
+
+
+Segment = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans over one index.
+
+    `min_chunk_tokens`: shorter segments are not worth a chunk. `min_match_tokens`: shorter partial matches are not
+    worth a span. `min_coverage`: a segment covered by known chunks to at least this share isn't made a chunk itself.
+    `min_reused_ratio`, `max_joined_tokens`: see `blend_end`.
+    """
+
+    index: ChunkIndex
+    min_chunk_tokens: int = 16
+    min_match_tokens: int = 32
+    min_coverage: float = 0.5
+    min_reused_ratio: float = 0.5
+    max_joined_tokens: int = 128
+
+    def plan(self, token_ids: TokenIds, segments: Sequence[Segment] = (), salt: str = "") -> ReusePlan:
+        """The plan of a prompt. `segments` must be in order and without overlap. Changes nothing but recency."""
+        matches = ReusePlan(tuple(self.index.match(token_ids, salt, min_tokens=self.min_match_tokens)))
+        spans: list[Span] = []
+        position = 0
+        for start, end in segments:
+            spans += matches.clipped(position, start)
+            spans += self._plan_segment(token_ids, start, end, salt, matches)
+            position = end
+        spans += matches.clipped(position, len(token_ids))
+        return ReusePlan(tuple(span for span in spans if self._worth_it(span)))
+
+    def blend_end(self, plan: ReusePlan, start: int, last: int) -> int:
+        """Up to where a prompt is blended from `start` on; `last` is its last token, which has to give the logits.
+
+        The last span's end that leaves mostly reused tokens before it; what follows is cheaper as plain prefill. A
+        short rest, the question, joins the blend: its tokens come along in a forward that is made anyway. `start`
+        stands for nothing.
+        """
+        spans = plan.clipped(start, last).spans
+        reused = sum(map(len, spans))
+        for span in reversed(spans):
+            if reused >= max(self.min_reused_ratio * (span.end - start), self.min_chunk_tokens):
+                return last if last - span.end <= self.max_joined_tokens else span.end
+            reused -= len(span)
+        return start
+
+    def _plan_segment(self, token_ids: TokenIds, start: int, end: int, salt: str, matches: ReusePlan) -> Sequence[Span]:
+        chunk = Chunk(token_ids[start:end].copy(), salt)
+        if len(chunk) < self.min_chunk_tokens:
+            return ()
+        found = matches.clipped(start, end)
+        if not self.index.touch(chunk) and found.num_reused_tokens >= self.min_coverage * len(chunk):
+            return found.spans
+        return (Span(start, end, chunk),)
+
+    def _worth_it(self, span: Span) -> bool:
+        return len(span) >= self.min_chunk_tokens
+
+
+_TEXT_WINDOW = 8
+
+
+class SeparatorFinder:
+    """Finds a separator in token ids.
+
+    `token_text(id)` is a token's text as it reads behind another token; `vocabulary` are the tokens' raw forms by
+    id, used to skip every stretch of the prompt that can't hold the separator. Raises `ValueError` for a separator
+    that isn't ASCII: a token may then carry part of a character.
+    """
+
+    def __init__(self, separator: str, token_text: Callable[[int], str], vocabulary: Sequence[str | None]) -> None:
+        if not separator.isascii():
+            raise ValueError(f"separator must be ASCII, not {separator!r}")
+        self.separator = separator
+        self._core = separator.strip()
+        self._needs_space_before = separator[:1].isspace()
+        self._needs_space_after = separator[-1:].isspace()
+        self._token_text = token_text
+        self._texts: dict[int, str] = {}
+        self._may_hold = _tokens_with_any(self._core, vocabulary)
+
+    def find(self, token_ids: TokenIds) -> list[Segment]:
+        """The ranges of tokens that carry the separator, in order."""
+        if not self._core:
+            return []
+        found: list[Segment] = []
+        for start, end in self._candidate_ranges(token_ids):
+            found += self._find_in(token_ids, start, end)
+        return found
+
+    def segments(self, token_ids: TokenIds) -> list[Segment]:
+        """What stands before the first separator, and each separator with what follows it up to the next one.
+
+        The separator is part of the chunk behind it: the first token of a text computed alone draws attention that
+        no token of the prompt deserves, and so it is one that means nothing. Behind the last separator is the
+        question, which is no segment.
+        """
+        starts = [0, *(start for start, _ in self.find(token_ids))]
+        return [(start, end) for start, end in itertools.pairwise(starts) if start < end]
+
+    def _candidate_ranges(self, token_ids: TokenIds) -> Iterable[Segment]:
+        """Ranges around tokens that share a character with the separator, one more token on each side."""
+        inside = np.minimum(token_ids, len(self._may_hold) - 1)
+        hits = np.flatnonzero(self._may_hold[inside])
+        if not len(hits):
+            return
+        breaks = np.flatnonzero(np.diff(hits) > len(self._core))
+        for first, last in zip(hits[np.r_[0, breaks + 1]], hits[np.r_[breaks, len(hits) - 1]], strict=True):
+            yield max(0, int(first) - 1), min(len(token_ids), int(last) + 2)
+
+    def _find_in(self, token_ids: TokenIds, start: int, end: int) -> list[Segment]:
+        texts = [self._text(int(token)) for token in token_ids[start:end]]
+        text = "".join(texts)
+        ends = np.cumsum([len(piece) for piece in texts])
+        found: list[Segment] = []
+        at = text.find(self._core)
+        while at >= 0:
+            stop = at + len(self._core)
+            if self._has_its_space(text, at, stop):
+                first = int(np.searchsorted(ends, at, side="right"))
+                last = int(np.searchsorted(ends, stop, side="left"))
+                found.append((start + first, start + last + 1))
+                at = text.find(self._core, stop)
+            else:
+                at = text.find(self._core, at + 1)
+        return [segment for i, segment in enumerate(found) if i == 0 or found[i - 1][1] <= segment[0]]
+
+    def _has_its_space(self, text: str, at: int, stop: int) -> bool:
+        before, after = text[at - 1 : at] if at else "", text[stop : stop + 1]
+        return not (self._needs_space_before and before and not before.isspace()) and not (
+            self._needs_space_after and after and not after.isspace()
+        )
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self._token_text(token)
+        return self._texts[token]
+
+
+def text_segments(token_ids: TokenIds, texts: Sequence[TokenIds]) -> list[Segment]:
+    """Where texts, tokenised alone, stand in a prompt: their ends may tokenise differently there and are left out.
+
+    A text of which less than half is found in one piece isn't in the prompt.
+    """
+    index = ChunkIndex(window=_TEXT_WINDOW)
+    for ids in texts:
+        index.add(Chunk(ids))
+    spans = index.match(token_ids, min_tokens=_TEXT_WINDOW)
+    return [(span.start, span.end) for span in spans if 2 * len(span) >= len(span.chunk)]
+
+
+def _tokens_with_any(core: str, vocabulary: Sequence[str | None]) -> npt.NDArray[np.bool_]:
+    """Which tokens may carry a part of `core`: raw forms spell ASCII as itself. The last entry is for ids beyond."""
+    characters = {character for character in core if not character.isspace()}
+    return np.array([*(token is None or not characters.isdisjoint(token) for token in vocabulary), True])
+
+
+class Segmenter:
+    """Over the served model's tokenizer; finds nothing where the server runs without one."""
+
+    def __init__(self, tokenizer: Any, separator: str) -> None:
+        self._tokenizer = tokenizer
+        self._finder: SeparatorFinder | None = None
+        if tokenizer is not None and separator.strip():
+            self._finder = SeparatorFinder(separator, _TokenText(tokenizer), _vocabulary(tokenizer))
+
+    def segments(self, token_ids: TokenIds, texts: Sequence[str] = ()) -> list[Segment]:
+        """`texts` given by the client go before the separator."""
+        if texts and self._tokenizer is not None:
+            encoded = [as_token_ids(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+            return text_segments(token_ids, encoded)
+        return self._finder.segments(token_ids) if self._finder else []
+
+
+class _TokenText:
+    """A token's text as it reads behind another one: decoders drop the white space that opens a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._anchor_length = len(self._decode(self._anchor))
+
+    def __call__(self, token: int) -> str:
+        return self._decode([*self._anchor, token])[self._anchor_length :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _vocabulary(tokenizer: Any) -> list[str | None]:
+    tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return tokens

@@ -1,0 +1,97 @@
+"""The contract of an engine's adapter: one prompt's KV cache there, and the model's own forward over chosen tokens.
+
+An adapter per engine implements `PrefilledModel`; the blend is written once against it. Positions are the prompt's
+token positions, ascending, int64; keys are rotated for their position. `Ranks` are the workers that a model's heads
+are spread over (tensor parallelism). Each moves and recomputes the KV of its own heads, and all do so for the same
+tokens: every call is made by all of them, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from kvarena.core.plan import TokenIds
+from kvarena.core.rope import Rotation
+
+
+class Ranks(Protocol):
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, the same on each, on the CPU in fp32."""
+        ...
+
+    def all(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag whether it is set on every rank."""
+        ...
+
+
+class OneRank:
+    """A model in one worker."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().cpu()
+
+    def all(self, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
+
+
+class LayerKV(NamedTuple):
+    """Keys and values of one layer, `(T, H_kv, D)` each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenFilter:
+    """From `layer`, one of the model's, on only chosen tokens go on; the others keep what the cache held there.
+
+    `choose` takes the positions `(T,)` of the tokens under way and their fresh KV at that layer, and returns the
+    ascending indices of those that go on.
+    """
+
+    layer: int
+    choose: Callable[[torch.Tensor, LayerKV], torch.Tensor]
+
+
+class PrefilledModel(Protocol):
+    """A prompt's cache in an engine. Valid during one step of the engine; calls follow each other.
+
+    Heads are those of this worker; `ranks` has the others'. `rotations` has an entry for each layer, None for a layer
+    without rotary embedding.
+    """
+
+    rotations: Sequence[Rotation | None]
+    head_size: int
+    device: torch.device
+    ranks: Ranks
+
+    def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
+        """The KV `(2, L, T, H_kv * D)` of each text as a sequence of its own, at positions 0 to T-1.
+
+        May use the cache from the first reused position on as scratch, so it comes before `write`. None for a text
+        that has no room there.
+        """
+        ...
+
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values `(T, H_kv, D)` into the cache at these positions."""
+        ...
+
+    def forward(self, positions: torch.Tensor, narrowings: Sequence[TokenFilter] = ()) -> torch.Tensor:
+        """Run the model over the tokens at these positions: their fresh KV replaces what the cache held.
+
+        `narrowings` are in the order of their layers. Returns the positions that went through all layers. Tokens attend
+        to everything before them.
+        """
+        ...
+
+    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
+        """The queries `(T, H, D)` of the tokens at these positions at this layer, rotated.
+
+        They are run as by `forward`, but only up to this layer, and so is their KV in the cache then.
+        """
+        ...

@@ -1,0 +1,138 @@
+"""Moving keys: rotary embeddings add up, so a key rotated for position p moves to q by one more rotation by q - p.
+
+Works for every scaling with fixed frequencies (default, linear, llama3, YaRN). Magnitude factors (YaRN's `mscale`)
+never enter, since the stored key has its own already. Frequencies that depend on the length of the text have no
+constant angle; `Rotation.from_cos_sin` refuses them. A model rounds the angle of each position to fp32, which at
+position 10,000 is off by up to 0.0005, so a key is rotated by the difference of the two rounded angles and lies
+where the model itself would have put it. RoPE: Su et al., arXiv 2104.09864; YaRN: Peng et al., arXiv 2309.00071.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """A model's rotation of keys: one frequency in radians per position for every rotated pair.
+
+    `inv_freq` is fp32 `(D_rot / 2,)`; `is_neox` says whether pair i is (i, i + D_rot/2), as in Llama, or (2i, 2i + 1),
+    as in GPT-J. Dimensions from `D_rot` on are not rotated.
+    """
+
+    inv_freq: torch.Tensor
+    is_neox: bool = True
+
+    @classmethod
+    def from_cos_sin(cls, cos: torch.Tensor, sin: torch.Tensor, *, is_neox: bool = True) -> Rotation:
+        """Read the frequencies off a table of cosines and sines, fp32 `(positions, D_rot / 2)`, at any magnitude.
+
+        Raises `ValueError` when a position's angle is not its number times a constant.
+        """
+        rows = min(len(cos), 4096)
+        inv_freq = torch.atan2(sin[1].double(), cos[1].double()).float()
+        expected = torch.arange(rows, dtype=torch.float64)[:, None] * inv_freq
+        magnitude = torch.hypot(cos[:rows].double(), sin[:rows].double())
+        error = torch.maximum(
+            (cos[:rows] - magnitude * expected.cos()).abs().max(),
+            (sin[:rows] - magnitude * expected.sin()).abs().max(),
+        )
+        if not error < 2e-3:
+            raise ValueError(
+                f"rotary frequencies are not constant over positions (error {error:.1e}): keys can't be moved"
+            )
+        return cls(_as_in_table(inv_freq, cos[:rows] / magnitude, sin[:rows] / magnitude), is_neox)
+
+    def between(self, here: torch.Tensor, there: torch.Tensor) -> Rerotation:
+        """The turn of keys `(T, H, D)` from positions `here` to positions `there`, both `(T,)`."""
+        angles = self._angles(there) - self._angles(here)
+        return Rerotation(angles.cos().float(), angles.sin().float(), self.is_neox)
+
+    def move(self, keys: torch.Tensor, distance: int) -> torch.Tensor:
+        """Keys `(..., D)` of position 0 as they are at `distance`, in their dtype: a new tensor."""
+        angles = self._angles(torch.tensor([distance], device=keys.device))[0, 0]
+        moved = keys.clone()
+        Rerotation(angles.cos().float(), angles.sin().float(), self.is_neox).apply_(moved)
+        return moved
+
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Of each position, rounded as the model does: `(T, 1, D_rot / 2)`; in fp64, where differences are exact."""
+        return (positions[:, None, None].float() * self.inv_freq.to(positions.device)).double()
+
+
+@dataclass(frozen=True, eq=False)
+class Rerotation:
+    """A rotation by fixed angles: `cos` and `sin` in fp32, `(..., D_rot / 2)`, broadcast over the keys' dimensions."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    is_neox: bool
+
+    def apply_(self, keys: torch.Tensor) -> None:
+        """Turns keys `(..., D)` in place, in their dtype; the sums are made in fp32."""
+        first, second = self._halves(keys[..., : 2 * self.cos.shape[-1]])
+        x, y = first.float(), second.float()
+        turned = (x * self.cos).addcmul_(y, self.sin, value=-1)
+        second.copy_(y.mul_(self.cos).addcmul_(x, self.sin))
+        first.copy_(turned)
+
+    def _halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_neox:
+            first, second = x.chunk(2, dim=-1)
+            return first, second
+        return x[..., 0::2], x[..., 1::2]
+
+
+def _as_in_table(inv_freq: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Of the fp32 numbers around each frequency, the one by which the table of positions 0 to P - 1 was made.
+
+    The table's second row has it to within an ulp or two, and an ulp is 0.0002 at position 4,000.
+    """
+    steps = torch.arange(-4, 5, dtype=torch.int32)[:, None]
+    candidates = (inv_freq.view(torch.int32) + steps).view(torch.float32)  # (9, D_rot / 2)
+    angles = torch.arange(len(cos), dtype=torch.float32)[:, None] * candidates[:, None]
+    errors = ((angles.cos() - cos) ** 2 + (angles.sin() - sin) ** 2).sum(dim=1)
+    return candidates.gather(0, errors.nan_to_num(torch.inf).argmin(dim=0, keepdim=True))[0]
+
+
+def refuse_length_dependent(rope_types: Iterable[str]) -> None:
+    """Raise `ValueError` where one of these kinds of rotary embedding (transformers' names) has no constant angles."""
+    if kinds := sorted(set(rope_types) & set(_LENGTH_DEPENDENT)):
+        raise ValueError(f"its rotary frequencies depend on the length of the text ({kinds[0]})")
+
+
+def inverse_frequencies(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What Hugging Face's rotary embeddings in a module keep as `inv_freq`, fp32 `(D_rot / 2,)`, each once."""
+    buffers = (buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq"))
+    return list({tuple(buffer.tolist()): buffer.float().cpu() for buffer in buffers}.values())
+
+
+def fitting_rotations(
+    candidates: Sequence[Rotation], here: torch.Tensor, there: torch.Tensor, distance: int
+) -> list[Rotation | None]:
+    """Which rotation turns each layer's keys; None for a layer whose keys don't turn.
+
+    `here` and `there` are the keys `(L, H_kv, D)` of one token that attends to itself only, `distance` positions apart:
+    they differ by their position alone. So what a model says of its rotations is tried, and not believed. Raises
+    `ValueError` for a layer that none fits, and where no layer's keys turn.
+    """
+    rotations = []
+    for layer, (near, far) in enumerate(zip(here.float(), there.float(), strict=True)):
+        errors = [((_moved(near, rotation, distance) - far).norm(), rotation) for rotation in (*candidates, None)]
+        error, best = min(errors, key=lambda tried: float(tried[0]))
+        if not error <= _TOLERANCE * far.norm():
+            raise ValueError(f"the keys of layer {layer} don't turn as its rotary embedding says")
+        rotations.append(best)
+    if not any(rotations):
+        raise ValueError("its keys don't turn with their positions")
+    return rotations
+
+
+def _moved(keys: torch.Tensor, rotation: Rotation | None, distance: int) -> torch.Tensor:
+    return keys if rotation is None else rotation.move(keys, distance)

@@ -1,0 +1,245 @@
+"""The contract between the HTTP server and an engine, and what every engine needs to fulfil it.
+
+The server reads requests, checks them, detokenises, finds stop strings, writes answers, metrics and the log line. The
+engine tokenises, prefills, samples and reports. Who does what:
+
+| | server | engine |
+|---|---|---|
+| chat template, stop strings, logprob texts, usage, errors as HTTP | x | |
+| tokenising, limits of the context, KV, sampling, seeds, timings | | x |
+
+In order: the tokenizer, requests and reports, `Generation` and `Engine`; the last reports by request id; a prompt's
+token ids, and how many more fit after it. No torch, no HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import tokenizers
+from pydantic import BaseModel
+
+
+class Tokenizer(Protocol):
+    """The part of `transformers.PreTrainedTokenizerFast` that is used."""
+
+    chat_template: Any
+    eos_token_id: int | None
+
+    @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer: ...
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str]: ...
+
+    def apply_chat_template(self, conversation: Sequence[Any], **arguments: Any) -> Any: ...
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineUnavailable(RuntimeError):
+    """What an engine runs on is gone, for now; the message is for clients, who may try again."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `seed` None draws a fresh one.
+
+    `max_tokens` None goes on to the end of the context. `num_logprobs` None gives no logprobs, 0 only the drawn
+    token's own. `ignore_eos` goes on behind the end-of-sequence token.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    num_logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A checked request. `prompt` is text, special tokens written out or added by the tokenizer as
+    `add_special_tokens` says, or token ids.
+
+    `request_id` is the answer's, `http_request_id` the HTTP request's: for logs. Clients choose them, so they may come
+    twice.
+
+    `messages` and `template_arguments` are what the prompt was rendered from, for engines that look at a conversation.
+    `sample` numbers the `num_samples` that a client asked of one prompt. `options` is an instance of the engine's own
+    `options_model`.
+    """
+
+    request_id: str
+    prompt: str | tuple[int, ...]
+    sampling: Sampling
+    http_request_id: str = ""
+    add_special_tokens: bool = True
+    messages: tuple[Mapping[str, Any], ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    sample: int = 0
+    num_samples: int = 1
+    cache_salt: str = ""
+    conversation_id: str | None = None
+    options: BaseModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """A drawn token. `top` are the most likely ones, best first, `(token id, logprob)`."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Report:
+    """What a request cost, filled in while it runs; complete when its tokens have ended.
+
+    `num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`. `details` is the engine's own
+    and goes into the answer and the log line as it is: JSON values, times in `_ms`. `texts` go into the answer alone:
+    what people wrote doesn't belong into a log.
+    """
+
+    approximate: bool = False
+    num_prompt_tokens: int = 0
+    num_reused_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    num_computed_tokens: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+class Generation(Protocol):
+    """A running request. The server iterates it in one thread of its own and always calls `close`.
+
+    Tokens end when `finish_reason` is set: "stop" at an end-of-sequence token (which is not yielded), else "length".
+    `close` gives everything back, from any thread and more than once, without waiting for a token under way, which may
+    still be yielded; a closed generation ends with its next token at the latest. `prompt_token_ids` are known with the
+    first token: what a text's first token looks like depends on what stands before it.
+    """
+
+    report: Report
+    finish_reason: FinishReason | None
+    prompt_token_ids: Sequence[int]
+
+    def __iter__(self) -> Iterator[GeneratedToken]: ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """Serves one model. Every method may be called from several threads at once."""
+
+    contender: str
+    model_name: str
+    max_model_len: int
+    tokenizer: Tokenizer
+    options_model: type[BaseModel] | None
+    """The engine's own request parameters, under `kv_transfer_params.kvarena`; unknown ones and bad values get 400."""
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        """A request, ready to be iterated; the work may begin with the first token that is asked for.
+
+        One that can't be served (an empty prompt, one that is too long) raises `ValueError` with the value and the
+        bounds: here, or before the first token, so that a refusal is an HTTP status and never a broken stream.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, as `GET /kvarena` answers them."""
+        ...
+
+    def close(self) -> None:
+        """Ends everything that runs and gives the model back."""
+        ...
+
+
+TOKEN_COUNTS = ("num_reused_tokens", "num_recomputed_tokens", "num_computed_tokens")
+
+
+class ReportLog:
+    """The last reports by request id. Thread-safe."""
+
+    def __init__(self, max_reports: int = 1024) -> None:
+        self._max_reports = max_reports
+        self._reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, report: dict[str, Any]) -> None:
+        with self._lock:
+            self._reports.pop(report["request_id"], None)
+            self._reports[report["request_id"]] = report
+            while len(self._reports) > self._max_reports:
+                self._reports.popitem(last=False)
+
+    def forget(self, request_id: str) -> None:
+        """What is kept under the id of an answer, as `get` finds it."""
+        with self._lock:
+            for key in [key for key in self._reports if _is_id_of(request_id, key)]:
+                del self._reports[key]
+
+    def get(self, request_id: str) -> dict[str, Any] | None:
+        """By the id of the answer. An engine's own ids may have a suffix behind it, and so has each prompt of many."""
+        with self._lock:
+            newest_first = reversed(self._reports.items())
+            found = next((report for key, report in newest_first if _is_id_of(request_id, key)), None)
+        return found and {**found, "request_id": request_id}
+
+
+def _is_id_of(request_id: str, key: str) -> bool:
+    return key == request_id or key.startswith(request_id + "-")
+
+
+class ServedModel(Protocol):
+    """What a prompt has to fit."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+
+def token_ids_of(request: GenerationRequest, model: ServedModel) -> list[int]:
+    """Raises `ValueError` for an id that isn't in the vocabulary, and for an empty prompt."""
+    if isinstance(request.prompt, str):
+        token_ids = model.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens)
+    else:
+        token_ids = list(request.prompt)
+    check_in_vocabulary(token_ids, model.vocab_size)
+    return token_ids
+
+
+def check_in_vocabulary(token_ids: list[int], vocab_size: int) -> None:
+    if not token_ids:
+        raise ValueError("the prompt is empty; it needs at least one token")
+    if bad := [token for token in token_ids if not 0 <= token < vocab_size]:
+        raise ValueError(f"token id {bad[0]} is not in the vocabulary: ids go from 0 to {vocab_size - 1}")
+
+
+def num_tokens_to_generate(num_prompt_tokens: int, wanted: int | None, model: ServedModel) -> int:
+    """`wanted`, or what is left of the context. Raises `ValueError` when there is no such room."""
+    longest = model.max_model_len
+    if num_prompt_tokens >= longest:
+        raise ValueError(f"the prompt has {num_prompt_tokens} tokens; this model's context of {longest} leaves no room")
+    if wanted is not None and num_prompt_tokens + wanted > longest:
+        raise ValueError(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {wanted}; together they exceed the context "
+            f"of {longest} tokens"
+        )
+    return longest - num_prompt_tokens if wanted is None else wanted

@@ -1,1 +1,0 @@
-"""Approximate reuse of chunks wherever they stand: the blend over a Hugging Face model's own forward."""

@@ -1,0 +1,179 @@
+"""A Hugging Face causal language model: one sequence at a time, its KV in a `SequenceKV`.
+
+All torch work runs in the model's own thread, piece by piece in the order of asking: a long prefill is cut, so that
+other requests' tokens go in between, and no two forwards fight over the cores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from kvarena.engines.base import Tokenizer
+from kvarena.engines.hf import attention
+from kvarena.engines.hf.sequence_kv import KVShape, SequenceKV
+
+PREFILL_PIECE_TOKENS = 512
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UnsupportedModel(ValueError):
+    """An engine can't use this model; the message says why."""
+
+
+class HFModel:
+    """`max_model_len` is the longest context in tokens, prompt and answer together."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        max_model_len: int | None = None,
+        piece_tokens: int = PREFILL_PIECE_TOKENS,
+    ) -> None:
+        self.module: Any = model.eval()
+        """The network itself, for work in the model's thread."""
+        self.tokenizer = tokenizer
+        config: Any = self.module.config.get_text_config()
+        own_len = int(getattr(config, "max_position_embeddings", 0) or 0)
+        self.max_model_len = max_model_len or own_len
+        if self.max_model_len < 1 or (own_len and self.max_model_len > own_len):
+            raise ValueError(f"max_model_len is {max_model_len}; this model's contexts have 1 to {own_len} tokens")
+        self.vocab_size = int(config.vocab_size)
+        self.eos_token_ids = frozenset(_eos_token_ids(model))
+        self.piece_tokens = piece_tokens
+        self.num_forwards = 0
+        """How many forward passes were run, and over how many tokens: what reuse has to keep small."""
+        self.num_forward_tokens = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.kv_shape = self.run(self._probe)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        random: bool = False,
+        piece_tokens: int = PREFILL_PIECE_TOKENS,
+    ) -> HFModel:
+        """From a local folder or a hub name. `random` makes the weights up from the config: any shape, no download.
+
+        `dtype` "auto" is the checkpoint's; `piece_tokens` of a prefill run at once. Raises `OSError` when there
+        is no such model.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if random:
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(path)
+            torch_dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=attention.NAME)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+        return cls(model.to(device), tokenizer, max_model_len, piece_tokens)
+
+    def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Runs torch work in the model's thread and waits for it. Raises `Cancelled` when the model was closed."""
+
+        def without_gradients() -> R:
+            with torch.inference_mode():
+                return work(*args, **kwargs)
+
+        try:
+            running = self._thread.submit(without_gradients)
+        except RuntimeError as error:  # how an executor refuses work
+            raise Cancelled from error
+        try:
+            return running.result()
+        except CancelledError as error:
+            raise Cancelled from error
+
+    def new_kv(self, capacity: int) -> SequenceKV:
+        return SequenceKV(self.kv_shape, min(capacity, self.max_model_len))
+
+    def prefill(self, kv: SequenceKV, token_ids: Sequence[int], is_cancelled: Callable[[], bool]) -> torch.Tensor:
+        """Runs the tokens behind what `kv` holds. Returns the logits `(V,)` of the last one."""
+        assert token_ids, "nothing to prefill"
+        for start in range(0, len(token_ids), self.piece_tokens):
+            if is_cancelled():
+                raise Cancelled
+            logits = self.run(self._forward, token_ids[start : start + self.piece_tokens], kv)
+        return logits
+
+    def decode(self, kv: SequenceKV, token_id: int) -> torch.Tensor:
+        """The logits `(V,)` behind one more token."""
+        return self.run(self._forward, [token_id], kv)
+
+    def run_through(self, kv: SequenceKV, token_ids: Sequence[int]) -> torch.Tensor:
+        """The logits `(T, V)` behind each of some more tokens, from one forward."""
+        return self.run(self._forward_all, token_ids, kv)
+
+    def without_kv(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The logits `(V,)` behind a sequence, every token of it computed now and nothing kept."""
+        return self.run(self._forward, token_ids, None)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    # -- in the model's thread -------------------------------------------------------------------------------------
+
+    def forward(self, token_ids: Sequence[int], *, logits_to_keep: int = 1, **arguments: Any) -> Any:
+        """The network's own output for these tokens; `arguments` are Hugging Face's. Called in the model's thread."""
+        self.num_forwards += 1
+        self.num_forward_tokens += len(token_ids)
+        input_ids = torch.tensor([list(token_ids)], device=self.kv_shape.device)
+        return self.module(input_ids=input_ids, logits_to_keep=logits_to_keep, **arguments)
+
+    def _forward(self, token_ids: Sequence[int], kv: SequenceKV | None) -> torch.Tensor:
+        logits: torch.Tensor = self.forward(token_ids, past_key_values=kv, use_cache=kv is not None).logits[0, -1]
+        return logits
+
+    def _forward_all(self, token_ids: Sequence[int], kv: SequenceKV) -> torch.Tensor:
+        output = self.forward(token_ids, logits_to_keep=len(token_ids), past_key_values=kv, use_cache=True)
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _probe(self) -> KVShape:
+        """Looks at what the model keeps of one token."""
+        if os.environ.get("OMP_NUM_THREADS") is None:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+        device = next(self.module.parameters()).device
+        output = self.module(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=True)
+        cache = output.past_key_values
+        layers = cache.layers if isinstance(cache, DynamicCache) else []
+        shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers if _is_plain(layer)}
+        if len(shapes) != 1 or not all(_is_plain(layer) for layer in layers):
+            raise UnsupportedModel(
+                f"{type(self.module).__name__} doesn't keep one key and one value of a shape per layer"
+            )
+        (keys, values), *_ = shapes
+        if keys != values:
+            raise UnsupportedModel(f"keys are {keys} and values {values}; they must have one shape")
+        return KVShape(len(layers), keys[1], keys[3], layers[0].keys.dtype, device)
+
+
+class Cancelled(Exception):
+    """The request was given up, or the model closed, in the middle of the work."""
+
+
+def _is_plain(layer: object) -> bool:
+    return isinstance(layer, DynamicLayer) and isinstance(getattr(layer, "keys", None), torch.Tensor)
+
+
+def _eos_token_ids(model: Any) -> list[int]:
+    found = getattr(model.generation_config, "eos_token_id", None)
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)

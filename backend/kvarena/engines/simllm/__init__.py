@@ -1,1 +1,0 @@
-"""The Sim-LLM contender: similar tasks lend each other their KV."""

@@ -1,0 +1,199 @@
+"""Settings of the blend inside vLLM, and what a single request may ask of it. Imports neither torch nor vllm.
+
+`BlendConfig` is one frozen dataclass with every setting. It travels to the scheduler's and the workers' processes as
+the `kv_connector_extra_config` of `--kv-transfer-config`; `BlendConfig.from_extra_config` is where it is read and
+checked there. A request asks by the `kvarena` object in its `kv_transfer_params` (`read_request_params`); what it
+may change is `kvarena.policies.params.BlendParams`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvarena.policies.params import BlendParams, check_max_ttft_ms
+
+MODEL_PROFILE_NAME = "kvarena.json"
+BLEND_FIELDS = ("separator", *(field.name for field in dataclasses.fields(BlendParams)))
+PROFILE_FIELDS = ("data", *BLEND_FIELDS)
+"""`data` is the folder of documents that goes with a model, relative to the model's own."""
+
+CONNECTOR = "KVArenaConnector"
+CONTENDER_VARIABLE = "KVARENA_CONTENDER"
+"""Names a vLLM server in its log."""
+STORES = ("lmcache", "memory")
+UNSUPPORTED = ("refuse", "plain")
+
+
+@dataclass(frozen=True)
+class BlendConfig:
+    """Every setting of the blend.
+
+    The first seven are the defaults of what a request may choose (`BlendParams`), and so is `max_ttft_ms`: where it is
+    set, it chooses the ratio, which is then what first blends begin with. `separator` marks chunk boundaries in
+    a prompt's text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they
+    don't. `unsupported`: whether a model that can't be blended stops the server, or is served without. Sizes are in
+    bytes, times in seconds.
+    """
+
+    policy: str = "kv_deviation"
+    ratio: float = 0.15
+    check_layer: int = 1
+    deviation: str = "keys"
+    num_filters: int = 1
+    head_tokens: int = 0
+    run_tokens: int = 1
+    max_ttft_ms: float | None = None
+    separator: str = " # # "
+    min_chunk_tokens: int = 16
+    store: str = "lmcache"
+    store_bytes: int = 2 << 30
+    lmcache_url: str = "tcp://127.0.0.1:5555"
+    lmcache_http_url: str = "http://127.0.0.1:8080"
+    lmcache_timeout_s: float = 1.0
+    index_path: str = ""
+    unsupported: str = "refuse"
+
+    def __post_init__(self) -> None:
+        _ = self.params
+        if self.max_ttft_ms is not None:
+            check_max_ttft_ms(self.max_ttft_ms, self.params)
+        if self.store not in STORES:
+            raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
+        if self.unsupported not in UNSUPPORTED:
+            raise ValueError(f"unsupported must be one of {', '.join(UNSUPPORTED)}, not {self.unsupported!r}")
+        if not self.separator.isascii():
+            raise ValueError(f"separator must be ASCII, not {self.separator!r}")
+        if self.min_chunk_tokens < 1:
+            raise ValueError(f"min_chunk_tokens must be at least 1, not {self.min_chunk_tokens}")
+        if self.store_bytes < 0:
+            raise ValueError(f"store_bytes must not be negative, not {self.store_bytes}")
+
+    @property
+    def params(self) -> BlendParams:
+        return BlendParams(**{field.name: getattr(self, field.name) for field in dataclasses.fields(BlendParams)})
+
+    def to_extra_config(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_extra_config(cls, extra: dict[str, Any]) -> BlendConfig:
+        """Raises `ValueError` naming the key for one that isn't a setting."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(extra) - known):
+            raise ValueError(f"unknown blend setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return cls(**extra)
+
+
+def kv_transfer_config(config: BlendConfig) -> str:
+    """The value of vLLM's `--kv-transfer-config` that loads the blend with these settings."""
+    return json.dumps(
+        {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": "kvarena.engines.vllm.connector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": config.to_extra_config(),
+        }
+    )
+
+
+def read_model_profile(model: str) -> dict[str, Any]:
+    """The settings in `MODEL_PROFILE_NAME` of a local model folder; empty where there is none.
+
+    Raises `ValueError` for a file that is not a JSON object of `PROFILE_FIELDS`.
+    """
+    path = Path(model) / MODEL_PROFILE_NAME
+    if not path.is_file():
+        return {}
+    try:
+        profile = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(profile, dict) or (unknown := set(profile) - set(PROFILE_FIELDS)):
+        names = ", ".join(PROFILE_FIELDS)
+        raise ValueError(f"{path} must be a JSON object with keys among {names}, not {unknown or profile!r}")
+    return profile
+
+
+def read_blend_profile(model: str) -> dict[str, Any]:
+    """The part of `read_model_profile` that `BlendConfig` takes."""
+    return {key: value for key, value in read_model_profile(model).items() if key in BLEND_FIELDS}
+
+
+KEY = "kvarena"
+AUTO_RATIO = "auto"
+
+
+@dataclass(frozen=True)
+class RequestParams:
+    """`max_ttft_ms`, where there is one: the time to first token that decides on the ratio. `store_new`: whether chunks
+    that this request brings are kept. `chunks`: texts to be reused as wholes.
+    """
+
+    blend: BlendParams
+    max_ttft_ms: float | None = None
+    store_new: bool = True
+    chunks: tuple[str, ...] = ()
+
+    @property
+    def recomputes_all(self) -> bool:
+        return self.blend.recomputes_all and self.max_ttft_ms is None
+
+
+def read_request_params(
+    kv_transfer_params: object, defaults: BlendParams, max_ttft_ms: float | None = None
+) -> RequestParams:
+    """The request's own over the server's. A ratio of the request goes before the server's `max_ttft_ms`.
+
+    Raises `ValueError` naming the key or value and the choices. Keys of other connectors are left alone.
+    """
+    given = given_params(kv_transfer_params)
+    choices = [field.name for field in dataclasses.fields(BlendParams)]
+    takes = [*choices, "max_ttft_ms", "store", "chunks"]
+    if unknown := sorted(set(given) - set(takes)):
+        raise ValueError(f"kv_transfer_params.{KEY} has no {unknown[0]!r}; it takes {', '.join(takes)}")
+    chosen = {name: given[name] for name in choices if name in given}
+    if chosen.get("ratio") == AUTO_RATIO:
+        del chosen["ratio"]
+    blend = dataclasses.replace(defaults, **chosen)
+    return RequestParams(blend, _read_max_ttft_ms(given, blend, max_ttft_ms), _read_store(given), _read_chunks(given))
+
+
+def given_params(kv_transfer_params: object) -> Mapping[str, Any]:
+    """The request's own `kvarena` object, empty where it has none. Raises `ValueError` for one that isn't an object."""
+    given = kv_transfer_params.get(KEY) if isinstance(kv_transfer_params, Mapping) else None
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"kv_transfer_params.{KEY} must be an object, not {given!r}")
+    return given or {}
+
+
+def _read_max_ttft_ms(given: Mapping[str, Any], blend: BlendParams, default: float | None) -> float | None:
+    if given.get("ratio", AUTO_RATIO) != AUTO_RATIO:
+        if "max_ttft_ms" in given:
+            raise ValueError(f"give a ratio or max_ttft_ms, which chooses it, not both; ratio is {given['ratio']!r}")
+        return None
+    if "max_ttft_ms" in given:
+        return check_max_ttft_ms(given["max_ttft_ms"], blend)
+    if "ratio" not in given:
+        return default if blend.goes_by_ratio else None
+    if default is None:
+        raise ValueError(f'ratio "{AUTO_RATIO}" needs max_ttft_ms, the time to first token to keep to')
+    return check_max_ttft_ms(default, blend)
+
+
+def _read_store(given: Mapping[str, Any]) -> bool:
+    store = given.get("store", True)
+    if not isinstance(store, bool):
+        raise ValueError(f"store must be true or false, not {store!r}")
+    return store
+
+
+def _read_chunks(given: Mapping[str, Any]) -> tuple[str, ...]:
+    chunks = given.get("chunks", [])
+    if not isinstance(chunks, list) or not all(isinstance(text, str) for text in chunks):
+        raise ValueError(f"chunks must be a list of strings, not {chunks!r}")
+    return tuple(chunks)

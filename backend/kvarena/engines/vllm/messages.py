@@ -1,0 +1,230 @@
+"""What travels from the scheduler to the workers, back, and on to the API server. All of it pickles.
+
+Jobs and reports of one step; the report of a request (the API's `kvarena` object, docs/architecture.md); and the
+connector's statistics, which vLLM carries to the API server's process with every step. Ours are the request reports
+themselves: there they are counted for `/metrics` and kept for `/kvarena/requests/{id}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+from kvarena.core.blend import BlendReport
+from kvarena.core.plan import ReusePlan, TokenIds
+from kvarena.engines import store_metrics
+from kvarena.engines.base import TOKEN_COUNTS, ReportLog
+from kvarena.policies.params import BlendParams
+
+
+@dataclass(frozen=True)
+class BlendJob:
+    """Scheduler to worker: fill `[start, end)` of a prompt in its own blocks, before this step's forward.
+
+    `block_ids` has the blocks of each of vLLM's groups of layers. `budget_ms`, from the beginning of the step's blends:
+    the time that decides on the ratio.
+    """
+
+    request_id: str
+    token_ids: TokenIds
+    block_ids: tuple[list[int], ...]
+    start: int
+    end: int
+    plan: ReusePlan
+    params: BlendParams
+    store_new: bool
+    budget_ms: float | None = None
+
+
+@dataclass
+class BlendJobs(KVConnectorMetadata):
+    """The jobs of one step, in the order in which their requests were scheduled."""
+
+    jobs: list[BlendJob] = field(default_factory=list)
+
+
+@dataclass
+class BlendRefusal(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, at start: why this model can't be blended."""
+
+    reason: str
+
+
+@dataclass
+class BlendReports(KVConnectorWorkerMetadata):
+    """Worker to scheduler: what the jobs of one step did, by request id."""
+
+    reports: dict[str, BlendReport]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, BlendReports)
+        return BlendReports({**other.reports, **self.reports})
+
+
+@dataclass
+class RequestReport:
+    """What a request's prompt was made of; the API's `kvarena` object (docs/http.md)."""
+
+    request_id: str
+    params: BlendParams
+    approximate: bool
+    num_prompt_tokens: int
+    max_ttft_ms: float | None = None
+    num_prefix_tokens: int = 0
+    blend: BlendReport | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        blend = self.blend or BlendReport()
+        reused = self.num_prefix_tokens + blend.num_reused_tokens
+        times = {name: round(value, 3) for name, value in asdict(blend).items() if name.endswith("_ms")}
+        known = {"store_entries": blend.store_entries, "store_bytes": blend.store_bytes}
+        ratio = self.params.ratio if blend.ratio is None else blend.ratio
+        budget = {} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms}
+        sizes = {name: size for name, size in known.items() if size is not None}
+        return {
+            "request_id": self.request_id,
+            "contender": "blend",
+            "approximate": self.approximate,
+            **asdict(self.params),
+            "ratio": ratio,
+            **budget,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_reused_tokens": reused,
+            "num_recomputed_tokens": blend.num_recomputed_tokens,
+            "num_computed_tokens": self.num_prompt_tokens - reused - blend.num_recomputed_tokens,
+            "num_prefix_tokens": self.num_prefix_tokens,
+            "store_hits": blend.store_hits,
+            "store_misses": blend.store_misses,
+            "store_errors": blend.store_errors,
+            "store_evictions": blend.store_evictions,
+            **sizes,
+            "blend_failures": blend.blend_failures,
+            **times,
+            "spans": self._spans(blend),
+        }
+
+    def _spans(self, blend: BlendReport) -> list[dict[str, Any]]:
+        reused = [(0, self.num_prefix_tokens, "prefix"), *((start, end, "reused") for start, end in blend.spans)]
+        spans: list[tuple[int, int, str]] = []
+        position = 0
+        for start, end, source in [*reused, (self.num_prompt_tokens, self.num_prompt_tokens, "")]:
+            spans += [(position, start, "computed"), (start, end, source)]
+            position = end
+        return [{"start": start, "end": end, "source": source} for start, end, source in spans if start < end]
+
+
+REPORT_WAIT_S = 1.0
+_POLL_S = 0.02
+
+report_log = ReportLog()
+
+
+async def wait_for_report(request_id: str) -> dict[str, Any] | None:
+    """The report of an answer that was just given. It follows within a step of the engine; None: it doesn't."""
+    deadline = asyncio.get_running_loop().time() + REPORT_WAIT_S
+    while (report := report_log.get(request_id)) is None and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(_POLL_S)
+    return report
+
+
+LOOKUP_COUNTS = ("store_hits", "store_misses")
+COUNTERS = {
+    "store_errors": (store_metrics.ERRORS, "Failures to look up or to keep."),
+    "store_evictions": (
+        store_metrics.EVICTIONS,
+        "Entries that made room for others; LMCache counts its own.",
+    ),
+    "blend_failures": ("kvarena_blend_failures", "Blends that failed: their prompts were computed."),
+}
+"""Counters without a label of their own, by their count in a report."""
+GAUGES = {
+    "store_entries": (store_metrics.ENTRIES, "What a store in this process keeps."),
+    "store_bytes": (store_metrics.BYTES, "Memory of what a store in this process keeps."),
+}
+STAGES = ("fetch", "prefill_chunks", "move", "write", "select", "recompute")
+
+
+@dataclass
+class BlendStats(KVConnectorStats):
+    """`data["requests"]`: the reports (`RequestReport.as_dict`) of the requests that finished in this interval."""
+
+    @classmethod
+    def of(cls, reports: list[dict[str, Any]]) -> BlendStats:
+        return cls({"requests": reports})
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        return list(self.data.get("requests", ()))
+
+    def reset(self) -> None:
+        self.data: dict[str, Any] = {"requests": []}
+
+    def is_empty(self) -> bool:
+        return not self.requests
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        return BlendStats.of(self.requests + list(other.data.get("requests", ())))
+
+    def reduce(self) -> dict[str, int | float]:
+        """Sums over the interval, for vLLM's periodic log line."""
+        counts: dict[str, int | float] = {"num_requests": len(self.requests)}
+        for name in (*TOKEN_COUNTS, *LOOKUP_COUNTS, *COUNTERS):
+            counts[name] = sum(report[name] for report in self.requests)
+        return counts
+
+
+class BlendPromMetrics(KVConnectorPromMetrics):
+    """`kvarena_*` on the server's `/metrics`, with vLLM's own labels (model, engine)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tokens = self._counter("kvarena_prompt_tokens", "Prompt tokens by origin.", "origin")
+        self._lookups = self._counter(store_metrics.LOOKUPS, "Chunk look-ups by outcome.", "outcome")
+        self._counters = {count: self._counter(*named) for count, named in COUNTERS.items()}
+        self._gauges = {
+            size: self._gauge_cls(name=name, documentation=said, labelnames=self._labelnames)
+            for size, (name, said) in GAUGES.items()
+        }
+        self._seconds = self._histogram_cls(
+            name="kvarena_blend_stage_seconds",
+            documentation="Time of a request's blend by stage.",
+            labelnames=[*self._labelnames, "stage"],
+            buckets=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30],
+        )
+        for labels in self.per_engine_labelvalues.values():
+            self._count(labels, dict.fromkeys((*TOKEN_COUNTS, *LOOKUP_COUNTS, *COUNTERS), 0))
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        labels = self.per_engine_labelvalues[engine_idx]
+        for report in transfer_stats_data.get("requests", ()):
+            report_log.add(report)
+            self._count(labels, report)
+            for size, gauge in self._gauges.items():
+                if size in report:
+                    gauge.labels(*labels).set(report[size])
+            if report["blend_ms"]:
+                for stage in STAGES:
+                    self._seconds.labels(*labels, stage).observe(report[f"{stage}_ms"] / 1e3)
+
+    def _count(self, labels: list[object], counts: dict[str, Any]) -> None:
+        """Zeros too: a series that has not counted yet is there all the same, as rates need."""
+        for name in TOKEN_COUNTS:
+            self._tokens.labels(*labels, name.split("_")[1]).inc(counts[name])
+        for name in LOOKUP_COUNTS:
+            self._lookups.labels(*labels, name.split("_")[1]).inc(counts[name])
+        for name, counter in self._counters.items():
+            counter.labels(*labels).inc(counts[name])
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Any:
+        return self._counter_cls(name=name, documentation=documentation, labelnames=[*self._labelnames, *labels])

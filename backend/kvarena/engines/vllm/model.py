@@ -1,0 +1,498 @@
+"""The served model over vLLM's paged KV cache: `PagedPrompt` is the `PrefilledModel` of one prompt.
+
+Every forward here is the model's own, inside vLLM's `set_forward_context`, with metadata from the attention backend's
+own builder, as vLLM's speculative decoder does it. Tokens are forwarded as vLLM's batches are, by rows: a row is a
+run of neighbouring tokens of one sequence, and all of the sequence up to the last of them to attend to. Chunks that no
+store has are prefilled each as a sequence of its own, side by side, on blocks that are free for now. Which layer uses
+which rotation, and in which pairs, is read off the keys of one token at two positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed import ReduceOp, all_reduce
+from torch.utils._pytree import tree_map
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+from kvarena.core.plan import TokenIds
+from kvarena.core.prefilled_model import LayerKV, OneRank, Ranks, TokenFilter
+from kvarena.core.rope import Rotation, fitting_rotations, inverse_frequencies
+from kvarena.engines.vllm.hooks import KVKnown, reading_kv, reading_queries
+from kvarena.engines.vllm.supported import attention_layers, decoder_layers, refuse_unsupported
+
+
+class TensorParallelRanks:
+    """Over the group's CPU side: what is agreed on is small, and decisions are made there."""
+
+    def __init__(self) -> None:
+        self._group = get_tp_group().cpu_group
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        total = x.float().cpu().clone()
+        all_reduce(total, group=self._group)
+        return total
+
+    def all(self, flags: Sequence[bool]) -> list[bool]:
+        found = torch.tensor(flags, dtype=torch.int32)
+        if flags:
+            all_reduce(found, op=ReduceOp.MIN, group=self._group)
+        return [bool(flag) for flag in found]
+
+
+def make_ranks() -> Ranks:
+    return TensorParallelRanks() if get_tp_group().world_size > 1 else OneRank()
+
+
+def rank_name() -> str:
+    """Tells the KV of one rank's heads from another's; empty where there is one rank."""
+    group = get_tp_group()
+    return f"-rank{group.rank_in_group}of{group.world_size}" if group.world_size > 1 else ""
+
+
+class Row(NamedTuple):
+    """The tokens `[start, end)` of a sequence."""
+
+    sequence: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`token_ids`, their `positions` and the number of each one's sequence: int64 `(T,)`, in order, on the CPU.
+
+    `block_ids` `(S, G, N)`, int32, are the blocks of each sequence in each group of layers.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sequences: torch.Tensor
+    block_ids: torch.Tensor
+
+    @classmethod
+    def of_one(cls, token_ids: torch.Tensor, positions: torch.Tensor, block_ids: torch.Tensor) -> Batch:
+        """Tokens of a single sequence, whose blocks are `(G, N)`."""
+        return cls(token_ids, positions, torch.zeros_like(positions), block_ids[None])
+
+    @classmethod
+    def of_whole(cls, texts: Sequence[torch.Tensor], block_ids: Sequence[torch.Tensor]) -> Batch:
+        """Every token of each text, a sequence of its own, whose blocks are `(G, N)` of its own length N."""
+        lengths = torch.tensor([len(text) for text in texts])
+        blocks = torch.nn.utils.rnn.pad_sequence([own.t() for own in block_ids], batch_first=True)
+        return cls(
+            token_ids=torch.cat(list(texts)),
+            positions=torch.cat([torch.arange(length) for length in lengths]),
+            sequences=torch.arange(len(texts)).repeat_interleave(lengths),
+            block_ids=blocks.transpose(1, 2),
+        )
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def split(self, max_tokens: int) -> list[Batch]:
+        """In order, for what comes later may attend to what came before; cut wherever a part is full."""
+        parts = (slice(start, start + max_tokens) for start in range(0, len(self), max_tokens))
+        return [
+            Batch(self.token_ids[part], self.positions[part], self.sequences[part], self.block_ids) for part in parts
+        ]
+
+    @cached_property
+    def row_starts(self) -> torch.Tensor:
+        """The number of each row's first token, and at the end that of all tokens: `(R + 1,)`, int32."""
+        is_first = (self.positions.diff() != 1) | (self.sequences.diff() != 0)
+        inner = is_first.nonzero().flatten() + 1
+        return torch.cat([torch.tensor([0]), inner, torch.tensor([len(self)])]).int()
+
+    @property
+    def rows(self) -> list[Row]:
+        starts, lengths = self.row_starts[:-1], self.row_lengths
+        firsts = self.positions[starts]
+        bounds = (self.sequences[starts], firsts, firsts + lengths)
+        return [Row(*row) for row in zip(*(of.tolist() for of in bounds), strict=True)]
+
+    @property
+    def row_lengths(self) -> torch.Tensor:
+        return self.row_starts.diff()
+
+    @property
+    def row_ends(self) -> torch.Tensor:
+        """Where each row ends in its sequence: int32 `(R,)`."""
+        return (self.positions[self.row_starts[1:] - 1] + 1).int()
+
+    def row_blocks(self, group: int) -> torch.Tensor:
+        """The blocks `(R, N)` of each row's sequence."""
+        return self.block_ids[self.sequences[self.row_starts[:-1]], group]
+
+    def slots(self, block_size: int) -> torch.Tensor:
+        """Where the tokens lie in each group's cache, `(G, T)`; contiguous, as kernels take them for."""
+        blocks = self.block_ids.long()[self.sequences, :, self.positions // block_size]
+        return blocks.t().contiguous() * block_size + self.positions % block_size
+
+
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class FilteredLayer:
+    """A context in which a layer goes on with chosen tokens only. `kept` are their positions, once it has run.
+
+    The layer is run up to its KV to let `choose` see it, and is then called again with the rows of its inputs
+    that were chosen; the forward context changes along with them, and so do the inputs that the model hands to every
+    layer alike (positions). Where a prompt takes several batches, the first ones end at this layer and leave their
+    inputs, and the last one goes on with what was chosen of all.
+    """
+
+    def __init__(
+        self,
+        engine: VllmModel,
+        narrowing: TokenFilter,
+        before: torch.Tensor | FilteredLayer,
+        num_batches: int,
+        batch_of: Callable[[torch.Tensor], Batch],
+    ) -> None:
+        """`before`: the positions of all batches, or the layer before this one that goes on with fewer."""
+        self.kept = torch.empty(0, dtype=torch.int64)
+        self._engine = engine
+        self._layer = narrowing.layer
+        self._choose = narrowing.choose
+        self._before = before
+        self._waiting = num_batches
+        self._batch_of = batch_of
+        self._calls: list[LayerCall] = []
+        self._kv: list[LayerKV] = []
+        self._narrowed_inputs: dict[int, torch.Tensor] = {}
+        self._block, *self._later_blocks = engine.blocks[self._layer :]
+        self._is_probing = False
+
+    def __enter__(self) -> FilteredLayer:
+        self._handles = [self._block.register_forward_pre_hook(self._hook, with_kwargs=True)]
+        self._handles += [
+            block.register_forward_pre_hook(self._later_hook, with_kwargs=True) for block in self._later_blocks
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
+        if self._is_probing:
+            return None
+        self._calls.append((args, kwargs))
+        self._kv.append(self._probe_kv(args, kwargs))
+        self._waiting -= 1
+        if self._waiting:
+            raise KVKnown
+        return self._narrowed()
+
+    def _later_hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+        call: LayerCall = tree_map(lambda x: self._narrowed_inputs.get(id(x), x), (args, kwargs))
+        return call
+
+    def _probe_kv(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerKV:
+        """The layer's fresh KV, from a copy of its inputs: fused norms write into them."""
+        found: list[LayerKV] = []
+
+        def stop(_layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            heads = (len(keys), -1, self._engine.head_size)
+            found.append(LayerKV(keys.reshape(heads).clone(), values.reshape(heads).clone()))
+            raise KVKnown
+
+        copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
+        self._is_probing = True
+        try:
+            with reading_kv(self._engine.layers, [self._layer], stop, before_others=True), suppress(KVKnown):
+                self._block(*copied_args, **copied_kwargs)
+        finally:
+            self._is_probing = False
+        return found[0]
+
+    def _narrowed(self) -> LayerCall:
+        positions = self._before if torch.is_tensor(self._before) else self._before.kept
+        chosen = self._choose(positions, LayerKV(*map(torch.cat, zip(*self._kv, strict=True))))
+        self.kept = positions[chosen]
+        context = get_forward_context()
+        context.attn_metadata, context.slot_mapping = self._engine.attention_metadata(self._batch_of(self.kept))
+        return self._chosen_rows(chosen.to(self._engine.device))
+
+    def _chosen_rows(self, chosen: torch.Tensor) -> LayerCall:
+        """One call with the chosen rows of every call's inputs; what has no row per token is the last call's."""
+        counts = [len(kv.keys) for kv in self._kv]
+
+        def join(*inputs: Any) -> Any:
+            axis = _token_axis(inputs, counts)
+            if axis is None:
+                return inputs[-1]
+            rows = torch.cat(inputs, dim=axis).index_select(axis, chosen)
+            return self._narrowed_inputs.setdefault(id(inputs[-1]), rows)
+
+        joined: LayerCall = tree_map(join, *self._calls)
+        return joined
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if torch.is_tensor(x) else x
+
+
+def _token_axis(inputs: Sequence[Any], counts: Sequence[int]) -> int | None:
+    """Where the inputs of a layer have a row per token: `(T, ...)`, or behind a batch of one, `(1, T, ...)`."""
+    if not all(map(torch.is_tensor, inputs)):
+        return None
+    for axis in (0, 1):
+        lengths = [x.shape[axis] if x.dim() > axis else None for x in inputs]
+        if lengths == list(counts) and (axis == 0 or all(len(x) == 1 for x in inputs)):
+            return axis
+    return None
+
+
+def prefill_alone(engine: VllmModel, texts: Sequence[TokenIds], scratch: torch.Tensor) -> list[torch.Tensor | None]:
+    """The KV `(2, L, T, H_kv * D)` of each text, read off as it passes; None for one that has no room even alone.
+
+    `scratch` `(G, N)` are the blocks, in each group of layers.
+    """
+    num_blocks = [-(-len(text) // engine.block_size) for text in texts]
+    computed: list[torch.Tensor | None] = [None] * len(texts)
+    for numbers in _fitting_groups(num_blocks, room=scratch.shape[1]):
+        own = [torch.from_numpy(texts[number]).long() for number in numbers]
+        kv = [_empty_kv(engine, len(text)) for text in own]
+        starts = accumulate((num_blocks[number] for number in numbers), initial=0)
+        blocks = [scratch[:, start:end] for start, end in pairwise(starts)]
+        for batch in Batch.of_whole(own, blocks).split(engine.max_batch_tokens):
+            pieces = [kv[row.sequence][:, :, row.start : row.end] for row in batch.rows]
+            with reading_kv(engine.layers, range(len(engine.layers)), partial(_keep, pieces)):
+                engine.forward(batch)
+        for number, whole in zip(numbers, kv, strict=True):
+            computed[number] = whole
+    return computed
+
+
+def _fitting_groups(sizes: Sequence[int], room: int) -> Iterator[list[int]]:
+    """Numbers of those that have room side by side, in order; those that have none are left out."""
+    turn: list[int] = []
+    used = 0
+    for number, size in enumerate(sizes):
+        if size > room:
+            continue
+        if used + size > room:
+            yield turn
+            turn, used = [], 0
+        turn.append(number)
+        used += size
+    if turn:
+        yield turn
+
+
+def _empty_kv(engine: VllmModel, num_tokens: int) -> torch.Tensor:
+    shape = (2, len(engine.layers), num_tokens, engine.num_kv_heads * engine.head_size)
+    return torch.empty(shape, dtype=engine.dtype, device=engine.device)
+
+
+def _keep(pieces: Sequence[torch.Tensor], layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """One layer's keys and values `(T, H_kv * D)` of a batch, into the KV `(2, L, t, H_kv * D)` of each row."""
+    sizes = [piece.shape[2] for piece in pieces]
+    for piece, own_keys, own_values in zip(pieces, torch.split(keys, sizes), torch.split(values, sizes), strict=True):
+        piece[0, layer], piece[1, layer] = own_keys, own_values
+
+
+_FAR_POSITION = 1000
+
+
+def rotations_of(engine: VllmModel) -> list[Rotation | None]:
+    """Each layer's rotation of keys; None for a layer without one, in a model that has them elsewhere.
+
+    Runs the model, and writes into the first block of its cache, which vLLM gives to no sequence. Raises `ValueError`
+    when no layer has one (positions are then in the embeddings and can't be moved), when the frequencies are not
+    constant, or when keys turn in some other way.
+    """
+    tables = (module for module in engine.model.modules() if isinstance(module, RotaryEmbeddingBase))
+    candidates = [_from_table(rotary) for rotary in tables]
+    frequencies = inverse_frequencies(engine.model)
+    candidates += [Rotation(inv_freq, is_neox) for inv_freq in frequencies for is_neox in (True, False)]
+    if not candidates:
+        raise ValueError("it has no rotary embedding with constant frequencies, so its keys can't be moved")
+    distance = min(_FAR_POSITION, engine.vllm_config.model_config.max_model_len - 1)
+    return fitting_rotations(candidates, engine.lone_keys(0), engine.lone_keys(distance), distance)
+
+
+def _from_table(rotary: RotaryEmbeddingBase) -> Rotation:
+    """The frequencies from the table that the module computes, in fp32: the one it uses is rounded to its dtype."""
+    cos, sin = rotary._compute_cos_sin_cache().float().cpu().chunk(2, dim=-1)
+    return Rotation.from_cos_sin(cos, sin, is_neox=rotary.is_neox_style)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose KV lies in the same blocks, as vLLM groups them; `builder` is their attention backend's."""
+
+    layer_names: Sequence[str]
+    builder: Any
+
+
+class VllmModel:
+    """The model of this worker. Raises `ValueError` with the reason for one whose KV can't be blended."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        refuse_unsupported(vllm_config, kv_cache_config)
+        self.model = model
+        self.vllm_config = vllm_config
+        self.layers = attention_layers(model)
+        self.blocks = decoder_layers(model, self.layers)
+        self.layer_names = [layer.layer_name for layer in self.layers]
+        self.num_kv_heads: int = self.layers[0].num_kv_heads
+        self.head_size: int = self.layers[0].head_size
+        self.dtype: torch.dtype = vllm_config.model_config.dtype
+        self.device = next(model.parameters()).device
+        self.ranks = make_ranks()
+        self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
+        self.groups = [self._group(group) for group in kv_cache_config.kv_cache_groups]
+        self.group_of = {name: number for number, group in enumerate(self.groups) for name in group.layer_names}
+        self.rotations: Sequence[Rotation | None] = rotations_of(self)
+
+    def prompt(self, token_ids: TokenIds, block_ids: Sequence[Sequence[int]], start: int) -> PagedPrompt:
+        return PagedPrompt(self, token_ids, block_ids, start)
+
+    def forward(self, batch: Batch, positions: torch.Tensor | None = None) -> None:
+        """Run a batch until its KV is complete: behind the last layer's keys nothing is needed.
+
+        `positions`: what the model is told of the tokens, where that isn't where they lie in the cache.
+        """
+        metadata, slots = self.attention_metadata(batch)
+        told = batch.positions if positions is None else positions
+        last = len(self.layers) - 1
+        with (
+            set_forward_context(
+                metadata, self.vllm_config, num_tokens=len(batch), slot_mapping=slots, skip_compiled=True
+            ),
+            reading_kv(self.layers, [last], self._write_and_stop),
+            suppress(KVKnown),
+        ):
+            self.model(input_ids=batch.token_ids.to(self.device), positions=told.to(self.device))
+
+    @torch.inference_mode()
+    def lone_keys(self, position: int) -> torch.Tensor:
+        """The keys `(L, H_kv, D)` of a token at this position that attends to itself only."""
+        unseen = float("nan")
+        keys = torch.full((len(self.layers), self.num_kv_heads, self.head_size), unseen)
+
+        def keep(layer: int, own: torch.Tensor, _values: torch.Tensor) -> None:
+            keys[layer] = own.view(self.num_kv_heads, self.head_size)
+
+        token_id = torch.tensor([self.vllm_config.model_config.get_vocab_size() // 2])
+        with reading_kv(self.layers, range(len(self.layers)), keep):
+            first_block = torch.zeros(len(self.groups), 1, dtype=torch.int32)
+            self.forward(Batch.of_one(token_id, torch.tensor([0]), first_block), torch.tensor([position]))
+        return keys
+
+    def attention_metadata(self, batch: Batch) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What vLLM's forward context holds for a batch: metadata and slots by layer name."""
+        metadata: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
+        own_slots = batch.slots(self.block_size).to(self.device)
+        for number, group in enumerate(self.groups):
+            own = group.builder.build(0, self._common_metadata(batch, number, own_slots[number]))
+            metadata |= dict.fromkeys(group.layer_names, own)
+            slots |= dict.fromkeys(group.layer_names, own_slots[number])
+        return metadata, slots
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keys and values `(T, H_kv, D)` to their slots of the paged cache."""
+        attention = self.layers[layer]
+        attention.impl.do_kv_cache_update(attention, keys, values.contiguous(), attention.kv_cache, slots)
+
+    def _write_and_stop(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        slots = get_forward_context().slot_mapping[self.layer_names[layer]]
+        heads = (len(keys), self.num_kv_heads, self.head_size)
+        self.write(layer, slots, keys.reshape(heads), values.reshape(heads))
+        raise KVKnown
+
+    def _common_metadata(self, batch: Batch, group: int, slots: torch.Tensor) -> CommonAttentionMetadata:
+        seq_lens = batch.row_ends
+        return CommonAttentionMetadata(
+            query_start_loc=batch.row_starts.to(self.device),
+            query_start_loc_cpu=batch.row_starts,
+            seq_lens=seq_lens.to(self.device),
+            num_reqs=len(seq_lens),
+            num_actual_tokens=len(batch),
+            max_query_len=int(batch.row_lengths.max()),
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=batch.row_blocks(group).to(self.device),
+            slot_mapping=slots,
+            causal=True,
+            positions=batch.positions.to(self.device),
+            is_prefilling=torch.ones(len(seq_lens), dtype=torch.bool),
+            seq_lens_cpu_upper_bound=seq_lens,
+        )
+
+    def _group(self, group: KVCacheGroupSpec) -> LayerGroup:
+        layer = next(layer for layer in self.layers if layer.layer_name in group.layer_names)
+        builder = layer.get_attn_backend().get_builder_cls()
+        with set_current_vllm_config(self.vllm_config):
+            made = builder(group.kv_cache_spec, group.layer_names, self.vllm_config, self.device)
+        return LayerGroup(group.layer_names, made)
+
+
+class PagedPrompt:
+    """One prompt in the paged cache: `[0, start)` is there, the blocks from there on are this prompt's alone."""
+
+    def __init__(self, engine: VllmModel, token_ids: TokenIds, block_ids: Sequence[Sequence[int]], start: int) -> None:
+        assert start % engine.block_size == 0, f"cached prefix of {start} tokens ends inside a block"
+        self.rotations = engine.rotations
+        self.head_size = engine.head_size
+        self.device = engine.device
+        self.ranks = engine.ranks
+        self._engine = engine
+        self._token_ids = torch.from_numpy(token_ids).long()
+        self._block_ids = torch.tensor(block_ids, dtype=torch.int32)
+        self._slots = self._batch(torch.arange(len(token_ids))).slots(engine.block_size).to(engine.device)
+        self._scratch = self._block_ids[:, start // engine.block_size :]
+
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        own_slots = self._slots[self._engine.group_of[self._engine.layer_names[layer]]]
+        self._engine.write(layer, own_slots[positions.to(self.device)], keys, values)
+
+    def forward(self, positions: torch.Tensor, narrowings: Sequence[TokenFilter] = ()) -> torch.Tensor:
+        batches = self._batches(positions)
+        num_batches, narrowed = len(batches), None
+        with ExitStack() as stack:
+            for narrowing in narrowings:
+                layer = FilteredLayer(self._engine, narrowing, narrowed or positions, num_batches, self._batch)
+                narrowed, num_batches = stack.enter_context(layer), 1
+            for batch in batches:
+                self._engine.forward(batch)
+        return narrowed.kept if narrowed else positions
+
+    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+
+        def keep(queries: torch.Tensor) -> None:
+            found.append(queries.reshape(len(queries), -1, self.head_size).clone())
+            raise KVKnown
+
+        with reading_queries(self._engine.layers[layer], keep):
+            for batch in self._batches(positions):
+                self._engine.forward(batch)
+        return torch.cat(found)
+
+    def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
+        return prefill_alone(self._engine, texts, self._scratch)
+
+    def _batches(self, positions: torch.Tensor) -> list[Batch]:
+        return self._batch(positions).split(self._engine.max_batch_tokens)
+
+    def _batch(self, positions: torch.Tensor) -> Batch:
+        return Batch.of_one(self._token_ids[positions], positions, self._block_ids)

@@ -1,0 +1,65 @@
+"""`kv_deviation` (CacheBlend, arXiv 2405.16444): the tokens whose fresh KV at a check layer differs most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.core.plan import ReusePlan
+from kvarena.core.policy import Selection, SelectionContext, best_runs, reused_positions, share_of
+from kvarena.core.prefilled_model import LayerKV, TokenFilter
+
+
+@dataclass(frozen=True)
+class KVDeviation:
+    """The `ratio` of reused tokens with the largest squared distance between fresh and reused KV at `check_layer`.
+
+    CacheBlend (arXiv 2405.16444, section 4.3) selects at layer 1. What a token fetches from another chunk in the
+    attention of layer n first shows in the keys of layer n + 1, so which layer is best depends on the model.
+
+    `deviation`: "keys", as LMCache compares, or "values", as the paper's authors do. `num_filters`: from the check
+    layer on, so many layers in a row filter, from twice the ratio evenly down to the ratio; 1 selects at once. The
+    paper's gradual filtering begins with somewhat more than the ratio too; how much more, it leaves open. `run_tokens`:
+    so many neighbours are chosen together.
+    """
+
+    ratio: float
+    check_layer: int = 1
+    deviation: str = "keys"
+    num_filters: int = 1
+    run_tokens: int = 1
+
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        first = min(self.check_layer, num_layers - 1)
+        return range(first, min(first + self.num_filters, num_layers))
+
+    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+        reused = reused_positions(plan)
+        layers = self.watched_layers(evidence.num_layers)
+        narrowings = [
+            TokenFilter(layer, self._chooser(reused, evidence, layer, share_of(len(reused), ratio)))
+            for layer, ratio in zip(layers, self._ratios(len(layers)), strict=True)
+        ]
+        return Selection(reused, tuple(narrowings) if len(reused) else ())
+
+    def _ratios(self, num_filters: int) -> list[float]:
+        steps = [1 + (num_filters - 1 - i) / max(1, num_filters - 1) for i in range(num_filters)]
+        return [min(1.0, step * self.ratio) for step in ([1.0] if num_filters == 1 else steps)]
+
+    def _chooser(
+        self, reused: torch.Tensor, evidence: SelectionContext, layer: int, count: int
+    ) -> Callable[[torch.Tensor, LayerKV], torch.Tensor]:
+        def most_deviating(positions: torch.Tensor, fresh: LayerKV) -> torch.Tensor:
+            is_reused = torch.isin(positions, reused)
+            candidates = is_reused.nonzero().flatten()
+            rows = torch.searchsorted(reused, positions[candidates]).to(fresh.keys.device)
+            reused_kv = evidence.reused_keys if self.deviation == "keys" else evidence.reused_values
+            before = reused_kv(layer)[rows]
+            now = getattr(fresh, self.deviation)[candidates.to(rows.device)]
+            distance = (now.float() - before.float()).square_().sum(dim=(1, 2))
+            chosen = candidates[best_runs(evidence.summed(distance), count, self.run_tokens)]
+            return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
+
+        return most_deviating

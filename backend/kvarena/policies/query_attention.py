@@ -1,0 +1,50 @@
+"""`query_attention` (ProphetKV, arXiv 2602.02579; QCFuse, 2606.05875): the tokens that the question attends to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.core.plan import ReusePlan
+from kvarena.core.policy import Selection, SelectionContext, best_runs, reused_positions, share_of
+
+
+@dataclass(frozen=True)
+class QueryAttention:
+    """The `ratio` of reused tokens that get the most attention from the question at `check_layer`.
+
+    ProphetKV (arXiv 2602.02579) and QCFuse (arXiv 2606.05875) recompute what the question needs, not what deviates: the
+    question's own queries score the cached keys. A token's score is its attention probability among the reused tokens,
+    averaged over the question's tokens and the heads. No layer is run over the context.
+
+    One layer, where the papers take several together: which layers look for what the question is about depends on the
+    model, and early ones drown it. `run_tokens`: so many neighbours are chosen together.
+    """
+
+    ratio: float
+    check_layer: int
+    run_tokens: int = 1
+
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        return (min(self.check_layer, num_layers - 1),)
+
+    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+        reused = reused_positions(plan)
+        if not len(reused):
+            return Selection(reused)
+        (layer,) = self.watched_layers(evidence.num_layers)
+        scores = _attention(evidence.question_queries(layer), evidence.reused_keys(layer))
+        best = best_runs(evidence.summed(scores), share_of(len(reused), self.ratio), self.run_tokens)
+        return Selection(reused[best.sort().values])
+
+
+def _attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """What each key `(T, H_kv, D)` gets of the attention of queries `(T_q, H, D)`, averaged: `(T,)`, sums to 1."""
+    num_queries, num_heads, head_size = queries.shape
+    num_kv_heads = keys.shape[1]
+    grouped = queries.view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)
+    products = torch.einsum("qkgd,tkd->kgqt", grouped, keys).float() / math.sqrt(head_size)
+    return products.softmax(dim=-1).mean(dim=(0, 1, 2))

@@ -1,0 +1,291 @@
+"""From generations to an HTTP response: as one object, or as a stream of chunks.
+
+A request's generations are one group, each prompt `n` times:
+
+| | one generation | several |
+|---|---|---|
+| usage | its own | prompts count once, however many samples were drawn |
+| report | its own | counts summed, each generation's own under `choices` |
+
+Chat and text completions differ in their objects alone (`ResponseBuilder`); when a stream begins, when the report is
+filed and when usage is sent is the same for both. The client is watched from its request to the last byte: as soon as
+it is gone, or the answer is complete, the group is closed and what still runs ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kvarena.engines.base import (
+    TOKEN_COUNTS,
+    EngineUnavailable,
+    FinishReason,
+    GeneratedToken,
+    GenerationRequest,
+    Report,
+)
+from kvarena.server.detokenizer import StopRule
+from kvarena.server.errors import ApiError
+from kvarena.server.generation import Ended, Event, Outcome
+from kvarena.server.protocol import PromptTokensDetails, ResponseModel, SamplingFields, Usage
+from kvarena.server.runner import Runner
+from kvarena.server.state import Server
+
+
+class Closeable(Protocol):
+    def close(self) -> None: ...
+
+
+class ClientWatch:
+    """`with ClientWatch(request, answer):` closes the answer when its client goes, and at the end in any case.
+
+    `keep` leaves it open beyond the block: for a stream, which closes it itself.
+    """
+
+    def __init__(self, request: Request, answer: Closeable) -> None:
+        self._request = request
+        self._answer = answer
+        self._kept = False
+
+    def __enter__(self) -> ClientWatch:
+        self._task = asyncio.create_task(self._watch())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self._kept:
+            self.close()
+
+    def keep(self) -> None:
+        self._kept = True
+
+    def close(self) -> None:
+        self._task.cancel()
+        self._answer.close()
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._answer.close()
+
+
+class EventStream(Response):
+    """Server-sent events: each of `events` is one, then `[DONE]`. An `ApiError` on the way becomes the last event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], watch: ClientWatch) -> None:
+        self._events = events
+        self._watch = watch
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [item for item in self.raw_headers if item[0] != b"content-length"]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for line in self._lines():
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        except OSError:
+            pass  # The client is gone, and some servers say so here.
+        finally:
+            self._watch.close()
+
+    async def _lines(self) -> AsyncIterator[bytes]:
+        try:
+            async for event in self._events:
+                yield b"data: " + event + b"\n\n"
+        except ApiError as error:
+            yield b"data: " + error.json_bytes() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+
+class GenerationGroup:
+    """`requests` in the order of the choices: the first prompt's samples, then the second's. Always `close` it."""
+
+    def __init__(self, runner: Runner, requests: Sequence[GenerationRequest], stop: StopRule, num_samples: int) -> None:
+        self._num_samples = num_samples
+        self._arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._early: deque[tuple[int, Event]] = deque()
+        self._outcomes: dict[int, Outcome] = {}
+        self._ids = [request.request_id for request in requests]
+        self._num_choices = len(requests)
+        self._runner = runner
+        self._tickets = [
+            runner.submit(request, stop, partial(self._on_event, index)) for index, request in enumerate(requests)
+        ]
+
+    def close(self) -> None:
+        for ticket in self._tickets:
+            ticket.close()
+
+    async def first(self) -> None:
+        """Wait until every choice has begun, so that a refusal becomes a status. Raises what `events` raises."""
+        begun: set[int] = set()
+        while len(begun) < self._num_choices:
+            index, event = await self._arrived.get()
+            self._early.append((index, self._checked(index, event)))
+            begun.add(index)
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Every choice's events up to its `Ended`. Raises `ApiError` where the engine refuses or fails."""
+        while not self.is_complete:
+            index, event = self._early.popleft() if self._early else await self._arrived.get()
+            self._checked(index, event)
+            if isinstance(event, Ended):
+                self._outcomes[index] = event.outcome
+            yield index, event
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._outcomes) == self._num_choices
+
+    def usage(self) -> Usage:
+        """When all have ended."""
+        firsts = [self._report(index) for index in range(0, self._num_choices, self._num_samples)]
+        prompt = sum(report.num_prompt_tokens for report in firsts)
+        generated = sum(outcome.num_tokens for outcome in self._outcomes.values())
+        cached = sum(report.num_reused_tokens for report in firsts)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=generated,
+            total_tokens=prompt + generated,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )
+
+    def report(self, request_id: str, contender: str) -> dict[str, Any]:
+        """When all have ended."""
+        reports = [report_fields(self._report(index)) for index in range(self._num_choices)]
+        named = {"request_id": request_id, "contender": contender}
+        if len(reports) == 1:
+            return {**named, **reports[0]}
+        summed = {name: sum(report[name] for report in reports) for name in ("num_prompt_tokens", *TOKEN_COUNTS)}
+        return {**named, "approximate": any(r["approximate"] for r in reports), **summed, "choices": reports}
+
+    def _on_event(self, index: int, event: Event) -> None:
+        self._arrived.put_nowait((index, event))
+
+    def _report(self, index: int) -> Report:
+        return self._outcomes[index].report
+
+    def _checked(self, index: int, event: Event) -> Event:
+        if not isinstance(event, Ended) or event.outcome.finish_reason is not None:
+            return event
+        if event.outcome.refused:
+            raise ApiError(400, str(event.outcome.error))
+        if isinstance(event.outcome.error, EngineUnavailable):
+            raise ApiError(503, str(event.outcome.error), logged=True)
+        if event.outcome.error is not None:
+            raise ApiError(500, f"the engine failed while serving request {self._ids[index]}", logged=True)
+        if self._runner.closing:
+            raise ApiError(503, "the server is shutting down", logged=True)
+        raise ApiError(499, "the client went away", logged=True)
+
+
+def report_fields(report: Report) -> dict[str, Any]:
+    counts = {name: getattr(report, name) for name in TOKEN_COUNTS}
+    return {
+        "approximate": report.approximate,
+        "num_prompt_tokens": report.num_prompt_tokens,
+        **counts,
+        **report.details,
+        **report.texts,
+    }
+
+
+@dataclass
+class Choice:
+    """A choice so far. `num_chars`: of the tokens' texts, where the next logprob's token begins."""
+
+    index: int
+    texts: list[str] = field(default_factory=list)
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_chars: int = 0
+
+
+class ResponseBuilder(Protocol):
+    """The objects of one kind of completion."""
+
+    @property
+    def answer_id(self) -> str: ...
+
+    @property
+    def wants_logprobs(self) -> bool: ...
+
+    def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> ResponseModel: ...
+
+    def opening(self, choice: Choice) -> ResponseModel | None:
+        """What a choice's stream begins with."""
+        ...
+
+    def piece(self, choice: Choice, text: str, token: GeneratedToken | None) -> ResponseModel: ...
+
+    def closing(self, choice: Choice) -> ResponseModel: ...
+
+    def usage(self, usage: Usage) -> ResponseModel: ...
+
+
+async def respond(
+    request: Request, server: Server, answer: GenerationGroup, form: ResponseBuilder, body: SamplingFields
+) -> Response:
+    with ClientWatch(request, answer) as watch:
+        await answer.first()
+        if body.stream:
+            watch.keep()
+            return EventStream(_chunks(server, answer, form, includes_usage=body.includes_usage), watch)
+        return Response(await _whole(server, answer, form), media_type="application/json")
+
+
+async def _whole(server: Server, answer: GenerationGroup, form: ResponseBuilder) -> bytes:
+    choices: dict[int, Choice] = {}
+    async for index, event in answer.events():
+        choice = choices.setdefault(index, Choice(index))
+        if isinstance(event, Ended):
+            choice.finish_reason = event.outcome.finish_reason
+            continue
+        choice.texts.append(event.text)
+        if event.token is not None and form.wants_logprobs:
+            choice.tokens.append(event.token)
+    report = _file_report(server, answer, form)
+    in_order = [choices[index] for index in sorted(choices)]
+    return form.whole(in_order, answer.usage(), report).json_bytes()
+
+
+async def _chunks(
+    server: Server, answer: GenerationGroup, form: ResponseBuilder, *, includes_usage: bool
+) -> AsyncIterator[bytes]:
+    choices: dict[int, Choice] = {}
+    async for index, event in answer.events():
+        choice = choices.get(index)
+        if choice is None:
+            choice = choices[index] = Choice(index)
+            if opening := form.opening(choice):
+                yield opening.json_bytes()
+        if isinstance(event, Ended):
+            choice.finish_reason = event.outcome.finish_reason
+            if answer.is_complete:
+                _file_report(server, answer, form)
+            yield form.closing(choice).json_bytes()
+        elif event.text or (event.token is not None and form.wants_logprobs):
+            yield form.piece(choice, event.text, event.token).json_bytes()
+    if includes_usage:
+        yield form.usage(answer.usage()).json_bytes()
+
+
+def _file_report(server: Server, answer: GenerationGroup, form: ResponseBuilder) -> dict[str, Any]:
+    report = answer.report(form.answer_id, server.engine.contender)
+    server.reports.add(report)
+    return report

@@ -1,0 +1,312 @@
+"""The paths of a server, but for those of an engine's own.
+
+| path | |
+|---|---|
+| `POST /v1/chat/completions`, `POST /v1/completions` | generation; prompts are messages, texts or token ids |
+| `POST /tokenize`, `POST /detokenize` | as vLLM has them |
+| `GET /v1/models`, `GET /kvarena`, `GET /kvarena/requests/{id}` | models, settings, reports of requests |
+| `GET /health`, `GET /metrics` | open: no API key is asked for |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from kvarena.engines.base import GeneratedToken
+from kvarena.server.detokenizer import StopRule
+from kvarena.server.errors import ApiError, shown
+from kvarena.server.logprobs import TokenTexts, chat_logprobs, text_logprobs
+from kvarena.server.protocol import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    Completion,
+    CompletionRequest,
+    DetokenizedPrompt,
+    DetokenizeRequest,
+    ErrorAnswer,
+    Model,
+    ModelList,
+    RequestReport,
+    TextChoice,
+    TextLogprobs,
+    TokenizeRequest,
+    Tokens,
+    Usage,
+)
+from kvarena.server.requests import (
+    JsonRoute,
+    Prompts,
+    check_token_ids,
+    generation_requests,
+    render_chat,
+    sampling_of,
+    split_prompts,
+)
+from kvarena.server.responses import Choice, GenerationGroup, respond
+from kvarena.server.state import ERRORS, Server, ServerDep
+
+open_router = APIRouter()
+"""Paths that ask for no API key."""
+
+info_router = APIRouter()
+
+_UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer}, "default": {"model": ErrorAnswer}}
+
+
+@open_router.get("/health")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@open_router.get("/metrics", response_class=PlainTextResponse)
+def metrics(server: ServerDep) -> Response:
+    """In a thread of its own: an engine's collectors may wait for its locks."""
+    return Response(server.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+@info_router.get("/v1/models")
+async def models(server: ServerDep) -> ModelList:
+    return ModelList(object="list", data=[_model(server)])
+
+
+@info_router.get("/v1/models/{name:path}", responses=_UNKNOWN)
+async def model(name: str, server: ServerDep) -> Model:
+    server.check_model(name)
+    return _model(server)
+
+
+@info_router.get("/kvarena")
+async def settings(server: ServerDep) -> dict[str, Any]:
+    return {"contender": server.engine.contender, **server.engine.describe()}
+
+
+@info_router.get("/kvarena/requests/{request_id:path}", response_model=RequestReport, responses=_UNKNOWN)
+async def request_report(request_id: str, server: ServerDep) -> Response:
+    """The report of a finished request, by the id of its answer; the last 1,024 are kept."""
+    report = server.reports.get(request_id)
+    if report is None:
+        raise ApiError(404, f"there is no report of a request {shown(request_id)}")
+    return JSONResponse(report)
+
+
+def _model(server: Server) -> Model:
+    engine = server.engine
+    return Model(
+        id=engine.model_name,
+        object="model",
+        created=server.created,
+        owned_by="kvarena",
+        root=engine.model_name,
+        max_model_len=engine.max_model_len,
+    )
+
+
+tokenization_router = APIRouter(route_class=JsonRoute)
+
+
+@tokenization_router.post("/tokenize", responses=ERRORS)
+async def tokenize(body: TokenizeRequest, server: ServerDep) -> Tokens:
+    server.check_model(body.model)
+    return await asyncio.to_thread(_tokenize, body, server)
+
+
+def _tokenize(body: TokenizeRequest, server: Server) -> Tokens:
+    tokenizer = server.engine.tokenizer
+    if body.prompt is not None:
+        text, adds_special = body.prompt, body.add_special_tokens is not False
+    else:
+        text = render_chat(tokenizer, body.messages or [], body).text
+        adds_special = bool(body.add_special_tokens)
+    ids = tokenizer.encode(text, add_special_tokens=adds_special)
+    names = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+    return Tokens(count=len(ids), max_model_len=server.engine.max_model_len, tokens=ids, token_strs=names)
+
+
+@tokenization_router.post("/detokenize", responses=ERRORS)
+async def detokenize(body: DetokenizeRequest, server: ServerDep) -> DetokenizedPrompt:
+    server.check_model(body.model)
+    ids = check_token_ids(body.tokens, server.engine.tokenizer, "tokens")
+    prompt = await asyncio.to_thread(server.engine.tokenizer.decode, ids, skip_special_tokens=False)
+    return DetokenizedPrompt(prompt=prompt)
+
+
+chat_router = APIRouter(route_class=JsonRoute)
+
+_ANSWER = "The completion; with `stream` true, server-sent events with its chunks, and `[DONE]` as the last"
+
+
+@chat_router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses={200: {"model": ChatCompletion, "description": _ANSWER, "content": {"text/event-stream": {}}}, **ERRORS},
+)
+async def create_chat_completion(body: ChatCompletionRequest, request: Request, server: ServerDep) -> Response:
+    server.check_model(body.model)
+    chat = await asyncio.to_thread(render_chat, server.engine.tokenizer, body.messages, body)
+    sampling = sampling_of(
+        body,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    form = ChatResponseBuilder(
+        f"chatcmpl-{request.state.request_id}", server.engine.model_name, server.token_texts, bool(body.logprobs)
+    )
+    prompts = Prompts([chat.text], bool(body.add_special_tokens), chat.messages, chat.template_arguments)
+    requests = generation_requests(server, request, form.answer_id, body, sampling, prompts)
+    stop = StopRule(body.stop_strings, bool(body.include_stop_str_in_output))
+    return await respond(request, server, GenerationGroup(server.runner, requests, stop, body.n or 1), form, body)
+
+
+@dataclass(frozen=True)
+class ChatResponseBuilder:
+    answer_id: str
+    model: str
+    token_texts: TokenTexts
+    wants_logprobs: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> ChatCompletion:
+        return ChatCompletion(
+            id=self.answer_id,
+            object="chat.completion",
+            created=self.created,
+            model=self.model,
+            choices=[
+                ChatChoice(
+                    index=choice.index,
+                    message=ChatMessage(role="assistant", content="".join(choice.texts)),
+                    logprobs=self._logprobs(choice.tokens),
+                    finish_reason=choice.finish_reason,
+                )
+                for choice in choices
+            ],
+            usage=usage,
+            kv_transfer_params={"kvarena": report},
+        )
+
+    def opening(self, choice: Choice) -> ChatCompletionChunk:
+        return self._chunk(choice, ChatDelta(role="assistant", content=""))
+
+    def piece(self, choice: Choice, text: str, token: GeneratedToken | None) -> ChatCompletionChunk:
+        return self._chunk(choice, ChatDelta(content=text), self._logprobs([token] if token else []))
+
+    def closing(self, choice: Choice) -> ChatCompletionChunk:
+        return self._chunk(choice, ChatDelta())
+
+    def usage(self, usage: Usage) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self.answer_id,
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.model,
+            choices=[],
+            usage=usage,
+        )
+
+    def _chunk(self, choice: Choice, delta: ChatDelta, logprobs: ChatLogprobs | None = None) -> ChatCompletionChunk:
+        shown = ChatChunkChoice(index=choice.index, delta=delta, logprobs=logprobs, finish_reason=choice.finish_reason)
+        return ChatCompletionChunk(
+            id=self.answer_id,
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.model,
+            choices=[shown],
+        )
+
+    def _logprobs(self, tokens: list[GeneratedToken]) -> ChatLogprobs | None:
+        return chat_logprobs(self.token_texts, tokens) if self.wants_logprobs else None
+
+
+completions_router = APIRouter(route_class=JsonRoute)
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's, and vLLM's.
+
+
+@completions_router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": Completion, "description": _ANSWER, "content": {"text/event-stream": {}}}, **ERRORS},
+)
+async def create_completion(body: CompletionRequest, request: Request, server: ServerDep) -> Response:
+    server.check_model(body.model)
+    prompts = split_prompts(body.prompt, server.engine.tokenizer)
+    sampling = sampling_of(body, max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS, num_logprobs=body.logprobs)
+    form = CompletionResponseBuilder(
+        f"cmpl-{request.state.request_id}", server.engine.model_name, server.token_texts, body.logprobs is not None
+    )
+    adds_special = body.add_special_tokens is not False
+    requests = generation_requests(server, request, form.answer_id, body, sampling, Prompts(prompts, adds_special))
+    stop = StopRule(body.stop_strings, bool(body.include_stop_str_in_output))
+    return await respond(request, server, GenerationGroup(server.runner, requests, stop, body.n or 1), form, body)
+
+
+@dataclass(frozen=True)
+class CompletionResponseBuilder:
+    answer_id: str
+    model: str
+    token_texts: TokenTexts
+    wants_logprobs: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> Completion:
+        return Completion(
+            id=self.answer_id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            choices=[self._choice(choice, "".join(choice.texts), choice.tokens) for choice in choices],
+            usage=usage,
+            kv_transfer_params={"kvarena": report},
+        )
+
+    def opening(self, choice: Choice) -> None:
+        """A text begins with its first piece."""
+
+    def piece(self, choice: Choice, text: str, token: GeneratedToken | None) -> Completion:
+        return self._chunk([self._choice(choice, text, [token] if token else [])])
+
+    def closing(self, choice: Choice) -> Completion:
+        return self._chunk([self._choice(choice, "", [])])
+
+    def usage(self, usage: Usage) -> Completion:
+        return Completion(
+            id=self.answer_id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            choices=[],
+            usage=usage,
+        )
+
+    def _chunk(self, choices: list[TextChoice]) -> Completion:
+        return Completion(
+            id=self.answer_id, object="text_completion", created=self.created, model=self.model, choices=choices
+        )
+
+    def _choice(self, choice: Choice, text: str, tokens: list[GeneratedToken]) -> TextChoice:
+        return TextChoice(
+            index=choice.index,
+            text=text,
+            logprobs=self._logprobs(choice, tokens),
+            finish_reason=choice.finish_reason,
+        )
+
+    def _logprobs(self, choice: Choice, tokens: list[GeneratedToken]) -> TextLogprobs | None:
+        if not self.wants_logprobs:
+            return None
+        logprobs = text_logprobs(self.token_texts, tokens, choice.num_chars)
+        choice.num_chars += sum(map(len, logprobs.tokens))
+        return logprobs

@@ -1,0 +1,85 @@
+"""What the routes of one server share, in `app.state.server`: settings, the engine, running generations, reports.
+
+`ApiConfig` has the settings of the HTTP server itself. What the engine needs is the engine's own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from kvarena.client import API_KEY_VARIABLE
+from kvarena.engines.base import Engine, ReportLog
+from kvarena.server.errors import ApiError, shown
+from kvarena.server.logprobs import TokenTexts
+from kvarena.server.metrics import Metrics
+from kvarena.server.protocol import ErrorAnswer
+from kvarena.server.runner import Runner
+
+
+@dataclass(frozen=True)
+class ApiConfig:
+    """`api_key` None lets everybody in. Of all generations `max_running` run at once, each in a thread of its own; the
+    others wait in the order of their arrival.
+    """
+
+    api_key: str | None = field(default=None, repr=False)
+    max_body_bytes: int = 4 * 2**20
+    max_running: int = 64
+    max_choices: int = 128
+    """Prompts times `n` of one request."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_running", "max_choices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ApiConfig:
+        return cls(api_key=environment.get(API_KEY_VARIABLE) or None)
+
+
+@dataclass(frozen=True)
+class Server:
+    """`app.state.server`."""
+
+    engine: Engine
+    config: ApiConfig
+    metrics: Metrics
+    runner: Runner
+    reports: ReportLog
+    token_texts: TokenTexts
+    created: int
+
+    @classmethod
+    def of(cls, engine: Engine, config: ApiConfig) -> Server:
+        metrics = Metrics(engine.model_name, engine.max_model_len)
+        runner = Runner(engine, metrics, config.max_running)
+        return cls(engine, config, metrics, runner, ReportLog(), TokenTexts(engine.tokenizer), int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.engine.model_name:
+            raise ApiError(404, f"there is no model {shown(name)}; this server has {self.engine.model_name!r}", "model")
+
+
+def _server_of(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+ServerDep = Annotated[Server, Depends(_server_of)]
+
+_ERROR = {"model": ErrorAnswer}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {**_ERROR, "description": "A field has a bad value, or the body isn't JSON"},
+    404: {**_ERROR, "description": "Unknown model"},
+    413: {**_ERROR, "description": "The body is too large"},
+    415: {**_ERROR, "description": "The content type isn't application/json"},
+    "default": {**_ERROR, "description": "Any other error"},
+}
+"""What a path that takes a body answers beside its 200, for the OpenAPI document."""

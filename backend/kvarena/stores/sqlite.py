@@ -1,0 +1,144 @@
+"""A SQLite file that several processes of one machine read and write, and the known chunks kept in one.
+
+SQLite does the locking. What is in such a file can be found out again. So a file that is damaged or can't be written
+is given up with a warning: reading then gives nothing, writing does nothing, and no answer fails for it. Of known
+chunks only the token ids are kept, so that they survive a restart; the KV is the store's. A chunk known here and lost
+there is computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvarena.core.matching import ChunkIndex
+from kvarena.core.plan import Chunk
+
+logger = logging.getLogger(__name__)
+
+BUSY_TIMEOUT_S = 1.0
+
+
+class SharedFile:
+    """Not thread-safe. Readable by its owner only. `what` names what it keeps, in warnings."""
+
+    def __init__(self, path: Path, schema: str, what: str) -> None:
+        self._what = what
+        self._data_version = -1
+        self._file: sqlite3.Connection | None = None
+        try:
+            self._file = _open(path, schema)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("%s can't be kept in %s: %s", what, path, error)
+
+    @property
+    def is_open(self) -> bool:
+        return self._file is not None
+
+    def has_changed(self) -> bool:
+        """Whether others have written since it was last asked; the first time it is true."""
+        version = self.read("PRAGMA data_version")
+        if not version or version[0][0] == self._data_version:
+            return False
+        self._data_version = version[0][0]
+        return True
+
+    def read(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        if self._file is None:
+            return []
+        try:
+            return self._file.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            self._give_up(error)
+            return []
+
+    def write(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
+        """The statement for each of the rows, all or none of them."""
+        if self._file is None:
+            return
+        try:
+            with self._file:
+                self._file.executemany(statement, rows)
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _give_up(self, error: sqlite3.Error) -> None:
+        logger.warning("%s are no longer kept on disk: %s", self._what, error)
+        self.close()
+
+
+def _open(path: Path, schema: str) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    file = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+    file.execute("PRAGMA journal_mode = WAL")
+    file.execute("PRAGMA synchronous = NORMAL")
+    file.executescript(schema)
+    return file
+
+
+_SCHEMA = """CREATE TABLE IF NOT EXISTS chunks (
+    id INTEGER PRIMARY KEY, model TEXT NOT NULL, key BLOB NOT NULL, salt TEXT NOT NULL, token_ids BLOB NOT NULL,
+    added_at REAL NOT NULL, UNIQUE (model, key));"""
+
+
+class KnownChunks:
+    """A `ChunkIndex` for one model, written through to a file. An empty path keeps it in memory only."""
+
+    def __init__(self, path: str, model: str) -> None:
+        self.index = ChunkIndex()
+        self._model = model
+        self._last_id = 0
+        self._file = SharedFile(Path(path), _SCHEMA, "known chunks") if path else None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what other servers have added since."""
+        if self._file is None or not self._file.has_changed():
+            return
+        rows = self._file.read(
+            "SELECT id, salt, token_ids FROM chunks WHERE model = ? AND id > ? ORDER BY id",
+            (self._model, self._last_id),
+        )
+        for self._last_id, salt, token_ids in rows:
+            self._forget(self.index.add(Chunk(np.frombuffer(token_ids, np.int32), salt)))
+
+    def add(self, chunk: Chunk) -> None:
+        if chunk in self.index:
+            return
+        self._forget(self.index.add(chunk))
+        self._write(
+            "INSERT OR IGNORE INTO chunks (model, key, salt, token_ids, added_at) VALUES (?, ?, ?, ?, ?)",
+            [(self._model, chunk.key, chunk.salt, chunk.token_ids.tobytes(), time.time())],
+        )
+
+    def clear(self) -> None:
+        for chunk in list(self.index):
+            self.index.remove(chunk)
+        self._write("DELETE FROM chunks WHERE model = ?", [(self._model,)])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _forget(self, dropped: list[Chunk]) -> None:
+        if dropped:
+            self._write(
+                "DELETE FROM chunks WHERE model = ? AND key = ?", [(self._model, chunk.key) for chunk in dropped]
+            )
+
+    def _write(self, statement: str, rows: list[tuple[object, ...]]) -> None:
+        if self._file is not None:
+            self._file.write(statement, rows)

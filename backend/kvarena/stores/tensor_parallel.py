@@ -1,0 +1,66 @@
+"""A rank's own store, used only for what every rank's store holds: one rank alone may lose an entry."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from kvarena.core.plan import Chunk
+from kvarena.core.prefilled_model import Ranks
+from kvarena.core.store import ChunkStore, FoundKV, Pieces, Retrieval, StoreStats
+
+logger = logging.getLogger(__name__)
+
+
+class TensorParallelStore:
+    """A `ChunkStore`. What raises on one rank is nothing found on all of them: none may leave the others waiting."""
+
+    def __init__(self, store: ChunkStore, ranks: Ranks) -> None:
+        self._store = store
+        self._ranks = ranks
+        self.stats = store.stats
+
+    @contextmanager
+    def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[Retrieval]:
+        with ExitStack() as stack:
+            try:
+                own: Retrieval = stack.enter_context(self._store.retrieval(chunks))
+            except Exception:
+                logger.exception("the chunk store failed to look up %d chunks", len(chunks))
+                self.stats.errors += 1
+                own = FoundKV([None] * len(chunks))
+            yield _TensorParallelRetrieval(own, self._ranks, self._ranks.all(own.held), self.stats)
+
+    def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
+        return self._store.put(chunk, kv)
+
+    def contains(self, chunk: Chunk) -> bool:
+        return self._store.contains(chunk)
+
+    def clear(self) -> None:
+        self._store.clear()
+
+    def close(self) -> None:
+        self._store.close()
+
+
+@dataclass(frozen=True)
+class _TensorParallelRetrieval:
+    own: Retrieval
+    ranks: Ranks
+    held: Sequence[bool]
+    stats: StoreStats
+
+    def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
+        try:
+            taken = self.own.take(numbers)
+        except Exception:
+            logger.exception("the chunk store failed to give %d chunks", len(numbers))
+            self.stats.errors += 1
+            taken = [None] * len(numbers)
+        everywhere = self.ranks.all([pieces is not None for pieces in taken])
+        return [pieces if is_there else None for pieces, is_there in zip(taken, everywhere, strict=True)]

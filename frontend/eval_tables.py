@@ -1,0 +1,204 @@
+"""What the page Quality shows of a result: the points of its charts, its table and the answers side by side.
+
+Rows become plain records, one object per point or line of a table; what draws them is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval_results import ALL_KINDS, ALL_QUESTIONS, EvalAnswer, EvalResult, Interval, Row, Variant
+
+Record = dict[str, Any]
+NEW_COLUMNS = ("Right", "vs. full prefill", "Tokens", "KL along answer")
+MARKS = {1.0: "✓ ", 0.0: "✗ "}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`key` is the group of figures of a `Row`. A share goes from 0 to 1, and higher is better."""
+
+    key: str
+    title: str
+    is_share: bool = True
+
+    def of(self, row: Row) -> Interval | None:
+        found: Interval | None = getattr(row, self.key)
+        return found
+
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric("correct", "Right answers"),
+        Metric("exact_match", "Exact match"),
+        Metric("f1", "Token F1"),
+        Metric("agreement", "Agreement with full prefill"),
+        Metric("token_agreement", "Agreement token by token"),
+        Metric("kl_along_answer", "KL along the answer", is_share=False),
+        Metric("first_token_kl", "First token's KL divergence", is_share=False),
+    )
+}
+
+
+def metrics_of(result: EvalResult) -> dict[str, Metric]:
+    """Those that the file has; older ones lack some. All for a file that has none."""
+    found = {key: metric for key, metric in METRICS.items() if any(metric.of(row) for row in result.rows)}
+    return found or METRICS
+
+
+def percent(share: float) -> str:
+    return f"{round(100 * share, 1):g} %"
+
+
+def line_name(result: EvalResult, variant: Variant) -> str:
+    """Of the line that this variant is a point of: its policy, and what else tells this file's lines apart."""
+    if variant.policy is None:
+        return variant.contender
+    blending = [other for other in result.variants if other.policy is not None]
+    layers = {other.check_layer for other in blending if other.policy == variant.policy}
+    parts = [variant.policy_name]
+    if len({other.contender for other in blending}) > 1:
+        parts.insert(0, variant.contender)
+    if len(layers) > 1:
+        parts.append("default layer" if variant.check_layer is None else f"layer {variant.check_layer}")
+    return " · ".join(parts)
+
+
+def variant_name(result: EvalResult, variant: Variant) -> str:
+    name = line_name(result, variant)
+    return name if variant.ratio is None else f"{name} · {percent(variant.ratio)}"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Names of a file's lines, in its order: those of policies, and those of contenders that don't blend."""
+
+    blending: list[str]
+    levels: list[str]
+
+
+def lines(result: EvalResult) -> Lines:
+    names = {line_name(result, variant): variant.policy is not None for variant in result.variants}
+    return Lines([name for name, blends in names.items() if blends], [name for name in names if not names[name]])
+
+
+def points(result: EvalResult, kind: str, metric: Metric, subset: str = ALL_QUESTIONS) -> list[Record]:
+    """One per row of this kind that has the metric; `level` tells those that don't blend, and so have no ratio."""
+    records = []
+    for row in result.rows_of(kind, subset):
+        value, variant = metric.of(row), row.variant
+        if value is None:
+            continue
+        records.append(
+            {
+                "line": line_name(result, variant),
+                "level": variant.policy is None,
+                "reference": variant == result.reference,
+                "label": "" if variant.ratio is None else percent(variant.ratio),
+                "recomputed": variant.ratio if row.recomputed_ratio is None else row.recomputed_ratio,
+                "ttft_ms": row.ttft_median_ms,
+                "mean": value.mean,
+                "low": value.low,
+                "high": value.high,
+                "questions": row.num_questions,
+                "failed": row.num_failed,
+                "cut": row.num_cut,
+            }
+        )
+    return records
+
+
+def table(result: EvalResult, kind: str, subset: str = ALL_QUESTIONS) -> list[Record]:
+    """Columns that this file has no figure of are left out where older files lack them."""
+    records = [_table_row(row) for row in result.rows_of(kind, subset)]
+    unknown = [name for name in NEW_COLUMNS if all(record[name] is None for record in records)]
+    return [{name: value for name, value in record.items() if name not in unknown} for record in records]
+
+
+def _table_row(row: Row) -> Record:
+    variant = row.variant
+    return {
+        "Contender": variant.contender,
+        "Policy": variant.policy_name or None,
+        "Ratio": variant.ratio,
+        "Check layer": variant.check_layer,
+        "Questions": row.num_questions,
+        "Failed": row.num_failed,
+        "Cut": row.num_cut,
+        "Right": _mean(row.correct),
+        "vs. full prefill": _mean(row.correct_vs_reference),
+        "Exact match": _mean(row.exact_match),
+        "EM low": row.exact_match.low if row.exact_match else None,
+        "EM high": row.exact_match.high if row.exact_match else None,
+        "vs. reference": _mean(row.exact_match_vs_reference),
+        "Token F1": _mean(row.f1),
+        "Agreement": _mean(row.agreement),
+        "Tokens": _mean(row.token_agreement),
+        "KL along answer": _mean(row.kl_along_answer),
+        "KL": _mean(row.first_token_kl),
+        "TTFT median": row.ttft_median_ms,
+        "TTFT p95": row.ttft_p95_ms,
+        "Reused": row.reused_ratio,
+    }
+
+
+def _mean(interval: Interval | None) -> float | None:
+    return None if interval is None else interval.mean
+
+
+def summary(result: EvalResult) -> str:
+    """What was measured, and where, in one line."""
+    settings, machine = result.settings, result.machine
+    servers = (settings.get("contenders") or {}).values()
+    models = dict.fromkeys(filter(None, [settings.get("model"), *(server.get("model") for server in servers)]))
+    parts = [", ".join([*models, f"engine {settings.get('engine', 'unknown')}"])]
+    if num_questions := settings.get("num_questions"):
+        parts.append(f"{num_questions:,} questions")
+    if settings.get("is_interrupted"):
+        parts.append("interrupted")
+    if result.reference:
+        parts.append(f"full prefill: {result.reference.label}")
+    parts += machine.get("gpus") or [f"{machine['cpu']}, {machine.get('num_cores')} cores"] * ("cpu" in machine)
+    return " · ".join(parts)
+
+
+def problems(result: EvalResult, kind: str, subset: str = ALL_QUESTIONS) -> str:
+    """How many answers there weren't; empty when all were there."""
+    rows = result.rows_of(kind, subset)
+    failed = sum(row.num_failed for row in rows)
+    return f"Of {sum(row.num_questions for row in rows):,} answers {failed:,} failed." if failed else ""
+
+
+def answer_table(result: EvalResult, kind: str, variants: Sequence[Variant], only_different: bool) -> list[Record]:
+    """A line per question of this kind, a column per variant; `only_different` from the reference in any of them."""
+    lines = []
+    for index, question in enumerate(result.questions):
+        if kind not in (ALL_KINDS, question.kind):
+            continue
+        answers = {variant: result.answers.get((variant, index)) for variant in variants}
+        if only_different and not any(_differs(result, index, answer) for answer in answers.values()):
+            continue
+        cells = {variant_name(result, variant): _cell(answer) for variant, answer in answers.items()}
+        lines.append({"Question": question.text, "Gold": " / ".join(question.gold), **cells})
+    return lines
+
+
+def _differs(result: EvalResult, index: int, answer: EvalAnswer | None) -> bool:
+    reference = result.answers.get((result.reference, index)) if result.reference else None
+    if answer is None or reference is None:
+        return False
+    return (answer.outcome, answer.text.strip()) != (reference.outcome, reference.text.strip())
+
+
+def _cell(answer: EvalAnswer | None) -> str | None:
+    if answer is None:
+        return None
+    if answer.outcome == "failed":
+        return f"⚠ failed: {answer.detail}"
+    if answer.outcome == "unparsed":
+        return f"⚠ unparsed: {answer.text}"
+    right = answer.exact_match if answer.correct is None else answer.correct
+    return MARKS.get(-1.0 if right is None else right, "") + answer.text + ("" if answer.is_complete else " …")

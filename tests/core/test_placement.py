@@ -1,0 +1,98 @@
+"""Moving spans together, from pieces, is moving each by itself, whole."""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from kvarena.core.placement import GROUP_TOKENS, KVWriter, groups_of, part_of
+from kvarena.core.plan import Chunk, Span, as_token_ids
+from kvarena.core.rope import Rotation
+
+NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 2, 8
+ROTATIONS = [Rotation(torch.tensor([0.7, 0.2, 0.01])), None, Rotation(torch.tensor([1.0, 0.3]), is_neox=False)]
+
+
+class NoWatch:
+    def timed(self, stage: str) -> nullcontext[None]:
+        return nullcontext()
+
+
+class Cache:
+    """What was written, by layer: keys and values `(T, H_kv, D)`; NaN where nothing was."""
+
+    rotations = ROTATIONS
+    head_size = HEAD_SIZE
+    device = torch.device("cpu")
+
+    def __init__(self, num_tokens: int) -> None:
+        self.kv = torch.full((NUM_LAYERS, 2, num_tokens, NUM_HEADS, HEAD_SIZE), torch.nan)
+
+    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.kv[layer, 0, positions] = keys
+        self.kv[layer, 1, positions] = values
+
+
+def kv_of(num_tokens: int) -> torch.Tensor:
+    return torch.randn(2, NUM_LAYERS, num_tokens, NUM_HEADS * HEAD_SIZE)
+
+
+def cut(kv: torch.Tensor, rng: random.Random) -> list[torch.Tensor]:
+    edges = sorted(rng.sample(range(1, kv.shape[2]), 3))
+    return list(kv.tensor_split(edges, dim=2))
+
+
+def test_together_is_one_by_one() -> None:
+    rng = random.Random(0)
+    whole = [kv_of(40) for _ in range(3)]
+    before = [kv.clone() for kv in whole]
+    chunks = [Chunk(as_token_ids([number] * 40)) for number in range(3)]
+    spans = [Span(0, 40, chunks[0]), Span(45, 70, chunks[1], 7), Span(70, 110, chunks[2]), Span(111, 121, chunks[1], 2)]
+    together = Cache(125)
+    mover = KVWriter(together, [2], NoWatch())
+    mover.write([(span, cut(whole[int(span.chunk.token_ids[0])], rng)) for span in spans])
+    alone = Cache(125)
+    for span in spans:
+        kv = whole[int(span.chunk.token_ids[0])][:, :, span.offset : span.offset + len(span)]
+        heads = kv.view(2, NUM_LAYERS, len(span), NUM_HEADS, HEAD_SIZE)
+        for layer, rotation in enumerate(ROTATIONS):
+            keys = heads[0, layer].clone()
+            if rotation:
+                here = torch.arange(span.offset, span.offset + len(span))
+                rotation.between(here, here + span.start - span.offset).apply_(keys)
+            alone.write(layer, torch.arange(span.start, span.end), keys, heads[1, layer])
+    torch.testing.assert_close(together.kv, alone.kv, equal_nan=True)
+    kept = torch.cat([group.keys for group in mover.kept[2]])
+    written = alone.kv[2, 0][~alone.kv[2, 0, :, 0, 0].isnan()]
+    torch.testing.assert_close(kept, written)
+    assert list(mover.kept) == [2]
+    assert all(torch.equal(kv, old) for kv, old in zip(whole, before, strict=True)), "the store's tensors were changed"
+
+
+def test_a_part_of_pieces_is_the_part_of_the_whole() -> None:
+    rng = random.Random(1)
+    for _ in range(50):
+        kv = kv_of(rng.randint(5, 60))
+        start = rng.randrange(kv.shape[2])
+        num_tokens = rng.randint(1, kv.shape[2] - start)
+        parts = list(part_of(cut(kv, rng), start, num_tokens))
+        assert torch.equal(torch.cat(parts, dim=2), kv[:, :, start : start + num_tokens])
+        with pytest.raises(ValueError, match="not the"):
+            list(part_of(cut(kv, rng), start, kv.shape[2] - start + 1))
+
+
+def test_groups_keep_order_and_are_no_larger_than_they_need() -> None:
+    rng = random.Random(2)
+    chunk = Chunk(as_token_ids(range(3000)))
+    spans, at = [], 0
+    for length in rng.choices([5, 90, 256, 700, 3000], k=60):
+        spans.append(Span(at, at + length, chunk))
+        at += length
+    groups = list(groups_of(spans))
+    assert [span for group in groups for span in group] == spans
+    sizes = [[len(span) for span in group] for group in groups]
+    assert all(sum(size[:-1]) < GROUP_TOKENS for size in sizes)
+    assert all(sum(size) >= GROUP_TOKENS for size in sizes[:-1])

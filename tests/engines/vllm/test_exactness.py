@@ -1,0 +1,162 @@
+"""The blend against independent computations, on real vLLM with tiny random models.
+
+Ratio 1.0 equals plain vLLM, token for token and in its KV; ratio 0 equals naive reuse written with Hugging Face.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvarena.policies.params import BlendParams
+from support.blended import Blended
+from support.references import CacheBlend, NaiveReuse
+from support.tiny_models import random_text, save_tiny_model
+from support.vllm_engine import MEMORY, Step, plain_tokens, prefill_kv, run_in_engine, run_steps
+
+pytestmark = pytest.mark.slow
+SEPARATOR = " # # "
+NUM_TOKENS = 32
+
+
+def make_prompts(seed: int, count: int, *, all_separated: bool = False) -> list[str]:
+    """Prompts over one pool of chunks of uneven length, 2 to 8 in each, in several orders, some without separators."""
+    rng = random.Random(seed)
+    pool = [random_text(rng, rng.choice([8, 20, 35, 60])) for _ in range(14)]
+    prompts = []
+    for i in range(count):
+        chunks = rng.sample(pool, rng.randint(2, 8))
+        joiner = SEPARATOR if all_separated or i % 4 else "\n"
+        prompts.append(joiner.join([random_text(rng, 4), *chunks, random_text(rng, 5)]))
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def bf16_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("bf16"), dtype=torch.bfloat16))
+
+
+def test_ratio_one_equals_plain_vllm(model: str) -> None:
+    prompts = make_prompts(0, 24)
+    expected = run_in_engine(plain_tokens, model, prompts, NUM_TOKENS)
+    steps = [Step([prompt], NUM_TOKENS, {"ratio": 1.0}) for prompt in prompts]
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, {})
+    assert [outcome.tokens[0] for outcome in outcomes] == expected
+    reports = [outcome.reports[0] for outcome in outcomes]
+    assert sum(report["num_recomputed_tokens"] for report in reports) > 1000
+    assert sum(report["store_hits"] for report in reports) > 20
+    for report in reports:
+        assert not report["approximate"]
+        assert_counts(report)
+
+
+def test_ratio_one_in_batches_and_pieces_equals_plain_vllm(model: str) -> None:
+    prompts = make_prompts(1, 24)
+    expected = run_in_engine(plain_tokens, model, prompts, NUM_TOKENS)
+    pieces = {"max_num_batched_tokens": 128, "max_num_seqs": 16}
+    steps = [Step(prompts, NUM_TOKENS, {"policy": "all"})]
+    (outcome,) = run_in_engine(run_steps, model, MEMORY, steps, pieces)
+    assert outcome.tokens == expected
+    assert outcome.num_left_behind == 0
+
+
+def test_ratio_zero_equals_naive_reuse_in_hugging_face(model: str) -> None:
+    prompts = make_prompts(2, 20, all_separated=True)
+    steps = [Step([prompt], NUM_TOKENS, {"ratio": 0}) for prompt in prompts]
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, {})
+    reference = NaiveReuse(model)
+    assert sum(outcome.reports[0]["num_reused_tokens"] for outcome in outcomes) > 1000
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        tokens, report = outcome.tokens[0], outcome.reports[0]
+        assert report["approximate"]
+        assert report["num_recomputed_tokens"] == 0
+        assert_counts(report)
+        assert tokens == reference.generate(prompt, report["spans"], NUM_TOKENS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 128, "max_num_seqs": 4}], ids=["whole", "pieces"])
+@pytest.mark.parametrize(("ratio", "check_layer"), [(0.15, 1), (0.4, 2)])
+def test_kv_deviation_equals_cacheblend_written_out(
+    model: str, settings: dict[str, Any], ratio: float, check_layer: int
+) -> None:
+    prompts = make_prompts(4, 8, all_separated=True)
+    steps = [Step([prompt], NUM_TOKENS, {"ratio": ratio, "check_layer": check_layer}) for prompt in prompts]
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, settings)
+    reference = CacheBlend(model, {check_layer: ratio})
+    for prompt, outcome in zip(prompts, outcomes, strict=True):
+        assert outcome.tokens[0] == reference.generate(prompt, outcome.reports[0]["spans"], NUM_TOKENS)
+        assert outcome.reports[0]["num_recomputed_tokens"] == reference.num_selected
+        assert_counts(outcome.reports[0])
+
+
+POLICIES: list[dict[str, Any]] = [
+    {"policy": "chunk_head", "ratio": 0.1},
+    {"policy": "chunk_head", "head_tokens": 5},
+    {"policy": "query_attention", "ratio": 0.1, "check_layer": 0},
+    {"policy": "query_attention", "ratio": 0.1, "check_layer": 3},
+    {"policy": "kv_deviation", "ratio": 0.2, "deviation": "values"},
+    {"policy": "kv_deviation", "ratio": 0.2, "num_filters": 3},
+    {"policy": "random", "ratio": 0.2},
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 128, "max_num_seqs": 4}], ids=["whole", "pieces"])
+def test_every_policy_does_what_it_does_over_hugging_face(model: str, settings: dict[str, Any]) -> None:
+    """That adapter's policies are tested against stock forwards; the same weights in vLLM pick the same tokens."""
+    prompts = make_prompts(5, 2, all_separated=True)
+    work = list(itertools.product(POLICIES, prompts))
+    steps = [Step([prompt], NUM_TOKENS, policy) for policy, prompt in work]
+    outcomes = run_in_engine(run_steps, model, MEMORY, steps, settings)
+    blended = Blended.load(Path(model))
+    for (policy, prompt), outcome in zip(work, outcomes, strict=True):
+        expected = blended.prefill(blended.encode(prompt), BlendParams(**policy))
+        report = outcome.reports[0]
+        assert_counts(report)
+        spans = [(span["start"], span["end"]) for span in report["spans"] if span["source"] == "reused"]
+        assert spans == expected.report.spans
+        assert report["num_recomputed_tokens"] == expected.report.num_recomputed_tokens > 0
+        assert report["store_errors"] == 0
+        assert outcome.tokens[0] == blended.greedy(expected, NUM_TOKENS), policy
+
+
+def test_ranks_of_a_spread_model_pick_the_same_tokens(model: str) -> None:
+    """Half of the heads in each of two workers: the tokens of the whole model in one."""
+    prompts = make_prompts(6, 3, all_separated=True)
+    policies = [{"ratio": 1.0}, {"ratio": 0}, {"ratio": 0.2, "check_layer": 2}, POLICIES[3], {"max_ttft_ms": 0.001}]
+    steps = [Step([prompt], NUM_TOKENS, policy) for policy in policies for prompt in prompts]
+    one = run_in_engine(run_steps, model, MEMORY, steps, {})
+    two = run_in_engine(run_steps, model, MEMORY, steps, {"tensor_parallel_size": 2})
+    assert [outcome.tokens for outcome in two] == [outcome.tokens for outcome in one]
+    for ours, theirs in zip(two, one, strict=True):
+        for count in ("num_recomputed_tokens", "num_reused_tokens", "store_hits", "store_errors"):
+            assert ours.reports[0][count] == theirs.reports[0][count]
+    assert sum(outcome.reports[0]["store_hits"] for outcome in two) > 20
+
+
+def test_ratio_one_leaves_plain_vllms_kv(bf16_model: str) -> None:
+    (prompt,) = make_prompts(3, 1, all_separated=True)
+    plain = run_in_engine(prefill_kv, bf16_model, None, prompt, "bfloat16")
+    blended = run_in_engine(prefill_kv, bf16_model, MEMORY, prompt, "bfloat16")
+    for layer, (ours, theirs) in enumerate(zip(blended, plain, strict=True)):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).norm() < 0.01 * theirs.norm(), f"KV of layer {layer}"
+
+
+def assert_counts(report: dict[str, Any]) -> None:
+    parts = [report[f"num_{part}_tokens"] for part in ("reused", "recomputed", "computed")]
+    assert sum(parts) == report["num_prompt_tokens"]
+    assert min(parts) >= 0
+    edges = [(span["start"], span["end"]) for span in report["spans"]]
+    assert edges[0][0] == 0
+    assert edges[-1][1] == report["num_prompt_tokens"]
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(edges))

@@ -1,0 +1,179 @@
+"""What stands around vLLM's server, around a small application that answers in vLLM's form, or fails to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from kvarena.engines.vllm.config import CONNECTOR
+from kvarena.engines.vllm.messages import report_log
+from kvarena.server import log as request_log
+from support.request_lines import request_lines
+
+pytest.importorskip("vllm")
+from kvarena.server.vllm_middleware import AccessMiddleware
+
+COMPLETIONS = "/v1/completions"
+USAGE = {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 4}}
+REPORT = {
+    "contender": "blend",
+    "approximate": True,
+    "num_prompt_tokens": 9,
+    "num_reused_tokens": 5,
+    "num_recomputed_tokens": 3,
+    "num_computed_tokens": 1,
+    "store_hits": 2,
+    "blend_ms": 1.23456,
+    "spans": [{"start": 0, "end": 9, "source": "reused"}],
+}
+
+
+async def complete(request: Request) -> Response:
+    """As the request's `prompt` says. The answer's id is vLLM's: made of the header as it arrives there."""
+    body = await request.json()
+    answer_id = f"cmpl-{request.headers['x-request-id']}"
+    choice = {"index": 0, "text": 'say "usage":{"', "finish_reason": "length"}
+    if body["prompt"] == "fail":
+        raise RuntimeError("the engine is dead")
+    if body["prompt"] == "refuse":
+        return JSONResponse({"error": {"message": "no"}}, 400)
+    if body["prompt"] == "gone":
+        return JSONResponse(None)  # vLLM's answer to a client that has gone
+    if "report" in body:
+        report_log.add({**body["report"], "request_id": f"{answer_id}-1234abcd"})
+    if not body.get("stream"):
+        return JSONResponse({"id": answer_id, "choices": [choice], "usage": USAGE})
+
+    async def events() -> Any:
+        yield f"data: {json.dumps({'id': answer_id, 'choices': []}, separators=(',', ':'))}\n\n"
+        await asyncio.sleep(0.01)
+        if body["prompt"] == "break":
+            yield 'data: {"error": {"message": "lost"}}\n\n'
+        else:
+            yield f"data: {json.dumps({'choices': [choice]}, separators=(',', ':'))}\n\n"
+        yield f"data: {json.dumps({'choices': [], 'usage': USAGE}, separators=(',', ':'))}\n\ndata: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+async def fine(_request: Request) -> Response:
+    return JSONResponse({})
+
+
+def make_app(*, api_key: list[str] | None = None, connector: str = "") -> Starlette:
+    routes = [
+        Route(COMPLETIONS, complete, methods=["POST"]),
+        Route("/invocations", fine, methods=["POST"]),
+        *(Route(path, fine) for path in ("/health", "/metrics", "/kvarena", "/version")),
+    ]
+    app = Starlette(routes=routes, middleware=[Middleware(AccessMiddleware)])
+    app.state.args = SimpleNamespace(api_key=api_key)
+    transfer = SimpleNamespace(kv_connector=connector) if connector else None
+    app.state.vllm_config = SimpleNamespace(kv_transfer_config=transfer)
+    return app
+
+
+def send(app: Starlette, method: str, path: str, **request: Any) -> httpx.Response:
+    async def sent() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
+            return await http.request(method, path, **request)
+
+    return asyncio.run(sent())
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    """The request lines, which otherwise go to standard output alone."""
+    monkeypatch.setattr(request_log.logger, "handlers", [logging.NullHandler()])
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+@pytest.mark.parametrize("from_environment", [False, True])
+def test_a_key_is_asked_for_everywhere_but_at_health_and_metrics(
+    logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, from_environment: bool
+) -> None:
+    if from_environment:
+        monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    app = make_app(api_key=None if from_environment else ["other", "sesame"])
+    good = {"authorization": "Bearer sesame"}
+    for method, path in (("POST", COMPLETIONS), ("POST", "/invocations"), ("GET", "/kvarena"), ("GET", "/version")):
+        for headers in ({}, {"authorization": "Bearer sesam"}, {"authorization": "Basic sesame"}):
+            reply = send(app, method, path, headers=headers, json={"prompt": "a"})
+            assert reply.status_code == 401
+            assert reply.json()["error"]["type"] == "AuthenticationError"
+        assert send(app, method, path, headers=good, json={"prompt": "a"}).status_code == 200
+    for path in ("/health", "/metrics"):
+        assert send(app, "GET", path).status_code == 200
+    assert [line["status"] for line in request_lines(logged)].count(401) == 12
+    assert "sesam" not in logged.text
+
+
+def test_the_id_goes_in_to_vllm_and_out_to_the_client(logged: pytest.LogCaptureFixture) -> None:
+    app = make_app()
+    reply = send(app, "POST", COMPLETIONS, json={"prompt": "a"}, headers={"x-request-id": "question-1"})
+    assert (reply.headers["x-request-id"], reply.json()["id"]) == ("question-1", "cmpl-question-1")
+    reply = send(app, "POST", COMPLETIONS, json={"prompt": "a"}, headers={"x-request-id": "x" * 999})
+    assert len(reply.headers["x-request-id"]) == 32
+    assert reply.json()["id"] == f"cmpl-{reply.headers['x-request-id']}"
+    assert [line["request_id"] for line in request_lines(logged)] == ["question-1", reply.headers["x-request-id"]]
+    assert "xxx" not in logged.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_line_of_stock_vllm_counts_by_the_answers_usage(logged: pytest.LogCaptureFixture, stream: bool) -> None:
+    body = {"prompt": "private words", "stream": stream}
+    send(make_app(), "POST", COMPLETIONS, json=body, headers={"x-request-id": "q"})
+    (line,) = request_lines(logged)
+    assert line.pop("time")
+    assert line.pop("total_ms") >= (line.pop("ttft_ms") + 10 if stream else 0)
+    assert line == {
+        "contender": "vllm",
+        "request_id": "q",
+        "status": 200,
+        "id": "cmpl-q",
+        "finish": "length",
+        "approximate": False,
+        "num_prompt_tokens": 9,
+        "num_reused_tokens": 4,
+        "num_recomputed_tokens": 0,
+        "num_computed_tokens": 5,
+        "num_generated_tokens": 2,
+    }
+    assert "private" not in logged.text
+
+
+def test_the_line_of_a_blend_is_its_report(logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVARENA_CONTENDER", "blend")
+    app = make_app(connector=CONNECTOR)
+    for report in ({**REPORT, "store_hits": 7}, REPORT):  # two requests of one id: each line has its own report
+        send(app, "POST", COMPLETIONS, json={"prompt": "a", "report": report}, headers={"x-request-id": "same"})
+    first, line = request_lines(logged)
+    assert first["details"]["store_hits"] == 7
+    assert line["details"] == {"store_hits": 2, "blend_ms": 1.2}
+    assert (line["contender"], line["approximate"], line["num_generated_tokens"]) == ("blend", True, 2)
+    assert [line[f"num_{name}_tokens"] for name in ("reused", "recomputed", "computed")] == [5, 3, 1]
+
+
+def test_what_goes_wrong_has_its_line_too(logged: pytest.LogCaptureFixture) -> None:
+    app = make_app()
+    for prompt in ("refuse", "fail", "gone"):
+        send(app, "POST", COMPLETIONS, json={"prompt": prompt})
+    send(app, "POST", COMPLETIONS, json={"prompt": "break", "stream": True})
+    send(app, "GET", "/nothing")  # clients look what there is
+    send(app, "POST", "/nothing")
+    outcomes = [(line["status"], line["finish"]) for line in request_lines(logged)]
+    assert outcomes == [(400, "refused"), (500, "error"), (499, "abort"), (200, "error"), (404, "refused")]

@@ -1,0 +1,223 @@
+"""Result files of `kvarena eval`: found, read, and shaped into points, tables and charts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_charts import recomputed_chart, time_chart
+from eval_results import EvalResult, Interval, Variant, read_result
+from eval_tables import (
+    METRICS,
+    answer_table,
+    line_name,
+    lines,
+    metrics_of,
+    points,
+    problems,
+    summary,
+    table,
+    variant_name,
+)
+from result_picker import find_result_files
+from support.small_eval_result import small_eval_result
+
+PLAIN = Variant("plain")
+BLIND = Variant("blend", "none", 0.0, 1)
+
+
+@pytest.fixture
+def result() -> EvalResult:
+    return read(small_eval_result())
+
+
+def read(found: dict[str, Any]) -> EvalResult:
+    result = read_result(json.dumps(found))
+    assert result is not None
+    return result
+
+
+def test_a_result_is_read_with_its_gaps(result: EvalResult) -> None:
+    assert result.kinds == ["all", "single", "across"]
+    assert result.reference == PLAIN
+    assert len(result.variants) == 4
+    row = result.rows_of("all")[0]
+    assert row.exact_match == Interval(0.9, 0.8, 1.0)
+    assert (row.agreement, row.first_token_kl, row.recomputed_ratio) == (None, None, None)
+    assert result.answers[BLIND, 0].detail == "HTTP 500"
+    assert summary(result) == "town, engine http · 8 questions · full prefill: plain · A small one, 2 cores"
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"settings": {"benchmark": "prefix"}, "rows": []}'])
+def test_other_json_is_no_result_and_no_error(text: str) -> None:
+    assert read_result(text) is None
+
+
+def without_kind(found: dict[str, Any]) -> None:
+    del found["rows"][0]["kind"]
+
+
+def text_for_a_number(found: dict[str, Any]) -> None:
+    found["rows"][0]["ttft_ms"]["median"] = "fast"
+
+
+def number_for_a_group(found: dict[str, Any]) -> None:
+    found["rows"][0]["f1"] = 0.9
+
+
+def without_rows(found: dict[str, Any]) -> None:
+    found["rows"] = []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_kind, "'kind' is missing"),
+        (text_for_a_number, "fast"),
+        (number_for_a_group, "wrong type"),
+        (without_rows, "rows is empty"),
+    ],
+)
+def test_a_spoilt_result_says_what_is_wrong(spoil: Callable[[dict[str, Any]], None], message: str) -> None:
+    found = small_eval_result()
+    spoil(found)
+    with pytest.raises(ValueError, match=message):
+        read(found)
+
+
+def test_files_are_found_newest_first_and_shipped_ones_last(tmp_path: Path) -> None:
+    shipped = tmp_path / "docs"
+    for age_s, name in enumerate(("results/new.json", "results/deep/er/old.json", "docs/ours.json", "results/no.txt")):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+        os.utime(path, (1e9 - age_s, 1e9 - age_s))
+    files = find_result_files(tmp_path / "results", shipped)
+    assert [file.name for file in files] == ["new.json", "deep/er/old.json", "ours.json"]
+    assert files[2].title == "ours.json · came with the project"
+    assert len(find_result_files(shipped, shipped)) == 1
+    assert find_result_files(tmp_path / "nowhere", tmp_path / "nor-here") == []
+
+
+def test_lines_are_named_by_what_tells_them_apart(result: EvalResult) -> None:
+    assert lines(result).blending == ["none", "kv_deviation"]
+    assert lines(result).levels == ["plain"]
+    assert variant_name(result, Variant("blend", "kv_deviation", 0.1, 1)) == "kv_deviation · 10 %"
+
+    found = small_eval_result()
+    found["rows"] += [{**copy.deepcopy(found["rows"][-1]), "check_layer": 2}]
+    assert line_name(read(found), Variant("blend", "kv_deviation", 0.1, 2)) == "kv_deviation · layer 2"
+    found["rows"] += [{**copy.deepcopy(found["rows"][-1]), "contender": "other"}]
+    assert line_name(read(found), Variant("other", "kv_deviation", 0.1, 2)) == "other · kv_deviation · layer 2"
+
+
+def test_a_blend_of_everything_can_be_the_reference() -> None:
+    found = small_eval_result()
+    found["rows"] = [row for row in found["rows"] if row["contender"] == "blend"]
+    for row in found["rows"]:
+        if row["policy"] == "none":
+            row.update(policy="all", ratio=None, check_layer=None, recomputed_ratio=None)
+    found["settings"]["reference"] = "blend all"
+    result = read(found)
+    assert result.reference == Variant("blend", "all")
+    records = points(result, "all", METRICS["exact_match"])
+    across = recomputed_chart(records, METRICS["exact_match"], lines(result)).to_dict()["layer"][1]
+    assert [value["line"] for value in across["data"]["values"]] == ["all"]
+
+
+def test_points_leave_out_what_was_not_measured(result: EvalResult) -> None:
+    records = points(result, "all", METRICS["exact_match"])
+    assert [record["label"] for record in records] == ["", "0 %", "10 %", "50 %"]
+    assert [record["reference"] for record in records] == [True, False, False, False]
+    assert records[1]["recomputed"] == 0.0
+    assert len(points(result, "all", METRICS["agreement"])) == 3
+    assert points(result, "all", METRICS["first_token_kl"]) == []
+
+
+def test_table_has_no_zero_for_what_is_not_known(result: EvalResult) -> None:
+    plain, blind, *_ = table(result, "single")
+    assert (plain["Agreement"], plain["KL"], plain["Ratio"]) == (None, None, None)
+    assert (blind["Failed"], blind["Cut"], blind["Ratio"]) == (1, 0, 0.0)
+    assert problems(result, "all") == "Of 32 answers 1 failed."
+    assert problems(result, "across") == ""
+
+
+def test_every_figure_twice(result: EvalResult) -> None:
+    assert result.subsets == ["all", "answered"]
+    assert [record["questions"] for record in points(result, "all", METRICS["correct"], "answered")] == [6] * 4
+    assert [record["Questions"] for record in table(result, "single", "answered")] == [3] * 4
+    assert table(result, "all")[1]["KL along answer"] == 0.5
+    assert list(metrics_of(result)) == [key for key in METRICS if key != "first_token_kl"]
+
+
+def test_an_older_file_opens_with_what_it_has() -> None:
+    shipped = Path(__file__).resolve().parents[2] / "docs" / "results" / "eval-town.json"
+    result = read(json.loads(shipped.read_text()))
+    assert result.subsets == ["all"]
+    assert list(metrics_of(result)) == ["exact_match", "f1", "agreement", "first_token_kl"]
+    first = table(result, "all")[0]
+    assert first["Cut"] == 0
+    assert "Right" not in first
+    shown = answer_table(result, "all", result.variants[:1], only_different=False)
+    assert list(shown[0].values())[2].startswith("✓ ")
+
+
+def test_a_cut_answer_is_shown_as_cut() -> None:
+    found = small_eval_result()
+    found["answers"][0] |= {"is_complete": False}
+    result = read(found)
+    assert answer_table(result, "all", [PLAIN], only_different=False)[0]["plain"] == "✓ cider …"
+
+
+def test_answers_side_by_side(result: EvalResult) -> None:
+    every = answer_table(result, "all", [PLAIN, BLIND], only_different=False)
+    assert len(every) == 8
+    assert every[0] | {"Question": ""} == {
+        "Question": "",
+        "Gold": "cider",
+        "plain": "✓ cider",
+        "none · 0 %": "⚠ failed: HTTP 500",
+    }
+    assert len(answer_table(result, "all", [PLAIN, BLIND], only_different=True)) == 5
+    assert answer_table(result, "single", [PLAIN], only_different=True) == []
+
+
+@pytest.mark.parametrize("metric", [METRICS["exact_match"], METRICS["agreement"]])
+@pytest.mark.parametrize("draw", [recomputed_chart, time_chart])
+def test_charts_are_valid_and_keep_to_the_metric(result: EvalResult, metric: Any, draw: Callable[..., Any]) -> None:
+    chart = draw(points(result, "all", metric), metric, lines(result)).to_dict()
+    for layer in chart["layer"]:
+        low, high = layer["encoding"]["y"]["scale"]["domain"]
+        assert 0 <= low < high <= 1
+        assert layer["encoding"]["color"]["scale"]["domain"] == ["plain", "none", "kv_deviation"]
+
+
+def test_ticks_of_a_short_axis_are_not_rounded_to_whole_percents() -> None:
+    found = small_eval_result()
+    for row in found["rows"]:
+        row["exact_match"] = {"mean": 0.004, "low": 0.0, "high": 0.01}
+        row["recomputed_ratio"] = row["recomputed_ratio"] and row["recomputed_ratio"] / 50
+    result = read(found)
+    records = points(result, "all", METRICS["exact_match"])
+    layers = recomputed_chart(records, METRICS["exact_match"], lines(result)).to_dict()["layer"]
+    axes = [layer["encoding"][name] for layer in layers for name in ("x", "y") if name in layer["encoding"]]
+    assert {axis["scale"]["domain"][1] < 0.06 for axis in axes} == {True}, "ticks are less than a percent apart"
+    assert {axis["axis"]["format"] for axis in axes} == {"~%"}, "a fixed number of digits repeats labels"
+
+
+def test_charts_of_equal_figures_and_of_full_prefill_alone_have_an_axis() -> None:
+    found = small_eval_result()
+    found["rows"] = found["rows"][:1]
+    found["rows"][0]["exact_match"] = {"mean": 1.0, "low": 1.0, "high": 1.0}
+    found["rows"][0]["ttft_ms"] = None
+    result = read(found)
+    records = points(result, "all", METRICS["exact_match"])
+    for draw in (recomputed_chart, time_chart):
+        layer = draw(records, METRICS["exact_match"], lines(result)).to_dict()["layer"][0]
+        assert layer["encoding"]["y"]["scale"]["domain"] == [0.95, 1.0]

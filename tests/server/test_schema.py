@@ -1,0 +1,32 @@
+"""Schemathesis tries what the OpenAPI document allows and what it doesn't: nothing may break the server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+from kvarena.server.app import create_app
+from support.scripted_engine import ScriptedEngine
+
+schemathesis = pytest.importorskip("schemathesis")
+pytestmark = pytest.mark.slow
+positive_data_acceptance = pytest.importorskip("schemathesis.specs.openapi.checks").positive_data_acceptance
+
+schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(ScriptedEngine()))
+
+
+@schema.parametrize()
+@settings(
+    max_examples=50,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_nothing_breaks_the_server(case: Any) -> None:
+    """No 5xx, and every answer is one that the document has: its status, its content type and its shape.
+
+    What a document can't say (a field that needs another one, the vocabulary's size) may still be refused.
+    """
+    case.call_and_validate(excluded_checks=[positive_data_acceptance])

@@ -1,0 +1,87 @@
+"""What goes on beside the model: everything is fetched and put, in order, and failures reach whoever asks."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from kvarena.core import store as background
+from kvarena.core.plan import Chunk, as_token_ids
+from kvarena.core.store import BackgroundPuts, MemoryStore, one_ahead
+
+
+class HeldStore(MemoryStore):
+    """Puts nothing before it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.may_go = threading.Event()
+
+    def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
+        assert self.may_go.wait(10)
+        if len(chunk) == 13:
+            raise ConnectionError("store is down")
+        return super().put(chunk, kv)
+
+
+def chunk_of(num_tokens: int) -> Chunk:
+    return Chunk(as_token_ids([num_tokens] * num_tokens))
+
+
+KV = torch.zeros(2, 1, 1, 8)
+
+
+def test_one_is_under_way_while_another_is_used() -> None:
+    started: list[int] = []
+
+    def call(item: int) -> int:
+        started.append(item)
+        return 10 * item
+
+    with ThreadPoolExecutor(1) as executor:
+        results = one_ahead(executor, call, range(4))
+        assert next(results) == 0
+        executor.submit(lambda: None).result()
+        assert started == [0, 1]
+        assert list(results) == [10, 20, 30]
+        assert list(one_ahead(executor, call, [])) == []
+        with pytest.raises(ZeroDivisionError):
+            list(one_ahead(executor, lambda item: 1 // item, [1, 0]))
+
+
+def test_whoever_asks_for_a_chunk_waits_for_its_put_only() -> None:
+    store = HeldStore()
+    puts = BackgroundPuts(store)
+    puts.put(chunk_of(5), KV)
+    puts.wait_for([chunk_of(6)])
+    assert not store.contains(chunk_of(5))
+    store.may_go.set()
+    puts.wait_for([chunk_of(5)])
+    assert store.contains(chunk_of(5))
+
+
+def test_a_put_that_fails_harms_nobody_and_closing_loses_nothing() -> None:
+    store = HeldStore()
+    puts = BackgroundPuts(store)
+    for num_tokens in (13, 5, 6):
+        puts.put(chunk_of(num_tokens), KV)
+    store.may_go.set()
+    puts.wait_for([chunk_of(13)])
+    puts.close()
+    assert [store.contains(chunk_of(n)) for n in (13, 5, 6)] == [False, True, True]
+
+
+def test_only_so_much_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "MAX_WAITING_BYTES", KV.nbytes)
+    store = HeldStore()
+    puts = BackgroundPuts(store)
+    puts.put(chunk_of(5), KV)
+    puts.put(chunk_of(6), KV)
+    threading.Timer(0.05, store.may_go.set).start()
+    puts.put(chunk_of(7), KV)
+    assert store.contains(chunk_of(5))
+    puts.close()
+    assert len(store) == 3

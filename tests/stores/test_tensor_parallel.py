@@ -1,0 +1,72 @@
+"""Several ranks with a store each: what one of them lacks, none of them uses."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
+import torch
+
+from kvarena.core.plan import Chunk, as_token_ids
+from kvarena.core.store import FoundKV, MemoryStore
+from kvarena.stores.tensor_parallel import TensorParallelStore
+
+CHUNKS = [Chunk(as_token_ids([number] * 4)) for number in range(4)]
+
+
+class ThreadRanks:
+    """Ranks in threads, which wait for each other at every question."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._barrier = threading.Barrier(num_ranks, timeout=10)
+        self._said: list[Sequence[bool]] = []
+
+    def all(self, flags: Sequence[bool]) -> list[bool]:
+        if self._barrier.wait() == 0:
+            self._said = []
+        self._barrier.wait()
+        self._said.append(list(flags))
+        self._barrier.wait()
+        return [all(said) for said in zip(*self._said, strict=True)]
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a store adds nothing up")
+
+
+class RaisingStore(MemoryStore):
+    def retrieval(self, chunks: Sequence[Chunk]) -> AbstractContextManager[FoundKV]:
+        raise ConnectionError("store is down")
+
+
+def asked(stores: Sequence[MemoryStore]) -> list[tuple[list[bool], list[bool]]]:
+    """What each rank finds of `CHUNKS`: what is held, and what came of taking all of them."""
+    ranks = ThreadRanks(len(stores))
+
+    def ask(store: MemoryStore) -> tuple[list[bool], list[bool]]:
+        with TensorParallelStore(store, ranks).retrieval(CHUNKS) as retrieval:
+            taken = retrieval.take(range(len(CHUNKS)))
+            return list(retrieval.held), [pieces is not None for pieces in taken]
+
+    with ThreadPoolExecutor(len(stores)) as executor:
+        return list(executor.map(ask, stores))
+
+
+def store_of(numbers: Sequence[int], make: Callable[[int], MemoryStore] = MemoryStore) -> MemoryStore:
+    store = make(1 << 20)
+    for number in numbers:
+        store.put(CHUNKS[number], torch.zeros(2, 1, 4, 8))
+    return store
+
+
+def test_only_what_all_have_is_held_and_taken() -> None:
+    both = [False, True, True, False]
+    assert asked([store_of([0, 1, 2]), store_of([1, 2, 3])]) == [(both, both)] * 2
+
+
+def test_a_store_that_raises_on_one_rank_leaves_nobody_waiting() -> None:
+    raising = store_of([0, 1, 2, 3], RaisingStore)
+    nothing = [False] * 4
+    assert asked([store_of([0, 1, 2, 3]), raising]) == [(nothing, nothing)] * 2
+    assert raising.stats.errors == 1

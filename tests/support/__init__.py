@@ -1,0 +1,1 @@
+"""Helpers of the tests: small models, servers, recorded results, fakes of missing hardware."""

@@ -1,0 +1,53 @@
+"""A real server over an engine, on a free port, in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import httpx
+from fastapi import APIRouter
+from prometheus_client.registry import Collector
+
+from kvarena.engines.base import Engine
+from kvarena.server.app import EngineServer, make_server
+from kvarena.server.state import ApiConfig
+
+E = TypeVar("E", bound=Engine)
+
+
+@dataclass
+class RealServer(Generic[E]):
+    engine: E
+    server: EngineServer
+    url: str
+
+    def client(self, **settings: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, **settings)
+
+
+@contextmanager
+def serving(
+    engine: E,
+    config: ApiConfig | None = None,
+    routers: Iterable[APIRouter] = (),
+    collectors: Iterable[Collector] = (),
+) -> Iterator[RealServer[E]]:
+    """The engine is closed with the server."""
+    server = make_server(engine, config=config, routers=routers, collectors=collectors)
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # Named, for else asyncio leaves Nagle's algorithm on.
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+        thread.start()
+        try:
+            yield RealServer(engine, server, url)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
