@@ -64,7 +64,7 @@ def up(
     contenders: Annotated[
         str | None,
         typer.Option(
-            help="Which of blend, plain, prefix, simllm, ai100, lmcache, with commas between. [default: blend,plain]"
+            help="Which of blend, plain, prefix, simllm, ai100, lmcache, separated by commas. [default: blend,plain]"
         ),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="auto, cpu, gpu or ai100. [default: auto]")] = None,
@@ -73,7 +73,8 @@ def up(
         typer.Option(help="processes, containers, or auto: containers for GPUs and cards. [default: auto]"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A folder, a hub name, or town: the small model of the made-up town.")
+        str | None,
+        typer.Option(help="A local folder, a Hugging Face model name, or town: the small model of the made-up town."),
     ] = None,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the page.")] = False,
     port_base: Annotated[
@@ -83,7 +84,7 @@ def up(
             "LMCache server N+502 and N+503."
         ),
     ] = None,
-    load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy needs no weights.")] = None,
+    load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy means random weights.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16. [default: float32 on processors without bf16 instructions]"),
@@ -94,11 +95,13 @@ def up(
     data: Annotated[Path | None, typer.Option(help="Folder of documents. [default: the model's, else data]")] = None,
     chunk_tokens: Annotated[
         int | None,
-        typer.Option(help="Longer documents are split into chunks of at most so many tokens. [default: 512]"),
+        typer.Option(help="Documents are split into chunks of at most this many tokens. [default: 512]"),
     ] = None,
     blend_unsupported: Annotated[
         str | None,
-        typer.Option(help="A model that can't be blended: refuse, or serve it plain. [default: refuse]"),
+        typer.Option(
+            help="What to do with a model that can't be blended: refuse, or serve it plain. [default: refuse]"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -174,7 +177,7 @@ def down() -> None:
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show what runs. Exit status: 0 all healthy, 3 nothing runs, 1 otherwise."""
+    """Show what is running. Exit status: 0 all healthy, 3 nothing is running, 1 otherwise."""
     from kvarena.stack import render
     from kvarena.stack.home import Home
     from kvarena.stack.status import stack_status
@@ -190,10 +193,10 @@ def status(as_json: Json = False) -> None:
 @app.command()
 def logs(
     name: Name,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing new lines.")] = False,
     num_lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many lines.")] = 50,
 ) -> None:
-    """Show the end of a service's log."""
+    """Show the last lines of a service's log."""
     from kvarena.stack import docker
     from kvarena.stack import logs as log_files
     from kvarena.stack.home import Home
@@ -210,7 +213,7 @@ def logs(
 
 @app.command()
 def restart(name: Name) -> None:
-    """Stop and start one service and wait until it is healthy."""
+    """Restart one service and wait until it is healthy."""
     from kvarena.stack import lifecycle
     from kvarena.stack.home import Home
     from kvarena.stack.lmcache_l2 import L2_OPTION

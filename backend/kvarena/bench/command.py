@@ -25,23 +25,30 @@ if TYPE_CHECKING:
 
 
 def ai100(
-    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. [default: the town model]")] = None,
-    shape: Annotated[str | None, typer.Option(help="Random weights of a size, 180m, 500m or 1b.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A local folder or a Hugging Face model name. [default: the town model]")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A model of this size with random weights: 180m, 500m or 1b.")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="auto, qaic (the card), host, or onnx.")] = "auto",
-    history_tokens: Annotated[int, typer.Option(min=1, help="Of each conversation's first message.")] = 1000,
+    history_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each conversation's first message.")] = 1000,
     num_turns: Annotated[int, typer.Option(min=2, help="Turns of a conversation.")] = 10,
     num_repeats: Annotated[int, typer.Option(min=1, help="Conversations for the time to first token.")] = 2,
     num_conversations: Annotated[int, typer.Option(min=1, help="Conversations at once, for the throughput.")] = 4,
-    num_rounds: Annotated[int, typer.Option(min=1, help="Turns of each of them, at once and in turn.")] = 4,
+    num_rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of each of them, run at once and one after the other.")
+    ] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
     throughput_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, for the throughput.")] = 48,
-    seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
-    output: Annotated[Path, typer.Option(help="The result file; the plot goes beside it.")] = Path(
+    seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
+    output: Annotated[Path, typer.Option(help="Result file; the plot is saved next to it.")] = Path(
         "results/ai100.json"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """What KV slots gain in multi-turn chat: follow-ups with and without them, several conversations at once."""
+    """Measure what KV slots gain in multi-turn chat: follow-ups with and without them, and several conversations at
+    once."""
     from rich.console import Console
 
     from kvarena.bench import ai100_bench
@@ -134,30 +141,36 @@ def _show_ai100(rows: list[Row], console: Console) -> None:
 
 
 def simllm(
-    shape: Annotated[str, typer.Option(help="Speed: random weights of a size, 180m, 500m or 1b.")] = "180m",
+    shape: Annotated[
+        str, typer.Option(help="Speed: a model of this size with random weights: 180m, 500m or 1b.")
+    ] = "180m",
     model: Annotated[
-        str | None, typer.Option(help="Quality: a Llama, a local folder or a hub name. [default: the town model]")
+        str | None,
+        typer.Option(
+            help="Quality: a Llama model, a local folder or a Hugging Face model name. [default: the town model]"
+        ),
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option(help="JSONL with questions on the chunks beside it. [default: the shipped ones]")
+        Path | None,
+        typer.Option(help="JSONL with questions about the chunks in the same folder. [default: the shipped ones]"),
     ] = None,
     num_tasks: Annotated[int, typer.Option(min=2, help="Speed: tasks of the stream.")] = 16,
     num_quality_tasks: Annotated[int, typer.Option(min=2, help="Quality: tasks of the stream.")] = 120,
     similar: Annotated[float, typer.Option(min=0, max=1, help="Share of tasks similar to an earlier one.")] = 0.5,
     modes: Annotated[str, typer.Option(help="aligned, top_layer or both, separated by a comma.")] = "aligned,top_layer",
     thresholds: Annotated[str, typer.Option(help="Cosine similarities, separated by commas.")] = "0.8,0.998,0.9997",
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are generated for each answer.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 8,
     max_cache_size: Annotated[int, typer.Option(min=1, help="Tasks that each contender keeps.")] = 100,
     dtype: Annotated[
         str | None, typer.Option(help="Such as bfloat16, or auto: the model's. [default: float32 on a CPU, else auto]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the stream and the random weights.")] = 0,
-    output: Annotated[Path, typer.Option(help="The result file; the plot goes beside it.")] = Path(
+    seed: Annotated[int, typer.Option(help="Seed of the stream and the random weights.")] = 0,
+    output: Annotated[Path, typer.Option(help="Result file; the plot is saved next to it.")] = Path(
         "results/simllm.json"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """What reuse between similar tasks gains in speed and costs in quality, by mode and threshold.
+    """Measure what reuse between similar tasks gains in speed and costs in quality, by mode and threshold.
 
     All contenders answer the same tasks in turn, in this process, each with tasks of its own, over the same weights.
     """
@@ -200,14 +213,16 @@ INTERRUPTED = 130
 
 def ttft(
     shape: Annotated[str | None, typer.Option(help="Start servers on random weights: 180m, 500m or 1b.")] = None,
-    model: Annotated[str | None, typer.Option(help="Start servers on it: a local folder or a hub name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Start servers with this model: a local folder or a Hugging Face model name.")
+    ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="NAME=URL of any OpenAI server to measure; repeatable.")
+        list[str] | None, typer.Option(help="NAME=URL of an OpenAI-compatible server to measure; repeatable.")
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="What blends recompute, POLICY[:RATIO or :MSms][@LAYER][,OPTION=VALUE]; repeatable. "
+            help="Selection policies of blends, POLICY[:RATIO or :MSms][@LAYER][,OPTION=VALUE]; repeatable. "
             f"[default: {', '.join(DEFAULT_POLICIES)}]"
         ),
     ] = None,
@@ -218,33 +233,35 @@ def ttft(
         str, typer.Option(help="Which chunks are known: warm (all), half, cold (none); none: a prompt without chunks.")
     ] = "warm,half,cold,none",
     concurrency: Annotated[str, typer.Option(help="Requests at once, separated by commas.")] = "1",
-    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement; a warm-up comes before.")] = 3,
-    chunk_tokens: Annotated[int, typer.Option(help="Size of the chunks.")] = 256,
-    question_tokens: Annotated[int, typer.Option(min=1, help="Size of the question.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement, after one warm-up.")] = 3,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens of each chunk.")] = 256,
+    question_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the question.")] = 20,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 8,
-    store: Annotated[str, typer.Option(help="Of a blend that is started: lmcache or memory.")] = "lmcache",
-    store_gb: Annotated[float, typer.Option(min=0.1, help="Its memory for chunks, in GiB.")] = 4.0,
+    store: Annotated[str, typer.Option(help="Chunk store of a blend that is started: lmcache or memory.")] = "lmcache",
+    store_gb: Annotated[float, typer.Option(min=0.1, help="Memory of that store, in GiB.")] = 4.0,
     kv_cache_gb: Annotated[
         int | None, typer.Option(min=1, help="vLLM's memory for KV, in GiB. [default: as in the stack]")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of servers that are started, as bfloat16. [default: as the stack chooses]")
+        str | None,
+        typer.Option(help="Data type of servers that are started, such as bfloat16. [default: as the stack chooses]"),
     ] = None,
-    hf: Annotated[bool, typer.Option(help="Start a server of Hugging Face with SDPA too.")] = True,
+    hf: Annotated[bool, typer.Option(help="Start a Hugging Face server with SDPA too.")] = True,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A local folder or a hub name. [default: what the first server serves]")
+        str | None,
+        typer.Option(help="A local folder or a Hugging Face model name. [default: what the first server serves]"),
     ] = None,
-    separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's]")] = None,
-    timeout_s: Annotated[float, typer.Option(min=1, help="For one answer.")] = 900.0,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    separator: Annotated[str | None, typer.Option(help="Text between chunks. [default: the blend's]")] = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Time limit for one answer.")] = 900.0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/ttft.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Time to first token of contenders on the same prompts, in turn, as a client sees it.
+    """Measure the time to first token of contenders on the same prompts, one after the other, as a client sees it.
 
     Servers are started for --shape or --model, and stopped at the end; else the running stack's are measured, or those
-    of --target; with none of these, servers are started on the town model. Exit status: 0 done, 1 an error or requests
-    that failed, 130 interrupted; what came in until then is saved.
+    of --target; with none of these, servers are started on the town model. Exit status: 0 done, 1 an error or failed
+    requests, 130 interrupted; the answers so far are saved.
     """
     from rich.console import Console
 
@@ -304,7 +321,7 @@ def prefix(
         str | None, typer.Option(help="Without --url: a local folder or a hub name. [default: the town model]")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="Without --url: random weights of a size, 180m, 500m or 1b.")
+        str | None, typer.Option(help="Without --url: a model of this size with random weights: 180m, 500m or 1b.")
     ] = None,
     context_tokens: Annotated[str, typer.Option(help="Lengths of the shared prefix, separated by commas.")] = (
         "470,1000,4000"
@@ -312,17 +329,18 @@ def prefix(
     levels: Annotated[
         str, typer.Option(help="Which levels of caching, separated by commas.")
     ] = "no KV cache,KV cache,prefix cache",
-    num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 3,
+    num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 8,
     cache_gb: Annotated[float, typer.Option(min=0, help="Without --url: memory for prefixes, in GiB.")] = 2.0,
     storage: Annotated[str, typer.Option(help="Without --url: cpu or device.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the texts.")] = 0,
-    output: Annotated[Path, typer.Option(help="The result file; the plot goes beside it.")] = Path(
+    seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
+    output: Annotated[Path, typer.Option(help="Result file; the plot is saved next to it.")] = Path(
         "results/prefix.json"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """What each layer of caching gains: none, a KV cache, a prefix cache; cold, repeated, with a new question."""
+    """Measure what each level of caching gains (none, a KV cache, a prefix cache) on cold prompts, repeated prompts
+    and new questions."""
     from rich.console import Console
 
     from kvarena.bench import prefix_bench
@@ -389,12 +407,16 @@ def decode(
     url: Annotated[
         str | None, typer.Option(help="An OpenAI server of the same model to measure too, such as plain vLLM.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A local folder or a hub name. [default: the town model]")] = None,
-    shape: Annotated[str | None, typer.Option(help="Random weights of a size, 180m, 500m or 1b.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A local folder or a Hugging Face model name. [default: the town model]")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A model of this size with random weights: 180m, 500m or 1b.")
+    ] = None,
     context_tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "128,1024",
-    num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each.")] = 5,
+    num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 33,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/decode.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:

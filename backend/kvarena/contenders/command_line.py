@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-Model = Annotated[str, typer.Option(help="A local folder or a hub name.")]
+Model = Annotated[str, typer.Option(help="A local folder or a Hugging Face model name.")]
 ServedModelName = Annotated[str | None, typer.Option(help="What clients call it. [default: the model's name]")]
 Host = Annotated[str, typer.Option()]
 Port = Annotated[int, typer.Option()]

@@ -11,14 +11,14 @@ import typer
 
 def worlds(
     output: Annotated[Path, typer.Option(help="Folder for the chunk files and questions.jsonl.")],
-    seed: Annotated[int, typer.Option(help="Equal settings and seed make equal files.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same settings and seed make the same files.")] = 1,
     num_chunks: Annotated[int, typer.Option(min=2, max=5_000, help="How many chunk files.")] = 16,
     chunk_tokens: Annotated[
-        int, typer.Option(min=20, max=4_000, help="Words and punctuation marks of a chunk, give or take 30 %.")
+        int, typer.Option(min=20, max=4_000, help="Words and punctuation marks per chunk, within 30 %.")
     ] = 100,
     num_questions: Annotated[int, typer.Option(min=0, max=100_000, help="How many questions.")] = 120,
     context_chunks: Annotated[
-        int | None, typer.Option(min=2, help="Chunks that a question is asked on. [default: 7, or all if fewer]")
+        int | None, typer.Option(min=2, help="Chunks in the context of a question. [default: 7, or all if fewer]")
     ] = None,
     links: Annotated[
         str | None,
@@ -26,7 +26,7 @@ def worlds(
             help="What later chunks refer back to: person, shop, street, day, nickname. [default: person, shop, street]"
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that has files in it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that isn't empty.")] = False,
 ) -> None:
     """Write a made-up town: chunk files, a system prompt, and questions with gold answers."""
     from rich.console import Console

@@ -36,15 +36,18 @@ def evaluate(
     ] = None,
     engine: Annotated[str, typer.Option(help="http: servers; hf: plain and blend in this process.")] = "http",
     model: Annotated[
-        str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the town model]")
+        str | None,
+        typer.Option(help="With --engine hf: a local folder or a Hugging Face model name. [default: the town model]"),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="What a blend recomputes, such as kv_deviation,deviation=values; repeatable. [default: kv_deviation]"
+            help="Policy of a blend, such as kv_deviation,deviation=values; repeatable. [default: kv_deviation]"
         ),
     ] = None,
-    ratio: Annotated[str, typer.Option(help="Recomputed shares, separated by commas.")] = "0,0.05,0.1,0.15,0.3",
+    ratio: Annotated[
+        str, typer.Option(help="Shares of the reused tokens to recompute, separated by commas.")
+    ] = "0,0.05,0.1,0.15,0.3",
     check_layer: Annotated[
         str | None, typer.Option(help="Check layers of kv_deviation, separated by commas. [default: the model's]")
     ] = None,
@@ -52,28 +55,35 @@ def evaluate(
         Path | None, typer.Option(help="JSONL with question, answers, optional chunks. [default: the documents']")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the .txt and .md chunks. [default: where the questions are]")
+        Path | None, typer.Option(help="Folder of the documents. [default: where the questions are]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many, always the same.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask only this many questions, always the same ones.")
+    ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Draw other contexts: each question's `needs` among other chunks. [default: the file's own]"),
+        typer.Option(help="Draw new contexts: each question's `needs` among other chunks. [default: the file's own]"),
     ] = None,
     num_chunks: Annotated[
-        int | None, typer.Option(min=1, help="Chunks of each context with --seed. [default: as many as in the file]")
+        int | None,
+        typer.Option(min=1, help="With --seed: number of chunks in each context. [default: as many as in the file]"),
     ] = None,
-    separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's or the model's]")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are cut, and scored as far as they go.")] = 32,
-    timeout_s: Annotated[float, typer.Option(min=1, help="For one answer of a server.")] = 120.0,
-    logprobs: Annotated[bool, typer.Option(help="Compare the servers' token probabilities.")] = True,
-    warm: Annotated[bool, typer.Option(help="Have all chunks in the chunk cache before the first question.")] = True,
+    separator: Annotated[
+        str | None, typer.Option(help="Text between chunks. [default: the blend's or the model's]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are cut and scored up to there.")] = 32,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Time limit for one answer of a server.")] = 120.0,
+    logprobs: Annotated[bool, typer.Option(help="Compare the token probabilities of the servers.")] = True,
+    warm: Annotated[bool, typer.Option(help="Fill the chunk cache before the first question.")] = True,
     store_gb: Annotated[float, typer.Option(min=0, help="With --engine hf: memory for chunks, in GiB.")] = 2.0,
-    output: Annotated[Path, typer.Option(help="The result file; the plot goes beside it.")] = Path("results/eval.json"),
+    output: Annotated[Path, typer.Option(help="Result file; the plot is saved next to it.")] = Path(
+        "results/eval.json"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Ask contenders questions with gold answers: how good, how close to full prefill, how soon.
+    """Ask contenders questions with gold answers, and measure quality, agreement with full prefill, and speed.
 
-    Exit status: 0 all answered, 1 an error or answers that failed, 130 interrupted; what came in until then is saved.
+    Exit status: 0 all answered, 1 an error or failed answers, 130 interrupted; the answers so far are saved.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -159,10 +169,11 @@ def calibrate(
     ] = "blend",
     engine: Annotated[str, typer.Option(help="http: a server; hf: in this process.")] = "http",
     model: Annotated[
-        str | None, typer.Option(help="With --engine hf: a local folder or a hub name. [default: the town model]")
+        str | None,
+        typer.Option(help="With --engine hf: a local folder or a Hugging Face model name. [default: the town model]"),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of .txt and .md chunks like those to be served. [default: data]")
+        Path | None, typer.Option(help="Folder of documents like those to be served. [default: data]")
     ] = None,
     questions: Annotated[
         Path | None, typer.Option(help="JSONL with questions. [default: the folder's, else prompts that suit any text]")
@@ -170,7 +181,7 @@ def calibrate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="A policy to try, perhaps with options: kv_deviation,deviation=values,num_filters=2; repeatable. "
+            help="A policy to try, with options if wanted: kv_deviation,deviation=values,num_filters=2; repeatable. "
             f"[default: {' '.join(DEFAULT_POLICIES)}]"
         ),
     ] = None,
@@ -179,24 +190,30 @@ def calibrate(
     ] = None,
     ratio: Annotated[str, typer.Option(help="Ratios to try, separated by commas.")] = "0,0.05,0.1,0.15,0.2,0.3",
     agreement: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of the tokens of full prefill's answers that come out.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Minimum share of the tokens of full prefill's answers that the blend must produce."
+        ),
     ] = 0.9,
-    num_questions: Annotated[int, typer.Option(min=1, help="Size of the sample.")] = ENOUGH_QUESTIONS,
-    seed: Annotated[int | None, typer.Option(help="Draw other contexts for the questions, as eval does.")] = None,
+    num_questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = ENOUGH_QUESTIONS,
+    seed: Annotated[int | None, typer.Option(help="Draw new contexts for the questions, as eval does.")] = None,
     num_chunks: Annotated[
-        int | None, typer.Option(min=1, help="Chunks of each context with --seed. [default: as many as in the file]")
+        int | None,
+        typer.Option(min=1, help="With --seed: number of chunks in each context. [default: as many as in the file]"),
     ] = None,
-    separator: Annotated[str | None, typer.Option(help="Between chunks. [default: the blend's or the model's]")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to here.")] = 32,
-    timeout_s: Annotated[float, typer.Option(min=1, help="For one answer of a server.")] = 120.0,
+    separator: Annotated[
+        str | None, typer.Option(help="Text between chunks. [default: the blend's or the model's]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to this length.")] = 32,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Time limit for one answer of a server.")] = 120.0,
     write: Annotated[bool, typer.Option(help="Write the setting into the model's kvarena.json.")] = True,
     output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/calibration.json"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Find the fastest blend of a model that agrees with full prefill, and make it the model's own.
+    """Find the fastest blend that agrees with full prefill, and save it as the model's setting.
 
-    Exit status: 0 found, 1 an error or no setting that agrees enough, 130 interrupted. Servers read the profile when
-    they start.
+    Exit status: 0 found, 1 an error or no setting that agrees well enough, 130 interrupted. Servers read the profile
+    when they start.
     """
     from rich.console import Console
 

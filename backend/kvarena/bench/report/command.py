@@ -18,7 +18,7 @@ def report(
     ] = None,
     output: Annotated[Path, typer.Option(help="The page.")] = Path("results/report.html"),
 ) -> None:
-    """Make one HTML page of result files: speed, quality, where the time goes, settings, tables to copy."""
+    """Make one HTML page from result files: speed, quality, where the time goes, settings, tables to copy."""
     from rich.console import Console
 
     from kvarena.bench.report.page import render

@@ -40,7 +40,9 @@ def demo(
     model_path: Annotated[
         str | None,
         typer.Option(
-            "--model_path", "--model-path", help="A Llama, a local folder or a hub name. [default: the town model]"
+            "--model_path",
+            "--model-path",
+            help="A Llama model: a local folder or a Hugging Face model name. [default: the town model]",
         ),
     ] = None,
     max_cache_size: Annotated[
@@ -52,7 +54,7 @@ def demo(
         typer.Option("--similarity_threshold", "--similarity-threshold", min=-1, max=1, help="A cosine similarity."),
     ] = 0.8,
 ) -> None:
-    """Show on the shipped questions what a similar earlier task saves, and what it costs."""
+    """Show on the shipped questions what a similar earlier task saves and costs."""
     from rich.console import Console
     from transformers.utils import logging
 
