@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import httpx
-
+from kvarena.client import ClientError, ServerInfo, Unreachable
 from settings import Contender
 
 Message = Mapping[str, str]
@@ -90,17 +89,15 @@ class Server:
     has_slots: bool = False
 
     @classmethod
-    def read(cls, model: Mapping[str, Any], offer: Mapping[str, Any] | None) -> Server:
-        """`offer`: what `GET /kvarena` answered; None where there is no such path, as in stock vLLM."""
-        said = offer or {}
-        contender = said.get("contender")
+    def read(cls, info: ServerInfo) -> Server:
+        offer = info.offer or {}
         return cls(
-            model=model["id"],
-            max_model_len=model.get("max_model_len"),
-            blend=BlendOffer.read(said) if contender == "blend" else None,
-            simllm=SimLLMOffer.read(said) if contender == "simllm" else None,
-            keeps_reports=offer is not None,
-            has_slots=contender == "ai100",
+            model=info.model,
+            max_model_len=info.max_model_len,
+            blend=BlendOffer.read(offer) if info.contender == "blend" else None,
+            simllm=SimLLMOffer.read(offer) if info.contender == "simllm" else None,
+            keeps_reports=info.offer is not None,
+            has_slots=info.contender == "ai100",
         )
 
 
@@ -129,8 +126,6 @@ def completion_request(server: Server, messages: Sequence[Message], sampling: Sa
         "messages": list(messages),
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
     }
     if sampling.ignore_eos:
         body["ignore_eos"] = True
@@ -153,56 +148,21 @@ def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
     return {key: value for key, value in chosen.items() if value is not None}
 
 
-MAX_DETAIL_CHARS = 600
-
-
 class ContenderError(Exception):
     """A contender could not be reached, refused, or broke off. The message is shown in its pane as it is."""
 
 
 @contextmanager
-def explained(contender: Contender, timeout_s: float) -> Iterator[None]:
-    """Turns what the HTTP client raises, and replies of an unexpected shape, into `ContenderError`."""
+def explained(contender: Contender) -> Iterator[None]:
+    """Turns the client's errors, and answers of an unexpected form, into `ContenderError`."""
     try:
         yield
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+    except Unreachable as error:
         raise ContenderError(
             f"Nothing answers at {contender.url}. Is the server running, or still starting? "
             f"./run-server.sh status and ./run-server.sh logs {contender.service or contender.name} say more."
         ) from error
-    except httpx.TimeoutException as error:
-        raise ContenderError(
-            f"{contender.title} said nothing for {timeout_s:g} s; the request was given up."
-        ) from error
-    except httpx.HTTPError as error:
-        raise ContenderError(
-            f"The connection to {contender.url} broke off ({type(error).__name__}). The server may have stopped."
-        ) from error
+    except ClientError as error:
+        raise ContenderError(f"{contender.title}: {error}") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ContenderError(f"{contender.title} answered in a form that is not the OpenAI API: {error!r}") from error
-
-
-def http_error(contender: Contender, response: httpx.Response, body: Mapping[str, Any] | None = None) -> ContenderError:
-    """The error object of a response, or of an event within its stream (`body`)."""
-    status = f"HTTP {response.status_code}" if body is None else "an error in the stream"
-    return ContenderError(f"{contender.title}: {status}: {_detail(response, body)}")
-
-
-def stream_error(contender: Contender, num_texts: int) -> ContenderError:
-    after = f"after {num_texts} pieces of text" if num_texts else "before its first token"
-    return ContenderError(f"{contender.title}: the stream ended {after}, without a finish.")
-
-
-def _detail(response: httpx.Response, body: Mapping[str, Any] | None) -> str:
-    """The message in OpenAI's, vLLM's older and FastAPI's error objects; else the text itself."""
-    if body is None:
-        try:
-            body = response.json()
-        except ValueError:
-            return response.text.strip()[:MAX_DETAIL_CHARS] or response.reason_phrase
-    found: Any = body
-    if isinstance(body, Mapping):
-        error = body.get("error")
-        found = error.get("message") if isinstance(error, Mapping) else error
-        found = found or body.get("message") or body.get("detail") or body
-    return str(found)[:MAX_DETAIL_CHARS]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from kvarena.client import Usage
+
 
 @dataclass(frozen=True)
 class SimilarTask:
@@ -244,12 +246,9 @@ class Stopwatch:
         return (num_output_tokens - 1) / (self.last_token_s - self.first_token_s)
 
 
-def from_usage(stopwatch: Stopwatch, usage: Mapping[str, Any] | None, approximate: bool = False) -> Figures:
+def from_usage(stopwatch: Stopwatch, usage: Usage, approximate: bool = False) -> Figures:
     """The figures of a server without reports. An exact one reuses prefixes only; of another only the sum is known."""
-    usage = usage or {}
-    prompt = usage.get("prompt_tokens")
-    output = usage.get("completion_tokens")
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    prompt, output, cached = usage.num_prompt_tokens, usage.num_output_tokens, usage.num_cached_tokens
     return Figures(
         first_token_ms=stopwatch.first_token_ms,
         total_ms=stopwatch.total_ms,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from chat_session import ChatSession
+from kvarena.client import ChunkOutcome
 from kvarena.documents import DOCUMENT_SUFFIXES, Document, TextChunk, printable, read_document
 from kvarena.splitting import Splitter
-from kvarena.warm_request import ChunkOutcome
 
 MAX_UPLOAD_MB = 20
 

@@ -1,10 +1,549 @@
-"""The API key that the servers ask for and their clients show, as a bearer token. No key lets everybody in."""
+"""The one HTTP client of the contenders: for the page, the benchmarks and the stack.
+
+Answers are streamed through the `openai` package, the project's own paths go through `httpx`, both over the same
+connections. `AsyncClient` does the work. `Client` runs one in a worker thread of its own, for callers without an event
+loop and for several threads at once. Keep a client for as long as a server is asked: making one takes longer than many
+a first token. Time stamps are taken where the bytes arrive, in the worker. Whatever goes wrong is a `ClientError`,
+whose message is for people.
+
+The servers and the stack import the API key's name from here, so `httpx` and `openai` are imported when a client is
+made, and when it first needs them.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from kvarena.documents import TextChunk, join_chunks
+
+if TYPE_CHECKING:
+    import httpx
+    import openai
+
+T = TypeVar("T")
+
 API_KEY_VARIABLE = "KVARENA_API_KEY"
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 5.0
+KEEPALIVE_S = 4.0  # shorter than uvicorn's 5 s, so that no connection is reused that is being closed
+REPORT_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+MAX_DETAIL_CHARS = 600
 
 
 def bearer(api_key: str) -> dict[str, str]:
-    """The headers that show a key; none for an empty one."""
+    """The headers that show a key; none for an empty one, which lets in everybody where no key is set."""
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+# -- what can go wrong -------------------------------------------------------------------------------------------------
+
+
+class ClientError(Exception):
+    """A request without a usable answer."""
+
+    @property
+    def reason(self) -> str:
+        """The message; of a refusal only what the server said."""
+        return str(self)
+
+
+class Unreachable(ClientError):
+    """Nothing listens at the address."""
+
+
+class Silent(ClientError):
+    """The server took too long."""
+
+
+class ConnectionLost(ClientError):
+    """The connection broke off."""
+
+
+class Refused(ClientError):
+    """An HTTP error status, and the message of the server's error object."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(f"HTTP {status}: {said}")
+        self.status, self._said = status, said
+
+    @property
+    def reason(self) -> str:
+        return self._said
+
+
+class StreamFailed(ClientError):
+    """An error object in the stream, or a stream that ended without a finish."""
+
+
+class Unexpected(ClientError):
+    """An answer that isn't of the OpenAI API, or of ours."""
+
+
+# -- what a server tells -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """`root` is the served model's folder or hub name, `max_model_len` its longest context in tokens; None where the
+    server doesn't say. `offer` is what `GET /kvarena` tells, None where there is no such path, as in stock vLLM.
+    """
+
+    model: str
+    root: str | None = None
+    max_model_len: int | None = None
+    offer: Mapping[str, Any] | None = None
+
+    @property
+    def contender(self) -> str:
+        return str((self.offer or {}).get("contender") or "")
+
+    @property
+    def separator(self) -> str | None:
+        """What it cuts chunks at, where it says so."""
+        return (self.offer or {}).get("separator")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """OpenAI's `usage`. `num_cached_tokens` is the part of the prompt that wasn't prefilled; None: not told."""
+
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int | None = None
+    num_cached_tokens: int | None = None
+
+    @classmethod
+    def read(cls, usage: Mapping[str, Any] | None) -> Usage:
+        usage = usage or {}
+        details = usage.get("prompt_tokens_details") or {}
+        return cls(usage.get("prompt_tokens"), usage.get("completion_tokens"), details.get("cached_tokens"))
+
+
+@dataclass(frozen=True)
+class Token:
+    """A piece of an answer, which has no text where it only ends it. `time_s`: when it arrived."""
+
+    text: str
+    time_s: float
+    is_reasoning: bool = False
+
+
+@dataclass
+class StreamedAnswer:
+    """An answer as far as it has come; a whole one has a token. Times are of `time.perf_counter`, in seconds.
+
+    The opening of a chat, which has a role and no text, is no token; a finish without text is one. `logprobs` are
+    OpenAI's entries for a chat's tokens.
+    """
+
+    sent_s: float
+    ended_s: float = 0.0
+    request_id: str = ""
+    finish_reason: str | None = None
+    usage: Usage = Usage()
+    tokens: list[Token] = field(default_factory=list)
+    logprobs: list[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Without the reasoning before it."""
+        return "".join(token.text for token in self.tokens if not token.is_reasoning)
+
+    @property
+    def ttft_ms(self) -> float:
+        """Of an answer that has a token."""
+        return 1000 * (self.tokens[0].time_s - self.sent_s)
+
+    def add(self, event: Mapping[str, Any], now_s: float) -> Iterator[Token]:
+        """Takes in an event of the stream that arrived at `now_s`; yields its tokens."""
+        self.request_id = event.get("id") or self.request_id
+        if event.get("usage"):
+            self.usage = Usage.read(event["usage"])
+        for choice in event.get("choices") or ():
+            delta = choice.get("delta") or {}
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            self.logprobs += (choice.get("logprobs") or {}).get("content") or ()
+            text = choice.get("text") or delta.get("content") or ""
+            reasoning = delta.get("reasoning_content") or ""
+            if "text" in choice or text or reasoning or choice.get("finish_reason"):
+                token = Token(text or reasoning, now_s, is_reasoning=not text and bool(reasoning))
+                self.tokens.append(token)
+                yield token
+
+
+OnToken = Callable[[StreamedAnswer, Token], None]
+"""Called in the worker with the answer so far and the token that came; the answer stays as it is when a request ends
+early.
+"""
+
+
+def ignore_token(answer: StreamedAnswer, token: Token) -> None:
+    """An `OnToken` for who only wants the whole answer."""
+
+
+# -- filling the chunk cache -------------------------------------------------------------------------------------------
+
+Outcome = Literal["warmed", "already_there", "too_short", "failed"]
+
+
+@dataclass(frozen=True)
+class ChunkOutcome:
+    """What became of one chunk; `reason` says why it failed."""
+
+    name: str
+    outcome: Outcome
+    reason: str = ""
+
+
+def warm_request(model: str, text: str, separator: str) -> dict[str, Any]:
+    """The completion that puts a chunk into the chunk cache: one token, after the chunk between two separators."""
+    return {
+        "model": model,
+        "prompt": join_chunks([text], separator),
+        "max_tokens": 1,
+        "temperature": 0,
+        "kv_transfer_params": {"kvarena": {"store": True}},
+    }
+
+
+def warm_outcome(name: str, answer: Mapping[str, Any]) -> ChunkOutcome:
+    """By the request report in the answer's body."""
+    report = (answer.get("kv_transfer_params") or {}).get("kvarena")
+    if not isinstance(report, dict):
+        return ChunkOutcome(name, "failed", "the answer carries no request report")
+    if report.get("blend_failures"):
+        return ChunkOutcome(name, "failed", "its blend failed; the blend's log says why")
+    if report.get("store_errors"):
+        return ChunkOutcome(name, "failed", f"{report['store_errors']} store errors")
+    if report.get("store_misses"):
+        return ChunkOutcome(name, "warmed")
+    return ChunkOutcome(name, "already_there" if report.get("store_hits") else "too_short")
+
+
+# -- the clients -------------------------------------------------------------------------------------------------------
+
+
+class AsyncClient:
+    """Belongs to one event loop. Its methods raise `ClientError`. `timeout_s` is the longest silence of the server."""
+
+    def __init__(self, url: str, api_key: str = "", timeout_s: float = TIMEOUT_S) -> None:
+        import httpx
+
+        self.url = url.removesuffix("/").removesuffix("/v1")
+        self._timeout_s = timeout_s
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=bearer(api_key),
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
+            trust_env=False,
+        )
+
+    async def get(self, path: str, timeout_s: float | None = None) -> Any:
+        """The JSON at a path."""
+        return await self._json("GET", path, None, timeout_s)
+
+    async def post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:
+        return await self._json("POST", path, body, timeout_s)
+
+    async def describe(self, timeout_s: float | None = None) -> ServerInfo:
+        """What the server is. Gets the client ready for streams too, so that no stream waits for that."""
+        try:
+            await self._request("GET", "/health", None, timeout_s)
+        except Refused as error:
+            if error.status >= 500:  # a server may outlive its engine; one without such a path has none to ask for
+                raise
+        models = await self.get("/v1/models", timeout_s)
+        try:
+            offer = await self.get("/kvarena", timeout_s)
+        except Refused as error:
+            if error.status >= 500:
+                raise
+            offer = None
+        _ = self._openai
+        with _reading(models):
+            model = models["data"][0]
+            return ServerInfo(model["id"], model.get("root"), model.get("max_model_len"), offer)
+
+    async def token_ids(self, prompt: Mapping[str, Any], timeout_s: float | None = None) -> list[int]:
+        """Of a prompt in vLLM's form: the `model`, and a `prompt` or `messages`."""
+        answer = await self.post("/tokenize", prompt, timeout_s)
+        with _reading(answer):
+            return [int(token) for token in answer["tokens"]]
+
+    async def stream(
+        self, path: str, body: Mapping[str, Any], on_token: OnToken = ignore_token, request_id: str = ""
+    ) -> StreamedAnswer:
+        """The answer to the `body` of a chat or a completion. `request_id` goes along as `X-Request-Id`.
+
+        Cancelling it closes the connection, upon which the server stops generating.
+        """
+        import openai
+
+        client = self._openai
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        own = dict.fromkeys(("Authorization", "OpenAI-Organization", "OpenAI-Project"), openai.omit)
+        headers = {**own, "X-Request-Id": request_id or openai.omit}
+        answer = StreamedAnswer(time.perf_counter())
+        with self._explained(self._timeout_s), _explained_by_openai():
+            events = await client.post(
+                path,
+                cast_to=object,  # events as they come: building models of them would take a part of a fast token's time
+                body=body,
+                options={"headers": headers},
+                stream=True,
+                stream_cls=openai.AsyncStream[object],
+            )
+            async with events:
+                async for event in events:
+                    now_s = time.perf_counter()
+                    with _reading(event):
+                        tokens = list(answer.add(event, now_s))  # type: ignore[arg-type]
+                    for token in tokens:
+                        on_token(answer, token)
+        answer.ended_s = time.perf_counter()
+        if answer.finish_reason is None:
+            num_tokens = len(answer.tokens)
+            after = f"after {num_tokens} pieces of text" if num_tokens else "before its first token"
+            raise StreamFailed(f"the stream ended {after}, without a finish")
+        return answer
+
+    async def report(self, request_id: str, timeout_s: float | None = None) -> dict[str, Any] | None:
+        """The request report of a contender that keeps reports, which may come a moment after the stream's end; None
+        when it doesn't come.
+        """
+        for delay_s in REPORT_DELAYS_S:
+            await asyncio.sleep(delay_s)
+            try:
+                report: dict[str, Any] = await self.get(f"/kvarena/requests/{request_id}", timeout_s)
+            except Refused:
+                continue
+            return report
+        return None
+
+    async def warm(
+        self,
+        model: str,
+        chunks: Sequence[TextChunk],
+        separator: str,
+        num_parallel: int,
+        on_chunk: Callable[[ChunkOutcome], None],
+    ) -> list[ChunkOutcome]:
+        """Puts chunks into the chunk cache, a few at a time; one that is refused doesn't stop the others.
+
+        `on_chunk` gets each outcome in the worker as it comes. Cancelling it leaves out what hasn't ended.
+        """
+        gate = asyncio.Semaphore(num_parallel)
+
+        async def warm_one(chunk: TextChunk) -> ChunkOutcome:
+            async with gate:
+                outcome = await self._warm_chunk(model, chunk, separator)
+            on_chunk(outcome)
+            return outcome
+
+        return await asyncio.gather(*map(warm_one, chunks))
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def _warm_chunk(self, model: str, chunk: TextChunk, separator: str) -> ChunkOutcome:
+        try:
+            answer = await self.post(COMPLETIONS, warm_request(model, chunk.text, separator))
+            with _reading(answer):
+                return warm_outcome(chunk.name, answer)
+        except ClientError as error:
+            return ChunkOutcome(chunk.name, "failed", error.reason)
+
+    @cached_property
+    def _openai(self) -> openai.AsyncOpenAI:
+        """Over our connections, which show the API key."""
+        import openai
+
+        http: Any = self._http
+        client = openai.AsyncOpenAI(
+            base_url=self.url, api_key="none", http_client=http, timeout=http.timeout, max_retries=0
+        )
+        client.platform_headers()  # finds out once what every request says of this machine, in milliseconds
+        return client
+
+    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> Any:
+        response = await self._request(method, path, body, timeout_s)
+        with _reading(response.text):
+            return response.json()
+
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None
+    ) -> httpx.Response:
+        timeout_s = timeout_s or self._timeout_s
+        with self._explained(timeout_s):
+            timeout = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s, timeout_s, timeout_s)
+            response = await self._http.request(method, path, json=body, timeout=timeout)
+        if response.is_error:
+            raise Refused(response.status_code, error_message(response.text) or response.reason_phrase)
+        return response
+
+    @contextmanager
+    def _explained(self, timeout_s: float) -> Iterator[None]:
+        """Turns what `httpx` raises into `ClientError`."""
+        import httpx
+
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise Unreachable(f"nothing answers at {self.url}") from error
+        except httpx.TimeoutException as error:
+            raise Silent(f"said nothing for {timeout_s:g} s; the request was given up") from error
+        except httpx.HTTPError as error:
+            raise ConnectionLost(
+                f"the connection to {self.url} broke off ({type(error).__name__}); the server may have stopped"
+            ) from error
+
+
+class Client:
+    """An `AsyncClient` in a worker thread. Every method may be called from any thread, and raises `ClientError`."""
+
+    def __init__(self, url: str, api_key: str = "", timeout_s: float = TIMEOUT_S) -> None:
+        self.aio = AsyncClient(url, api_key, timeout_s)
+        self.url = self.aio.url
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=f"client of {self.url}", daemon=True)
+        self._thread.start()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs what uses `aio` in the worker; cancelling the future ends it there."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def get(self, path: str, timeout_s: float | None = None) -> Any:
+        return self._wait(self.aio.get(path, timeout_s))
+
+    def post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:
+        return self._wait(self.aio.post(path, body, timeout_s))
+
+    def describe(self, timeout_s: float | None = None) -> ServerInfo:
+        return self._wait(self.aio.describe(timeout_s))
+
+    def token_ids(self, prompt: Mapping[str, Any], timeout_s: float | None = None) -> list[int]:
+        return self._wait(self.aio.token_ids(prompt, timeout_s))
+
+    def stream(
+        self, path: str, body: Mapping[str, Any], on_token: OnToken = ignore_token, request_id: str = ""
+    ) -> StreamedAnswer:
+        return self._wait(self.aio.stream(path, body, on_token, request_id))
+
+    def report(self, request_id: str, timeout_s: float | None = None) -> dict[str, Any] | None:
+        return self._wait(self.aio.report(request_id, timeout_s))
+
+    def warm(
+        self,
+        model: str,
+        chunks: Sequence[TextChunk],
+        separator: str,
+        num_parallel: int,
+        on_chunk: Callable[[ChunkOutcome], None],
+    ) -> list[ChunkOutcome]:
+        return self._wait(self.aio.warm(model, chunks, separator, num_parallel, on_chunk))
+
+    def close(self) -> None:
+        """Cancels what is under way and ends the worker."""
+        if not self._loop.is_closed():
+            self.start(self._end()).result(CONNECT_TIMEOUT_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(CONNECT_TIMEOUT_S)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self.aio.aclose()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """An interrupt ends the work."""
+        future = self.start(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def connect(name: str, url: str, api_key: str = "", timeout_s: float = TIMEOUT_S) -> tuple[Client, ServerInfo]:
+    """A client for a command line's server. Raises `ValueError` when nothing that speaks OpenAI's API answers there."""
+    client = Client(url, api_key, timeout_s)
+    try:
+        return client, client.describe()
+    except ClientError as error:
+        client.close()
+        if isinstance(error, Refused) and error.status == 401:
+            key = "another one than this" if api_key else "not set here"
+            raise ValueError(f"{name}: {client.url} wants {API_KEY_VARIABLE}, which is {key}") from error
+        raise ValueError(f"{name}: no OpenAI server answers at {client.url} ({error})") from error
+
+
+# -- reading answers ---------------------------------------------------------------------------------------------------
+
+
+def error_message(body: Any) -> str:
+    """The message in an error object of OpenAI's, vLLM's older or FastAPI's form, as text or parsed; else the text."""
+    found = body
+    if isinstance(body, str):
+        try:
+            found = json.loads(body)
+        except ValueError:
+            found = body.strip()
+    if isinstance(found, Mapping):
+        error = found.get("error")
+        message = error.get("message") if isinstance(error, Mapping) else error
+        found = message or found.get("message") or found.get("detail") or found
+    return str(found)[:MAX_DETAIL_CHARS]
+
+
+@contextmanager
+def _reading(answer: object) -> Iterator[None]:
+    """Raises `Unexpected` for an answer of another form than the one that is read."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise Unexpected(f"answered in a form that is not the OpenAI API: {str(answer)[:200]!r}") from error
+
+
+@contextmanager
+def _explained_by_openai() -> Iterator[None]:
+    """Turns what the `openai` package raises into `ClientError`, and a lost connection into its cause, `httpx`'s."""
+    import httpx
+    import openai
+
+    try:
+        yield
+    except openai.APIStatusError as error:
+        said = error_message(error.response.text) or error.response.reason_phrase
+        raise Refused(error.status_code, said) from error
+    except openai.APIConnectionError as error:
+        if isinstance(error.__cause__, httpx.HTTPError):
+            raise error.__cause__ from None
+        raise ConnectionLost(f"the connection broke off ({error.__cause__ or error})") from error
+    except openai.APIError as error:
+        raise StreamFailed(f"an error in the stream: {error_message(error.body or error.message)}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Unexpected(f"the stream has something that is no JSON ({error})") from error

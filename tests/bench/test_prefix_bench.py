@@ -67,7 +67,7 @@ def test_over_http_file_plot_and_table(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--url", "http://127.0.0.1:9"], "doesn't answer"),
+        (["--url", "http://127.0.0.1:9"], "no OpenAI server answers"),
         (["--url", "http://127.0.0.1:9", "--model", "x"], "--url"),
         (["--shape", "7b"], "180m"),
         (["--levels", "magic"], "prefix cache"),

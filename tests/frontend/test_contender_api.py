@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from contender_api import RecomputeOptions, Sampling, Server, completion_request
+from kvarena.client import ServerInfo
 from support.small_openai_server import SIMLLM_OFFER
 
-MODEL = {"id": "town", "max_model_len": 4096}
 BLEND = {"contender": "blend", "policies": ["none"], "defaults": {"policy": "none", "ratio": 0.1}, "separator": "|"}
 
 
@@ -18,7 +18,7 @@ BLEND = {"contender": "blend", "policies": ["none"], "defaults": {"policy": "non
     [(None, False, False), (BLEND, True, True), ({"contender": "prefix", "defaults": {}}, False, True)],
 )
 def test_what_a_server_is(offer: dict[str, Any] | None, blends: bool, keeps_reports: bool) -> None:
-    server = Server.read(MODEL, offer)
+    server = Server.read(ServerInfo("town", max_model_len=4096, offer=offer))
     assert (server.model, server.max_model_len) == ("town", 4096)
     assert (server.blend is not None, server.keeps_reports) == (blends, keeps_reports)
     body = completion_request(server, [], Sampling(recomputing=RecomputeOptions("none", 0.5), mode="top_layer"))
@@ -27,7 +27,7 @@ def test_what_a_server_is(offer: dict[str, Any] | None, blends: bool, keeps_repo
 
 def test_each_kind_of_contender_gets_its_own_choices() -> None:
     chosen = Sampling(recomputing=RecomputeOptions("none", 0.5), mode="top_layer", similarity_threshold=0.9)
-    blend, simllm = Server.read(MODEL, BLEND), Server.read(MODEL, SIMLLM_OFFER)
+    blend, simllm = (Server.read(ServerInfo("town", offer=offer)) for offer in (BLEND, SIMLLM_OFFER))
     assert simllm.simllm is not None
     assert (simllm.simllm.mode, simllm.simllm.similarity_threshold) == ("aligned", 0.998)
     assert completion_request(blend, [], chosen)["kv_transfer_params"]["kvarena"] == {"policy": "none", "ratio": 0.5}

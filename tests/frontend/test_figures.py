@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from figures import Figures, Stopwatch, from_usage, prefix_cache_note, speed_line, with_report
+from kvarena.client import Usage
 from support.small_openai_server import REPORT
 from turns_view import token_bar, token_parts
 
@@ -22,14 +23,14 @@ def test_decode_speed_is_unknown_without_a_time_between_tokens(last_s: float | N
 
 
 def test_usage_that_is_missing_leaves_counts_unknown() -> None:
-    figures = from_usage(Stopwatch(0.0, 1.0, 2.0), None)
+    figures = from_usage(Stopwatch(0.0, 1.0, 2.0), Usage())
     assert (figures.num_prompt_tokens, figures.num_reused_tokens, figures.num_computed_tokens) == (None, None, None)
-    without_details = from_usage(Stopwatch(0.0, 1.0, 2.0), {"prompt_tokens": 9, "completion_tokens": 3})
+    without_details = from_usage(Stopwatch(0.0, 1.0, 2.0), Usage(9, 3))
     assert (without_details.num_prompt_tokens, without_details.num_computed_tokens) == (9, None)
 
 
 def test_an_approximate_server_without_reports_isnt_called_exact() -> None:
-    usage = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+    usage = Usage(9, 3, 4)
     figures = from_usage(Stopwatch(0.0, 1.0, 2.0), usage, approximate=True)
     assert (figures.approximate, figures.num_reused_tokens, figures.num_computed_tokens) == (True, 4, 5)
     assert (figures.num_recomputed_tokens, figures.num_prefix_tokens, figures.spans) == (None, None, ())

@@ -7,6 +7,7 @@ from typing import Any
 from chat import Answer
 from contender_api import Sampling, Server, completion_request
 from figures import Figures, SlotTurn, slot_turn_html, with_report
+from kvarena.client import ServerInfo
 from settings import Contender
 from slots import Slot, SlotTable, changes
 from slots_view import slots_html
@@ -44,13 +45,13 @@ def test_a_reset_says_why_and_a_turn_without_a_slot_says_so() -> None:
 
 
 def test_the_mode_and_the_conversation_go_into_the_request() -> None:
-    server = Server.read({"id": "town"}, AI100_OFFER)
+    server = Server.read(ServerInfo("town", offer=AI100_OFFER))
     body = completion_request(server, [], Sampling(use_cache=False, user="a"))
     assert (body["kv_transfer_params"], body["user"]) == ({"kvarena": {"use_cache": False, "notes": False}}, "a")
     arena = completion_request(server, [], Sampling())
     assert arena["kv_transfer_params"] == {"kvarena": {"notes": False}}, "the arena brings the context itself"
     assert "user" not in completion_request(server, [], Sampling())
-    other = Server.read({"id": "town"}, None)
+    other = Server.read(ServerInfo("town"))
     assert "kv_transfer_params" not in completion_request(other, [], Sampling(use_cache=False))
 
 

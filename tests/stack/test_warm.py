@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import httpx
 import pytest
 from rich.console import Console
 
+from kvarena.client import ChunkOutcome, Unreachable
 from kvarena.documents import TextChunk
-from kvarena.stack.chunk_cache import ChunkOutcome, warm
+from kvarena.stack.chunk_cache import warm
 from kvarena.stack.render import show_warm_result
 from kvarena.stack.service import StackError
 
@@ -184,7 +184,7 @@ def test_no_chunks(blend: Blend) -> None:
 
 
 def test_no_server() -> None:
-    with pytest.raises(httpx.ConnectError):
+    with pytest.raises(Unreachable):
         warm("http://127.0.0.1:9", "town", [TextChunk("a", "text")])
 
 

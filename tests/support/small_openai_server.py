@@ -116,6 +116,11 @@ class SmallServer:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def num_connections(self) -> int:
+        """So many were opened."""
+        return len(self._connections)
+
     def completions(self) -> list[dict[str, Any]]:
         return [body for path, body, _ in self.requests if path == "/v1/chat/completions"]
 

@@ -6,27 +6,24 @@ token belongs to the prefill and is left out.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-import httpx
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from kvarena.bench.results import Row, ratio_spread, spread
-from kvarena.client import bearer
+from kvarena.client import COMPLETIONS, ClientError, connect
 from kvarena.contenders.prefix.engine import PrefixEngine
 from kvarena.engines.base import GenerationRequest, Sampling
 from kvarena.engines.hf.model import HFModel
 
 ENGINE = "prefix engine"
 GENERATE = "Hugging Face generate"
-TIMEOUT_S = 600.0
 
 Decode = Callable[[Sequence[int], int], list[float]]
 """Token ids and a number of new tokens to times in seconds: the first token's first, the last one's last."""
@@ -128,28 +125,19 @@ def generate_decode(path: str, model: HFModel, random_weights: bool) -> Decode:
 
 def server_decode(url: str, api_key: str = "") -> Decode:
     """A server that speaks OpenAI's API and takes token ids. Raises `ValueError` when it doesn't answer."""
-    http = httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=bearer(api_key), trust_env=False)
-    try:
-        name = http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-    except (httpx.HTTPError, KeyError, IndexError) as error:
-        raise ValueError(f"{url} is no OpenAI server: {error}") from error
+    client, server = connect("--url", url, api_key)
 
     def decode(prompt: Sequence[int], max_new_tokens: int) -> list[float]:
         body = {
-            "model": name,
+            "model": server.model,
             "prompt": list(prompt),
             "max_tokens": max_new_tokens,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": True,
         }
-        times_s = []
-        with http.stream("POST", "/v1/completions", json=body) as reply:
-            if reply.is_error:
-                raise ValueError(f"{url} answered {reply.status_code}: {reply.read().decode()[:500]}")
-            for line in reply.iter_lines():
-                if line.startswith("data: {") and json.loads(line[6:])["choices"]:
-                    times_s.append(perf_counter())
-        return times_s
+        try:
+            return [token.time_s for token in client.stream(COMPLETIONS, body).tokens]
+        except ClientError as error:
+            raise ValueError(f"{url}: {error}") from error
 
     return decode

@@ -10,14 +10,13 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-import httpx
-
 from kvarena.bench.results import Row, ratio_spread, spread
-from kvarena.client import bearer
+from kvarena.client import ClientError, connect
 from kvarena.contenders.prefix.engine import PrefixEngine, PrefixOptions
 from kvarena.engines.base import GenerationRequest, Sampling
 
@@ -158,9 +157,6 @@ def settings(workload: PrefixWorkload, **more: Any) -> dict[str, Any]:
     return {"benchmark": "prefix", **more, **vars(workload)}
 
 
-TIMEOUT_S = 600.0
-
-
 class InProcess:
     """Timed from the call to the first token and to the last, as the caller of the engine sees it."""
 
@@ -192,20 +188,19 @@ class Server:
     """Timed by the server: `/generate` answers as a whole. Raises `ValueError` when the address is no `prefix`."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=bearer(api_key), trust_env=False)
-        try:
-            described = self._http.get("/kvarena")
-        except httpx.HTTPError as error:
-            raise ValueError(f"{url} doesn't answer: {error}") from error
-        if described.is_error or described.json().get("contender") != "prefix":
+        self._client, server = connect("--url", url, api_key)
+        self._model = server.model
+        if server.contender != "prefix":
             raise ValueError(f"{url} is not a prefix contender")
 
     def count(self, text: str) -> int:
-        return int(self._post("/tokenize", {"prompt": text})["count"])
+        with _as_value_error(self._client.url):
+            return len(self._client.token_ids({"model": self._model, "prompt": text}))
 
     def generate(self, prompt: str, max_new_tokens: int, options: dict[str, bool]) -> Timed:
         body = {"prompt": prompt, "max_new_tokens": max_new_tokens, "ignore_eos": True, **options}
-        answer = self._post("/generate", body)
+        with _as_value_error(self._client.url):
+            answer = self._client.post("/generate", body)
         timings = answer["timings"]
         return Timed(
             first_token_ms=timings["first_token_ms"],
@@ -215,9 +210,10 @@ class Server:
             num_reused_tokens=timings["prefix_tokens_saved"],
         )
 
-    def _post(self, path: str, body: dict[str, object]) -> dict[str, Any]:
-        reply = self._http.post(path, json=body)
-        if reply.is_error:
-            raise ValueError(f"{path} answered {reply.status_code}: {reply.text[:500]}")
-        answer: dict[str, Any] = reply.json()
-        return answer
+
+@contextmanager
+def _as_value_error(url: str) -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        raise ValueError(f"{url}: {error}") from error

@@ -1,6 +1,6 @@
 """The chunk cache as a whole: filling it, how much of it is on disk, and emptying it.
 
-`warm` sends every chunk of a folder once to the blend, which keeps its KV, through the public API (`warm_request.py`).
+`warm` sends every chunk of a folder once to the blend, which keeps its KV, through the public API.
 The request report in each answer says whether the chunk was computed now or was there already.
 
 Chunks are kept in the LMCache server's memory and in its second tier. That is a folder unless another was chosen;
@@ -10,24 +10,20 @@ others are emptied by their own tools. What vLLM's own prefix caches hold stays 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from kvarena.client import bearer
+from kvarena.client import API_KEY_VARIABLE, ChunkOutcome, Client, ClientError, Outcome, Refused
 from kvarena.documents import Remark, TextChunk
 from kvarena.stack import lmcache_l2
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record
 from kvarena.stack.service import LMCACHE_SERVER, StackError
 from kvarena.stack.supervisord import running_supervisor
-from kvarena.warm_request import WARM_PATH, ChunkOutcome, Outcome, warm_outcome, warm_request
 
 NUM_PARALLEL_WARM_REQUESTS = 4
-WARM_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -72,45 +68,23 @@ def warm(
 ) -> WarmResult:
     """Sends the chunks, a few at a time; one that is refused doesn't stop the others.
 
-    `on_chunk` is called after each. Raises `httpx.HTTPError` when the server doesn't answer at all, or isn't a blend,
-    and `StackError` when it serves its model without blending, isn't ours, or asks for another key.
+    `on_chunk` is called after each. Raises `ClientError` when the server doesn't answer at all, or isn't a blend, and
+    `StackError` when it serves its model without blending, isn't ours, or asks for another key.
     """
-    with (
-        httpx.Client(base_url=base_url, headers=bearer(api_key), timeout=WARM_TIMEOUT_S, trust_env=False) as client,
-        ThreadPoolExecutor(NUM_PARALLEL_WARM_REQUESTS) as pool,
-    ):
-        offer = client.get("/kvarena")
-        if offer.status_code == httpx.codes.NOT_FOUND:
-            raise StackError("LMCache's own blender has no chunk cache to fill ahead: it stores what requests bring")
-        if offer.status_code == httpx.codes.UNAUTHORIZED:
-            raise StackError(f"{base_url} refuses KVARENA_API_KEY: {error_message(offer)}")
-        described = offer.raise_for_status().json()
-        if not described.get("blends", True):
-            raise StackError(f"the chunk cache stays empty: {described.get('reason')}")
-        separator = str(described.get("separator", ""))
-        running = [pool.submit(_warm_chunk, client, model, chunk, separator) for chunk in chunks]
-        for warmed in as_completed(running):
-            on_chunk(warmed.result())
-        return WarmResult(tuple(warmed.result() for warmed in running))
-
-
-def _warm_chunk(client: httpx.Client, model: str, chunk: TextChunk, separator: str) -> ChunkOutcome:
-    try:
-        response = client.post(WARM_PATH, json=warm_request(model, chunk.text, separator))
-        if response.is_error:
-            return ChunkOutcome(chunk.name, "failed", error_message(response))
-        return warm_outcome(chunk.name, response.json())
-    except (httpx.HTTPError, ValueError) as error:
-        return ChunkOutcome(chunk.name, "failed", str(error) or type(error).__name__)
-
-
-def error_message(response: httpx.Response) -> str:
-    """The message of an OpenAI error object, or what else the answer has."""
-    try:
-        error = response.json()["error"]
-        return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        return f"status {response.status_code}: {response.text[:200]}".strip()
+    with Client(base_url, api_key) as client:
+        try:
+            offer = client.get("/kvarena")
+        except Refused as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                reason = "LMCache's own blender has no chunk cache to fill ahead: it stores what requests bring"
+                raise StackError(reason) from error
+            if error.status == HTTPStatus.UNAUTHORIZED:
+                raise StackError(f"{base_url} refuses {API_KEY_VARIABLE}: {error.reason}") from error
+            raise
+        if not offer.get("blends", True):
+            raise StackError(f"the chunk cache stays empty: {offer.get('reason')}")
+        separator = str(offer.get("separator", ""))
+        return WarmResult(tuple(client.warm(model, chunks, separator, NUM_PARALLEL_WARM_REQUESTS, on_chunk)))
 
 
 CLEAR_TIMEOUT_S = 30.0
@@ -175,11 +149,10 @@ def clear(home: Home) -> Cleared:
 
 def _clear_memory(url: str) -> None:
     try:
-        httpx.post(f"{url}/cache/clear", json={}, timeout=CLEAR_TIMEOUT_S, trust_env=False).raise_for_status()
-    except httpx.HTTPError as error:
-        raise StackError(
-            f"the LMCache server at {url} could not be emptied: {error or type(error).__name__}"
-        ) from error
+        with Client(url, timeout_s=CLEAR_TIMEOUT_S) as client:
+            client.post("/cache/clear", {})
+    except ClientError as error:
+        raise StackError(f"the LMCache server at {url} could not be emptied: {error}") from error
 
 
 def _clear_folder(folder: Path) -> int:

@@ -11,13 +11,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from kvarena.client import bearer
+from kvarena.client import Client, ClientError, Refused
 from kvarena.stack import machine
 from kvarena.stack.lmcache_l2 import folder_of
 from kvarena.stack.model import check_hub_access
@@ -91,12 +90,12 @@ def check_api_key(running: Iterable[Service], api_key: str) -> None:
 
 
 def _refuses(service: Service, api_key: str) -> bool:
-    url, headers = f"{service.address}/v1/models", bearer(api_key)
-    try:
-        answer = httpx.get(url, headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False)
-    except httpx.HTTPError:
-        return False
-    return answer.status_code == httpx.codes.UNAUTHORIZED
+    with Client(service.address, api_key, REQUEST_TIMEOUT_S) as client:
+        try:
+            client.get("/v1/models")
+        except ClientError as error:
+            return isinstance(error, Refused) and error.status == HTTPStatus.UNAUTHORIZED
+    return False
 
 
 def check_data_folder(folder: Path) -> None:

@@ -12,18 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvarena.client import ChunkOutcome, ClientError
 from kvarena.documents import Documents, Remark, load_documents
 from kvarena.stack.chunk_cache import WarmResult, warm
 from kvarena.stack.record import Record
 from kvarena.stack.service import Service, ServiceFailedError, StackError
 from kvarena.stack.status import StackStatus
-from kvarena.warm_request import ChunkOutcome
 
 STYLES = {"healthy": "green", "stopped": "dim", "failed": "red"}
 FINAL_STATES = frozenset({"healthy", "stopped", "failed"})
@@ -219,8 +218,8 @@ def warm_with_progress(record: Record, documents: Documents, console: Console, a
 
         try:
             result = warm(blend.address, record.served_model, documents.chunks, advance, api_key)
-        except (httpx.HTTPError, ValueError) as error:
-            raise StackError(f"blend does not answer: {error or type(error).__name__}") from error
+        except ClientError as error:
+            raise StackError(f"blend does not answer: {error}") from error
     return replace(result, unusable=documents.problems)
 
 

@@ -11,8 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvarena.bench.openai_server import NoAnswer
-from kvarena.bench.quality.asking import MAX_FAILURES_IN_A_ROW, Answer, Asking, Attempt, Messages, ask_all, closeness
+from kvarena.bench.quality.asking import (
+    MAX_FAILURES_IN_A_ROW,
+    Answer,
+    Asking,
+    Attempt,
+    Messages,
+    NoAnswer,
+    ask_all,
+    closeness,
+)
 from kvarena.bench.quality.http_answerer import HTTPAnswerer
 from kvarena.bench.quality.questions import load_questions
 from kvarena.bench.quality.session import engines, servers

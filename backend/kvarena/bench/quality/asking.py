@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from kvarena.bench.openai_server import NoAnswer
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant
 from kvarena.documents import TextChunk
@@ -29,6 +28,10 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, str]]
 NUM_LOGPROBS = 20
 """As many of a token's as OpenAI's API gives."""
+
+
+class NoAnswer(Exception):
+    """A question wasn't answered; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ import torch
 from rich.console import Console
 
 from kvarena.bench.console import progress
-from kvarena.bench.openai_server import NoAnswer
-from kvarena.bench.quality.asking import Answer, Answerer, Asking, Attempt, Messages, Reuse, ask_all
+from kvarena.bench.quality.asking import Answer, Answerer, Asking, Attempt, Messages, NoAnswer, Reuse, ask_all
 from kvarena.bench.quality.http_answerer import HTTPAnswerer
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant, blend_variants, find_reference

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from kvarena.bench.memory import PeakMemory
-from kvarena.bench.openai_server import NoAnswer, OpenAIServer
 from kvarena.bench.quality.asking import Reuse
 from kvarena.bench.quality.http_answerer import cached_tokens
 from kvarena.bench.variants import Variant
+from kvarena.client import COMPLETIONS, Client, ClientError, ServerInfo, Usage
 
 
 @dataclass(frozen=True)
@@ -76,16 +75,18 @@ class Contender:
 
     def __init__(
         self,
-        server: OpenAIServer,
+        name: str,
+        client: Client,
+        server: ServerInfo,
         pid: int | None = None,
         options: Mapping[str, str] | None = None,
         is_target: bool = False,
     ) -> None:
-        self.name, self.server = server.name, server
-        self._options = options
-        self.is_blend = server.is_blend
+        self.name, self.server = name, server
+        self._client, self._options = client, options
+        self.is_blend = server.contender == "blend"
         self.is_told = self.is_blend or not is_target
-        self._extras: dict[str, Any] = {"ignore_eos": True} if server.can_tokenize() else {}
+        self._extras: dict[str, Any] = {"ignore_eos": True} if _can_tokenize(client, server) else {}
         self._memory = PeakMemory(pid, with_children=True) if pid else None
 
     def ask_at_once(self, prompts: Sequence[Sequence[int]], setup: Variant, max_tokens: int, salt: str = "") -> Burst:
@@ -94,8 +95,8 @@ class Contender:
         def ask(prompt: Sequence[int]) -> Timed | str:
             try:
                 return self._ask(prompt, setup, max_tokens, salt)
-            except NoAnswer as error:
-                return str(error)
+            except ClientError as error:
+                return error.reason
 
         if self._memory:
             self._memory.start()
@@ -111,39 +112,44 @@ class Contender:
     def describe(self) -> dict[str, object]:
         """As it goes into the result file's settings."""
         return {
-            "url": self.server.url,
+            "url": self._client.url,
             "model": self.server.model,
             "offer": self.server.offer,
             "options": self._options,
         }
 
     def close(self) -> None:
-        self.server.close()
+        self._client.close()
 
     def _ask(self, prompt: Sequence[int], setup: Variant, max_tokens: int, salt: str) -> Timed:
-        body: dict[str, Any] = {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, **self._extras}
+        body: dict[str, Any] = {
+            "model": self.server.model,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            **self._extras,
+        }
         if salt:
             body["cache_salt"] = salt
         if setup.choices:
             body["kv_transfer_params"] = {"kvarena": setup.choices}
-        request_id, usage, first_s, is_finished, num_events = "", None, 0.0, False, 0
-        sent_s = time.perf_counter()
-        for event in self.server.events("/v1/completions", body):
-            request_id = event.get("id") or request_id
-            usage = event.get("usage") or usage
-            for choice in event.get("choices") or ():
-                first_s = first_s or time.perf_counter()
-                num_events += 1
-                is_finished = is_finished or bool(choice.get("finish_reason"))
-        ended_s = time.perf_counter()
-        if not is_finished:
-            raise NoAnswer("the stream ended in the middle of the answer")
-        report = self.server.report(request_id) if self.is_blend else None
-        num_tokens = int((usage or {}).get("completion_tokens") or num_events)
-        return Timed(sent_s, first_s, ended_s, num_tokens, _reuse(report, usage), report)
+        answer = self._client.stream(COMPLETIONS, body)
+        report = self._client.report(answer.request_id) if self.is_blend else None
+        num_tokens = answer.usage.num_output_tokens or len(answer.tokens)
+        reuse, first_s = _reuse(report, answer.usage), answer.tokens[0].time_s
+        return Timed(answer.sent_s, first_s, answer.ended_s, num_tokens, reuse, report)
 
 
-def _reuse(report: Mapping[str, Any] | None, usage: Mapping[str, Any] | None) -> Reuse | None:
+def _can_tokenize(client: Client, server: ServerInfo) -> bool:
+    """Whether it has `/tokenize`, as vLLM, SGLang and our own engines have: these take `ignore_eos` too."""
+    try:
+        client.token_ids({"model": server.model, "prompt": "a"})
+    except ClientError:
+        return False
+    return True
+
+
+def _reuse(report: Mapping[str, Any] | None, usage: Usage) -> Reuse | None:
     if report:
         return Reuse(**{name: int(report[name]) for name in Reuse.__annotations__})
-    return cached_tokens(usage) if usage else None
+    return cached_tokens(usage)

@@ -7,7 +7,7 @@ touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 
 from kvarena.bench.console import choice_among
-from kvarena.bench.openai_server import OpenAIServer
 from kvarena.bench.shapes import model_folder
 from kvarena.bench.ttft.client import Contender
+from kvarena.client import connect
 from kvarena.engines.vllm.config import STORES
 from kvarena.stack import machine
 from kvarena.stack.home import Home
@@ -194,19 +194,26 @@ class ServerOptions:
         processes = supervisor.processes()
         for service in record.services:
             if service.name in MEASURED:
-                server = self._connect(service.name, service.address)
                 given = {name: value for name, value in command_options(service).items() if name not in OF_THIS_MACHINE}
-                yield Contender(server, processes[service.name].pid, given)
+                yield self._connect(service.name, service.address, processes[service.name].pid, given)
 
     def _of_targets(self) -> Iterator[Contender]:
         for target in self.targets:
             name, _, url = target.partition("=")
             if not name or not url:
                 raise ValueError(f"--target is {target!r}; it is NAME=URL")
-            yield Contender(self._connect(name, url if "://" in url else f"http://{url}"), is_target=True)
+            yield self._connect(name, url if "://" in url else f"http://{url}", is_target=True)
 
-    def _connect(self, name: str, url: str) -> OpenAIServer:
-        return OpenAIServer(name, url, shown_api_key(), self.timeout_s)
+    def _connect(
+        self,
+        name: str,
+        url: str,
+        pid: int | None = None,
+        options: Mapping[str, str] | None = None,
+        is_target: bool = False,
+    ) -> Contender:
+        client, server = connect(name, url, shown_api_key(), self.timeout_s)
+        return Contender(name, client, server, pid, options, is_target)
 
 
 def _stack_runs() -> bool:
