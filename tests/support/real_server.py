@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def serving(
     routers: Iterable[APIRouter] = (),
     collectors: Iterable[Collector] = (),
 ) -> Iterator[RealServer[E]]:
-    """The engine is closed with the server."""
+    """Listens when the block begins. The engine is closed with the server."""
     server = make_server(engine, config=config, routers=routers, collectors=collectors)
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # Named, for else asyncio leaves Nagle's algorithm on.
         listener.bind(("127.0.0.1", 0))
@@ -46,6 +47,9 @@ def serving(
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
         try:
+            while not server.started:
+                assert thread.is_alive(), "the server ended before it listened"
+                time.sleep(0.002)
             yield RealServer(engine, server, url)
         finally:
             server.should_exit = True
