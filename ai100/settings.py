@@ -11,11 +11,11 @@ from ai100.runtimes.card import CompileOptions
 from ai100.runtimes.registry import chosen, open_runtime
 from ai100.runtimes.runtime import Runtime, StaticShapes
 from ai100.topics import THRESHOLD, TOPICS_FILE, EmbeddingTopics, KeywordTopics, Topics, load_topics
+from kvarena.documents import FALLBACK_SEPARATOR
 from kvarena.engines.vllm.config import read_model_profile
 from kvarena.stack.model import Model, find_model
 
 CARD_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-DEFAULT_SEPARATOR = "\n\n"
 KINDS_OF_TOPICS = ("keyword", "embedding")
 
 
@@ -69,7 +69,7 @@ class AI100Settings:
     @property
     def notes_separator(self) -> str:
         profile = read_model_profile(self.model_path) if self.found.is_local else {}
-        return self.separator or str(profile.get("separator") or DEFAULT_SEPARATOR)
+        return self.separator or str(profile.get("separator") or FALLBACK_SEPARATOR)
 
 
 def open_engine(settings: AI100Settings) -> AI100Engine:

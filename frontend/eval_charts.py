@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 import altair as alt
 
 from eval_tables import Lines, Metric, Record
+from kvarena.palette import colours_of
 
 HEIGHT = 420
-LEVEL_COLOURS = ("#46526a", "#94a3b8", "#b08968")
-LINE_COLOURS = ("#2563eb", "#ea7317", "#16a34a", "#a472e8", "#d6336c", "#0e9aa7", "#a16207", "#64748b")
 PERCENT = "~%"  # d3's: with as many digits as it takes to tell the ticks of a short axis apart
 MIN_SPAN = 0.1  # of the axis, in the metric's unit: equal figures shall look equal
 
@@ -101,11 +100,10 @@ def _intervals(chart: alt.Chart, records: Sequence[Record], metric: Metric) -> a
 
 
 def _colour(records: Sequence[Record], lines: Lines) -> alt.Color:
-    """A line keeps its colour whatever is shown of the file; greys are for what doesn't blend."""
-    colours = [LEVEL_COLOURS[index % len(LEVEL_COLOURS)] for index in range(len(lines.levels))]
-    colours += [LINE_COLOURS[index % len(LINE_COLOURS)] for index in range(len(lines.blending))]
+    """A line keeps its colour whatever is shown of the file."""
     shown = {record["line"] for record in records}
     names = [*lines.levels, *lines.blending]
+    colours = colours_of(names)
     legend = alt.Legend(
         title=None,
         orient="top",
@@ -115,7 +113,7 @@ def _colour(records: Sequence[Record], lines: Lines) -> alt.Color:
         labelLimit=260,
         values=[name for name in names if name in shown],
     )
-    return alt.Color("line:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
+    return alt.Color("line:N", scale=alt.Scale(domain=names, range=[colours[name] for name in names]), legend=legend)
 
 
 def _quality(records: Sequence[Record], metric: Metric, field: str = "mean") -> alt.Y:

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from kvarena.bench.quality.questions import DEFAULT_KIND
-
-QUESTIONS_NAME = "questions.jsonl"
+from kvarena.documents import DEFAULT_KIND, QUESTIONS_NAME
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvarena.client import API_KEY_VARIABLE, TIMEOUT_S
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = ROOT / "data"
 DEFAULT_RESULTS_DIR = ROOT / "results"
 SHIPPED_RESULTS_DIR = ROOT / "docs" / "results"
-DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_SEPARATOR = " # # "
 
 
@@ -69,7 +69,7 @@ class Settings:
     separator: str = DEFAULT_SEPARATOR
     notice: str = ""
     api_key: str = field(default="", repr=False)
-    timeout_s: float = DEFAULT_TIMEOUT_S
+    timeout_s: float = TIMEOUT_S
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -82,7 +82,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         results_dir=Path(environment.get("KVARENA_RESULTS_DIR") or DEFAULT_RESULTS_DIR),
         separator=environment.get("KVARENA_SEPARATOR", DEFAULT_SEPARATOR),
         notice=environment.get("KVARENA_NOTICE", ""),
-        api_key=environment.get("KVARENA_API_KEY", ""),
+        api_key=environment.get(API_KEY_VARIABLE, ""),
         timeout_s=_seconds(environment.get("KVARENA_TIMEOUT_S", "")),
     )
 
@@ -118,7 +118,7 @@ def _chunk_tokens(text: str) -> int:
 
 def _seconds(text: str) -> float:
     if not text.strip():
-        return DEFAULT_TIMEOUT_S
+        return TIMEOUT_S
     try:
         seconds = float(text)
     except ValueError:

@@ -16,6 +16,7 @@ import typer
 
 from ai100.cli import app as ai100
 from kvarena.bench.command import app as bench
+from kvarena.bench.console import INTERRUPTED
 from kvarena.bench.quality.command import calibrate, evaluate
 from kvarena.bench.report.command import report
 from kvarena.bench.simllm.demo_command import app as simllm
@@ -289,4 +290,4 @@ def run(command: Callable[[], object]) -> None:
         render.show_error(error, _consoles()[1])
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

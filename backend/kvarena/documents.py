@@ -21,6 +21,11 @@ from kvarena.splitting import Splitter
 
 DOCUMENT_SUFFIXES = (".txt", ".md", ".pdf")
 SYSTEM_PROMPT_NAME = "sys_prompt.txt"
+QUESTIONS_NAME = "questions.jsonl"
+"""Questions on a folder's chunks; those that name no kind are of the default one."""
+DEFAULT_KIND = "question"
+FALLBACK_SEPARATOR = "\n\n"
+"""Between chunks where neither the server nor its model's profile says what goes there."""
 BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 LIKELY_ENCODINGS = (
     *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "mac_roman"),

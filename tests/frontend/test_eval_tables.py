@@ -25,6 +25,7 @@ from eval_tables import (
     table,
     variant_name,
 )
+from kvarena.palette import COLOURS
 from result_picker import find_result_files
 from support.small_eval_result import small_eval_result
 
@@ -209,6 +210,17 @@ def test_ticks_of_a_short_axis_are_not_rounded_to_whole_percents() -> None:
     axes = [layer["encoding"][name] for layer in layers for name in ("x", "y") if name in layer["encoding"]]
     assert {axis["scale"]["domain"][1] < 0.06 for axis in axes} == {True}, "ticks are less than a percent apart"
     assert {axis["axis"]["format"] for axis in axes} == {"~%"}, "a fixed number of digits repeats labels"
+
+
+def test_a_policy_has_the_colour_that_it_has_in_pictures(result: EvalResult) -> None:
+    records = points(result, "all", METRICS["exact_match"])
+    scale = recomputed_chart(records, METRICS["exact_match"], lines(result)).to_dict()["layer"][0]["encoding"]["color"][
+        "scale"
+    ]
+    colours = dict(zip(scale["domain"], scale["range"], strict=True))
+    assert colours.items() & COLOURS.items(), "names of the palette are drawn"
+    assert all(COLOURS.get(name, colour) == colour for name, colour in colours.items())
+    assert len(set(colours.values())) == len(colours)
 
 
 def test_charts_of_equal_figures_and_of_full_prefill_alone_have_an_axis() -> None:

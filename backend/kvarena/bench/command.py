@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarena.bench.console import decimals, explained, integers, progress
+from kvarena.bench.console import INTERRUPTED, decimals, explained, integers, progress
 from kvarena.bench.variants import DEFAULT_POLICIES, read_policies
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ def simllm(
     from kvarena.bench.simllm import measuring
     from kvarena.bench.simllm.measuring import show_quality, show_speed
     from kvarena.bench.simllm.running import setups
+    from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.model import find_model
-    from kvarena.synthetic_qa.questions import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
     with explained():
@@ -206,9 +206,6 @@ def simllm(
         show_speed(speed.rows, console)
         show_quality(quality.rows, console)
         console.print(f"Figures are in {output}, the plot in {image}.", soft_wrap=True)
-
-
-INTERRUPTED = 130
 
 
 def ttft(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 SPEED_WINDOW_S = 600.0
+INTERRUPTED = 130
+"""The exit status of a command that was interrupted, as a shell has it."""
 
 
 @contextmanager

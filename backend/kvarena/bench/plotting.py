@@ -2,9 +2,7 @@
 
 A panel is one pair of axes; panels become one PNG file, or each an SVG for a page. An SVG has the page's text
 colour, scales with its width, and stays text. A name (a policy, a contender, a mode) has one colour and one marker
-wherever it is drawn; lines of one name differ by their dashes. The colours are told apart with red-green
-blindness, and stand out from a white and from a dark page (3:1 or more). matplotlib is imported inside the
-functions.
+wherever it is drawn; lines of one name differ by their dashes. matplotlib is imported inside the functions.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvarena.bench.results import Row
+from kvarena.palette import COLOURS, colours_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,19 +129,6 @@ def _for_html(svg: str, title: str) -> str:
     return head + f"<title>{html.escape(title)}</title>" + svg[svg.index(">") + 1 :]
 
 
-GREY, ORANGE, BLUE, GREEN = "#808691", "#C8480A", "#0068B5", "#009E73"
-PURPLE, OCHRE, SKY, BROWN = "#A0408A", "#B58900", "#3D9BD2", "#8C564B"
-PALETTE = (ORANGE, BLUE, GREEN, PURPLE, OCHRE, SKY, BROWN)
-COLOURS = {
-    "plain": GREY,
-    "kv_deviation": ORANGE,
-    "chunk_head": BLUE,
-    "query_attention": GREEN,
-    "random": PURPLE,
-    "none": OCHRE,
-    "all": SKY,
-    "hf": BROWN,
-}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
 
@@ -161,14 +147,10 @@ class Series:
 
 
 class Styles:
-    """Colour and marker by name. Names without a colour of their own get those that no other of `names` has."""
+    """Colour and marker by name."""
 
     def __init__(self, names: Iterable[str] = (), colours: Mapping[str, str] = COLOURS) -> None:
-        names = list(dict.fromkeys(names))
-        taken = {colours[name] for name in names if name in colours}
-        free = [colour for colour in PALETTE if colour not in taken] or PALETTE
-        others = [name for name in names if name not in colours]
-        self._colours = {**colours, **dict(zip(others, itertools.cycle(free), strict=False))}
+        self._colours = colours_of(names, colours)
         self._markers = dict(zip(self._colours, itertools.cycle(MARKERS), strict=False))
 
     def colour(self, name: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kvarena.documents import SYSTEM_PROMPT_NAME, build_messages
+from kvarena.documents import QUESTIONS_NAME, SYSTEM_PROMPT_NAME, build_messages
 from kvarena.synthetic_qa import words
 from kvarena.synthetic_qa.facts import (
     PERSON_RELATIONS,
@@ -254,9 +254,6 @@ def _spread(shares: dict[Kind, float], count: int) -> list[Kind]:
         taken[kind] += 1
         kinds.append(kind)
     return kinds
-
-
-QUESTIONS_NAME = "questions.jsonl"
 
 
 def chunk_names(town: Sequence[Chunk]) -> list[str]:

@@ -14,9 +14,6 @@ from matplotlib.figure import Figure
 
 from kvarena.bench.plots import by_share, by_time, lines
 from kvarena.bench.plotting import (
-    COLOURS,
-    GREY,
-    PALETTE,
     Bar,
     Panel,
     Series,
@@ -37,6 +34,7 @@ from kvarena.bench.report.page import (
     ttft_bars,
     variant_label,
 )
+from kvarena.palette import COLOURS, GREY, PALETTE
 from support.small_eval_result import small_eval_result
 from support.small_ttft_result import CONTEXTS, SETUPS, small_ttft_result
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarena.bench.console import decimals, explained, integers
+from kvarena.bench.console import INTERRUPTED, decimals, explained, integers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 DEFAULT_POLICY = "kv_deviation"
-INTERRUPTED = 130
 
 
 def evaluate(
@@ -100,8 +99,8 @@ def evaluate(
     )
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
     from kvarena.bench.variants import find_reference
+    from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.render import show_problems
-    from kvarena.synthetic_qa.questions import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
     wanted = ContenderOptions(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
@@ -228,8 +227,8 @@ def calibrate(
     )
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
     from kvarena.bench.variants import Variant, blend_variants
+    from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.render import show_problems
-    from kvarena.synthetic_qa.questions import QUESTIONS_NAME
 
     console = Console(stderr=as_json)
     wanted = ContenderOptions(engine, [contender], model, separator, timeout_s)

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarena.documents import Documents, Remark, TextChunk, load_documents, read_text
+from kvarena.documents import DEFAULT_KIND, Documents, Remark, TextChunk, load_documents, read_text
 from kvarena.splitting import Splitter
 from kvarena.synthetic_qa.questions import AnsweredQuestion, messages
-
-DEFAULT_KIND = "question"
 
 
 @dataclass(frozen=True)

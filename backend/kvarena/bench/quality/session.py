@@ -22,7 +22,7 @@ from kvarena.bench.quality.http_answerer import HTTPAnswerer
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant, blend_variants, find_reference
 from kvarena.core.store import MemoryStore
-from kvarena.documents import TextChunk, join_chunks
+from kvarena.documents import FALLBACK_SEPARATOR, TextChunk, join_chunks
 from kvarena.engines.hf.blend import HFBlender
 from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
@@ -211,9 +211,6 @@ def _address(given: str, running: dict[str, str]) -> tuple[str, str]:
             "Start it with ./run-server.sh --contenders, or give its address: --contender name=address"
         )
     return name, running[name]
-
-
-FALLBACK_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def demo(
     from transformers.utils import logging
 
     from kvarena.bench.quality.questions import load_questions
+    from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.model import find_model
-    from kvarena.synthetic_qa.questions import QUESTIONS_NAME
 
     console = Console()
     logging.disable_progress_bar()

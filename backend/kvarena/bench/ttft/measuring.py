@@ -23,6 +23,7 @@ from kvarena.bench.results import Row, ratio_spread, spread
 from kvarena.bench.ttft.client import Burst, Contender, Timed
 from kvarena.bench.ttft.workload import Cell, Prompts, Vocabulary, Workload
 from kvarena.bench.variants import Variant
+from kvarena.documents import FALLBACK_SEPARATOR
 
 DIGITS = 4
 UNKNOWN = "unknown"
@@ -204,7 +205,6 @@ def _share(share: float | None) -> str:
 
 
 REFERENCE = "plain"
-FALLBACK_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
