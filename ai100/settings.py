@@ -12,7 +12,7 @@ from ai100.runtimes.registry import chosen, open_runtime
 from ai100.runtimes.runtime import Runtime, StaticShapes
 from ai100.topics import THRESHOLD, TOPICS_FILE, EmbeddingTopics, KeywordTopics, Topics, load_topics
 from kvarena.documents import FALLBACK_SEPARATOR
-from kvarena.engines.vllm.config import read_model_profile
+from kvarena.policies.profile import read_model_profile
 from kvarena.stack.model import Model, find_model
 
 CARD_MODEL = "meta-llama/Llama-3.2-1B-Instruct"

@@ -47,6 +47,8 @@ def test_settings_are_told(stack: Stack) -> None:
         told = http.get("/kvarena").json()
     assert (told["contender"], told["separator"], told["store"]) == ("blend", "<note>", "lmcache")
     assert told["defaults"]["policy"] in told["policies"]
+    assert told["parameters"]["policy"]["choices"] == told["policies"]
+    assert set(told["parameters"]) == set(told["defaults"]) - {"max_ttft_ms"}
     assert told["blends"] is True
     with stack.client("plain") as http:
         assert http.get("/kvarena").status_code == 404
@@ -59,6 +61,7 @@ def test_settings_are_told(stack: Stack) -> None:
         ({"ratio": 1.5}, "from 0 to 1"),
         ({"ratio": "half"}, "from 0 to 1"),
         ({"check_layer": 99}, "from 0 to 5"),
+        ({"run_tokens": 100_000_000}, "a number of tokens from 1 to 1024"),
         ({"store": "yes"}, "true or false"),
         ({"chunks": "text"}, "list of strings"),
         ({"ratio": "auto"}, "needs max_ttft_ms"),

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from kvarena.core.plan import Chunk, ReusePlan, Span, as_token_ids
-from kvarena.core.policy import best_runs
-from kvarena.policies.params import POLICIES, BlendParams
+from kvarena.core.policy import best_runs, reused_positions
+from kvarena.policies.params import POLICIES, BlendParams, make_policy
 from kvarena.policies.random_tokens import RandomTokens
-from kvarena.policies.registry import make_policy, reused_positions
 
 CHUNK = Chunk(as_token_ids(range(100)))
 PLAN = ReusePlan((Span(7, 47, CHUNK), Span(60, 120, CHUNK, 40)))
@@ -62,7 +61,9 @@ def test_random_draws_every_token_alike() -> None:
 @pytest.mark.parametrize(("ratio", "count"), [(0, 0), (1, 100)])
 def test_the_ends_of_the_ratio_mean_none_and_all(policy: str, ratio: float, count: int) -> None:
     expected = {"none": 0, "all": 100}.get(policy, count)
-    assert len(make_policy(BlendParams(policy, ratio)).select(PLAN, NOTHING).positions) == expected
+    settled = make_policy(BlendParams(policy, ratio)).settled()
+    assert settled.watched_layers(4) == ()
+    assert len(settled.select(PLAN, NOTHING).positions) == expected
 
 
 @pytest.mark.parametrize(("head_tokens", "counts"), [(0, [6, 9]), (1, [1, 1]), (50, [40, 50])])
@@ -90,10 +91,17 @@ def test_nothing_reused_is_nothing_chosen(policy: str) -> None:
     [
         ({"policy": "best"}, "policy must be one of kv_deviation, chunk_head, query_attention, random, none, all"),
         ({"deviation": "queries"}, "deviation must be one of keys, values, not 'queries'"),
-        ({"num_filters": 0}, "num_filters must be a number of layers from 1, not 0"),
-        ({"num_filters": 1.5}, "num_filters must be a number of layers from 1, not 1.5"),
-        ({"head_tokens": -1}, "head_tokens must be a number of tokens from 0, not -1"),
-        ({"head_tokens": True}, "head_tokens must be a number of tokens from 0, not True"),
+        ({"num_filters": 0}, "num_filters must be a number of layers from 1 to 1024, not 0"),
+        ({"num_filters": 1.5}, "num_filters must be a number of layers from 1 to 1024, not 1.5"),
+        ({"head_tokens": -1}, "head_tokens must be a number of tokens from 0 to 65536, not -1"),
+        ({"num_filters": 1025}, "num_filters must be a number of layers from 1 to 1024, not 1025"),
+        ({"run_tokens": 10**8}, "run_tokens must be a number of tokens from 1 to 1024, not 100000000"),
+        ({"run_tokens": 0}, "run_tokens must be a number of tokens from 1 to 1024, not 0"),
+        ({"check_layer": 4096}, "check_layer must be a whole number from 0 to 4095, not 4096"),
+        ({"check_layer": -1}, "check_layer must be a whole number from 0 to 4095, not -1"),
+        ({"ratio": float("nan")}, "ratio must be a number from 0 to 1, not nan"),
+        ({"head_tokens": 65537}, "head_tokens must be a number of tokens from 0 to 65536, not 65537"),
+        ({"head_tokens": True}, "head_tokens must be a number of tokens from 0 to 65536, not True"),
     ],
 )
 def test_bad_choices_are_named(choice: dict[str, object], message: str) -> None:

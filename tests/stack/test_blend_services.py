@@ -42,7 +42,7 @@ def test_what_happens_with_a_model_that_cant_be_blended(home: Home, tmp_path: Pa
 
 
 def test_a_policy_that_is_none(home: Home, tmp_path: Path) -> None:
-    with pytest.raises(StackError, match=r"policy must be one of kv_deviation, .*, not 'magic'"):
+    with pytest.raises(StackError, match=r"BLEND_POLICY must be one of kv_deviation, .*, not 'magic'"):
         make(home, tmp_path, blend_policy="magic")
 
 

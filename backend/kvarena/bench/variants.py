@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvarena.policies.params import OPTIONS, WITH_CHECK_LAYER, BlendParams, check_max_ttft_ms
+from kvarena.policies.params import OPTIONS, PARAMETERS, BlendParams, check_max_ttft_ms
+from kvarena.policies.registry import Value
 
-_WITHOUT_RATIO = ("none", "all")
+_IN_SYNTAX = ("ratio", "check_layer")
+"""Parameters that have a sign of their own; the others are written as options."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Variant:
     policy: str | None = None
     ratio: float | None = None
     check_layer: int | None = None
-    options: tuple[tuple[str, str | int], ...] = ()
+    options: tuple[tuple[str, Value], ...] = ()
     max_ttft_ms: float | None = None
 
     @classmethod
@@ -99,23 +101,24 @@ def blend_variants(
     """
     setups = []
     for policy, options in map(read_policy_options, policies):
-        layers: Sequence[int | None] = check_layers if policy in WITH_CHECK_LAYER and check_layers else [None]
-        has_no_ratio = policy in _WITHOUT_RATIO or "head_tokens" in dict(options)
-        for ratio in [None] if has_no_ratio else ratios:
+        has_layers = check_layers and "check_layer" in OPTIONS.get(policy, ())
+        layers: Sequence[int | None] = check_layers if has_layers else [None]
+        own: dict[str, Any] = dict(options)
+        for ratio in ratios if BlendParams(policy, **own).goes_by_ratio else [None]:
             setups += [Variant(contender, policy, ratio, layer, options) for layer in layers]
     for setup in setups:
         setup.check()
     return list(dict.fromkeys(setups))
 
 
-def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, str | int], ...]]:
+def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, Value], ...]]:
     """A policy and its options, such as `chunk_head,head_tokens=12`. Raises `ValueError` for one it hasn't."""
     policy, *parts = (part.strip() for part in given.split(","))
     options = dict(part.partition("=")[::2] for part in parts)
-    known = OPTIONS.get(policy, ())
+    known = [name for name in OPTIONS.get(policy, ()) if name not in _IN_SYNTAX]
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"{policy} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    return policy, tuple((name, int(value) if value.isdigit() else value) for name, value in options.items())
+    return policy, tuple((name, PARAMETERS[name].read(value)) for name, value in options.items())
 
 
 def find_reference(setups: Sequence[Variant]) -> Variant | None:

@@ -23,11 +23,9 @@ import torch
 
 from kvarena.core.placement import ChunkSource, KVWriter, groups_of
 from kvarena.core.plan import ReusePlan, Span
-from kvarena.core.policy import reused_positions
+from kvarena.core.policy import SelectionPolicy, reused_positions
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel, Ranks, TokenFilter
 from kvarena.core.store import BackgroundPuts, ChunkStore, one_ahead
-from kvarena.policies.params import BlendParams
-from kvarena.policies.registry import make_policy
 
 Item = TypeVar("Item")
 
@@ -103,24 +101,25 @@ class Cost:
 class BlendCosts:
     """The costs of each policy with its options, whatever its ratio was."""
 
-    _seen: dict[BlendParams, deque[Cost]] = field(default_factory=dict)
+    _seen: dict[SelectionPolicy, deque[Cost]] = field(default_factory=dict)
 
     def note(
-        self, params: BlendParams, num_tokens: int, num_recomputed: int, select_ms: float, recompute_ms: float
+        self, policy: SelectionPolicy, num_tokens: int, num_recomputed: int, select_ms: float, recompute_ms: float
     ) -> None:
         """`num_recomputed` of `num_tokens` went through all layers, those among them that no chunk covers."""
         if num_recomputed:
             cost = Cost(num_tokens, select_ms / num_tokens, recompute_ms / num_recomputed)
-            self._seen.setdefault(_without_ratio(params), deque(maxlen=RECENT_BLENDS)).append(cost)
+            self._seen.setdefault(policy.with_ratio(0.0), deque(maxlen=RECENT_BLENDS)).append(cost)
 
-    def ratio_within(self, params: BlendParams, num_reused: int, num_computed: int, left_ms: float) -> float:
+    def ratio_within(self, policy: SelectionPolicy, num_reused: int, num_computed: int, left_ms: float) -> float:
         """The largest share of `num_reused` tokens that can be recomputed in time, beside `num_computed` others.
 
-        The ratio of `params` as long as nothing is known of this way of choosing.
+        The policy's own ratio as long as nothing is known of this way of choosing.
         """
-        seen = self._seen.get(_without_ratio(params))
+        assert policy.ratio is not None, "a time for a policy without a ratio"
+        seen = self._seen.get(policy.with_ratio(0.0))
         if not seen or not num_reused:
-            return params.ratio
+            return policy.ratio
         num_tokens = num_reused + num_computed
         nearest = sorted(seen, key=lambda cost: abs(math.log(cost.num_tokens / num_tokens)))[:NEAREST_BLENDS]
 
@@ -132,17 +131,13 @@ class BlendCosts:
         return min(1.0, max(MIN_RATIO, affordable / num_reused))
 
 
-def _without_ratio(params: BlendParams) -> BlendParams:
-    return replace(params, ratio=0.0)
-
-
 MAX_QUESTION_TOKENS = 64
 _TOKENS_WITHOUT_QUESTION = 16
 
 
 @dataclass
 class BlendContext:
-    """Implements `kvarena.policies.registry.SelectionContext` for the range `[start, end)` of a prompt.
+    """Implements `kvarena.core.policy.SelectionContext` for the range `[start, end)` of a prompt.
 
     `watched` holds the KV of the layers that the policy looks at, group after group, for the spans of `plan` and
     perhaps some before them.
@@ -212,7 +207,7 @@ class Blender:
         plan: ReusePlan,
         start: int,
         end: int,
-        params: BlendParams,
+        policy: SelectionPolicy,
         *,
         store_new: bool = True,
         budget_ms: float | None = None,
@@ -222,13 +217,13 @@ class Blender:
         Whatever the store loses or the model has no room for is computed as part of the prompt. After an unexpected
         failure the whole range is computed, so the answer is right in every case. `store_new`: whether KV that is
         computed here is put into the store. `budget_ms`: the time for all of it. As many tokens are recomputed as fit,
-        by what earlier blends took; the ratio of `params` counts as long as nothing is known of them.
+        by what earlier blends took; the policy's own ratio counts as long as nothing is known of them.
         """
         report = BlendReport()
         deadline_s = None if budget_ms is None else time.perf_counter() + budget_ms / 1e3
         with report.timed("blend_ms"):
             try:
-                self._blend(model, plan.clipped(start, end), start, end, params, store_new, deadline_s, report)
+                self._blend(model, plan.clipped(start, end), start, end, policy, store_new, deadline_s, report)
             except Exception:
                 logger.exception("blend failed; computing all of the prompt's tokens %d to %d", start, end)
                 report.blend_failures += 1
@@ -243,37 +238,37 @@ class Blender:
         wanted: ReusePlan,
         start: int,
         end: int,
-        params: BlendParams,
+        policy: SelectionPolicy,
         store_new: bool,
         deadline_s: float | None,
         report: BlendReport,
     ) -> None:
-        widest = params if deadline_s is None else replace(params, ratio=ANY_RATIO)
-        watched = make_policy(widest).watched_layers(len(model.rotations))
+        widest = policy if deadline_s is None else policy.with_ratio(ANY_RATIO)
+        watched = widest.settled().watched_layers(len(model.rotations))
         plan, reused_kv = self._fill(model, wanted, watched, store_new, report)
         first = _exact_end(plan, start)
         if deadline_s is not None:
-            params = self._within(deadline_s, params, plan.clipped(first, end), end - first, model.ranks)
-        report.ratio = params.ratio
-        first = start if params.recomputes_all else first
+            policy = self._within(deadline_s, policy, plan.clipped(first, end), end - first, model.ranks)
+        report.ratio = policy.ratio
+        first = start if policy.recomputes_all else first
         inexact = plan.clipped(first, end)
         with report.timed("select_ms"):
-            selection = make_policy(params).select(inexact, BlendContext(model, inexact, reused_kv, first, end))
+            selection = policy.settled().select(inexact, BlendContext(model, inexact, reused_kv, first, end))
         gaps = [torch.arange(low, high) for low, high in plan.gaps(first, end)]
         positions = torch.cat([selection.positions, *gaps]).sort().values
         computed = _forward(model, positions, selection.narrowings, report) if len(positions) else positions
         _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
-        self._costs.note(params, end - first, len(computed), report.select_ms, report.recompute_ms)
+        self._costs.note(policy, end - first, len(computed), report.select_ms, report.recompute_ms)
 
     def _within(
-        self, deadline_s: float, params: BlendParams, inexact: ReusePlan, num_tokens: int, ranks: Ranks
-    ) -> BlendParams:
+        self, deadline_s: float, policy: SelectionPolicy, inexact: ReusePlan, num_tokens: int, ranks: Ranks
+    ) -> SelectionPolicy:
         """With the ratio that fits into the rest of the time: the ranks', each by its own clock, on average."""
         left_ms = 1e3 * (deadline_s - time.perf_counter())
         num_reused = inexact.num_reused_tokens
-        ratio = self._costs.ratio_within(params, num_reused, num_tokens - num_reused, left_ms)
+        ratio = self._costs.ratio_within(policy, num_reused, num_tokens - num_reused, left_ms)
         total, num_ranks = ranks.sum(torch.tensor([ratio, 1.0])).tolist()
-        return replace(params, ratio=round(total / num_ranks, RATIO_DIGITS))
+        return policy.with_ratio(round(total / num_ranks, RATIO_DIGITS))
 
     def _fill(
         self, model: PrefilledModel, wanted: ReusePlan, watched: Sequence[int], store_new: bool, report: BlendReport

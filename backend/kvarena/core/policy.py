@@ -3,19 +3,23 @@
 A policy is a small dataclass whose fields are its paper's parameters. It names the reused tokens to start with, and
 may filter them at some layers, when their fresh KV there is known: what was run until then is not run twice. Tokens
 that no chunk covers are always computed and aren't a policy's business. The policies are in `kvarena.policies`.
+
+Importing this loads no torch: the stack and the command line know the policies where there is none.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kvarena.core.plan import ReusePlan
 from kvarena.core.prefilled_model import TokenFilter
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,75 @@ class SelectionContext(Protocol):
         ...
 
 
-class SelectionPolicy(Protocol):
-    def watched_layers(self, num_layers: int) -> Sequence[int]:
-        """The layers of so many whose reused KV it looks at."""
-        ...
+@dataclass(frozen=True)
+class SelectionPolicy(ABC):
+    """Which of a plan's reused tokens are recomputed.
 
+    A subclass is a frozen dataclass. Its fields are the paper's parameters, and a field `ratio`, where it has one, is
+    the share of reused tokens. Policies with equal fields select alike.
+    """
+
+    @property
+    def ratio(self) -> float | None:
+        """None for a policy without one."""
+        return None
+
+    @property
+    def goes_by_ratio(self) -> bool:
+        """Whether the ratio makes a difference."""
+        return self.ratio is not None
+
+    @property
+    def recomputes_all(self) -> bool:
+        return self.goes_by_ratio and self.ratio == 1
+
+    @property
+    def recomputes_none(self) -> bool:
+        return self.goes_by_ratio and self.ratio == 0
+
+    def with_ratio(self, ratio: float) -> Self:
+        """Itself if it has none."""
+        changed: dict[str, Any] = {} if self.ratio is None else {"ratio": ratio}
+        return replace(self, **changed)
+
+    def settled(self) -> SelectionPolicy:
+        """What to ask for a selection: at a ratio of 0 or 1 there is nothing to look at, whatever the policy."""
+        if self.recomputes_all:
+            return RecomputeAll()
+        return RecomputeNone() if self.recomputes_none else self
+
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        """The layers, of so many, whose reused KV it looks at. None where it doesn't say otherwise."""
+        return ()
+
+    @abstractmethod
     def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection: ...
 
 
+@dataclass(frozen=True)
+class RecomputeAll(SelectionPolicy):
+    """All, as if nothing was reused: full prefill through the blend's own path."""
+
+    recomputes_all = True
+
+    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+        return Selection(reused_positions(plan))
+
+
+@dataclass(frozen=True)
+class RecomputeNone(SelectionPolicy):
+    """None: each chunk's KV is used as it was computed, blind to what is before it."""
+
+    recomputes_none = True
+
+    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+        return Selection(reused_positions(ReusePlan()))
+
+
 def reused_positions(plan: ReusePlan) -> torch.Tensor:
+    """Ascending, int64."""
+    import torch
+
     ranges = [torch.arange(span.start, span.end) for span in plan]
     return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
@@ -71,6 +135,8 @@ def best_runs(scores: torch.Tensor, count: int, run_tokens: int) -> torch.Tensor
     Every run reads the KV before it once, so few long ones cost attention less than many short ones. The last run taken
     is cut where it would be too much.
     """
+    import torch
+
     if run_tokens == 1:
         return scores.topk(count).indices
     padding = -len(scores) % run_tokens

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvarena.core.plan import TokenIds
-from kvarena.core.rope import Rotation
+
+if TYPE_CHECKING:  # what names a `TokenFilter` runs where there is no torch, too
+    import torch
+
+    from kvarena.core.rope import Rotation
 
 
 class Ranks(Protocol):

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from kvarena.core.plan import ReusePlan, Span
-from kvarena.core.policy import Selection, SelectionContext, share_of
+from kvarena.core.policy import Selection, SelectionContext, SelectionPolicy, share_of
+from kvarena.policies.registry import parameter, policy, ratio_parameter
 
 
+@policy("chunk_head")
 @dataclass(frozen=True)
-class ChunkHead:
-    """The first `head_tokens` of each reused chunk, or with 0 the first `ratio` of its tokens.
+class ChunkHead(SelectionPolicy):
+    """The first tokens of each chunk (LegoLink, from EPIC).
 
-    LegoLink (EPIC, arXiv 2410.15332): a chunk that was computed alone has an attention sink in its own first tokens;
-    computed anew behind others, they lose it. A chunk that begins the prompt is exact and isn't touched. Nothing has to
-    be run to choose.
+    The first `head_tokens` of each reused chunk, or with 0 the first `ratio` of its tokens. LegoLink (EPIC, arXiv
+    2410.15332): a chunk that was computed alone has an attention sink in its own first tokens; computed anew behind
+    others, they lose it. A chunk that begins the prompt is exact and isn't touched. Nothing has to be run to choose.
     """
 
-    ratio: float
-    head_tokens: int = 0
+    ratio: float = ratio_parameter()
+    head_tokens: int = parameter(
+        0,
+        "So many tokens of each chunk, in place of the ratio; 0 means the ratio.",
+        unit="tokens",
+        at_least=0,
+        at_most=65536,
+    )
 
-    def watched_layers(self, num_layers: int) -> Sequence[int]:
-        return ()
+    @property
+    def goes_by_ratio(self) -> bool:
+        return not self.head_tokens
 
     def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+        import torch
+
         heads = [torch.arange(span.start, span.start + self._num_tokens(span)) for span in plan]
         return Selection(torch.cat(heads) if heads else torch.empty(0, dtype=torch.int64))
 

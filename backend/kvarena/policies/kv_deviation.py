@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvarena.core.plan import ReusePlan
-from kvarena.core.policy import Selection, SelectionContext, best_runs, reused_positions, share_of
+from kvarena.core.policy import Selection, SelectionContext, SelectionPolicy, best_runs, reused_positions, share_of
 from kvarena.core.prefilled_model import LayerKV, TokenFilter
+from kvarena.policies.registry import check_layer_parameter, parameter, policy, ratio_parameter, run_tokens_parameter
+
+if TYPE_CHECKING:
+    import torch
 
 
+@policy("kv_deviation")
 @dataclass(frozen=True)
-class KVDeviation:
-    """The `ratio` of reused tokens with the largest squared distance between fresh and reused KV at `check_layer`.
+class KVDeviation(SelectionPolicy):
+    """The tokens whose fresh keys or values at a layer deviate most from the reused ones (CacheBlend).
 
+    The `ratio` of reused tokens with the largest squared distance between fresh and reused KV at `check_layer`.
     CacheBlend (arXiv 2405.16444, section 4.3) selects at layer 1. What a token fetches from another chunk in the
     attention of layer n first shows in the keys of layer n + 1, so which layer is best depends on the model.
 
@@ -25,11 +30,17 @@ class KVDeviation:
     so many neighbours are chosen together.
     """
 
-    ratio: float
-    check_layer: int = 1
-    deviation: str = "keys"
-    num_filters: int = 1
-    run_tokens: int = 1
+    ratio: float = ratio_parameter()
+    check_layer: int = check_layer_parameter()
+    deviation: str = parameter("keys", "Whether keys or values are compared.", choices=("keys", "values"))
+    num_filters: int = parameter(
+        1,
+        "In how many layers in a row tokens are dropped, from twice the ratio down to it; 1 selects at once.",
+        unit="layers",
+        at_least=1,
+        at_most=1024,
+    )
+    run_tokens: int = run_tokens_parameter()
 
     def watched_layers(self, num_layers: int) -> Sequence[int]:
         first = min(self.check_layer, num_layers - 1)
@@ -51,6 +62,8 @@ class KVDeviation:
     def _chooser(
         self, reused: torch.Tensor, evidence: SelectionContext, layer: int, count: int
     ) -> Callable[[torch.Tensor, LayerKV], torch.Tensor]:
+        import torch
+
         def most_deviating(positions: torch.Tensor, fresh: LayerKV) -> torch.Tensor:
             is_reused = torch.isin(positions, reused)
             candidates = is_reused.nonzero().flatten()

@@ -1,69 +1,99 @@
-"""What a request may choose about the blend: plain values with their checks. Imports no torch."""
+"""What a request may choose about the blend: a policy and its parameters, with their checks. Imports no torch.
+
+The fields of `BlendParams` are those that the policies declare (`kvarena.policies.registry`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-POLICIES = ("kv_deviation", "chunk_head", "query_attention", "random", "none", "all")
-DEVIATIONS = ("keys", "values")
-WITH_CHECK_LAYER = ("kv_deviation", "query_attention")
-"""The policies that look at layers; the others choose before the first."""
-OPTIONS = {
-    "kv_deviation": ("deviation", "num_filters", "run_tokens"),
-    "chunk_head": ("head_tokens",),
-    "query_attention": ("run_tokens",),
+from kvarena.core.policy import SelectionPolicy
+from kvarena.policies.registry import (
+    DEFAULT_POLICY,
+    Parameter,
+    Value,
+    all_parameters,
+    parameters_of,
+    registered_policies,
+)
+
+REGISTRY = registered_policies()
+POLICIES = tuple(REGISTRY)
+POLICY = Parameter("policy", DEFAULT_POLICY, "Which reused tokens are recomputed.", choices=POLICIES)
+PARAMETERS: Mapping[str, Parameter] = {own.name: own for own in (POLICY, *all_parameters())}
+"""The policy itself, and what all policies together may be told."""
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    name: tuple(own.name for own in parameters_of(cls)) for name, cls in REGISTRY.items()
 }
-"""What some policies have beside ratio and check layer."""
+"""The parameters of each policy by their names."""
+
+if TYPE_CHECKING:
+    _declared: Any = None
+
+    @dataclass(frozen=True)
+    class _Fields:
+        policy: str = _declared
+        ratio: float = _declared
+        check_layer: int = _declared
+
+else:
+    _Fields = dataclasses.make_dataclass(
+        "_Fields", [(own.name, own.type, own.default) for own in PARAMETERS.values()], frozen=True
+    )
 
 
 @dataclass(frozen=True)
-class BlendParams:
-    """Selection policy, share of reused tokens that it recomputes, and the layer (from 0) it looks at.
+class BlendParams(_Fields):
+    """A policy and the parameters of all of them, flat; a policy reads its own.
 
-    `deviation` and `num_filters` are those of `kv_deviation`, `head_tokens` that of `chunk_head`: so many tokens of
-    each chunk in place of a share; 0 means the share. `run_tokens` is of both that score tokens: neighbours that are
-    chosen together. `kvarena.policies.registry` says more of each.
     Raises `ValueError` naming the value and the choices.
     """
 
-    policy: str = "kv_deviation"
-    ratio: float = 0.15
-    check_layer: int = 1
-    deviation: str = "keys"
-    num_filters: int = 1
-    head_tokens: int = 0
-    run_tokens: int = 1
+    if TYPE_CHECKING:
+
+        def __init__(self, policy: str = ..., ratio: float = ..., check_layer: int = ..., **others: Value) -> None: ...
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio must be a number from 0 to 1, not {self.ratio!r}")
-        if self.deviation not in DEVIATIONS:
-            raise ValueError(f"deviation must be one of {', '.join(DEVIATIONS)}, not {self.deviation!r}")
-        _check_count("check_layer", self.check_layer, 0, "a layer number from 0")
-        _check_count("num_filters", self.num_filters, 1, "a number of layers from 1")
-        _check_count("head_tokens", self.head_tokens, 0, "a number of tokens from 0")
-        _check_count("run_tokens", self.run_tokens, 1, "a number of tokens from 1")
+        for name, own in PARAMETERS.items():
+            own.check(getattr(self, name))
 
     @property
     def recomputes_all(self) -> bool:
-        return self.policy == "all" or (self.goes_by_ratio and self.ratio == 1)
+        return make_policy(self).recomputes_all
 
     @property
     def recomputes_none(self) -> bool:
-        return self.policy == "none" or (self.goes_by_ratio and self.ratio == 0)
+        return make_policy(self).recomputes_none
 
     @property
     def goes_by_ratio(self) -> bool:
         """Whether the ratio makes a difference."""
-        return self.policy not in ("none", "all") and not (self.policy == "chunk_head" and self.head_tokens)
+        return make_policy(self).goes_by_ratio
 
     def check_for(self, num_layers: int) -> None:
         """Raises `ValueError` for a check layer that the model doesn't have, where the policy has one."""
-        if self.policy in WITH_CHECK_LAYER and self.check_layer >= num_layers:
+        if "check_layer" in OPTIONS[self.policy] and self.check_layer >= num_layers:
             raise ValueError(f"check_layer must be from 0 to {num_layers - 1}, not {self.check_layer}")
+
+
+def make_policy(params: BlendParams) -> SelectionPolicy:
+    own: dict[str, Any] = {name: getattr(params, name) for name in OPTIONS[params.policy]}
+    return REGISTRY[params.policy](**own)
+
+
+def describe_parameters() -> dict[str, dict[str, Any]]:
+    """For the API: each parameter's type, bounds or choices, default and help, and the policies that have it."""
+    return {
+        name: {
+            **own.describe(),
+            "policies": [policy for policy in POLICIES if own is POLICY or name in OPTIONS[policy]],
+        }
+        for name, own in PARAMETERS.items()
+    }
 
 
 def check_max_ttft_ms(max_ttft_ms: object, params: BlendParams) -> float:
@@ -73,8 +103,3 @@ def check_max_ttft_ms(max_ttft_ms: object, params: BlendParams) -> float:
     if not params.goes_by_ratio:
         raise ValueError(f"max_ttft_ms chooses the ratio, which {params.policy} doesn't go by here")
     return float(max_ttft_ms)
-
-
-def _check_count(name: str, value: object, least: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be {what}, not {value!r}")

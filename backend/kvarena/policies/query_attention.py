@@ -5,28 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvarena.core.plan import ReusePlan
-from kvarena.core.policy import Selection, SelectionContext, best_runs, reused_positions, share_of
+from kvarena.core.policy import Selection, SelectionContext, SelectionPolicy, best_runs, reused_positions, share_of
+from kvarena.policies.registry import check_layer_parameter, policy, ratio_parameter, run_tokens_parameter
+
+if TYPE_CHECKING:
+    import torch
 
 
+@policy("query_attention")
 @dataclass(frozen=True)
-class QueryAttention:
-    """The `ratio` of reused tokens that get the most attention from the question at `check_layer`.
+class QueryAttention(SelectionPolicy):
+    """The tokens that the question attends to most at a layer (ProphetKV, QCFuse).
 
-    ProphetKV (arXiv 2602.02579) and QCFuse (arXiv 2606.05875) recompute what the question needs, not what deviates: the
-    question's own queries score the cached keys. A token's score is its attention probability among the reused tokens,
-    averaged over the question's tokens and the heads. No layer is run over the context.
+    The `ratio` of reused tokens that get the most attention from the question at `check_layer`. ProphetKV (arXiv
+    2602.02579) and QCFuse (arXiv 2606.05875) recompute what the question needs, not what deviates: the question's own
+    queries score the cached keys. A token's score is its attention probability among the reused tokens, averaged over
+    the question's tokens and the heads. No layer is run over the context.
 
     One layer, where the papers take several together: which layers look for what the question is about depends on the
     model, and early ones drown it. `run_tokens`: so many neighbours are chosen together.
     """
 
-    ratio: float
-    check_layer: int
-    run_tokens: int = 1
+    ratio: float = ratio_parameter()
+    check_layer: int = check_layer_parameter()
+    run_tokens: int = run_tokens_parameter()
 
     def watched_layers(self, num_layers: int) -> Sequence[int]:
         return (min(self.check_layer, num_layers - 1),)
@@ -43,6 +48,8 @@ class QueryAttention:
 
 def _attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """What each key `(T, H_kv, D)` gets of the attention of queries `(T_q, H, D)`, averaged: `(T,)`, sums to 1."""
+    import torch
+
     num_queries, num_heads, head_size = queries.shape
     num_kv_heads = keys.shape[1]
     grouped = queries.view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)

@@ -29,7 +29,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kvarena.engines.vllm.config import read_model_profile
+from kvarena.policies.profile import read_model_profile
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.service import StackError
 

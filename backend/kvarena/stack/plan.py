@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarena.engines.vllm.config import BlendConfig, read_blend_profile
+from kvarena.engines.vllm.config import BlendConfig
+from kvarena.policies.profile import read_blend_profile
 from kvarena.stack import machine
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.lmcache_l2 import NO_L2, folder_adapter, l2_adapter
@@ -198,17 +199,9 @@ def _blend_engine(settings: Settings, on_cpu: bool) -> str:
 def _blend_config(settings: Settings, model: Model, home: Home, network: Network) -> BlendConfig:
     try:
         profile = read_blend_profile(model.name) if model.is_local else {}
-        chosen = {
-            "separator": settings.separator,
-            "policy": settings.blend_policy,
-            "ratio": settings.blend_ratio,
-            "check_layer": settings.blend_check_layer,
-            "deviation": settings.blend_deviation,
-            "num_filters": settings.blend_num_filters,
-            "head_tokens": settings.blend_head_tokens,
-            "run_tokens": settings.blend_run_tokens,
-        }
-        given = profile | {key: value for key, value in chosen.items() if value is not None}
+        given = profile | settings.policy
+        if settings.separator is not None:
+            given["separator"] = settings.separator
         return dataclasses.replace(
             BlendConfig(**given),
             lmcache_url=f"tcp://{network.host(LMCACHE_SERVER)}:{settings.ports.lmcache_server}",

@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 from kvarena.engines.vllm.config import CONTENDER_VARIABLE, kv_transfer_config
 from kvarena.engines.vllm.lmcache_config import lmcache_blend_options
+from kvarena.policies.params import PARAMETERS
 from kvarena.stack.home import Home
 from kvarena.stack.lmcache_l2 import L2_OPTION
 from kvarena.stack.plan import VLLM_CONTENDERS, Plan
@@ -181,13 +182,7 @@ def _simllm_options(plan: Plan) -> Options:
         "--similarity-threshold": plan.simllm.similarity_threshold,
         "--max-cache-size": plan.simllm.max_cache_size,
         "--num-hyperplanes": plan.simllm.num_hyperplanes,
-        "--policy": plan.blend.policy,
-        "--ratio": plan.blend.ratio,
-        "--check-layer": plan.blend.check_layer,
-        "--deviation": plan.blend.deviation,
-        "--num-filters": plan.blend.num_filters,
-        "--head-tokens": plan.blend.head_tokens,
-        "--run-tokens": plan.blend.run_tokens,
+        **{f"--{name.replace('_', '-')}": getattr(plan.blend, name) for name in PARAMETERS},
         "--max-model-len": plan.max_model_len,
     }
 

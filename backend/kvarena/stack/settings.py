@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, create_model, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvarena.client import API_KEY_VARIABLE
+from kvarena.policies.params import PARAMETERS
+from kvarena.policies.registry import Parameter
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 from kvarena.stack.home import project_root
 from kvarena.stack.lmcache_l2 import NO_L2, l2_adapter
@@ -35,6 +37,8 @@ CONTENDERS: tuple[str, ...] = get_args(ContenderName)
 SECRETS = ("hf_token", "kvarena_api_key", "lmcache_l2_password")
 VLLM_API_KEY_VARIABLE = "VLLM_API_KEY"
 LMCACHE_L2_PASSWORD_VARIABLE = "LMCACHE_RESP_PASSWORD"
+BLEND_PREFIX = "blend_"
+"""Before a parameter's name, it makes the name of its setting."""
 VISIBLE_ASCII = re.compile("[!-~]+")
 
 PORT_OFFSETS = {
@@ -105,8 +109,26 @@ class AI100Choices:
     notes_tokens: int | None
 
 
-class Settings(BaseSettings):
-    """Every setting of the stack; field names are the keys of the environment and of `.env`, in lower case.
+def _policy_setting(own: Parameter) -> tuple[Any, None]:
+    """Type and default of the setting that a policy's parameter has."""
+    if own.choices:
+        return Literal[own.choices] | None, None
+    return Annotated[own.type, Field(ge=own.at_least, le=own.at_most)] | None, None
+
+
+if TYPE_CHECKING:
+    _PolicySettings = BaseSettings
+else:
+    _PolicySettings = create_model(
+        "_PolicySettings",
+        __base__=BaseSettings,
+        **{f"{BLEND_PREFIX}{name}": _policy_setting(own) for name, own in PARAMETERS.items()},
+    )
+
+
+class Settings(_PolicySettings):
+    """Every setting of the stack; field names are the keys of the environment and of `.env`, in lower case. The policy
+    and the parameters of the policies (`kvarena.policies`) have theirs, too.
 
     `None` means: whatever suits the machine, the model's own profile, or the engine's own default.
     """
@@ -171,13 +193,6 @@ class Settings(BaseSettings):
     ai100_notes_tokens: Annotated[int, Field(ge=0)] | None = None
 
     separator: str | None = None
-    blend_policy: str | None = None
-    blend_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    blend_check_layer: Annotated[int, Field(ge=0)] | None = None
-    blend_deviation: str | None = None
-    blend_num_filters: Annotated[int, Field(ge=1)] | None = None
-    blend_head_tokens: Annotated[int, Field(ge=0)] | None = None
-    blend_run_tokens: Annotated[int, Field(ge=1)] | None = None
     blend_max_ttft_ms: Annotated[float, Field(gt=0)] | None = None
     blend_unsupported: BlendUnsupported = "refuse"
     blend_engine: BlendEngine = "kvarena"
@@ -265,6 +280,12 @@ class Settings(BaseSettings):
             self.simllm_max_cache_size,
             self.simllm_num_hyperplanes,
         )
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """The policy and its parameters, as far as they were set, by their names in `BlendParams`."""
+        given = {name: getattr(self, f"{BLEND_PREFIX}{name}") for name in PARAMETERS}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def ai100(self) -> AI100Choices:

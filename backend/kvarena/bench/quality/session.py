@@ -26,8 +26,9 @@ from kvarena.documents import FALLBACK_SEPARATOR, TextChunk, join_chunks
 from kvarena.engines.hf.blend import HFBlender
 from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
-from kvarena.engines.vllm.config import BlendConfig, read_blend_profile
+from kvarena.engines.vllm.config import BlendConfig
 from kvarena.policies.params import BlendParams
+from kvarena.policies.profile import read_blend_profile
 from kvarena.stack.home import Home
 from kvarena.stack.model import Model, find_model
 from kvarena.stack.record import read_record

@@ -29,7 +29,8 @@ from kvarena.bench.simllm.running import (
     make_stream,
     run_stream,
 )
-from kvarena.engines.vllm.config import BlendConfig, read_blend_profile
+from kvarena.engines.vllm.config import BlendConfig
+from kvarena.policies.profile import read_blend_profile
 
 DIGITS = 4
 

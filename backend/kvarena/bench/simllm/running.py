@@ -36,7 +36,8 @@ from kvarena.contenders.simllm.inference import load_module
 from kvarena.contenders.simllm.params import checked_threshold
 from kvarena.documents import TextChunk
 from kvarena.engines.base import GenerationRequest, Report, Sampling
-from kvarena.engines.vllm.config import BlendConfig, read_blend_profile
+from kvarena.engines.vllm.config import BlendConfig
+from kvarena.policies.profile import read_blend_profile
 from kvarena.simllm import AlignedParams, SimLLMInference, SimLLMParams
 from kvarena.stack.model import find_model
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +22,9 @@ from kvarena.contenders.simllm.params import (
     checked_threshold,
 )
 from kvarena.engines.store_metrics import StoreCollector
-from kvarena.engines.vllm.config import BlendConfig, read_blend_profile
+from kvarena.policies.params import PARAMETERS
+from kvarena.policies.profile import profiled_params
+from kvarena.policies.registry import Parameter, Value
 from kvarena.server.app import serve
 from kvarena.server.state import ApiConfig
 
@@ -34,6 +39,26 @@ def _threshold(given: str | float) -> SimilarityThreshold:
         raise typer.BadParameter(f"{given!r} is neither auto nor a number from -1 to 1") from error
 
 
+def with_policy_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for the policy and for each parameter of one. It gets those that are given."""
+
+    @wraps(command)
+    def wrapped(**options: Any) -> None:
+        given = {name: value for name, value in options.items() if name not in PARAMETERS or value is not None}
+        command(**given)
+
+    def option(own: Parameter) -> inspect.Parameter:
+        shown = typer.Option(None, help=f"{own.help_with_values} Default: that of the model's profile.")
+        return inspect.Parameter(own.name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=own.type | None)
+
+    signature = inspect.signature(command, eval_str=True)
+    fixed = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [*fixed, *map(option, PARAMETERS.values())]
+    wrapped.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]  # what Typer reads
+    return wrapped
+
+
+@with_policy_options
 def main(
     model: command_line.Model,
     served_model_name: command_line.ServedModelName = None,
@@ -54,42 +79,14 @@ def main(
     ] = SIMILARITY_THRESHOLD,
     max_cache_size: Annotated[int, typer.Option(min=1, help="How many tasks are kept.")] = 100,
     num_hyperplanes: Annotated[int, typer.Option(min=1, max=64, help="Bits of a task's hash.")] = 16,
-    policy: Annotated[
-        str | None, typer.Option(help="Which reused tokens mode aligned recomputes. [default: the model's profile]")
-    ] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of them, 0 to 1. [default: the model's profile]")] = None,
-    check_layer: Annotated[
-        int | None, typer.Option(help="The layer, from 0, whose keys are compared. [default: the model's profile]")
-    ] = None,
-    deviation: Annotated[
-        str | None, typer.Option(help="What kv_deviation compares: keys or values. [default: the model's profile]")
-    ] = None,
-    num_filters: Annotated[
-        int | None, typer.Option(help="Layers in which kv_deviation narrows down. [default: the model's profile]")
-    ] = None,
-    head_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of each chunk for chunk_head. [default: the model's profile]")
-    ] = None,
-    run_tokens: Annotated[
-        int | None, typer.Option(help="Neighbours that are chosen together. [default: the model's profile]")
-    ] = None,
+    **blend: Value,
 ) -> None:
-    chosen = {
-        "policy": policy,
-        "ratio": ratio,
-        "check_layer": check_layer,
-        "deviation": deviation,
-        "num_filters": num_filters,
-        "head_tokens": head_tokens,
-        "run_tokens": run_tokens,
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
     params = SimLLMParams(
         mode,
         max_cache_size,
         similarity_threshold,
         num_hyperplanes,
-        AlignedParams(blend=BlendConfig(**(read_blend_profile(model) | given)).params),
+        AlignedParams(blend=profiled_params(model, **blend)),
     )
     loaded = load_simllm(
         model, params, device=device, dtype=dtype, max_model_len=max_model_len, random=load_format == "dummy"

@@ -25,6 +25,7 @@ from kvarena.core.store import MemoryStore
 from kvarena.engines.hf.blend import BlendableModel, HFPrefilledModel
 from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
+from kvarena.policies.params import make_policy
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class AlignedReuse:
         kv = self._model.new_kv(max(capacity, len(ids)))
         with _counted_layer_passes(self._blendable.layers) as passes:
             prompt = HFPrefilledModel(self._blendable, ids[:-1], kv)
-            report = Blender(store).blend(prompt, plan, 0, len(ids) - 1, blend, store_new=False)
+            report = Blender(store).blend(prompt, plan, 0, len(ids) - 1, make_policy(blend), store_new=False)
         num_passes = sum(passes) + self._model.kv_shape.num_layers
         is_exact = plan.is_prefix or blend.recomputes_all
         outcome = TaskOutcome(

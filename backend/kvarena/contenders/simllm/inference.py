@@ -31,7 +31,7 @@ from kvarena.core.store import ChunkStore
 from kvarena.engines.base import Tokenizer
 from kvarena.engines.hf import attention
 from kvarena.engines.hf.model import HFModel
-from kvarena.engines.vllm.config import BlendConfig, read_blend_profile
+from kvarena.policies.profile import profiled_params
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class SimLLMInference:
         such device. Raises `OSError` when there is no such model, and `ValueError` for one that isn't a Llama.
         """
         llama_config(model_path)
-        aligned = aligned or AlignedParams(blend=BlendConfig(**read_blend_profile(model_path)).params)
+        aligned = aligned or AlignedParams(blend=profiled_params(model_path))
         auto = auto or AutoThresholdParams()
         params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned, auto)
         model = LlamaForCausalLMWithKVReuse.from_pretrained(model_path, **model_kwargs)

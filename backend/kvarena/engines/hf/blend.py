@@ -20,13 +20,14 @@ from transformers.cache_utils import Cache
 from kvarena.core.blend import Blender, BlendReport
 from kvarena.core.matching import ChunkIndex, Planner, Segmenter
 from kvarena.core.plan import ReusePlan, TokenIds, as_token_ids
+from kvarena.core.policy import SelectionPolicy
 from kvarena.core.prefilled_model import LayerKV, OneRank, Ranks, TokenFilter
 from kvarena.core.rope import Rotation, fitting_rotations, inverse_frequencies, refuse_length_dependent
 from kvarena.core.store import ChunkStore
 from kvarena.engines.hf import attention
 from kvarena.engines.hf.model import HFModel, UnsupportedModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
-from kvarena.policies.params import BlendParams
+from kvarena.policies.params import BlendParams, make_policy
 
 
 class KVKnown(Exception):
@@ -366,19 +367,21 @@ class HFBlender:
         """
         params.check_for(self._model.kv_shape.num_layers)
         kv = self._model.new_kv(capacity)
-        report = self._model.run(self._blend, as_token_ids(token_ids), params, kv, budget_ms)
+        report = self._model.run(self._blend, as_token_ids(token_ids), make_policy(params), kv, budget_ms)
         rest = token_ids[kv.length :]
         report.num_computed_tokens += len(rest)
         return BlendedPrefill(kv, self._model.prefill(kv, rest, is_cancelled=lambda: False), report)
 
-    def _blend(self, token_ids: TokenIds, params: BlendParams, kv: SequenceKV, budget_ms: float | None) -> BlendReport:
+    def _blend(
+        self, token_ids: TokenIds, policy: SelectionPolicy, kv: SequenceKV, budget_ms: float | None
+    ) -> BlendReport:
         """Fills `kv` as far as there is something to reuse."""
         plan = self._plan(token_ids)
         end = self._planner.blend_end(plan, 0, len(token_ids) - 1)
         if not end:
             return BlendReport()
         prompt = HFPrefilledModel(self._blendable, token_ids[:end], kv)
-        return self._blender.blend(prompt, plan.clipped(0, end), 0, end, params, budget_ms=budget_ms)
+        return self._blender.blend(prompt, plan.clipped(0, end), 0, end, policy, budget_ms=budget_ms)
 
     def _plan(self, token_ids: TokenIds) -> ReusePlan:
         """In the model's thread, to which the index belongs."""

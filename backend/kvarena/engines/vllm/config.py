@@ -12,15 +12,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from kvarena.policies.params import BlendParams, check_max_ttft_ms
-
-MODEL_PROFILE_NAME = "kvarena.json"
-BLEND_FIELDS = ("separator", *(field.name for field in dataclasses.fields(BlendParams)))
-PROFILE_FIELDS = ("data", *BLEND_FIELDS)
-"""`data` is the folder of documents that goes with a model, relative to the model's own."""
+from kvarena.policies.params import PARAMETERS, BlendParams, check_max_ttft_ms
 
 CONNECTOR = "KVArenaConnector"
 CONTENDER_VARIABLE = "KVARENA_CONTENDER"
@@ -30,23 +24,16 @@ UNSUPPORTED = ("refuse", "plain")
 
 
 @dataclass(frozen=True)
-class BlendConfig:
+class BlendConfig(BlendParams):
     """Every setting of the blend.
 
-    The first seven are the defaults of what a request may choose (`BlendParams`), and so is `max_ttft_ms`: where it is
-    set, it chooses the ratio, which is then what first blends begin with. `separator` marks chunk boundaries in
-    a prompt's text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they
+    The first are the defaults of what a request may choose (`BlendParams`), and so is `max_ttft_ms`: where it is set,
+    it chooses the ratio, which is then what first blends begin with. `separator` marks chunk boundaries in a prompt's
+    text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they
     don't. `unsupported`: whether a model that can't be blended stops the server, or is served without. Sizes are in
     bytes, times in seconds.
     """
 
-    policy: str = "kv_deviation"
-    ratio: float = 0.15
-    check_layer: int = 1
-    deviation: str = "keys"
-    num_filters: int = 1
-    head_tokens: int = 0
-    run_tokens: int = 1
     max_ttft_ms: float | None = None
     separator: str = " # # "
     min_chunk_tokens: int = 16
@@ -59,7 +46,7 @@ class BlendConfig:
     unsupported: str = "refuse"
 
     def __post_init__(self) -> None:
-        _ = self.params
+        super().__post_init__()
         if self.max_ttft_ms is not None:
             check_max_ttft_ms(self.max_ttft_ms, self.params)
         if self.store not in STORES:
@@ -75,7 +62,7 @@ class BlendConfig:
 
     @property
     def params(self) -> BlendParams:
-        return BlendParams(**{field.name: getattr(self, field.name) for field in dataclasses.fields(BlendParams)})
+        return BlendParams(**{name: getattr(self, name) for name in PARAMETERS})
 
     def to_extra_config(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -99,29 +86,6 @@ def kv_transfer_config(config: BlendConfig) -> str:
             "kv_connector_extra_config": config.to_extra_config(),
         }
     )
-
-
-def read_model_profile(model: str) -> dict[str, Any]:
-    """The settings in `MODEL_PROFILE_NAME` of a local model folder; empty where there is none.
-
-    Raises `ValueError` for a file that is not a JSON object of `PROFILE_FIELDS`.
-    """
-    path = Path(model) / MODEL_PROFILE_NAME
-    if not path.is_file():
-        return {}
-    try:
-        profile = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(profile, dict) or (unknown := set(profile) - set(PROFILE_FIELDS)):
-        names = ", ".join(PROFILE_FIELDS)
-        raise ValueError(f"{path} must be a JSON object with keys among {names}, not {unknown or profile!r}")
-    return profile
-
-
-def read_blend_profile(model: str) -> dict[str, Any]:
-    """The part of `read_model_profile` that `BlendConfig` takes."""
-    return {key: value for key, value in read_model_profile(model).items() if key in BLEND_FIELDS}
 
 
 KEY = "kvarena"
@@ -152,11 +116,10 @@ def read_request_params(
     Raises `ValueError` naming the key or value and the choices. Keys of other connectors are left alone.
     """
     given = given_params(kv_transfer_params)
-    choices = [field.name for field in dataclasses.fields(BlendParams)]
-    takes = [*choices, "max_ttft_ms", "store", "chunks"]
+    takes = [*PARAMETERS, "max_ttft_ms", "store", "chunks"]
     if unknown := sorted(set(given) - set(takes)):
         raise ValueError(f"kv_transfer_params.{KEY} has no {unknown[0]!r}; it takes {', '.join(takes)}")
-    chosen = {name: given[name] for name in choices if name in given}
+    chosen = {name: given[name] for name in PARAMETERS if name in given}
     if chosen.get("ratio") == AUTO_RATIO:
         del chosen["ratio"]
     blend = dataclasses.replace(defaults, **chosen)

@@ -11,19 +11,18 @@ import json
 from typing import Any
 
 from kvarena.engines.vllm.config import BlendConfig
+from kvarena.policies.params import PARAMETERS
 
 CONNECTOR = "LMCacheConnectorV1"
 PREFIX = "lmcache."
 CHUNK_TOKENS = 256
+FREE = ("ratio", "check_layer")
 SUPPORTED = {
     "policy": "kv_deviation",
-    "deviation": "keys",
-    "num_filters": 1,
-    "head_tokens": 0,
-    "run_tokens": 1,
+    **{name: own.default for name, own in PARAMETERS.items() if name not in ("policy", *FREE)},
     "max_ttft_ms": None,
 }
-"""The one policy that LMCache's blender has, in the words of `BlendConfig`."""
+"""The one policy that LMCache's blender has, in the words of `BlendConfig`. Of its parameters `FREE` may change."""
 
 
 def lmcache_config(config: BlendConfig, memory_gb: float) -> dict[str, Any]:

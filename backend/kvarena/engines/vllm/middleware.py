@@ -13,7 +13,7 @@ from typing import Any
 
 from kvarena.engines.vllm.config import KEY, BlendConfig, given_params, read_request_params
 from kvarena.engines.vllm.messages import wait_for_report
-from kvarena.policies.params import POLICIES
+from kvarena.policies.params import POLICIES, describe_parameters
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -63,6 +63,7 @@ async def _describe(scope: Scope) -> dict[str, Any]:
         "contender": "blend",
         "policies": list(POLICIES),
         "timed_policies": [name for name in POLICIES if dataclasses.replace(config.params, policy=name).goes_by_ratio],
+        "parameters": describe_parameters(),
         "defaults": {**dataclasses.asdict(config.params), "max_ttft_ms": config.max_ttft_ms},
         "separator": config.separator,
         "store": config.store,

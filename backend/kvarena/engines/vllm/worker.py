@@ -21,6 +21,7 @@ from kvarena.engines.vllm.config import BlendConfig
 from kvarena.engines.vllm.messages import BlendJobs, BlendReports
 from kvarena.engines.vllm.model import VllmModel, rank_name
 from kvarena.engines.vllm.plugin import loaded_model
+from kvarena.policies.params import make_policy
 from kvarena.stores.tensor_parallel import TensorParallelStore
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
@@ -94,7 +95,13 @@ class WorkerConnector:
             left_ms = None if job.budget_ms is None else job.budget_ms - 1e3 * (time.perf_counter() - start_s)
             prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
             report = self._blender.blend(
-                prompt, job.plan, job.start, job.end, job.params, store_new=job.store_new, budget_ms=left_ms
+                prompt,
+                job.plan,
+                job.start,
+                job.end,
+                make_policy(job.params),
+                store_new=job.store_new,
+                budget_ms=left_ms,
             )
             if report.blend_failures:
                 logger.error("request %s: its blend failed, see above; all of its tokens were computed", job.request_id)
