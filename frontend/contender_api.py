@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvarena.client import ClientError, ServerInfo, Unreachable
@@ -17,15 +17,54 @@ Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
+class Parameter:
+    """One of a policy, as the server describes it: a number with bounds, or one of `choices`.
+
+    `default` is the server's own. `policies` are those that have it.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    policies: tuple[str, ...]
+    at_least: float = 0.0
+    at_most: float = 0.0
+    choices: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.name.replace("_", " ").capitalize()
+
+    @classmethod
+    def read(cls, name: str, described: Mapping[str, Any], defaults: Mapping[str, Any]) -> Parameter:
+        return cls(
+            name=name,
+            kind=described["type"],
+            default=defaults.get(name, described["default"]),
+            help=described["help"],
+            policies=tuple(described["policies"]),
+            at_least=described.get("at_least", 0.0),
+            at_most=described.get("at_most", 0.0),
+            choices=tuple(described.get("choices") or ()),
+        )
+
+
+POLICY, RATIO, MAX_TTFT_MS = "policy", "ratio", "max_ttft_ms"
+"""What a request always calls the policy, and the two ways to say how much it recomputes: a time stands in place of the
+ratio."""
+
+
+@dataclass(frozen=True)
 class BlendOffer:
     """What `GET /kvarena` of a contender that blends offers.
 
-    `timed_policies` are those whose ratio can be left to a time to first token, `max_ttft_ms` the server's own.
+    `policy` is None where it says of none. `timed_policies` are those whose ratio can be left to a time to first token,
+    `max_ttft_ms` the server's own.
     """
 
-    policies: tuple[str, ...]
-    policy: str
-    ratio: float
+    policy: Parameter | None
+    parameters: tuple[Parameter, ...]
     separator: str
     timed_policies: tuple[str, ...] = ()
     max_ttft_ms: float | None = None
@@ -33,26 +72,20 @@ class BlendOffer:
     @classmethod
     def read(cls, offer: Mapping[str, Any]) -> BlendOffer:
         defaults = offer.get("defaults") or {}
-        policies = tuple(offer.get("policies") or ())
+        described = offer.get("parameters") or {}
+        parameters = {name: Parameter.read(name, one, defaults) for name, one in described.items()}
         return cls(
-            policies=policies,
-            policy=defaults.get("policy") or (policies[0] if policies else ""),
-            ratio=float(defaults.get("ratio") or 0.0),
+            policy=parameters.pop(POLICY, None),
+            parameters=tuple(parameters.values()),
             separator=offer.get("separator") or "",
             timed_policies=tuple(offer.get("timed_policies") or ()),
-            max_ttft_ms=defaults.get("max_ttft_ms"),
+            max_ttft_ms=defaults.get(MAX_TTFT_MS),
         )
 
-
-@dataclass(frozen=True)
-class RecomputeOptions:
-    """What a blend is told to recompute: a policy, and a share of the reused tokens or a time to first token. None: the
-    server's own.
-    """
-
-    policy: str | None = None
-    ratio: float | None = None
-    max_ttft_ms: float | None = None
+    def parameters_of(self, policy: str, within_time: bool) -> tuple[Parameter, ...]:
+        """`within_time`: a time to first token chooses the ratio."""
+        own = [one for one in self.parameters if policy in one.policies]
+        return tuple(one for one in own if not (within_time and one.name == RATIO))
 
 
 @dataclass(frozen=True)
@@ -103,15 +136,16 @@ class Server:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is asked of every contender alike. `recomputing` goes to those that blend, `mode` and `similarity_threshold`
-    to those that look for similar prompts, `use_cache` and `notes` (whether the server adds notes of its own) to those
-    with KV slots; None: their default. `user` names a conversation, where it isn't empty.
+    """What is asked of every contender alike. `recomputing`, a policy and its parameters by their names, goes to those
+    that blend, `mode` and `similarity_threshold` to those that look for similar prompts, `use_cache` and `notes`
+    (whether the server adds notes of its own) to those with KV slots; None: their default. `user` names a conversation,
+    where it isn't empty.
     """
 
     temperature: float = 0.0
     max_tokens: int = 128
     ignore_eos: bool = False
-    recomputing: RecomputeOptions = RecomputeOptions()
+    recomputing: Mapping[str, Any] = field(default_factory=dict)
     mode: str | None = None
     similarity_threshold: float | None = None
     use_cache: bool | None = None
@@ -140,7 +174,7 @@ def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
     """What this kind of contender can be told about its reuse, as far as it was chosen."""
     chosen: dict[str, Any] = {}
     if server.blend:
-        chosen = asdict(sampling.recomputing)
+        chosen = dict(sampling.recomputing)
     elif server.simllm:
         chosen = {"mode": sampling.mode, "similarity_threshold": sampling.similarity_threshold}
     elif server.has_slots:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import streamlit as st
 from streamlit_sortables import sort_items  # type: ignore[import-untyped]
@@ -17,7 +17,7 @@ from streamlit_sortables import sort_items  # type: ignore[import-untyped]
 import state
 from chat import Context
 from chat_session import ChatSession, SlotSession
-from contender_api import RecomputeOptions, Sampling
+from contender_api import MAX_TTFT_MS, POLICY, BlendOffer, Parameter, Sampling
 from documents_view import draw_remarks, draw_uploads
 from examples import opening_chunks
 from kvarena.documents import TextChunk
@@ -152,22 +152,28 @@ def _draw_sampling() -> Sampling:
     return Sampling(temperature, int(max_tokens), ignore_eos, recomputing, mode, similarity_threshold)
 
 
-def _draw_blend() -> RecomputeOptions:
-    """Where there is a contender for it."""
+def _draw_blend() -> dict[str, Any]:
+    """The policy and its parameters, as the first contender that blends describes them; the first parameter in sight.
+
+    Empty where nobody blends.
+    """
     offer = state.blend_offer()
-    if not offer or not offer.policies:
-        return RecomputeOptions()
+    if not offer or not offer.policy:
+        return {}
     st.subheader("Reuse")
-    default = offer.policies.index(offer.policy) if offer.policy in offer.policies else 0
-    policy = st.selectbox(
-        "Policy",
-        offer.policies,
-        index=default,
-        key="policy",
-        persist_state=KEEP,
-        help="Which reused tokens are recomputed.",
-    )
-    if policy in offer.timed_policies and st.toggle(
+    policy = _draw_parameter(offer.policy)
+    timed = _draw_max_ttft(offer) if policy in offer.timed_policies else {}
+    parameters = offer.parameters_of(policy, within_time=bool(timed))
+    chosen = {one.name: _draw_parameter(one) for one in parameters[:1]}
+    if parameters[1:]:
+        with st.expander("More"):
+            chosen |= {one.name: _draw_parameter(one) for one in parameters[1:]}
+    return {POLICY: policy, **chosen, **timed}
+
+
+def _draw_max_ttft(offer: BlendOffer) -> dict[str, float]:
+    """The time in place of the ratio, if it is wanted."""
+    if not st.toggle(
         "Keep to a time",
         offer.max_ttft_ms is not None,
         key="has-max-ttft",
@@ -175,22 +181,28 @@ def _draw_blend() -> RecomputeOptions:
         help="Recompute as many tokens as fit into a time to first token. What a token costs, the server learns from "
         "the blends before.",
     ):
-        default_ms = offer.max_ttft_ms or DEFAULT_MAX_TTFT_MS
-        max_ttft_ms = st.number_input(
-            "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", persist_state=KEEP
-        )
-        return RecomputeOptions(policy, max_ttft_ms=max_ttft_ms)
-    ratio = st.slider(
-        "Ratio",
-        0.0,
-        1.0,
-        offer.ratio,
-        0.01,
-        key="ratio",
-        persist_state=KEEP,
-        help="Share of reused tokens to recompute.",
+        return {}
+    default_ms = offer.max_ttft_ms or DEFAULT_MAX_TTFT_MS
+    time_ms = st.number_input(
+        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", persist_state=KEEP
     )
-    return RecomputeOptions(policy, ratio)
+    return {MAX_TTFT_MS: time_ms}
+
+
+def _draw_parameter(one: Parameter) -> Any:
+    """A slider for a share, a field for a number of things, a box for a word."""
+    own: dict[str, Any] = {
+        "key": one.name if one.name == POLICY else f"{POLICY}-{one.name}",
+        "help": one.help,
+        "persist_state": KEEP,
+    }
+    if one.choices:
+        index = one.choices.index(one.default) if one.default in one.choices else 0
+        return st.selectbox(one.label, one.choices, index=index, **own)
+    if one.kind == "integer":
+        return st.number_input(one.label, int(one.at_least), int(one.at_most), int(one.default), 1, **own)
+    low, high = float(one.at_least), float(one.at_most)
+    return st.slider(one.label, low, high, float(one.default), (high - low) / 100, **own)
 
 
 def _draw_simllm() -> tuple[str | None, float | None]:

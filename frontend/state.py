@@ -124,7 +124,7 @@ def blend_offer() -> BlendOffer | None:
 
 def blending_session() -> ChatSession | None:
     """The line to the first contender whose chunk cache can be filled."""
-    found = (s for s in chat_sessions().values() if s.server and s.server.blend and s.server.blend.policies)
+    found = (s for s in chat_sessions().values() if s.server and s.server.blend and s.server.blend.policy)
     return next(found, None)
 
 

@@ -49,7 +49,7 @@ def test_page_shows_servers_context_and_its_tokens(small_server, open_page: Open
     assert all(f'data-testid="server-{name}" data-state="up"' in body for name in ("blend", "plain"))
     assert body.count('data-testid="chunk"') == 3
     assert page.selectbox(key="policy").options == OFFER["policies"]
-    assert page.slider(key="ratio").value == 0.15
+    assert page.slider(key="policy-ratio").value == 0.15
     assert page.expander[0].label == "Context: 3 chunks, 18 tokens"
 
 
@@ -57,16 +57,44 @@ def test_a_time_in_place_of_the_ratio(small_server, open_page: Open) -> None:
     """It is offered for policies that go by a ratio, and by servers that know of it."""
     blend = small_server(offer=OFFER | {"timed_policies": ["kv_deviation"]})
     page = open_page(blend, small_server())
-    assert page.slider(key="ratio").value == 0.15
+    assert page.slider(key="policy-ratio").value == 0.15
     page.toggle(key="has-max-ttft").set_value(True).run()
-    assert not [slider for slider in page.slider if slider.key == "ratio"]
+    assert not [slider for slider in page.slider if slider.key == "policy-ratio"]
     page.number_input(key="max-ttft-ms").set_value(250.0).run()
     page.chat_input[0].set_value("Who?").run()
     (asked,) = blend.completions()
-    assert asked["kv_transfer_params"]["kvarena"] == {"policy": "kv_deviation", "max_ttft_ms": 250.0}
-    page.selectbox(key="policy").set_value("none").run()
-    assert page.slider(key="ratio").value == 0.15
+    chosen = asked["kv_transfer_params"]["kvarena"]
+    assert (chosen["policy"], chosen["max_ttft_ms"]) == ("kv_deviation", 250.0)
+    assert "ratio" not in chosen
+    page.selectbox(key="policy").set_value("random").run()
+    assert page.slider(key="policy-ratio").value == 0.15
     assert "has-max-ttft" not in {toggle.key for toggle in page.toggle}
+
+
+def test_a_policy_has_the_controls_that_the_server_describes(small_server, open_page: Open) -> None:
+    """Also those of a policy that nobody here knows."""
+    drift = {"type": "number", "at_least": 0, "at_most": 5, "default": 2.5, "help": "How far.", "policies": ["mine"]}
+    names = ["kv_deviation", "none", "mine"]
+    parameters = {**OFFER["parameters"], "drift": drift}
+    parameters["policy"] = {**parameters["policy"], "choices": names, "policies": names}
+    blend = small_server(offer=OFFER | {"policies": names, "parameters": parameters})
+    page = open_page(blend, small_server())
+    assert page.number_input(key="policy-check_layer").value == 2, "the server's default"
+    assert page.number_input(key="policy-num_filters").label == "Num filters"
+    assert page.number_input(key="policy-run_tokens").max == 1024
+    page.selectbox(key="policy-deviation").set_value("values").run()
+    page.number_input(key="policy-num_filters").set_value(3).run()
+    page.chat_input[0].set_value("Who?").run()
+    (asked,) = blend.completions()
+    assert asked["kv_transfer_params"]["kvarena"] == {
+        "policy": "kv_deviation", "ratio": 0.15, "check_layer": 2, "deviation": "values", "num_filters": 3,
+        "run_tokens": 1,
+    }  # fmt: skip
+    page.selectbox(key="policy").set_value("mine").run()
+    assert [slider.key for slider in page.slider] == ["policy-drift", "temperature"]
+    assert (page.slider(key="policy-drift").value, page.slider(key="policy-drift").help) == (2.5, "How far.")
+    page.selectbox(key="policy").set_value("none").run()
+    assert [slider.key for slider in page.slider] == ["temperature"]
 
 
 def test_question_goes_to_both_with_the_choices_on_the_page(small_server, open_page: Open) -> None:
@@ -118,8 +146,7 @@ def test_a_server_that_finds_its_own_threshold_is_sent_none(small_server, open_p
 
 def test_without_simllm_its_knobs_are_not_there(small_server, open_page: Open) -> None:
     page = open_page(small_server(offer=OFFER), small_server())
-    assert [box.key for box in page.selectbox] == ["policy"]
-    assert [field.key for field in page.number_input] == ["max-tokens"]
+    assert not {"mode", "similarity-threshold"}.intersection(w.key for w in (*page.selectbox, *page.number_input))
 
 
 def test_the_separator_is_the_stacks_where_nobody_says_another(
@@ -188,7 +215,7 @@ def test_reloaded_page_finds_its_chat(small_server, open_page: Open) -> None:
 def test_the_arena_is_as_it_was_after_a_look_at_another_page(small_server, open_page: Open) -> None:
     page = open_page(small_server(offer=OFFER), small_server())
     page.multiselect(key="chunks").set_value(["three", "one"]).run()
-    page.slider(key="ratio").set_value(0.4).run()
+    page.slider(key="policy-ratio").set_value(0.4).run()
     page.text_area(key="system-prompt").set_value("Be long.").run()
     page.checkbox(key="run-plain").uncheck().run()
     page.chat_input[0].set_value("Who?").run()
@@ -198,7 +225,7 @@ def test_the_arena_is_as_it_was_after_a_look_at_another_page(small_server, open_
     page.switch_page("views/arena.py").run()
     assert "Who?" in html(page)
     assert page.multiselect(key="chunks").value == ["three", "one"]
-    assert page.slider(key="ratio").value == 0.4
+    assert page.slider(key="policy-ratio").value == 0.4
     assert page.text_area(key="system-prompt").value == "Be long."
     assert not page.checkbox(key="run-plain").value
 

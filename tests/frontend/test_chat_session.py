@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 import pytest
 
 from chat_session import ChatSession
-from contender_api import ContenderError, RecomputeOptions, Sampling
+from contender_api import ContenderError, Sampling
 from figures import Done, Event, Failed, FirstToken, Text
 from settings import Contender
 from support.small_openai_server import OFFER, SmallServer
@@ -91,12 +91,13 @@ def test_a_missing_report_leaves_figures_unknown_and_never_zero(small_server, co
 
 
 def test_policy_and_ratio_go_to_blending_contenders_only(small_server, connect: Connect) -> None:
-    sampling = Sampling(temperature=0.5, max_tokens=7, ignore_eos=True, recomputing=RecomputeOptions("none", 0.3))
+    chosen = {"policy": "random", "ratio": 0.3}
+    sampling = Sampling(temperature=0.5, max_tokens=7, ignore_eos=True, recomputing=chosen)
     blend, plain = small_server(offer=OFFER), small_server()
     for server in (blend, plain):
         answer(connect(server.url), sampling)
     (to_blend,), (to_plain,) = blend.completions(), plain.completions()
-    assert to_blend.pop("kv_transfer_params") == {"kvarena": {"policy": "none", "ratio": 0.3}}
+    assert to_blend.pop("kv_transfer_params") == {"kvarena": chosen}
     assert to_blend == to_plain
     assert to_plain["stream_options"] == {"include_usage": True}
     assert (to_plain["model"], to_plain["max_tokens"], to_plain["ignore_eos"]) == ("small", 7, True)

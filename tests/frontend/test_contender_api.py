@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from contender_api import RecomputeOptions, Sampling, Server, completion_request
+from contender_api import Sampling, Server, completion_request
 from kvarena.client import ServerInfo
 from support.small_openai_server import SIMLLM_OFFER
 
@@ -21,12 +21,12 @@ def test_what_a_server_is(offer: dict[str, Any] | None, blends: bool, keeps_repo
     server = Server.read(ServerInfo("town", max_model_len=4096, offer=offer))
     assert (server.model, server.max_model_len) == ("town", 4096)
     assert (server.blend is not None, server.keeps_reports) == (blends, keeps_reports)
-    body = completion_request(server, [], Sampling(recomputing=RecomputeOptions("none", 0.5), mode="top_layer"))
+    body = completion_request(server, [], Sampling(recomputing={"policy": "none", "ratio": 0.5}, mode="top_layer"))
     assert ("kv_transfer_params" in body) == blends
 
 
 def test_each_kind_of_contender_gets_its_own_choices() -> None:
-    chosen = Sampling(recomputing=RecomputeOptions("none", 0.5), mode="top_layer", similarity_threshold=0.9)
+    chosen = Sampling(recomputing={"policy": "none", "ratio": 0.5}, mode="top_layer", similarity_threshold=0.9)
     blend, simllm = (Server.read(ServerInfo("town", offer=offer)) for offer in (BLEND, SIMLLM_OFFER))
     assert simllm.simllm is not None
     assert (simllm.simllm.mode, simllm.simllm.similarity_threshold) == ("aligned", 0.998)

@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from kvarena.policies.params import POLICIES, describe_parameters
+
 REQUEST_ID = "chatcmpl-1"
 OFFER = {
     "contender": "blend",
-    "policies": ["kv_deviation", "random", "none", "all"],
+    "policies": list(POLICIES),
+    "parameters": describe_parameters(),
     "defaults": {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 2},
     "separator": " <sep> ",
 }
