@@ -103,7 +103,7 @@ class SelectionPolicy(ABC):
 
 @dataclass(frozen=True)
 class RecomputeAll(SelectionPolicy):
-    """All, as if nothing was reused: full prefill through the blend's own path."""
+    """Every token, as if nothing was reused: full prefill through the blend's own path."""
 
     recomputes_all = True
 
@@ -113,7 +113,7 @@ class RecomputeAll(SelectionPolicy):
 
 @dataclass(frozen=True)
 class RecomputeNone(SelectionPolicy):
-    """None: each chunk's KV is used as it was computed, blind to what is before it."""
+    """No token: each chunk's KV is used as it was computed, blind to what is before it."""
 
     recomputes_none = True
 

@@ -12,7 +12,7 @@ from kvarena.policies.registry import policy, ratio_parameter
 @policy("random")
 @dataclass(frozen=True)
 class RandomTokens(SelectionPolicy):
-    """As many tokens, drawn by chance: the control that every other policy must beat.
+    """Tokens drawn by chance: the control that every other policy must beat.
 
     The `ratio` of reused tokens, drawn uniformly. The same plan always gives the same tokens.
     """

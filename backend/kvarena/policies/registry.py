@@ -21,8 +21,11 @@ Value = float | int | str
 PolicyClass = TypeVar("PolicyClass", bound=type[SelectionPolicy])
 
 DEFAULT_POLICY = "kv_deviation"
-RESERVED = frozenset({"policy", "max_ttft_ms", "store", "chunks", "separator", "min_chunk_tokens", "unsupported"})
-"""What else stands beside the parameters in a request or in the blend's settings."""
+_REQUEST_KEYS = ("policy", "max_ttft_ms", "store", "chunks")
+_BLEND_SETTINGS = ("separator", "min_chunk_tokens", "store_bytes", "index_path", "unsupported", "engine", "port")
+_LMCACHE_SETTINGS = ("lmcache_url", "lmcache_http_url", "lmcache_timeout_s")
+RESERVED = frozenset((*_REQUEST_KEYS, *_BLEND_SETTINGS, *_LMCACHE_SETTINGS))
+"""What stands beside the parameters in a request or in the settings of the blend, and can't be the name of one."""
 _NO_POLICIES = ("params", "profile", "registry")
 _KEY = "parameter"
 
@@ -64,7 +67,7 @@ class Parameter:
 
     @property
     def help_with_values(self) -> str:
-        return f"{self.help} {'One of' if self.choices else 'A number'} {self.values}."
+        return f"{self.help} {f'One of {self.values}' if self.choices else self.values.capitalize()}."
 
     def check(self, value: object) -> None:
         """Raises `ValueError` naming the value and the choices."""
