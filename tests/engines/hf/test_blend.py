@@ -19,7 +19,7 @@ from kvarena.core.prefilled_model import LayerKV, TokenFilter
 from kvarena.core.store import FoundKV, MemoryStore
 from kvarena.engines.hf.blend import BlendableModel, BlendedPrefill, HFPrefilledModel
 from kvarena.engines.hf.model import HFModel, UnsupportedModel
-from kvarena.policies.params import BlendParams
+from kvarena.policies.params import POLICIES, BlendParams
 from support import families
 from support.blended import Blended, cached_kv, make_prompts
 from support.references import CacheBlend
@@ -57,10 +57,10 @@ def assert_exact(blended: Blended, prompts: list[str], params: BlendParams) -> N
         assert blended.greedy(result, NUM_TOKENS) == blended.generate(ids, NUM_TOKENS)
 
 
-def assert_blind(blended: Blended, prompts: list[str]) -> None:
+def assert_blind(blended: Blended, prompts: list[str], params: BlendParams = NONE) -> None:
     """Without recomputing, KV and logits are those of spans that see nothing else."""
     for ids in map(blended.encode, prompts):
-        result = blended.prefill(ids, NONE)
+        result = blended.prefill(ids, params)
         assert result.report.num_reused_tokens > 100
         kv, logits = blended.blind(ids, result.report.spans)
         assert_close(result.kv.filled(0, len(ids)), kv)
@@ -84,6 +84,23 @@ def test_ratio_one_equals_full_prefill(
 ) -> None:
     monkeypatch.setattr(any_blended.model, "piece_tokens", piece_tokens)
     assert_exact(any_blended, make_prompts(0, 2), params)
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if BlendParams(policy).goes_by_ratio])
+def test_ratio_one_and_zero_are_the_same_with_every_policy(blended: Blended, policy: str) -> None:
+    prompts = make_prompts(22, 3)
+    assert_exact(blended, prompts, BlendParams(policy, ratio=1.0))
+    assert_blind(blended, prompts, BlendParams(policy, ratio=0.0))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_does_the_same_each_time(blended: Blended, policy: str) -> None:
+    ids = blended.encode(make_prompts(23, 1)[0])
+    blended.prefill(ids, NONE)  # from then on the chunks are known
+    first, second = (blended.prefill(ids, BlendParams(policy, ratio=0.2)) for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+    assert first.report.num_recomputed_tokens == second.report.num_recomputed_tokens
+    assert not first.report.blend_failures
 
 
 def test_ratio_zero_equals_chunks_that_see_nothing_else(any_blended: Blended) -> None:

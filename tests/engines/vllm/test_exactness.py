@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvarena.policies import params as registry
 from kvarena.policies.params import BlendParams
 from support.blended import Blended
 from support.references import CacheBlend, NaiveReuse
@@ -99,6 +100,7 @@ def test_kv_deviation_equals_cacheblend_written_out(
         assert_counts(outcome.reports[0])
 
 
+ENDS = ("none", "all")
 POLICIES: list[dict[str, Any]] = [
     {"policy": "chunk_head", "ratio": 0.1},
     {"policy": "chunk_head", "head_tokens": 5},
@@ -108,6 +110,7 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "kv_deviation", "ratio": 0.2, "num_filters": 3},
     {"policy": "random", "ratio": 0.2},
 ]
+POLICIES += [{"policy": name} for name in registry.POLICIES if name not in (*ENDS, *(p["policy"] for p in POLICIES))]
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 128, "max_num_seqs": 4}], ids=["whole", "pieces"])
