@@ -215,10 +215,10 @@ def logs(
 @app.command()
 def restart(name: Name) -> None:
     """Restart one service and wait until it is healthy."""
+    from kvarena.contenders.spec import LMCACHE_SERVER
     from kvarena.stack import lifecycle
     from kvarena.stack.home import Home
     from kvarena.stack.lmcache_l2 import L2_OPTION
-    from kvarena.stack.service import LMCACHE_SERVER
 
     console = _consoles()[0]
     service = lifecycle.restart(name, Home.find(), console)

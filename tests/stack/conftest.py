@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kvarena.contenders.servers import COMMON_ENVIRONMENT
 from kvarena.stack import machine
 from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of, stop_leftovers
 from kvarena.stack.service import Service
-from kvarena.stack.services import COMMON_ENVIRONMENT
 
 SMALL_SERVICE = Path(__file__).parents[1] / "support" / "small_service.py"
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.contenders.spec import LMCACHE_SERVER, contender_specs
 from kvarena.stack import machine
 from kvarena.stack.home import Home
-from kvarena.stack.plan import VLLM_CONTENDERS, make_plan
-from kvarena.stack.service import LMCACHE_SERVER, Service
+from kvarena.stack.plan import make_plan
+from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import load_settings
 
 pytestmark = pytest.mark.slow
+
+VLLM_CONTENDERS = [name for name, spec in contender_specs().items() if spec.is_vllm]
 
 
 def services(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **settings: object) -> dict[str, Service]:

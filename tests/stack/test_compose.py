@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from kvarena.stack.containers import CONTENDERS_OF, LMCACHE_PROFILES, ComposeProfile, compose_service
+from kvarena.contenders.spec import ComposeProfile
+from kvarena.stack.containers import compose_service, contenders_of, optional_profile
 from kvarena.stack.home import Home, project_root
 from kvarena.stack.plan import make_plan
 from kvarena.stack.serve import service_of_this_container
@@ -30,10 +31,10 @@ DECIDED_BY_THE_PROFILE = {"profile", "model", "contenders", "ai100_runtime", "ai
 
 @cache
 def composed(profile: str, *files: str) -> dict[str, Any]:
-    """What podman-compose reads in the files with this profile, and with the contender lmcache that it may have beside
-    it, without any setting of this machine."""
+    """What podman-compose reads in the files with this profile and its optional contenders, without any setting of this
+    machine."""
     options = [word for name in ("compose.yaml", *files) for word in ("-f", name)]
-    options += [word for name in with_lmcache(profile) for word in ("--profile", name)]
+    options += [word for name in with_optional(profile) for word in ("--profile", name)]
     command = [sys.executable, "-m", "podman_compose", "--dry-run", *options, "config"]
     environment = {key: value for key, value in os.environ.items() if key.lower() not in Settings.model_fields}
     done = subprocess.run(command, cwd=project_root(), env=environment, capture_output=True, text=True, check=True)
@@ -41,19 +42,22 @@ def composed(profile: str, *files: str) -> dict[str, Any]:
     return read
 
 
-def with_lmcache(profile: str) -> set[str]:
-    return {profile, *(name for own, name in LMCACHE_PROFILES.items() if own == profile)}
+def with_optional(profile: str) -> set[str]:
+    """The profile itself, and those of the contenders that it has and that are off by default."""
+    of_stack = next((own for own in PROFILES if own == profile), None)
+    names = contenders_of(of_stack) if of_stack else ()
+    return {profile, *(name for name in (optional_profile(name, of_stack) for name in names) if name)}
 
 
 def services_of(profile: str, *files: str) -> dict[str, dict[str, Any]]:
     """The services of one profile, by their names in compose.yaml."""
     everything: dict[str, dict[str, Any]] = composed(profile, *files)["services"]
-    return {name: own for name, own in everything.items() if with_lmcache(profile).intersection(own["profiles"])}
+    return {name: own for name, own in everything.items() if with_optional(profile).intersection(own["profiles"])}
 
 
 def listed(profile: ComposeProfile, home: Home, tmp_path: Path) -> dict[str, Service]:
     """The services that processes would have, by the names that compose.yaml gives them."""
-    settings = load_settings(tmp_path / ".env", profile="cpu", contenders=CONTENDERS_OF[profile])
+    settings = load_settings(tmp_path / ".env", profile="cpu", contenders=contenders_of(profile))
     return {
         compose_service(service.name, profile): service for service in build_services(make_plan(settings, home), home)
     }
@@ -71,9 +75,10 @@ def test_the_services_are_those_of_the_one_list(profile: ComposeProfile, home: H
 
 
 def test_the_contender_lmcache_is_off_by_default() -> None:
-    for profile, own in LMCACHE_PROFILES.items():
+    for profile, own in (("cpu", "lmcache"), ("gpu", "lmcache-gpu")):
         service = services_of(profile)[compose_service("lmcache", profile)]
         assert service["profiles"] == [own]
+        assert optional_profile("lmcache", profile) == own
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -96,7 +101,7 @@ def test_every_server_can_be_told_every_setting(profile: ComposeProfile) -> None
     own = {key for key in Settings.model_fields if not key.endswith("_port")} - {"port_base", *SECRETS}
     raw = yaml.safe_load((project_root() / "compose.yaml").read_text())
     for name, service in raw["services"].items():
-        if with_lmcache(profile).intersection(service["profiles"]):
+        if with_optional(profile).intersection(service["profiles"]):
             known = {key.lower() for key in service["environment"]}
             assert own - OF_THE_HOST - DECIDED_BY_THE_PROFILE <= known, name
             assert known >= {"profile", "model", "contenders"}, name

@@ -19,8 +19,8 @@ import jsonschema
 import pytest
 import yaml
 
+from kvarena.contenders.lmcache import LMCACHE_CHUNK_TOKENS
 from kvarena.engines.vllm.config import BlendConfig
-from kvarena.stack.services import LMCACHE_CHUNK_TOKENS
 
 VALUES_FILE = Path(__file__).parents[2] / "deploy" / "production-stack.yaml"
 VALUES: dict[str, Any] = yaml.safe_load(VALUES_FILE.read_text())

@@ -18,7 +18,7 @@ from kvarena.stack.model import Model, find_model
 from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.preflight import GIB, MemoryNeed
 from kvarena.stack.service import Service, StackError
-from kvarena.stack.settings import load_settings
+from kvarena.stack.settings import SPECS, load_settings
 
 
 @pytest.fixture
@@ -63,7 +63,10 @@ def test_memory_is_weights_caches_and_processes(plan: Plan) -> None:
     lmcache = preflight.estimate_memory(dataclasses.replace(plan, contenders=("lmcache",), page=False))
     assert (lmcache.kv_cache_bytes, lmcache.store_bytes) == (3 * GIB, plan.lmcache_gb * GIB)
     with_prefix = preflight.estimate_memory(dataclasses.replace(plan, contenders=("plain", "prefix"), page=False))
-    assert (with_prefix.kv_cache_bytes, with_prefix.prefix_bytes) == (3 * GIB, plan.prefix_cache_gb * GIB)
+    assert (with_prefix.kv_cache_bytes, with_prefix.prefix_bytes) == (
+        3 * GIB,
+        plan.of_contenders["prefix"].cache_gb * GIB,
+    )
     on_gpu = preflight.estimate_memory(dataclasses.replace(plan, profile="gpu"))
     assert (on_gpu.weight_bytes, on_gpu.kv_cache_bytes) == (0, 0)
 
@@ -79,7 +82,8 @@ def test_simllm_needs_a_llama(tmp_path: Path, home: Home) -> None:
         (folder / "config.json").write_text(config)
         architecture = find_model(str(folder), "cpu").architecture(None)
         with pytest.raises(StackError, match=r"llama; .*model is of type qwen2") if refused else nullcontext():
-            preflight.check_simllm_model(str(folder), architecture)
+            preflight.check_model_type(SPECS["simllm"], str(folder), architecture)
+        preflight.check_model_type(SPECS["prefix"], str(folder), architecture)
     assert Model("org/nowhere", "nowhere", is_local=False).architecture(tmp_path) == ""
 
 
@@ -122,9 +126,9 @@ def test_missing_packages_of_ai100(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, runtime: str | None, package: str
 ) -> None:
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
-    choices = dataclasses.replace(plan.ai100, runtime=runtime)
+    chosen = {"ai100": dataclasses.replace(plan.of_contenders["ai100"], runtime=runtime)}
     with pytest.raises(StackError, match=rf"not installed: transformers, {package}; .*\[ai100,cpu\]"):
-        preflight.check_packages(dataclasses.replace(plan, contenders=("ai100",), page=False, ai100=choices))
+        preflight.check_packages(dataclasses.replace(plan, contenders=("ai100",), page=False, of_contenders=chosen))
 
 
 def test_vllm_for_the_other_profile(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

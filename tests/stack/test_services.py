@@ -161,10 +161,13 @@ def test_without_a_compiler_nothing_is_compiled(home: Home, tmp_path: Path, monk
 def test_the_page_knows_its_contenders(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path, data_dir=tmp_path, results_dir=tmp_path / "results")
     environment = services["page"].environment
-    assert json.loads(environment["KVARENA_CONTENDERS"]) == [
-        {"name": "blend", "title": "vLLM with LMCache", "url": "http://127.0.0.1:8000"},
-        {"name": "plain", "title": "vLLM without LMCache", "url": "http://127.0.0.1:8001"},
+    told = json.loads(environment["KVARENA_CONTENDERS"])
+    assert [(entry["name"], entry["title"], entry["url"]) for entry in told] == [
+        ("blend", "vLLM with LMCache", "http://127.0.0.1:8000"),
+        ("plain", "vLLM without LMCache", "http://127.0.0.1:8001"),
     ]
+    assert [(entry["approximate"], entry["report"]) for entry in told] == [(True, "blend"), (False, "")]
+    assert all(entry["explanation"].endswith(".") for entry in told)
     assert environment["KVARENA_DATA_DIR"] == str(tmp_path)
     assert environment["KVARENA_CHUNK_TOKENS"] == "512"
     assert find_splitter(environment["KVARENA_TOKENIZER"]).tokenizer_file == TOWN / "tokenizer.json"

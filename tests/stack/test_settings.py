@@ -7,9 +7,10 @@ from typing import get_args
 
 import pytest
 
+from kvarena.contenders.ai100 import Runtime, TopicKind
 from kvarena.stack.home import project_root
 from kvarena.stack.service import StackError
-from kvarena.stack.settings import AI100Runtime, AI100Topics, Ports, SimLLMMode, load_settings
+from kvarena.stack.settings import load_settings
 
 
 @pytest.fixture
@@ -21,17 +22,17 @@ def test_defaults(env_file: Path) -> None:
     settings = load_settings(env_file)
     assert settings.contenders == ("blend", "plain")
     assert settings.profile == "auto"
-    assert settings.ports == Ports(
-        blend=8000,
-        plain=8001,
-        prefix=8002,
-        simllm=8003,
-        ai100=8004,
-        lmcache=8005,
-        page=8501,
-        lmcache_server=5555,
-        lmcache_http=8080,
-    )
+    assert settings.ports == {
+        "blend": 8000,
+        "plain": 8001,
+        "prefix": 8002,
+        "simllm": 8003,
+        "ai100": 8004,
+        "lmcache": 8005,
+        "page": 8501,
+        "lmcache_server": 5555,
+        "lmcache_http": 8080,
+    }
     assert settings.data_dir is None
     assert settings.ui
 
@@ -139,53 +140,47 @@ def test_contenders_come_once_each_in_one_order(env_file: Path, text: str) -> No
 def test_port_rule(env_file: Path) -> None:
     env_file.write_text("PORT_BASE=9000\nPLAIN_PORT=9999\n")
     in_file = load_settings(env_file)
-    assert in_file.ports == Ports(
-        blend=9000,
-        plain=9999,
-        prefix=9002,
-        simllm=9003,
-        ai100=9004,
-        lmcache=9005,
-        page=9501,
-        lmcache_server=9502,
-        lmcache_http=9503,
-    )
+    assert in_file.ports == {
+        "blend": 9000,
+        "plain": 9999,
+        "prefix": 9002,
+        "simllm": 9003,
+        "ai100": 9004,
+        "lmcache": 9005,
+        "page": 9501,
+        "lmcache_server": 9502,
+        "lmcache_http": 9503,
+    }
     on_command_line = load_settings(env_file, port_base=7000)
-    assert on_command_line.ports == Ports(
-        blend=7000,
-        plain=7001,
-        prefix=7002,
-        simllm=7003,
-        ai100=7004,
-        lmcache=7005,
-        page=7501,
-        lmcache_server=7502,
-        lmcache_http=7503,
-    )
+    assert on_command_line.ports == {
+        "blend": 7000,
+        "plain": 7001,
+        "prefix": 7002,
+        "simllm": 7003,
+        "ai100": 7004,
+        "lmcache": 7005,
+        "page": 7501,
+        "lmcache_server": 7502,
+        "lmcache_http": 7503,
+    }
 
 
 def test_ai100_choices_are_the_servers() -> None:
     from ai100.runtimes.registry import RUNTIMES
     from ai100.settings import KINDS_OF_TOPICS
 
-    assert set(get_args(AI100Runtime)) == set(RUNTIMES)
-    assert set(get_args(AI100Topics)) == set(KINDS_OF_TOPICS)
-
-
-def test_simllm_modes_are_the_librarys() -> None:
-    """Kept apart, so that reading settings imports no PyTorch."""
-    from kvarena.contenders.simllm.params import MODES
-
-    assert set(get_args(SimLLMMode)) == set(MODES)
+    assert set(get_args(Runtime)) == set(RUNTIMES)
+    assert set(get_args(TopicKind)) == set(KINDS_OF_TOPICS)
 
 
 def test_relative_folders_count_from_the_project(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(env_file.parent)
-    env_file.write_text("DATA_DIR=notes\nRESULTS_DIR=measured\nLOCAL_HF_HOME=~/models\n")
+    env_file.write_text("DATA_DIR=notes\nRESULTS_DIR=measured\nLOCAL_HF_HOME=~/models\nAI100_TOPICS_FILE=topics.yaml\n")
     settings = load_settings(env_file)
     assert settings.data_dir == project_root() / "notes"
     assert settings.results_dir == project_root() / "measured"
     assert settings.local_hf_home == Path.home() / "models"
+    assert settings.of_contender("ai100").topics_file == project_root() / "topics.yaml"
 
 
 def test_the_example_lists_every_key_with_its_default(env_file: Path) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Console
 
 from kvarena.cli import run
+from kvarena.contenders.servers import COMMON_ENVIRONMENT
 from kvarena.stack import lifecycle
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record
 from kvarena.stack.service import Service
-from kvarena.stack.services import COMMON_ENVIRONMENT
 
 
 def main() -> None:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.client import API_KEY_VARIABLE, ChunkOutcome, Client, ClientError, Outcome, Refused
+from kvarena.contenders.spec import LMCACHE_SERVER
 from kvarena.documents import Remark, TextChunk
 from kvarena.stack import lmcache_l2
 from kvarena.stack.home import Home
 from kvarena.stack.record import Record
-from kvarena.stack.service import LMCACHE_SERVER, StackError
+from kvarena.stack.service import StackError
 from kvarena.stack.supervisord import running_supervisor
 
 NUM_PARALLEL_WARM_REQUESTS = 4

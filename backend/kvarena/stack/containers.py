@@ -12,10 +12,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import SecretStr
 
+from kvarena.contenders.spec import ComposeProfile
 from kvarena.stack import machine
 from kvarena.stack.docker import Containers, container_name, create_containers, engine_answers
 from kvarena.stack.home import Home
@@ -24,17 +24,8 @@ from kvarena.stack.preflight import check_data_folder, check_ports, estimate_mem
 from kvarena.stack.record import Record
 from kvarena.stack.service import Service, StackError
 from kvarena.stack.services import build_services
-from kvarena.stack.settings import CONTENDERS, Settings
+from kvarena.stack.settings import SPECS, Settings
 
-ComposeProfile = Literal["cpu", "gpu", "ai100"]
-
-CONTENDERS_OF: Mapping[ComposeProfile, tuple[str, ...]] = {
-    "cpu": CONTENDERS,
-    "gpu": ("blend", "plain", "lmcache"),
-    "ai100": ("ai100",),
-}
-LMCACHE_PROFILES: Mapping[ComposeProfile, str] = {"cpu": "lmcache", "gpu": "lmcache-gpu"}
-"""What the contender lmcache stands in, beside the profile: it is off by default."""
 SERVICE_ENDINGS: Mapping[ComposeProfile, str] = {"cpu": "", "gpu": "-gpu", "ai100": "-ai100"}
 CARD_DEVICES = Path("/dev/accel")
 GIB = 1 << 30
@@ -123,15 +114,25 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
 
 
 def compose_service(name: str, profile: ComposeProfile) -> str:
-    """What `compose.yaml` calls a service: names are shared by profiles there, containers' names are not."""
+    """What `compose.yaml` calls a service: containers' names are shared by profiles, names there are not."""
     return "ai100-card" if (name, profile) == ("ai100", "ai100") else name + SERVICE_ENDINGS[profile]
+
+
+def contenders_of(profile: ComposeProfile) -> tuple[str, ...]:
+    """Those that the profile has, those that are off by default included."""
+    return tuple(name for name, spec in SPECS.items() if profile in spec.container.profiles)
+
+
+def optional_profile(name: str, profile: ComposeProfile) -> str:
+    """The profile that a contender stands in which is off by default; empty for one that is in `profile` itself."""
+    return compose_service(name, profile) if SPECS[name].container.is_optional else ""
 
 
 def compose_environment(settings: Settings, plan: Plan) -> dict[str, str]:
     """The variables of `compose.yaml`: every setting that was made, wherever, and what the plan decided."""
     made = {key: _as_text(getattr(settings, key)) for key in settings.model_fields_set - {"profile"}}
     environment = {key.upper(): text for key, text in made.items() if text}
-    ports = {f"{name}_PORT".upper(): str(port) for name, port in dataclasses.asdict(plan.ports).items()}
+    ports = {f"{name}_PORT".upper(): str(port) for name, port in plan.ports.items()}
     environment |= ports | {
         "UI_PORT": ports.pop("PAGE_PORT"),
         "CONTENDERS": ",".join(plan.contenders),
@@ -150,8 +151,8 @@ def compose_environment(settings: Settings, plan: Plan) -> dict[str, str]:
 
 
 def _profile_options(profile: ComposeProfile, contenders: Sequence[str]) -> list[str]:
-    more = [LMCACHE_PROFILES[profile]] if "lmcache" in contenders else []
-    return [word for name in (profile, *more) for word in ("--profile", name)]
+    optional = (optional_profile(name, profile) for name in contenders)
+    return [word for name in (profile, *filter(None, optional)) for word in ("--profile", name)]
 
 
 def _card() -> dict[str, str]:
@@ -164,7 +165,7 @@ def _card() -> dict[str, str]:
 
 def _contenders(settings: Settings, profile: ComposeProfile) -> tuple[str, ...]:
     """Those that were asked for; of the default ones, those that the profile has."""
-    there_are = CONTENDERS_OF[profile]
+    there_are = contenders_of(profile)
     if "contenders" not in settings.model_fields_set:
         return tuple(name for name in settings.contenders if name in there_are) or there_are
     if missing := [name for name in settings.contenders if name not in there_are]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvarena.contenders.servers import Launch
+from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.policies.profile import read_blend_profile
 from kvarena.stack import machine
@@ -19,14 +22,13 @@ from kvarena.stack.home import Home, project_root
 from kvarena.stack.lmcache_l2 import NO_L2, folder_adapter, l2_adapter
 from kvarena.stack.machine import CoreShare
 from kvarena.stack.model import FALLBACK_NOTICE, TOWN, Model, find_model
-from kvarena.stack.service import LMCACHE_SERVER, LOOPBACK, Network, StackError
-from kvarena.stack.settings import AI100Choices, Ports, Settings, SimLLMChoices
+from kvarena.stack.service import LOOPBACK, Network, StackError
+from kvarena.stack.settings import SPECS, Settings
 
 DEFAULT_CPU_KV_CACHE_GB = 1
 HALF_PRECISION = ("bfloat16", "float16")
 FLOAT32_MEMORY_RATIO = 0.5
 """Weights are served in float32 of our own accord where they take at most so much of the memory that is free."""
-VLLM_CONTENDERS = ("blend", "plain", "lmcache")
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,15 @@ class Plan:
     model: Model
     blend: BlendConfig
     blend_engine: str
-    ports: Ports
+    ports: Mapping[str, int]
     data_dir: Path
     chunk_tokens: int
     results_dir: Path
     hf_home: Path | None
+    cache_dir: Path
     lmcache_gb: float
     lmcache_l2: dict[str, Any] | None
-    prefix_cache_gb: float
-    prefix_storage: str
-    simllm: SimLLMChoices
-    ai100: AI100Choices
+    of_contenders: Mapping[str, Any]
     kv_cache_gb: int | None
     max_model_len: int | None
     load_format: str | None
@@ -65,14 +65,14 @@ class Plan:
     network: Network = LOOPBACK
 
     @property
-    def needs_lmcache(self) -> bool:
-        """Whether the LMCache server is started."""
-        return "lmcache" in self.contenders or ("blend" in self.contenders and self.blend_needs_lmcache)
+    def specs(self) -> tuple[ContenderSpec, ...]:
+        """Of the contenders, in their order."""
+        return tuple(SPECS[name] for name in self.contenders)
 
     @property
-    def blend_needs_lmcache(self) -> bool:
-        """LMCache's own blender keeps its chunks in its process."""
-        return self.blend_engine == "kvarena" and self.blend.store == "lmcache"
+    def needs_lmcache(self) -> bool:
+        """Whether the LMCache server is started."""
+        return any(LMCACHE_SERVER in spec.needs(self.launch(spec.name)) for spec in self.specs)
 
     @property
     def weight_bytes(self) -> int:
@@ -97,17 +97,38 @@ class Plan:
         """Whether a contender before this one runs on the same GPU."""
         return bool(self.gpus) and index >= len(self.gpus)
 
-    def device_environment(self, index: int) -> dict[str, str]:
-        """The environment that gives a server its cores or its GPU; vLLM and PyTorch read theirs."""
+    def launch(self, name: str) -> Launch:
+        """What a contender is told of the plan, but for its share of the machine."""
+        return Launch(
+            name=name,
+            settings=self.of_contenders[name],
+            host=self.network.listen,
+            port=self.ports[name],
+            profile=self.profile,
+            model=self.model.name,
+            served_model_name=self.model.served_name,
+            is_local=self.model.is_local,
+            max_model_len=self.max_model_len,
+            load_format=self.load_format,
+            dtype=self.dtype,
+            compile=self.compile,
+            data_dir=self.data_dir if self.data_dir.is_dir() else None,
+            hf_home=self.hf_home,
+            cache_dir=self.cache_dir,
+            blend=self.blend,
+            blend_engine=self.blend_engine,
+            lmcache_gb=self.lmcache_gb,
+            kv_cache_gb=self.kv_cache_gb,
+            prefix_caching=self.prefix_caching,
+        )
+
+    def launch_on_its_share(self, name: str) -> Launch:
+        """The same with the cores or the GPU that the contender has."""
+        index = self.contenders.index(name)
         if self.profile == "gpu":
-            return {"CUDA_VISIBLE_DEVICES": self.gpus[index % len(self.gpus)]}
-        omp_cpus = self.core_shares[index].omp_cpus
-        if self.contenders[index] not in VLLM_CONTENDERS:
-            return {"OMP_NUM_THREADS": str(len(omp_cpus))}
-        return {
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, omp_cpus)),
-            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb),
-        }
+            gpu = self.gpus[index % len(self.gpus)]
+            return dataclasses.replace(self.launch(name), gpu=gpu, servers_per_gpu=self.servers_per_gpu)
+        return dataclasses.replace(self.launch(name), omp_cpus=tuple(self.core_shares[index].omp_cpus))
 
 
 def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Plan:
@@ -130,12 +151,10 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
         chunk_tokens=settings.chunk_tokens,
         results_dir=settings.results_dir,
         hf_home=settings.local_hf_home,
+        cache_dir=home.cache,
         lmcache_gb=settings.lmcache_gb,
         lmcache_l2=_second_tier(settings, home),
-        prefix_cache_gb=settings.prefix_cache_gb,
-        prefix_storage=settings.prefix_storage,
-        simllm=settings.simllm,
-        ai100=settings.ai100,
+        of_contenders={name: settings.of_contender(name) for name in SPECS},
         kv_cache_gb=settings.kv_cache_gb or (DEFAULT_CPU_KV_CACHE_GB if on_cpu else None),
         max_model_len=settings.max_model_len,
         load_format=settings.load_format,
@@ -204,8 +223,8 @@ def _blend_config(settings: Settings, model: Model, home: Home, network: Network
             given["separator"] = settings.separator
         return dataclasses.replace(
             BlendConfig(**given),
-            lmcache_url=f"tcp://{network.host(LMCACHE_SERVER)}:{settings.ports.lmcache_server}",
-            lmcache_http_url=f"http://{network.host(LMCACHE_SERVER)}:{settings.ports.lmcache_http}",
+            lmcache_url=f"tcp://{network.host(LMCACHE_SERVER)}:{settings.ports['lmcache_server']}",
+            lmcache_http_url=f"http://{network.host(LMCACHE_SERVER)}:{settings.ports['lmcache_http']}",
             index_path=str(home.chunk_index(model.name)),
             max_ttft_ms=settings.blend_max_ttft_ms,
             unsupported=settings.blend_unsupported,

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.client import Client, ClientError, Refused
+from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
 from kvarena.stack import machine
 from kvarena.stack.lmcache_l2 import folder_of
 from kvarena.stack.model import check_hub_access
-from kvarena.stack.plan import VLLM_CONTENDERS, Plan
+from kvarena.stack.plan import Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
-from kvarena.stack.service import HOST, LMCACHE_SERVER, Service, StackError
+from kvarena.stack.service import HOST, Service, StackError
 from kvarena.stack.settings import CONTENDERS
 
 REQUEST_TIMEOUT_S = 5.0
@@ -39,8 +40,9 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
     check_packages(plan)
     check_data_folder(plan.data_dir)
     check_ports(services)
-    if any(service.name == "simllm" for service in services):
-        check_simllm_model(plan.model.name, plan.model.architecture(plan.hf_home))
+    for spec in plan.specs:
+        if any(service.name == spec.name for service in services):
+            check_model_type(spec, plan.model.name, plan.model.architecture(plan.hf_home))
     if any(service.name in plan.contenders for service in services):
         if not plan.model.is_local:
             check_hub_access(plan.model.name, token, plan.hf_home)
@@ -51,11 +53,12 @@ def check_before_start(plan: Plan, services: Iterable[Service], token: str | Non
 
 
 def check_packages(plan: Plan) -> None:
-    needed = {"vllm" if name in VLLM_CONTENDERS else "transformers": plan.profile for name in plan.contenders}
-    if plan.needs_lmcache or "blend" in plan.contenders:
-        needed["lmcache"] = plan.profile
-    if "ai100" in plan.contenders:
-        needed["onnxruntime" if plan.ai100.runtime == "onnx" else "yaml"] = "ai100"
+    launches = [(spec, plan.launch(spec.name)) for spec in plan.specs]
+    needed: dict[str, str] = {}
+    for spec, launch in launches:
+        needed |= spec.server.packages(launch)
+    for spec, launch in launches:
+        needed |= spec.packages(launch)
     if plan.page:
         needed["streamlit"] = "ui"
     if missing := [package for package in needed if find_spec(package) is None]:
@@ -125,12 +128,12 @@ def is_free(port: int) -> bool:
     return True
 
 
-def check_simllm_model(name: str, architecture: str) -> None:
+def check_model_type(spec: ContenderSpec, model: str, architecture: str) -> None:
     """What isn't on this machine yet is for the server itself to refuse."""
-    if architecture not in ("llama", ""):
+    if spec.model_types and architecture not in (*spec.model_types, ""):
         raise StackError(
-            f"the contender simllm needs a model of type llama; {name} is of type {architecture}. Take another "
-            "--model, or leave simllm out of --contenders"
+            f"the contender {spec.name} needs a model of type {' or '.join(spec.model_types)}; {model} is of type "
+            f"{architecture}. Take another --model, or leave {spec.name} out of --contenders"
         )
 
 
@@ -152,27 +155,18 @@ class MemoryNeed:
 def estimate_memory(plan: Plan) -> MemoryNeed:
     """Main memory only: on a GPU the weights and the KV cache are not in it."""
     num_servers = len(plan.contenders)
-    num_vllm = sum(name in VLLM_CONTENDERS for name in plan.contenders)
-    prefix_is_here = "prefix" in plan.contenders and (plan.profile == "cpu" or plan.prefix_storage == "cpu")
+    launches = [(spec, plan.launch(spec.name)) for spec in plan.specs]
     on_cpu = plan.profile == "cpu"
     return MemoryNeed(
         weight_bytes=num_servers * plan.weight_bytes if on_cpu else 0,
-        kv_cache_bytes=num_vllm * (plan.kv_cache_gb or 0) * GIB if on_cpu else 0,
-        prefix_bytes=int(plan.prefix_cache_gb * GIB) if prefix_is_here else 0,
-        store_bytes=_store_bytes(plan),
+        kv_cache_bytes=int(sum(spec.server.kv_cache_gb(launch) for spec, launch in launches) * GIB),
+        prefix_bytes=int(sum(spec.cache_gb(launch) for spec, launch in launches) * GIB),
+        store_bytes=int((plan.lmcache_gb if plan.needs_lmcache else 0) * GIB)
+        + int(sum(spec.chunk_store_gb(launch) for spec, launch in launches) * GIB),
         process_bytes=num_servers * SERVER_OVERHEAD_BYTES
         + (LMCACHE_OVERHEAD_BYTES if plan.needs_lmcache else 0)
         + (PAGE_BYTES if plan.page else 0),
     )
-
-
-def _store_bytes(plan: Plan) -> int:
-    """Of the LMCache server, and of a blend that keeps chunks in its own process."""
-    lmcache_bytes = int(plan.lmcache_gb * GIB)
-    server_bytes = lmcache_bytes if plan.needs_lmcache else 0
-    if "blend" not in plan.contenders or plan.blend_needs_lmcache:
-        return server_bytes
-    return server_bytes + (lmcache_bytes if plan.blend_engine == "lmcache" else plan.blend.store_bytes)
 
 
 def check_memory(need: MemoryNeed, available_bytes: int) -> None:

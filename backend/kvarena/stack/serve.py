@@ -13,10 +13,11 @@ import os
 import sys
 from pathlib import Path
 
+from kvarena.contenders.spec import LMCACHE_SERVER
 from kvarena.stack.home import Home
 from kvarena.stack.plan import make_plan
 from kvarena.stack.processes import become
-from kvarena.stack.service import BETWEEN_CONTAINERS, LMCACHE_SERVER, Service, StackError
+from kvarena.stack.service import BETWEEN_CONTAINERS, Service, StackError
 from kvarena.stack.services import TITLES, build_services
 from kvarena.stack.settings import CONTENDERS, load_settings
 

@@ -29,8 +29,6 @@ class ServiceFailedError(StackError):
 
 
 HOST = "127.0.0.1"
-LMCACHE_SERVER = "lmcache-server"
-"""The service that keeps chunks; `lmcache` is a contender."""
 
 
 @dataclass(frozen=True)

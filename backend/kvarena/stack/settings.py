@@ -8,14 +8,24 @@ means, the model that goes with it, cores, GPUs) is decided later, in `plan`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, ValidatorFunctionWrapHandler, create_model, field_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    create_model,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvarena.client import API_KEY_VARIABLE
+from kvarena.contenders.spec import FIRST_PORT, contender_specs
 from kvarena.policies.params import PARAMETERS
 from kvarena.policies.registry import Parameter
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
@@ -23,17 +33,14 @@ from kvarena.stack.home import project_root
 from kvarena.stack.lmcache_l2 import NO_L2, l2_adapter
 from kvarena.stack.service import StackError
 
-ContenderName = Literal["blend", "plain", "prefix", "simllm", "ai100", "lmcache"]
 ProfileName = Literal["auto", "cpu", "gpu", "ai100"]
 RunIn = Literal["auto", "processes", "containers"]
-PrefixStorage = Literal["cpu", "device"]
-SimLLMMode = Literal["top_layer", "aligned"]
-AI100Runtime = Literal["auto", "qaic", "host", "onnx"]
-AI100Topics = Literal["keyword", "embedding"]
 BlendUnsupported = Literal["refuse", "plain"]
 BlendEngine = Literal["kvarena", "lmcache"]
-SimilarityThreshold = Annotated[float, Field(ge=-1, le=1)] | Literal["auto"]
-CONTENDERS: tuple[str, ...] = get_args(ContenderName)
+SPECS = contender_specs()
+CONTENDERS = tuple(SPECS)
+OWN_SETTINGS = {own.key: own for spec in SPECS.values() for own in spec.own_settings()}
+"""Those of single contenders, by their keys."""
 SECRETS = ("hf_token", "kvarena_api_key", "lmcache_l2_password")
 VLLM_API_KEY_VARIABLE = "VLLM_API_KEY"
 LMCACHE_L2_PASSWORD_VARIABLE = "LMCACHE_RESP_PASSWORD"
@@ -41,72 +48,44 @@ BLEND_PREFIX = "blend_"
 """Before a parameter's name, it makes the name of its setting."""
 VISIBLE_ASCII = re.compile("[!-~]+")
 
-PORT_OFFSETS = {
-    "blend": 0,
-    "plain": 1,
-    "prefix": 2,
-    "simllm": 3,
-    "ai100": 4,
-    "lmcache": 5,
+DEFAULT_PORTS: Mapping[str, int] = {
+    **{name: spec.port for name, spec in SPECS.items()},
+    "page": 8501,
+    "lmcache_server": 5555,
+    "lmcache_http": 8080,
+}
+PORT_OFFSETS: Mapping[str, int] = {
+    **{name: spec.port - FIRST_PORT for name, spec in SPECS.items()},
     "page": 501,
     "lmcache_server": 502,
     "lmcache_http": 503,
 }
 """Where each port is from `PORT_BASE`."""
-DEFAULT_PORTS = {
-    "blend": 8000,
-    "plain": 8001,
-    "prefix": 8002,
-    "simllm": 8003,
-    "ai100": 8004,
-    "lmcache": 8005,
-    "page": 8501,
-    "lmcache_server": 5555,
-    "lmcache_http": 8080,
-}
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 PortBase = Annotated[int, Field(ge=1024, le=65535 - max(PORT_OFFSETS.values()))]
 
 
-@dataclass(frozen=True)
-class Ports:
-    blend: int
-    plain: int
-    prefix: int
-    simllm: int
-    ai100: int
-    lmcache: int
-    page: int
-    lmcache_server: int
-    lmcache_http: int
+def _known_contender(name: str) -> str:
+    if name not in SPECS:
+        raise ValueError(f"must be one of {', '.join(CONTENDERS)}")
+    return name
 
 
-@dataclass(frozen=True)
-class SimLLMChoices:
-    """Of the contender simllm; `None` is its own default."""
-
-    mode: str | None
-    similarity_threshold: SimilarityThreshold | None
-    max_cache_size: int | None
-    num_hyperplanes: int | None
+ContenderName = Annotated[str, AfterValidator(_known_contender)]
 
 
-@dataclass(frozen=True)
-class AI100Choices:
-    """Of the contender ai100; `None` is its own default. `ctx_len` `None` is `max_model_len`, where that is set."""
+def _contender_keys() -> dict[str, Any]:
+    """The fields that contenders bring along: a port each, and their own settings."""
+    keys: dict[str, Any] = {f"{name}_port": (Port | None, None) for name in SPECS}
+    for own in OWN_SETTINGS.values():
+        keys[own.key] = (own.annotation, own.default)
+    return keys
 
-    runtime: str | None
-    full_batch_size: int | None
-    kv_cache_batch_size: int | None
-    ctx_len: int | None
-    prefill_seq_len: int | None
-    gen_len: int | None
-    max_context: int | None
-    topics: str | None
-    topics_file: Path | None
-    threshold: float | None
-    notes_tokens: int | None
+
+def _policy_keys() -> dict[str, Any]:
+    """The fields of the policy and of the policies' parameters."""
+    return {f"{BLEND_PREFIX}{name}": _policy_setting(own) for name, own in PARAMETERS.items()}
 
 
 def _policy_setting(own: Parameter) -> tuple[Any, None]:
@@ -117,18 +96,14 @@ def _policy_setting(own: Parameter) -> tuple[Any, None]:
 
 
 if TYPE_CHECKING:
-    _PolicySettings = BaseSettings
+    DerivedSettings = BaseSettings
 else:
-    _PolicySettings = create_model(
-        "_PolicySettings",
-        __base__=BaseSettings,
-        **{f"{BLEND_PREFIX}{name}": _policy_setting(own) for name, own in PARAMETERS.items()},
-    )
+    DerivedSettings = create_model("DerivedSettings", __base__=BaseSettings, **_contender_keys(), **_policy_keys())
 
 
-class Settings(_PolicySettings):
-    """Every setting of the stack; field names are the keys of the environment and of `.env`, in lower case. The policy
-    and the parameters of the policies (`kvarena.policies`) have theirs, too.
+class Settings(DerivedSettings):
+    """Every setting of the stack; field names are the keys of the environment and of `.env`, in lower case. Those of
+    contenders (`kvarena.contenders`) and of policies (`kvarena.policies`) come from there.
 
     `None` means: whatever suits the machine, the model's own profile, or the engine's own default.
     """
@@ -157,12 +132,6 @@ class Settings(_PolicySettings):
     grafana_port: Port = 3000
 
     port_base: PortBase | None = None
-    blend_port: Port | None = None
-    plain_port: Port | None = None
-    prefix_port: Port | None = None
-    simllm_port: Port | None = None
-    ai100_port: Port | None = None
-    lmcache_port: Port | None = None
     ui_port: Port | None = None
     lmcache_server_port: Port | None = None
     lmcache_http_port: Port | None = None
@@ -172,25 +141,6 @@ class Settings(_PolicySettings):
     lmcache_l2: str | None = None
     lmcache_l2_gb: Annotated[float, Field(gt=0)] = 4.0
     lmcache_l2_password: SecretStr | None = None
-    prefix_cache_gb: Annotated[float, Field(gt=0)] = 1.0
-    prefix_storage: PrefixStorage = "cpu"
-
-    simllm_mode: SimLLMMode | None = None
-    simllm_similarity_threshold: SimilarityThreshold | None = None
-    simllm_max_cache_size: Annotated[int, Field(ge=1)] | None = None
-    simllm_num_hyperplanes: Annotated[int, Field(ge=1, le=64)] | None = None
-
-    ai100_runtime: AI100Runtime | None = None
-    ai100_full_batch_size: Annotated[int, Field(ge=1)] | None = None
-    ai100_kv_cache_batch_size: Annotated[int, Field(ge=1)] | None = None
-    ai100_ctx_len: Annotated[int, Field(ge=1)] | None = None
-    ai100_prefill_seq_len: Annotated[int, Field(ge=1)] | None = None
-    ai100_gen_len: Annotated[int, Field(ge=1)] | None = None
-    ai100_max_context: Annotated[int, Field(ge=1)] | None = None
-    ai100_topics: AI100Topics | None = None
-    ai100_topics_file: Path | None = None
-    ai100_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    ai100_notes_tokens: Annotated[int, Field(ge=0)] | None = None
 
     separator: str | None = None
     blend_max_ttft_ms: Annotated[float, Field(gt=0)] | None = None
@@ -207,14 +157,6 @@ class Settings(_PolicySettings):
     def _each_once_in_the_known_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in CONTENDERS if name in value)
 
-    @field_validator("simllm_similarity_threshold", mode="wrap")
-    @classmethod
-    def _number_or_auto(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
-        try:
-            return check(value)
-        except ValidationError as error:
-            raise ValueError("Input should be auto or a number from -1 to 1") from error
-
     @field_validator("kvarena_api_key")
     @classmethod
     def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
@@ -222,11 +164,22 @@ class Settings(_PolicySettings):
             raise ValueError("must be of letters, digits and signs of ASCII, without spaces")
         return value
 
-    @field_validator("data_dir", "results_dir", "models_dir", "local_hf_home", "ai100_topics_file")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
+    def _demanded(cls, value: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> object:
+        own = OWN_SETTINGS.get(info.field_name or "")
+        try:
+            return check(value)
+        except ValidationError as error:
+            if own is None or not own.demand:
+                raise
+            raise ValueError(f"must be {own.demand}") from error
+
+    @field_validator("*")
+    @classmethod
+    def _absolute(cls, value: object) -> object:
         """Relative paths of the environment and of `.env` count from the project's folder."""
-        return None if value is None else project_root() / value.expanduser()
+        return project_root() / value.expanduser() if isinstance(value, Path) else value
 
     @field_validator("lmcache_l2")
     @classmethod
@@ -255,31 +208,12 @@ class Settings(_PolicySettings):
         return {**given, **renamed, API_KEY_VARIABLE: self.api_key, VLLM_API_KEY_VARIABLE: self.api_key}
 
     @property
-    def ports(self) -> Ports:
+    def ports(self) -> Mapping[str, int]:
         """A port's own key first, then `PORT_BASE` plus its offset, then the default."""
-        own = {
-            "blend": self.blend_port,
-            "plain": self.plain_port,
-            "prefix": self.prefix_port,
-            "simllm": self.simllm_port,
-            "ai100": self.ai100_port,
-            "lmcache": self.lmcache_port,
-            "page": self.ui_port,
-            "lmcache_server": self.lmcache_server_port,
-            "lmcache_http": self.lmcache_http_port,
-        }
+        own = {name: getattr(self, f"{name}_port") for name in DEFAULT_PORTS if name != "page"} | {"page": self.ui_port}
         base = self.port_base
         derived = {name: base + offset for name, offset in PORT_OFFSETS.items()} if base else DEFAULT_PORTS
-        return Ports(**{name: port or derived[name] for name, port in own.items()})
-
-    @property
-    def simllm(self) -> SimLLMChoices:
-        return SimLLMChoices(
-            self.simllm_mode,
-            self.simllm_similarity_threshold,
-            self.simllm_max_cache_size,
-            self.simllm_num_hyperplanes,
-        )
+        return {name: own[name] or port for name, port in derived.items()}
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -287,10 +221,10 @@ class Settings(_PolicySettings):
         given = {name: getattr(self, f"{BLEND_PREFIX}{name}") for name in PARAMETERS}
         return {name: value for name, value in given.items() if value is not None}
 
-    @property
-    def ai100(self) -> AI100Choices:
-        chosen = {choice.name: getattr(self, f"ai100_{choice.name}") for choice in fields(AI100Choices)}
-        return AI100Choices(**chosen)
+    def of_contender(self, name: str) -> Any:
+        """The contender's own settings, as its spec has them; `None` where it has none."""
+        spec = SPECS[name]
+        return spec.settings and spec.settings(**{own.name: getattr(self, own.key) for own in spec.own_settings()})
 
 
 def load_settings(env_file: Path | None = None, **command_line: Any) -> Settings:

@@ -28,7 +28,7 @@ from kvarena.stack.preflight import check_before_start, is_free
 from kvarena.stack.record import Record, command_options
 from kvarena.stack.service import Runner, Service
 from kvarena.stack.services import build_services
-from kvarena.stack.settings import PORT_OFFSETS, load_settings, shown_api_key
+from kvarena.stack.settings import PORT_OFFSETS, SPECS, load_settings, shown_api_key
 from kvarena.stack.supervisord import running_supervisor
 
 HF = "hf"
@@ -99,12 +99,13 @@ class OwnServers:
             home,
         )
         blend = replace(plan.blend, store=self.store, store_bytes=int(self.store_gb * 2**30), index_path="")
+        own = plan.of_contenders
         return replace(
             plan,
             blend=blend,
             core_shares=tuple(_all_cores() * len(plan.core_shares)),
             prefix_caching=False,
-            prefix_cache_gb=0.0,
+            of_contenders={**own, "prefix": replace(own["prefix"], cache_gb=0.0)},
         )
 
     def settings(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def free_port_base() -> int:
     raise ValueError(f"no free ports from {PORT_BASES.start} to {PORT_BASES.stop}")
 
 
-MEASURED = ("blend", "plain", "lmcache", HF)
+MEASURED = (*(name for name, spec in SPECS.items() if spec.is_vllm), HF)
 OF_THIS_MACHINE = ("command", "--model", "--host", "--port")
 
 

@@ -1,0 +1,40 @@
+"""`prefix`: our PyTorch engine with an exact prefix cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Gt
+
+from kvarena.contenders.servers import EngineServer, Launch, Options, own_options
+from kvarena.contenders.spec import ContenderSpec, setting
+
+
+@dataclass(frozen=True)
+class PrefixSettings:
+    cache_gb: Annotated[float, Gt(0)] = setting(1.0, "The memory for prefixes, in GiB.")
+    storage: Literal["cpu", "device"] = setting(
+        "cpu", "Where they are kept: cpu (main memory), or device (beside the model)."
+    )
+
+
+def _options(launch: Launch) -> Options:
+    cache_gb = f"{launch.settings.cache_gb:g}"
+    return {**own_options(launch), "--cache-gb": cache_gb, "--max-model-len": launch.max_model_len}
+
+
+def _prefixes_gb(launch: Launch) -> float:
+    is_in_main_memory = launch.profile == "cpu" or launch.settings.storage == "cpu"
+    return float(launch.settings.cache_gb) if is_in_main_memory else 0
+
+
+SPEC = ContenderSpec(
+    name="prefix",
+    title="PyTorch with prefix cache",
+    explanation="Reuses the KV and the last logits of any prefix that was seen before.",
+    port=8002,
+    server=EngineServer("kvarena.contenders.prefix", _options),
+    settings=PrefixSettings,
+    cache_gb=_prefixes_gb,
+)

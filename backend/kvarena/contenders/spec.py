@@ -1,0 +1,160 @@
+"""What a contender is (`ContenderSpec`), and which there are (`contender_specs`).
+
+A contender is one file of this folder, or one folder with a `spec.py`, that has a `SPEC`. It is found by that: choices,
+ports, keys of `.env`, services, containers, Prometheus targets and the page's panes follow from the spec. Nothing here
+and no spec imports torch, vllm or a server.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from types import MappingProxyType
+from typing import Any, Literal, get_type_hints
+
+import kvarena.contenders
+from kvarena.contenders.servers import Launch, Server, VLLMServer
+
+FIRST_PORT = 8000
+LMCACHE_SERVER = "lmcache-server"
+"""The service that keeps chunks; `lmcache` is a contender."""
+
+ComposeProfile = Literal["cpu", "gpu", "ai100"]
+ReportView = Literal["", "blend", "similar_task", "slots"]
+"""How the page shows what a contender reports of a request beside the counts, and what it lets one choose."""
+
+
+def setting(default: Any, text: str, *, shown: object = None, demand: str = "") -> Any:
+    """A field of a contender's settings. `text` explains it in `.env.example`, where `shown` stands as its value if the
+    default is `None`: the server's own. `demand` says what a value must be, where the type's own message doesn't.
+    """
+    example = default if default is not None else shown
+    return field(default=default, metadata={"text": text, "shown": example, "demand": demand})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of a contender's settings: `key` is that of the environment and of `.env`, in lower case."""
+
+    key: str
+    name: str
+    annotation: Any
+    default: Any
+    text: str
+    shown: object
+    demand: str
+
+
+@dataclass(frozen=True)
+class Container:
+    """How `compose.yaml` runs the contender.
+
+    `image`: `cpu` has vLLM, `engines` PyTorch alone. In its `profiles` it runs by default, or only if it is asked for
+    (`is_optional`). `mounts` are of the file's `x-mounts`, `environment` comes on top of the settings.
+    """
+
+    image: Literal["cpu", "engines"] = "engines"
+    profiles: tuple[ComposeProfile, ...] = ("cpu",)
+    is_optional: bool = False
+    mounts: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    shm_size: str = ""
+
+
+def _nothing(launch: Launch) -> tuple[str, ...]:
+    return ()
+
+
+def _no_packages(launch: Launch) -> Mapping[str, str]:
+    return {}
+
+
+def _no_memory(launch: Launch) -> float:
+    return 0
+
+
+@dataclass(frozen=True)
+class ContenderSpec:
+    """A server in the arena.
+
+    `name` is what users type, `title` what they read, `explanation` one line on what it reuses. `port` is that without
+    `PORT_BASE`, with which it is as far from it as from `FIRST_PORT`. `settings` is a frozen dataclass of `setting`s:
+    `cache_gb` of `prefix` is the key `PREFIX_CACHE_GB`. `needs` are the services it depends on, `packages` what must be
+    installed beside what its kind of server needs. `cache_gb` is the main memory that KV of earlier requests may take,
+    `chunk_store_gb` that of chunks. `model_types` are those that it can serve; none: any. `report` says how the page
+    shows its report.
+
+    Raises `ValueError` for a name that can't be one.
+    """
+
+    name: str
+    title: str
+    explanation: str
+    port: int
+    server: Server
+    is_approximate: bool = False
+    report: ReportView = ""
+    settings: type | None = None
+    needs: Callable[[Launch], tuple[str, ...]] = _nothing
+    packages: Callable[[Launch], Mapping[str, str]] = _no_packages
+    cache_gb: Callable[[Launch], float] = _no_memory
+    chunk_store_gb: Callable[[Launch], float] = _no_memory
+    model_types: tuple[str, ...] = ()
+    health_path: str = "/health"
+    container: Container = Container()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9]*", self.name):
+            raise ValueError(f"a contender's name is made of small letters and digits, not {self.name!r}")
+
+    @property
+    def is_vllm(self) -> bool:
+        return isinstance(self.server, VLLMServer)
+
+    def own_settings(self) -> Iterator[Setting]:
+        if self.settings is None:
+            return
+        annotations = get_type_hints(self.settings, include_extras=True)
+        own: tuple[Field[Any], ...] = fields(self.settings)
+        for one in own:
+            assert one.default is not MISSING, f"{one.name} has no default"
+            yield Setting(f"{self.name}_{one.name}", one.name, annotations[one.name], one.default, **one.metadata)
+
+    def page_entry(self, url: str) -> dict[str, object]:
+        """What the page is told of it."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "explanation": self.explanation,
+            "url": url,
+            "approximate": self.is_approximate,
+            "report": self.report,
+        }
+
+
+@cache
+def contender_specs() -> Mapping[str, ContenderSpec]:
+    """Every contender by its name, in the order of their ports. Raises `ValueError` for two with one name or port."""
+    found: dict[str, ContenderSpec] = {}
+    ports: dict[int, str] = {}
+    for spec in sorted(_specs(), key=lambda spec: (spec.port, spec.name)):
+        if spec.name in found:
+            raise ValueError(f"two contenders are called {spec.name}")
+        if other := ports.get(spec.port):
+            raise ValueError(f"the contenders {other} and {spec.name} have one port, {spec.port}")
+        found[spec.name], ports[spec.port] = spec, spec.name
+    return MappingProxyType(found)
+
+
+def _specs() -> Iterator[ContenderSpec]:
+    for module in pkgutil.iter_modules(kvarena.contenders.__path__, "kvarena.contenders."):
+        name = f"{module.name}.spec" if module.ispkg else module.name
+        if importlib.util.find_spec(name) is not None:
+            spec = getattr(importlib.import_module(name), "SPEC", None)
+            if isinstance(spec, ContenderSpec):
+                yield spec

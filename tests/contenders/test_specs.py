@@ -1,0 +1,71 @@
+"""The specs: light to import, in one order, and saying what the servers' own command lines have as defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import typer
+
+from kvarena.contenders import spec as specs
+from kvarena.contenders.servers import EngineServer
+from kvarena.contenders.spec import ContenderSpec, contender_specs
+
+ENGINES = [spec for spec in contender_specs().values() if isinstance(spec.server, EngineServer)]
+
+
+def test_contenders_are_in_the_order_of_their_ports() -> None:
+    assert list(contender_specs()) == ["blend", "plain", "prefix", "simllm", "ai100", "lmcache"]
+    assert [spec.port for spec in contender_specs().values()] == list(range(8000, 8006))
+
+
+def test_reading_the_specs_imports_no_engine() -> None:
+    program = "import sys; from kvarena.contenders.spec import contender_specs; contender_specs(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "kvarena.contenders.simllm.spec" in loaded
+    assert not {"torch", "vllm", "lmcache", "transformers", "fastapi", "pydantic", "ai100"}.intersection(loaded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"port": 8900}, "two contenders are called plain"),
+        ({"name": "other"}, "the contenders (plain and other|other and plain) have one port, 8001"),
+    ],
+)
+def test_two_with_one_name_or_port_are_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    plain = contender_specs()["plain"]
+
+    def both() -> Iterator[ContenderSpec]:
+        yield from (plain, dataclasses.replace(plain, **changes))
+
+    monkeypatch.setattr(specs, "_specs", both)
+    with pytest.raises(ValueError, match=message):
+        contender_specs.__wrapped__()
+
+
+def test_a_name_is_made_of_small_letters_and_digits() -> None:
+    with pytest.raises(ValueError, match="small letters and digits, not 'my server'"):
+        dataclasses.replace(contender_specs()["plain"], name="my server")
+
+
+@pytest.mark.parametrize("spec", ENGINES, ids=lambda spec: spec.name)
+def test_the_defaults_shown_are_the_servers_own(spec: ContenderSpec) -> None:
+    assert isinstance(spec.server, EngineServer)
+    try:
+        module = importlib.import_module(f"{spec.server.module}.__main__")
+    except ModuleNotFoundError:
+        module = importlib.import_module(spec.server.module)
+    app = typer.Typer()
+    app.command()(module.main)
+    defaults = {option.name: option.default for option in typer.main.get_command(app).params}
+    assert defaults["port"] == spec.port
+    for own in spec.own_settings():
+        if defaults[own.name] is not None:
+            assert defaults[own.name] == own.shown, own.key
