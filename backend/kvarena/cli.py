@@ -20,6 +20,7 @@ from kvarena.bench.console import INTERRUPTED
 from kvarena.bench.quality.command import calibrate, evaluate
 from kvarena.bench.report.command import report
 from kvarena.bench.simllm.demo_command import app as simllm
+from kvarena.contenders.spec import FIRST_PORT, contender_specs
 from kvarena.synthetic_qa.command import worlds
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ app.command()(worlds)
 WIDTH_WITHOUT_TERMINAL = 240
 """Paths and addresses aren't folded where a program reads them."""
 
+CONTENDER_PORTS = ", ".join(
+    f"{name} N+{spec.port - FIRST_PORT}" if spec.port > FIRST_PORT else f"{name} N"
+    for name, spec in contender_specs().items()
+)
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Name = Annotated[str, typer.Argument(help="lmcache-server, a contender, or page.")]
 
@@ -64,9 +70,7 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
 def up(
     contenders: Annotated[
         str | None,
-        typer.Option(
-            help="Which of blend, plain, prefix, simllm, ai100, lmcache, separated by commas. [default: blend,plain]"
-        ),
+        typer.Option(help=f"Which of {', '.join(contender_specs())}, separated by commas. [default: blend,plain]"),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="auto, cpu, gpu or ai100. [default: auto]")] = None,
     run_in: Annotated[
@@ -81,8 +85,7 @@ def up(
     port_base: Annotated[
         int | None,
         typer.Option(
-            help="blend N, plain N+1, prefix N+2, simllm N+3, ai100 N+4, lmcache N+5, page N+501, "
-            "LMCache server N+502 and N+503."
+            help=f"{CONTENDER_PORTS}, page N+501, LMCache server N+502 and N+503.",
         ),
     ] = None,
     load_format: Annotated[str | None, typer.Option(help="vLLM's --load-format; dummy means random weights.")] = None,

@@ -1,7 +1,8 @@
-"""Writes out what follows from the policies' dataclasses: `python -m kvarena.stack.generate`.
+"""Writes out what follows from the contenders' specs and the policies' dataclasses:
+`python -m kvarena.stack.generate`.
 
-Sections of `.env.example` and `compose.yaml` stand between two comments that name them, and are replaced; what is
-around them is written by hand. A fast test checks that they are current.
+Sections of `.env.example`, `compose.yaml`, `compose.gpu-share.yaml` and Prometheus's targets stand between two comments
+that name them, and are replaced; what is around them is written by hand. A fast test checks that they are current.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvarena.contenders.servers import Launch
+from kvarena.contenders.spec import LMCACHE_SERVER, ComposeProfile, ContenderSpec
 from kvarena.policies.params import OPTIONS, PARAMETERS, POLICY, REGISTRY
 from kvarena.policies.registry import summary_of
+from kvarena.stack.containers import compose_service, contenders_of, optional_profile
 from kvarena.stack.home import project_root
-from kvarena.stack.settings import BLEND_PREFIX
+from kvarena.stack.settings import BLEND_PREFIX, DEFAULT_PORTS, PORT_OFFSETS, SPECS
 
 LINE_LENGTH = 120
 COMMAND = "python -m kvarena.stack.generate"
+PORT_KEYS = {"page": "UI_PORT"}
 Lines = Iterator[str]
 
 
@@ -42,8 +47,137 @@ class Section:
         return "\n".join(lines) + "\n"
 
 
+# --- .env.example ---
+
+
+def env_choices() -> Lines:
+    titles = ", ".join(f"{spec.name} ({spec.title})" for spec in SPECS.values())
+    yield from comment(f"Which servers, separated by commas: {titles}. They share the cores, or the GPUs, equally.")
+
+
+def env_ports() -> Lines:
+    offsets = {name: PORT_OFFSETS[name] for name in (*SPECS, "page")}
+    each = ", ".join(f"{name} N+{offset}" if offset else f"{name} N" for name, offset in offsets.items())
+    yield from comment(
+        f"One number for all: {each}, the LMCache server N+{PORT_OFFSETS['lmcache_server']} (requests) and "
+        f"N+{PORT_OFFSETS['lmcache_http']} (HTTP)."
+    )
+    yield from comment("A port that is named below keeps its own number, except with --port-base on the command line.")
+    yield "#PORT_BASE="
+    for name, port in DEFAULT_PORTS.items():
+        yield f"#{PORT_KEYS.get(name, f'{name.upper()}_PORT')}={port}"
+
+
+def env_settings() -> Lines:
+    with_settings = [spec for spec in SPECS.values() if spec.settings]
+    for spec in with_settings:
+        models = f", for models of type {' or '.join(spec.model_types)}" if spec.model_types else ""
+        yield f"# --- The contender {spec.name}{models}; docs/{spec.name}.md says more ---"
+        for own in spec.own_settings():
+            yield from comment(own.text)
+            shown = f"{own.shown:g}" if isinstance(own.shown, float) else "" if own.shown is None else own.shown
+            yield f"#{own.key.upper()}={shown}"
+        if spec is not with_settings[-1]:
+            yield ""
+
+
 def comment(text: str) -> Lines:
     return (f"# {line}" for line in textwrap.wrap(text, LINE_LENGTH - 2, break_on_hyphens=False))
+
+
+# --- compose.yaml ---
+
+
+def compose_settings() -> Lines:
+    """Keys that a container is given its own values for aren't handed on."""
+    for spec in SPECS.values():
+        for own in spec.own_settings():
+            if own.key.upper() not in spec.container.environment:
+                yield f"{own.key.upper()}:"
+
+
+def compose_choices(profile: ComposeProfile) -> Lines:
+    by_default = [name for name in contenders_of(profile) if not SPECS[name].container.is_optional]
+    yield f"CONTENDERS: ${{CONTENDERS:-{','.join(by_default)}}}"
+
+
+def compose_templates() -> Lines:
+    """What a contender's containers have in common, whatever the profile."""
+    for index, spec in enumerate(SPECS.values()):
+        if index:
+            yield ""
+        yield from _template(spec)
+
+
+def _template(spec: ContenderSpec) -> Lines:
+    own, shares_memory = spec.container, LMCACHE_SERVER in spec.needs(Launch())
+    yield f"x-{spec.name}: &{spec.name}"
+    yield f"  <<: *{'shares-memory' if shares_memory else 'server'}"
+    yield f"  container_name: kvarena-{spec.name}"
+    yield f"  command: [{spec.name}]"
+    yield f'  ports: ["127.0.0.1:${{{spec.name.upper()}_PORT:-{spec.port}}}:{spec.port}"]'
+    if own.shm_size:
+        yield f"  shm_size: {own.shm_size}"
+    if own.mounts:
+        yield "  volumes:"
+        names = ["state", "huggingface", "models", *own.mounts, *(["shared-memory"] if shares_memory else [])]
+        yield from (f"    - *{name}" for name in names)
+    yield f"  healthcheck: &{spec.name}-healthcheck"
+    yield "    <<: *healthcheck"
+    yield f'    test: [CMD, python3, -m, kvarena.stack.health, "http://127.0.0.1:{spec.port}{spec.health_path}"]'
+
+
+def compose_services(profile: ComposeProfile) -> Lines:
+    server, names = compose_service(LMCACHE_SERVER, profile), contenders_of(profile)
+    asking = [name for name in names if LMCACHE_SERVER in SPECS[name].needs(Launch())]
+    yield f"{server}:"
+    yield from _of_profile(LMCACHE_SERVER, "cpu", [optional_profile(n, profile) or profile for n in asking], profile)
+    for name in names:
+        spec = SPECS[name]
+        yield ""
+        yield f"{compose_service(name, profile)}:"
+        yield from _of_profile(name, spec.container.image, [optional_profile(name, profile) or profile], profile)
+        if name in asking:
+            yield "  depends_on:"
+            yield f"    {server}: {{condition: service_healthy}}"
+        if profile == "gpu":  # a first start downloads the model
+            yield f"  healthcheck: {{<<: *{name}-healthcheck, start_period: 2h}}"
+        if spec.container.environment:
+            yield "  environment:"
+            yield f"    <<: *{profile}-settings"
+            yield from (f"    {key}: {value}" for key, value in spec.container.environment.items())
+
+
+def _of_profile(name: str, image: str, profiles: list[str], profile: ComposeProfile) -> Lines:
+    """Images for GPUs come first, for they have a memory limit of their own."""
+    yield f"  <<: [*gpu-image, *{name}]" if profile == "gpu" else f"  <<: [*{name}, *{image}-image]"
+    yield f"  profiles: [{', '.join(dict.fromkeys(profiles))}]"
+    if profile == "gpu":
+        yield f"  networks: {{default: {{aliases: [{name}]}}}}"
+
+
+def gpu_share_services() -> Lines:
+    """Each starts after the one before it."""
+    names = [compose_service(name, "gpu") for name in contenders_of("gpu")]
+    for before, name in zip([None, *names], names, strict=False):
+        if before is None:
+            yield f"{name}: &share"
+            yield '  environment: {GPU_SHARE: "true"}'
+        else:
+            yield ""
+            yield f"{name}:"
+            yield "  <<: *share"
+            yield "  depends_on:"
+            yield f"    {before}: {{condition: service_healthy}}"
+
+
+# --- Prometheus ---
+
+
+def targets(by_name: bool) -> Lines:
+    for spec in SPECS.values():
+        yield f'- targets: ["{spec.name if by_name else "127.0.0.1"}:{spec.port}"]'
+        yield f"  labels: {{contender: {spec.name}}}"
 
 
 # --- Policies ---
@@ -68,8 +202,20 @@ def compose_policies() -> Lines:
 
 
 SECTIONS = (
+    Section(".env.example", "choices of contenders", env_choices),
+    Section(".env.example", "ports", env_ports),
+    Section(".env.example", "settings of contenders", env_settings),
+    Section("compose.yaml", "settings of contenders", compose_settings),
+    Section("compose.yaml", "contenders of cpu", lambda: compose_choices("cpu")),
+    Section("compose.yaml", "contenders of gpu", lambda: compose_choices("gpu")),
+    Section("compose.yaml", "contenders", compose_templates),
+    Section("compose.yaml", "services of cpu", lambda: compose_services("cpu")),
+    Section("compose.yaml", "services of gpu", lambda: compose_services("gpu")),
     Section(".env.example", "policies", env_policies),
     Section("compose.yaml", "policies", compose_policies),
+    Section("compose.gpu-share.yaml", "services", gpu_share_services),
+    Section("observability/targets.yml", "contenders", lambda: targets(by_name=False)),
+    Section("observability/targets.containers.yml", "contenders", lambda: targets(by_name=True)),
 )
 
 
