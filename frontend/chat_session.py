@@ -98,7 +98,7 @@ class ChatSession:
         self.refreshed_s = time.monotonic()
 
     async def _describe(self) -> Server:
-        return Server.read(await self._client.aio.describe(STATE_TIMEOUT_S))
+        return Server.read(await self._client.aio.describe(STATE_TIMEOUT_S), self.contender.report)
 
     async def _token_ids(self, prompt: dict[str, Any]) -> list[int]:
         with explained(self.contender):
@@ -148,7 +148,7 @@ class ChatSession:
             return figures
         try:
             report = await self._client.aio.report(answer.request_id, STATE_TIMEOUT_S)
-            return with_report(figures, report) if report else without_report(figures)
+            return with_report(figures, report, self.contender.report) if report else without_report(figures)
         except (ClientError, KeyError, TypeError):
             return without_report(figures)
 

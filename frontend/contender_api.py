@@ -112,7 +112,7 @@ class SimLLMOffer:
 
 @dataclass(frozen=True)
 class Server:
-    """A contender that is up. `blend`, `simllm`: what it offers, if it is one of these. `has_slots`: it is ai100."""
+    """A contender that is up. `blend`, `simllm`: what it offers, if it blends or looks for similar prompts."""
 
     model: str
     max_model_len: int | None
@@ -122,15 +122,16 @@ class Server:
     has_slots: bool = False
 
     @classmethod
-    def read(cls, info: ServerInfo) -> Server:
-        offer = info.offer or {}
+    def read(cls, info: ServerInfo, report: str = "") -> Server:
+        """`report` is the contender's; what it names is there only where the server offers something."""
+        offer = info.offer
         return cls(
             model=info.model,
             max_model_len=info.max_model_len,
-            blend=BlendOffer.read(offer) if info.contender == "blend" else None,
-            simllm=SimLLMOffer.read(offer) if info.contender == "simllm" else None,
-            keeps_reports=info.offer is not None,
-            has_slots=info.contender == "ai100",
+            blend=BlendOffer.read(offer) if offer and report == "blend" else None,
+            simllm=SimLLMOffer.read(offer) if offer and report == "similar_task" else None,
+            keeps_reports=offer is not None,
+            has_slots=offer is not None and report == "slots",
         )
 
 

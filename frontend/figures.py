@@ -264,8 +264,8 @@ def from_usage(stopwatch: Stopwatch, usage: Usage, approximate: bool = False) ->
     )
 
 
-def with_report(figures: Figures, report: Mapping[str, Any]) -> Figures:
-    """The same figures with the counts and spans of the contender's own request report."""
+def with_report(figures: Figures, report: Mapping[str, Any], view: str = "") -> Figures:
+    """The same figures with the counts and spans of the contender's own request report, and what its view shows."""
     return dataclasses.replace(
         figures,
         num_prompt_tokens=report.get("num_prompt_tokens", figures.num_prompt_tokens),
@@ -277,8 +277,8 @@ def with_report(figures: Figures, report: Mapping[str, Any]) -> Figures:
         policy=report.get("policy"),
         ratio=report.get("ratio"),
         spans=tuple(Span(s["start"], s["end"], s["source"]) for s in report.get("spans") or ()),
-        task=SimilarTask.read(report) if report.get("contender") == "simllm" else None,
-        slot_turn=SlotTurn.read(report) if report.get("contender") == "ai100" else None,
+        task=SimilarTask.read(report) if view == "similar_task" else None,
+        slot_turn=SlotTurn.read(report) if view == "slots" else None,
     )
 
 

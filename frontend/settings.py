@@ -3,7 +3,8 @@
 The environment is read here and nowhere else in the frontend. Without any of the variables the page expects the
 stack's default ports, the repository's `data/` and its `results/`.
 
-    KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}, and "approximate" for one that is and doesn't report it
+    KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}, and what else a contender's spec says: "explanation",
+                         "approximate", and "report", which is how its reports are shown
     KVARENA_DATA_DIR     folder of documents
     KVARENA_CHUNK_TOKENS longer documents are split into chunks of at most so many tokens
     KVARENA_TOKENIZER    the model's folder, or its repository in a hub cache, whose tokenizer.json counts them
@@ -21,8 +22,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
 from kvarena.client import API_KEY_VARIABLE, TIMEOUT_S
+from kvarena.contenders.spec import ReportView, contender_specs
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,26 +39,45 @@ DEFAULT_SEPARATOR = " # # "
 class Contender:
     """A server in the arena. `name` identifies it (letters, digits, - and _), `title` is what people read.
 
-    `service` is what the stack calls the server, where one server stands in the arena more than once. `approximate` is
-    what its answers are where it keeps no request reports that say so.
+    `explanation` is one line on what it reuses. `report` is how its request reports are shown, and what its requests
+    can choose; empty: by the counts that all have. `approximate` is what its answers are where it keeps no request
+    reports that say so. `service` is what the stack calls the server, where one server stands in the arena more than
+    once.
     """
 
     name: str
     title: str
     url: str
-    service: str = ""
+    explanation: str = ""
     approximate: bool = False
+    report: ReportView = ""
+    service: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"a contender's name is made of letters, digits, - and _, not {self.name!r}")
         if not re.match(r"https?://[^/]", self.url):
             raise ValueError(f"a contender's url begins with http:// or https://, not {self.url!r}")
+        if self.report not in get_args(ReportView):
+            raise ValueError(f"a contender's report is one of {get_args(ReportView)}, not {self.report!r}")
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> Contender:
+        """Of KVARENA_CONTENDERS; raises `ValueError`, `KeyError` and the like for another form."""
+        return cls(
+            entry["name"],
+            entry["title"],
+            entry["url"].rstrip("/"),
+            explanation=entry.get("explanation", ""),
+            approximate=bool(entry.get("approximate", False)),
+            report=entry.get("report", ""),
+        )
 
 
-DEFAULT_CONTENDERS = (
-    Contender("blend", "vLLM with LMCache", "http://127.0.0.1:8000"),
-    Contender("plain", "vLLM without LMCache", "http://127.0.0.1:8001"),
+DEFAULT_CONTENDERS = tuple(
+    Contender.read(spec.page_entry(f"http://127.0.0.1:{spec.port}"))
+    for spec in contender_specs().values()
+    if spec.name in ("blend", "plain")
 )
 
 
@@ -91,15 +113,7 @@ def _contenders(text: str) -> tuple[Contender, ...]:
     if not text.strip():
         return DEFAULT_CONTENDERS
     try:
-        contenders = tuple(
-            Contender(
-                entry["name"],
-                entry["title"],
-                entry["url"].rstrip("/"),
-                approximate=bool(entry.get("approximate", False)),
-            )
-            for entry in json.loads(text)
-        )
+        contenders = tuple(map(Contender.read, json.loads(text)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f'KVARENA_CONTENDERS must be a JSON list of {{"name", "title", "url"}}: {error}') from error
     names = [contender.name for contender in contenders]

@@ -23,6 +23,7 @@ from examples import opening_chunks
 from kvarena.documents import TextChunk
 from question_box import draw_servers
 from runs import OpenChat
+from settings import Contender
 from slots import CACHED, MODES, UNCACHED, SlotContext
 
 NUM_DEFAULT_CHUNKS = 6
@@ -87,7 +88,13 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
     chosen = {
         name: session
         for name, session in sessions.items()
-        if st.checkbox(session.contender.title, value=True, key=f"run-{name}", persist_state=KEEP)
+        if st.checkbox(
+            session.contender.title,
+            value=True,
+            key=f"run-{name}",
+            persist_state=KEEP,
+            help=_explained(session.contender),
+        )
     }
     in_sequence = st.toggle(
         "One after the other",
@@ -97,6 +104,11 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
         "can't slow each other down where they share a machine.",
     )
     return chosen, in_sequence
+
+
+def _explained(contender: Contender) -> str | None:
+    kind = "approximate" if contender.approximate else "exact"
+    return f"{contender.explanation} Its answers are {kind}." if contender.explanation else None
 
 
 def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:

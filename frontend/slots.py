@@ -7,6 +7,7 @@ either history is both modes'.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,9 +90,6 @@ def changes(before: SlotTable, after: SlotTable) -> list[SlotChange]:
     return [SlotChange(old.index, old.topic, new.topic) for old, new in pairs if old.holds != new.holds]
 
 
-SLOT_CONTENDER = "ai100"
-
-
 @dataclass(frozen=True)
 class Mode:
     name: str
@@ -99,7 +97,7 @@ class Mode:
     use_cache: bool
 
     def of(self, server: Contender) -> Contender:
-        return Contender(self.name, self.title, server.url, service=server.name)
+        return dataclasses.replace(server, name=self.name, title=self.title, service=server.name)
 
 
 CACHED = Mode("cached", "With slots", use_cache=True)

@@ -20,7 +20,7 @@ from kvarena.documents import DocumentCache, Documents, TextChunk, load_document
 from kvarena.splitting import Splitter, find_splitter
 from runs import ChatStore, OpenChat
 from settings import Settings, read_settings
-from slots import MODES, SLOT_CONTENDER, SlotChat
+from slots import MODES, SlotChat
 from uploads import Upload
 
 REFRESH_AGE_S = 3.0
@@ -45,7 +45,7 @@ def chat_sessions() -> dict[str, ChatSession]:
 def slot_sessions() -> dict[str, SlotSession]:
     """Two lines to the contender with KV slots, one that uses them and one that doesn't; none without such a one."""
     settings = page_settings()
-    server = next((contender for contender in settings.contenders if contender.name == SLOT_CONTENDER), None)
+    server = next((contender for contender in settings.contenders if contender.report == "slots"), None)
     if server is None:
         return {}
     return {

@@ -11,7 +11,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from support.small_openai_server import OFFER, SIMLLM_OFFER, SIMLLM_REPORT, SmallServer
+from support.small_openai_server import OFFER, SIMLLM_OFFER, SIMLLM_REPORT, SmallServer, report_of
 
 APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
 Open = Callable[..., AppTest]
@@ -26,7 +26,7 @@ def open_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Open:
 
     def page(*servers: SmallServer) -> AppTest:
         contenders = [
-            {"name": name, "title": name.title(), "url": server.url}
+            {"name": name, "title": name.title(), "url": server.url, "report": report_of(server)}
             for name, server in zip(("blend", "plain"), servers, strict=True)
         ]
         monkeypatch.setenv("KVARENA_CONTENDERS", json.dumps(contenders))

@@ -24,7 +24,7 @@ def connect() -> Iterator[Connect]:
     sessions: list[ChatSession] = []
 
     def session(url: str, api_key: str = "", timeout_s: float = 10.0) -> ChatSession:
-        sessions.append(ChatSession(Contender("c", "Contender", url), api_key, timeout_s))
+        sessions.append(ChatSession(Contender("c", "Contender", url, report="blend"), api_key, timeout_s))
         return sessions[-1]
 
     yield session

@@ -14,11 +14,16 @@ BLEND = {"contender": "blend", "policies": ["none"], "defaults": {"policy": "non
 
 
 @pytest.mark.parametrize(
-    ("offer", "blends", "keeps_reports"),
-    [(None, False, False), (BLEND, True, True), ({"contender": "prefix", "defaults": {}}, False, True)],
+    ("offer", "report", "blends", "keeps_reports"),
+    [
+        (None, "", False, False),
+        (None, "blend", False, False),
+        (BLEND, "blend", True, True),
+        ({"contender": "prefix", "defaults": {}}, "", False, True),
+    ],
 )
-def test_what_a_server_is(offer: dict[str, Any] | None, blends: bool, keeps_reports: bool) -> None:
-    server = Server.read(ServerInfo("town", max_model_len=4096, offer=offer))
+def test_what_a_server_is(offer: dict[str, Any] | None, report: str, blends: bool, keeps_reports: bool) -> None:
+    server = Server.read(ServerInfo("town", max_model_len=4096, offer=offer), report)
     assert (server.model, server.max_model_len) == ("town", 4096)
     assert (server.blend is not None, server.keeps_reports) == (blends, keeps_reports)
     body = completion_request(server, [], Sampling(recomputing={"policy": "none", "ratio": 0.5}, mode="top_layer"))
@@ -27,7 +32,8 @@ def test_what_a_server_is(offer: dict[str, Any] | None, blends: bool, keeps_repo
 
 def test_each_kind_of_contender_gets_its_own_choices() -> None:
     chosen = Sampling(recomputing={"policy": "none", "ratio": 0.5}, mode="top_layer", similarity_threshold=0.9)
-    blend, simllm = (Server.read(ServerInfo("town", offer=offer)) for offer in (BLEND, SIMLLM_OFFER))
+    blend = Server.read(ServerInfo("town", offer=BLEND), "blend")
+    simllm = Server.read(ServerInfo("town", offer=SIMLLM_OFFER), "similar_task")
     assert simllm.simllm is not None
     assert (simllm.simllm.mode, simllm.simllm.similarity_threshold) == ("aligned", 0.998)
     assert completion_request(blend, [], chosen)["kv_transfer_params"]["kvarena"] == {"policy": "none", "ratio": 0.5}

@@ -106,10 +106,17 @@ def test_settings_come_from_the_environment() -> None:
     assert settings.contenders == (Contender("mine", "Mine", "http://host:1"),)
     own = read_settings({"KVARENA_CONTENDERS": json.dumps([entry | {"approximate": True}])})
     assert own.contenders == (Contender("mine", "Mine", "http://host:1", approximate=True),)
+    told = entry | {"explanation": "Mine.", "approximate": False, "report": "slots"}
+    (read,) = read_settings({"KVARENA_CONTENDERS": json.dumps([told])}).contenders
+    assert (read.explanation, read.approximate, read.report) == ("Mine.", False, "slots")
     assert (settings.data_dir, settings.results_dir) == (Path("/tmp/chunks"), Path("/tmp/results"))
     sized = read_settings({"KVARENA_CHUNK_TOKENS": "256", "KVARENA_TOKENIZER": "/tmp/model"})
     assert (sized.chunk_tokens, sized.tokenizer) == (256, "/tmp/model")
     assert read_settings({}).contenders == DEFAULT_CONTENDERS
+    assert [(one.name, one.url, one.report) for one in DEFAULT_CONTENDERS] == [
+        ("blend", "http://127.0.0.1:8000", "blend"),
+        ("plain", "http://127.0.0.1:8001", ""),
+    ]
     assert "secret" not in repr(read_settings({"KVARENA_API_KEY": "secret"}))
 
 
@@ -121,6 +128,7 @@ def test_settings_come_from_the_environment() -> None:
         {"KVARENA_CONTENDERS": '[{"name": "a b", "title": "A", "url": "http://x"}]'},
         {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A", "url": "localhost:8000"}]'},
         {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A"}]'},
+        {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A", "url": "http://x", "report": "b"}]'},
         {"KVARENA_CHUNK_TOKENS": "9"},
         {"KVARENA_CHUNK_TOKENS": "²"},
         {"KVARENA_TIMEOUT_S": "soon"},

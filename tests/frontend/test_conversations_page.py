@@ -24,7 +24,8 @@ def open_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Open:
     (tmp_path / "sys_prompt.txt").write_text("Be brief.")
 
     def page(server: SmallServer, name: str = "ai100") -> AppTest:
-        monkeypatch.setenv("KVARENA_CONTENDERS", json.dumps([{"name": name, "title": "Slots", "url": server.url}]))
+        entry = {"name": name, "title": "Slots", "url": server.url, "report": "slots" if name == "ai100" else ""}
+        monkeypatch.setenv("KVARENA_CONTENDERS", json.dumps([entry]))
         monkeypatch.setenv("KVARENA_DATA_DIR", str(tmp_path))
         st.cache_resource.clear()
         st.cache_data.clear()

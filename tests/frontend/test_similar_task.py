@@ -54,14 +54,14 @@ def test_a_hit_that_cost_more_than_it_saved_says_so() -> None:
 
 
 def test_only_reports_of_simllm_have_it() -> None:
-    assert with_report(Figures(), REPORT).task is None
-    assert with_report(Figures(), SIMLLM_REPORT).task == HIT
+    assert with_report(Figures(), REPORT, "blend").task is None
+    assert with_report(Figures(), SIMLLM_REPORT, "similar_task").task == HIT
 
 
 def test_the_badge_says_exact_or_approximate_and_the_mode_of_a_hit() -> None:
     answer = Answer(Contender("simllm", "Sim-LLM", "http://127.0.0.1:8003"), text="A lute.", state="done")
-    answer.figures = with_report(Figures(first_token_ms=9.0), SIMLLM_REPORT)
+    answer.figures = with_report(Figures(first_token_ms=9.0), SIMLLM_REPORT, "similar_task")
     assert "approximate · aligned</span>" in answer_html(answer)
     miss = {**SIMLLM_REPORT, "similarity": None, "approximate": False}
-    answer.figures = with_report(Figures(first_token_ms=9.0), miss)
+    answer.figures = with_report(Figures(first_token_ms=9.0), miss, "similar_task")
     assert '"ka-badge ka-badge-exact">exact</span>' in answer_html(answer)

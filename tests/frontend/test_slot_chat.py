@@ -81,7 +81,7 @@ def test_saved_is_the_sum_of_uncached_minus_cached_over_turns_that_both_answered
 def test_the_history_says_which_turn_changed_a_slot() -> None:
     chat = SlotChat()
     chat.note_slots(table(row(0, "a", "theirs"), row(1, "b", "mine")))
-    add_turn(chat, "x", "x").answers["cached"].figures = with_report(Figures(), AI100_REPORT | {"slot": 1})
+    add_turn(chat, "x", "x").answers["cached"].figures = with_report(Figures(), AI100_REPORT | {"slot": 1}, "slots")
     chat.note_slots(table(row(0, "c", "theirs"), row(1, "d", "mine")))
     assert chat.slot_history == ["another conversation replaced slot 0: a → c", "turn 1 replaced slot 1: b → d"]
     assert chat.conversations == {"mine"}

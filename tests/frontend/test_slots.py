@@ -22,7 +22,7 @@ def table(*rows: dict[str, Any]) -> SlotTable:
 
 def test_a_pane_says_topic_slot_turn_status_tokens_and_times() -> None:
     answer = Answer(Contender("ai100", "Slots", "http://127.0.0.1:8004"), text="Salt.", state="done")
-    answer.figures = with_report(Figures(first_token_ms=13.0), AI100_REPORT)
+    answer.figures = with_report(Figures(first_token_ms=13.0), AI100_REPORT, "slots")
     html = answer_html(answer)
     assert 'data-status="INCREMENTAL_PREFILL"' in html
     assert "incremental prefill</span>" in html
@@ -33,8 +33,8 @@ def test_a_pane_says_topic_slot_turn_status_tokens_and_times() -> None:
 
 
 def test_only_reports_of_ai100_have_a_slot_turn() -> None:
-    assert with_report(Figures(), SIMLLM_REPORT).slot_turn is None
-    assert with_report(Figures(), AI100_REPORT).slot_turn == SlotTurn.read(AI100_REPORT)
+    assert with_report(Figures(), SIMLLM_REPORT, "similar_task").slot_turn is None
+    assert with_report(Figures(), AI100_REPORT, "slots").slot_turn == SlotTurn.read(AI100_REPORT)
 
 
 def test_a_reset_says_why_and_a_turn_without_a_slot_says_so() -> None:
@@ -45,13 +45,13 @@ def test_a_reset_says_why_and_a_turn_without_a_slot_says_so() -> None:
 
 
 def test_the_mode_and_the_conversation_go_into_the_request() -> None:
-    server = Server.read(ServerInfo("town", offer=AI100_OFFER))
+    server = Server.read(ServerInfo("town", offer=AI100_OFFER), "slots")
     body = completion_request(server, [], Sampling(use_cache=False, user="a"))
     assert (body["kv_transfer_params"], body["user"]) == ({"kvarena": {"use_cache": False, "notes": False}}, "a")
     arena = completion_request(server, [], Sampling())
     assert arena["kv_transfer_params"] == {"kvarena": {"notes": False}}, "the arena brings the context itself"
     assert "user" not in completion_request(server, [], Sampling())
-    other = Server.read(ServerInfo("town"))
+    other = Server.read(ServerInfo("town"), "slots")
     assert "kv_transfer_params" not in completion_request(other, [], Sampling(use_cache=False))
 
 

@@ -47,6 +47,7 @@ SIMLLM_REPORT = {
     "num_matched_prompt_tokens": 1234,
     "spans": [{"start": 0, "end": 90, "source": "reused"}, {"start": 90, "end": 100, "source": "computed"}],
 }
+REPORT_VIEWS = {"blend": "blend", "simllm": "similar_task", "ai100": "slots"}
 AI100_OFFER = {"contender": "ai100", "defaults": {"use_cache": True}, "ctx_len": 200, "kv_cache_batch_size": 2}
 AI100_REPORT = {
     "contender": "ai100",
@@ -253,3 +254,8 @@ class SmallServer:
 def prompt_text(messages: list[dict[str, str]]) -> str:
     """A chat template: every message after its role, then the assistant's turn."""
     return " ".join(f"[{message['role']}] {message['content']}" for message in messages) + " [assistant]"
+
+
+def report_of(server: SmallServer) -> str:
+    """How the page is told to show the reports of a server with this offer."""
+    return REPORT_VIEWS.get((server.offer or {}).get("contender", ""), "")
