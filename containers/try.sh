@@ -16,11 +16,25 @@ port_base=${PORT_BASE:-18000}
 start_limit_s=300
 logs=$(mktemp -d)
 declare -A containers=() processes=()
-declare -A services=([cpu]="lmcache-server blend lmcache plain" [engines]="prefix simllm ai100" [page]=page)
-declare -A health=(
-    [lmcache-server]=503/healthcheck [blend]=0/health [plain]=1/health [prefix]=2/health [simllm]=3/health [ai100]=4/health
-    [lmcache]=5/health [page]=501/_stcore/health
+# >>> contenders: written by python -m kvarena.stack.generate
+contenders=blend,plain,prefix,simllm,ai100,lmcache
+declare -A services=(
+    [cpu]="blend plain lmcache"
+    [engines]="prefix simllm ai100"
 )
+declare -A health=(
+    [blend]=0/health
+    [plain]=1/health
+    [prefix]=2/health
+    [simllm]=3/health
+    [ai100]=4/health
+    [lmcache]=5/health
+)
+# <<< contenders
+services[cpu]="lmcache-server ${services[cpu]}"
+services[page]=page
+health[lmcache-server]=503/healthcheck
+health[page]=501/_stcore/health
 
 url() {
     local offset=${1%%/*}
@@ -29,7 +43,7 @@ url() {
 
 start() {
     local image=$1 service=$2
-    local -a environment=(--env "PORT_BASE=$port_base" --env "CONTENDERS=blend,plain,prefix,simllm,ai100,lmcache")
+    local -a environment=(--env "PORT_BASE=$port_base" --env "CONTENDERS=$contenders")
     if [[ $builder == buildah ]]; then
         touch "$logs/$service.start"
         containers[$service]=$(buildah from --add-host lmcache-server:127.0.0.1 "kvarena-$image")

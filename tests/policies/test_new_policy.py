@@ -6,18 +6,13 @@ What each program prints is of that copy, in a process of its own.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvarena.stack.home import project_root
+from support.project_copy import copy_project, example_of, run_in
 
 LIGHT = """
 import json, sys
@@ -94,35 +89,16 @@ print(json.dumps(asyncio.run(ask())))
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, copy = project_root(), tmp_path_factory.mktemp("project")
-    shutil.copytree(root / "backend" / "kvarena", copy / "backend" / "kvarena", ignore=shutil.ignore_patterns("*.pyc"))
-    (copy / "backend" / "models").symlink_to(root / "backend" / "models")
-    for name in ("pyproject.toml", "compose.yaml", "compose.gpu-share.yaml", ".env.example"):
-        shutil.copy(root / name, copy / name)
-    for name in ("ai100", "data", "frontend", "observability"):
-        (copy / name).symlink_to(root / name)
-    section = (root / "CONTRIBUTING.md").read_text().partition("## Add a policy")[2]
-    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert example, "CONTRIBUTING.md shows no policy"
-    (copy / "backend" / "kvarena" / "policies" / "chunk_tail.py").write_text(textwrap.dedent(example[1]))
+    copy = copy_project(tmp_path_factory.mktemp("project"))
+    (copy / "backend" / "kvarena" / "policies" / "chunk_tail.py").write_text(example_of("Add a policy"))
     return copy
-
-
-def run(copy: Path, *arguments: str, **settings: str) -> str:
-    paths = os.pathsep.join((str(copy / "backend"), str(copy)))
-    environment = os.environ | settings | {"PYTHONPATH": paths, "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def found(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home, model = tmp_path_factory.mktemp("home"), copy / "backend" / "models" / "town"
     settings = {"BLEND_SKIP_TOKENS": "7", "BLEND_POLICY": "chunk_tail"}
-    read: dict[str, Any] = json.loads(run(copy, "-c", LIGHT, str(home), str(model), **settings))
+    read: dict[str, Any] = json.loads(run_in(copy, "-c", LIGHT, str(home), str(model), **settings))
     return read
 
 
@@ -166,18 +142,18 @@ def test_all_that_needs_no_torch(found: dict[str, Any]) -> None:
 
 
 def test_it_selects(copy: Path) -> None:
-    assert json.loads(run(copy, "-c", SELECTION)) == [43, 44, 115, 116, 117]
+    assert json.loads(run_in(copy, "-c", SELECTION)) == [43, 44, 115, 116, 117]
 
 
 def test_simllm_has_an_option_for_it(copy: Path) -> None:
-    said = " ".join(re.sub(r"[│╭╰─]", " ", run(copy, "-m", "kvarena.contenders.simllm", "--help")).split())
+    said = " ".join(re.sub(r"[│╭╰─]", " ", run_in(copy, "-m", "kvarena.contenders.simllm", "--help")).split())
     assert "--skip-tokens <int> So many tokens at a chunk's end are left out. From 0 to 1024." in said
     assert "chunk_head, chunk_tail, query_attention" in said
 
 
 def test_the_server_describes_it(copy: Path) -> None:
     pytest.importorskip("vllm")
-    told = json.loads(run(copy, "-c", DESCRIPTION).splitlines()[-1])
+    told = json.loads(run_in(copy, "-c", DESCRIPTION).splitlines()[-1])
     assert "chunk_tail" in told["policies"]
     assert "chunk_tail" in told["timed_policies"]
     assert told["defaults"]["skip_tokens"] == 6

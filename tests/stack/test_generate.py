@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +12,8 @@ import yaml
 
 from kvarena.stack.generate import COMMAND, SECTIONS, generated
 from kvarena.stack.home import project_root
+from support.project_copy import copy_project, example_of, run_in
 
-ECHO = '''
-"""`echo`: says the prompt's last words again."""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Annotated
-
-from annotated_types import Ge
-
-from kvarena.contenders.servers import EngineServer
-from kvarena.contenders.spec import ContenderSpec, setting
-
-
-@dataclass(frozen=True)
-class EchoSettings:
-    num_words: Annotated[int, Ge(1)] | None = setting(None, "How many words.", shown=7)
-
-
-SPEC = ContenderSpec(
-    name="echo",
-    title="The echo",
-    explanation="Says the last words again.",
-    port=8006,
-    server=EngineServer("echo_server"),
-    is_approximate=True,
-    settings=EchoSettings,
-    health_path="/well",
-)
-'''
 SERVICES = """
 import dataclasses, json, sys
 from pathlib import Path
@@ -64,6 +32,11 @@ def test_the_generated_files_are_current() -> None:
     assert not stale, f"run {COMMAND}"
 
 
+def test_no_two_things_have_one_anchor() -> None:
+    anchors = re.findall(r"&([\w-]+)", (project_root() / "compose.yaml").read_text())
+    assert len(set(anchors)) == len(anchors)
+
+
 def test_a_section_that_was_lost_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"compose.yaml has no section between '# >>> contenders: \.\.\.' and"):
         next(section for section in SECTIONS if section.name == "contenders").in_text("services:\n")
@@ -71,25 +44,11 @@ def test_a_section_that_was_lost_is_an_error() -> None:
 
 @pytest.fixture(scope="module")
 def with_echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project in which `echo.py` is new among the contenders, and what is generated is written anew."""
-    root, copy = project_root(), tmp_path_factory.mktemp("project")
-    shutil.copytree(root / "backend" / "kvarena", copy / "backend" / "kvarena", ignore=shutil.ignore_patterns("*.pyc"))
-    shutil.copytree(root / "observability", copy / "observability")
-    for name in ("pyproject.toml", "compose.yaml", "compose.gpu-share.yaml", ".env.example"):
-        shutil.copy(root / name, copy / name)
-    for name in ("ai100", "data", "frontend", "backend/models"):
-        (copy / name).symlink_to(root / name)
-    (copy / "backend" / "kvarena" / "contenders" / "echo.py").write_text(ECHO)
-    run(copy, "-m", "kvarena.stack.generate")
+    """A copy of the project with the contender of CONTRIBUTING.md, and with what is generated written anew."""
+    copy = copy_project(tmp_path_factory.mktemp("project"))
+    (copy / "backend" / "kvarena" / "contenders" / "echo.py").write_text(example_of("Add a contender"))
+    run_in(copy, "-m", "kvarena.stack.generate")
     return copy
-
-
-def run(copy: Path, *arguments: str, **settings: str) -> str:
-    paths = os.pathsep.join((str(copy / "backend"), str(copy)))
-    environment = os.environ | settings | {"PYTHONPATH": paths, "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def read(path: Path) -> Any:
@@ -97,7 +56,7 @@ def read(path: Path) -> Any:
 
 
 def test_a_new_contender_is_a_choice(with_echo: Path) -> None:
-    said = " ".join(run(with_echo, "-c", "from kvarena.cli import main; main()", "up", "--help").split())
+    said = " ".join(run_in(with_echo, "-c", "from kvarena.cli import main; main()", "up", "--help").split())
     assert "plain, prefix, simllm, ai100, lmcache, echo, separated by commas" in said
     assert "lmcache N+5, echo N+6" in said
 
@@ -106,8 +65,8 @@ def test_a_new_contender_is_a_service_that_the_page_knows(with_echo: Path, tmp_p
     services = {service["name"]: service for service in services_of(with_echo, tmp_path, ECHO_NUM_WORDS="3")}
     assert list(services) == ["plain", "echo", "page"]
     echo = services["echo"]
-    assert (echo["title"], echo["port"], echo["health_url"]) == ("The echo", 8006, "http://127.0.0.1:8006/well")
-    assert echo["command"][1:3] == ["-m", "echo_server"]
+    assert (echo["title"], echo["port"], echo["health_url"]) == ("The echo", 8006, "http://127.0.0.1:8006/health")
+    assert echo["command"][1:3] == ["-m", "kvarena.contenders.echo"]
     assert echo["command"][echo["command"].index("--num-words") + 1] == "3"
     assert json.loads(services["page"]["environment"]["KVARENA_CONTENDERS"])[1] == {
         "name": "echo",
@@ -122,7 +81,7 @@ def test_a_new_contender_is_a_service_that_the_page_knows(with_echo: Path, tmp_p
 
 
 def services_of(copy: Path, home: Path, **settings: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(run(copy, "-c", SERVICES, str(home), **settings))
+    found: list[dict[str, Any]] = json.loads(run_in(copy, "-c", SERVICES, str(home), **settings))
     return found
 
 
@@ -131,7 +90,7 @@ def test_a_new_contender_is_a_container_and_a_prometheus_target(with_echo: Path)
     echo = compose["services"]["echo"]
     assert (echo["profiles"], echo["command"], echo["image"]) == (["cpu"], ["echo"], "kvarena-engines")
     assert echo["ports"] == ["127.0.0.1:${ECHO_PORT:-8006}:8006"]
-    assert echo["healthcheck"]["test"][-1] == "http://127.0.0.1:8006/well"
+    assert echo["healthcheck"]["test"][-1] == "http://127.0.0.1:8006/health"
     assert "ECHO_NUM_WORDS" in echo["environment"]
     assert echo["environment"]["CONTENDERS"] == "${CONTENDERS:-blend,plain,prefix,simllm,ai100,echo}"
     for name, host in (("targets.yml", "127.0.0.1"), ("targets.containers.yml", "echo")):

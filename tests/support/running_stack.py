@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 
 from kvarena.client import bearer
+from kvarena.stack.settings import PORT_OFFSETS
 
 KVARENA = Path(sys.executable).with_name("kvarena")
 UP_TIMEOUT_S = 900
-PORT_OFFSETS = (0, 1, 2, 3, 4, 5, 501, 502, 503)
 
 
 API_KEY = "sesame-of-the-tests"
@@ -74,7 +74,7 @@ def started(home: Path, *arguments: str) -> Iterator[Stack]:
 
 def free_port_base() -> int:
     for base in range(23000, 60000, 700):
-        if all(_is_free(base + offset) for offset in PORT_OFFSETS):
+        if all(_is_free(base + offset) for offset in PORT_OFFSETS.values()):
             return base
     raise AssertionError("no free ports for a stack")
 

@@ -1,7 +1,7 @@
 """Writes out what follows from the contenders' specs and the policies' dataclasses:
 `python -m kvarena.stack.generate`.
 
-Sections of `.env.example`, `compose.yaml`, `compose.gpu-share.yaml` and Prometheus's targets stand between two comments
+Sections of `.env.example`, the compose files, `containers/try.sh` and Prometheus's targets stand between two comments
 that name them, and are replaced; what is around them is written by hand. A fast test checks that they are current.
 """
 
@@ -201,6 +201,23 @@ def compose_policies() -> Lines:
     return (f"{BLEND_PREFIX.upper()}{name.upper()}:" for name in PARAMETERS)
 
 
+# --- containers/try.sh ---
+
+
+def tried_services() -> Lines:
+    """Which services the images have, and what comes behind `PORT_BASE` in the address of their health."""
+    images: dict[str, list[str]] = {}
+    for spec in SPECS.values():
+        images.setdefault(spec.container.image, []).append(spec.name)
+    yield f"contenders={','.join(SPECS)}"
+    yield "declare -A services=("
+    yield from (f'    [{image}]="{" ".join(names)}"' for image, names in images.items())
+    yield ")"
+    yield "declare -A health=("
+    yield from (f"    [{spec.name}]={PORT_OFFSETS[spec.name]}{spec.health_path}" for spec in SPECS.values())
+    yield ")"
+
+
 SECTIONS = (
     Section(".env.example", "choices of contenders", env_choices),
     Section(".env.example", "ports", env_ports),
@@ -214,6 +231,7 @@ SECTIONS = (
     Section(".env.example", "policies", env_policies),
     Section("compose.yaml", "policies", compose_policies),
     Section("compose.gpu-share.yaml", "services", gpu_share_services),
+    Section("containers/try.sh", "contenders", tried_services),
     Section("observability/targets.yml", "contenders", lambda: targets(by_name=False)),
     Section("observability/targets.containers.yml", "contenders", lambda: targets(by_name=True)),
 )
