@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kvarena.client import API_KEY_VARIABLE, TIMEOUT_S
-from kvarena.contenders.spec import ReportView, contender_specs
+from kvarena.contenders.spec import STARTED_BY_DEFAULT, ReportView, contender_specs
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,8 +76,7 @@ class Contender:
 
 DEFAULT_CONTENDERS = tuple(
     Contender.read(spec.page_entry(f"http://127.0.0.1:{spec.port}"))
-    for spec in contender_specs().values()
-    if spec.name in ("blend", "plain")
+    for spec in map(contender_specs().__getitem__, STARTED_BY_DEFAULT)
 )
 
 

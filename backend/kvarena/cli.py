@@ -20,7 +20,7 @@ from kvarena.bench.console import INTERRUPTED
 from kvarena.bench.quality.command import calibrate, evaluate
 from kvarena.bench.report.command import report
 from kvarena.bench.simllm.demo_command import app as simllm
-from kvarena.contenders.spec import FIRST_PORT, contender_specs
+from kvarena.contenders.spec import FIRST_PORT, STARTED_BY_DEFAULT, contender_specs
 from kvarena.synthetic_qa.command import worlds
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
 def up(
     contenders: Annotated[
         str | None,
-        typer.Option(help=f"Which of {', '.join(contender_specs())}, separated by commas. [default: blend,plain]"),
+        typer.Option(
+            help=f"Which of {', '.join(contender_specs())}, separated by commas. "
+            f"[default: {','.join(STARTED_BY_DEFAULT)}]"
+        ),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="auto, cpu, gpu or ai100. [default: auto]")] = None,
     run_in: Annotated[

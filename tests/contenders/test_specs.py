@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
-import typer
 
 from kvarena.contenders import spec as specs
-from kvarena.contenders.servers import EngineServer
 from kvarena.contenders.spec import ContenderSpec, contender_specs
-
-ENGINES = [spec for spec in contender_specs().values() if isinstance(spec.server, EngineServer)]
+from support.engine_commands import ENGINES, command_of
 
 
 def test_contenders_are_in_the_order_of_their_ports() -> None:
@@ -57,14 +53,7 @@ def test_a_name_is_made_of_small_letters_and_digits() -> None:
 
 @pytest.mark.parametrize("spec", ENGINES, ids=lambda spec: spec.name)
 def test_the_defaults_shown_are_the_servers_own(spec: ContenderSpec) -> None:
-    assert isinstance(spec.server, EngineServer)
-    try:
-        module = importlib.import_module(f"{spec.server.module}.__main__")
-    except ModuleNotFoundError:
-        module = importlib.import_module(spec.server.module)
-    app = typer.Typer()
-    app.command()(module.main)
-    defaults = {option.name: option.default for option in typer.main.get_command(app).params}
+    defaults = {option.name: option.default for option in command_of(spec).params}
     assert defaults["port"] == spec.port
     for own in spec.own_settings():
         if defaults[own.name] is not None:

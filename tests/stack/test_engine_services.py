@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
 import pytest
-import typer
 
+from kvarena.contenders.spec import ContenderSpec
 from kvarena.stack.home import Home, project_root
+from kvarena.stack.settings import SPECS
+from support.engine_commands import ENGINES, command_of
 from support.planned_services import extra_config, make, option
 
 AI100_CHOICES: dict[str, object] = {
@@ -81,25 +82,15 @@ def test_ai100_serves_the_stacks_model_in_slots_as_long_as_its_context(home: Hom
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "threshold"),
-    [
-        ("prefix", "kvarena.contenders.prefix.__main__", None),
-        ("simllm", "kvarena.contenders.simllm.__main__", 0.5),
-        ("simllm", "kvarena.contenders.simllm.__main__", "auto"),
-        ("ai100", "ai100.server", None),
-    ],
+    ("name", "threshold"),
+    [("prefix", None), ("simllm", 0.5), ("simllm", "auto"), ("ai100", None)],
 )
-def test_engines_take_what_the_stack_gives_them(
-    home: Home, tmp_path: Path, name: str, module: str, threshold: object
-) -> None:
+def test_engines_take_what_the_stack_gives_them(home: Home, tmp_path: Path, name: str, threshold: object) -> None:
     """Every option of the command line is one that the server knows, with a value that it accepts."""
     chosen = {"simllm_mode": "aligned", "simllm_similarity_threshold": threshold, "simllm_max_cache_size": 3}
     chosen |= {f"ai100_{key}": value for key, value in AI100_CHOICES.items()}
     _, services = make(home, tmp_path, contenders=name, max_model_len=512, simllm_num_hyperplanes=8, **chosen)
-    main = importlib.import_module(module).main
-    app = typer.Typer()
-    app.command()(main)
-    parsed = typer.main.get_command(app).make_context(name, list(services[name].command[3:]))
+    parsed = command_of(SPECS[name]).make_context(name, list(services[name].command[3:]))
     assert parsed.params["port"] == services[name].port
     assert parsed.params["ctx_len" if name == "ai100" else "max_model_len"] == 512
     if name == "ai100":
@@ -108,3 +99,13 @@ def test_engines_take_what_the_stack_gives_them(
         assert {f"simllm_{key}": parsed.params[key] for key in ("mode", "similarity_threshold")} == {
             key: chosen[key] for key in ("simllm_mode", "simllm_similarity_threshold")
         }
+
+
+@pytest.mark.parametrize("spec", ENGINES, ids=lambda spec: spec.name)
+def test_every_engine_takes_all_of_its_settings(home: Home, tmp_path: Path, spec: ContenderSpec) -> None:
+    chosen = {own.key: own.shown for own in spec.own_settings()}
+    _, services = make(home, tmp_path, contenders=spec.name, **chosen)
+    parsed = command_of(spec).make_context(spec.name, list(services[spec.name].command[3:]))
+    for own in spec.own_settings():
+        expected = project_root() / own.shown if own.annotation == Path | None else own.shown
+        assert parsed.params[own.name] == expected, own.key

@@ -23,6 +23,7 @@ from kvarena.contenders.servers import Launch, Server, VLLMServer
 FIRST_PORT = 8000
 LMCACHE_SERVER = "lmcache-server"
 """The service that keeps chunks; `lmcache` is a contender."""
+STARTED_BY_DEFAULT = ("blend", "plain")
 
 ComposeProfile = Literal["cpu", "gpu", "ai100"]
 ReportView = Literal["", "blend", "similar_task", "slots"]

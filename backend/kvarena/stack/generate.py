@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvarena.contenders.servers import Launch
-from kvarena.contenders.spec import LMCACHE_SERVER, ComposeProfile, ContenderSpec
+from kvarena.contenders.spec import LMCACHE_SERVER, STARTED_BY_DEFAULT, ComposeProfile, ContenderSpec
 from kvarena.policies.params import OPTIONS, PARAMETERS, POLICY, REGISTRY
 from kvarena.policies.registry import summary_of
 from kvarena.stack.containers import compose_service, contenders_of, optional_profile
@@ -53,6 +53,7 @@ class Section:
 def env_choices() -> Lines:
     titles = ", ".join(f"{spec.name} ({spec.title})" for spec in SPECS.values())
     yield from comment(f"Which servers, separated by commas: {titles}. They share the cores, or the GPUs, equally.")
+    yield f"#CONTENDERS={','.join(STARTED_BY_DEFAULT)}"
 
 
 def env_ports() -> Lines:

@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvarena.client import API_KEY_VARIABLE
-from kvarena.contenders.spec import FIRST_PORT, contender_specs
+from kvarena.contenders.spec import FIRST_PORT, STARTED_BY_DEFAULT, contender_specs
 from kvarena.policies.params import PARAMETERS
 from kvarena.policies.registry import Parameter
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
@@ -110,7 +110,7 @@ class Settings(DerivedSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True, env_file_encoding="utf-8")
 
-    contenders: Annotated[tuple[ContenderName, ...], NoDecode] = ("blend", "plain")
+    contenders: Annotated[tuple[ContenderName, ...], NoDecode] = STARTED_BY_DEFAULT
     profile: ProfileName = "auto"
     model: str | None = None
     load_format: str | None = None
