@@ -22,10 +22,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from kvarena.client import API_KEY_VARIABLE, TIMEOUT_S
-from kvarena.contenders.spec import STARTED_BY_DEFAULT, ReportView, contender_specs
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +32,8 @@ DEFAULT_DATA_DIR = ROOT / "data"
 DEFAULT_RESULTS_DIR = ROOT / "results"
 SHIPPED_RESULTS_DIR = ROOT / "docs" / "results"
 DEFAULT_SEPARATOR = " # # "
+REPORT_VIEWS = ("", "blend", "similar_task", "slots")
+"""How the page can show what a contender reports of a request; the first: by the counts that all have."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Contender:
     url: str
     explanation: str = ""
     approximate: bool = False
-    report: ReportView = ""
+    report: str = ""
     service: str = ""
 
     def __post_init__(self) -> None:
@@ -58,8 +59,8 @@ class Contender:
             raise ValueError(f"a contender's name is made of letters, digits, - and _, not {self.name!r}")
         if not re.match(r"https?://[^/]", self.url):
             raise ValueError(f"a contender's url begins with http:// or https://, not {self.url!r}")
-        if self.report not in get_args(ReportView):
-            raise ValueError(f"a contender's report is one of {get_args(ReportView)}, not {self.report!r}")
+        if self.report not in REPORT_VIEWS:
+            raise ValueError(f"a contender's report is one of {REPORT_VIEWS}, not {self.report!r}")
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Contender:
@@ -74,10 +75,26 @@ class Contender:
         )
 
 
-DEFAULT_CONTENDERS = tuple(
-    Contender.read(spec.page_entry(f"http://127.0.0.1:{spec.port}"))
-    for spec in map(contender_specs().__getitem__, STARTED_BY_DEFAULT)
+# >>> default contenders: written by python -m kvarena.stack.generate
+DEFAULT_CONTENDERS = (
+    Contender(
+        name="blend",
+        title="vLLM with LMCache",
+        explanation="Reuses the KV of text chunks anywhere in the prompt, and recomputes some of their tokens.",
+        url="http://127.0.0.1:8000",
+        approximate=True,
+        report="blend",
+    ),
+    Contender(
+        name="plain",
+        title="vLLM without LMCache",
+        explanation="Computes the whole prompt, but for the prefixes in vLLM's own cache.",
+        url="http://127.0.0.1:8001",
+        approximate=False,
+        report="",
+    ),
 )
+# <<< default contenders
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,8 +12,9 @@ from chat import Answer, Context
 from chat_session import ChatSession
 from context_view import ChunkSpan, chunk_spans, common_prefix, context_html, count_context
 from examples import follow_ups, load_examples, opening_chunks
+from kvarena.contenders.spec import ReportView
 from kvarena.documents import TextChunk, load_chunks, load_system_prompt
-from settings import DEFAULT_CONTENDERS, Contender, read_settings
+from settings import DEFAULT_CONTENDERS, REPORT_VIEWS, Contender, read_settings
 from turns_view import answer_html
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,10 @@ def test_settings_come_from_the_environment() -> None:
         ("plain", "http://127.0.0.1:8001", ""),
     ]
     assert "secret" not in repr(read_settings({"KVARENA_API_KEY": "secret"}))
+
+
+def test_the_page_has_every_view_that_a_spec_can_name() -> None:
+    assert set(REPORT_VIEWS) == set(get_args(ReportView))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def _chunks_gb(launch: Launch) -> float:
 SPEC = ContenderSpec(
     name="blend",
     title="vLLM with LMCache",
-    explanation="Reuses the KV of text chunks wherever they stand in the prompt, and recomputes some of their tokens.",
+    explanation="Reuses the KV of text chunks anywhere in the prompt, and recomputes some of their tokens.",
     port=8000,
     server=VLLMServer(_options, has_plugin=True),
     is_approximate=True,

@@ -1,12 +1,14 @@
 """Writes out what follows from the contenders' specs and the policies' dataclasses:
 `python -m kvarena.stack.generate`.
 
-Sections of `.env.example`, the compose files, `containers/try.sh` and Prometheus's targets stand between two comments
-that name them, and are replaced; what is around them is written by hand. A fast test checks that they are current.
+Sections of `.env.example`, the compose files, `containers/try.sh`, the page's settings and Prometheus's targets stand
+between two comments that name them, and are replaced; what is around them is written by hand. A fast test checks that
+they are current.
 """
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -219,6 +221,20 @@ def tried_services() -> Lines:
     yield ")"
 
 
+# --- frontend/settings.py ---
+
+
+def page_defaults() -> Lines:
+    """What the page expects where nobody tells it."""
+    yield "DEFAULT_CONTENDERS = ("
+    for spec in map(SPECS.__getitem__, STARTED_BY_DEFAULT):
+        yield "    Contender("
+        for key, value in spec.page_entry(f"http://127.0.0.1:{spec.port}").items():
+            yield f"        {key}={json.dumps(value) if isinstance(value, str) else value},"
+        yield "    ),"
+    yield ")"
+
+
 SECTIONS = (
     Section(".env.example", "choices of contenders", env_choices),
     Section(".env.example", "ports", env_ports),
@@ -233,6 +249,7 @@ SECTIONS = (
     Section("compose.yaml", "policies", compose_policies),
     Section("compose.gpu-share.yaml", "services", gpu_share_services),
     Section("containers/try.sh", "contenders", tried_services),
+    Section("frontend/settings.py", "default contenders", page_defaults),
     Section("observability/targets.yml", "contenders", lambda: targets(by_name=False)),
     Section("observability/targets.containers.yml", "contenders", lambda: targets(by_name=True)),
 )
