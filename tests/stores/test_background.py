@@ -10,7 +10,8 @@ import torch
 
 from kvarena.core import store as background
 from kvarena.core.plan import Chunk, as_token_ids
-from kvarena.core.store import BackgroundPuts, MemoryStore, one_ahead
+from kvarena.core.store import BackgroundPuts, one_ahead
+from kvarena.stores.memory import MemoryStore
 
 
 class HeldStore(MemoryStore):

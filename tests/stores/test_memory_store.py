@@ -8,7 +8,8 @@ import threading
 import torch
 
 from kvarena.core.plan import Chunk, as_token_ids
-from kvarena.core.store import MemoryStore, get
+from kvarena.core.store import get
+from kvarena.stores.memory import MemoryStore
 
 
 def chunk_of(number: int, tokens: int, salt: str = "") -> Chunk:

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 import torch
 
 from kvarena.core.plan import Chunk, as_token_ids
-from kvarena.core.store import FoundKV, MemoryStore
+from kvarena.core.store import FoundKV
+from kvarena.stores.memory import MemoryStore
 from kvarena.stores.tensor_parallel import TensorParallelStore
 
 CHUNKS = [Chunk(as_token_ids([number] * 4)) for number in range(4)]

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvarena.core.store import ChunkStore, MemoryStore
+from kvarena.core.store import ChunkStore
 from kvarena.engines.hf.blend import BlendedPrefill, HFBlender
 from kvarena.engines.hf.model import HFModel
 from kvarena.policies.params import BlendParams
+from kvarena.stores.memory import MemoryStore
 from support.tiny_models import random_text
 
 SEPARATOR = " # # "

@@ -13,9 +13,10 @@ import torch
 
 from kvarena.contenders.simllm.task import KnownTask, TopLayerKV, WholeKV
 from kvarena.core.plan import Chunk, as_token_ids
-from kvarena.core.store import ChunkStore, MemoryStore
+from kvarena.core.store import ChunkStore
 from kvarena.engines.hf.sequence_kv import KVShape
 from kvarena.simllm import InterTaskKVManager, SharedTasks, TaskFormat
+from kvarena.stores.memory import MemoryStore
 from support.file_store import FileStore
 
 DIM, NUM_HEADS, HEAD_SIZE = 24, 2, 8

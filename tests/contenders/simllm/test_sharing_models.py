@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from kvarena.core.store import ChunkStore, MemoryStore
+from kvarena.core.store import ChunkStore
 from kvarena.engines.hf import attention
 from kvarena.simllm import TaskOutcome
 from kvarena.stores.lmcache import KVGeometry, LMCacheStore
+from kvarena.stores.memory import MemoryStore
 from support.file_store import FileStore
 from support.lmcache_server import LMCacheServer
 from support.simllm_tasks import Tasks

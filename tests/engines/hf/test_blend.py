@@ -16,10 +16,11 @@ from transformers.models.llama import modeling_llama
 from kvarena.core.blend import MIN_RATIO
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.prefilled_model import LayerKV, TokenFilter
-from kvarena.core.store import FoundKV, MemoryStore
+from kvarena.core.store import FoundKV
 from kvarena.engines.hf.blend import BlendableModel, BlendedPrefill, HFPrefilledModel
 from kvarena.engines.hf.model import HFModel, UnsupportedModel
 from kvarena.policies.params import POLICIES, BlendParams
+from kvarena.stores.memory import MemoryStore
 from support import families
 from support.blended import Blended, cached_kv, make_prompts
 from support.references import CacheBlend

@@ -21,7 +21,6 @@ from kvarena.bench.quality.asking import Answer, Answerer, Asking, Attempt, Mess
 from kvarena.bench.quality.http_answerer import HTTPAnswerer
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant, blend_variants, find_reference
-from kvarena.core.store import MemoryStore
 from kvarena.documents import FALLBACK_SEPARATOR, TextChunk, join_chunks
 from kvarena.engines.hf.blend import HFBlender
 from kvarena.engines.hf.model import HFModel
@@ -34,6 +33,7 @@ from kvarena.stack.model import Model, find_model
 from kvarena.stack.record import read_record
 from kvarena.stack.settings import CONTENDERS as STACK_CONTENDERS
 from kvarena.stack.settings import shown_api_key
+from kvarena.stores.memory import MemoryStore
 
 CONTENDERS = ("plain", "blend")
 

@@ -21,11 +21,11 @@ from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome,
 from kvarena.core.blend import Blender
 from kvarena.core.matching import ChunkIndex
 from kvarena.core.plan import Chunk, ReusePlan, TokenIds, as_token_ids
-from kvarena.core.store import MemoryStore
 from kvarena.engines.hf.blend import BlendableModel, HFPrefilledModel
 from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
 from kvarena.policies.params import make_policy
+from kvarena.stores.memory import MemoryStore
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,13 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvarena.core.blend import Blender
-from kvarena.core.store import ChunkStore, MemoryStore
+from kvarena.core.store import ChunkStore
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.engines.vllm.messages import BlendJobs, BlendReports
 from kvarena.engines.vllm.model import VllmModel, rank_name
 from kvarena.engines.vllm.plugin import loaded_model
 from kvarena.policies.params import make_policy
+from kvarena.stores.memory import MemoryStore
 from kvarena.stores.tensor_parallel import TensorParallelStore
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
