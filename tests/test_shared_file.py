@@ -37,8 +37,8 @@ def test_what_one_writes_the_other_sees_and_hears_of(tmp_path: Path) -> None:
 def test_all_rows_are_written_or_none(tmp_path: Path) -> None:
     file = opened(tmp_path / "words.sqlite")
     file.write("INSERT INTO words (word) VALUES (?)", [("tea",), ("tea",)])
-    assert not file.is_open
-    assert words(opened(tmp_path / "words.sqlite")) == []
+    file.write("INSERT INTO words (word) VALUES (?)", [("rain",)])
+    assert words(opened(tmp_path / "words.sqlite")) == [], "nor anything after that"
 
 
 def test_a_damaged_file_is_given_up_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -48,9 +48,11 @@ def test_a_damaged_file_is_given_up_with_a_warning(tmp_path: Path, caplog: pytes
         file = opened(path)
     assert "words can't be kept" in caplog.text
     file.write("INSERT INTO words (word) VALUES (?)", [("tea",)])
-    assert (file.is_open, file.has_changed(), words(file)) == (False, False, [])
+    assert (file.has_changed(), words(file)) == (False, [])
 
 
 def test_a_folder_that_cant_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert not opened(tmp_path / "file" / "words.sqlite").is_open
+    file = opened(tmp_path / "file" / "words.sqlite")
+    file.write("INSERT INTO words (word) VALUES (?)", [("tea",)])
+    assert (file.has_changed(), words(file)) == (False, [])

@@ -35,9 +35,6 @@ class FileStore:
         self.stats.puts += 1
         return True
 
-    def contains(self, chunk: Chunk) -> bool:
-        return self.path(chunk).exists()
-
     def clear(self) -> None:
         for path in self.paths():
             path.unlink()

@@ -200,8 +200,6 @@ def _server_salt(salt: str) -> str:
     return hashlib.blake2b(salt.encode(), digest_size=16).hexdigest() if salt else ""
 
 
-__all__ = ["KVGeometry", "LMCacheStore"]
-
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -248,9 +246,6 @@ class LMCacheStore:
         done = self._ask("put", lambda context: context.store_padded(chunk, kv), default=False)
         self.stats.puts += done
         return done
-
-    def contains(self, chunk: Chunk) -> bool:
-        return self._ask("contains", lambda context: context.holds(chunk), default=False)
 
     def clear(self) -> None:
         """Drop the server's whole first tier: LMCache has no narrower call."""

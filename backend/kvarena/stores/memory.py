@@ -47,9 +47,6 @@ class MemoryStore:
             self._note_sizes()
             return True
 
-    def contains(self, chunk: Chunk) -> bool:
-        return chunk.key in self._entries
-
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()

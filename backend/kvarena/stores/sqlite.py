@@ -38,10 +38,6 @@ class SharedFile:
         except (OSError, sqlite3.Error) as error:
             logger.warning("%s can't be kept in %s: %s", what, path, error)
 
-    @property
-    def is_open(self) -> bool:
-        return self._file is not None
-
     def has_changed(self) -> bool:
         """Whether others have written since it was last asked; the first time it is true."""
         version = self.read("PRAGMA data_version")

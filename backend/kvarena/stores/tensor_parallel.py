@@ -38,9 +38,6 @@ class TensorParallelStore:
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
         return self._store.put(chunk, kv)
 
-    def contains(self, chunk: Chunk) -> bool:
-        return self._store.contains(chunk)
-
     def clear(self) -> None:
         self._store.clear()
 

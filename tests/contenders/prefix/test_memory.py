@@ -54,4 +54,4 @@ def measure(folder: str) -> None:
     for _ in range(1000):
         ask(rng.randint(30, LONGEST_TOKENS))
         most = max(most, resident().rss)
-    print(most - before, LONGEST_TOKENS * model.kv_shape.bytes_per_token, engine.cache.stats().evictions)
+    print(most - before, model.kv_shape.empty(LONGEST_TOKENS).nbytes, engine.cache.stats().evictions)

@@ -40,10 +40,6 @@ class KVShape:
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.dtype.itemsize
-
     def empty(self, num_tokens: int) -> torch.Tensor:
         """Memory `(L, 2, H_kv, T, D)` for so many tokens."""
         shape = (self.num_layers, 2, self.num_kv_heads, num_tokens, self.head_size)
