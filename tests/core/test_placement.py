@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 
 import pytest
 import torch
 
+from kvarena.core.blend import BlendReport
 from kvarena.core.placement import GROUP_TOKENS, KVWriter, groups_of, part_of
 from kvarena.core.plan import Chunk, Span, as_token_ids
 from kvarena.core.rope import Rotation
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 2, 8
 ROTATIONS = [Rotation(torch.tensor([0.7, 0.2, 0.01])), None, Rotation(torch.tensor([1.0, 0.3]), is_neox=False)]
-
-
-class NoWatch:
-    def timed(self, stage: str) -> nullcontext[None]:
-        return nullcontext()
 
 
 class Cache:
@@ -52,8 +47,8 @@ def test_together_is_one_by_one() -> None:
     chunks = [Chunk(as_token_ids([number] * 40)) for number in range(3)]
     spans = [Span(0, 40, chunks[0]), Span(45, 70, chunks[1], 7), Span(70, 110, chunks[2]), Span(111, 121, chunks[1], 2)]
     together = Cache(125)
-    mover = KVWriter(together, [2], NoWatch())
-    mover.write([(span, cut(whole[int(span.chunk.token_ids[0])], rng)) for span in spans])
+    writer = KVWriter(together, [2], BlendReport())
+    writer.write([(span, cut(whole[int(span.chunk.token_ids[0])], rng)) for span in spans])
     alone = Cache(125)
     for span in spans:
         kv = whole[int(span.chunk.token_ids[0])][:, :, span.offset : span.offset + len(span)]
@@ -65,10 +60,10 @@ def test_together_is_one_by_one() -> None:
                 rotation.between(here, here + span.start - span.offset).apply_(keys)
             alone.write(layer, torch.arange(span.start, span.end), keys, heads[1, layer])
     torch.testing.assert_close(together.kv, alone.kv, equal_nan=True)
-    kept = torch.cat([group.keys for group in mover.kept[2]])
+    kept = torch.cat([group.keys for group in writer.kept[2]])
     written = alone.kv[2, 0][~alone.kv[2, 0, :, 0, 0].isnan()]
     torch.testing.assert_close(kept, written)
-    assert list(mover.kept) == [2]
+    assert list(writer.kept) == [2]
     assert all(torch.equal(kv, old) for kv, old in zip(whole, before, strict=True)), "the store's tensors were changed"
 
 

@@ -45,16 +45,16 @@ class RandomKV:
 
 
 def selected(choice: SelectionPolicy) -> list[int]:
-    """The positions that are left when every narrowing has been made, on fresh KV that is the same each time."""
+    """The positions that are left after every filter, on fresh KV that is the same each time."""
     asked = choice.settled()
     selection = asked.select(PLAN, RandomKV())
     positions = selection.positions
-    assert [one.layer for one in selection.narrowings] == list(asked.watched_layers(NUM_LAYERS))[
-        : len(selection.narrowings)
-    ]
-    for narrowing in selection.narrowings:
-        fresh = LayerKV(drawn(300 + narrowing.layer, 120)[positions], drawn(400 + narrowing.layer, 120)[positions])
-        positions = positions[narrowing.choose(positions, fresh)]
+    assert [one.layer for one in selection.filters] == list(asked.watched_layers(NUM_LAYERS))[: len(selection.filters)]
+    for token_filter in selection.filters:
+        fresh = LayerKV(
+            drawn(300 + token_filter.layer, 120)[positions], drawn(400 + token_filter.layer, 120)[positions]
+        )
+        positions = positions[token_filter.choose(positions, fresh)]
     return [int(position) for position in positions]
 
 

@@ -40,7 +40,7 @@ NOTHING = Nothing()
 @pytest.mark.parametrize("ratio", [0.01, 0.15, 0.5, 0.99])
 def test_random_draws_its_share_of_reused_tokens(ratio: float) -> None:
     selection = make_policy(BlendParams("random", ratio)).select(PLAN, NOTHING)
-    assert selection.narrowings == ()
+    assert selection.filters == ()
     assert len(selection.positions) == math.ceil(ratio * PLAN.num_reused_tokens)
     assert torch.equal(selection.positions, selection.positions.unique())
     assert torch.isin(selection.positions, reused_positions(PLAN)).all()
@@ -71,7 +71,7 @@ def test_chunk_head_takes_the_first_tokens_of_every_span(head_tokens: int, count
     selection = make_policy(BlendParams("chunk_head", 0.15, head_tokens=head_tokens)).select(PLAN, NOTHING)
     heads = [torch.arange(span.start, span.start + count) for span, count in zip(PLAN, counts, strict=True)]
     assert torch.equal(selection.positions, torch.cat(heads))
-    assert selection.narrowings == ()
+    assert selection.filters == ()
 
 
 def test_a_number_of_head_tokens_stands_in_place_of_the_ratio() -> None:
@@ -83,7 +83,7 @@ def test_a_number_of_head_tokens_stands_in_place_of_the_ratio() -> None:
 @pytest.mark.parametrize("policy", ["kv_deviation", "chunk_head", "query_attention", "random"])
 def test_nothing_reused_is_nothing_chosen(policy: str) -> None:
     selection = make_policy(BlendParams(policy, 0.15)).select(ReusePlan(), NOTHING)
-    assert (len(selection.positions), selection.narrowings) == (0, ())
+    assert (len(selection.positions), selection.filters) == (0, ())
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 
@@ -25,13 +24,12 @@ from kvarena.core.placement import ChunkSource, KVWriter, groups_of
 from kvarena.core.plan import ReusePlan, Span
 from kvarena.core.policy import SelectionPolicy, reused_positions
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel, Ranks, TokenFilter
+from kvarena.core.stopwatch import Stopwatch
 from kvarena.core.store import BackgroundPuts, ChunkStore, one_ahead
-
-Item = TypeVar("Item")
 
 
 @dataclass
-class BlendReport:
+class BlendReport(Stopwatch):
     """Tokens by origin, store look-ups by outcome, milliseconds by stage.
 
     `fetch_ms` is the waiting for the store, `select_ms` ends when the tokens to recompute are known. `store_errors` and
@@ -60,30 +58,13 @@ class BlendReport:
     blend_ms: float = 0.0
     spans: list[tuple[int, int]] = field(default_factory=list)
 
-    def timed_each(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
-        """The time until each of these is there."""
-        while True:
-            with self.timed(stage):
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, stage, getattr(self, stage) + 1e3 * (time.perf_counter() - start))
-
 
 RECENT_BLENDS = 32
 """So many blends are remembered for each way of choosing tokens."""
 NEAREST_BLENDS = 5
 """Of these, so many count: those whose length is nearest."""
 RESERVE_RATIO = 0.1
-"""Of the time that is left, for what turns out slower than it was."""
+"""Of the time that is left, for what takes longer than it did before."""
 MIN_RATIO = 0.01
 """Recomputed where there is no time at all: so what a token costs stays known, and may come down again."""
 
@@ -169,9 +150,9 @@ class BlendContext:
         return self.model.queries(positions, layer)[rows]
 
     def _question(self) -> torch.Tensor:
-        """The last tokens behind the last span; where there are none, the last of the span."""
-        behind = torch.arange(max(self.plan.end, self.end - MAX_QUESTION_TOKENS), self.end)
-        return behind if len(behind) else reused_positions(self.plan)[-_TOKENS_WITHOUT_QUESTION:]
+        """The last tokens after the last span; where there are none, the last of the span."""
+        after = torch.arange(max(self.plan.end, self.end - MAX_QUESTION_TOKENS), self.end)
+        return after if len(after) else reused_positions(self.plan)[-_TOKENS_WITHOUT_QUESTION:]
 
 
 logger = logging.getLogger(__name__)
@@ -256,7 +237,7 @@ class Blender:
             selection = policy.settled().select(inexact, BlendContext(model, inexact, reused_kv, first, end))
         gaps = [torch.arange(low, high) for low, high in plan.gaps(first, end)]
         positions = torch.cat([selection.positions, *gaps]).sort().values
-        computed = _forward(model, positions, selection.narrowings, report) if len(positions) else positions
+        computed = _forward(model, positions, selection.filters, report) if len(positions) else positions
         _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
         self._costs.note(policy, end - first, len(computed), report.select_ms, report.recompute_ms)
 
@@ -273,7 +254,7 @@ class Blender:
     def _fill(
         self, model: PrefilledModel, wanted: ReusePlan, watched: Sequence[int], store_new: bool, report: BlendReport
     ) -> tuple[ReusePlan, Mapping[int, Sequence[LayerKV]]]:
-        """Put the spans' KV into the cache: what the store has, and what is computed for want of it.
+        """Put the spans' KV into the cache: what the store has, and chunks that it doesn't have, computed now.
 
         Returns the plan of what is there now, and the KV of the watched layers.
         """
@@ -281,31 +262,31 @@ class Blender:
         with ExitStack() as stack:
             with report.timed("fetch_ms"):
                 self._puts.wait_for(chunks)
-                supply = ChunkSource(chunks, stack.enter_context(self.store.retrieval(chunks)))
-            self._prefill_missing(model, wanted, supply, store_new, report)
-            mover = KVWriter(model, watched, report)
+                source = ChunkSource(chunks, stack.enter_context(self.store.retrieval(chunks)))
+            self._prefill_missing(model, wanted, source, store_new, report)
+            writer = KVWriter(model, watched, report)
             written: list[Span] = []
-            fetched = one_ahead(self._fetches, supply.take, groups_of(wanted.spans))
+            fetched = one_ahead(self._fetches, source.take, groups_of(wanted.spans))
             for group in report.timed_each("fetch_ms", fetched):
                 if group:
-                    mover.write(group)
+                    writer.write(group)
                 written += [span for span, _ in group]
-        report.store_hits, report.store_misses = supply.num_hits, len(chunks) - supply.num_hits
-        return ReusePlan(tuple(written)), mover.kept
+        report.store_hits, report.store_misses = source.num_hits, len(chunks) - source.num_hits
+        return ReusePlan(tuple(written)), writer.kept
 
     def _prefill_missing(
-        self, model: PrefilledModel, plan: ReusePlan, supply: ChunkSource, store_new: bool, report: BlendReport
+        self, model: PrefilledModel, plan: ReusePlan, source: ChunkSource, store_new: bool, report: BlendReport
     ) -> None:
         """Compute missing chunks that stand whole in the prompt, each alone, and keep them."""
-        missing = list(dict.fromkeys(s.chunk for s in plan if s.chunk not in supply and s.is_whole_chunk))
+        missing = list(dict.fromkeys(s.chunk for s in plan if s.chunk not in source and s.is_whole_chunk))
         if not missing:
             return
         with report.timed("prefill_chunks_ms"):
-            computed = model.prefill_alone([chunk.token_ids for chunk in missing])
+            computed = model.prefill_chunks([chunk.token_ids for chunk in missing])
         for chunk, kv in zip(missing, computed, strict=True):
             if kv is None:
                 continue
-            supply.add(chunk, kv)
+            source.add(chunk, kv)
             if store_new:
                 self._puts.put(chunk, kv)
 
@@ -318,28 +299,28 @@ class Blender:
 
 
 def _forward(
-    model: PrefilledModel, positions: torch.Tensor, narrowings: Sequence[TokenFilter], report: BlendReport
+    model: PrefilledModel, positions: torch.Tensor, filters: Sequence[TokenFilter], report: BlendReport
 ) -> torch.Tensor:
-    """The model's forward; up to the last narrowing it is a part of the selection."""
+    """The model's forward; up to the last filter it is part of the selection."""
     start_s = chosen_s = time.perf_counter()
 
-    def timed(narrowing: TokenFilter) -> TokenFilter:
+    def timed(token_filter: TokenFilter) -> TokenFilter:
         def choose(candidates: torch.Tensor, fresh: LayerKV) -> torch.Tensor:
             nonlocal chosen_s
-            chosen = narrowing.choose(candidates, fresh)
+            chosen = token_filter.choose(candidates, fresh)
             chosen_s = time.perf_counter()
             return chosen
 
-        return replace(narrowing, choose=choose)
+        return replace(token_filter, choose=choose)
 
-    computed = model.forward(positions, [timed(narrowing) for narrowing in narrowings])
+    computed = model.forward(positions, [timed(token_filter) for token_filter in filters])
     report.select_ms += 1e3 * (chosen_s - start_s)
     report.recompute_ms += 1e3 * (time.perf_counter() - chosen_s)
     return computed
 
 
 def _exact_end(plan: ReusePlan, start: int) -> int:
-    """Where the tokens end that are reused in their own place behind their own context: nothing there deviates."""
+    """Where the tokens end that are reused in their own place, after their own context: nothing there deviates."""
     begins_prompt = start == 0 and plan.spans and plan.spans[0].start == plan.spans[0].offset == 0
     return plan.spans[0].end if begins_prompt else start
 

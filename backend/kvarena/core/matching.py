@@ -229,7 +229,7 @@ _TEXT_WINDOW = 8
 class SeparatorFinder:
     """Finds a separator in token ids.
 
-    `token_text(id)` is a token's text as it reads behind another token; `vocabulary` are the tokens' raw forms by
+    `token_text(id)` is a token's text as it reads after another token; `vocabulary` are the tokens' raw forms by
     id, used to skip every stretch of the prompt that can't hold the separator. Raises `ValueError` for a separator
     that isn't ASCII: a token may then carry part of a character.
     """
@@ -257,8 +257,8 @@ class SeparatorFinder:
     def segments(self, token_ids: TokenIds) -> list[Segment]:
         """What stands before the first separator, and each separator with what follows it up to the next one.
 
-        The separator is part of the chunk behind it: the first token of a text computed alone draws attention that
-        no token of the prompt deserves, and so it is one that means nothing. Behind the last separator is the
+        The separator is part of the chunk after it: the first token of a text computed alone draws attention that
+        no token of the prompt deserves, and so it is one that means nothing. After the last separator is the
         question, which is no segment.
         """
         starts = [0, *(start for start, _ in self.find(token_ids))]
@@ -339,7 +339,7 @@ class Segmenter:
 
 
 class _TokenText:
-    """A token's text as it reads behind another one: decoders drop the white space that opens a text."""
+    """A token's text as it reads after another one: decoders drop the white space that opens a text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

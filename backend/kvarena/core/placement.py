@@ -7,15 +7,14 @@ tokens are recomputed afterwards (`policy`, `blend`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from kvarena.core.plan import Chunk, Span
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
 from kvarena.core.rope import Rerotation, Rotation
+from kvarena.core.stopwatch import Stopwatch
 from kvarena.core.store import Pieces, Retrieval
 
 
@@ -24,33 +23,29 @@ class ChunkSource:
 
     def __init__(self, chunks: Sequence[Chunk], retrieval: Retrieval) -> None:
         self._retrieval = retrieval
-        self._numbers = {chunk: i for i, chunk in enumerate(chunks) if retrieval.held[i]}
-        self._there: dict[Chunk, Pieces] = {}
+        self._indices = {chunk: i for i, chunk in enumerate(chunks) if retrieval.held[i]}
+        self._kv: dict[Chunk, Pieces] = {}
         self.num_hits = 0
 
     def __contains__(self, chunk: Chunk) -> bool:
         """Whether there is something to take, unless the store loses it."""
-        return chunk in self._numbers or chunk in self._there
+        return chunk in self._indices or chunk in self._kv
 
     def add(self, chunk: Chunk, kv: torch.Tensor) -> None:
-        self._there[chunk] = (kv,)
+        self._kv[chunk] = (kv,)
 
     def take(self, spans: Sequence[Span]) -> list[tuple[Span, Pieces]]:
         """Those of the spans whose chunks' KV can be had, with it."""
-        chunks = [c for c in dict.fromkeys(span.chunk for span in spans) if c in self._numbers and c not in self._there]
-        taken = self._retrieval.take([self._numbers[chunk] for chunk in chunks])
+        chunks = [c for c in dict.fromkeys(span.chunk for span in spans) if c in self._indices and c not in self._kv]
+        taken = self._retrieval.take([self._indices[chunk] for chunk in chunks])
         found = {chunk: pieces for chunk, pieces in zip(chunks, taken, strict=True) if pieces is not None}
-        self._there |= found
+        self._kv |= found
         self.num_hits += len(found)
-        return [(span, self._there[span.chunk]) for span in spans if span.chunk in self._there]
+        return [(span, self._kv[span.chunk]) for span in spans if span.chunk in self._kv]
 
 
 GROUP_TOKENS = 1024
 """So many tokens are moved together: a layer's fit the processor's cache, and calls cost little beside the copies."""
-
-
-class Stopwatch(Protocol):
-    def timed(self, stage: str) -> AbstractContextManager[None]: ...
 
 
 @dataclass
@@ -69,20 +64,21 @@ class KVWriter:
         """Spans with their chunks' KV. Raises `ValueError` for a chunk whose KV doesn't reach to the span's end."""
         pieces = [piece for span, kv in group for piece in part_of(kv, span.offset, len(span))]
         spans = [span for span, _ in group]
-        positions, turns = positions_of(spans), self._turns(spans)
+        positions, rerotations = positions_of(spans), self._rerotations(spans)
         with self.stopwatch.timed("move_ms"):
-            halves = [[piece[half].unbind() for piece in pieces] for half in (0, 1)]  # one by one costs far more
+            # Unbound all at once: indexing a layer at a time costs far more.
+            keys_and_values = [[piece[which].unbind() for piece in pieces] for which in (0, 1)]
         for layer, rotation in enumerate(self.model.rotations):
             with self.stopwatch.timed("move_ms"):
-                kv = LayerKV(*(self._joined([layers[layer] for layers in half]) for half in halves))
-                if rotation and turns:
-                    turns[rotation].apply_(kv.keys)
+                kv = LayerKV(*(self._joined([layers[layer] for layers in own]) for own in keys_and_values))
+                if rotation and rerotations:
+                    rerotations[rotation].apply_(kv.keys)
             with self.stopwatch.timed("write_ms"):
                 self.model.write(layer, positions, *kv)
             if layer in self.watched:
                 self.kept.setdefault(layer, []).append(kv)
 
-    def _turns(self, spans: Sequence[Span]) -> dict[Rotation, Rerotation]:
+    def _rerotations(self, spans: Sequence[Span]) -> dict[Rotation, Rerotation]:
         """Empty where nothing moves."""
         here = torch.cat([torch.arange(span.offset, span.offset + len(span)) for span in spans])
         there = positions_of(spans)

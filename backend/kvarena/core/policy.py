@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """Positions of reused tokens, ascending, and how they are narrowed down on the way, layer after layer."""
+    """Positions of reused tokens, ascending, and the filters on the way, in the order of their layers."""
 
     positions: torch.Tensor
-    narrowings: tuple[TokenFilter, ...] = ()
+    filters: tuple[TokenFilter, ...] = ()
 
 
 class SelectionContext(Protocol):
@@ -50,7 +50,7 @@ class SelectionContext(Protocol):
     def question_queries(self, layer: int) -> torch.Tensor:
         """The question's queries `(T_q, H, D)` at this layer, rotated for their positions.
 
-        The question stands behind the last span. It sees the reused KV as it is, and what no chunk covers computed over
+        The question stands after the last span. It sees the reused KV as it is, and what no chunk covers computed over
         that. Costs a forward over those tokens up to this layer.
         """
         ...
@@ -98,7 +98,7 @@ class SelectionPolicy(ABC):
         return ()
 
     @abstractmethod
-    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection: ...
+    def select(self, plan: ReusePlan, context: SelectionContext) -> Selection: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class RecomputeAll(SelectionPolicy):
 
     recomputes_all = True
 
-    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+    def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
         return Selection(reused_positions(plan))
 
 
@@ -117,7 +117,7 @@ class RecomputeNone(SelectionPolicy):
 
     recomputes_none = True
 
-    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+    def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
         return Selection(reused_positions(ReusePlan()))
 
 

@@ -40,6 +40,10 @@ class OneRank:
         return list(flags)
 
 
+class EndForward(Exception):
+    """Ends a forward on purpose: what it was run for is known. Whoever began the forward catches it."""
+
+
 class LayerKV(NamedTuple):
     """Keys and values of one layer, `(T, H_kv, D)` each."""
 
@@ -71,7 +75,7 @@ class PrefilledModel(Protocol):
     device: torch.device
     ranks: Ranks
 
-    def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
+    def prefill_chunks(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
         """The KV `(2, L, T, H_kv * D)` of each text as a sequence of its own, at positions 0 to T-1.
 
         May use the cache from the first reused position on as scratch, so it comes before `write`. None for a text
@@ -83,10 +87,10 @@ class PrefilledModel(Protocol):
         """Put keys and values `(T, H_kv, D)` into the cache at these positions."""
         ...
 
-    def forward(self, positions: torch.Tensor, narrowings: Sequence[TokenFilter] = ()) -> torch.Tensor:
+    def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:
         """Run the model over the tokens at these positions: their fresh KV replaces what the cache held.
 
-        `narrowings` are in the order of their layers. Returns the positions that went through all layers. Tokens attend
+        `filters` are in the order of their layers. Returns the positions that went through all layers. Tokens attend
         to everything before them.
         """
         ...

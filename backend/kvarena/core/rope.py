@@ -9,12 +9,12 @@ where the model itself would have put it. RoPE: Su et al., arXiv 2104.09864; YaR
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
+_FAR_POSITION = 1000
 _TOLERANCE = 0.05
 
 
@@ -50,7 +50,7 @@ class Rotation:
         return cls(_as_in_table(inv_freq, cos[:rows] / magnitude, sin[:rows] / magnitude), is_neox)
 
     def between(self, here: torch.Tensor, there: torch.Tensor) -> Rerotation:
-        """The turn of keys `(T, H, D)` from positions `here` to positions `there`, both `(T,)`."""
+        """The rotation of keys `(T, H, D)` from positions `here` to positions `there`, both `(T,)`."""
         angles = self._angles(there) - self._angles(here)
         return Rerotation(angles.cos().float(), angles.sin().float(), self.is_neox)
 
@@ -75,14 +75,14 @@ class Rerotation:
     is_neox: bool
 
     def apply_(self, keys: torch.Tensor) -> None:
-        """Turns keys `(..., D)` in place, in their dtype; the sums are made in fp32."""
-        first, second = self._halves(keys[..., : 2 * self.cos.shape[-1]])
+        """Rotates keys `(..., D)` in place, in their dtype; the sums are made in fp32."""
+        first, second = self._pairs(keys[..., : 2 * self.cos.shape[-1]])
         x, y = first.float(), second.float()
-        turned = (x * self.cos).addcmul_(y, self.sin, value=-1)
+        rotated = (x * self.cos).addcmul_(y, self.sin, value=-1)
         second.copy_(y.mul_(self.cos).addcmul_(x, self.sin))
-        first.copy_(turned)
+        first.copy_(rotated)
 
-    def _halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pairs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_neox:
             first, second = x.chunk(2, dim=-1)
             return first, second
@@ -101,26 +101,42 @@ def _as_in_table(inv_freq: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -
     return candidates.gather(0, errors.nan_to_num(torch.inf).argmin(dim=0, keepdim=True))[0]
 
 
-def refuse_length_dependent(rope_types: Iterable[str]) -> None:
-    """Raise `ValueError` where one of these kinds of rotary embedding (transformers' names) has no constant angles."""
-    if kinds := sorted(set(rope_types) & set(_LENGTH_DEPENDENT)):
-        raise ValueError(f"its rotary frequencies depend on the length of the text ({kinds[0]})")
-
-
 def inverse_frequencies(module: torch.nn.Module) -> list[torch.Tensor]:
     """What Hugging Face's rotary embeddings in a module keep as `inv_freq`, fp32 `(D_rot / 2,)`, each once."""
     buffers = (buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq"))
     return list({tuple(buffer.tolist()): buffer.float().cpu() for buffer in buffers}.values())
 
 
+def rotations_of(
+    module: torch.nn.Module,
+    keys_at: Callable[[int], torch.Tensor],
+    max_model_len: int,
+    more_candidates: Sequence[Rotation] = (),
+) -> list[Rotation | None]:
+    """Each layer's rotation of keys; None for a layer without one, in a model that has them elsewhere.
+
+    Which rotation a layer uses, and which dimensions pair, shows in its keys. `keys_at(position)` are the keys
+    `(L, H_kv, D)` of one token at that position that attends to itself only. `more_candidates`: rotations beside those
+    of Hugging Face's rotary embeddings in `module`. Raises `ValueError` for a model without rotary embeddings (its
+    positions are in the embeddings), and as `fitting_rotations` does.
+    """
+    frequencies = inverse_frequencies(module)
+    candidates = [*more_candidates]
+    candidates += [Rotation(inv_freq, is_neox) for inv_freq in frequencies for is_neox in (True, False)]
+    if not candidates:
+        raise ValueError("without rotary embeddings of constant frequencies its keys can't be moved")
+    distance = min(_FAR_POSITION, max_model_len - 1)
+    return fitting_rotations(candidates, keys_at(0), keys_at(distance), distance)
+
+
 def fitting_rotations(
     candidates: Sequence[Rotation], here: torch.Tensor, there: torch.Tensor, distance: int
 ) -> list[Rotation | None]:
-    """Which rotation turns each layer's keys; None for a layer whose keys don't turn.
+    """Which rotation is each layer's; None for a layer whose keys don't rotate.
 
     `here` and `there` are the keys `(L, H_kv, D)` of one token that attends to itself only, `distance` positions apart:
     they differ by their position alone. So what a model says of its rotations is tried, and not believed. Raises
-    `ValueError` for a layer that none fits, and where no layer's keys turn.
+    `ValueError` for a layer that none fits, and where no layer's keys rotate.
     """
     rotations = []
     for layer, (near, far) in enumerate(zip(here.float(), there.float(), strict=True)):

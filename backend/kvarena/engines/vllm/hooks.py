@@ -1,7 +1,7 @@
 """Hooks on attention layers during our own forwards: reading queries, keys and values as they pass.
 
-They are on the model only while such a forward runs; stock traffic is never hooked. A forward that has yielded what it
-was run for is ended by `KVKnown`, which its caller catches.
+They are on the model only while such a forward runs; stock traffic is never hooked. A hook may end the
+forward that it was put there for, by `EndForward`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ import torch
 KVHook = Callable[[int, torch.Tensor, torch.Tensor], None]
 QueriesHook = Callable[[torch.Tensor], None]
 Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-class KVKnown(Exception):
-    """Ends a forward pass on purpose."""
 
 
 @contextmanager

@@ -4,17 +4,16 @@ Every forward here is the model's own, inside vLLM's `set_forward_context`, with
 own builder, as vLLM's speculative decoder does it. Tokens are forwarded as vLLM's batches are, by rows: a row is a
 run of neighbouring tokens of one sequence, and all of the sequence up to the last of them to attend to. Chunks that no
 store has are prefilled each as a sequence of its own, side by side, on blocks that are free for now. Which layer uses
-which rotation, and in which pairs, is read off the keys of one token at two positions.
+which rotation, and in which pairs, shows in the keys of one token at two positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +26,13 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
+from kvarena.core.filtered_layer import FilteredLayer, forward_filtered
 from kvarena.core.plan import TokenIds
-from kvarena.core.prefilled_model import LayerKV, OneRank, Ranks, TokenFilter
-from kvarena.core.rope import Rotation, fitting_rotations, inverse_frequencies
-from kvarena.engines.vllm.hooks import KVKnown, reading_kv, reading_queries
-from kvarena.engines.vllm.supported import attention_layers, decoder_layers, refuse_unsupported
+from kvarena.core.prefilled_model import EndForward, LayerKV, OneRank, Ranks, TokenFilter
+from kvarena.core.rope import Rotation, rotations_of
+from kvarena.core.supported import decoder_layers
+from kvarena.engines.vllm.hooks import reading_kv, reading_queries
+from kvarena.engines.vllm.supported import attention_layers, refuse_unsupported
 
 
 class TensorParallelRanks:
@@ -142,125 +143,58 @@ class Batch:
         return blocks.t().contiguous() * block_size + self.positions % block_size
 
 
-LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class FilteredLayer:
-    """A context in which a layer goes on with chosen tokens only. `kept` are their positions, once it has run.
-
-    The layer is run up to its KV to let `choose` see it, and is then called again with the rows of its inputs
-    that were chosen; the forward context changes along with them, and so do the inputs that the model hands to every
-    layer alike (positions). Where a prompt takes several batches, the first ones end at this layer and leave their
-    inputs, and the last one goes on with what was chosen of all.
-    """
+class PagedFilteredLayer(FilteredLayer):
+    """Over the layers of a model in vLLM: the forward context changes along with the tokens that are left."""
 
     def __init__(
         self,
         engine: VllmModel,
-        narrowing: TokenFilter,
-        before: torch.Tensor | FilteredLayer,
-        num_batches: int,
         batch_of: Callable[[torch.Tensor], Batch],
+        token_filter: TokenFilter,
+        before: torch.Tensor | FilteredLayer,
+        num_forwards: int,
     ) -> None:
-        """`before`: the positions of all batches, or the layer before this one that goes on with fewer."""
-        self.kept = torch.empty(0, dtype=torch.int64)
+        """`batch_of` has the prompt's tokens at some positions."""
+        super().__init__(engine.blocks, token_filter, before, num_forwards)
         self._engine = engine
-        self._layer = narrowing.layer
-        self._choose = narrowing.choose
-        self._before = before
-        self._waiting = num_batches
+        self._number = token_filter.layer
         self._batch_of = batch_of
-        self._calls: list[LayerCall] = []
-        self._kv: list[LayerKV] = []
-        self._narrowed_inputs: dict[int, torch.Tensor] = {}
-        self._block, *self._later_blocks = engine.blocks[self._layer :]
-        self._is_probing = False
 
-    def __enter__(self) -> FilteredLayer:
-        self._handles = [self._block.register_forward_pre_hook(self._hook, with_kwargs=True)]
-        self._handles += [
-            block.register_forward_pre_hook(self._later_hook, with_kwargs=True) for block in self._later_blocks
-        ]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall | None:
-        if self._is_probing:
-            return None
-        self._calls.append((args, kwargs))
-        self._kv.append(self._probe_kv(args, kwargs))
-        self._waiting -= 1
-        if self._waiting:
-            raise KVKnown
-        return self._narrowed()
-
-    def _later_hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-        call: LayerCall = tree_map(lambda x: self._narrowed_inputs.get(id(x), x), (args, kwargs))
-        return call
-
-    def _probe_kv(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerKV:
-        """The layer's fresh KV, from a copy of its inputs: fused norms write into them."""
+    def fresh_kv(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerKV:
+        """From a copy of the inputs: fused norms write into them."""
         found: list[LayerKV] = []
 
         def stop(_layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
             heads = (len(keys), -1, self._engine.head_size)
             found.append(LayerKV(keys.reshape(heads).clone(), values.reshape(heads).clone()))
-            raise KVKnown
+            raise EndForward
 
         copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
-        self._is_probing = True
-        try:
-            with reading_kv(self._engine.layers, [self._layer], stop, before_others=True), suppress(KVKnown):
-                self._block(*copied_args, **copied_kwargs)
-        finally:
-            self._is_probing = False
+        with reading_kv(self._engine.layers, [self._number], stop, before_others=True), suppress(EndForward):
+            self.layer(*copied_args, **copied_kwargs)
         return found[0]
 
-    def _narrowed(self) -> LayerCall:
-        positions = self._before if torch.is_tensor(self._before) else self._before.kept
-        chosen = self._choose(positions, LayerKV(*map(torch.cat, zip(*self._kv, strict=True))))
-        self.kept = positions[chosen]
+    def go_on_with(self, positions: torch.Tensor) -> None:
         context = get_forward_context()
-        context.attn_metadata, context.slot_mapping = self._engine.attention_metadata(self._batch_of(self.kept))
-        return self._chosen_rows(chosen.to(self._engine.device))
+        context.attn_metadata, context.slot_mapping = self._engine.attention_metadata(self._batch_of(positions))
 
-    def _chosen_rows(self, chosen: torch.Tensor) -> LayerCall:
-        """One call with the chosen rows of every call's inputs; what has no row per token is the last call's."""
-        counts = [len(kv.keys) for kv in self._kv]
-
-        def join(*inputs: Any) -> Any:
-            axis = _token_axis(inputs, counts)
-            if axis is None:
-                return inputs[-1]
-            rows = torch.cat(inputs, dim=axis).index_select(axis, chosen)
-            return self._narrowed_inputs.setdefault(id(inputs[-1]), rows)
-
-        joined: LayerCall = tree_map(join, *self._calls)
-        return joined
+    def token_axis(self, inputs: Sequence[Any], counts: Sequence[int]) -> int | None:
+        """Inputs are `(T, ...)`, or `(1, T, ...)` with an axis for a batch of one."""
+        if not all(map(torch.is_tensor, inputs)):
+            return None
+        for axis in (0, 1):
+            lengths = [x.shape[axis] if x.dim() > axis else None for x in inputs]
+            if lengths == list(counts) and (axis == 0 or all(len(x) == 1 for x in inputs)):
+                return axis
+        return None
 
 
 def _copied(x: Any) -> Any:
     return x.clone() if torch.is_tensor(x) else x
 
 
-def _token_axis(inputs: Sequence[Any], counts: Sequence[int]) -> int | None:
-    """Where the inputs of a layer have a row per token: `(T, ...)`, or behind a batch of one, `(1, T, ...)`."""
-    if not all(map(torch.is_tensor, inputs)):
-        return None
-    for axis in (0, 1):
-        lengths = [x.shape[axis] if x.dim() > axis else None for x in inputs]
-        if lengths == list(counts) and (axis == 0 or all(len(x) == 1 for x in inputs)):
-            return axis
-    return None
-
-
-def prefill_alone(engine: VllmModel, texts: Sequence[TokenIds], scratch: torch.Tensor) -> list[torch.Tensor | None]:
-    """The KV `(2, L, T, H_kv * D)` of each text, read off as it passes; None for one that has no room even alone.
+def prefill_chunks(engine: VllmModel, texts: Sequence[TokenIds], scratch: torch.Tensor) -> list[torch.Tensor | None]:
+    """The KV `(2, L, T, H_kv * D)` of each text, read as it passes; None for one that has no room even by itself.
 
     `scratch` `(G, N)` are the blocks, in each group of layers.
     """
@@ -282,18 +216,18 @@ def prefill_alone(engine: VllmModel, texts: Sequence[TokenIds], scratch: torch.T
 
 def _fitting_groups(sizes: Sequence[int], room: int) -> Iterator[list[int]]:
     """Numbers of those that have room side by side, in order; those that have none are left out."""
-    turn: list[int] = []
+    group: list[int] = []
     used = 0
     for number, size in enumerate(sizes):
         if size > room:
             continue
         if used + size > room:
-            yield turn
-            turn, used = [], 0
-        turn.append(number)
+            yield group
+            group, used = [], 0
+        group.append(number)
         used += size
-    if turn:
-        yield turn
+    if group:
+        yield group
 
 
 def _empty_kv(engine: VllmModel, num_tokens: int) -> torch.Tensor:
@@ -308,24 +242,9 @@ def _keep(pieces: Sequence[torch.Tensor], layer: int, keys: torch.Tensor, values
         piece[0, layer], piece[1, layer] = own_keys, own_values
 
 
-_FAR_POSITION = 1000
-
-
-def rotations_of(engine: VllmModel) -> list[Rotation | None]:
-    """Each layer's rotation of keys; None for a layer without one, in a model that has them elsewhere.
-
-    Runs the model, and writes into the first block of its cache, which vLLM gives to no sequence. Raises `ValueError`
-    when no layer has one (positions are then in the embeddings and can't be moved), when the frequencies are not
-    constant, or when keys turn in some other way.
-    """
-    tables = (module for module in engine.model.modules() if isinstance(module, RotaryEmbeddingBase))
-    candidates = [_from_table(rotary) for rotary in tables]
-    frequencies = inverse_frequencies(engine.model)
-    candidates += [Rotation(inv_freq, is_neox) for inv_freq in frequencies for is_neox in (True, False)]
-    if not candidates:
-        raise ValueError("it has no rotary embedding with constant frequencies, so its keys can't be moved")
-    distance = min(_FAR_POSITION, engine.vllm_config.model_config.max_model_len - 1)
-    return fitting_rotations(candidates, engine.lone_keys(0), engine.lone_keys(distance), distance)
+def _rotations_in_tables(model: torch.nn.Module) -> list[Rotation]:
+    """What vLLM's own rotary embeddings have. Raises `ValueError` for one whose frequencies are not constant."""
+    return [_from_table(module) for module in model.modules() if isinstance(module, RotaryEmbeddingBase)]
 
 
 def _from_table(rotary: RotaryEmbeddingBase) -> Rotation:
@@ -346,7 +265,7 @@ class VllmModel:
     """The model of this worker. Raises `ValueError` with the reason for one whose KV can't be blended."""
 
     def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-        refuse_unsupported(vllm_config, kv_cache_config)
+        refuse_unsupported(model, vllm_config, kv_cache_config)
         self.model = model
         self.vllm_config = vllm_config
         self.layers = attention_layers(model)
@@ -361,13 +280,15 @@ class VllmModel:
         self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self.groups = [self._group(group) for group in kv_cache_config.kv_cache_groups]
         self.group_of = {name: number for number, group in enumerate(self.groups) for name in group.layer_names}
-        self.rotations: Sequence[Rotation | None] = rotations_of(self)
+        self.rotations: Sequence[Rotation | None] = rotations_of(
+            model, self.single_token_keys, vllm_config.model_config.max_model_len, _rotations_in_tables(model)
+        )
 
     def prompt(self, token_ids: TokenIds, block_ids: Sequence[Sequence[int]], start: int) -> PagedPrompt:
         return PagedPrompt(self, token_ids, block_ids, start)
 
     def forward(self, batch: Batch, positions: torch.Tensor | None = None) -> None:
-        """Run a batch until its KV is complete: behind the last layer's keys nothing is needed.
+        """Run a batch until its KV is complete: nothing is needed after the last layer's keys.
 
         `positions`: what the model is told of the tokens, where that isn't where they lie in the cache.
         """
@@ -379,13 +300,16 @@ class VllmModel:
                 metadata, self.vllm_config, num_tokens=len(batch), slot_mapping=slots, skip_compiled=True
             ),
             reading_kv(self.layers, [last], self._write_and_stop),
-            suppress(KVKnown),
+            suppress(EndForward),
         ):
             self.model(input_ids=batch.token_ids.to(self.device), positions=told.to(self.device))
 
     @torch.inference_mode()
-    def lone_keys(self, position: int) -> torch.Tensor:
-        """The keys `(L, H_kv, D)` of a token at this position that attends to itself only."""
+    def single_token_keys(self, position: int) -> torch.Tensor:
+        """The keys `(L, H_kv, D)` of a token at this position that attends to itself only.
+
+        It is written into the first block of the cache, which vLLM gives to no sequence.
+        """
         unseen = float("nan")
         keys = torch.full((len(self.layers), self.num_kv_heads, self.head_size), unseen)
 
@@ -418,7 +342,7 @@ class VllmModel:
         slots = get_forward_context().slot_mapping[self.layer_names[layer]]
         heads = (len(keys), self.num_kv_heads, self.head_size)
         self.write(layer, slots, keys.reshape(heads), values.reshape(heads))
-        raise KVKnown
+        raise EndForward
 
     def _common_metadata(self, batch: Batch, group: int, slots: torch.Tensor) -> CommonAttentionMetadata:
         seq_lens = batch.row_ends
@@ -465,31 +389,24 @@ class PagedPrompt:
         own_slots = self._slots[self._engine.group_of[self._engine.layer_names[layer]]]
         self._engine.write(layer, own_slots[positions.to(self.device)], keys, values)
 
-    def forward(self, positions: torch.Tensor, narrowings: Sequence[TokenFilter] = ()) -> torch.Tensor:
-        batches = self._batches(positions)
-        num_batches, narrowed = len(batches), None
-        with ExitStack() as stack:
-            for narrowing in narrowings:
-                layer = FilteredLayer(self._engine, narrowing, narrowed or positions, num_batches, self._batch)
-                narrowed, num_batches = stack.enter_context(layer), 1
-            for batch in batches:
-                self._engine.forward(batch)
-        return narrowed.kept if narrowed else positions
+    def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:
+        filtered_layer = partial(PagedFilteredLayer, self._engine, self._batch)
+        return forward_filtered(positions, self._batches(positions), self._engine.forward, filters, filtered_layer)
 
     def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
         found: list[torch.Tensor] = []
 
         def keep(queries: torch.Tensor) -> None:
             found.append(queries.reshape(len(queries), -1, self.head_size).clone())
-            raise KVKnown
+            raise EndForward
 
         with reading_queries(self._engine.layers[layer], keep):
             for batch in self._batches(positions):
                 self._engine.forward(batch)
         return torch.cat(found)
 
-    def prefill_alone(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
-        return prefill_alone(self._engine, texts, self._scratch)
+    def prefill_chunks(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
+        return prefill_chunks(self._engine, texts, self._scratch)
 
     def _batches(self, positions: torch.Tensor) -> list[Batch]:
         return self._batch(positions).split(self._engine.max_batch_tokens)

@@ -6,11 +6,10 @@ constant frequencies. Anything else is refused with the reason when the server s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -22,10 +21,10 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from kvarena.core.rope import refuse_length_dependent
+from kvarena.core.supported import refuse_length_dependent, refuse_short_window
 
 
-def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def refuse_unsupported(module: torch.nn.Module, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Raise `ValueError` with the reason when this server's KV can't be blended."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
@@ -34,19 +33,12 @@ def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         raise ValueError("its latent attention (MLA) keeps no keys that could be moved")
     if model.uses_mrope:
         raise ValueError("its positions have several dimensions (M-RoPE)")
-    refuse_length_dependent(rope_types(model))
+    refuse_length_dependent(model.hf_text_config, module)
     specs = [spec for group in kv_cache_config.kv_cache_groups for spec in _layer_specs(group.kv_cache_spec)]
     for spec in specs:
         refuse_spec(spec, model.max_model_len)
     if len({spec.block_size for spec in specs}) != 1:
         raise ValueError("its layers keep KV in blocks of different sizes, or none at all")
-
-
-def rope_types(model: ModelConfig) -> set[str]:
-    """The kinds of rotary embedding that the model's config names, for all layers or by kind of layer."""
-    parameters = getattr(model.hf_text_config, "rope_parameters", None) or {}
-    by_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return {str(own.get("rope_type", "default")) for own in by_kind}
 
 
 def _layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:
@@ -61,10 +53,8 @@ def refuse_spec(spec: KVCacheSpec, max_model_len: int) -> None:
         raise ValueError(f"its KV cache ({type(spec).__name__}) is not that of ordinary attention")
     if getattr(spec, "non_causal", False):
         raise ValueError("its attention is not causal")
-    for name, words in (("sliding_window", "sliding window"), ("attention_chunk_size", "attention chunk")):
-        size = getattr(spec, name, None)
-        if size and size < max_model_len:
-            raise ValueError(f"its {words} of {size} tokens is shorter than the context of {max_model_len} tokens")
+    refuse_short_window("sliding window", getattr(spec, "sliding_window", None), max_model_len)
+    refuse_short_window("attention chunk", getattr(spec, "attention_chunk_size", None), max_model_len)
 
 
 def attention_layers(model: torch.nn.Module) -> list[Any]:
@@ -76,19 +66,3 @@ def attention_layers(model: torch.nn.Module) -> list[Any]:
     if any(layer.kv_sharing_target_layer_name for layer in layers):
         raise ValueError("its layers share their KV")
     return layers
-
-
-def decoder_layers(model: torch.nn.Module, attentions: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """For each attention layer, the element of the model's list of layers that it is in.
-
-    Raises `ValueError` for a model that keeps them in no list.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    return [_decoder_layer(model, names[attention].split(".")) for attention in attentions]
-
-
-def _decoder_layer(model: torch.nn.Module, path: list[str]) -> torch.nn.Module:
-    for depth in range(len(path) - 1, 0, -1):
-        if isinstance(model.get_submodule(".".join(path[:depth])), torch.nn.ModuleList):
-            return model.get_submodule(".".join(path[: depth + 1]))
-    raise ValueError("its layers are in no list")
