@@ -21,7 +21,7 @@ from ai100.notes import NO_NOTES, Notes
 from ai100.runtimes.runtime import Logits, Runtime
 from ai100.slots import SlotKey
 from ai100.topics import Topics
-from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report
+from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report, spans_of
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.store_metrics import StoreFigures
 from kvarena.server.detokenizer import Detokenizer
@@ -251,7 +251,7 @@ class AI100Generation:
             "timings": {
                 name: round(getattr(figures, name), 3) for name in ("queue_ms", "prefill_ms", "decode_ms", "total_ms")
             },
-            "spans": _spans(figures.num_reused_tokens, figures.num_prompt_tokens),
+            "spans": spans_of([(0, figures.num_reused_tokens, "reused")], figures.num_prompt_tokens),
         }
         report.texts["topic"] = planned.key.topic
         prompt = self._turn.prompt
@@ -260,9 +260,3 @@ class AI100Generation:
 
 def _draw(sampler: Sampler, logits: Logits) -> GeneratedToken:
     return sampler.draw(torch.from_numpy(logits))
-
-
-def _spans(num_reused_tokens: int, num_prompt_tokens: int) -> list[dict[str, Any]]:
-    """Where the prompt's KV comes from, without empty spans."""
-    spans = [(0, num_reused_tokens, "reused"), (num_reused_tokens, num_prompt_tokens, "computed")]
-    return [{"start": start, "end": end, "source": source} for start, end, source in spans if start < end]

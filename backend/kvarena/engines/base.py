@@ -8,15 +8,15 @@ engine tokenises, prefills, samples and reports. Who does what:
 | chat template, stop strings, logprob texts, usage, errors as HTTP | x | |
 | tokenising, limits of the context, KV, sampling, seeds, timings | | x |
 
-In order: the tokenizer, requests and reports, `Generation` and `Engine`; the last reports by request id; a prompt's
-token ids, and how many more fit after it. No torch, no HTTP.
+In order: the tokenizer, requests and reports, a report's spans, `Generation` and `Engine`; the last reports by request
+id; a prompt's token ids, and how many more fit after it. No torch, no HTTP.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -56,7 +56,7 @@ class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy; `seed` None draws a fresh one.
 
     `max_tokens` None goes on to the end of the context. `num_logprobs` None gives no logprobs, 0 only the drawn
-    token's own. `ignore_eos` goes on behind the end-of-sequence token.
+    token's own. `ignore_eos` goes on after the end-of-sequence token.
     """
 
     max_tokens: int | None = None
@@ -119,6 +119,19 @@ class Report:
     num_computed_tokens: int = 0
     details: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+
+
+def spans_of(reused: Iterable[tuple[int, int, str]], num_prompt_tokens: int) -> list[dict[str, Any]]:
+    """Where the KV of each range of a prompt comes from, as reports have it, without empty ranges.
+
+    `reused` are ranges in order, `[start, end)` with their source; what lies between them is computed.
+    """
+    ranges: list[tuple[int, int, str]] = []
+    position = 0
+    for start, end, source in [*reused, (num_prompt_tokens, num_prompt_tokens, "")]:
+        ranges += [(position, start, "computed"), (start, end, source)]
+        position = end
+    return [{"start": start, "end": end, "source": source} for start, end, source in ranges if start < end]
 
 
 class Generation(Protocol):
@@ -191,7 +204,7 @@ class ReportLog:
                 del self._reports[key]
 
     def get(self, request_id: str) -> dict[str, Any] | None:
-        """By the id of the answer. An engine's own ids may have a suffix behind it, and so has each prompt of many."""
+        """By the id of the answer. An engine's own ids may have a suffix after it, and so has each prompt of many."""
         with self._lock:
             newest_first = reversed(self._reports.items())
             found = next((report for key, report in newest_first if _is_id_of(request_id, key)), None)

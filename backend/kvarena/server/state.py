@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 
@@ -73,6 +73,19 @@ def _server_of(request: Request) -> Server:
 
 
 ServerDep = Annotated[Server, Depends(_server_of)]
+
+OwnEngine = TypeVar("OwnEngine")
+
+
+def engine_of(kind: type[OwnEngine]) -> Callable[[Server], OwnEngine]:
+    """A dependency of a contender's own routes: the server's engine, which is of this kind."""
+
+    def own_engine(server: ServerDep) -> OwnEngine:
+        assert isinstance(server.engine, kind)
+        return server.engine
+
+    return own_engine
+
 
 _ERROR = {"model": ErrorAnswer}
 ERRORS: dict[int | str, dict[str, Any]] = {

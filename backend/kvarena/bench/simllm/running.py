@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 from kvarena.bench.memory import PeakMemory
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet
 from kvarena.contenders.simllm.engine import SimLLMEngine, SimLLMOptions
-from kvarena.contenders.simllm.inference import load_module
+from kvarena.contenders.simllm.inference import load_llama
 from kvarena.contenders.simllm.params import checked_threshold
 from kvarena.documents import TextChunk
 from kvarena.engines.base import GenerationRequest, Report, Sampling
@@ -130,8 +130,8 @@ class SharedModel:
 
     @classmethod
     def load(cls, folder: str, name: str, *, dtype: str = "auto", random: bool = False) -> SharedModel:
-        """As `load_module`."""
-        module = load_module(folder, dtype=dtype, random=random)
+        """As `load_llama`."""
+        module = load_llama(folder, dtype=dtype, random=random)
         profile = BlendConfig(**read_blend_profile(folder))
         return cls(name, module, AutoTokenizer.from_pretrained(folder), profile, random)
 

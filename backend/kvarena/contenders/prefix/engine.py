@@ -17,8 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, StrictBool
 
 from kvarena.contenders.prefix.cache import MIN_TOKENS, PrefixCache
-from kvarena.engines.base import GeneratedToken, GenerationRequest, num_tokens_to_generate, token_ids_of
-from kvarena.engines.hf.generation import EngineGeneration, Timings
+from kvarena.engines.base import GeneratedToken, GenerationRequest, num_tokens_to_generate, spans_of, token_ids_of
+from kvarena.engines.hf.generation import FIRST_CAPACITY_TOKENS, EngineGeneration, Timings
 from kvarena.engines.hf.model import Cancelled, HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV, empty_host_tensor
 from kvarena.engines.sampling import Sampler
@@ -84,7 +84,6 @@ def _copy(tensor: torch.Tensor, storage: torch.device) -> torch.Tensor:
 
 
 Cache = PrefixCache[KVSegment, LastLogits]
-FIRST_CAPACITY_TOKENS = 256
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +154,11 @@ class PrefixGeneration(EngineGeneration):
     def _steps(self) -> Iterator[GeneratedToken]:
         """The request from its text to its last token."""
         started_s = perf_counter()
-        model, cache, measure = self._model, self._engine.cache, self.timings.measure
+        model, cache, timed = self._model, self._engine.cache, self.timings.timed
         sampling, salt = self._request.sampling, self._request.cache_salt
 
         # 1. Tokenise.
-        with measure("tokenize_ms", "ttft_ms"):
+        with timed("tokenize_ms", "ttft_ms"):
             prompt = self.prompt_token_ids = token_ids_of(self._request, model)
             max_tokens = num_tokens_to_generate(len(prompt), sampling.max_tokens, model)
             sampler = Sampler(sampling, model.kv_shape.device)
@@ -167,7 +166,7 @@ class PrefixGeneration(EngineGeneration):
         # 2. Look up the longest cached prefix.
         use_cache = self._options.use_cache
         use_prefix_cache = use_cache and self._options.use_prefix_cache
-        with measure("cache_lookup_ms"):
+        with timed("cache_lookup_ms"):
             lease = cache.acquire(prompt, salt) if use_prefix_cache else None
 
         kv, answer = None, list[int]()
@@ -187,16 +186,16 @@ class PrefixGeneration(EngineGeneration):
                 logits = lease.tail.logits.to(model.kv_shape.device)
             else:
                 if kv is not None:
-                    with measure("transfer_ms"):
+                    with timed("transfer_ms"):
                         self._restore(kv, segments)
-                with measure("prefill_ms", "ttft_ms"):
+                with timed("prefill_ms", "ttft_ms"):
                     logits = model.prefill(kv, suffix, self._closed.is_set) if kv else model.without_kv(prompt)
                 if lease and kv is not None:
-                    with measure("store_ms"):
+                    with timed("store_ms"):
                         self._keep(lease.insert, kv, num_prefix_tokens, logits)
 
             # 6. Decode from the cached or computed logits. 7. Stream the tokens.
-            with measure("ttft_ms"):
+            with timed("ttft_ms"):
                 token = model.run(sampler.draw, logits)
             self.timings.first_token_ms = (perf_counter() - started_s) * 1000
             while not self._ends_with(token):
@@ -208,16 +207,16 @@ class PrefixGeneration(EngineGeneration):
                 if self._closed.is_set():
                     break
                 if kv is not None and kv.length == 0 and segments:
-                    with measure("transfer_ms"):  # nothing needed it until now
+                    with timed("transfer_ms"):  # nothing needed it until now
                         self._restore(kv, segments)
-                with measure("decode_ms"):
+                with timed("decode_ms"):
                     logits = model.decode(kv, token.token_id) if kv else model.without_kv([*prompt, *answer])
                     token = model.run(sampler.draw, logits)
         finally:
             # 8. Keep the answer's KV for the turn that follows it; text and timings are the caller's now.
             if lease and kv is not None and kv.length > len(prompt):
                 computed = [*prompt, *answer][: kv.length]
-                with measure("store_ms"):
+                with timed("store_ms"):
                     self._keep(partial(cache.insert, computed, len(prompt), salt=salt), kv, len(prompt), logits)
             if lease:
                 lease.close()
@@ -231,7 +230,7 @@ class PrefixGeneration(EngineGeneration):
             "prefix_cache_enabled": self._options.use_cache and self._options.use_prefix_cache,
             "prefix_cache_hit": num_prefix_tokens > 0,
             "num_prefix_tokens": num_prefix_tokens,
-            "spans": _spans(num_prefix_tokens, num_prompt_tokens),
+            "spans": spans_of([(0, num_prefix_tokens, "prefix")], num_prompt_tokens),
         }
 
     def _restore(self, kv: SequenceKV, segments: list[KVSegment]) -> None:
@@ -254,9 +253,3 @@ class PrefixGeneration(EngineGeneration):
 
     def _timing_figures(self) -> dict[str, float]:
         return super()._timing_figures() | {"prefix_tokens_saved": self.report.num_reused_tokens}
-
-
-def _spans(num_prefix_tokens: int, num_prompt_tokens: int) -> list[dict[str, Any]]:
-    """Where the prompt's KV comes from, without empty spans."""
-    spans = [(0, num_prefix_tokens, "prefix"), (num_prefix_tokens, num_prompt_tokens, "computed")]
-    return [{"start": start, "end": end, "source": source} for start, end, source in spans if start < end]

@@ -15,17 +15,12 @@ from kvarena.server.generation import Ended
 from kvarena.server.protocol import INT64, RequestModel
 from kvarena.server.requests import JsonRoute
 from kvarena.server.responses import ClientWatch, GenerationGroup
-from kvarena.server.state import ERRORS, ServerDep
+from kvarena.server.state import ERRORS, ServerDep, engine_of
 
 router = APIRouter(route_class=JsonRoute)
 
 
-def _engine_of(server: ServerDep) -> PrefixEngine:
-    assert isinstance(server.engine, PrefixEngine)
-    return server.engine
-
-
-TheEngine = Annotated[PrefixEngine, Depends(_engine_of)]
+EngineDep = Annotated[PrefixEngine, Depends(engine_of(PrefixEngine))]
 
 
 class GenerateRequest(RequestModel):
@@ -119,7 +114,7 @@ def _generation_request(body: GenerateRequest, request_id: str) -> GenerationReq
 
 
 @router.get("/cache/stats")
-async def cache_stats(engine: TheEngine) -> CacheStats:
+async def cache_stats(engine: EngineDep) -> CacheStats:
     stats = engine.cache.stats()
     return CacheStats(
         **asdict(stats),
@@ -130,6 +125,6 @@ async def cache_stats(engine: TheEngine) -> CacheStats:
 
 
 @router.post("/cache/clear")
-async def clear_cache(engine: TheEngine) -> dict[str, Any]:
+async def clear_cache(engine: EngineDep) -> dict[str, Any]:
     engine.cache.clear()
     return {"cleared": True}

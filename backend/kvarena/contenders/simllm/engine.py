@@ -21,8 +21,15 @@ from kvarena.contenders.simllm.modeling import TaskKV
 from kvarena.contenders.simllm.params import Mode
 from kvarena.contenders.simllm.task import TaskOutcome
 from kvarena.core.plan import TokenIds, as_token_ids
-from kvarena.engines.base import GeneratedToken, GenerationRequest, Tokenizer, num_tokens_to_generate, token_ids_of
-from kvarena.engines.hf.generation import EngineGeneration, Timings
+from kvarena.engines.base import (
+    GeneratedToken,
+    GenerationRequest,
+    Tokenizer,
+    num_tokens_to_generate,
+    spans_of,
+    token_ids_of,
+)
+from kvarena.engines.hf.generation import FIRST_CAPACITY_TOKENS, EngineGeneration, Timings
 from kvarena.engines.hf.model import HFModel, UnsupportedModel
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.store_metrics import StoreFigures
@@ -53,13 +60,10 @@ def excerpt(token_ids: TokenIds, tokenizer: Tokenizer) -> str:
     return f"{tokenizer.decode(first)}\n[... {num_between:,} tokens ...]\n{tokenizer.decode(last)}"
 
 
-FIRST_CAPACITY_TOKENS = 256
-
-
 @dataclass(frozen=True)
 class TaskPrefill:
-    """`kv` is filled with the whole prompt, and `HFModel.decode` goes on from it; `logits` `(V,)` are behind the
-    prompt's last token. `num_positions` are taken in the context: in mode "top_layer" the earlier prompt's are too.
+    """`kv` is filled with the whole prompt, and `HFModel.decode` goes on from it; `logits` `(V,)` are those after
+    the prompt's last token. `num_positions` are taken in the context: in mode "top_layer" the earlier prompt's are too.
     """
 
     kv: Any
@@ -209,17 +213,17 @@ class SimLLMGeneration(EngineGeneration):
 
     def _steps(self) -> Iterator[GeneratedToken]:
         """The request from its text to its last token."""
-        model, sampling, measure = self._model, self._request.sampling, self.timings.measure
+        model, sampling, timed = self._model, self._request.sampling, self.timings.timed
 
         # 1. Tokenise.
-        with measure("first_token_ms"):
-            with measure("tokenize_ms"):
+        with timed("first_token_ms"):
+            with timed("tokenize_ms"):
                 prompt = self.prompt_token_ids = token_ids_of(self._request, model)
                 max_tokens = num_tokens_to_generate(len(prompt), sampling.max_tokens, model)
                 sampler = Sampler(sampling, model.kv_shape.device)
 
             # 2. Search a similar task; prefill over its KV on a hit, in full on a miss; keep what is exact.
-            with measure("prefill_ms"):
+            with timed("prefill_ms"):
                 prefill = self._prefill(prompt, max_tokens)
                 max_tokens = min(max_tokens, model.max_model_len - prefill.num_positions)
             self._report(prefill.outcome)
@@ -237,12 +241,12 @@ class SimLLMGeneration(EngineGeneration):
                 break
             if self._closed.is_set():
                 break
-            with measure("decode_ms"):
+            with timed("decode_ms"):
                 logits = model.decode(prefill.kv, token.token_id)
                 token = model.run(sampler.draw, logits)
 
     def _prefill(self, prompt: list[int], max_tokens: int) -> TaskPrefill:
-        """A client that leaves the length of the answer open gets less of it behind an earlier prompt."""
+        """A client that leaves the length of the answer open gets less of it after an earlier prompt."""
         salt, is_cancelled = self._request.cache_salt, self._closed.is_set
         task_id = self._manager.generate_task_id(",".join(map(str, prompt)), salt)
         threshold = self._similarity_threshold()
@@ -280,7 +284,7 @@ class SimLLMGeneration(EngineGeneration):
             "check": asdict(outcome.check) if outcome.check else None,
             "num_layer_passes": outcome.num_layer_passes,
             "num_layer_passes_without_reuse": outcome.num_prompt_tokens * self._model.kv_shape.num_layers,
-            "spans": _spans(outcome),
+            "spans": spans_of(((*span, "reused") for span in outcome.spans), outcome.num_prompt_tokens),
         }
         if earlier is not None and not self._request.cache_salt:  # reports are found by id, whatever one's own salt is
             self.report.texts["matched_prompt"] = excerpt(earlier, self._model.tokenizer)
@@ -295,11 +299,3 @@ def _prefillers(simllm: SimLLMInference) -> Mapping[str, TaskPrefiller]:
         logger.warning("mode aligned is not offered: %s", error)
         return prefillers
     return prefillers | {"aligned": TaskPrefiller(simllm.model, aligned)}
-
-
-def _spans(outcome: TaskOutcome) -> list[dict[str, Any]]:
-    """Where the prompt's KV comes from, without empty spans."""
-    edges = [0, *(edge for span in outcome.spans for edge in span), outcome.num_prompt_tokens]
-    sources = ["computed", "reused"] * len(edges)
-    ranges = zip(edges, edges[1:], sources, strict=False)
-    return [{"start": start, "end": end, "source": source} for start, end, source in ranges if start < end]

@@ -11,17 +11,12 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel
 
 from kvarena.contenders.simllm.engine import SimLLMEngine
-from kvarena.server.state import ServerDep
+from kvarena.server.state import engine_of
 
 router = APIRouter()
 
 
-def _engine_of(server: ServerDep) -> SimLLMEngine:
-    assert isinstance(server.engine, SimLLMEngine)
-    return server.engine
-
-
-TheEngine = Annotated[SimLLMEngine, Depends(_engine_of)]
+EngineDep = Annotated[SimLLMEngine, Depends(engine_of(SimLLMEngine))]
 
 
 class AutoThresholdStats(BaseModel):
@@ -56,12 +51,12 @@ class TaskStats(BaseModel):
 
 
 @router.get("/tasks/stats")
-def task_stats(engine: TheEngine) -> TaskStats:
+def task_stats(engine: EngineDep) -> TaskStats:
     return TaskStats.model_validate(engine.simllm.manager.get_statistics())
 
 
 @router.post("/tasks/clear")
-def clear_tasks(engine: TheEngine) -> dict[str, Any]:
+def clear_tasks(engine: EngineDep) -> dict[str, Any]:
     """Forgets all tasks and counts; running requests keep what they hold."""
     engine.simllm.reset_cache()
     return {"cleared": True}

@@ -29,8 +29,7 @@ from kvarena.contenders.simllm.shared_tasks import SharedTasks, TaskFormat
 from kvarena.contenders.simllm.task import TaskOutcome
 from kvarena.core.store import ChunkStore
 from kvarena.engines.base import Tokenizer
-from kvarena.engines.hf import attention
-from kvarena.engines.hf.model import HFModel
+from kvarena.engines.hf.model import HFModel, load_module
 from kvarena.policies.profile import profiled_params
 
 
@@ -247,7 +246,7 @@ class SimLLMInference:
             self._num_prompts = self._num_prompt_tokens = self._num_layer_passes = 0
 
     def set_similarity_threshold(self, threshold: SimilarityThreshold) -> None:
-        """A cosine similarity, or "auto", which starts without evidence. Raises `ValueError` for anything else."""
+        """A cosine similarity, or "auto", which starts with no comparisons. Raises `ValueError` for anything else."""
         self.manager.set_similarity_threshold(threshold)
 
     @cached_property
@@ -367,7 +366,7 @@ def load_simllm(
     max_model_len: int | None = None,
     random: bool = False,
 ) -> SimLLMInference:
-    """With `load_module`. Raises `ValueError` also for a model that mode "aligned" can't serve, or whose context
+    """With `load_llama`. Raises `ValueError` also for a model that mode "aligned" can't serve, or whose context
     is shorter than `max_model_len`.
     """
     config: Any = llama_config(path)
@@ -375,25 +374,17 @@ def load_simllm(
         raise ValueError(
             f"max_model_len is {max_model_len}; this model's contexts have 1 to {config.max_position_embeddings} tokens"
         )
-    module = load_module(path, device=device, dtype=dtype, random=random)
+    module = load_llama(path, device=device, dtype=dtype, random=random)
     if max_model_len is not None:
         module.config.max_position_embeddings = max_model_len  # what the rotary embedding took from it is as it was
     return SimLLMInference(module, AutoTokenizer.from_pretrained(path), params)
 
 
-def load_module(path: str, *, device: str = "auto", dtype: str = "auto", random: bool = False) -> Any:
-    """A `LlamaForCausalLMWithKVReuse` from a local folder or a hub name; `dtype` "auto" is the checkpoint's.
-
-    `random` makes the weights up from the config: any shape, no download. Raises `OSError` when there is no such model,
-    and `ValueError` for one that isn't a Llama.
+def load_llama(path: str, *, device: str = "auto", dtype: str = "auto", random: bool = False) -> Any:
+    """A `LlamaForCausalLMWithKVReuse`, loaded as `load_module` does; the CPU, with a warning, where there is no such
+    device. Raises `ValueError` for a model that isn't a Llama.
     """
-    config = llama_config(path)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind: Any = LlamaForCausalLMWithKVReuse
-    if random:
-        torch_dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-        module = kind._from_config(config, dtype=torch_dtype, attn_implementation=attention.NAME)
-    else:
-        module = kind.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
-    return module.to(available_device(device)).eval()
+    llama_config(path)
+    if device != "auto":
+        device = str(available_device(device))
+    return load_module(path, device=device, dtype=dtype, random=random, kind=LlamaForCausalLMWithKVReuse)

@@ -8,16 +8,15 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from time import perf_counter
 
+from kvarena.core.stopwatch import Stopwatch
 from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report
 from kvarena.engines.hf.model import Cancelled, HFModel
 
 
 @dataclass
-class Timings:
+class Timings(Stopwatch):
     """Milliseconds. `first_token_ms` is all that passed until the first token, whatever it was spent on. An engine's
     own stages are further fields.
     """
@@ -28,20 +27,13 @@ class Timings:
     decode_ms: float = 0.0
     total_ms: float = 0.0
 
-    @contextmanager
-    def measure(self, *names: str) -> Iterator[None]:
-        """Adds the time that the block takes to each of these fields."""
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            passed_ms = (perf_counter() - started) * 1000
-            for name in names:
-                setattr(self, name, getattr(self, name) + passed_ms)
-
     def rounded(self) -> dict[str, float]:
         """By name, as a report has them."""
         return {name: round(value, 3) for name, value in asdict(self).items()}
+
+
+FIRST_CAPACITY_TOKENS = 256
+"""A sequence's memory has room for so many tokens of the answer, or somewhat fewer, before it grows."""
 
 
 class EngineGeneration(ABC):
@@ -58,7 +50,7 @@ class EngineGeneration(ABC):
 
     def __iter__(self) -> Iterator[GeneratedToken]:
         try:
-            with self.timings.measure("total_ms"):
+            with self.timings.timed("total_ms"):
                 yield from self._steps()
         except Cancelled:
             pass

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvarena.engines.base import Tokenizer
@@ -27,6 +27,25 @@ R = TypeVar("R")
 
 class UnsupportedModel(ValueError):
     """An engine can't use this model; the message says why."""
+
+
+def load_module(
+    path: str, *, device: str = "auto", dtype: str = "auto", random: bool = False, kind: Any = AutoModelForCausalLM
+) -> Any:
+    """A network of a class from Transformers, from a local folder or a hub name; `dtype` "auto" is the checkpoint's.
+
+    `random` makes the weights up from the config: any shape, no download. Raises `OSError` when there is no such model.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if random:
+        config = AutoConfig.from_pretrained(path)
+        torch_dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        from_config = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+        module = from_config(config, dtype=torch_dtype, attn_implementation=attention.NAME)
+    else:
+        module = kind.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
+    return module.to(device).eval()
 
 
 class HFModel:
@@ -66,23 +85,9 @@ class HFModel:
         random: bool = False,
         piece_tokens: int = PREFILL_PIECE_TOKENS,
     ) -> HFModel:
-        """From a local folder or a hub name. `random` makes the weights up from the config: any shape, no download.
-
-        `dtype` "auto" is the checkpoint's; `piece_tokens` of a prefill run at once. Raises `OSError` when there
-        is no such model.
-        """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if random:
-            from transformers import AutoConfig
-
-            config = AutoConfig.from_pretrained(path)
-            torch_dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, attn_implementation=attention.NAME)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
-        return cls(model.to(device), tokenizer, max_model_len, piece_tokens)
+        """As `load_module`; `piece_tokens` of a prefill are run at once."""
+        module = load_module(path, device=device, dtype=dtype, random=random)
+        return cls(module, AutoTokenizer.from_pretrained(path), max_model_len, piece_tokens)
 
     def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs torch work in the model's thread and waits for it. Raises `Cancelled` when the model was closed."""
@@ -104,7 +109,7 @@ class HFModel:
         return SequenceKV(self.kv_shape, min(capacity, self.max_model_len))
 
     def prefill(self, kv: SequenceKV, token_ids: Sequence[int], is_cancelled: Callable[[], bool]) -> torch.Tensor:
-        """Runs the tokens behind what `kv` holds. Returns the logits `(V,)` of the last one."""
+        """Runs the tokens after those that `kv` holds. Returns the logits `(V,)` of the last one."""
         assert token_ids, "nothing to prefill"
         for start in range(0, len(token_ids), self.piece_tokens):
             if is_cancelled():
@@ -113,15 +118,15 @@ class HFModel:
         return logits
 
     def decode(self, kv: SequenceKV, token_id: int) -> torch.Tensor:
-        """The logits `(V,)` behind one more token."""
+        """The logits `(V,)` after one more token."""
         return self.run(self._forward, [token_id], kv)
 
     def run_through(self, kv: SequenceKV, token_ids: Sequence[int]) -> torch.Tensor:
-        """The logits `(T, V)` behind each of some more tokens, from one forward."""
+        """The logits `(T, V)` after each of some more tokens, from one forward."""
         return self.run(self._forward_all, token_ids, kv)
 
     def without_kv(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """The logits `(V,)` behind a sequence, every token of it computed now and nothing kept."""
+        """The logits `(V,)` after a sequence, every token of it computed now and nothing kept."""
         return self.run(self._forward, token_ids, None)
 
     def close(self) -> None:

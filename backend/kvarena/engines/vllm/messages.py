@@ -24,7 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from kvarena.core.blend import BlendReport
 from kvarena.core.plan import ReusePlan, TokenIds
 from kvarena.engines import store_metrics
-from kvarena.engines.base import TOKEN_COUNTS, ReportLog
+from kvarena.engines.base import TOKEN_COUNTS, ReportLog, spans_of
 from kvarena.policies.params import BlendParams
 
 
@@ -87,6 +87,7 @@ class RequestReport:
     def as_dict(self) -> dict[str, Any]:
         blend = self.blend or BlendReport()
         reused = self.num_prefix_tokens + blend.num_reused_tokens
+        ranges = [(0, self.num_prefix_tokens, "prefix"), *((*span, "reused") for span in blend.spans)]
         times = {name: round(value, 3) for name, value in asdict(blend).items() if name.endswith("_ms")}
         known = {"store_entries": blend.store_entries, "store_bytes": blend.store_bytes}
         ratio = self.params.ratio if blend.ratio is None else blend.ratio
@@ -111,17 +112,8 @@ class RequestReport:
             **sizes,
             "blend_failures": blend.blend_failures,
             **times,
-            "spans": self._spans(blend),
+            "spans": spans_of(ranges, self.num_prompt_tokens),
         }
-
-    def _spans(self, blend: BlendReport) -> list[dict[str, Any]]:
-        reused = [(0, self.num_prefix_tokens, "prefix"), *((start, end, "reused") for start, end in blend.spans)]
-        spans: list[tuple[int, int, str]] = []
-        position = 0
-        for start, end, source in [*reused, (self.num_prompt_tokens, self.num_prompt_tokens, "")]:
-            spans += [(position, start, "computed"), (start, end, source)]
-            position = end
-        return [{"start": start, "end": end, "source": source} for start, end, source in spans if start < end]
 
 
 REPORT_WAIT_S = 1.0
