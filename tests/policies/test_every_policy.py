@@ -27,7 +27,7 @@ def drawn(seed: int, num_tokens: int) -> torch.Tensor:
 
 
 class RandomKV:
-    """Evidence as a model would give it; each layer has its own."""
+    """KV as a model would give it; each layer has its own."""
 
     num_layers = NUM_LAYERS
 
@@ -101,7 +101,7 @@ def test_no_parameter_hides_a_setting() -> None:
     assert own | keys | {"policy", "store", "chunks"} <= RESERVED
 
 
-def select_none(self: Any, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+def select_none(self: Any, plan: ReusePlan, context: SelectionContext) -> Selection:
     return Selection(reused_positions(ReusePlan()))
 
 

@@ -17,7 +17,7 @@ PLAN = ReusePlan((Span(7, 47, CHUNK), Span(60, 120, CHUNK, 40)))
 
 
 class Nothing:
-    """Evidence for who needs none."""
+    """For policies that look at nothing."""
 
     num_layers = 4
 

@@ -46,8 +46,8 @@ class Retrieval(Protocol):
         """Which of them the store has, and keeps until the end."""
         ...
 
-    def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
-        """The KV of the chunks with these numbers, None for one that is not held or was lost.
+    def take(self, indices: Sequence[int]) -> list[Pieces | None]:
+        """The KV of the chunks at these indices, None for one that is not held or was lost.
 
         The tensors may be the store's own memory: they are valid until the retrieval ends. Each chunk is taken once.
         May be called from another thread, even when the retrieval has ended: then all is lost.
@@ -90,8 +90,8 @@ class FoundKV:
     def held(self) -> Sequence[bool]:
         return [kv is not None for kv in self.found]
 
-    def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
-        taken = (self.found[number] for number in numbers)
+    def take(self, indices: Sequence[int]) -> list[Pieces | None]:
+        taken = (self.found[index] for index in indices)
         return [None if kv is None else (kv,) for kv in taken]
 
 
@@ -101,7 +101,7 @@ MAX_WAITING_BYTES = 1 << 30
 
 
 def one_ahead(executor: Executor, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`call(item)` for each in turn; while one result is used, the next is under way."""
+    """`call(item)` for one after the other; while one result is used, the next is under way."""
     under_way: Future[Result] | None = None
     for item in items:
         result, under_way = under_way, executor.submit(call, item)

@@ -15,7 +15,7 @@ class ChunkHead(SelectionPolicy):
     """The first tokens of each chunk (LegoLink, from EPIC).
 
     The first `head_tokens` of each reused chunk, or with 0 the first `ratio` of its tokens. LegoLink (EPIC, arXiv
-    2410.15332): a chunk that was computed alone has an attention sink in its own first tokens; computed anew behind
+    2410.15332): a chunk that was computed alone has an attention sink in its own first tokens; computed anew after
     others, they lose it. A chunk that begins the prompt is exact and isn't touched. Nothing has to be run to choose.
     """
 
@@ -32,7 +32,7 @@ class ChunkHead(SelectionPolicy):
     def goes_by_ratio(self) -> bool:
         return not self.head_tokens
 
-    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+    def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
         import torch
 
         heads = [torch.arange(span.start, span.start + self._num_tokens(span)) for span in plan]

@@ -46,21 +46,21 @@ class KVDeviation(SelectionPolicy):
         first = min(self.check_layer, num_layers - 1)
         return range(first, min(first + self.num_filters, num_layers))
 
-    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+    def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
         reused = reused_positions(plan)
-        layers = self.watched_layers(evidence.num_layers)
-        narrowings = [
-            TokenFilter(layer, self._chooser(reused, evidence, layer, share_of(len(reused), ratio)))
+        layers = self.watched_layers(context.num_layers)
+        filters = [
+            TokenFilter(layer, self._chooser(reused, context, layer, share_of(len(reused), ratio)))
             for layer, ratio in zip(layers, self._ratios(len(layers)), strict=True)
         ]
-        return Selection(reused, tuple(narrowings) if len(reused) else ())
+        return Selection(reused, tuple(filters) if len(reused) else ())
 
     def _ratios(self, num_filters: int) -> list[float]:
         steps = [1 + (num_filters - 1 - i) / max(1, num_filters - 1) for i in range(num_filters)]
         return [min(1.0, step * self.ratio) for step in ([1.0] if num_filters == 1 else steps)]
 
     def _chooser(
-        self, reused: torch.Tensor, evidence: SelectionContext, layer: int, count: int
+        self, reused: torch.Tensor, context: SelectionContext, layer: int, count: int
     ) -> Callable[[torch.Tensor, LayerKV], torch.Tensor]:
         import torch
 
@@ -68,11 +68,11 @@ class KVDeviation(SelectionPolicy):
             is_reused = torch.isin(positions, reused)
             candidates = is_reused.nonzero().flatten()
             rows = torch.searchsorted(reused, positions[candidates]).to(fresh.keys.device)
-            reused_kv = evidence.reused_keys if self.deviation == "keys" else evidence.reused_values
+            reused_kv = context.reused_keys if self.deviation == "keys" else context.reused_values
             before = reused_kv(layer)[rows]
             now = getattr(fresh, self.deviation)[candidates.to(rows.device)]
             distance = (now.float() - before.float()).square_().sum(dim=(1, 2))
-            chosen = candidates[best_runs(evidence.summed(distance), count, self.run_tokens)]
+            chosen = candidates[best_runs(context.summed(distance), count, self.run_tokens)]
             return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
 
         return most_deviating

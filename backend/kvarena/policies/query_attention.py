@@ -36,13 +36,13 @@ class QueryAttention(SelectionPolicy):
     def watched_layers(self, num_layers: int) -> Sequence[int]:
         return (min(self.check_layer, num_layers - 1),)
 
-    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+    def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
         reused = reused_positions(plan)
         if not len(reused):
             return Selection(reused)
-        (layer,) = self.watched_layers(evidence.num_layers)
-        scores = _attention(evidence.question_queries(layer), evidence.reused_keys(layer))
-        best = best_runs(evidence.summed(scores), share_of(len(reused), self.ratio), self.run_tokens)
+        (layer,) = self.watched_layers(context.num_layers)
+        scores = _attention(context.question_queries(layer), context.reused_keys(layer))
+        best = best_runs(context.summed(scores), share_of(len(reused), self.ratio), self.run_tokens)
         return Selection(reused[best.sort().values])
 
 

@@ -20,7 +20,7 @@ class RandomTokens(SelectionPolicy):
     ratio: float = ratio_parameter()
     seed: int = 0
 
-    def select(self, plan: ReusePlan, evidence: SelectionContext) -> Selection:
+    def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
         import torch
 
         reused = reused_positions(plan)

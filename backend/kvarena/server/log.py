@@ -29,7 +29,7 @@ _MAX_PATH_CHARS = 80
 
 
 def log_request(contender: str, request_id: str, status: int, fields: Mapping[str, object]) -> None:
-    """One line. `fields` are put behind the first four keys, milliseconds with one digit behind the point."""
+    """One line. `fields` come after the first four keys, milliseconds with one decimal."""
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     first = {"time": time, "contender": contender, "request_id": request_id, "status": status}
     logger.info(json.dumps(first | {key: _rounded(key, value) for key, value in fields.items()}))

@@ -42,7 +42,7 @@ class Metrics:
             "vllm:time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN_S
         )
         self._per_token_s = self._histogram(
-            "vllm:request_time_per_output_token_seconds", "Mean time of a token behind the first.", _PER_TOKEN_S
+            "vllm:request_time_per_output_token_seconds", "Mean time of a token after the first.", _PER_TOKEN_S
         )
         self._request_s = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", _REQUEST_S)
         self._queue_s = self._histogram("vllm:request_queue_time_seconds", "Arrival to start.", _REQUEST_S)

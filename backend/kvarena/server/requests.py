@@ -167,7 +167,7 @@ class Prompts:
 def generation_requests(
     server: Server, http: Request, answer_id: str, body: SamplingFields, sampling: Sampling, prompts: Prompts
 ) -> list[GenerationRequest]:
-    """Each prompt `n` times. Where there are several, the id gets the choice's number behind it."""
+    """Each prompt `n` times. Where there are several, the choice's number is appended to the id."""
     num_samples, limit = body.n or 1, server.config.max_choices
     if len(prompts.texts) * num_samples > limit:
         raise ApiError(400, f"{len(prompts.texts)} prompts times n {num_samples} is more than {limit} choices", "n")

@@ -261,14 +261,14 @@ class LMCacheStore:
                 self._context.close_when_unused()
             self._context = None
 
-    def take(self, retrieval: _Retrieval, numbers: Sequence[int]) -> list[Pieces | None]:
+    def take(self, retrieval: _Retrieval, indices: Sequence[int]) -> list[Pieces | None]:
         """What `_Retrieval.take` returns, counted."""
-        nothing: list[Pieces | None] = [None] * len(numbers)
-        taken = self._ask("get", lambda context: retrieval.take_from(context, numbers), default=nothing)
-        found = [self._checked(retrieval.chunks[i], kv) for i, kv in zip(numbers, taken, strict=True)]
+        nothing: list[Pieces | None] = [None] * len(indices)
+        taken = self._ask("get", lambda context: retrieval.take_from(context, indices), default=nothing)
+        found = [self._checked(retrieval.chunks[i], kv) for i, kv in zip(indices, taken, strict=True)]
         hits = sum(kv is not None for kv in found)
         self.stats.hits += hits
-        self.stats.misses += sum(retrieval.held[number] for number in numbers) - hits
+        self.stats.misses += sum(retrieval.held[index] for index in indices) - hits
         return found
 
     def _release(self, context: LMCacheContext, retrieval: _Retrieval) -> None:
@@ -347,14 +347,14 @@ class _Retrieval:
         if context:
             context.num_retrievals += 1
 
-    def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
-        return self._store.take(self, numbers)
+    def take(self, indices: Sequence[int]) -> list[Pieces | None]:
+        return self._store.take(self, indices)
 
-    def take_from(self, context: LMCacheContext, numbers: Sequence[int]) -> list[Pieces | None]:
+    def take_from(self, context: LMCacheContext, indices: Sequence[int]) -> list[Pieces | None]:
         """Called by the store, one at a time. A context that isn't the one that looked up has none of them."""
         if context is not self._context:
-            return [None] * len(numbers)
-        lookups = [self.lookups[number] for number in numbers]
+            return [None] * len(indices)
+        lookups = [self.lookups[index] for index in indices]
         found = context.take(lookups)
         self.taken += [lookup for lookup, pieces in zip(lookups, found, strict=True) if pieces is not None]
         return found

@@ -52,12 +52,12 @@ class _TensorParallelRetrieval:
     held: Sequence[bool]
     stats: StoreStats
 
-    def take(self, numbers: Sequence[int]) -> list[Pieces | None]:
+    def take(self, indices: Sequence[int]) -> list[Pieces | None]:
         try:
-            taken = self.own.take(numbers)
+            taken = self.own.take(indices)
         except Exception:
-            logger.exception("the chunk store failed to give %d chunks", len(numbers))
+            logger.exception("the chunk store failed to give %d chunks", len(indices))
             self.stats.errors += 1
-            taken = [None] * len(numbers)
+            taken = [None] * len(indices)
         everywhere = self.ranks.all([pieces is not None for pieces in taken])
         return [pieces if is_there else None for pieces, is_there in zip(taken, everywhere, strict=True)]

@@ -44,7 +44,7 @@ class Segment(Protocol):
 
 
 class Tail(Protocol):
-    """What is kept for the place behind a run of tokens, such as the logits there."""
+    """What is kept for the place after a run of tokens, such as the logits there."""
 
     @property
     def num_bytes(self) -> int: ...
@@ -58,7 +58,7 @@ T = TypeVar("T", bound=Tail)
 
 @dataclass(eq=False)
 class Node(Generic[S, T]):
-    """The tokens of the edge from its parent, what is kept for them, and for the place behind them.
+    """The tokens of the edge from its parent, what is kept for them, and for the place after them.
 
     `num_pins` counts the leases on this node or on one below it; only a node without any may be evicted.
     """

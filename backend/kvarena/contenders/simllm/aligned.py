@@ -96,7 +96,7 @@ class AlignedReuse:
         return self._try_beside(missed, search.check, plan) if search.check else missed
 
     def outcome_of(self, task: AlignedTask, logits: torch.Tensor) -> TaskOutcome:
-        """The outcome, given the logits `(V,)` behind the prompt; where reuse was tried it is compared with them."""
+        """The outcome, given the logits `(V,)` after the prompt; where reuse was tried it is compared with them."""
         if task.tried is None:
             return task.outcome
         similarity, first_token = task.tried

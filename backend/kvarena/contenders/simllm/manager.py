@@ -112,7 +112,7 @@ class InterTaskKVManager:
         return finite_or_none(self._threshold.value)
 
     def set_similarity_threshold(self, threshold: SimilarityThreshold) -> None:
-        """A cosine similarity, or "auto", which starts without evidence. Raises `ValueError` for anything else."""
+        """A cosine similarity, or "auto", which starts with no comparisons. Raises `ValueError` for anything else."""
         self._threshold = threshold_of(threshold, self._auto)
 
     def expect(self, embedding_dim: int, kv_shape: LayerKVShape, model: torch.nn.Module | None = None) -> None:

@@ -60,7 +60,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values `(B, H_kv, T, D)` behind what is there; returns all of them."""
+        """Writes keys and values `(B, H_kv, T, D)` after what is there; returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._memory = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[3])
@@ -292,7 +292,7 @@ class LlamaModelWithKVReuse(LlamaModel):
         return hidden
 
     def last_hidden_over(self, match: TaskMatch, prompt: torch.Tensor) -> torch.Tensor:
-        """What a hit would give behind the last token of a prompt `(T,)`: `(E,)`."""
+        """What a hit would give after the last token of a prompt `(T,)`: `(E,)`."""
         kv = TaskKV(self.config, [match.entry.task_id], max_positions=self.config.max_position_embeddings)
         embeddings = self.embed_tokens(prompt[None])
         kv.begin([match], embeddings, len(prompt))
@@ -364,7 +364,7 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Stock; behind the prefill of a `TaskKV` its checks are compared. `generate` reads this signature."""
+        """Stock; after the prefill of a `TaskKV` its checks are compared. `generate` reads this signature."""
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

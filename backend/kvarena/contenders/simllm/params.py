@@ -40,7 +40,7 @@ class AutoThresholdParams:
 
     `confidence` is that of the agreement's lower bound. `sample_ratio` of the requests that find a task are compared
     with full prefill; tasks below `lowest_threshold` aren't. The `num_nearest` comparisons next above a threshold reach
-    the target too. `initial_threshold` holds until there is evidence, which is of the last `max_samples` comparisons.
+    the target too. `initial_threshold` holds until there are comparisons, of which the last `max_samples` count.
     Raises `ValueError` naming the value.
     """
 

@@ -119,7 +119,7 @@ class LSHIndex:
         assert all(self._keys[place] == key for key, place in self._places.items())
 
     def _project(self, embeddings: torch.Tensor) -> npt.NDArray[np.float64]:
-        """`(N, num_hyperplanes)`, in fp64, so that no order of summing turns a bit."""
+        """`(N, num_hyperplanes)`, in fp64, so that no order of summing flips a bit."""
         if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_dim:
             raise ValueError(f"an embedding must be ({self.embedding_dim},), not {tuple(embeddings.shape[1:])}")
         rows = embeddings.detach().to("cpu", torch.float64).numpy()

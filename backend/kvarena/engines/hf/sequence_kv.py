@@ -74,12 +74,12 @@ class SequenceKV(Cache):
         return self.filled(start, end)
 
     def truncate(self, num_tokens: int) -> None:
-        """Forgets all behind the first `num_tokens`."""
+        """Forgets all tokens after the first `num_tokens`."""
         assert 0 <= num_tokens <= self.length, f"{num_tokens} of {self.length} tokens"
         self._memory.length = num_tokens
 
     def restore(self, kv: torch.Tensor) -> None:
-        """Puts kept KV `(L, 2, H_kv, T, D)` behind what is there; from another device it is moved."""
+        """Puts kept KV `(L, 2, H_kv, T, D)` after what is there; from another device it is moved."""
         self.extend(kv.shape[3]).copy_(kv, non_blocking=True)
 
     def filled(self, start: int, end: int) -> torch.Tensor:

@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import current_platform
 
+from kvarena.engines.base import Tokenizer
 from kvarena.engines.vllm.lmcache_config import CONNECTOR, PREFIX
 
 NEIGHBOURS = [(left, right) for left in ("end", "end.", "7") for right in ("The", "the", "a", "7")]
 """What may stand before and after a separator."""
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str) -> list[int]: ...
 
 
 def special_string(tokenizer: Tokenizer, separator: str) -> str:
@@ -46,7 +43,7 @@ def special_string(tokenizer: Tokenizer, separator: str) -> str:
 
 
 def _candidates(separator: str) -> Iterator[str]:
-    """Without spaces at its ends first; behind a letter for tokenizers whose first token is the separator's own."""
+    """Without spaces at its ends first; after a letter for tokenizers whose first token is the separator's own."""
     bodies = dict.fromkeys((separator.strip(" "), separator.rstrip(" "), separator.lstrip(" "), separator))
     for body in bodies:
         for before in ("", "a"):

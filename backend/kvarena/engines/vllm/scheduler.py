@@ -99,7 +99,7 @@ class SchedulerConnector:
             _give_own_salt(request, params)
 
     def num_matched_tokens(self, request: Request, num_local_tokens: int) -> int | None:
-        """How many tokens behind the prefix cache's a blend will supply. None: ask again in the next step."""
+        """For how many tokens after the prefix cache's a blend will write the KV. None: ask again in the next step."""
         tracked = self._tracked[request.request_id]
         if self.refusal:
             return 0
