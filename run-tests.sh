@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests need beside what the stack needs, then checks and tests everything.
 #
-#   ./run-tests.sh             all of it: style, types, fast tests, real servers, a real browser
-#   ./run-tests.sh --fast      style, types and the fast tests
+#   ./run-tests.sh             all of it: style, types, layers, fast tests, real servers, a real browser
+#   ./run-tests.sh --fast      style, types, layers and the fast tests
 #   ./run-tests.sh -k PATTERN  whatever pytest takes
 set -euo pipefail
 
@@ -52,10 +52,11 @@ tools=$root/.venv/tools
 export PATH=$PATH:$tools/usr/bin
 has_one_of prometheus || [[ $is_fast ]] || fetch_prometheus
 
-echo '== style and types'
+echo '== style, types and layers'
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
+"$bin/lint-imports"
 if has_one_of shellcheck; then
     shellcheck -x run-server.sh run-tests.sh .ci/run containers/*.sh
 fi

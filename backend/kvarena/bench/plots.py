@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvarena.bench.plotting import Panel, Series, Styles, drawn_name, log_x, log_y, save_png
-from kvarena.bench.quality.scoring import ALL_KINDS
-from kvarena.bench.results import Row, grouped, load_results
-from kvarena.bench.simllm.running import NO_REUSE
+from kvarena.bench.results import ALL_KINDS, NO_REUSE, Row, grouped, load_results
 from kvarena.bench.variants import Variant
 from kvarena.palette import BLUE, GREY, ORANGE
 

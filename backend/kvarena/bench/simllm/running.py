@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 
 from kvarena.bench.memory import PeakMemory
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet
+from kvarena.bench.results import NO_REUSE
 from kvarena.contenders.simllm.engine import SimLLMEngine, SimLLMOptions
 from kvarena.contenders.simllm.inference import load_llama
 from kvarena.contenders.simllm.params import checked_threshold
@@ -40,8 +41,6 @@ from kvarena.engines.vllm.config import BlendConfig
 from kvarena.policies.profile import read_blend_profile
 from kvarena.simllm import AlignedParams, SimLLMInference, SimLLMParams
 from kvarena.stack.model import find_model
-
-NO_REUSE = "no reuse"
 
 
 @dataclass(frozen=True)
