@@ -1,6 +1,6 @@
 """ASGI middleware on vLLM's own server: our request parameters are checked here, and our own paths served.
 
-Loaded by `--middleware kvarena.vllm_plugin.middleware.KVArenaMiddleware`. A bad `kv_transfer_params.kvarena` gets a
+Loaded by `--middleware kvarena.engines.vllm.middleware.KVArenaMiddleware`. A bad `kv_transfer_params.kvarena` gets a
 400 before the engine sees it; the text parts of a chat message become `chunks`, for only here are they still apart.
 """
 
@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvarena.engines.vllm.config import KEY, BlendConfig, given_params, read_request_params
 from kvarena.engines.vllm.messages import wait_for_report
 from kvarena.policies.params import POLICIES, describe_parameters
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Scope = MutableMapping[str, Any]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 _REPORT_PATH = "/kvarena/requests/"
 
 
 class KVArenaMiddleware:
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
