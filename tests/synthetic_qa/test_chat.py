@@ -20,7 +20,7 @@ def test_a_chat_is_what_the_page_sends() -> None:
 def test_a_followup_is_a_further_turn() -> None:
     town = small_town(1)
     asked = Quiz(town, random.Random(1)).followups(1)[0]
-    messages = chat.question_messages([chunk_text(chunk) for chunk in town], asked)
+    messages = chat.messages([chunk_text(chunk) for chunk in town], asked.turns)
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert messages[-1]["content"] == asked.question
     assert messages[2]["content"] == asked.history[0].answer

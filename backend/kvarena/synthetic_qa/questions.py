@@ -162,10 +162,6 @@ def messages(
     return chat
 
 
-def question_messages(texts: Sequence[str], question: Question, separator: str = NOTE) -> list[dict[str, str]]:
-    return messages(texts, question.turns, separator)
-
-
 def random_separator(rng: random.Random) -> str:
     return rng.choices(SEPARATORS, _SEPARATOR_WEIGHTS)[0]
 
