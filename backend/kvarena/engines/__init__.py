@@ -1,1 +1,1 @@
-"""The blend's adapters: inside vLLM, and over Hugging Face models in plain PyTorch."""
+"""What computes: the contract between a server and its engine, and the adapters of the blend to vLLM and to PyTorch."""
