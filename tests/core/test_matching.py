@@ -105,6 +105,42 @@ def test_matches_are_real_and_nothing_long_is_missed(seed: int) -> None:
                 assert covered & set(range(start, start + len(chunk))), "a whole chunk was overlooked"
 
 
+def records(rng: random.Random, num_lines: int, *, fixed: TokenIds) -> TokenIds:
+    """Lines as logs and JSON have them: field names that are the same on each, values that aren't."""
+    return np.concatenate([part for _ in range(num_lines) for part in (fixed, ids(rng, 9, 50_000))])
+
+
+@pytest.mark.parametrize("num_lines", [500, 1000, 3000])
+def test_the_work_is_linear_on_text_that_repeats_itself(num_lines: int) -> None:
+    """Each line's field names are in every known chunk, and nothing is long enough to count."""
+    rng = random.Random(7)
+    fixed = ids(rng, 24)
+    index = ChunkIndex()
+    for _ in range(100):
+        index.add(Chunk(records(rng, 15, fixed=fixed)))
+    prompt = records(rng, num_lines, fixed=fixed)
+    assert index.match(prompt) == []
+    assert index.num_comparisons <= 2 * index.FREE_COMPARISONS, "repeated windows are given up"
+
+    (known, *_) = index
+    (span,) = index.match(np.concatenate([prompt, known.token_ids, prompt]))
+    assert span.is_whole_chunk
+    assert span.start == len(prompt), "a chunk of such lines is found among them"
+
+
+def test_the_work_has_a_bound_on_any_text() -> None:
+    """Every window of the prompt is known, from places that go on differently."""
+    rng = random.Random(8)
+    index = ChunkIndex()
+    windows = [ids(rng, 16) for _ in range(2000)]
+    for _ in range(20):
+        index.add(Chunk(np.concatenate([part for window in windows for part in (window, ids(rng, 16, 50_000))])))
+    before = index.num_comparisons
+    prompt = np.concatenate([part for window in windows for part in (window, ids(rng, 1, 50_000))])
+    index.match(prompt, min_tokens=64)
+    assert index.num_comparisons - before <= len(prompt) // 2 + index.FREE_COMPARISONS + index.max_candidates
+
+
 def test_integrity_under_random_operations() -> None:
     rng = random.Random(6)
     index = ChunkIndex(window=4, max_tokens=400)

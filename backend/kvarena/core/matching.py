@@ -11,7 +11,7 @@ planned too: its KV is computed once, alone, and stored.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +28,25 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 class ChunkIndex:
     """The known chunks of every salt, bounded by their number of tokens; the least recently used one goes first.
 
+    Matching is linear in the prompt. A window's last `max_candidates` places are compared with the prompt; a window
+    that led to no span `max_failures` times in one prompt is text that stands everywhere (a record's field names, say)
+    and isn't looked at again there; and up to any position of the prompt at most one comparison for every two tokens is
+    made, beside the first `FREE_COMPARISONS`. `num_comparisons` counts them over the index's life.
+
     Not thread-safe: it belongs to one scheduler.
     """
 
-    def __init__(self, *, window: int = 16, max_tokens: int = 4_000_000, max_candidates: int = 16) -> None:
+    FREE_COMPARISONS = 1024
+
+    def __init__(
+        self, *, window: int = 16, max_tokens: int = 4_000_000, max_candidates: int = 16, max_failures: int = 8
+    ) -> None:
         self.window = window
         self.max_tokens = max_tokens
         self.max_candidates = max_candidates
+        self.max_failures = max_failures
         self.num_tokens = 0
+        self.num_comparisons = 0
         self._chunks: OrderedDict[ChunkKey, Chunk] = OrderedDict()
         self._windows: dict[str, dict[int, list[tuple[ChunkKey, int]]]] = defaultdict(dict)
 
@@ -89,14 +100,19 @@ class ChunkIndex:
         """
         spans: list[Span] = []
         end = 0
-        for position in self._hit_positions(token_ids, salt):
-            if position < end:
+        failures: Counter[int] = Counter()
+        before = self.num_comparisons
+        for position, value in self._hits(token_ids, salt):
+            spent = self.num_comparisons - before - self.FREE_COMPARISONS
+            if position < end or failures[value] >= self.max_failures or spent > position // 2:
                 continue
-            span = self._longest_match(token_ids, salt, int(position), end, min_tokens)
+            span = self._longest_match(token_ids, salt, position, value, end, min_tokens)
             if span:
                 self._chunks.move_to_end(span.chunk.key)
                 spans.append(span)
                 end = span.end
+            else:
+                failures[value] += 1
         return spans
 
     def check_integrity(self) -> None:
@@ -119,17 +135,20 @@ class ChunkIndex:
         hashes = window_hashes(chunk.token_ids, self.window)
         return [(offset, int(hashes[offset])) for offset in range(0, len(hashes), self.window)]
 
-    def _hit_positions(self, token_ids: TokenIds, salt: str) -> npt.NDArray[np.int64]:
+    def _hits(self, token_ids: TokenIds, salt: str) -> Iterator[tuple[int, int]]:
+        """Positions of the prompt at which a known window stands, with the window's hash."""
         windows = self._windows.get(salt)
-        hashes = window_hashes(token_ids, self.window)
-        if not windows or not len(hashes):
-            return np.empty(0, np.int64)
-        return np.flatnonzero(np.fromiter((value in windows for value in hashes.tolist()), bool, len(hashes)))
+        if windows:
+            for position, value in enumerate(window_hashes(token_ids, self.window).tolist()):
+                if value in windows:
+                    yield position, value
 
-    def _longest_match(self, token_ids: TokenIds, salt: str, position: int, low: int, min_tokens: int) -> Span | None:
-        value = int(window_hashes(token_ids[position : position + self.window], self.window)[0])
+    def _longest_match(
+        self, token_ids: TokenIds, salt: str, position: int, value: int, low: int, min_tokens: int
+    ) -> Span | None:
         best: Span | None = None
         for key, offset in self._windows[salt][value][-self.max_candidates :]:
+            self.num_comparisons += 1
             span = _extend(token_ids, self._chunks[key], position, offset, low, self.window)
             counts = span and (len(span) >= min_tokens or span.is_whole_chunk)
             if span and counts and (best is None or len(span) > len(best)):
@@ -155,13 +174,22 @@ def _extend(token_ids: TokenIds, chunk: Chunk, position: int, offset: int, low: 
     ids = chunk.token_ids
     if not np.array_equal(token_ids[position : position + window], ids[offset : offset + window]):
         return None
-    back = min(position - low, offset)
-    before = token_ids[position - back : position] != ids[offset - back : offset]
-    start = position - (int(np.argmax(before[::-1])) if before.any() else back)
-    ahead = min(len(token_ids) - position, len(ids) - offset)
-    after = token_ids[position : position + ahead] != ids[offset : offset + ahead]
-    end = position + (int(np.argmax(after)) if after.any() else ahead)
+    start = position - _num_equal(token_ids[low:position][::-1], ids[:offset][::-1])
+    end = position + _num_equal(token_ids[position:], ids[offset:])
     return Span(start, end, chunk, offset - (position - start))
+
+
+def _num_equal(one: TokenIds, other: TokenIds) -> int:
+    """In how many tokens both begin alike. What is compared grows with the answer, not with what is left to compare."""
+    length = min(len(one), len(other))
+    begin, step = 0, 32
+    while begin < length:
+        end = min(begin + step, length)
+        differs = one[begin:end] != other[begin:end]
+        if differs.any():
+            return begin + int(np.argmax(differs))
+        begin, step = end, 4 * step
+    return length
 
 
 Segment = tuple[int, int]
