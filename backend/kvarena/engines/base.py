@@ -14,6 +14,7 @@ id; a prompt's token ids, and how many more fit after it. No torch, no HTTP.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -182,8 +183,15 @@ class Engine(Protocol):
 TOKEN_COUNTS = ("num_reused_tokens", "num_recomputed_tokens", "num_computed_tokens")
 
 
+_CHOICE_NUMBER, _PROMPT_NUMBER = re.compile(r"(\d+_)?"), re.compile(r"(-\d+)?")
+
+
 class ReportLog:
-    """The last reports by request id. Thread-safe."""
+    """The last reports by request id. Thread-safe.
+
+    A report belongs to whoever has the whole id of the answer. The requests of one answer have that id with a number
+    after it (one prompt of many) or before it (vLLM's one choice of many); the newest is theirs.
+    """
 
     def __init__(self, max_reports: int = 1024) -> None:
         self._max_reports = max_reports
@@ -197,22 +205,24 @@ class ReportLog:
             while len(self._reports) > self._max_reports:
                 self._reports.popitem(last=False)
 
-    def forget(self, request_id: str) -> None:
-        """What is kept under the id of an answer, as `get` finds it."""
+    def forget(self, answer_id: str) -> None:
+        """What is kept for this answer, as `get` finds it."""
         with self._lock:
-            for key in [key for key in self._reports if _is_id_of(request_id, key)]:
+            for key in [key for key in self._reports if _is_of_answer(key, answer_id)]:
                 del self._reports[key]
 
-    def get(self, request_id: str) -> dict[str, Any] | None:
-        """By the id of the answer. An engine's own ids may have a suffix after it, and so has each prompt of many."""
+    def get(self, answer_id: str) -> dict[str, Any] | None:
         with self._lock:
             newest_first = reversed(self._reports.items())
-            found = next((report for key, report in newest_first if _is_id_of(request_id, key)), None)
-        return found and {**found, "request_id": request_id}
+            found = next((report for key, report in newest_first if _is_of_answer(key, answer_id)), None)
+        return found and {**found, "request_id": answer_id}
 
 
-def _is_id_of(request_id: str, key: str) -> bool:
-    return key == request_id or key.startswith(request_id + "-")
+def _is_of_answer(request_id: str, answer_id: str) -> bool:
+    if not answer_id or answer_id not in request_id:
+        return False
+    before, _, after = request_id.rpartition(answer_id)
+    return _CHOICE_NUMBER.fullmatch(before) is not None and _PROMPT_NUMBER.fullmatch(after) is not None
 
 
 class ServedModel(Protocol):

@@ -52,7 +52,7 @@ async def complete(request: Request) -> Response:
     if body["prompt"] == "gone":
         return JSONResponse(None)  # vLLM's answer to a client that has gone
     if "report" in body:
-        report_log.add({**body["report"], "request_id": f"{answer_id}-1234abcd"})
+        report_log.add({**body["report"], "request_id": f"{answer_id}-0"})
     if not body.get("stream"):
         return JSONResponse({"id": answer_id, "choices": [choice], "usage": USAGE})
 
