@@ -16,7 +16,8 @@ from kvarena.engines.vllm.config import KEY, BlendConfig, given_params, read_req
 from kvarena.engines.vllm.messages import wait_for_report
 from kvarena.policies.params import POLICIES, describe_parameters
 
-_COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+_GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+"""All that take `kv_transfer_params` in vLLM."""
 _REPORT_PATH = "/kvarena/requests/"
 
 
@@ -31,12 +32,12 @@ class KVArenaMiddleware:
             await _send_json(send, 200, await _describe(scope))
         elif scope["method"] == "GET" and scope["path"].startswith(_REPORT_PATH):
             await _send_report(send, scope["path"].removeprefix(_REPORT_PATH))
-        elif scope["method"] == "POST" and scope["path"] in _COMPLETIONS:
-            await self._complete(scope, receive, send)
+        elif scope["method"] == "POST" and scope["path"] in _GENERATING:
+            await self._generate(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand on the request, changed only where it has message parts; what isn't JSON is vLLM's to refuse."""
         body = await _read_body(receive)
         request = _parse_object(body)
@@ -130,7 +131,7 @@ def _config(scope: Scope) -> BlendConfig:
 def _parse_object(body: bytes) -> dict[str, Any] | None:
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # nested without end
         return None
     return request if isinstance(request, dict) else None
 
