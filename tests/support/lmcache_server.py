@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,8 +29,11 @@ def free_port() -> int:
 class LMCacheServer:
     """A context; `kill` and `start` may be called inside it. `l2` is its second tier, as `l2_adapter` makes it."""
 
-    def __init__(self, folder: Path, l2: Mapping[str, Any] | None = None, *, l1_gb: float = 1.0) -> None:
+    def __init__(
+        self, folder: Path, l2: Mapping[str, Any] | None = None, *, l1_gb: float = 1.0, options: Sequence[str] = ()
+    ) -> None:
         self.l1_gb = l1_gb
+        self._options = options
         self._l2 = l2
         self.log = folder / "lmcache.log"
         self.port, self.http_port = free_port(), free_port()
@@ -47,7 +52,7 @@ class LMCacheServer:
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
         command += ["--eviction-policy", "LRU", "--chunk-size", "32"]
-        command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name]
+        command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name, *self._options]
         if self._l2 is not None:
             command += ["--l2-adapter", json.dumps(self._l2), "--l2-prefetch-policy", "retain"]
         settings = {"PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
@@ -64,6 +69,15 @@ class LMCacheServer:
             self._process.kill()
             self._process.wait()
         self._process = None
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It runs no more, and its sockets stay open."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
 
     def _is_healthy(self) -> bool:
         try:

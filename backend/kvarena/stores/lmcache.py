@@ -1,13 +1,17 @@
 """Chunk KV in an LMCache server, through its public SDK: its tiers and its isolation by salt become ours.
 
 The model's geometry is given by hand, for the SDK reads it off a registered GPU engine. LMCache keeps whole pieces of
-`--chunk-size` tokens and drops the rest, so a chunk is padded with tokens that no vocabulary has. A server that is
-down costs one short time-out; then it isn't asked again for a while, and every request in between is a miss, counted
-as an error. A server that was restarted is noticed when it finds nothing at all: its second tier may have everything.
+`--chunk-size` tokens and drops the rest, so a chunk is padded with tokens that no vocabulary has.
+
+One thread connects, pings and reconnects. A server that dies or hangs costs one time-out; from then on every request is
+a miss at once, counted as an error, until that thread has a connection again. The pings also keep the server from
+dropping a store that nobody used for an hour. A server that was restarted is noticed when it finds nothing at all: its
+second tier may have everything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -35,6 +39,9 @@ _BLOCK_TOKENS = 32
 _POLL_S = 0.001
 _RESTART_CHECK_S = 1.0
 _NUM_THREADS = 4
+_PING_S = 20.0
+"""LMCache drops a registration that has pinged before and is silent for 120 s."""
+_PING_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -54,36 +61,65 @@ class ServerRestarted(LMCacheSDKError):
 
 @dataclass(frozen=True)
 class Lookup:
-    """A chunk's look-up: its session at the server, and its token ids, filled up."""
+    """A chunk's look-up: its session at the server, its token ids, filled up, and how many of these the server has.
+
+    The server locks what it found against eviction, until it is taken and given back, or freed.
+    """
 
     chunk: Chunk
     session: str
     padded: list[int]
-    is_held: bool
+    num_found: int
+
+    @property
+    def is_held(self) -> bool:
+        return self.num_found == len(self.padded)
 
 
 class LMCacheContext(LMCacheSDKContext):
     """The SDK's context with its geometry given by hand; the SDK itself reads it off a registered GPU engine."""
 
     def __init__(self, geometry: KVGeometry, url: str, http_url: str, timeout_s: float) -> None:
-        super().__init__(url, http_url, geometry.model_id, timeout=timeout_s)
-        if self.chunk_size % _BLOCK_TOKENS:
-            raise LMCacheSDKError(f"--chunk-size must be a multiple of {_BLOCK_TOKENS}, not {self.chunk_size}")
         self.num_retrievals = 0
         self.is_retired = False
-        self._server = self._server_instance()
-        self._checked_at = time.monotonic()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kvarena-lmcache")
-        self._world_size = 1
-        self._num_kv_readers = 1
-        self._register(geometry)
+        self._engine_driven: Any = None
+        try:
+            super().__init__(url, http_url, geometry.model_id, timeout=timeout_s)
+            if self.chunk_size % _BLOCK_TOKENS:
+                raise LMCacheSDKError(f"--chunk-size must be a multiple of {_BLOCK_TOKENS}, not {self.chunk_size}")
+            self._server = self._server_instance()
+            self._checked_at = time.monotonic()
+            self._world_size = 1
+            self._num_kv_readers = 1
+            self._register(geometry)
+        except BaseException:
+            self.close()  # the SDK opens sockets and threads before it knows whether anybody is there
+            raise
+
+    def close(self) -> None:
+        """Gives back sockets, threads and the server's memory, as far as no tensor is in use there."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(BufferError):
+            if self._engine_driven is not None:
+                self._engine_driven.close()
+        if (client := getattr(self, "_req_client", None)) is not None:
+            client.close()
+        if (sockets := getattr(self, "_sockets", None)) is not None:
+            sockets.destroy(linger=0)
 
     def close_when_unused(self) -> None:
         """Unmaps the server's memory, but not under somebody who reads it."""
         self.is_retired = True
         if not self.num_retrievals:
-            self._threads.shutdown(wait=False)
             self.close()
+
+    def ping(self) -> None:
+        """Tells the server that this context is alive. Raises `TimeoutError` when no answer comes."""
+        self._req_client.ping(self.instance_id).result(timeout=_PING_TIMEOUT_S)
+
+    def unregister(self) -> None:
+        self._req_client.unregister_kv_cache_engine_driven_context(self.instance_id).result(timeout=self.mq_timeout)
 
     @property
     def _zmq_context(self) -> zmq.Context[Any]:
@@ -115,13 +151,15 @@ class LMCacheContext(LMCacheSDKContext):
         sessions = [f"kvarena-{uuid.uuid4().hex}" for _ in chunks]
         padded = [self._padded(chunk) for chunk in chunks]
         keys = [self._key(*call) for call in zip(chunks, padded, sessions, strict=True)]
+        deadline = time.monotonic() + self.mq_timeout
         for answer in [self._req_client.lookup(key.no_worker_id_version(), 1) for key in keys]:
-            answer.result(timeout=self.mq_timeout)
+            answer.result(timeout=_left(deadline))
         asked = [self._req_client.query_prefetch_status(session) for session in sessions]
-        held = [self._num_found(*call) == len(ids) for *call, ids in zip(sessions, asked, padded, strict=True)]
-        if not any(held):
+        found = [self._num_found(session, answer, deadline) for session, answer in zip(sessions, asked, strict=True)]
+        lookups = [Lookup(*lookup) for lookup in zip(chunks, sessions, padded, found, strict=True)]
+        if not any(lookup.is_held for lookup in lookups):
             self._notice_restart()
-        return [Lookup(*lookup) for lookup in zip(chunks, sessions, padded, held, strict=True)]
+        return lookups
 
     def _notice_restart(self) -> None:
         """A server that was started anew doesn't know this context, and finds nothing for it."""
@@ -137,30 +175,43 @@ class LMCacheContext(LMCacheSDKContext):
         answer.raise_for_status()
         return str(answer.json()["mp"]["instance_id"])
 
-    def take(self, lookups: Sequence[Lookup]) -> list[Pieces | None]:
-        return list(self._threads.map(self._take, lookups))
+    def take(self, lookups: Sequence[Lookup], taken: list[Lookup]) -> list[Pieces | None]:
+        """`taken` gets the look-ups whose locks are given back by giving back the pieces, also when this raises."""
+        return list(self._threads.map(lambda lookup: self._take(lookup, taken), lookups))
 
-    def _take(self, lookup: Lookup) -> Pieces | None:
+    def _take(self, lookup: Lookup, taken: list[Lookup]) -> Pieces | None:
         if not lookup.is_held:
             return None
         slots = self._engine_driven.prepare_retrieve(self._read_key(lookup), self.instance_id)
         if not slots:
             raise LMCacheSDKError("a chunk that it held is gone, or no answer came")
+        taken.append(lookup)
         rest = len(lookup.padded) - len(lookup.chunk)
         return [*slots[:-1], slots[-1][:, :, : slots[-1].shape[2] - rest]]
 
     def release(self, lookups: Sequence[Lookup], taken: Sequence[Lookup]) -> None:
-        """The server may drop what was taken, and what was only looked up."""
+        """The server may drop what was taken, and what was only looked up: the end of a session alone frees no lock."""
+        given_back = {lookup.session for lookup in taken}
+        locked = [lookup for lookup in lookups if lookup.num_found and lookup.session not in given_back]
+        deadline = time.monotonic() + self.mq_timeout
+        freed = [self._req_client.free_lookup_locks(self._lookup_key(lookup), 1) for lookup in locked]
         keys = [self._read_key(lookup) for lookup in taken]
-        if not all(self._threads.map(lambda key: self._engine_driven.commit_retrieve(key, self.instance_id), keys)):
+        is_back = list(self._threads.map(lambda key: self._engine_driven.commit_retrieve(key, self.instance_id), keys))
+        for answer in freed:
+            answer.result(timeout=_left(deadline))
+        for ended in [self._req_client.end_session(lookup.session) for lookup in lookups]:
+            ended.result(timeout=_left(deadline))
+        if not all(is_back):
             raise LMCacheSDKError("it didn't take back what was taken")
-        self._end(*(lookup.session for lookup in lookups))
 
     def store_padded(self, chunk: Chunk, kv: torch.Tensor) -> bool:
-        """Whether the server holds the chunk afterwards; `store` itself says no for one that it had already."""
+        """Whether the server holds the chunk afterwards. What `store` itself says is not that: no for a chunk that was
+        there already, and yes for one that found no room.
+        """
         ids = self._padded(chunk)
         full = torch.nn.functional.pad(kv, (0, 0, 0, len(ids) - len(chunk)))
-        return bool(self.store(full, ids, cache_salt=_server_salt(chunk.salt))) or self.holds(chunk)
+        self.store(full, ids, cache_salt=_server_salt(chunk.salt))
+        return self.holds(chunk)
 
     def holds(self, chunk: Chunk) -> bool:
         (lookup,) = self.look_up([chunk])
@@ -170,29 +221,32 @@ class LMCacheContext(LMCacheSDKContext):
     def clear_server(self) -> None:
         requests.post(f"{self._http_url}/cache/clear", timeout=self.mq_timeout).raise_for_status()
 
-    def _num_found(self, name: str, answer: Any) -> int:
+    def _num_found(self, session: str, answer: Any, deadline: float) -> int:
         """Tokens that a look-up found; it is asked again for as long as the server has not finished it."""
-        deadline = time.monotonic() + self.mq_timeout
-        while (pieces := answer.result(timeout=self.mq_timeout)) is None:
+        while (pieces := answer.result(timeout=_left(deadline))) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"lookup took longer than {self.mq_timeout} s")
             time.sleep(_POLL_S)
-            answer = self._req_client.query_prefetch_status(name)
+            answer = self._req_client.query_prefetch_status(session)
         return int(pieces * self.chunk_size)
-
-    def _end(self, *names: str) -> None:
-        for ended in [self._req_client.end_session(name) for name in names]:
-            ended.result(timeout=self.mq_timeout)
 
     def _padded(self, chunk: Chunk) -> list[int]:
         ids: list[int] = chunk.token_ids.tolist()
         return ids + [_FILLER_TOKEN] * (-len(ids) % self.chunk_size)
+
+    def _lookup_key(self, lookup: Lookup) -> Any:
+        return self._key(lookup.chunk, lookup.padded, lookup.session).no_worker_id_version()
 
     def _read_key(self, lookup: Lookup) -> Any:
         return self._key(lookup.chunk, lookup.padded, lookup.session, worker_id=0)
 
     def _key(self, chunk: Chunk, ids: list[int], name: str, worker_id: int | None = None) -> Any:
         return self._create_key(ids, 0, len(ids), name, cache_salt=_server_salt(chunk.salt), worker_id=worker_id)
+
+
+def _left(deadline: float) -> float:
+    """The seconds until then, so that many answers together take no longer than one may."""
+    return max(0.0, deadline - time.monotonic())
 
 
 def _server_salt(salt: str) -> str:
@@ -204,11 +258,15 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+_FAILURES = (LMCacheSDKError, TimeoutError, RuntimeError, ValueError, OSError)
+"""What the SDK raises when the server is gone, hangs, or says no; a time-out of `requests` is an `OSError`."""
+
 
 class LMCacheStore:
     """A `ChunkStore` over one LMCache server. Thread-safe: calls are made one after the other.
 
-    `timeout_s` bounds one call to the server; after a failed one it is left alone for `retry_s`.
+    `timeout_s` bounds one call to the server. After a failed one nothing is asked until the store's own thread has
+    connected again, which it tries every `retry_s`. It begins at once, so that the first request needn't wait.
     """
 
     def __init__(
@@ -227,9 +285,14 @@ class LMCacheStore:
         self.retry_s = retry_s
         self.stats = StoreStats()
         self._context: LMCacheContext | None = None
-        self._down_until = 0.0
         self._lock = threading.RLock()
         self._releases = ThreadPoolExecutor(1, thread_name_prefix="kvarena-release")
+        self._is_closed = False
+        self._wake = threading.Event()
+        self._tried = threading.Event()
+        """Set once the attempt to connect that was asked for last has ended, either way."""
+        self._keeper = threading.Thread(target=self._keep_connected, name="kvarena-lmcache-keeper", daemon=True)
+        self._keeper.start()
 
     @contextmanager
     def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[_Retrieval]:
@@ -243,6 +306,7 @@ class LMCacheStore:
                 self._releases.submit(self._release, context, retrieval)
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
+        """True only if the server holds the chunk afterwards."""
         done = self._ask("put", lambda context: context.store_padded(chunk, kv), default=False)
         self.stats.puts += done
         return done
@@ -253,17 +317,20 @@ class LMCacheStore:
 
     def close(self) -> None:
         self._releases.shutdown()
-        self._disconnect()
-
-    def _disconnect(self) -> None:
+        self._is_closed = True
+        self._wake.set()
+        self._keeper.join(timeout=self.timeout_s + _PING_TIMEOUT_S)
         with self._lock:
-            if self._context:
-                self._context.close_when_unused()
-            self._context = None
+            if self._context and not self._context.num_retrievals:
+                with contextlib.suppress(*_FAILURES):
+                    self._context.unregister()
+            self._disconnect()
 
     def take(self, retrieval: _Retrieval, indices: Sequence[int]) -> list[Pieces | None]:
         """What `_Retrieval.take` returns, counted."""
         nothing: list[Pieces | None] = [None] * len(indices)
+        if not any(retrieval.held[index] for index in indices):
+            return nothing
         taken = self._ask("get", lambda context: retrieval.take_from(context, indices), default=nothing)
         found = [self._checked(retrieval.chunks[i], kv) for i, kv in zip(indices, taken, strict=True)]
         hits = sum(kv is not None for kv in found)
@@ -272,51 +339,99 @@ class LMCacheStore:
         return found
 
     def _release(self, context: LMCacheContext, retrieval: _Retrieval) -> None:
-        """Nobody waits for it. What is left of a context that failed isn't asked any more."""
-        with self._lock:
-            try:
-                if not context.is_retired:
-                    self._ask("release", lambda own: own.release(retrieval.lookups, retrieval.taken), default=None)
-            finally:
+        """Nobody waits for it. A context that failed is asked too, without the lock: its server may well be alive."""
+        try:
+            if context.is_retired:
+                context.release(retrieval.lookups, retrieval.taken)
+            else:
+                self._ask("release", lambda _: context.release(retrieval.lookups, retrieval.taken), default=None)
+        except _FAILURES as error:
+            logger.info("LMCache at %s keeps locks for a while (%s)", self.url, error)
+        finally:
+            with self._lock:
                 context.num_retrievals -= 1
                 if context.is_retired:
                     context.close_when_unused()
 
     def _ask(self, what: str, call: Callable[[LMCacheContext], Result], *, default: Result) -> Result:
+        """`default`, at once, where there is no connection; but the first attempt to connect is waited for."""
+        self._tried.wait(self.timeout_s)
         with self._lock:
-            if time.monotonic() < self._down_until:
+            if self._context is None:
                 self.stats.errors += 1
                 return default
             try:
                 return self._call(call)
-            except (LMCacheSDKError, TimeoutError, RuntimeError, ValueError, OSError) as error:
-                self._leave_alone(what, error)
+            except _FAILURES as error:
+                logger.warning("LMCache at %s failed to %s (%s); trying to connect again", self.url, what, error)
+                self.stats.errors += 1
+                self._disconnect()
                 return default
 
     def _call(self, call: Callable[[LMCacheContext], Result]) -> Result:
         """Once more, with a new context, where the server was started anew."""
-        self._context = self._context or self._connect()
+        assert self._context is not None
         try:
             return call(self._context)
         except ServerRestarted:
             self._disconnect()
-            self._context = self._connect()
+            self._context = LMCacheContext(self.geometry, self.url, self.http_url, self.timeout_s)
             return call(self._context)
 
-    def _connect(self) -> LMCacheContext:
-        return LMCacheContext(self.geometry, self.url, self.http_url, self.timeout_s)
+    def _disconnect(self) -> None:
+        """With the lock."""
+        if self._context:
+            self._context.close_when_unused()
+        self._context = None
+        self._wake.set()
 
-    def _leave_alone(self, what: str, error: Exception) -> None:
-        logger.warning(
-            "LMCache at %s failed to %s (%s); not asked for %.0f s",
-            self.url,
-            what,
-            error,
-            self.retry_s,
-        )
-        self.stats.errors += 1
-        self._disconnect()
-        self._down_until = time.monotonic() + self.retry_s
+    def _keep_connected(self) -> None:
+        """The store's own thread: connects where there is no connection, and pings where there is one."""
+        while not self._is_closed:
+            self._wake.clear()
+            context = self._context
+            if context is not None:
+                self._ping(context)
+            elif not self._connect():
+                self._wake.clear()
+                self._sleep(self.retry_s)
+                continue
+            self._sleep(_PING_S)
+
+    def _sleep(self, seconds: float) -> None:
+        if not self._is_closed:
+            self._wake.wait(seconds)
+
+    def _connect(self) -> bool:
+        try:
+            context = LMCacheContext(self.geometry, self.url, self.http_url, self.timeout_s)
+        except _FAILURES as error:
+            logger.log(self._log_level, "LMCache at %s can't be reached (%s)", self.url, error)
+            return False
+        else:
+            with self._lock:
+                if self._context is None and not self._is_closed:
+                    self._context = context
+                else:
+                    context.close()
+            return True
+        finally:
+            self._tried.set()
+
+    @property
+    def _log_level(self) -> int:
+        """An outage is told of once; that it goes on is a detail."""
+        return logging.DEBUG if self._tried.is_set() else logging.WARNING
+
+    def _ping(self, context: LMCacheContext) -> None:
+        """Without the lock: requests needn't wait for it."""
+        try:
+            context.ping()
+        except _FAILURES as error:
+            with self._lock:
+                if self._context is context:
+                    logger.warning("LMCache at %s doesn't answer (%s); trying to connect again", self.url, error)
+                    self._disconnect()
 
     def _checked(self, chunk: Chunk, pieces: Pieces | None) -> Pieces | None:
         if pieces is None:
@@ -355,9 +470,7 @@ class _Retrieval:
         if context is not self._context:
             return [None] * len(indices)
         lookups = [self.lookups[index] for index in indices]
-        found = context.take(lookups)
-        self.taken += [lookup for lookup, pieces in zip(lookups, found, strict=True) if pieces is not None]
-        return found
+        return context.take(lookups, self.taken)
 
     def end(self) -> LMCacheContext | None:
         """Nothing can be taken any more. Returns the context that has something to be released, if there is one."""
