@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from pathlib import Path
 
 import pytest
 
+from kvarena.stores import sqlite
 from kvarena.stores.sqlite import SharedFile
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS words (id INTEGER PRIMARY KEY, word TEXT UNIQUE);"
@@ -56,3 +58,33 @@ def test_a_folder_that_cant_be_made(tmp_path: Path) -> None:
     file = opened(tmp_path / "file" / "words.sqlite")
     file.write("INSERT INTO words (word) VALUES (?)", [("tea",)])
     assert (file.has_changed(), words(file)) == (False, [])
+
+
+def test_a_file_that_is_locked_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One busy time-out used to end it for good."""
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.05)
+    path = tmp_path / "words.sqlite"
+    file = opened(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    file.write("INSERT INTO words (word) VALUES (?)", [("tea",)])
+    file.write("INSERT INTO words (word) VALUES (?)", [("rain",)])
+    assert words(opened(path)) == []
+    other.execute("ROLLBACK")
+    file.write("INSERT INTO words (word) VALUES (?)", [("hill",)])
+    assert words(file) == ["tea", "rain", "hill"]
+    assert words(opened(path)) == ["tea", "rain", "hill"]
+
+
+def test_what_waits_for_a_locked_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(sqlite, "MAX_WAITING_ROWS", 3)
+    path = tmp_path / "words.sqlite"
+    file = opened(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    for number in range(9):
+        file.write("INSERT INTO words (word) VALUES (?)", [(f"word {number}",)])
+    other.execute("ROLLBACK")
+    file.write("INSERT INTO words (word) VALUES (?)", [("last",)])
+    assert words(file) == ["word 6", "word 7", "word 8", "last"]

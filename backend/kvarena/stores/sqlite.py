@@ -1,7 +1,8 @@
 """A SQLite file that several processes of one machine read and write, and the known chunks kept in one.
 
-SQLite does the locking. What is in such a file can be found out again. So a file that is damaged or can't be written
-is given up with a warning: reading then gives nothing, writing does nothing, and no answer fails for it. Of known
+SQLite does the locking. What is in such a file can be found out again, so no answer fails for it. While others keep the
+file locked, or the disk is full, nothing is read and what is to be written waits for the next write. A file that is
+damaged is given up with a warning: reading then gives nothing, and writing does nothing. Of known
 chunks only the token ids are kept, so that they survive a restart; the KV is the store's. A chunk known here and lost
 there is computed again.
 """
@@ -12,6 +13,7 @@ import logging
 import os
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,11 @@ from kvarena.core.plan import Chunk
 
 logger = logging.getLogger(__name__)
 
-BUSY_TIMEOUT_S = 1.0
+BUSY_TIMEOUT_S = 0.1
+"""Short, for a scheduler waits; what wasn't written is written later."""
+_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+"""Errors that may be gone the next time."""
+MAX_WAITING_ROWS = 10_000
 
 
 class SharedFile:
@@ -32,6 +38,8 @@ class SharedFile:
     def __init__(self, path: Path, schema: str, what: str) -> None:
         self._what = what
         self._data_version = -1
+        self._waiting: deque[tuple[str, Sequence[Sequence[object]]]] = deque()
+        self._num_waiting_rows = 0
         self._file: sqlite3.Connection | None = None
         try:
             self._file = _open(path, schema)
@@ -52,27 +60,41 @@ class SharedFile:
         try:
             return self._file.execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            self._give_up(error)
+            self._fail(error)
             return []
 
     def write(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
-        """The statement for each of the rows, all or none of them."""
+        """The statement for each of the rows, all or none of them. What couldn't be written before goes first."""
         if self._file is None:
             return
+        self._waiting.append((statement, rows))
+        self._num_waiting_rows += len(rows)
         try:
-            with self._file:
-                self._file.executemany(statement, rows)
+            while self._waiting:
+                with self._file:
+                    self._file.executemany(*self._waiting[0])
+                self._drop_oldest()
         except sqlite3.Error as error:
-            self._give_up(error)
+            self._fail(error)
+            while self._num_waiting_rows > MAX_WAITING_ROWS:
+                self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, rows = self._waiting.popleft()
+        self._num_waiting_rows -= len(rows)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         self._file = None
+        self._waiting.clear()
 
-    def _give_up(self, error: sqlite3.Error) -> None:
-        logger.warning("%s are no longer kept on disk: %s", self._what, error)
-        self.close()
+    def _fail(self, error: sqlite3.Error) -> None:
+        if (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _PASSING:
+            logger.warning("%s can't be read or written for now: %s", self._what, error)
+        else:
+            logger.warning("%s are no longer kept on disk: %s", self._what, error)
+            self.close()
 
 
 def _open(path: Path, schema: str) -> sqlite3.Connection:
@@ -91,13 +113,22 @@ _SCHEMA = """CREATE TABLE IF NOT EXISTS chunks (
 
 
 class KnownChunks:
-    """A `ChunkIndex` for one model, written through to a file. An empty path keeps it in memory only."""
+    """A `ChunkIndex` for one model, written through to a file. An empty path keeps it in memory only.
+
+    Chunks of other models go after `KEPT_DAYS`, so that a model that was changed or isn't served any more leaves
+    nothing behind.
+    """
+
+    KEPT_DAYS = 30
 
     def __init__(self, path: str, model: str) -> None:
         self.index = ChunkIndex()
         self._model = model
         self._last_id = 0
         self._file = SharedFile(Path(path), _SCHEMA, "known chunks") if path else None
+        self._write(
+            "DELETE FROM chunks WHERE model != ? AND added_at < ?", [(model, time.time() - 86_400 * self.KEPT_DAYS)]
+        )
         self.refresh()
 
     def refresh(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.stores.sqlite import KnownChunks
 
@@ -31,3 +33,15 @@ def test_a_damaged_file_costs_only_what_it_knew(tmp_path: Path) -> None:
     known.add(chunk_of(0))
     known.refresh()
     assert set(known.index) == {chunk_of(0)}
+
+
+def test_chunks_of_models_long_gone_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "known.sqlite")
+    old, mine = KnownChunks(path, "old"), KnownChunks(path, "mine")
+    old.add(chunk_of(0))
+    mine.add(chunk_of(1))
+    KnownChunks(path, "mine").close()
+    assert set(KnownChunks(path, "old").index) == {chunk_of(0)}, "it may be served beside"
+    monkeypatch.setattr(KnownChunks, "KEPT_DAYS", -1)
+    assert set(KnownChunks(path, "mine").index) == {chunk_of(1)}
+    assert set(KnownChunks(path, "old").index) == set()
