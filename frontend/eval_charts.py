@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import altair as alt
 
@@ -70,7 +71,7 @@ def _data(records: Iterable[Record]) -> alt.Data:
 
 
 def _finished(*layers: alt.Chart) -> alt.LayerChart:
-    return alt.layer(*layers).properties(height=HEIGHT)
+    return alt.LayerChart(layer=layers).properties(height=HEIGHT)
 
 
 def _lines_with_intervals(chart: alt.Chart, records: Sequence[Record], metric: Metric) -> tuple[alt.Chart, ...]:
@@ -84,19 +85,21 @@ def _lines_with_intervals(chart: alt.Chart, records: Sequence[Record], metric: M
 
 def _labels(chart: alt.Chart, records: Sequence[Record], metric: Metric, lines: Lines) -> tuple[alt.Chart, ...]:
     """Above every other line and below the rest, for lines lie close together; beside a line that rises or falls."""
-    left, right = {"dx": -6, "align": "right"}, {"dx": 6, "align": "left"}
+    left: tuple[int, Literal["right"]] = (-6, "right")
+    right: tuple[int, Literal["left"]] = (6, "left")
     above, below = (left, right) if metric.is_share else (right, left)
-    sides = ((lines.blending[::2], {"dy": -8, **above}), (lines.blending[1::2], {"dy": 10, **below}))
+    sides = ((lines.blending[::2], -8, *above), (lines.blending[1::2], 10, *below))
     return tuple(
         chart.transform_filter(alt.FieldOneOfPredicate("line", side))
-        .mark_text(fontSize=11, **place)
+        .mark_text(fontSize=11, dx=dx, dy=dy, align=align)
         .encode(y=_quality(records, metric), text="label:N")
-        for side, place in sides
+        for side, dy, dx, align in sides
     )
 
 
 def _intervals(chart: alt.Chart, records: Sequence[Record], metric: Metric) -> alt.Chart:
-    return chart.mark_rule(opacity=0.45, strokeWidth=1.5).encode(y=_quality(records, metric, "low"), y2="high:Q")
+    bars: alt.Chart = chart.mark_rule(opacity=0.45, strokeWidth=1.5)
+    return bars.encode(y=_quality(records, metric, "low"), y2="high:Q")
 
 
 def _colour(records: Sequence[Record], lines: Lines) -> alt.Color:

@@ -65,7 +65,8 @@ class Attention(nn.Module):
         end = length - branch_mask.shape[2]
         context = _attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], context_mask)
         y = torch.cat((context, _attend(q[:, :, end:], k, v, branch_mask)), 2)
-        return self.o_proj(y.transpose(1, 2).reshape(num_rows, length, -1))
+        output: Tensor = self.o_proj(y.transpose(1, 2).reshape(num_rows, length, -1))
+        return output
 
 
 class MLP(nn.Module):
@@ -76,7 +77,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        output: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
 
 
 class Layer(nn.Module):
@@ -91,7 +93,8 @@ class Layer(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], branch_mask: Tensor, context_mask: Tensor | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, branch_mask, context_mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return output
 
 
 class Decoder(nn.Module):
@@ -103,6 +106,8 @@ class Decoder(nn.Module):
 
 
 class SmallLlama(nn.Module):
+    _frequencies: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -119,11 +124,12 @@ class SmallLlama(nn.Module):
         """
         angles = positions[:, None, :, None] * self._frequencies  # (B, 1, T, D / 2)
         angles = torch.cat((angles, angles), -1)
-        x = self.model.embed_tokens(ids)
+        x: Tensor = self.model.embed_tokens(ids)
         rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.model.layers:
             x = layer(x, rotation, branch_mask, context_mask)
-        return self.model.norm(x)
+        hidden: Tensor = self.model.norm(x)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.model.embed_tokens.weight.T.to(hidden.dtype)
@@ -131,7 +137,8 @@ class SmallLlama(nn.Module):
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return config.rope_theta**-exponents
+    frequencies: Tensor = config.rope_theta**-exponents
+    return frequencies
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -156,4 +163,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     queries = q.reshape(num_rows, num_groups, per_group * length, size)
     scores = (queries @ k.mT * size**-0.5).view(num_rows, num_groups, per_group, length, num_keys)
     weights = scores.masked_fill(~mask[:, :, None] if mask.dim() == 4 else ~mask, -1e30).softmax(-1)
-    return (weights.view(num_rows, num_groups, per_group * length, num_keys) @ v).view(q.shape)
+    attended: Tensor = weights.view(num_rows, num_groups, per_group * length, num_keys) @ v
+    return attended.view(q.shape)

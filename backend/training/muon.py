@@ -21,7 +21,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "num_iterations": num_iterations})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever called
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = {}
             for param in group["params"]:
@@ -34,6 +34,7 @@ class Muon(torch.optim.Optimizer):
         momentum = group["momentum"]
         updates = []
         for param in params:
+            assert param.grad is not None, "only parameters with a gradient are collected"
             state = self.state[param]
             if not state:
                 state["momentum"] = torch.zeros_like(param)
@@ -50,7 +51,7 @@ def orthogonalize(matrices: Tensor, num_iterations: int) -> Tensor:
     """Newton-Schulz: (N, rows, columns) with singular values all near 1. Iterates on the small Gram side only."""
     a, b, c = _COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if is_tall else matrices
+    x: Tensor = matrices.mT if is_tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(num_iterations):
         gram = x @ x.mT

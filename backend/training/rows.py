@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from curriculum import Mix, RowShape
 from tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, PAD_ID, USER_ID
@@ -30,6 +31,7 @@ KINDS = (
     "single", "same_person", "same_shop", "same_street", "same_day", "nickname", "unanswerable", "followup", "history"
 )  # fmt: skip
 _TURN_TOKENS = 12
+TokenRow = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,11 @@ def _fill_row(
     shape: RowShape,
     mix: Mix,
     rng: random.Random,
-    ids: np.ndarray,
-    positions: np.ndarray,
-    targets: np.ndarray,
-    labels: np.ndarray,
-    branches: np.ndarray,
+    ids: TokenRow,
+    positions: TokenRow,
+    targets: TokenRow,
+    labels: TokenRow,
+    branches: TokenRow,
 ) -> None:
     separator = rng.choice(mix.separators) if mix.separators else chat.random_separator(rng)
     chunks, context = _context(coder, shape, mix, rng, separator)

@@ -14,9 +14,11 @@ From a usual random start a model this small needs many millions of tokens befor
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
-from model import Attention, ModelConfig, SmallLlama, rope_frequencies
+from model import Attention, Layer, ModelConfig, SmallLlama, rope_frequencies
 from torch import Tensor, nn
 
 EMBEDDING_STD = 0.25
@@ -38,7 +40,8 @@ def wire(model: SmallLlama, seed: int) -> None:
     config = model.config
     shared = torch.randn(config.hidden_size, generator=generator)
     shared /= shared.norm()
-    for layer in model.model.layers:
+    layers = cast("Sequence[Layer]", model.model.layers)
+    for layer in layers:
         mlp = layer.mlp
         for linear in (mlp.gate_proj, mlp.up_proj):
             _normal(linear, 0.7 * config.hidden_size**-0.5, generator)
@@ -47,7 +50,7 @@ def wire(model: SmallLlama, seed: int) -> None:
     embeddings.normal_(std=EMBEDDING_STD, generator=generator)
     embeddings += shared * EMBEDDING_STD * math.sqrt(config.hidden_size) * SHARED_SHARE
     model.model.norm.weight.fill_(FINAL_NORM)
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(layers):
         for group in range(config.num_key_value_heads):
             if index == 0 or (index == 1 and group == 0):
                 _wire_local(layer.self_attn, group, shared, config, generator)
@@ -112,7 +115,8 @@ def _rows(linear: nn.Linear, head: int, head_dim: int) -> Tensor:
 def _orthogonal(count: int, without: Tensor, generator: torch.Generator) -> Tensor:
     """`count` orthonormal rows, with the direction `without` taken out."""
     rows = torch.linalg.qr(torch.randn(without.shape[0], count, generator=generator))[0].T
-    return rows - (rows @ without)[:, None] * without
+    orthogonal: Tensor = rows - (rows @ without)[:, None] * without
+    return orthogonal
 
 
 def _normal(linear: nn.Linear, std: float, generator: torch.Generator) -> None:

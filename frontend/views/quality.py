@@ -56,7 +56,8 @@ def main() -> None:
 
 
 def choose_view(result: EvalResult) -> tuple[Metric, str, str]:
-    metrics, subset = metrics_of(result), ALL_QUESTIONS
+    metrics = metrics_of(result)
+    subset: str | None = ALL_QUESTIONS
     for name, choices in (("metric", metrics), ("kind", result.kinds), ("subset", result.subsets)):
         if st.session_state.get(name) not in choices:
             st.session_state[name] = next(iter(choices))
