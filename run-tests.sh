@@ -58,7 +58,7 @@ echo '== style, types and layers'
 "$bin/mypy"
 "$bin/lint-imports"
 # The training scripts import one another by bare names, some of which the page has too.
-MYPYPATH=backend/training "$bin/mypy" backend/training
+MYPYPATH=backend/training "$bin/mypy" backend/training tests/training/test_training.py
 if has_one_of shellcheck; then
     shellcheck -x run-server.sh run-tests.sh .ci/run containers/*.sh
 fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -25,7 +26,10 @@ class Held:
 
     def __init__(self, ai100: AI100) -> None:
         self._go = threading.Event()
-        ai100.runtime.before = lambda kind, slots: self._go.wait(20) and None
+        ai100.runtime.before = self._wait
+
+    def _wait(self, kind: str, slots: Sequence[int]) -> None:
+        self._go.wait(20)
 
     def release(self) -> None:
         self._go.set()
@@ -33,6 +37,10 @@ class Held:
 
 def started(ai100: AI100, question: str, conversation: str, sampling: Sampling = LONG) -> AI100Generation:
     return ai100.start([{"role": "user", "content": question}], conversation, sampling=sampling)
+
+
+def is_started(generation: AI100Generation) -> bool:
+    return generation._turn is not None
 
 
 def in_threads(ai100: AI100, generations: Sequence[AI100Generation]) -> Callable[[], list[Answer | BaseException]]:
@@ -49,7 +57,7 @@ def in_threads(ai100: AI100, generations: Sequence[AI100Generation]) -> Callable
     for number in range(len(generations)):
         threads.append(threading.Thread(target=run, args=(number,)))
         threads[-1].start()
-        wait_until(lambda number=number: generations[number]._turn is not None)
+        wait_until(partial(is_started, generations[number]))
 
     def join() -> list[Answer | BaseException]:
         for thread in threads:
@@ -308,7 +316,10 @@ def test_at_once_and_in_turn_over_a_while(make: Make) -> None:
                 generation.close()
             yield read(generation, ai100.engine)
 
-    answers = at_once([lambda user=user: list(talk(user))[-1] for user in range(8)])
+    def last_answer(user: int) -> Answer:
+        return list(talk(user))[-1]
+
+    answers = at_once([partial(last_answer, user) for user in range(8)])
     assert len(answers) == 8
     ai100.engine.batcher.slots.check_integrity()
     assert not any(row["in_use"] for row in ai100.engine.slot_rows())

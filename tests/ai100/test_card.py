@@ -145,8 +145,9 @@ def test_without_qefficient_and_sdk_the_error_says_so(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["num_cores", "num_devices"])
 def test_compile_options_are_checked(name: str) -> None:
+    options: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
-        CompileOptions(**{name: 0})
+        CompileOptions(**options)
 
 
 @pytest.mark.parametrize("runtime", ["host", "onnx"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,12 @@ def test_several_users_at_once(make: Make, salted: bool) -> None:
         return [ai100.ask(question, name, salt=salt) for _, question in turns[user]]
 
     answers: dict[str, list[Answer]] = {}
-    at_once([lambda user=user: answers.setdefault(user, talk(together, user))[-1] for user in turns])
+
+    def keep_answers(user: str) -> Answer:
+        answers[user] = talk(together, user)
+        return answers[user][-1]
+
+    at_once([partial(keep_answers, user) for user in turns])
     for user in turns:
         for answer, expected in zip(answers[user], talk(alone, user), strict=True):
             assert (answer.prompt_ids, answer.token_ids) == (expected.prompt_ids, expected.token_ids)
@@ -121,7 +127,7 @@ def test_the_cards_code_over_the_exported_graph(ai100_folder: Path, reference: A
     ai100 = AI100(AI100Engine(runtime, "tiny", KeywordTopics(LISTS), gen_len=MAX_TOKENS), runtime, reference)
     turns = random_turns(5, "ab", 8)
     answers = [ai100.ask(question, conversation) for conversation, question in turns]
-    answers += at_once([lambda name=name: ai100.ask("river bread", name) for name in "xyz"])
+    answers += at_once([partial(ai100.ask, "river bread", name) for name in "xyz"])
     assert all(answer.token_ids == ai100.generate(answer.prompt_ids) for answer in answers)
     assert {"NEW_TOPIC", "INCREMENTAL_PREFILL", "RESET_TOPIC"} == {answer.details["status"] for answer in answers}
     ai100.engine.close()

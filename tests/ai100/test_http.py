@@ -70,7 +70,8 @@ def test_a_conversation_by_its_name_or_its_history(http: httpx.Client, how: str)
 def test_openais_client_streams_what_it_gets_whole(served: Served) -> None:
     client = OpenAI(base_url=f"{served[1].url}/v1", api_key="none", max_retries=0)
     messages = [{"role": "user", "content": "river bread"}]
-    how = {"model": client.models.list().data[0].id, "messages": messages, "max_tokens": 6, "temperature": 0}
+    how: dict[str, Any] = {"model": client.models.list().data[0].id, "messages": messages}
+    how |= {"max_tokens": 6, "temperature": 0}
     whole = client.chat.completions.create(**how)
     chunks = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content

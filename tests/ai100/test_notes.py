@@ -13,7 +13,7 @@ from ai100.notes import MAX_NOTE_CHARACTERS, Note, Notes, load_notes, passages
 from ai100.runtimes.runtime import StaticShapes
 from ai100.settings import AI100Settings, open_engine
 from ai100.topics import KeywordTopics, load_topics
-from kvarena.engines.sampling import Sampling
+from kvarena.engines.base import Sampling
 from support.ai100_engine import AI100, Answer, read
 from support.real_model import real_model_folder
 

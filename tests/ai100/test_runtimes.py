@@ -317,7 +317,8 @@ def test_a_device_lost_in_the_middle_says_so_until_it_is_reopened(folders: dict[
     whole = opened("onnx", folders["llama"])
     assert isinstance(whole, QEfficientRuntime)
     assert whole.session is not None
-    sessions = iter([FailingSession(whole.session, 2), OSError("still no device"), whole.session])
+    made: list[Session | OSError] = [FailingSession(whole.session, 2), OSError("still no device"), whole.session]
+    sessions = iter(made)
 
     def open_session() -> Session:
         session = next(sessions)

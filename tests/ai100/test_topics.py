@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ai100.embeddings import (
     local_embedding,
     packaged_sentence_model,
 )
-from ai100.notes import Note, Notes
+from ai100.notes import Note, Notes, Vectors
 from ai100.topics import TOPICS_FILE, EmbeddingTopics, KeywordTopics, PastTurn, Topics, load_topics
 from ai100.words import content_words, is_follow_up, stem
 
@@ -174,9 +175,11 @@ def test_content_words_and_follow_ups() -> None:
     assert not is_follow_up("What is the capital of France?")
 
 
-def vectors_by_letter(texts: list[str]) -> np.ndarray:
-    table = np.array([[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts], float)
-    return table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
+def vectors_by_letter(texts: Sequence[str]) -> Vectors:
+    counts = [[text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+    table = np.array(counts, np.float32)
+    vectors: Vectors = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
+    return vectors
 
 
 def test_topics_by_vectors_follow_the_same_rule() -> None:
@@ -251,7 +254,7 @@ def test_topics_by_the_sentence_model_that_pip_installs(ai100_folder: Path) -> N
 def test_a_text_is_embedded_once() -> None:
     asked: list[str] = []
 
-    def embed(texts: list[str]) -> np.ndarray:
+    def embed(texts: Sequence[str]) -> Vectors:
         asked.extend(texts)
         return np.ones((len(texts), 2), np.float32)
 

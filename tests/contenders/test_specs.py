@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_reading_the_specs_imports_no_engine() -> None:
     ],
 )
 def test_two_with_one_name_or_port_are_refused(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     plain = contender_specs()["plain"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import cast
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from kvarena.core.blend import BlendReport
 from kvarena.core.placement import GROUP_TOKENS, KVWriter, groups_of, part_of
 from kvarena.core.plan import Chunk, Span, as_token_ids
+from kvarena.core.prefilled_model import PrefilledModel
 from kvarena.core.rope import Rotation
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 2, 8
@@ -47,7 +49,7 @@ def test_together_is_one_by_one() -> None:
     chunks = [Chunk(as_token_ids([number] * 40)) for number in range(3)]
     spans = [Span(0, 40, chunks[0]), Span(45, 70, chunks[1], 7), Span(70, 110, chunks[2]), Span(111, 121, chunks[1], 2)]
     together = Cache(125)
-    writer = KVWriter(together, [2], BlendReport())
+    writer = KVWriter(cast("PrefilledModel", together), [2], BlendReport())
     writer.write([(span, cut(whole[int(span.chunk.token_ids[0])], rng)) for span in spans])
     alone = Cache(125)
     for span in spans:

@@ -28,7 +28,8 @@ def table(scaling: dict[str, Any], positions: int) -> tuple[torch.Tensor, torch.
 
 def rotate(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     _, rotated = apply_rotary_pos_emb(keys[None, None], keys[None, None], cos[None], sin[None])
-    return rotated[0, 0]
+    keys_rotated: torch.Tensor = rotated[0, 0]
+    return keys_rotated
 
 
 @pytest.mark.parametrize("name", TYPES)

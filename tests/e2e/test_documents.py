@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import FilePayload, Locator, Page, expect
 
 from support.page_steps import ask, expect_states, figures, pane, settle
 from support.pdf_files import pdf_of
@@ -29,13 +29,12 @@ def upload(page: Page, name: str) -> Locator:
 def test_dropped_documents_are_chunks_with_their_kv(page: Page) -> None:
     text = town_text()
     settle(page)
-    page.locator('[data-testid="stFileUploader"] input[type="file"]').set_input_files(
-        [
-            {"name": "the town.txt", "mimeType": "text/plain", "buffer": text.encode()},
-            {"name": "the town.pdf", "mimeType": "application/pdf", "buffer": pdf_of([text[:2500], text[2500:5000]])},
-            {"name": "broken.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.7"},
-        ]
-    )
+    files: list[FilePayload] = [
+        {"name": "the town.txt", "mimeType": "text/plain", "buffer": text.encode()},
+        {"name": "the town.pdf", "mimeType": "application/pdf", "buffer": pdf_of([text[:2500], text[2500:5000]])},
+        {"name": "broken.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.7"},
+    ]
+    page.locator('[data-testid="stFileUploader"] input[type="file"]').set_input_files(files)
     expect(upload(page, "the town.txt")).to_have_attribute("data-state", "filled", timeout=FILL_MS)
     expect(upload(page, "the town.pdf")).to_have_attribute("data-state", "filled", timeout=FILL_MS)
     expect(upload(page, "broken.pdf")).to_have_attribute("data-state", "problem")

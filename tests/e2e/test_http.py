@@ -122,11 +122,12 @@ def test_every_token_is_counted_once_and_streams_have_their_report_too(stack: St
 def test_message_parts_are_boundaries(stack: Stack) -> None:
     rng = random.Random(2)
     parts = [{"type": "text", "text": " ".join(rng.sample(text.split(), len(text.split())))} for text in TEXTS[:3]]
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What does she keep?"}]}]
+    question = {"type": "text", "text": "What does she keep?"}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, question]}]
     request = {"model": "town", "messages": messages, "temperature": 0, "max_tokens": 4}
     with stack.client("blend") as http:
         first = ask(http, request)["report"]
-        messages[0]["content"] = [*parts[::-1], {"type": "text", "text": "Where?"}]  # type: ignore[list-item]
+        messages[0]["content"] = [*parts[::-1], {"type": "text", "text": "Where?"}]
         second = ask(http, request)["report"]
     assert (first["store_hits"], first["store_misses"]) == (0, 3)
     assert (second["store_hits"], second["store_misses"]) == (3, 0)

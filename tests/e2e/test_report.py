@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser
@@ -28,7 +29,7 @@ def page_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize(("scheme", "is_light"), [("light", True), ("dark", False)])
 def test_the_page_fits_and_asks_for_nothing(
-    browser: Browser, page_url: str, width: int, scheme: str, is_light: bool
+    browser: Browser, page_url: str, width: int, scheme: Literal["light", "dark"], is_light: bool
 ) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     addresses: list[str] = []

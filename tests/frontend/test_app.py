@@ -11,7 +11,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from support.small_openai_server import OFFER, SIMLLM_OFFER, SIMLLM_REPORT, SmallServer, report_of
+from support.small_openai_server import OFFER, SIMLLM_OFFER, SIMLLM_REPORT, SmallServer, StartServer, report_of
 
 APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
 Open = Callable[..., AppTest]
@@ -43,7 +43,7 @@ def html(page: AppTest) -> str:
     return "\n".join(element.proto.body for element in page.get("html"))
 
 
-def test_page_shows_servers_context_and_its_tokens(small_server, open_page: Open) -> None:
+def test_page_shows_servers_context_and_its_tokens(small_server: StartServer, open_page: Open) -> None:
     page = open_page(small_server(offer=OFFER), small_server())
     body = html(page)
     assert all(f'data-testid="server-{name}" data-state="up"' in body for name in ("blend", "plain"))
@@ -53,7 +53,7 @@ def test_page_shows_servers_context_and_its_tokens(small_server, open_page: Open
     assert page.expander[0].label == "Context: 3 chunks, 18 tokens"
 
 
-def test_a_time_in_place_of_the_ratio(small_server, open_page: Open) -> None:
+def test_a_time_in_place_of_the_ratio(small_server: StartServer, open_page: Open) -> None:
     """It is offered for policies that go by a ratio, and by servers that know of it."""
     blend = small_server(offer=OFFER | {"timed_policies": ["kv_deviation"]})
     page = open_page(blend, small_server())
@@ -71,7 +71,7 @@ def test_a_time_in_place_of_the_ratio(small_server, open_page: Open) -> None:
     assert "has-max-ttft" not in {toggle.key for toggle in page.toggle}
 
 
-def test_a_policy_has_the_controls_that_the_server_describes(small_server, open_page: Open) -> None:
+def test_a_policy_has_the_controls_that_the_server_describes(small_server: StartServer, open_page: Open) -> None:
     """Also those of a policy that nobody here knows."""
     drift = {"type": "number", "at_least": 0, "at_most": 5, "default": 2.5, "help": "How far.", "policies": ["mine"]}
     names = ["kv_deviation", "none", "mine"]
@@ -97,7 +97,7 @@ def test_a_policy_has_the_controls_that_the_server_describes(small_server, open_
     assert [slider.key for slider in page.slider] == ["temperature"]
 
 
-def test_question_goes_to_both_with_the_choices_on_the_page(small_server, open_page: Open) -> None:
+def test_question_goes_to_both_with_the_choices_on_the_page(small_server: StartServer, open_page: Open) -> None:
     blend, plain = small_server(offer=OFFER), small_server()
     page = open_page(blend, plain)
     page.multiselect(key="chunks").set_value(["two", "one"]).run()
@@ -118,7 +118,7 @@ def test_question_goes_to_both_with_the_choices_on_the_page(small_server, open_p
     assert to_blend["max_tokens"] == to_plain["max_tokens"] == 9
 
 
-def test_simllm_has_knobs_of_its_own_and_shows_the_earlier_prompt(small_server, open_page: Open) -> None:
+def test_simllm_has_knobs_of_its_own_and_shows_the_earlier_prompt(small_server: StartServer, open_page: Open) -> None:
     simllm, plain = small_server(offer=SIMLLM_OFFER, report=SIMLLM_REPORT), small_server()
     page = open_page(simllm, plain)
     assert not [box.key for box in page.selectbox if box.key == "policy"], "nobody blends"
@@ -135,7 +135,7 @@ def test_simllm_has_knobs_of_its_own_and_shows_the_earlier_prompt(small_server, 
     assert "kv_transfer_params" not in plain.completions()[0]
 
 
-def test_a_server_that_finds_its_own_threshold_is_sent_none(small_server, open_page: Open) -> None:
+def test_a_server_that_finds_its_own_threshold_is_sent_none(small_server: StartServer, open_page: Open) -> None:
     auto = SIMLLM_OFFER | {"defaults": {"reuse": True, "mode": "aligned", "similarity_threshold": "auto"}}
     simllm = small_server(offer=auto, report=SIMLLM_REPORT)
     page = open_page(simllm, small_server())
@@ -144,13 +144,13 @@ def test_a_server_that_finds_its_own_threshold_is_sent_none(small_server, open_p
     assert simllm.completions()[0]["kv_transfer_params"]["kvarena"] == {"mode": "aligned"}
 
 
-def test_without_simllm_its_knobs_are_not_there(small_server, open_page: Open) -> None:
+def test_without_simllm_its_knobs_are_not_there(small_server: StartServer, open_page: Open) -> None:
     page = open_page(small_server(offer=OFFER), small_server())
     assert not {"mode", "similarity-threshold"}.intersection(w.key for w in (*page.selectbox, *page.number_input))
 
 
 def test_the_separator_is_the_stacks_where_nobody_says_another(
-    small_server, open_page: Open, monkeypatch: pytest.MonkeyPatch
+    small_server: StartServer, open_page: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVARENA_SEPARATOR", "<note>")
     plain = small_server()
@@ -159,7 +159,7 @@ def test_the_separator_is_the_stacks_where_nobody_says_another(
     assert plain.completions()[0]["messages"][1]["content"].startswith("<note>This is one.<note>")
 
 
-def test_follow_up_and_changed_context(small_server, open_page: Open) -> None:
+def test_follow_up_and_changed_context(small_server: StartServer, open_page: Open) -> None:
     blend, plain = small_server(offer=OFFER), small_server()
     page = open_page(blend, plain)
     for question in ("First?", "Second?"):
@@ -177,7 +177,7 @@ def test_follow_up_and_changed_context(small_server, open_page: Open) -> None:
     assert html(page).count('data-testid="divider"') == 2
 
 
-def test_a_server_that_is_down_has_its_error_in_its_pane(small_server, open_page: Open) -> None:
+def test_a_server_that_is_down_has_its_error_in_its_pane(small_server: StartServer, open_page: Open) -> None:
     blend, plain = small_server(offer=OFFER), small_server()
     page = open_page(blend, plain)
     plain.stop()
@@ -188,7 +188,7 @@ def test_a_server_that_is_down_has_its_error_in_its_pane(small_server, open_page
     assert "Nothing answers" in body
 
 
-def test_only_the_chosen_contender_is_asked(small_server, open_page: Open) -> None:
+def test_only_the_chosen_contender_is_asked(small_server: StartServer, open_page: Open) -> None:
     blend, plain = small_server(offer=OFFER), small_server()
     page = open_page(blend, plain)
     page.checkbox(key="run-blend").uncheck().run()
@@ -199,7 +199,7 @@ def test_only_the_chosen_contender_is_asked(small_server, open_page: Open) -> No
     assert page.chat_input[0].disabled
 
 
-def test_reloaded_page_finds_its_chat(small_server, open_page: Open) -> None:
+def test_reloaded_page_finds_its_chat(small_server: StartServer, open_page: Open) -> None:
     page = open_page(small_server(offer=OFFER), small_server())
     page.multiselect(key="chunks").set_value(["two"]).run()
     page.chat_input[0].set_value("Who?").run()
@@ -212,7 +212,7 @@ def test_reloaded_page_finds_its_chat(small_server, open_page: Open) -> None:
     assert "Who?" not in html(again)
 
 
-def test_the_arena_is_as_it_was_after_a_look_at_another_page(small_server, open_page: Open) -> None:
+def test_the_arena_is_as_it_was_after_a_look_at_another_page(small_server: StartServer, open_page: Open) -> None:
     page = open_page(small_server(offer=OFFER), small_server())
     page.multiselect(key="chunks").set_value(["three", "one"]).run()
     page.slider(key="policy-ratio").set_value(0.4).run()
@@ -232,7 +232,7 @@ def test_the_arena_is_as_it_was_after_a_look_at_another_page(small_server, open_
 
 @pytest.mark.parametrize("name", ["two.txt", "sys_prompt.txt"])
 def test_a_file_in_another_encoding_is_named_beside_the_others_until_it_is_mended(
-    small_server, open_page: Open, tmp_path: Path, name: str
+    small_server: StartServer, open_page: Open, tmp_path: Path, name: str
 ) -> None:
     text = (tmp_path / name).read_text()
     (tmp_path / name).write_text("Über den Fluss", encoding="latin-1")
@@ -252,7 +252,7 @@ def test_a_file_in_another_encoding_is_named_beside_the_others_until_it_is_mende
 
 
 def test_a_long_document_of_the_folder_is_in_numbered_chunks_of_the_settings_size(
-    small_server, open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_server: StartServer, open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "manual.md").write_text("\n\n".join(f"# Part {n}\n\n{'A sentence on it. ' * 12}" for n in range(3)))
     monkeypatch.setenv("KVARENA_CHUNK_TOKENS", "64")
@@ -272,7 +272,7 @@ def drop(page: AppTest, *files: tuple[str, bytes]) -> None:
         page.run()
 
 
-def test_dropped_documents_are_split_filled_picked_and_removed(small_server, open_page: Open) -> None:
+def test_dropped_documents_are_split_filled_picked_and_removed(small_server: StartServer, open_page: Open) -> None:
     blend = small_server(offer=OFFER)
     page = open_page(blend, small_server())
     drop(page, ("one.txt", LONG.encode()), ("scan.pdf", b"no pdf"), ("a.docx", b"PK"))
@@ -297,7 +297,7 @@ def test_dropped_documents_are_split_filled_picked_and_removed(small_server, ope
     assert page.multiselect(key="chunks").value == []
 
 
-def test_a_filling_that_fails_is_shown_and_can_be_tried_again(small_server, open_page: Open) -> None:
+def test_a_filling_that_fails_is_shown_and_can_be_tried_again(small_server: StartServer, open_page: Open) -> None:
     blend = small_server(offer=OFFER)
     blend.error = (400, "too many tokens")
     page = open_page(blend, small_server())
@@ -311,13 +311,15 @@ def test_a_filling_that_fails_is_shown_and_can_be_tried_again(small_server, open
     assert 'data-document="notes.md" data-state="filled"' in html(page)
 
 
-def test_a_document_that_is_too_large_says_so(small_server, open_page: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_that_is_too_large_says_so(
+    small_server: StartServer, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = open_page(small_server(offer=OFFER), small_server())
     drop(page, ("large.txt", b"word " * (5 << 20)))
     assert "25 MB; at most 20 MB are taken" in html(page)
 
 
-def test_without_a_blend_documents_are_split_and_nothing_is_filled(small_server, open_page: Open) -> None:
+def test_without_a_blend_documents_are_split_and_nothing_is_filled(small_server: StartServer, open_page: Open) -> None:
     plain, simllm = small_server(), small_server(offer=SIMLLM_OFFER, report=SIMLLM_REPORT)
     page = open_page(simllm, plain)
     drop(page, ("notes.md", b"# Notes"))

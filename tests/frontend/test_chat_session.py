@@ -13,7 +13,7 @@ from chat_session import ChatSession
 from contender_api import ContenderError, Sampling
 from figures import Done, Event, Failed, FirstToken, Text
 from settings import Contender
-from support.small_openai_server import OFFER, SmallServer
+from support.small_openai_server import OFFER, SmallServer, StartServer
 
 QUESTION = [{"role": "user", "content": "Who keeps bees?"}]
 Connect = Callable[..., ChatSession]
@@ -47,7 +47,7 @@ def failure(events: list[Event]) -> str:
     return events[-1].message
 
 
-def test_plain_answer_comes_in_order_with_figures_from_usage(small_server, connect: Connect) -> None:
+def test_plain_answer_comes_in_order_with_figures_from_usage(small_server: StartServer, connect: Connect) -> None:
     server = small_server(cached_tokens=30, delay_s=0.02)
     events = answer(connect(server.url))
 
@@ -67,13 +67,15 @@ def test_plain_answer_comes_in_order_with_figures_from_usage(small_server, conne
     assert figures.total_ms >= 60
 
 
-def test_first_token_is_the_first_text_and_not_the_role(small_server, connect: Connect) -> None:
+def test_first_token_is_the_first_text_and_not_the_role(small_server: StartServer, connect: Connect) -> None:
     events = answer(connect(small_server(silence_s=0.2).url))
     assert isinstance(events[0], FirstToken)
     assert events[0].first_token_ms >= 200
 
 
-def test_blend_answer_has_the_figures_of_its_report_even_when_that_is_late(small_server, connect: Connect) -> None:
+def test_blend_answer_has_the_figures_of_its_report_even_when_that_is_late(
+    small_server: StartServer, connect: Connect
+) -> None:
     done = answer(connect(small_server(offer=OFFER, num_missing_reports=2).url))[-1]
     assert isinstance(done, Done)
     figures = done.figures
@@ -82,7 +84,7 @@ def test_blend_answer_has_the_figures_of_its_report_even_when_that_is_late(small
     assert [span.source for span in figures.spans] == ["reused", "computed"]
 
 
-def test_a_missing_report_leaves_figures_unknown_and_never_zero(small_server, connect: Connect) -> None:
+def test_a_missing_report_leaves_figures_unknown_and_never_zero(small_server: StartServer, connect: Connect) -> None:
     done = answer(connect(small_server(offer=OFFER, num_missing_reports=100).url))[-1]
     assert isinstance(done, Done)
     assert done.figures.num_reused_tokens is None
@@ -90,7 +92,7 @@ def test_a_missing_report_leaves_figures_unknown_and_never_zero(small_server, co
     assert done.figures.num_prompt_tokens == 100
 
 
-def test_policy_and_ratio_go_to_blending_contenders_only(small_server, connect: Connect) -> None:
+def test_policy_and_ratio_go_to_blending_contenders_only(small_server: StartServer, connect: Connect) -> None:
     chosen = {"policy": "random", "ratio": 0.3}
     sampling = Sampling(temperature=0.5, max_tokens=7, ignore_eos=True, recomputing=chosen)
     blend, plain = small_server(offer=OFFER), small_server()
@@ -103,13 +105,13 @@ def test_policy_and_ratio_go_to_blending_contenders_only(small_server, connect: 
     assert (to_plain["model"], to_plain["max_tokens"], to_plain["ignore_eos"]) == ("small", 7, True)
 
 
-def test_api_key_is_sent_as_bearer_token(small_server, connect: Connect) -> None:
+def test_api_key_is_sent_as_bearer_token(small_server: StartServer, connect: Connect) -> None:
     server = small_server()
     answer(connect(server.url, api_key="secret"))
     assert all(headers.get("authorization") == "Bearer secret" for _, _, headers in server.requests)
 
 
-def test_state_follows_the_server(small_server, connect: Connect) -> None:
+def test_state_follows_the_server(small_server: StartServer, connect: Connect) -> None:
     server = small_server(offer=OFFER)
     session = connect(server.url)
     assert not session.up
@@ -124,7 +126,7 @@ def test_state_follows_the_server(small_server, connect: Connect) -> None:
     assert session.server is not None, "what it was stays known"
 
 
-def test_a_server_that_outlives_its_engine_is_down(small_server, connect: Connect) -> None:
+def test_a_server_that_outlives_its_engine_is_down(small_server: StartServer, connect: Connect) -> None:
     server = small_server(health=(503, {"error": "the engine is dead"}))
     session = connect(server.url)
     session.refresh().result()
@@ -141,43 +143,43 @@ def test_refused_connection_names_the_address(connect: Connect) -> None:
         assert f"Nothing answers at {url}" in failure(answer(connect(url)))
 
 
-def test_error_object_of_the_server_is_shown(small_server, connect: Connect) -> None:
+def test_error_object_of_the_server_is_shown(small_server: StartServer, connect: Connect) -> None:
     server = small_server(error=(400, "ratio must be a number from 0 to 1, not 7"))
     message = failure(answer(connect(server.url)))
     assert "HTTP 400" in message
     assert "ratio must be a number from 0 to 1, not 7" in message
 
 
-def test_error_in_the_stream_keeps_the_text_before_it(small_server, connect: Connect) -> None:
+def test_error_in_the_stream_keeps_the_text_before_it(small_server: StartServer, connect: Connect) -> None:
     events = answer(connect(small_server(stream_error="out of memory").url))
     assert "out of memory" in failure(events)
     assert text_of(events) == "Hello, world"
 
 
-def test_cut_stream_keeps_the_text_before_the_cut(small_server, connect: Connect) -> None:
+def test_cut_stream_keeps_the_text_before_the_cut(small_server: StartServer, connect: Connect) -> None:
     events = answer(connect(small_server(cut_after=2).url))
     assert text_of(events) == "Hello, "
     assert "broke off" in failure(events)
 
 
-def test_silent_server_is_given_up(small_server, connect: Connect) -> None:
+def test_silent_server_is_given_up(small_server: StartServer, connect: Connect) -> None:
     session = connect(small_server(silence_s=1.0).url, timeout_s=0.2)
     assert "said nothing for 0.2 s" in failure(answer(session))
 
 
-def test_answer_without_text_is_done_and_empty(small_server, connect: Connect) -> None:
+def test_answer_without_text_is_done_and_empty(small_server: StartServer, connect: Connect) -> None:
     events = answer(connect(small_server(pieces=[]).url))
     assert isinstance(events[0], FirstToken), "the end of the answer is a token too"
     assert isinstance(events[-1], Done)
     assert text_of(events) == ""
 
 
-def test_page_that_is_no_openai_server_is_explained(small_server, connect: Connect) -> None:
+def test_page_that_is_no_openai_server_is_explained(small_server: StartServer, connect: Connect) -> None:
     server = small_server()
     assert "Not Found" in failure(answer(connect(server.url + "/elsewhere")))
 
 
-def test_cancelling_closes_the_connection_at_once(small_server, connect: Connect) -> None:
+def test_cancelling_closes_the_connection_at_once(small_server: StartServer, connect: Connect) -> None:
     server: SmallServer = small_server(pieces=["word "] * 50, hold_after=10)
     events: list[Event] = []
     future = connect(server.url).answer(QUESTION, Sampling(), events.append, "question-1")
@@ -192,12 +194,12 @@ def test_cancelling_closes_the_connection_at_once(small_server, connect: Connect
     assert not any(isinstance(event, Done | Failed) for event in events)
 
 
-def test_one_client_serves_many_answers(small_server, connect: Connect) -> None:
+def test_one_client_serves_many_answers(small_server: StartServer, connect: Connect) -> None:
     session = connect(small_server().url)
     assert [text_of(answer(session)) for _ in range(3)] == ["Hello, world"] * 3
 
 
-def test_tokens_are_counted_by_the_server(small_server, connect: Connect) -> None:
+def test_tokens_are_counted_by_the_server(small_server: StartServer, connect: Connect) -> None:
     server = small_server()
     session = connect(server.url)
     assert len(session.prompt_ids(QUESTION)) == 5

@@ -15,6 +15,7 @@ from examples import follow_ups, load_examples, opening_chunks
 from kvarena.contenders.spec import ReportView
 from kvarena.documents import TextChunk, load_chunks, load_system_prompt
 from settings import DEFAULT_CONTENDERS, REPORT_VIEWS, Contender, read_settings
+from support.small_openai_server import StartServer
 from turns_view import answer_html
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def test_text_before_the_chunks_is_not_taken_for_one() -> None:
     assert chunk_spans([7, 7, 9, 7], [[7]], start=2) == [ChunkSpan(1, 3, 4)]
 
 
-def test_tokens_are_counted_by_the_contender(small_server) -> None:
+def test_tokens_are_counted_by_the_contender(small_server: StartServer) -> None:
     server = small_server()
     session = ChatSession(Contender("c", "C", server.url))
     chunks = (TextChunk("a", "Ann keeps bees"), TextChunk("b", "Be brief"))

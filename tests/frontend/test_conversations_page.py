@@ -11,7 +11,7 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from support.slot_rows import row
-from support.small_openai_server import AI100_OFFER, AI100_REPORT, SmallServer
+from support.small_openai_server import AI100_OFFER, AI100_REPORT, SmallServer, StartServer
 
 APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
 SLOTS = {"slots": [row(0), row(1, "sports", "c1", position=100, last_used=3)], "ctx_len": 200, "num_evictions": 0}
@@ -40,11 +40,11 @@ def html(page: AppTest) -> str:
     return "\n".join(element.proto.body for element in page.get("html"))
 
 
-def slot_server(small_server: Callable[..., SmallServer], **behaviour: object) -> SmallServer:
+def slot_server(small_server: StartServer, **behaviour: object) -> SmallServer:
     return small_server(offer=AI100_OFFER, report=AI100_REPORT, slots=SLOTS, **behaviour)
 
 
-def test_a_message_goes_to_both_modes_with_the_same_messages(small_server, open_page: Open) -> None:
+def test_a_message_goes_to_both_modes_with_the_same_messages(small_server: StartServer, open_page: Open) -> None:
     server = slot_server(small_server)
     page = open_page(server)
     page.chat_input[0].set_value("Who?").run()
@@ -60,7 +60,9 @@ def test_a_message_goes_to_both_modes_with_the_same_messages(small_server, open_
     assert 'data-testid="saved"' in body
 
 
-def test_a_follow_up_goes_on_with_the_conversation_letter_for_letter(small_server, open_page: Open) -> None:
+def test_a_follow_up_goes_on_with_the_conversation_letter_for_letter(
+    small_server: StartServer, open_page: Open
+) -> None:
     server = slot_server(small_server, pieces=[" Hello", ", ", "world"])
     page = open_page(server)
     for question in ("Who?", "And why?"):
@@ -70,7 +72,7 @@ def test_a_follow_up_goes_on_with_the_conversation_letter_for_letter(small_serve
     assert [message["content"] for message in second["messages"][1:]] == ["Who?", " Hello, world", "And why?"]
 
 
-def test_without_notes_a_new_conversation_begins(small_server, open_page: Open) -> None:
+def test_without_notes_a_new_conversation_begins(small_server: StartServer, open_page: Open) -> None:
     server = slot_server(small_server)
     page = open_page(server)
     page.segmented_control(key="modes").set_value("With slots").run()
@@ -84,7 +86,7 @@ def test_without_notes_a_new_conversation_begins(small_server, open_page: Open) 
 
 
 @pytest.mark.parametrize(("choice", "use_cache"), [("With slots", True), ("Without", False)])
-def test_one_mode_alone(small_server, open_page: Open, choice: str, use_cache: bool) -> None:
+def test_one_mode_alone(small_server: StartServer, open_page: Open, choice: str, use_cache: bool) -> None:
     server = slot_server(small_server)
     page = open_page(server)
     page.segmented_control(key="modes").set_value(choice).run()
@@ -94,7 +96,7 @@ def test_one_mode_alone(small_server, open_page: Open, choice: str, use_cache: b
     assert 'data-testid="saved"' not in html(page), "nothing to compare with"
 
 
-def test_at_the_same_time_both_are_asked_too(small_server, open_page: Open) -> None:
+def test_at_the_same_time_both_are_asked_too(small_server: StartServer, open_page: Open) -> None:
     server = slot_server(small_server)
     page = open_page(server)
     page.toggle(key="conversation-in-sequence").set_value(False).run()
@@ -102,7 +104,7 @@ def test_at_the_same_time_both_are_asked_too(small_server, open_page: Open) -> N
     assert {body["kv_transfer_params"]["kvarena"]["use_cache"] for body in server.completions()} == {True, False}
 
 
-def test_the_picture_and_what_a_turn_did_to_the_slots(small_server, open_page: Open) -> None:
+def test_the_picture_and_what_a_turn_did_to_the_slots(small_server: StartServer, open_page: Open) -> None:
     server = slot_server(small_server)
     page = open_page(server)
     assert 'data-testid="slot-1" data-topic="sports" data-tokens="100"' in html(page)
@@ -113,7 +115,7 @@ def test_the_picture_and_what_a_turn_did_to_the_slots(small_server, open_page: O
     assert "this chat, used last" in body
 
 
-def test_new_conversation_and_the_arena_keep_chats_of_their_own(small_server, open_page: Open) -> None:
+def test_new_conversation_and_the_arena_keep_chats_of_their_own(small_server: StartServer, open_page: Open) -> None:
     page = open_page(slot_server(small_server))
     page.chat_input[0].set_value("Who?").run()
     page.switch_page("views/arena.py").run()
@@ -125,7 +127,7 @@ def test_new_conversation_and_the_arena_keep_chats_of_their_own(small_server, op
     assert "Who?" not in html(page)
 
 
-def test_without_the_contender_the_page_says_how_to_start_it(small_server, open_page: Open) -> None:
+def test_without_the_contender_the_page_says_how_to_start_it(small_server: StartServer, open_page: Open) -> None:
     page = open_page(small_server(), name="plain")
     assert page.code[0].value == "./run-server.sh --contenders ai100"
     assert page.chat_input[0].disabled

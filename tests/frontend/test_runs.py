@@ -14,7 +14,7 @@ from chat_session import ChatSession
 from contender_api import Sampling
 from runs import ChatStore, Run
 from settings import Contender
-from support.small_openai_server import OFFER, SmallServer
+from support.small_openai_server import OFFER, SmallServer, StartServer
 from turns_view import speed_html
 
 Prepare = Callable[..., Run]
@@ -47,7 +47,7 @@ def watch(run: Run, condition: Callable[[], bool] = lambda: False, timeout_s: fl
         time.sleep(0.01)
 
 
-def test_both_answer_at_the_same_time(small_server, prepare: Prepare) -> None:
+def test_both_answer_at_the_same_time(small_server: StartServer, prepare: Prepare) -> None:
     a, b = small_server(**HELD), small_server(**HELD)
     run = prepare(a, b)
     watch(run, lambda: all(answer.text == "word " * 10 for answer in run.turn.answers.values()))
@@ -59,7 +59,9 @@ def test_both_answer_at_the_same_time(small_server, prepare: Prepare) -> None:
     assert all(answer.text == "word " * 50 for answer in run.turn.answers.values())
 
 
-def test_all_contenders_get_one_id_for_a_question_and_another_for_the_next(small_server, prepare: Prepare) -> None:
+def test_all_contenders_get_one_id_for_a_question_and_another_for_the_next(
+    small_server: StartServer, prepare: Prepare
+) -> None:
     a, b = small_server(), small_server()
     for _ in range(2):
         watch(prepare(a, b))
@@ -68,7 +70,7 @@ def test_all_contenders_get_one_id_for_a_question_and_another_for_the_next(small
     assert len(set(ids[0])) == 2
 
 
-def test_one_after_the_other_never_overlaps(small_server, prepare: Prepare) -> None:
+def test_one_after_the_other_never_overlaps(small_server: StartServer, prepare: Prepare) -> None:
     a, b = small_server(pieces=["word "] * 5, delay_s=0.02), small_server(pieces=["word "] * 5, delay_s=0.02)
     run = prepare(a, b, in_sequence=True)
     first, second = run.turn.answers.values()
@@ -79,7 +81,7 @@ def test_one_after_the_other_never_overlaps(small_server, prepare: Prepare) -> N
     assert (first.state, second.state) == ("done", "done")
 
 
-def test_one_contender_down_leaves_the_other_alone(small_server, prepare: Prepare) -> None:
+def test_one_contender_down_leaves_the_other_alone(small_server: StartServer, prepare: Prepare) -> None:
     dead, alive = small_server(), small_server(offer=OFFER)
     dead.stop()
     for in_sequence in (False, True):
@@ -91,7 +93,7 @@ def test_one_contender_down_leaves_the_other_alone(small_server, prepare: Prepar
         assert (b.state, b.text) == ("done", "Hello, world")
 
 
-def test_of_three_one_of_which_failed_the_two_compared_are_named(small_server, prepare: Prepare) -> None:
+def test_of_three_one_of_which_failed_the_two_compared_are_named(small_server: StartServer, prepare: Prepare) -> None:
     a, b, c = small_server(silence_s=0.3), small_server(), small_server()
     c.stop()
     run = prepare(a, b, c)
@@ -99,7 +101,7 @@ def test_of_three_one_of_which_failed_the_two_compared_are_named(small_server, p
     assert re.search(r">b: [\d.]+ times faster than a to the first token<", speed_html(run.turn))
 
 
-def test_stop_keeps_partial_text_and_ends_the_streams(small_server, prepare: Prepare) -> None:
+def test_stop_keeps_partial_text_and_ends_the_streams(small_server: StartServer, prepare: Prepare) -> None:
     held, waiting = small_server(**HELD), small_server()
     run = prepare(held, waiting, in_sequence=True)
     first, second = run.turn.answers.values()
@@ -115,7 +117,7 @@ def test_stop_keeps_partial_text_and_ends_the_streams(small_server, prepare: Pre
     assert not waiting.completions(), "whoever had not been asked is not asked any more"
 
 
-def test_several_watchers_lose_and_repeat_nothing(small_server, prepare: Prepare) -> None:
+def test_several_watchers_lose_and_repeat_nothing(small_server: StartServer, prepare: Prepare) -> None:
     pieces = [f"{number} " for number in range(200)]
     run = prepare(small_server(pieces=pieces), small_server(pieces=pieces))
     watchers = [threading.Thread(target=watch, args=[run]) for _ in range(4)]
@@ -126,13 +128,13 @@ def test_several_watchers_lose_and_repeat_nothing(small_server, prepare: Prepare
     assert all(answer.text == "".join(pieces) for answer in run.turn.answers.values())
 
 
-def test_contenders_get_the_same_messages(small_server, prepare: Prepare) -> None:
+def test_contenders_get_the_same_messages(small_server: StartServer, prepare: Prepare) -> None:
     blend, plain = small_server(offer=OFFER), small_server()
     watch(prepare(blend, plain))
     assert blend.completions()[0]["messages"] == plain.completions()[0]["messages"]
 
 
-def test_forgotten_chat_is_stopped(small_server, prepare: Prepare) -> None:
+def test_forgotten_chat_is_stopped(small_server: StartServer, prepare: Prepare) -> None:
     store = ChatStore(max_chats=2)
     old = store.new()
     old.run = run = prepare(small_server(**HELD), chat=old.chat)

@@ -13,7 +13,7 @@ from runs import Run
 from settings import Contender
 from slots import MODES, SlotChat, SlotContext, SlotTable
 from support.slot_rows import row
-from support.small_openai_server import AI100_OFFER, AI100_REPORT
+from support.small_openai_server import AI100_OFFER, AI100_REPORT, StartServer
 
 CONTEXT = SlotContext("Be brief.")
 SERVER = Contender("ai100", "Slots", "http://127.0.0.1:8004")
@@ -97,7 +97,7 @@ def test_a_turn_without_a_report_still_owns_what_changed() -> None:
     assert chat.slot_history == ["turn 1 filled slot 0: a"]
 
 
-def test_after_an_interrupted_run_the_next_message_follows_what_had_arrived(small_server) -> None:
+def test_after_an_interrupted_run_the_next_message_follows_what_had_arrived(small_server: StartServer) -> None:
     server = small_server(offer=AI100_OFFER, pieces=["word "] * 50, hold_after=10)
     at = Contender("ai100", "Slots", server.url)
     sessions = {mode.name: SlotSession(mode.of(at), mode.use_cache) for mode in MODES}

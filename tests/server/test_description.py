@@ -72,9 +72,9 @@ def test_the_last_reports_are_kept() -> None:
     assert log.get("c") == {"request_id": "c"}
 
 
-@pytest.mark.parametrize("given", ["", "a b", "a/b", "x" * 200, "ü".encode()])
-def test_request_ids_that_could_not_be_used_are_replaced(http: httpx.Client, given: str | bytes) -> None:
-    reply = http.get("/health", headers={"x-request-id": given})
+@pytest.mark.parametrize("given", [b"", b"a b", b"a/b", b"x" * 200, "ü".encode()])
+def test_request_ids_that_could_not_be_used_are_replaced(http: httpx.Client, given: bytes) -> None:
+    reply = http.get("/health", headers={b"x-request-id": given})
     assert re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
     assert http.get("/nothing", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
 

@@ -69,10 +69,13 @@ def test_streamed_text_has_no_usage_unless_asked(api: openai.OpenAI) -> None:
 
 
 def test_max_tokens(api: openai.OpenAI) -> None:
-    for limit in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
+    limits: list[dict[str, Any]] = [{"max_tokens": 2}, {"max_completion_tokens": 2}]
+    for limit in limits:
         answer = api.chat.completions.create(model="tiny", messages=messages("river stone tea"), **limit)
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("riv", "length")
-    assert api.completions.create(model="tiny", prompt="say " + "tea" * 50).usage.completion_tokens == 16
+    usage = api.completions.create(model="tiny", prompt="say " + "tea" * 50).usage
+    assert usage is not None
+    assert usage.completion_tokens == 16
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -141,9 +144,9 @@ def test_chat_logprobs(api: openai.OpenAI) -> None:
 
 
 def test_text_logprobs(api: openai.OpenAI) -> None:
-    for more in ({}, {"stream": True}):
-        answer = api.completions.create(model="tiny", prompt="say tea rain old", logprobs=2, **more)
-        found = [chunk.choices[0].logprobs for chunk in (answer if more else [answer])]  # type: ignore[union-attr]
+    how: dict[str, Any] = {"model": "tiny", "prompt": "say tea rain old", "logprobs": 2}
+    for chunks in ([api.completions.create(**how)], api.completions.create(**how, stream=True)):
+        found = [chunk.choices[0].logprobs for chunk in chunks]
         assert [token for part in found for token in part.tokens] == ["tea", " rain", " old"]
         assert [offset for part in found for offset in part.text_offset] == [0, 3, 8]
         assert next(list(top) for part in found for top in part.top_logprobs) == [" lam", "tea"]

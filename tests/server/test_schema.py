@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, Phase, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from kvarena.server.app import create_app
 from support.scripted_engine import ScriptedEngine
 
-schemathesis = pytest.importorskip("schemathesis")
 pytestmark = pytest.mark.slow
-positive_data_acceptance = pytest.importorskip("schemathesis.specs.openapi.checks").positive_data_acceptance
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(ScriptedEngine()))
 

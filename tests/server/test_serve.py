@@ -34,11 +34,11 @@ def test_a_process_serves_and_ends_quickly() -> None:
             http.post("/v1/completions", json={"prompt": "say tea"}, headers={"x-request-id": "one"})
             request = {"prompt": "forever", "stream": True, "max_tokens": 10**6}
             with http.stream("POST", "/v1/completions", json=request) as reply:
-                lines = reply.iter_lines()
-                assert next(lines).startswith("data: ")
+                streamed = reply.iter_lines()
+                assert next(streamed).startswith("data: ")
                 started = time.monotonic()
                 process.send_signal(signal.SIGTERM)
-                assert "shutting down" in "".join(lines)
+                assert "shutting down" in "".join(streamed)
         out = process.stdout.read()
         assert process.wait(10) in (0, -signal.SIGTERM)
     assert time.monotonic() - started < 5

@@ -18,7 +18,8 @@ short = st.text("ab🦜ü", min_size=1, max_size=4)
 
 
 def ids_of(text: str) -> list[int]:
-    return tokenizer().encode(text, add_special_tokens=False)
+    ids: list[int] = tokenizer().encode(text, add_special_tokens=False)
+    return ids
 
 
 @given(texts, st.text("abü🦜 ", max_size=8))

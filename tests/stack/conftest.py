@@ -77,7 +77,7 @@ def small_service(home: Home) -> Callable[..., Service]:
             address=f"http://127.0.0.1:{port}",
             health_url=f"http://127.0.0.1:{port}/health",
             log_path=str(home.log(name)),
-            environment=COMMON_ENVIRONMENT | {"QUOTES": "a \"b\" 'c' 100% # d ; e\nf"},
+            environment={**COMMON_ENVIRONMENT, "QUOTES": "a \"b\" 'c' 100% # d ; e\nf"},
             directory=str(home.path),
             depends_on=depends_on,
             start_timeout_s=start_timeout_s,

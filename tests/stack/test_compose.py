@@ -45,8 +45,9 @@ def composed(profile: str, *files: str) -> dict[str, Any]:
 def with_optional(profile: str) -> set[str]:
     """The profile itself, and those of the contenders that it has and that are off by default."""
     of_stack = next((own for own in PROFILES if own == profile), None)
-    names = contenders_of(of_stack) if of_stack else ()
-    return {profile, *(name for name in (optional_profile(name, of_stack) for name in names) if name)}
+    if of_stack is None:
+        return {profile}
+    return {profile, *(own for name in contenders_of(of_stack) if (own := optional_profile(name, of_stack)))}
 
 
 def services_of(profile: str, *files: str) -> dict[str, dict[str, Any]]:
@@ -75,7 +76,8 @@ def test_the_services_are_those_of_the_one_list(profile: ComposeProfile, home: H
 
 
 def test_the_contender_lmcache_is_off_by_default() -> None:
-    for profile, own in (("cpu", "lmcache"), ("gpu", "lmcache-gpu")):
+    profiles: dict[ComposeProfile, str] = {"cpu": "lmcache", "gpu": "lmcache-gpu"}
+    for profile, own in profiles.items():
         service = services_of(profile)[compose_service("lmcache", profile)]
         assert service["profiles"] == [own]
         assert optional_profile("lmcache", profile) == own

@@ -10,8 +10,10 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from rich.console import Console
 
@@ -178,7 +180,7 @@ def test_it_completes_what_everybody_knows() -> None:
         assert tokenizer.decode(tokens).startswith(completion), prompt
 
 
-def dequantise(blocks: np.ndarray, kind: str) -> np.ndarray:
+def dequantise(blocks: npt.NDArray[Any], kind: str) -> npt.NDArray[np.float32]:
     """ggml's layouts (ggml-common.h) in float32: blocks of 32 weights, or of 256 for the K kinds."""
     if kind == "F32":
         return np.asarray(blocks, np.float32)
@@ -190,7 +192,8 @@ def dequantise(blocks: np.ndarray, kind: str) -> np.ndarray:
         codes = rows[:, 2 * num_scales :]
         nibbles = np.concatenate([codes & 15, codes >> 4], axis=1).astype(np.float32)
         offset = -8 * scales[:, :1] if kind == "Q4_0" else scales[:, 1:]
-        return nibbles * scales[:, :1] + offset
+        weights: npt.NDArray[np.float32] = nibbles * scales[:, :1] + offset
+        return weights
     if kind == "Q8_0":
         rows = raw.reshape(-1, 34)
         return rows[:, 2:].view(np.int8).astype(np.float32) * rows[:, :2].copy().view(np.float16).astype(np.float32)

@@ -151,9 +151,8 @@ def test_helm_renders_the_chart_with_the_values(chart: Path) -> None:
 
 def _merged(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """As Helm does it: mappings are merged, anything else is replaced."""
-    both = {key: defaults.get(key) for key in own}
-    merged = {
-        key: _merged(both[key], value) if isinstance(both[key], dict) and isinstance(value, dict) else value
-        for key, value in own.items()
-    }
-    return {**defaults, **merged}
+    merged = dict(defaults)
+    for key, value in own.items():
+        default = defaults.get(key)
+        merged[key] = _merged(default, value) if isinstance(default, dict) and isinstance(value, dict) else value
+    return merged

@@ -107,5 +107,5 @@ def test_every_engine_takes_all_of_its_settings(home: Home, tmp_path: Path, spec
     _, services = make(home, tmp_path, contenders=spec.name, **chosen)
     parsed = command_of(spec).make_context(spec.name, list(services[spec.name].command[3:]))
     for own in spec.own_settings():
-        expected = project_root() / own.shown if own.annotation == Path | None else own.shown
+        expected = project_root() / str(own.shown) if own.annotation == Path | None else own.shown
         assert parsed.params[own.name] == expected, own.key

@@ -47,7 +47,7 @@ def pids(home: Home) -> dict[str, int]:
 
 def supervisor_of(home: Home) -> Supervisor:
     supervisor = running_supervisor(home)[1]
-    assert supervisor is not None
+    assert isinstance(supervisor, Supervisor)
     return supervisor
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import torch
 
@@ -37,8 +37,10 @@ class ThreadRanks:
 
 
 class RaisingStore(MemoryStore):
-    def retrieval(self, chunks: Sequence[Chunk]) -> AbstractContextManager[FoundKV]:
+    @contextmanager
+    def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[FoundKV]:
         raise ConnectionError("store is down")
+        yield
 
 
 def asked(stores: Sequence[MemoryStore]) -> list[tuple[list[bool], list[bool]]]:

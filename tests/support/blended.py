@@ -95,7 +95,8 @@ class Blended:
             self.reference.set_attn_implementation("sdpa")
         reused = torch.cat([torch.arange(start, end) for start, end in spans])
         weights = output.attentions[layer][0, :, spans[-1][1] : -1, reused]  # (H, T_q, T_reused)
-        return (weights / weights.sum(dim=-1, keepdim=True)).mean(dim=(0, 1))
+        mean: torch.Tensor = (weights / weights.sum(dim=-1, keepdim=True)).mean(dim=(0, 1))
+        return mean
 
 
 def blind_mask(ids: list[int], spans: list[tuple[int, int]]) -> torch.Tensor:

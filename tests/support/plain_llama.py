@@ -21,7 +21,8 @@ class PlainLlama:
     """One token at a time, so that what it attends to is what a list holds."""
 
     def __init__(self, model: Any) -> None:
-        self.weights = {name: weight.detach().double() for name, weight in model.state_dict().items()}
+        state: dict[str, torch.Tensor] = model.state_dict()
+        self.weights = {name: weight.detach().double() for name, weight in state.items()}
         config = model.config
         self.num_layers = config.num_hidden_layers
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -86,7 +87,8 @@ class PlainLlama:
         return hidden + self.weights[f"{name}.mlp.down_proj.weight"] @ (silu(gate) * up)
 
     def _norm(self, x: torch.Tensor, weight: str) -> torch.Tensor:
-        return self.weights[weight] * x / (x.square().mean() + self.eps).sqrt()
+        normed: torch.Tensor = self.weights[weight] * x / (x.square().mean() + self.eps).sqrt()
+        return normed
 
     def _rotate(self, x: torch.Tensor, position: int) -> torch.Tensor:
         """RoPE (arXiv 2104.09864) of `(H, D)`, dimension i turning with i + D/2."""

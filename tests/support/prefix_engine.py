@@ -54,7 +54,7 @@ class Prefix:
         """Hugging Face's answer, without the end-of-sequence token."""
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        drawn = {"do_sample": False}
+        drawn: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         ids = torch.tensor([list(prompt)])

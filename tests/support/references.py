@@ -143,4 +143,5 @@ class CacheBlend(NaiveReuse):
         mask = torch.arange(keys.shape[2])[None] <= positions[:, None]
         out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask[None, None], enable_gqa=True)
         hidden = hidden + layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        output: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return output

@@ -78,9 +78,11 @@ class ScriptedEngine:
     def generate(self, request: GenerationRequest) -> ScriptedGeneration:
         self.requests.append(request)
         prompt = request.prompt
-        ids = prompt
+        ids: Sequence[int]
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
+        else:
+            ids = prompt
         if not ids:
             raise ValueError("the prompt is empty; it must have at least one token")
         if len(ids) >= self.max_model_len:

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from kvarena.simllm import SimLLMInference, TaskAnswer
 
 NUM_TOKENS = 12
-AT_LENGTH = {"min_new_tokens": NUM_TOKENS}
+AT_LENGTH: dict[str, Any] = {"min_new_tokens": NUM_TOKENS}
 
 
 @dataclass

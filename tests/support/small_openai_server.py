@@ -11,6 +11,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from kvarena.policies.params import POLICIES, describe_parameters
 
 REQUEST_ID = "chatcmpl-1"
-OFFER = {
+OFFER: dict[str, Any] = {
     "contender": "blend",
     "policies": list(POLICIES),
     "parameters": describe_parameters(),
@@ -254,6 +255,9 @@ class SmallServer:
 def prompt_text(messages: list[dict[str, str]]) -> str:
     """A chat template: every message after its role, then the assistant's turn."""
     return " ".join(f"[{message['role']}] {message['content']}" for message in messages) + " [assistant]"
+
+
+StartServer = Callable[..., SmallServer]
 
 
 def report_of(server: SmallServer) -> str:

@@ -170,7 +170,8 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
     def logprobs(prompt: list[int]) -> torch.Tensor:
         with torch.inference_mode():
             logits = model(torch.tensor([[*prompt, *full.token_ids]])).logits[0]
-        return logits[len(prompt) - 1 : -1].log_softmax(-1)
+        found: torch.Tensor = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        return found
 
     expected = logprobs(prompt)
     assert full.forced_logprobs is not None

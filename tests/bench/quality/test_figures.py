@@ -117,7 +117,9 @@ def test_servers_are_compared_along_the_common_prefix() -> None:
 
     found = closeness(answered("x", "y", "z", "end"), answered("x", "y", "w", "v", p=0.8))
     kl = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
-    assert found == Closeness(pytest.approx(kl), pytest.approx(kl), 0.5, 3, "common_prefix_top20")
+    assert found is not None
+    assert (found.kl, found.first_kl) == pytest.approx((kl, kl))
+    assert found == Closeness(found.kl, found.first_kl, 0.5, 3, "common_prefix_top20")
     assert closeness(answered("x"), answered("x", "y")) == Closeness(0, 0, 1, 1, "common_prefix_top20")
     assert closeness(answered("x"), Answer("x", True, 1.0)) is None
 

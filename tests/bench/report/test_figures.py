@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from kvarena.bench.plots import by_share, by_time, lines
@@ -49,9 +50,15 @@ def drawn(panel: Panel) -> Axes:
     return axes
 
 
+def error_bars(axes: Axes, number: int) -> ErrorbarContainer:
+    container = axes.containers[number]
+    assert isinstance(container, ErrorbarContainer)
+    return container
+
+
 def whiskers(axes: Axes, number: int) -> list[tuple[float, float]]:
     """Low and high of every point of a line."""
-    (bars,) = axes.containers[number].lines[2]
+    (bars,) = error_bars(axes, number).lines[2]
     return [(float(low), float(high)) for (_, low), (_, high) in bars.get_segments()]
 
 
@@ -77,7 +84,7 @@ def test_speedup_lines_equal_the_rows_and_leave_plain_out() -> None:
 def test_a_drawn_line_has_its_points_whiskers_and_name() -> None:
     axes: Axes = Figure().subplots()
     Styles().draw(axes, [Series("random", "the label", [1, 2], [5, 6], low=[4, 6], high=[5, 9])])
-    assert axes.containers[0].lines[0].get_xydata().tolist() == [[1, 5], [2, 6]]
+    assert np.asarray(error_bars(axes, 0).lines[0].get_xydata()).tolist() == [[1, 5], [2, 6]]
     assert whiskers(axes, 0) == [(4, 5), (6, 9)]
     assert axes.get_legend_handles_labels()[1] == ["the label"]
 
@@ -86,7 +93,7 @@ def test_ratios_of_a_policy_share_its_colour_and_differ_in_their_dashes() -> Non
     deviation = [one for one in over_context(WARM, times_ms) if one.name == "kv_deviation"]
     axes: Axes = Figure().subplots()
     Styles().draw(axes, deviation)
-    first, second = (container.lines[0] for container in axes.containers)
+    first, second = (error_bars(axes, number).lines[0] for number in range(2))
     assert first.get_color() == second.get_color() == COLOURS["kv_deviation"]
     assert first.get_linestyle() != second.get_linestyle()
 
@@ -177,16 +184,24 @@ def test_conditions_in_words(row: dict[str, Any], shown: str) -> None:
     assert conditions(row) == shown
 
 
+def label_axes(axes: Axes) -> None:
+    axes.set(xlabel="$cost <1>", ylabel="$y$")
+
+
+def draw_line(axes: Axes) -> None:
+    axes.plot([1, 2], label="line")
+
+
 def test_an_svg_has_the_pages_ink_its_text_and_no_size() -> None:
-    svg = to_svg(Panel('a "b" <c>', lambda axes: axes.set(xlabel="$cost <1>", ylabel="$y$")))
+    svg = to_svg(Panel('a "b" <c>', label_axes))
     assert svg.startswith('<svg role="img" aria-label="a &quot;b&quot; &lt;c&gt;" viewBox="0 0 ')
     assert "$cost &lt;1&gt;" in svg
     assert "currentColor" in svg
     assert "http" not in svg
-    assert svg == to_svg(Panel('a "b" <c>', lambda axes: axes.set(xlabel="$cost <1>", ylabel="$y$")))
+    assert svg == to_svg(Panel('a "b" <c>', label_axes))
 
 
 def test_panels_become_one_png(tmp_path: Path) -> None:
-    panels = [Panel(name, lambda axes: axes.plot([1, 2], label="line")) for name in "abc"]
+    panels = [Panel(name, draw_line) for name in "abc"]
     save_png(panels, tmp_path / "x.png", width_in=6, num_columns=2)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

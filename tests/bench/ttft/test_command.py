@@ -20,8 +20,7 @@ from kvarena.cli import app
 from kvarena.stack.home import INSTANCE_VARIABLE, Home
 from kvarena.stack.processes import processes_of
 from kvarena.stack.record import Record
-from kvarena.stack.service import Service
-from kvarena.stack.supervisord import ProcessInfo
+from kvarena.stack.service import ProcessInfo, Service
 from support.real_server import RealServer, serving
 from support.running_stack import Stack
 from support.scripted_engine import ScriptedEngine

@@ -95,7 +95,7 @@ def test_what_a_strangers_store_holds_is_unknown() -> None:
 
 def test_the_table_and_what_not_to_believe() -> None:
     missed = {"store_hits": 2, "store_misses": 2, "blend_ms": 1.0}
-    answers = [timed(0.1, reuse=Reuse(100, 90), report=missed), "no [memory]"]
+    answers: list[Timed | str] = [timed(0.1, reuse=Reuse(100, 90), report=missed), "no [memory]"]
     measured = [Measured(PLAIN, True, [Burst([timed(1.0), timed(1.0)])]), Measured(BLEND, True, [Burst(answers)])]
     rows = cell_rows(CELL, measured, "plain", num_known_chunks=3)
     console = Console(file=io.StringIO(), width=200)

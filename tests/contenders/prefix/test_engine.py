@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_greedy_answers_are_generates(any_prefix: Prefix) -> None:
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"use_prefix_cache": False}])
-def test_each_layer_of_caching_gives_the_same(any_prefix: Prefix, options: dict[str, bool]) -> None:
+def test_each_layer_of_caching_gives_the_same(any_prefix: Prefix, options: dict[str, Any]) -> None:
     for prompt in prompts_with_shared_parts(any_prefix.engine.model.vocab_size, 8, seed=1):
         answer = any_prefix.ask(prompt, **options)
         assert answer.token_ids == any_prefix.generate(prompt)

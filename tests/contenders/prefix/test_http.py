@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -112,13 +113,10 @@ def test_bad_bytes(http: httpx.Client, content: bytes, status: int) -> None:
 
 def test_openais_client(server: RealServer[PrefixEngine]) -> None:
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    messages = [{"role": "user", "content": TEXT}]
-    model = client.models.list().data[0].id
-    first = client.chat.completions.create(model=model, messages=messages, max_tokens=6, temperature=0)
-    stream = client.chat.completions.create(
-        model=model, messages=messages, max_tokens=6, temperature=0, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = list(stream)
+    how: dict[str, Any] = {"model": client.models.list().data[0].id, "messages": [{"role": "user", "content": TEXT}]}
+    how |= {"max_tokens": 6, "temperature": 0}
+    first = client.chat.completions.create(**how)
+    chunks = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert streamed == first.choices[0].message.content
     assert first.usage.prompt_tokens_details.cached_tokens == 0

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -22,7 +23,8 @@ NOISE_BYTES = 24 * MIB
 
 def test_resident_size_over_a_thousand_prompts(tmp_path: Path) -> None:
     """In a process of its own, which has freed nothing before."""
-    much_kv = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    much_kv: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
+    much_kv |= {"num_hidden_layers": 2, "num_key_value_heads": 4}
     folder = save_tiny_model(tmp_path, **much_kv, head_dim=256)
     process = subprocess.run(
         [sys.executable, "-c", f"import test_memory; test_memory.measure({str(folder)!r})"],

@@ -79,8 +79,8 @@ def test_the_threshold_decides(tasks: Tasks) -> None:
     prompt = random_text(random.Random(3), 40)
     near = f"{prompt} goat river hill"
     embed = tasks.reference.get_input_embeddings()
-    means = [embed(torch.tensor(tasks.encode(text))).detach().mean(0) for text in (prompt, near)]
-    similarity = float(torch.cosine_similarity(*means, dim=0))
+    mean, near_mean = (embed(torch.tensor(tasks.encode(text))).detach().mean(0) for text in (prompt, near))
+    similarity = float(torch.cosine_similarity(mean, near_mean, dim=0))
     tasks.ask(prompt)
     tasks.simllm.set_similarity_threshold(similarity - 1e-4)
     outcome = tasks.ask(near)[0].outcome
@@ -125,7 +125,7 @@ def test_what_cant_be_answered_is_refused(tasks: Tasks, prompts: Any, settings: 
 def test_seeded_samples_are_generates(tasks: Tasks) -> None:
     prompt = prompts_of(5, 1)[0]
     ids = torch.tensor([tasks.encode(prompt)])
-    drawing = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+    drawing: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
     torch.manual_seed(7)
     output = tasks.reference.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, top_k=0, **drawing
@@ -133,7 +133,8 @@ def test_seeded_samples_are_generates(tasks: Tasks) -> None:
     expected = tasks.simllm.model.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     torch.manual_seed(7)
     assert tasks.simllm.generate(prompt, NUM_TOKENS, **drawing) == expected
-    for settings in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.0}):
+    refused: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.0}]
+    for settings in refused:
         with pytest.raises(ValueError, match="temperature above 0 and top_p above 0"):
             tasks.simllm.generate(prompt, 1, do_sample=True, **settings)
 

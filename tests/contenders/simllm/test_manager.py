@@ -6,6 +6,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from kvarena.simllm import InterTaskKVManager
 DIM, NUM_HEADS, HEAD_SIZE = 24, 2, 8
 
 
-def manager_of(**settings: object) -> InterTaskKVManager:
+def manager_of(**settings: Any) -> InterTaskKVManager:
     return InterTaskKVManager(DIM, device="cpu", **settings)
 
 
@@ -121,7 +122,7 @@ def test_a_damaged_entry_is_a_miss_and_goes(damage: str) -> None:
     manager = manager_of()
     manager.add_task("bad", direction(0), kv_of(4))
     keys, values = manager._entries["bad"].top_layer_kv
-    bad = {
+    bad: Any = {
         "wrong shape": (keys, values[:, :, :3]),
         "no tokens": (keys[:, :, :0], values[:, :, :0]),
         "nan": (keys * float("nan"), values),
@@ -169,8 +170,9 @@ def test_what_cant_be_kept_is_refused_with_what_was_expected(
 
 def test_without_a_model_the_first_task_says_the_shape() -> None:
     manager = manager_of()
+    one_tensor: Any = (torch.zeros(3, 4),)
     with pytest.raises(ValueError, match="two tensors"):
-        manager.add_task("a", direction(0), (torch.zeros(3, 4),))
+        manager.add_task("a", direction(0), one_tensor)
     manager.add_task("a", direction(0), kv_of(1))
     with pytest.raises(ValueError, match=r"\(1, 2, T, 8\)"):
         manager.add_task("b", direction(1), (torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8)))

@@ -7,6 +7,7 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ ALIGNED = TaskFormat("llama-1", "aligned", DIM, replace(SHAPE, num_layers=3))
 
 
 def manager_of(
-    store: ChunkStore, path: Path, task_format: TaskFormat = FORMAT, max_tasks: int = 100, **settings: int
+    store: ChunkStore, path: Path, task_format: TaskFormat = FORMAT, max_tasks: int = 100, **settings: Any
 ) -> InterTaskKVManager:
     manager = InterTaskKVManager(DIM, device="cpu", **settings)
     manager.share(SharedTasks(store, path, task_format, max_tasks))

@@ -211,13 +211,14 @@ def test_what_a_model_refuses(folder: Path) -> None:
         model.set_kv_manager(manager)
     model.set_kv_manager(InterTaskKVManager(128, device="cpu"))
     ids = torch.tensor([[5, 6, 7]])
-    for arguments, message in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, r"\(1, T\).*T from 1, not \(1, 0\)"),
         ({"task_id": ["a", "b"]}, r"\(2, T\)"),
         ({"num_beams": 2}, "num_beams must be 1"),
         ({"num_return_sequences": 3, "do_sample": True}, "num_return_sequences"),
         ({"use_cache": False}, "use_cache"),
         ({"attention_mask": torch.zeros(1, 3, dtype=torch.long)}, "empty"),
-    ]:
+    ]
+    for arguments, message in refused:
         with pytest.raises(ValueError, match=message):
             model.generate_with_kv_reuse(**({"input_ids": ids, "task_id": "a"} | arguments))

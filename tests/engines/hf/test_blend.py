@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_its_variants_equal_cacheblend_written_out(
     piece_tokens: int,
 ) -> None:
     monkeypatch.setattr(blended.model, "piece_tokens", piece_tokens)
-    reference = CacheBlend(blended.reference.config.name_or_path, ratios, params.deviation)
+    reference = CacheBlend(blended.reference.config.name_or_path, ratios, asdict(params)["deviation"])
     for ids in map(blended.encode, make_prompts(2, 2)):
         result = blended.prefill(ids, params)
         spans = [{"start": start, "end": end} for start, end in result.report.spans]

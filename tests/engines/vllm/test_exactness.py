@@ -135,7 +135,8 @@ def test_every_policy_does_what_it_does_over_hugging_face(model: str, settings: 
 def test_ranks_of_a_spread_model_pick_the_same_tokens(model: str) -> None:
     """Half of the heads in each of two workers: the tokens of the whole model in one."""
     prompts = make_prompts(6, 3, all_separated=True)
-    policies = [{"ratio": 1.0}, {"ratio": 0}, {"ratio": 0.2, "check_layer": 2}, POLICIES[3], {"max_ttft_ms": 0.001}]
+    policies: list[dict[str, Any] | None] = [{"ratio": 1.0}, {"ratio": 0}, {"ratio": 0.2, "check_layer": 2}]
+    policies += [POLICIES[3], {"max_ttft_ms": 0.001}]
     steps = [Step([prompt], NUM_TOKENS, policy) for policy in policies for prompt in prompts]
     one = run_in_engine(run_steps, model, MEMORY, steps, {})
     two = run_in_engine(run_steps, model, MEMORY, steps, {"tensor_parallel_size": 2})

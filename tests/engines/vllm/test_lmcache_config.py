@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def split_by_lmcache(tokenizer: Any, special: str, text: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["bytes", "llama", "town"])
 def test_lmcache_finds_the_separator_between_texts(kind: str) -> None:
-    make = {"bytes": tiny_tokenizer, "llama": like_llama, "town": lambda: AutoTokenizer.from_pretrained(TOWN)}
+    make: dict[str, Callable[[], Any]] = {"bytes": tiny_tokenizer, "llama": like_llama}
+    make["town"] = lambda: AutoTokenizer.from_pretrained(TOWN)
     tokenizer, separator = make[kind](), "<note>" if kind == "town" else " # # "
     chunks = ["the goat", "a lamp", "tea"] if kind == "town" else CHUNKS
     prompt = separator.join(["Who?", *chunks, "Who?"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,7 +94,7 @@ def send(app: Starlette, method: str, path: str, **request: Any) -> httpx.Respon
 
 
 @pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """The request lines, which otherwise go to standard output alone."""
     monkeypatch.setattr(request_log.logger, "handlers", [logging.NullHandler()])
     caplog.set_level(logging.INFO)
