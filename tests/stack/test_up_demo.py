@@ -68,6 +68,7 @@ def command(*arguments: str) -> list[str]:
 def environment(home: Home) -> dict[str, str]:
     return {
         "LMCACHE_L2": "none",
+        "CXX": "none",  # without a compiler vLLM compiles nothing, which takes longer than the rest of its start
         **os.environ,
         "KVARENA_HOME": str(home.path),
         "KV_CACHE_GB": "1",
