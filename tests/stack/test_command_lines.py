@@ -14,6 +14,7 @@ from kvarena.stack.plan import make_plan
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import load_settings
+from support.command_lines import parsed
 
 pytestmark = pytest.mark.slow
 
@@ -39,29 +40,23 @@ def services(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **sett
 def test_vllm_takes_its_command_lines(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
 ) -> None:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
 
     built = services(home, tmp_path, monkeypatch, **settings)
     for name in VLLM_CONTENDERS:
-        words = built[name].command[built[name].command.index("vllm.entrypoints.openai.api_server") + 1 :]
-        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(list(words))
-        validate_parsed_serve_args(parsed)
-        assert parsed.port == built[name].port
-        transfer = parsed.kv_transfer_config
+        options = parsed(built[name])
+        validate_parsed_serve_args(argparse.Namespace(**options))
+        assert options["port"] == built[name].port
+        transfer = options["kv_transfer_config"]
         assert (transfer is None) == (name == "plain")
         if name == "blend":
             expected = "LMCacheConnectorV1" if "blend_engine" in settings else "KVArenaConnector"
             assert transfer.kv_connector == expected
-            assert parsed.enable_prefix_caching == ("blend_engine" not in settings)
+            assert options["enable_prefix_caching"] == ("blend_engine" not in settings)
 
 
 def test_lmcache_takes_its_command_line(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmcache.cli.commands.server import ServerCommand
-
     server = services(home, tmp_path, monkeypatch, profile="cpu")[LMCACHE_SERVER]
-    parser = argparse.ArgumentParser()
-    ServerCommand().add_arguments(parser)
-    parsed = parser.parse_args(list(server.command[server.command.index("server") + 1 :]))
-    assert (parsed.port, parsed.http_port) == (server.port, server.other_ports[0])
-    assert parsed.chunk_size == 32
+    options = parsed(server)
+    assert (options["port"], options["http_port"]) == (server.port, server.other_ports[0])
+    assert options["chunk_size"] == 32

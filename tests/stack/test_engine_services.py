@@ -9,9 +9,9 @@ import pytest
 
 from kvarena.contenders.spec import ContenderSpec
 from kvarena.stack.home import Home, project_root
-from kvarena.stack.settings import SPECS
-from support.engine_commands import ENGINES, command_of
-from support.planned_services import extra_config, make, option
+from support.command_lines import parsed
+from support.engine_commands import ENGINES
+from support.planned_services import extra_config, make
 
 AI100_CHOICES: dict[str, object] = {
     "runtime": "onnx",
@@ -32,9 +32,9 @@ def test_prefix_is_a_pytorch_server_on_its_own_port(home: Home, tmp_path: Path) 
     assert list(services) == ["plain", "prefix", "page"]
     prefix = services["prefix"]
     assert (prefix.port, prefix.cpus, prefix.environment["OMP_NUM_THREADS"]) == (8002, (1,), "1")
-    assert option(prefix, "--cache-gb") == "0.5"
-    assert option(prefix, "--max-model-len") == "512"
-    assert option(prefix, "--served-model-name") == option(services["plain"], "--served-model-name")
+    options = parsed(prefix)
+    assert (options["cache_gb"], options["max_model_len"]) == (0.5, 512)
+    assert [options["served_model_name"]] == parsed(services["plain"])["served_model_name"]
     assert "VLLM_CPU_KVCACHE_SPACE" not in prefix.environment
     shown = json.loads(services["page"].environment["KVARENA_CONTENDERS"])
     assert [contender["name"] for contender in shown] == ["plain", "prefix"]
@@ -48,13 +48,12 @@ def test_simllm_is_a_pytorch_server_that_blends_as_blend_does(home: Home, tmp_pa
     simllm = services["simllm"]
     assert (simllm.port, simllm.cpus, simllm.environment["OMP_NUM_THREADS"]) == (8003, (1,), "1")
     assert simllm.command[1:3] == ("-m", "kvarena.contenders.simllm")
-    assert option(simllm, "--mode") == "top_layer"
-    assert option(simllm, "--similarity-threshold") == "0.9"
-    assert option(simllm, "--max-cache-size") == "7"
-    assert option(simllm, "--load-format") == "dummy"
-    assert option(simllm, "--served-model-name") == option(services["blend"], "--served-model-name")
+    options = parsed(simllm)
+    assert (options["mode"], options["similarity_threshold"], options["max_cache_size"]) == ("top_layer", 0.9, 7)
+    assert options["load_format"] == "dummy"
+    assert [options["served_model_name"]] == parsed(services["blend"])["served_model_name"]
     blend = extra_config(services["blend"])
-    said = (option(simllm, "--policy"), float(option(simllm, "--ratio")), int(option(simllm, "--check-layer")))
+    said = (options["policy"], options["ratio"], options["check_layer"])
     assert said == (blend["policy"], blend["ratio"], blend["check_layer"]) == ("kv_deviation", 0.5, 2)
     assert "--num-hyperplanes" not in simllm.command, "the server's own default"
 
@@ -67,16 +66,15 @@ def test_ai100_serves_the_stacks_model_in_slots_as_long_as_its_context(home: Hom
     ai100 = services["ai100"]
     assert (ai100.port, ai100.cpus, ai100.environment["OMP_NUM_THREADS"]) == (8004, (1,), "1")
     assert ai100.command[1:3] == ("-m", "ai100.server")
-    assert option(ai100, "--runtime") == "host"
-    assert option(ai100, "--kv-cache-batch-size") == "3"
-    assert option(ai100, "--topics-file") == str(project_root() / "topics.yaml")
-    assert option(ai100, "--ctx-len") == "512"
-    assert option(ai100, "--data") == services["page"].environment["KVARENA_DATA_DIR"]
-    assert option(ai100, "--load-format") == "dummy"
-    assert option(ai100, "--served-model-name") == option(services["plain"], "--served-model-name")
+    options = parsed(ai100)
+    assert (options["runtime"], options["kv_cache_batch_size"], options["ctx_len"]) == ("host", 3, 512)
+    assert options["topics_file"] == project_root() / "topics.yaml"
+    assert options["data"] == Path(services["page"].environment["KVARENA_DATA_DIR"])
+    assert options["load_format"] == "dummy"
+    assert [options["served_model_name"]] == parsed(services["plain"])["served_model_name"]
     assert "--full-batch-size" not in ai100.command, "the server's own default"
     _, services = make(home, tmp_path, contenders="ai100", max_model_len=512, ai100_ctx_len=256)
-    assert option(services["ai100"], "--ctx-len") == "256", "its own key wins"
+    assert parsed(services["ai100"])["ctx_len"] == 256, "its own key wins"
     _, services = make(home, tmp_path, contenders="ai100")
     assert "--ctx-len" not in services["ai100"].command
 
@@ -90,13 +88,13 @@ def test_engines_take_what_the_stack_gives_them(home: Home, tmp_path: Path, name
     chosen = {"simllm_mode": "aligned", "simllm_similarity_threshold": threshold, "simllm_max_cache_size": 3}
     chosen |= {f"ai100_{key}": value for key, value in AI100_CHOICES.items()}
     _, services = make(home, tmp_path, contenders=name, max_model_len=512, simllm_num_hyperplanes=8, **chosen)
-    parsed = command_of(SPECS[name]).make_context(name, list(services[name].command[3:]))
-    assert parsed.params["port"] == services[name].port
-    assert parsed.params["ctx_len" if name == "ai100" else "max_model_len"] == 512
+    options = parsed(services[name])
+    assert options["port"] == services[name].port
+    assert options["ctx_len" if name == "ai100" else "max_model_len"] == 512
     if name == "ai100":
-        assert {key: parsed.params[key] for key in AI100_CHOICES} == AI100_CHOICES
+        assert {key: options[key] for key in AI100_CHOICES} == AI100_CHOICES
     if name == "simllm":
-        assert {f"simllm_{key}": parsed.params[key] for key in ("mode", "similarity_threshold")} == {
+        assert {f"simllm_{key}": options[key] for key in ("mode", "similarity_threshold")} == {
             key: chosen[key] for key in ("simllm_mode", "simllm_similarity_threshold")
         }
 
@@ -105,7 +103,7 @@ def test_engines_take_what_the_stack_gives_them(home: Home, tmp_path: Path, name
 def test_every_engine_takes_all_of_its_settings(home: Home, tmp_path: Path, spec: ContenderSpec) -> None:
     chosen = {own.key: own.shown for own in spec.own_settings()}
     _, services = make(home, tmp_path, contenders=spec.name, **chosen)
-    parsed = command_of(spec).make_context(spec.name, list(services[spec.name].command[3:]))
+    options = parsed(services[spec.name])
     for own in spec.own_settings():
         expected = project_root() / str(own.shown) if own.annotation == Path | None else own.shown
-        assert parsed.params[own.name] == expected, own.key
+        assert options[own.name] == expected, own.key

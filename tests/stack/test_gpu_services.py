@@ -9,7 +9,8 @@ import pytest
 from kvarena.stack import machine
 from kvarena.stack.home import Home
 from kvarena.stack.service import StackError
-from support.planned_services import make, option, with_gpus
+from support.command_lines import parsed
+from support.planned_services import make, with_gpus
 
 
 def test_one_gpu_is_shared(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +20,7 @@ def test_one_gpu_is_shared(home: Home, tmp_path: Path, monkeypatch: pytest.Monke
     assert made.model.name == "mistralai/Mistral-7B-Instruct-v0.2"
     for name in ("blend", "plain"):
         assert services[name].environment["CUDA_VISIBLE_DEVICES"] == "0"
-        assert option(services[name], "--gpu-memory-utilization") == "0.45"
+        assert parsed(services[name])["gpu_memory_utilization"] == 0.45
         assert services[name].cpus == ()
     assert services["plain"].depends_on == ("blend",), "vLLM measures free memory while it starts"
 
@@ -30,8 +31,8 @@ def test_two_gpus_are_divided(home: Home, tmp_path: Path, monkeypatch: pytest.Mo
     assert services["blend"].environment["CUDA_VISIBLE_DEVICES"] == "2"
     assert services["plain"].environment["CUDA_VISIBLE_DEVICES"] == "5"
     assert services["plain"].depends_on == ()
-    assert option(services["plain"], "--kv-cache-memory-bytes") == str(10 << 30)
-    assert "--gpu-memory-utilization" not in services["plain"].command
+    assert parsed(services["plain"])["kv_cache_memory_bytes"] == 10 << 30
+    assert "--gpu-memory-utilization" not in services["plain"].command, "which would bound it too"
 
 
 def test_auto_takes_the_cpu_when_vllm_is_built_for_it(

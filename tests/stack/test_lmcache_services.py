@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,12 @@ from kvarena.stack.home import Home, project_root
 from kvarena.stack.lmcache_l2 import bound_bytes, clear_folder, l2_adapter, prune, size_bytes
 from kvarena.stack.service import StackError
 from kvarena.stack.services import build_services
-from support.planned_services import extra_config, make, option, with_gpus
+from support.command_lines import parsed
+from support.planned_services import extra_config, make, with_gpus
+
+
+def l2_adapters(options: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(adapter) for adapter in options["l2_adapter"] or []]
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -23,18 +29,14 @@ def test_lmcaches_own_connector_is_stock_vllm_on_the_same_server(home: Home, tmp
     lmcache, plain, server = services["lmcache"], services["plain"], services["lmcache-server"]
     assert (lmcache.port, server.port, lmcache.depends_on) == (9005, 9502, ("lmcache-server",))
     assert lmcache.environment["VLLM_PLUGINS"] == ""
-    connector = json.loads(option(lmcache, "--kv-transfer-config"))
-    assert connector["kv_connector"] == "FailSafeLMCacheConnector"
-    assert connector["kv_load_failure_policy"] == "recompute", "else a prefix that can't be loaded is an error"
-    settings = connector["kv_connector_extra_config"]
+    options, stock = parsed(lmcache), parsed(plain)
+    connector = options["kv_transfer_config"]
+    assert connector.kv_connector == "FailSafeLMCacheConnector"
+    assert connector.kv_load_failure_policy == "recompute", "else a prefix that can't be loaded is an error"
+    settings = connector.kv_connector_extra_config
     assert f"{settings['lmcache.mp.host']}:{settings['lmcache.mp.port']}" == server.address
-    assert int(option(server, "--chunk-size")) % int(option(lmcache, "--block-size")) == 0
-    stock = list(lmcache.command)
-    for name in ("--kv-transfer-config", "--block-size"):
-        at = stock.index(name)
-        del stock[at : at + 2]
-    stock[stock.index("9005")] = "9001"
-    assert stock == list(plain.command)
+    assert parsed(server)["chunk_size"] % options["block_size"] == 0
+    assert {name for name in stock if options[name] != stock[name]} == {"port", "kv_transfer_config", "block_size"}
 
 
 def test_on_a_gpu_lmcaches_connector_takes_vllms_own_blocks(
@@ -42,7 +44,7 @@ def test_on_a_gpu_lmcaches_connector_takes_vllms_own_blocks(
 ) -> None:
     with_gpus(monkeypatch, "0")
     _, services = make(home, tmp_path, profile="gpu", contenders="lmcache")
-    assert "--block-size" not in services["lmcache"].command
+    assert parsed(services["lmcache"])["block_size"] is None
 
 
 def test_a_blend_in_memory_doesnt_wait_for_the_server_of_another(home: Home, tmp_path: Path) -> None:
@@ -74,14 +76,16 @@ def test_a_blend_in_memory_doesnt_wait_for_the_server_of_another(home: Home, tmp
 )
 def test_lmcaches_second_tier(home: Home, tmp_path: Path, place: str, adapter: dict[str, object]) -> None:
     _, services = make(home, tmp_path, lmcache_l2=place, lmcache_l2_gb=3)
-    assert json.loads(option(services["lmcache-server"], "--l2-adapter")) == adapter
-    assert option(services["lmcache-server"], "--l2-prefetch-policy") == "retain"
-    assert "--l2-adapter" not in make(home, tmp_path, lmcache_l2="none")[1]["lmcache-server"].command
+    options = parsed(services["lmcache-server"])
+    assert l2_adapters(options) == [adapter]
+    assert options["l2_prefetch_policy"] == "retain"
+    _, services = make(home, tmp_path, lmcache_l2="none")
+    assert l2_adapters(parsed(services["lmcache-server"])) == []
 
 
 def test_a_folder_of_the_stack_is_the_default_second_tier(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)
-    adapter = json.loads(option(services["lmcache-server"], "--l2-adapter"))
+    (adapter,) = l2_adapters(parsed(services["lmcache-server"]))
     assert adapter["base_path"] == str(home.path / "chunks")
     assert bound_bytes(adapter) == 4 << 30
 
@@ -120,9 +124,8 @@ def test_lmcaches_own_blender_is_a_form_of_blend(home: Home, tmp_path: Path, mon
     assert list(services) == ["blend", "plain", "page"], "its chunks lie in its own process"
     blend = services["blend"]
     assert "VLLM_PLUGINS" not in blend.environment, "our plugin registers the model"
-    assert "--no-enable-prefix-caching" in blend.command
-    assert "--enable-prefix-caching" not in blend.command
-    assert "kvarena.engines.vllm.middleware.KVArenaMiddleware" not in blend.command
+    assert parsed(blend)["enable_prefix_caching"] is False
+    assert parsed(blend)["middleware"] == parsed(services["plain"])["middleware"]
     extra = extra_config(blend)
     assert (extra["lmcache.blend_special_str"], extra["lmcache.blend_recompute_ratios"]) == ("@@", [0.3])
     assert (extra["lmcache.blend_check_layers"], extra["lmcache.max_local_cpu_size"]) == ([2], 1.0)

@@ -14,6 +14,7 @@ from kvarena.stack import machine
 from kvarena.stack.home import Home
 from kvarena.stack.serve import read_secrets, service_of_this_container
 from kvarena.stack.service import StackError
+from support.command_lines import listens_on, parsed
 
 ALL = "blend,plain,prefix,simllm,ai100,lmcache"
 
@@ -28,7 +29,7 @@ def _settings_of_the_profile_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["lmcache-server", *ALL.split(","), "page"])
 def test_every_service_listens_on_every_address_and_is_found_by_its_name(home: Home, name: str) -> None:
     service = service_of_this_container(name, home)
-    assert "0.0.0.0" in service.command
+    assert listens_on(service) == {"0.0.0.0"}
     assert "127.0.0.1" not in " ".join(service.command)
     assert f"//{name}:{service.port}" in service.address
     assert "//127.0.0.1:" in service.health_url, "which is asked from inside"
@@ -36,7 +37,7 @@ def test_every_service_listens_on_every_address_and_is_found_by_its_name(home: H
 
 def test_the_blend_finds_lmcache_and_the_page_finds_the_contenders(home: Home) -> None:
     blend = service_of_this_container("blend", home)
-    config = json.loads(blend.command[blend.command.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    config = parsed(blend)["kv_transfer_config"].kv_connector_extra_config
     assert (config["lmcache_url"], config["lmcache_http_url"]) == (
         "tcp://lmcache-server:5555",
         "http://lmcache-server:8080",
@@ -71,14 +72,13 @@ def test_one_gpu_is_divided_and_two_are_not(home: Home, monkeypatch: pytest.Monk
     monkeypatch.setenv("CONTENDERS", "blend,plain")
     monkeypatch.setattr(machine, "visible_gpus", lambda: ["0", "1"])
 
-    def gpu_and_share(name: str) -> tuple[str, str]:
+    def gpu_and_share(name: str) -> tuple[str, float]:
         service = service_of_this_container(name, home)
-        at = service.command.index("--gpu-memory-utilization")
-        return service.environment["CUDA_VISIBLE_DEVICES"], service.command[at + 1]
+        return service.environment["CUDA_VISIBLE_DEVICES"], parsed(service)["gpu_memory_utilization"]
 
-    assert [gpu_and_share(name) for name in ("blend", "plain")] == [("0", "0.90"), ("1", "0.90")]
+    assert [gpu_and_share(name) for name in ("blend", "plain")] == [("0", 0.9), ("1", 0.9)]
     monkeypatch.setenv("GPU_SHARE", "true")
-    assert [gpu_and_share(name) for name in ("blend", "plain")] == [("0", "0.45"), ("0", "0.45")]
+    assert [gpu_and_share(name) for name in ("blend", "plain")] == [("0", 0.45), ("0", 0.45)]
 
 
 def test_secrets_are_read_from_files(tmp_path: Path) -> None:

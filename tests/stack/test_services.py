@@ -14,7 +14,8 @@ from kvarena.stack.home import Home
 from kvarena.stack.record import Record
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import CONTENDERS
-from support.planned_services import extra_config, make, option
+from support.command_lines import listens_on, parsed
+from support.planned_services import extra_config, make
 
 TOWN = Path(__file__).resolve().parents[2] / "backend" / "models" / "town"
 
@@ -28,7 +29,7 @@ def test_the_default_stack(home: Home, tmp_path: Path) -> None:
     assert services["blend"].depends_on == ("lmcache-server",)
     assert services["plain"].depends_on == ()
     for service in services.values():
-        assert "127.0.0.1" in service.command
+        assert listens_on(service) == {"127.0.0.1"}
         assert service.address.endswith(f"127.0.0.1:{service.port}")
         assert service.environment["PYTHONHASHSEED"] == "0"
         assert service.environment["LMCACHE_TRACK_USAGE"] == "false"
@@ -38,17 +39,15 @@ def test_the_default_stack(home: Home, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("two_cores")
 def test_the_two_vllms_differ_in_the_blend_only(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)
-    blend, plain = list(services["blend"].command), list(services["plain"].command)
-    for name in ("--kv-transfer-config", "--middleware"):
-        at = blend.index(name)
-        del blend[at : at + 2]
-    blend[blend.index("8000")] = "8001"
-    assert blend == plain
-    assert "--enable-prefix-caching" in plain
-    assert "--enable-prompt-tokens-details" in plain
+    blend, plain = parsed(services["blend"]), parsed(services["plain"])
+    assert {name for name in plain if blend[name] != plain[name]} == {"port", "kv_transfer_config", "middleware"}
+    assert plain["kv_transfer_config"] is None
+    assert plain["enable_prefix_caching"]
+    assert plain["enable_prompt_tokens_details"]
     different = dict(services["blend"].environment.items() ^ services["plain"].environment.items())
     assert set(different) == {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_PLUGINS", "KVARENA_CONTENDER"}
-    assert plain[plain.index("--middleware") + 1] == "kvarena.server.vllm_middleware.AccessMiddleware"
+    assert plain["middleware"] == ["kvarena.server.vllm_middleware.AccessMiddleware"]
+    assert blend["middleware"] == ["kvarena.engines.vllm.middleware.KVArenaMiddleware", *plain["middleware"]]
 
 
 def test_no_key_stands_in_commands_environments_or_the_record(
@@ -96,9 +95,7 @@ def test_without_bf16_instructions_all_servers_compute_in_float32(
     made, services = make(home, tmp_path, model=str(tmp_path), contenders="blend,plain,prefix,simllm", dtype=wanted)
     assert made.dtype == expected
     for name in made.contenders:
-        command = services[name].command
-        assert ("--dtype" in command) == (expected is not None)
-        assert expected is None or option(services[name], "--dtype") == expected
+        assert parsed(services[name])["dtype"] == (expected or "auto")
 
 
 def test_weights_too_large_for_float32_and_quantised_ones_stay_as_they_are(
@@ -126,16 +123,16 @@ def test_a_store_in_memory_needs_no_lmcache_and_prefix_caching_can_be_off(home: 
     assert [service.name for service in services] == ["blend", "plain", "page"]
     assert services[0].depends_on == ()
     assert extra_config(services[0])["store"] == "memory"
-    assert all("--no-enable-prefix-caching" in service.command for service in services[:2])
+    assert [parsed(service)["enable_prefix_caching"] for service in services[:2]] == [False, False]
 
 
 def test_options_go_through(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path, load_format="dummy", max_model_len=512, kv_cache_gb=3, lmcache_gb=0.5)
     for name in ("blend", "plain"):
-        assert option(services[name], "--load-format") == "dummy"
-        assert option(services[name], "--max-model-len") == "512"
+        options = parsed(services[name])
+        assert (options["load_format"], options["max_model_len"]) == ("dummy", 512)
         assert services[name].environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
-    assert option(services["lmcache-server"], "--l1-size-gb") == "0.5"
+    assert parsed(services["lmcache-server"])["l1_size_gb"] == 0.5
 
 
 def test_local_and_hub_models(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +141,7 @@ def test_local_and_hub_models(home: Home, tmp_path: Path, monkeypatch: pytest.Mo
     assert services["plain"].environment["HF_HUB_OFFLINE"] == "1"
     monkeypatch.chdir(tmp_path)
     made, services = make(home, tmp_path, model="org/model", local_hf_home=tmp_path)
-    assert option(services["plain"], "--served-model-name") == "org/model"
+    assert parsed(services["plain"])["served_model_name"] == ["org/model"]
     assert services["plain"].environment["HF_HOME"] == str(tmp_path)
     assert "HF_HUB_OFFLINE" not in services["plain"].environment
 
@@ -154,7 +151,7 @@ def test_without_a_compiler_nothing_is_compiled(home: Home, tmp_path: Path, monk
         monkeypatch.setattr(machine, "has_compiler", lambda found=found: found)
         _, services = make(home, tmp_path)
         for name in ("blend", "plain"):
-            assert ("--enforce-eager" in services[name].command) == (not found)
+            assert parsed(services[name])["enforce_eager"] == (not found)
             assert ("TORCHDYNAMO_DISABLE" in services[name].environment) == (not found)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import load_settings
+from support.command_lines import parsed
 
 
 def make(home: Home, tmp_path: Path, **command_line: object) -> tuple[Plan, dict[str, Service]]:
@@ -20,12 +20,8 @@ def make(home: Home, tmp_path: Path, **command_line: object) -> tuple[Plan, dict
     return made, {service.name: service for service in build_services(made, home)}
 
 
-def option(service: Service, name: str) -> str:
-    return service.command[service.command.index(name) + 1]
-
-
 def extra_config(service: Service) -> dict[str, object]:
-    extra: dict[str, object] = json.loads(option(service, "--kv-transfer-config"))["kv_connector_extra_config"]
+    extra: dict[str, object] = parsed(service)["kv_transfer_config"].kv_connector_extra_config
     return extra
 
 

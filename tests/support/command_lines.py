@@ -1,0 +1,63 @@
+"""What a service's program makes of its command line, by the program's own parser."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from kvarena.contenders.servers import EngineServer
+from kvarena.stack.service import Service
+from support.engine_commands import ENGINES, command_of
+
+VLLM = "vllm.entrypoints.openai.api_server"
+LMCACHE = "lmcache.cli.main"
+PAGE = "streamlit"
+
+
+def parsed(service: Service) -> dict[str, Any]:
+    """Values by the names of the program's options, its defaults included. A wrong option or value raises."""
+    _python, flag, module, *words = service.command
+    assert flag == "-m"
+    if module == VLLM:
+        return vars(_vllm_parser().parse_args(words))
+    if module == LMCACHE:
+        return vars(_lmcache_parser().parse_args(words[1:]))
+    if module == PAGE:
+        return _page_options(words[1:])
+    return _engine_options(module, words)
+
+
+def listens_on(service: Service) -> set[str]:
+    options = parsed(service)
+    return {options[name] for name in ("host", "http_host", "server_address") if name in options}
+
+
+@cache
+def _vllm_parser() -> argparse.ArgumentParser:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser: argparse.ArgumentParser = make_arg_parser(FlexibleArgumentParser())
+    return parser
+
+
+@cache
+def _lmcache_parser() -> argparse.ArgumentParser:
+    from lmcache.cli.commands.server import ServerCommand
+
+    parser = argparse.ArgumentParser()
+    ServerCommand().add_arguments(parser)
+    return parser
+
+
+def _page_options(words: Sequence[str]) -> dict[str, Any]:
+    from streamlit.web.cli import main_run
+
+    return dict(main_run.make_context("run", list(words)).params)
+
+
+def _engine_options(module: str, words: Sequence[str]) -> dict[str, Any]:
+    (spec,) = (spec for spec in ENGINES if isinstance(spec.server, EngineServer) and spec.server.module == module)
+    return dict(command_of(spec).make_context(spec.name, list(words)).params)
