@@ -1,12 +1,13 @@
 """The quick tests first, the browser's last: its driver keeps an event loop running in the test's own thread.
 
-Side by side the slow ones come first, so that no core is left alone with them at the end.
+Side by side the slow ones come first, and of these the longest, so that no core is left alone with them at the end.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,5 +22,17 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    is_side_by_side = hasattr(config, "workerinput")
-    items.sort(key=lambda item: ("e2e" in item.keywords, ("slow" in item.keywords) != is_side_by_side))
+    if hasattr(config, "workerinput"):
+        longest = longest_first(items)
+        items.sort(key=lambda item: ("e2e" in item.keywords, "slow" not in item.keywords, longest.index(item.path)))
+    else:
+        items.sort(key=lambda item: ("e2e" in item.keywords, "slow" in item.keywords))
+
+
+def longest_first(items: list[pytest.Item]) -> list[Path]:
+    """The files, by the longest time that a test of theirs may take."""
+    allowed_s: dict[Path, float] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        allowed_s[item.path] = max(allowed_s.get(item.path, 0.0), marker.args[0] if marker else 0.0)
+    return sorted(allowed_s, key=lambda path: -allowed_s[path])
