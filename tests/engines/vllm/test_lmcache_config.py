@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kvarena.engines import base
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.engines.vllm.lmcache_blender import special_string
 from kvarena.engines.vllm.lmcache_config import SUPPORTED, lmcache_config
@@ -93,4 +94,4 @@ def test_a_separator_that_is_never_the_same_is_refused() -> None:
             return [ord(letter) * len(text) for letter in text]
 
     with pytest.raises(ValueError, match=r"reads the separator '##' differently .* set SEPARATOR to another"):
-        special_string(Reversing(), "##")
+        special_string(cast("base.Tokenizer", Reversing()), "##")
