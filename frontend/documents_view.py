@@ -75,9 +75,21 @@ def _draw_upload(
     with st.container(horizontal=True, key=f"upload-buttons-{key}"):
         if chunks:
             names = [chunk.name for chunk in chunks]
-            st.button("Pick", key=f"use-{key}", on_click=choose, args=[names], help="Picks its chunks, and no others.")
+            st.button(
+                "Pick",
+                key=f"use-{key}",
+                on_click=choose,
+                args=[names],
+                help="Select the chunks of this document, and no others.",
+            )
             if not upload.is_filling and not upload.is_filled and state.blending_session():
-                st.button("Fill", key=f"fill-{key}", on_click=_fill, args=[key], help="Fills the chunk cache with it.")
+                st.button(
+                    "Fill",
+                    key=f"fill-{key}",
+                    on_click=_fill,
+                    args=[key],
+                    help="Compute the KV of this document now, and store it.",
+                )
         st.button("Remove", key=f"remove-{key}", on_click=_remove, args=[key])
 
 

@@ -100,8 +100,8 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
         "One after the other",
         key="in-sequence",
         persist_state=KEEP,
-        help="Off: both answer at the same time. On: the second one is asked when the first is done, so that they "
-        "can't slow each other down where they share a machine.",
+        help="Off: both answer at the same time. On: the second is asked when the first is done, so that they don't "
+        "slow each other down on a shared machine.",
     )
     return chosen, in_sequence
 
@@ -120,8 +120,8 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
         key="chunks",
         persist_state=KEEP,
         placeholder="Pick chunks",
-        help=f"Documents of {state.page_settings().data_dir} and your own; long ones are in numbered chunks. New files "
-        "show up by themselves.",
+        help=f"Documents in {state.page_settings().data_dir} and your own. Long ones are split into numbered chunks. "
+        "New files appear by themselves.",
     )
     draw_remarks(state.folder_documents())
     order = _draw_order(picked)
@@ -158,8 +158,8 @@ def _draw_sampling() -> Sampling:
         "Always max tokens",
         key="ignore-eos",
         persist_state=KEEP,
-        help="Goes on after the end of the answer (`ignore_eos`): text of equal length on both sides, "
-        "for comparing tokens per second.",
+        help="Keep generating after the end of the answer (`ignore_eos`). Both sides then have the same length, "
+        "which makes tokens per second comparable.",
     )
     return Sampling(temperature, int(max_tokens), ignore_eos, recomputing, mode, similarity_threshold)
 
@@ -190,8 +190,8 @@ def _draw_max_ttft(offer: BlendOffer) -> dict[str, float]:
         offer.max_ttft_ms is not None,
         key="has-max-ttft",
         persist_state=KEEP,
-        help="Recompute as many tokens as fit into a time to first token. What a token costs, the server learns from "
-        "the blends before.",
+        help="Recompute as many tokens as fit into this time to first token. The server learns from earlier blends "
+        "what a token costs.",
     ):
         return {}
     default_ms = offer.max_ttft_ms or DEFAULT_MAX_TTFT_MS
@@ -229,8 +229,9 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         index=offer.modes.index(offer.mode),
         key="mode",
         persist_state=KEEP,
-        help="What a similar earlier prompt lends. `aligned`: the KV of all layers, where both have the same text. "
-        "`top_layer`: its last layer's KV, as in the Sim-LLM paper; fast, and wrong on a model not trained for it.",
+        help="What is reused from a similar earlier prompt. `aligned`: the KV of all layers, where both prompts have "
+        "the same text. `top_layer`: the KV of the last layer, as in the Sim-LLM paper. That is fast, but gives wrong "
+        "answers on a model that wasn't trained for it.",
     )
     if offer.similarity_threshold is None:
         st.caption("The server finds its similarity threshold by itself.")
@@ -244,8 +245,8 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         format="%.4f",
         key="similarity-threshold",
         persist_state=KEEP,
-        help="The least cosine between the mean embeddings of two prompts. Prompts over the same long texts are all "
-        "close to 1.",
+        help="Minimum cosine similarity between the mean embeddings of two prompts. Prompts over the same long texts "
+        "are all close to 1.",
     )
     return mode, similarity_threshold
 
@@ -299,15 +300,15 @@ def _draw_modes() -> tuple[list[str], bool]:
         required=True,
         key="modes",
         persist_state=KEEP,
-        help="With slots a follow-up prefills its own tokens only; without, the topic's whole history. Both get the "
-        "same messages.",
+        help="With slots, a follow-up prefills only its own tokens. Without slots, it prefills the topic's whole "
+        "history. Both get the same messages.",
     )
     in_sequence = st.toggle(
         "One after the other",
         value=True,
         key="conversation-in-sequence",
         persist_state=KEEP,
-        help="Off: both at the same time, in one batch, so that each slows the other down.",
+        help="Off: both run at the same time, in one batch, and slow each other down.",
     )
     return [mode.name for mode in MODE_CHOICES[chosen or BOTH]], in_sequence
 
@@ -320,8 +321,8 @@ def _draw_conversation_context(opened: OpenChat) -> SlotContext:
         "Notes for each topic",
         key="conversation-notes",
         persist_state=KEEP,
-        help="The server takes those of the data folder that fit a topic's first message into its system message, and "
-        "adds to a later message what it needs beyond them. Another choice begins a new conversation.",
+        help="The server puts the notes from the data folder that fit a topic's first message into the system message, "
+        "and adds to later messages what they need beyond that. Changing this starts a new conversation.",
     )
     draw_remarks(state.folder_documents())
     system = st.text_area("System prompt", key="conversation-system", height=80, persist_state=KEEP)

@@ -8,7 +8,7 @@ from kvarena.bench.variants import DEFAULT_POLICIES, Variant, read_policies, rea
 
 
 @pytest.mark.parametrize(
-    ("text", "setup"),
+    ("text", "variant"),
     [
         ("none", Variant("blend", "none")),
         ("chunk_head:0.05", Variant("blend", "chunk_head", 0.05)),
@@ -22,8 +22,8 @@ from kvarena.bench.variants import DEFAULT_POLICIES, Variant, read_policies, rea
         ("chunk_head,head_tokens=12", Variant("blend", "chunk_head", options=(("head_tokens", 12),))),
     ],
 )
-def test_policies_read(text: str, setup: Variant) -> None:
-    assert read_policy(text, "blend") == setup
+def test_policies_read(text: str, variant: Variant) -> None:
+    assert read_policy(text, "blend") == variant
 
 
 def test_a_policy_typed_twice_is_measured_once() -> None:
@@ -31,17 +31,17 @@ def test_a_policy_typed_twice_is_measured_once() -> None:
 
 
 def test_options_are_sent_named_and_written_down() -> None:
-    setup = read_policy("chunk_head,head_tokens=12", "blend")
-    assert setup.choices == {"policy": "chunk_head", "head_tokens": 12}
-    assert setup.label == "blend chunk_head (head_tokens 12)"
-    assert setup.to_json()["options"] == {"head_tokens": 12}
+    variant = read_policy("chunk_head,head_tokens=12", "blend")
+    assert variant.choices == {"policy": "chunk_head", "head_tokens": 12}
+    assert variant.label == "blend chunk_head (head_tokens 12)"
+    assert variant.to_json()["options"] == {"head_tokens": 12}
 
 
 def test_a_time_is_sent_named_and_written_down() -> None:
-    setup = read_policy("query_attention:250.5ms", "blend")
-    assert setup.choices == {"policy": "query_attention", "max_ttft_ms": 250.5}
-    assert setup.label == "blend query_attention 250.5 ms"
-    assert Variant.of_row(setup.to_json()) == setup.work == setup
+    variant = read_policy("query_attention:250.5ms", "blend")
+    assert variant.choices == {"policy": "query_attention", "max_ttft_ms": 250.5}
+    assert variant.label == "blend query_attention 250.5 ms"
+    assert Variant.of_row(variant.to_json()) == variant.work == variant
     assert "max_ttft_ms" not in read_policy("query_attention:0.25", "blend").to_json()
 
 

@@ -17,8 +17,10 @@ SETUPS: dict[tuple[str, str | None, float | None], float] = {
 
 
 def small_ttft_result(cpu: str = "A small one") -> dict[str, Any]:
-    rows = [_row(setup, context, store, 1) for store in ("warm", "cold") for context in CONTEXTS for setup in SETUPS]
-    rows += [_row(setup, 2000, "warm", 8) for setup in SETUPS]
+    rows = [
+        _row(variant, context, store, 1) for store in ("warm", "cold") for context in CONTEXTS for variant in SETUPS
+    ]
+    rows += [_row(variant, 2000, "warm", 8) for variant in SETUPS]
     return {
         "settings": {
             "benchmark": "ttft",
@@ -32,9 +34,9 @@ def small_ttft_result(cpu: str = "A small one") -> dict[str, Any]:
     }
 
 
-def _row(setup: tuple[str, str | None, float | None], context: int, store: str, concurrency: int) -> dict[str, Any]:
-    contender, policy, ratio = setup
-    sooner = SETUPS[setup] * (context / 4000) ** 0.1
+def _row(variant: tuple[str, str | None, float | None], context: int, store: str, concurrency: int) -> dict[str, Any]:
+    contender, policy, ratio = variant
+    sooner = SETUPS[variant] * (context / 4000) ** 0.1
     if store == "cold" and policy:
         sooner = 2.5
     ttft_ms = concurrency * (0.9 * context + 2e-4 * context**2) / sooner

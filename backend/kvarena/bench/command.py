@@ -181,7 +181,7 @@ def simllm(
     from kvarena.bench.results import check_writable, load_results, save_results, shown_path
     from kvarena.bench.simllm import measuring
     from kvarena.bench.simllm.measuring import show_quality, show_speed
-    from kvarena.bench.simllm.running import setups
+    from kvarena.bench.simllm.running import variants
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.model import find_model
 
@@ -189,9 +189,9 @@ def simllm(
     with explained():
         check_writable(output)
         path = questions or find_model(model, "cpu").data_dir / QUESTIONS_NAME
-        exam = load_questions(path)
-        chosen = setups([mode.strip() for mode in modes.split(",")], decimals(thresholds))
-        bench = measuring.Bench(exam, chosen, similar, max_new_tokens, max_cache_size, dtype, seed)
+        question_set = load_questions(path)
+        chosen = variants([mode.strip() for mode in modes.split(",")], decimals(thresholds))
+        bench = measuring.Bench(question_set, chosen, similar, max_new_tokens, max_cache_size, dtype, seed)
         with progress((num_tasks + num_quality_tasks) * len(chosen), console) as advance:
             speed = bench.speed(shape, num_tasks, advance)
             quality = bench.quality(model, num_quality_tasks, advance)

@@ -265,7 +265,7 @@ def speed_and_quality(rows: list[Row]) -> list[tuple[Row, Row]]:
     """Speed and quality of the same mode and threshold, of two models where there are two."""
     speed = {_mode_and_threshold(row): row for row in reversed(rows)}
     quality = {_mode_and_threshold(row): row for row in rows}
-    return [(speed[setup], quality[setup]) for setup in quality]
+    return [(speed[variant], quality[variant]) for variant in quality]
 
 
 def _mode_and_threshold(row: Row) -> tuple[str | None, float | None]:

@@ -99,16 +99,16 @@ def blend_variants(
     A policy may bring options: `kv_deviation,deviation=values,num_filters=2`.
     Raises `ValueError` naming a value that can't be chosen, and the choices.
     """
-    setups = []
+    variants = []
     for policy, options in map(read_policy_options, policies):
         has_layers = check_layers and "check_layer" in OPTIONS.get(policy, ())
         layers: Sequence[int | None] = check_layers if has_layers else [None]
         own: dict[str, Any] = dict(options)
         for ratio in ratios if BlendParams(policy, **own).goes_by_ratio else [None]:
-            setups += [Variant(contender, policy, ratio, layer, options) for layer in layers]
-    for setup in setups:
-        setup.check()
-    return list(dict.fromkeys(setups))
+            variants += [Variant(contender, policy, ratio, layer, options) for layer in layers]
+    for variant in variants:
+        variant.check()
+    return list(dict.fromkeys(variants))
 
 
 def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, Value], ...]]:
@@ -121,10 +121,10 @@ def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, Value], ...]]
     return policy, tuple((name, PARAMETERS[name].read(value)) for name, value in options.items())
 
 
-def find_reference(setups: Sequence[Variant]) -> Variant | None:
+def find_reference(variants: Sequence[Variant]) -> Variant | None:
     """The one that stands for full prefill: a contender that doesn't approximate, or else a blend of all tokens."""
-    exact = [setup for setup in setups if setup.policy is None]
-    return next(iter([*exact, *(setup for setup in setups if setup.recomputes_all)]), None)
+    exact = [variant for variant in variants if variant.policy is None]
+    return next(iter([*exact, *(variant for variant in variants if variant.recomputes_all)]), None)
 
 
 DEFAULT_POLICIES = ("kv_deviation:0.15", "chunk_head:0.05", "query_attention:0.05", "none")
@@ -144,7 +144,7 @@ def read_policy(text: str, contender: str) -> Variant:
             f"policy is {text!r}; write it as chunk_head, chunk_head:0.05, kv_deviation:300ms or kv_deviation:0.15@2"
         )
     try:
-        setup = Variant(
+        variant = Variant(
             contender,
             match["policy"],
             float(match["ratio"]) if match["ratio"] else None,
@@ -152,10 +152,10 @@ def read_policy(text: str, contender: str) -> Variant:
             read_policy_options(match["policy"] + comma + options)[1],
             float(match["ms"]) if match["ms"] else None,
         )
-        setup.check()
+        variant.check()
     except ValueError as error:
         raise ValueError(f"policy {text!r}: {error}") from error
-    return setup
+    return variant
 
 
 def read_policies(texts: Sequence[str], contender: str) -> list[Variant]:

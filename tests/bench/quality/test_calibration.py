@@ -64,7 +64,7 @@ def test_of_two_ratios_that_agree_the_lower_one_is_faster_whatever_was_measured(
 
 def test_who_may_still_be_chosen() -> None:
     def ratios_left(*rows: dict[str, Any]) -> list[float | None]:
-        return [setup.ratio for setup in still_in_the_race(rows, 0.9)]
+        return [variant.ratio for variant in still_in_the_race(rows, 0.9)]
 
     hopeless, unsure = row(0.5, 10, high=0.8, ratio=0.0), row(0.8, 20, low=0.7, high=0.95, ratio=0.05)
     sure, more = row(0.95, 30, low=0.92), row(0.97, 29, low=0.94, ratio=0.2)
@@ -99,9 +99,9 @@ def test_rows_are_how_answers_agree_token_by_token() -> None:
 
 
 def test_documents_alone_are_enough_to_ask(documents: Path) -> None:
-    exam = document_questions(documents, 7)
-    assert len(exam.questions) == 7
-    assert exam == document_questions(documents, 7) != document_questions(documents, 7, seed=1)
+    question_set = document_questions(documents, 7)
+    assert len(question_set.questions) == 7
+    assert question_set == document_questions(documents, 7) != document_questions(documents, 7, seed=1)
     (documents / "3.md").unlink()
     (documents / "2.md").unlink()
     (documents / "1.md").unlink()
@@ -170,7 +170,7 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     assert saved["settings"]["chosen"]["policy"] == profile["policy"]
     rows = {Variant.of_row(one): one["token_agreement"]["mean"] for one in saved["rows"]}
     assert len(rows) == 3 * (3 * 2 + 1), "ratios, policies with layers and without"
-    assert all(agreement == 1 for setup, agreement in rows.items() if setup.ratio == 1)
+    assert all(agreement == 1 for variant, agreement in rows.items() if variant.ratio == 1)
 
     (model / "kvarena.json").unlink()
     result = CliRunner().invoke(app, [*arguments, "--policy", "random", "--ratio", "0.05", "--agreement", "1"])

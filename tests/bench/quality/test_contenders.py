@@ -102,34 +102,34 @@ def test_names_without_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[ScriptedEngine], tmp_path: Path) -> None:
     records = [{"question": "\nsay tea", "answers": ["tea"]}] * (MAX_FAILURES_IN_A_ROW + 3)
-    exam = load_questions(write_question_folder(tmp_path, records))
+    question_set = load_questions(write_question_folder(tmp_path, records))
     alive = HTTPAnswerer("alive", real.url)
     with serving(ScriptedEngine()) as stopped:
         dead = HTTPAnswerer("dead", stopped.url)
     attempts: list[Attempt] = []
-    ask_all(exam, [Variant("alive"), Variant("dead")], {"alive": alive, "dead": dead}, ASKING, attempts.append)
-    outcomes = {name: [one.outcome for one in attempts if one.setup.contender == name] for name in ("alive", "dead")}
+    ask_all(question_set, [Variant("alive"), Variant("dead")], {"alive": alive, "dead": dead}, ASKING, attempts.append)
+    outcomes = {name: [one.outcome for one in attempts if one.variant.contender == name] for name in ("alive", "dead")}
     assert outcomes == {"alive": ["answered"] * len(records), "dead": ["failed"] * len(records)}
-    reasons = [one.reason for one in attempts if one.setup.contender == "dead"]
+    reasons = [one.reason for one in attempts if one.variant.contender == "dead"]
     assert sum(reason.startswith("not asked") for reason in reasons) == 3
 
 
 class Counting(HTTPAnswerer):
     num_asked = 0
 
-    def answer(self, messages: Messages, setup: Variant, max_tokens: int, *along: Any) -> Answer:
+    def answer(self, messages: Messages, variant: Variant, max_tokens: int, *along: Any) -> Answer:
         self.num_asked += 1
         return super().answer(messages, Variant(self.name), max_tokens, *along)
 
 
 def test_what_is_the_same_work_is_done_once(real: RealServer[ScriptedEngine], tmp_path: Path) -> None:
-    exam = load_questions(write_question_folder(tmp_path, [{"question": "\nsay tea", "answers": ["tea"]}] * 3))
+    question_set = load_questions(write_question_folder(tmp_path, [{"question": "\nsay tea", "answers": ["tea"]}] * 3))
     blend = Counting("blend", real.url)
-    setups = blend_variants("blend", ["kv_deviation", "random"], [0.0, 0.5, 1.0], [1, 2])
+    variants = blend_variants("blend", ["kv_deviation", "random"], [0.0, 0.5, 1.0], [1, 2])
     attempts: list[Attempt] = []
-    ask_all(exam, setups, {"blend": blend}, ASKING, attempts.append)
-    assert sorted((one.question, one.setup.label) for one in attempts) == sorted(
-        (number, setup.label) for number in range(3) for setup in setups
+    ask_all(question_set, variants, {"blend": blend}, ASKING, attempts.append)
+    assert sorted((one.question, one.variant.label) for one in attempts) == sorted(
+        (number, variant.label) for number in range(3) for variant in variants
     )
     assert blend.num_asked == 3 * 5  # none, all, two check layers, random
 
@@ -143,7 +143,7 @@ def test_in_process_answers_are_those_of_generate(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     made = engines([], str(folder), " # ", 0.1)
-    setups = [Variant("plain"), *blend_variants("blend", ["kv_deviation", "all"], [1.0], [])]
+    variants = [Variant("plain"), *blend_variants("blend", ["kv_deviation", "all"], [1.0], [])]
     for words in ("tea rain hill goat blue river", "stone seven market lamp road bread under morning old"):
         text = f" # {words * 6} # {words[::-1] * 5} # {words}"
         messages = [{"role": "user", "content": text}]
@@ -152,8 +152,8 @@ def test_in_process_answers_are_those_of_generate(folder: Path) -> None:
         )
         output = reference.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False)
         expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        for setup in setups:
-            assert made[setup.contender].answer(messages, setup, NUM_TOKENS).text == expected, setup
+        for variant in variants:
+            assert made[variant.contender].answer(messages, variant, NUM_TOKENS).text == expected, variant
     made["plain"].close()
 
 
@@ -188,12 +188,12 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
     assert found.token_agreement == pytest.approx(float((theirs.argmax(-1) == expected.argmax(-1)).float().mean()))
     assert other.text == made["plain"].answer(shorter, Variant("plain"), NUM_TOKENS).text, "decoded on from there"
 
-    for setup in (Variant("plain"), *blend_variants("blend", ["kv_deviation", "all"], [1.0], [])):
-        same = made[setup.contender].answer(messages, setup, NUM_TOKENS, full)
+    for variant in (Variant("plain"), *blend_variants("blend", ["kv_deviation", "all"], [1.0], [])):
+        same = made[variant.contender].answer(messages, variant, NUM_TOKENS, full)
         found = closeness(full, same)
         assert found
-        assert found.token_agreement == 1, setup
-        assert found.kl == pytest.approx(0, abs=1e-5), setup
+        assert found.token_agreement == 1, variant
+        assert found.kl == pytest.approx(0, abs=1e-5), variant
         assert same.text == full.text
     naive = made["blend"].answer(messages, Variant("blend", "none"), NUM_TOKENS, full)
     found = closeness(full, naive)
@@ -207,20 +207,20 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
 
 
 def test_full_prefill_answers_first_and_distributions_are_not_kept(folder: Path, tmp_path: Path) -> None:
-    exam = load_questions(write_question_folder(tmp_path, [{"question": "tea rain?", "answers": ["x"]}] * 3))
+    question_set = load_questions(write_question_folder(tmp_path, [{"question": "tea rain?", "answers": ["x"]}] * 3))
     made = engines([], str(folder), " # ", 0.1)
-    setups = [*blend_variants("blend", ["kv_deviation"], [0.0, 1.0], []), Variant("plain")]
+    variants = [*blend_variants("blend", ["kv_deviation"], [0.0, 1.0], []), Variant("plain")]
     attempts: list[Attempt] = []
-    ask_all(exam, setups, made, Asking(" # ", 4, Variant("plain")), attempts.append)
-    assert [one.setup for one in attempts[::3]] == [Variant("plain")] * 3
-    assert {one.setup for one in attempts[1::3]} == set(setups[:2]), "the others take turns"
+    ask_all(question_set, variants, made, Asking(" # ", 4, Variant("plain")), attempts.append)
+    assert [one.variant for one in attempts[::3]] == [Variant("plain")] * 3
+    assert {one.variant for one in attempts[1::3]} == set(variants[:2]), "the others take turns"
     for one in attempts:
         assert one.answer
         assert one.answer.forced_logprobs is None
         assert one.closeness
         assert one.closeness.method == "teacher_forced"
     attempts.clear()
-    ask_all(exam, setups, made, Asking(" # ", 4), attempts.append, numbers=[1])
+    ask_all(question_set, variants, made, Asking(" # ", 4), attempts.append, numbers=[1])
     assert [(one.question, one.closeness) for one in attempts] == [(1, None)] * 3
     made["plain"].close()
 

@@ -1,4 +1,4 @@
-"""Scores, intervals, setups and rows, against values computed by hand."""
+"""Scores, intervals, variants and rows, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ def test_intervals() -> None:
 
 
 def test_setups_and_their_reference() -> None:
-    setups = blend_variants("blend", ["kv_deviation", "random", "none"], [0.0, 0.15], [1, 2])
-    assert [setup.label for setup in setups] == [
+    variants = blend_variants("blend", ["kv_deviation", "random", "none"], [0.0, 0.15], [1, 2])
+    assert [variant.label for variant in variants] == [
         "blend kv_deviation 0 % @1",
         "blend kv_deviation 0 % @2",
         "blend kv_deviation 15 % @1",
@@ -164,17 +164,19 @@ def test_setups_and_their_reference() -> None:
         "blend random 15 %",
         "blend none",
     ]
-    assert setups[2].choices == {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 1}
-    assert find_reference(setups) is None
+    assert variants[2].choices == {"policy": "kv_deviation", "ratio": 0.15, "check_layer": 1}
+    assert find_reference(variants) is None
     values, heads = blend_variants("blend", ["kv_deviation,deviation=values", "chunk_head,head_tokens=12"], [0.1], [])
     assert values.label == "blend kv_deviation (deviation values) 10 %"
     assert heads.choices == {"policy": "chunk_head", "head_tokens": 12}
-    assert all(Variant.of_row(json.loads(json.dumps(setup.to_json()))) == setup for setup in [*setups, values, heads])
+    assert all(
+        Variant.of_row(json.loads(json.dumps(variant.to_json()))) == variant for variant in [*variants, values, heads]
+    )
     whole = blend_variants("blend", ["kv_deviation"], [0.5, 1.0], [])
     assert find_reference(whole) == whole[1]
     assert find_reference([*whole, PLAIN]) == PLAIN
-    assert [setup.work == setup for setup in [*whole, PLAIN]] == [True, False, True]
-    assert setups[0].work == setups[1].work == setups[4].work == setups[6].work != whole[1].work
+    assert [variant.work == variant for variant in [*whole, PLAIN]] == [True, False, True]
+    assert variants[0].work == variants[1].work == variants[4].work == variants[6].work != whole[1].work
     assert find_reference([Variant("blend", "all")]) == Variant("blend", "all")
 
 
@@ -195,7 +197,7 @@ def test_what_cannot_be_chosen_is_said(policy: str, ratio: float) -> None:
 
 
 @pytest.fixture
-def exam(tmp_path: Path) -> QuestionSet:
+def question_set(tmp_path: Path) -> QuestionSet:
     kinds = ("single", "single", "across")
     records = [{"question": f"{kind}?", "answers": ["tea"], "kind": kind} for kind in kinds]
     return load_questions(write_question_folder(tmp_path, records))
@@ -205,7 +207,7 @@ def answer(text: str, *, is_complete: bool = True, reuse: Reuse | None = None) -
     return Answer(text, is_complete, 100.0, reuse)
 
 
-def test_rows_count_what_failed_and_score_the_rest(exam: QuestionSet) -> None:
+def test_rows_count_what_failed_and_score_the_rest(question_set: QuestionSet) -> None:
     attempts = [
         Attempt(PLAIN, 0, answer("tea")),
         Attempt(PLAIN, 1, answer("tea")),
@@ -214,7 +216,7 @@ def test_rows_count_what_failed_and_score_the_rest(exam: QuestionSet) -> None:
         Attempt(NAIVE, 1, None, "time-out"),
         Attempt(NAIVE, 2, answer("rain", reuse=Reuse(100, 80, 0, 40)), closeness=Closeness(0.3, 0.7, 0.5, 4, METHOD)),
     ]
-    every = ScoreSheet(exam, attempts, PLAIN).rows()
+    every = ScoreSheet(question_set, attempts, PLAIN).rows()
     rows = {(row["contender"], row["kind"]): row for row in every if row["subset"] == "all"}
     assert len(every) == 2 * len(rows), "full prefill answered all of them"
     assert list(rows) == [(name, kind) for name in ("plain", "blend") for kind in ("all", "single", "across")]
@@ -236,10 +238,12 @@ def test_rows_count_what_failed_and_score_the_rest(exam: QuestionSet) -> None:
     assert plain["token_agreement"] is plain["kl_method"] is None
 
 
-def test_every_figure_twice(exam: QuestionSet) -> None:
+def test_every_figure_twice(question_set: QuestionSet) -> None:
     attempts = [Attempt(PLAIN, number, answer(text)) for number, text in enumerate(("some tea", "rain", "rain"))]
     attempts += [Attempt(NAIVE, number, answer(text)) for number, text in enumerate(("rain", "tea", "rain"))]
-    rows = {(row["contender"], row["kind"], row["subset"]): row for row in ScoreSheet(exam, attempts, PLAIN).rows()}
+    rows = {
+        (row["contender"], row["kind"], row["subset"]): row for row in ScoreSheet(question_set, attempts, PLAIN).rows()
+    }
     assert rows["plain", "all", "all"]["correct"]["mean"] == pytest.approx(1 / 3, abs=1e-4)
     assert rows["plain", "all", "all"]["exact_match"]["mean"] == 0
     assert rows["plain", "all", "answered"]["correct"]["mean"] == 1
@@ -248,12 +252,12 @@ def test_every_figure_twice(exam: QuestionSet) -> None:
     assert rows["blend", "all", "answered"]["correct_vs_reference"]["mean"] == -1
     assert rows["blend", "single", "answered"]["num_questions"] == 1
     assert ("blend", "across", "answered") not in rows
-    assert {row["subset"] for row in ScoreSheet(exam, attempts, None).rows()} == {"all"}
+    assert {row["subset"] for row in ScoreSheet(question_set, attempts, None).rows()} == {"all"}
 
 
-def test_a_cut_answer_is_scored_as_far_as_it_goes(exam: QuestionSet) -> None:
+def test_a_cut_answer_is_scored_as_far_as_it_goes(question_set: QuestionSet) -> None:
     attempts = [Attempt(PLAIN, 0, answer("tea and so on", is_complete=False)), Attempt(PLAIN, 1, answer("  "))]
-    sheet = ScoreSheet(exam, attempts, PLAIN)
+    sheet = ScoreSheet(question_set, attempts, PLAIN)
     row = sheet.rows()[0]
     assert (row["num_cut"], row["correct"]["mean"], row["exact_match"]["mean"]) == (1, 0.5, 0)
     assert row["ttft_ms"]["median"] == 100

@@ -17,12 +17,12 @@ PLAIN = {"question": "What grows?", "answers": ["tea"]}
 
 
 def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
-    exam = load_questions(write_question_folder(tmp_path, [PLAIN]))
-    (question,) = exam.questions
+    question_set = load_questions(write_question_folder(tmp_path, [PLAIN]))
+    (question,) = question_set.questions
     assert [chunk.name for chunk in question.chunks] == ["1-tea", "2-rain", "10-road"]
     assert (question.kind, question.detail, question.history) == ("question", "", ())
-    assert exam.system == "Read."
-    assert question.messages(exam.system, "#") == [
+    assert question_set.system == "Read."
+    assert question.messages(question_set.system, "#") == [
         {"role": "system", "content": "Read."},
         {"role": "user", "content": "#Tea grows on the hill.#Rain falls at seven.#A road.#What grows?"},
     ]
@@ -35,16 +35,16 @@ def test_chunks_history_and_several_answers(tmp_path: Path) -> None:
         "chunks": ["2-rain", "1-tea"],
         "history": [{"question": "When does rain fall?", "answer": "seven"}],
     }
-    exam = load_questions(write_question_folder(tmp_path, [record, PLAIN | {"answers": "tea"}]))
-    first, second = exam.questions
+    question_set = load_questions(write_question_folder(tmp_path, [record, PLAIN | {"answers": "tea"}]))
+    first, second = question_set.questions
     assert first.messages("", "|") == [
         {"role": "user", "content": "|Rain falls at seven.|Tea grows on the hill.|When does rain fall?"},
         {"role": "assistant", "content": "seven"},
         {"role": "user", "content": "What grows?"},
     ]
     assert second.answers == ("tea",)
-    assert exam.kinds == ["followup", "question"]
-    assert len(exam.chunks) == 3
+    assert question_set.kinds == ["followup", "question"]
+    assert len(question_set.chunks) == 3
 
 
 def test_questions_elsewhere_and_a_limit(tmp_path: Path) -> None:
@@ -78,11 +78,11 @@ def test_a_made_up_town_can_be_asked(tmp_path: Path) -> None:
     town = write_town(rng, TownShape(8, 60))
     items = write_questions(town, rng, 40, 5)
     write_folder(tmp_path, town, items)
-    exam = load_questions(tmp_path / "questions.jsonl")
-    assert [question.question for question in exam.questions] == [item.question.question for item in items]
-    assert [question.history for question in exam.questions] == [item.question.history for item in items]
-    assert [question.answers for question in exam.questions] == [(item.question.answer,) for item in items]
-    assert {len(question.chunks) for question in exam.questions} == {5}
+    question_set = load_questions(tmp_path / "questions.jsonl")
+    assert [question.question for question in question_set.questions] == [item.question.question for item in items]
+    assert [question.history for question in question_set.questions] == [item.question.history for item in items]
+    assert [question.answers for question in question_set.questions] == [(item.question.answer,) for item in items]
+    assert {len(question.chunks) for question in question_set.questions} == {5}
 
 
 def test_a_seed_draws_other_contexts_and_keeps_what_a_question_needs_in_its_order(tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_a_seed_draws_other_contexts_and_keeps_what_a_question_needs_in_its_orde
         (tmp_path / f"{number}.txt").write_text(f"Chunk {number}.")
 
     def contexts(*redraw: int | None) -> list[list[str]]:
-        exam = load_questions(path, redraw=Redraw(*redraw) if redraw else None)  # type: ignore[arg-type]
-        return [[chunk.name for chunk in question.chunks] for question in exam.questions]
+        question_set = load_questions(path, redraw=Redraw(*redraw) if redraw else None)  # type: ignore[arg-type]
+        return [[chunk.name for chunk in question.chunks] for question in question_set.questions]
 
     assert contexts() == [["5", "1", "2", "3"]] * 20 + [["7"]]
     drawn = contexts(1)

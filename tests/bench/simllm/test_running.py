@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from kvarena.bench.quality.questions import QuestionSet, load_questions
-from kvarena.bench.simllm.running import SharedModel, SimLLMVariant, StreamSettings, make_stream, run_stream, setups
+from kvarena.bench.simllm.running import SharedModel, SimLLMVariant, StreamSettings, make_stream, run_stream, variants
 from kvarena.cli import app
 from support.question_folder import write_question_folder
 from support.tiny_models import save_tiny_model
@@ -39,7 +39,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def exam(questions: Path) -> QuestionSet:
+def question_set(questions: Path) -> QuestionSet:
     return load_questions(questions)
 
 
@@ -75,11 +75,11 @@ def generated(folder: Path, prompt: Sequence[int]) -> tuple[int, ...]:
     return tuple(answer[: answer.index(1)] if 1 in answer else answer)
 
 
-def test_every_task_is_put_to_every_contender(folder: Path, exam: QuestionSet) -> None:
+def test_every_task_is_put_to_every_contender(folder: Path, question_set: QuestionSet) -> None:
     network = SharedModel.load(str(folder), "tiny")
-    tasks = make_stream(exam, 8, 0.5)
+    tasks = make_stream(question_set, 8, 0.5)
     asking = StreamSettings("Read.", "\n", NUM_STEPS)
-    chosen = setups(["aligned", "top_layer"], [0.9999])
+    chosen = variants(["aligned", "top_layer"], [0.9999])
     steps: list[None] = []
     none, aligned, top_layer = run_stream(network, tasks, chosen, asking, lambda: steps.append(None))
     assert len(steps) == 8 * 3
@@ -107,7 +107,7 @@ def test_every_task_is_put_to_every_contender(folder: Path, exam: QuestionSet) -
 @pytest.mark.parametrize(("modes", "thresholds", "message"), [(["best"], [0.9], "best"), (["aligned"], [2.0], "2.0")])
 def test_bad_setups_are_named(modes: list[str], thresholds: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        setups(modes, thresholds)
+        variants(modes, thresholds)
 
 
 def test_another_family_is_refused(tmp_path: Path) -> None:

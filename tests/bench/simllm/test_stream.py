@@ -14,7 +14,7 @@ from support.question_folder import write_question_folder
 
 
 @pytest.fixture(scope="module")
-def exam() -> QuestionSet:
+def question_set() -> QuestionSet:
     return load_questions(project_root() / "backend/models/town/notes" / "questions.jsonl")
 
 
@@ -26,15 +26,15 @@ def similar(stream: list[StreamTask]) -> list[StreamTask]:
     return [task for task in stream if task.earlier is not None]
 
 
-def test_half_of_the_tasks_are_the_shipped_questions_each_once(exam: QuestionSet) -> None:
-    stream = make_stream(exam, 2 * len(exam.questions), 0.5)
-    assert len(similar(stream)) == len(exam.questions)
-    assert {task.question for task in similar(stream)} == set(exam.questions)
+def test_half_of_the_tasks_are_the_shipped_questions_each_once(question_set: QuestionSet) -> None:
+    stream = make_stream(question_set, 2 * len(question_set.questions), 0.5)
+    assert len(similar(stream)) == len(question_set.questions)
+    assert {task.question for task in similar(stream)} == set(question_set.questions)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9, 1.0])
-def test_a_similar_task_has_an_earlier_new_ones_chunks(exam: QuestionSet, ratio: float) -> None:
-    stream = make_stream(exam, 40, ratio, seed=3)
+def test_a_similar_task_has_an_earlier_new_ones_chunks(question_set: QuestionSet, ratio: float) -> None:
+    stream = make_stream(question_set, 40, ratio, seed=3)
     assert len(stream) == 40
     assert len(similar(stream)) == min(round(40 * ratio), 39)
     for place, task in enumerate(stream):
@@ -51,15 +51,15 @@ def test_a_similar_task_has_an_earlier_new_ones_chunks(exam: QuestionSet, ratio:
         assert {task.kind for task in stream} == {"new", "same context", "other order"}
 
 
-def test_new_tasks_share_no_set_of_chunks(exam: QuestionSet) -> None:
-    contexts = [frozenset(task.question.chunks) for task in make_stream(exam, 60, 0.5) if task.earlier is None]
+def test_new_tasks_share_no_set_of_chunks(question_set: QuestionSet) -> None:
+    contexts = [frozenset(task.question.chunks) for task in make_stream(question_set, 60, 0.5) if task.earlier is None]
     assert len(set(contexts)) == len(contexts) == 30
 
 
-def test_gold_answers_hold(exam: QuestionSet) -> None:
+def test_gold_answers_hold(question_set: QuestionSet) -> None:
     """What a question needs, and what stood in between, stands in the task's context as in the exam."""
-    as_shipped = {(question.question, question.answers): question for question in exam.questions}
-    for task in make_stream(exam, 240, 0.5) + make_stream(exam, 100, 0.9, seed=1):
+    as_shipped = {(question.question, question.answers): question for question in question_set.questions}
+    for task in make_stream(question_set, 240, 0.5) + make_stream(question_set, 100, 0.9, seed=1):
         shipped = as_shipped[task.question.question, task.question.answers]
         own = names(shipped)
         needed = [own.index(name) for name in shipped.needs] or [0, len(own) - 1]
@@ -67,21 +67,21 @@ def test_gold_answers_hold(exam: QuestionSet) -> None:
         assert stretch in "|".join(names(task.question))
 
 
-def test_equal_seeds_make_equal_streams(exam: QuestionSet) -> None:
-    assert make_stream(exam, 30, 0.5, seed=1) == make_stream(exam, 30, 0.5, seed=1)
-    for one, other in pairwise(make_stream(exam, 30, 0.5, seed=seed) for seed in range(3)):
+def test_equal_seeds_make_equal_streams(question_set: QuestionSet) -> None:
+    assert make_stream(question_set, 30, 0.5, seed=1) == make_stream(question_set, 30, 0.5, seed=1)
+    for one, other in pairwise(make_stream(question_set, 30, 0.5, seed=seed) for seed in range(3)):
         assert one != other
 
 
 def test_an_exam_of_a_single_question(tmp_path: Path) -> None:
-    exam = load_questions(write_question_folder(tmp_path, [{"question": "tea?", "answers": ["tea"]}]))
-    assert [task.question for task in make_stream(exam, 4, 0.5)] == list(exam.questions) * 4
+    question_set = load_questions(write_question_folder(tmp_path, [{"question": "tea?", "answers": ["tea"]}]))
+    assert [task.question for task in make_stream(question_set, 4, 0.5)] == list(question_set.questions) * 4
 
 
 @pytest.mark.parametrize(("num_tasks", "ratio", "message"), [(0, 0.5, "not 0"), (4, 1.5, "from 0 to 1, not 1.5")])
-def test_what_is_no_stream(exam: QuestionSet, num_tasks: int, ratio: float, message: str) -> None:
+def test_what_is_no_stream(question_set: QuestionSet, num_tasks: int, ratio: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_stream(exam, num_tasks, ratio)
+        make_stream(question_set, num_tasks, ratio)
 
 
 def test_needs_are_read_and_checked(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def timed(ttft_s: float, *, sent_s: float = 0.0, num_tokens: int = 5, **more: An
 
 
 def rows_of(**bursts: list[Burst]) -> list[dict[str, Any]]:
-    setups = {"plain": PLAIN, "blend": BLEND, "mine": OTHER}
-    measured = [Measured(setups[name], name != "mine", found) for name, found in bursts.items()]
+    variants = {"plain": PLAIN, "blend": BLEND, "mine": OTHER}
+    measured = [Measured(variants[name], name != "mine", found) for name, found in bursts.items()]
     return cell_rows(CELL, measured, "plain")
 
 

@@ -88,7 +88,7 @@ class Answerer(Protocol):
     def answer(
         self,
         messages: Messages,
-        setup: Variant,
+        variant: Variant,
         max_tokens: int,
         full: Answer | None = None,
         compares_only: bool = False,
@@ -178,7 +178,7 @@ Outcome = Literal["answered", "failed"]
 class Attempt:
     """What became of a question. `failed`: no answer came, `reason` says why. `closeness` is that to full prefill."""
 
-    setup: Variant
+    variant: Variant
     question: int
     answer: Answer | None
     reason: str = ""
@@ -203,8 +203,8 @@ class Asking:
 
 
 def ask_all(
-    exam: QuestionSet,
-    setups: Sequence[Variant],
+    question_set: QuestionSet,
+    variants: Sequence[Variant],
     answerers: Mapping[str, Answerer],
     asking: Asking,
     on_attempt: Callable[[Attempt], None],
@@ -217,24 +217,26 @@ def ask_all(
     isn't asked any more.
     """
     failures_in_a_row = Counter[str]()
-    for number in range(len(exam.questions)) if numbers is None else numbers:
-        messages = exam.questions[number].messages(exam.system, asking.separator)
+    for number in range(len(question_set.questions)) if numbers is None else numbers:
+        messages = question_set.questions[number].messages(question_set.system, asking.separator)
         done: dict[Variant, Attempt] = {}
         full: Answer | None = None
-        for setup in _in_turn(setups, asking.reference, number):
-            if setup.work not in done:
-                attempt = _attempt(answerers[setup.contender], messages, setup, number, asking, full, failures_in_a_row)
-                if setup == asking.reference:
+        for variant in _in_turn(variants, asking.reference, number):
+            if variant.work not in done:
+                attempt = _attempt(
+                    answerers[variant.contender], messages, variant, number, asking, full, failures_in_a_row
+                )
+                if variant == asking.reference:
                     full = attempt.answer
-                done[setup.work] = _compared(attempt, full)
-            on_attempt(replace(done[setup.work], setup=setup))
+                done[variant.work] = _compared(attempt, full)
+            on_attempt(replace(done[variant.work], variant=variant))
 
 
-def _in_turn(setups: Sequence[Variant], reference: Variant | None, number: int) -> list[Variant]:
+def _in_turn(variants: Sequence[Variant], reference: Variant | None, number: int) -> list[Variant]:
     """The reference first; each of the others stands in every place once."""
-    others = [setup for setup in setups if setup != reference]
+    others = [variant for variant in variants if variant != reference]
     start = number % len(others) if others else 0
-    return [*([reference] if reference in setups and reference else []), *others[start:], *others[:start]]
+    return [*([reference] if reference in variants and reference else []), *others[start:], *others[:start]]
 
 
 def _compared(attempt: Attempt, full: Answer | None) -> Attempt:
@@ -248,19 +250,19 @@ def _compared(attempt: Attempt, full: Answer | None) -> Attempt:
 def _attempt(
     answerer: Answerer,
     messages: Messages,
-    setup: Variant,
+    variant: Variant,
     number: int,
     asking: Asking,
     full: Answer | None,
     failures_in_a_row: Counter[str],
 ) -> Attempt:
     if failures_in_a_row[answerer.name] >= MAX_FAILURES_IN_A_ROW:
-        return Attempt(setup, number, None, f"not asked after {MAX_FAILURES_IN_A_ROW} failures in a row")
+        return Attempt(variant, number, None, f"not asked after {MAX_FAILURES_IN_A_ROW} failures in a row")
     compares_only = asking.compares_only and full is not None
     try:
-        answer = answerer.answer(messages, setup, asking.max_tokens, full, compares_only)
+        answer = answerer.answer(messages, variant, asking.max_tokens, full, compares_only)
     except NoAnswer as error:
         failures_in_a_row[answerer.name] += 1
-        return Attempt(setup, number, None, str(error))
+        return Attempt(variant, number, None, str(error))
     failures_in_a_row[answerer.name] = 0
-    return Attempt(setup, number, answer)
+    return Attempt(variant, number, answer)

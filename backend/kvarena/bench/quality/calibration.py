@@ -64,17 +64,17 @@ def check_layers(num_layers: int | None) -> list[int]:
 
 
 def calibration_rows(attempts: Sequence[Attempt]) -> list[Row]:
-    """A row for each setup: how it agrees with full prefill along its answers, and how soon it is.
+    """A row for each variant: how it agrees with full prefill along its answers, and how soon it is.
 
     `same_answer` is the share of answers that are full prefill's from the first token to the last.
     """
     rows = []
-    for setup, of_setup in _by_setup(attempts).items():
+    for variant, of_setup in _by_setup(attempts).items():
         answers = [attempt.answer for attempt in of_setup if attempt.answer]
         found = [attempt.closeness for attempt in of_setup if attempt.closeness]
         rows.append(
             {
-                **setup.to_json(),
+                **variant.to_json(),
                 "num_questions": len(of_setup),
                 "num_failed": len(of_setup) - len(answers),
                 **closeness_figures(of_setup),
@@ -140,7 +140,7 @@ def _time_ms(row: Row, rows: Sequence[Row]) -> float:
 def _by_setup(attempts: Sequence[Attempt]) -> dict[Variant, list[Attempt]]:
     found: dict[Variant, list[Attempt]] = {}
     for attempt in attempts:
-        found.setdefault(attempt.setup, []).append(attempt)
+        found.setdefault(attempt.variant, []).append(attempt)
     return found
 
 

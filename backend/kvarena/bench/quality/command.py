@@ -107,20 +107,20 @@ def evaluate(
     with explained():
         check_writable(output)
         path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
-        exam = load_questions(path, data, limit, Redraw.of(seed, num_chunks))
+        question_set = load_questions(path, data, limit, Redraw.of(seed, num_chunks))
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
-        show_problems(exam.problems, console)
+        show_problems(question_set.problems, console)
         with session(wanted, console) as asked:
-            setups = asked.setups(policy or [DEFAULT_POLICY], ratios, layers)
+            variants = asked.variants(policy or [DEFAULT_POLICY], ratios, layers)
             if warm:
-                asked.warm(exam)
-            reference = find_reference(setups)
-            attempts, is_interrupted = asked.ask(exam, setups, max_tokens, reference)
+                asked.warm(question_set)
+            reference = find_reference(variants)
+            attempts, is_interrupted = asked.ask(question_set, variants, max_tokens, reference)
     settings = {
         "benchmark": "eval",
         "engine": engine,
         "questions": shown_path(path),
-        "num_questions": len(exam.questions),
+        "num_questions": len(question_set.questions),
         "seed": seed,
         "num_chunks": num_chunks,
         "is_interrupted": is_interrupted,
@@ -129,9 +129,9 @@ def evaluate(
         "max_tokens": max_tokens,
         "contenders": {name: answerer.describe() for name, answerer in asked.answerers.items()},
     }
-    sheet = ScoreSheet(exam, attempts, reference)
+    sheet = ScoreSheet(question_set, attempts, reference)
     rows = sheet.rows()
-    with_gold = [question.to_json() for question in exam.questions]
+    with_gold = [question.to_json() for question in question_set.questions]
     save_results(output, settings, rows, questions=with_gold, answers=sheet.answers())
     image = output.with_suffix(".png")
     if has_scores := any(row["correct"] for row in rows):
@@ -139,7 +139,7 @@ def evaluate(
     if as_json:
         print(json.dumps(load_results(output), indent=1))
     else:
-        show_rows(rows, exam.kinds, console)
+        show_rows(rows, question_set.kinds, console)
         console.print(f"Figures are in {output}{f', the plot in {image}' if has_scores else ''}.", soft_wrap=True)
     if reuses_nothing(attempts):
         console.print(f"[yellow]{escape(nothing_reused_note(asked.separator))}[/yellow]", soft_wrap=True)
@@ -238,20 +238,22 @@ def calibrate(
         path = questions or folder / QUESTIONS_NAME
         redraw = Redraw.of(seed, num_chunks)
         has_questions = questions is not None or path.is_file()
-        exam = (
+        question_set = (
             load_questions(path, folder, num_questions, redraw)
             if has_questions
             else calibration.document_questions(folder, num_questions, seed or 0, num_chunks)
         )
-        show_problems(exam.problems, console)
+        show_problems(question_set.problems, console)
         with session(wanted, console) as asked:
             (blend,) = asked.answerers.values()
             if not blend.is_blend:
                 raise ValueError(f"{blend.name} doesn't blend; there is nothing to calibrate")
             layers = integers(check_layer) if check_layer else calibration.check_layers(blend.num_layers)
             candidates = blend_variants(blend.name, policy or DEFAULT_POLICIES, decimals(ratio), layers)
-            asked.warm(exam)
-            attempts, is_interrupted = _race(asked, exam, Variant(blend.name, "all"), candidates, max_tokens, agreement)
+            asked.warm(question_set)
+            attempts, is_interrupted = _race(
+                asked, question_set, Variant(blend.name, "all"), candidates, max_tokens, agreement
+            )
             rows = calibration.calibration_rows(attempts)
             if not is_interrupted and not any(row["token_agreement"] for row in rows):
                 reasons = sorted({attempt.reason for attempt in attempts if attempt.reason})
@@ -307,7 +309,12 @@ def calibrate(
 
 
 def _race(
-    asked: Session, exam: QuestionSet, full: Variant, candidates: Sequence[Variant], max_tokens: int, agreement: float
+    asked: Session,
+    question_set: QuestionSet,
+    full: Variant,
+    candidates: Sequence[Variant],
+    max_tokens: int,
+    agreement: float,
 ) -> tuple[list[Attempt], bool]:
     """The candidates' attempts, and whether it was interrupted.
 
@@ -318,14 +325,14 @@ def _race(
 
     attempts: list[Attempt] = []
     left = list(candidates)
-    for start in range(0, len(exam.questions), ROUND_QUESTIONS):
-        numbers = range(len(exam.questions))[start : start + ROUND_QUESTIONS]
-        setups = list(dict.fromkeys([full, *left]))
-        found, is_interrupted = asked.ask(exam, setups, max_tokens, full, compares_only=True, numbers=numbers)
-        attempts += [attempt for attempt in found if attempt.setup in left]
+    for start in range(0, len(question_set.questions), ROUND_QUESTIONS):
+        numbers = range(len(question_set.questions))[start : start + ROUND_QUESTIONS]
+        variants = list(dict.fromkeys([full, *left]))
+        found, is_interrupted = asked.ask(question_set, variants, max_tokens, full, compares_only=True, numbers=numbers)
+        attempts += [attempt for attempt in found if attempt.variant in left]
         if is_interrupted:
             return attempts, True
-        rows = calibration.calibration_rows([attempt for attempt in attempts if attempt.setup in left])
+        rows = calibration.calibration_rows([attempt for attempt in attempts if attempt.variant in left])
         left = calibration.still_in_the_race(rows, agreement)
         if not left:
             break

@@ -45,7 +45,7 @@ class HTTPAnswerer:
     def answer(
         self,
         messages: Messages,
-        setup: Variant,
+        variant: Variant,
         max_tokens: int,
         full: Answer | None = None,
         compares_only: bool = False,
@@ -58,8 +58,8 @@ class HTTPAnswerer:
         }
         if self._has_logprobs:
             body |= {"logprobs": True, "top_logprobs": NUM_LOGPROBS}
-        if setup.choices:
-            body["kv_transfer_params"] = {"kvarena": setup.choices}
+        if variant.choices:
+            body["kv_transfer_params"] = {"kvarena": variant.choices}
         try:
             streamed = self._client.stream(CHAT, body)
             reuse = self._reuse(streamed)

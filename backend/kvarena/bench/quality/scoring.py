@@ -122,38 +122,38 @@ class Scored:
 class ScoreSheet:
     """The attempts with their scores. What failed is counted, and scored nowhere."""
 
-    def __init__(self, exam: QuestionSet, attempts: Sequence[Attempt], reference: Variant | None) -> None:
-        self._exam, self._attempts, self._reference = exam, attempts, reference
+    def __init__(self, question_set: QuestionSet, attempts: Sequence[Attempt], reference: Variant | None) -> None:
+        self._exam, self._attempts, self._reference = question_set, attempts, reference
         self._scored = {
-            (one.setup, one.question): self._score(one.answer, self._gold(one)) for one in attempts if one.answer
+            (one.variant, one.question): self._score(one.answer, self._gold(one)) for one in attempts if one.answer
         }
         self._answered = {
-            question for (setup, question), one in self._scored.items() if setup == reference and one.correct
+            question for (variant, question), one in self._scored.items() if variant == reference and one.correct
         }
 
     def rows(self) -> list[Row]:
         """Those without any question are left out."""
         kinds = [ALL_KINDS, *self._exam.kinds] if len(self._exam.kinds) > 1 else [ALL_KINDS]
-        setups = dict.fromkeys(attempt.setup for attempt in self._attempts)
-        rows = [self._row(setup, kind, subset) for setup in setups for kind in kinds for subset in SUBSETS]
+        variants = dict.fromkeys(attempt.variant for attempt in self._attempts)
+        rows = [self._row(variant, kind, subset) for variant in variants for kind in kinds for subset in SUBSETS]
         return [row for row in rows if row["num_questions"]]
 
     def answers(self) -> list[dict[str, Any]]:
         """Every single outcome, for whoever wants to read them."""
         return [self._answer(attempt) for attempt in self._attempts]
 
-    def _row(self, setup: Variant, kind: str, subset: Subset) -> Row:
+    def _row(self, variant: Variant, kind: str, subset: Subset) -> Row:
         attempts = [
             attempt
             for attempt in self._attempts
-            if attempt.setup == setup
+            if attempt.variant == variant
             and kind in (ALL_KINDS, self._kind(attempt))
             and (subset == "all" or attempt.question in self._answered)
         ]
         answers = [attempt.answer for attempt in attempts if attempt.answer]
-        scored = [found for attempt in attempts if (found := self._scored.get((setup, attempt.question)))]
+        scored = [found for attempt in attempts if (found := self._scored.get((variant, attempt.question)))]
         return {
-            **setup.to_json(),
+            **variant.to_json(),
             "kind": kind,
             "subset": subset,
             "num_questions": len(attempts),
@@ -162,19 +162,19 @@ class ScoreSheet:
             "correct": mean_interval([one.correct for one in scored]),
             "exact_match": mean_interval([one.score.exact_match for one in scored]),
             "f1": mean_interval([one.score.f1 for one in scored]),
-            **self._against_reference(setup, attempts),
+            **self._against_reference(variant, attempts),
             "ttft_ms": spread([answer.ttft_ms for answer in answers]) if answers else None,
             **token_shares(answer.reuse for answer in answers),
         }
 
-    def _against_reference(self, setup: Variant, attempts: Sequence[Attempt]) -> dict[str, Any]:
+    def _against_reference(self, variant: Variant, attempts: Sequence[Attempt]) -> dict[str, Any]:
         """Question by question, over those that both could answer. None where there is nothing to compare with."""
-        is_other = self._reference is not None and setup != self._reference
+        is_other = self._reference is not None and variant != self._reference
         pairs = [
             (mine, full)
             for attempt in attempts
             if is_other and self._reference
-            if (mine := self._scored.get((setup, attempt.question)))
+            if (mine := self._scored.get((variant, attempt.question)))
             if (full := self._scored.get((self._reference, attempt.question)))
         ]
         return {
@@ -189,9 +189,9 @@ class ScoreSheet:
         return Scored(answer, squad_score(answer.text, gold), contains_answer(answer.text, gold))
 
     def _answer(self, attempt: Attempt) -> dict[str, Any]:
-        scored, close = self._scored.get((attempt.setup, attempt.question)), attempt.closeness
+        scored, close = self._scored.get((attempt.variant, attempt.question)), attempt.closeness
         return {
-            **attempt.setup.to_json(),
+            **attempt.variant.to_json(),
             "question": attempt.question,
             "outcome": attempt.outcome,
             "text": attempt.answer.text if attempt.answer else None,

@@ -55,7 +55,7 @@ class PlainAnswerer:
     def answer(
         self,
         messages: Messages,
-        setup: Variant,
+        variant: Variant,
         max_tokens: int,
         full: Answer | None = None,
         compares_only: bool = False,
@@ -70,7 +70,7 @@ class PlainAnswerer:
         capacity, longest = len(token_ids) + max_tokens, self._model.max_model_len
         if capacity > longest:
             raise NoAnswer(f"{len(token_ids)} tokens and an answer of {max_tokens} are more than the model's {longest}")
-        kv, logits, reuse = self._prefill(token_ids, setup, capacity)
+        kv, logits, reuse = self._prefill(token_ids, variant, capacity)
         first = int(logits.argmax())  # on a GPU this waits for it
         ttft_ms = 1000 * (perf_counter() - started_s)
         if full is None:
@@ -116,7 +116,7 @@ class PlainAnswerer:
         self._model.close()
 
     def _prefill(
-        self, token_ids: Sequence[int], setup: Variant, capacity: int
+        self, token_ids: Sequence[int], variant: Variant, capacity: int
     ) -> tuple[SequenceKV, torch.Tensor, Reuse]:
         kv = self._model.new_kv(capacity)
         return kv, self._model.prefill(kv, token_ids, lambda: False), Reuse(len(token_ids), 0)
@@ -150,9 +150,9 @@ class BlendAnswerer(PlainAnswerer):
             on_chunk()
 
     def _prefill(
-        self, token_ids: Sequence[int], setup: Variant, capacity: int
+        self, token_ids: Sequence[int], variant: Variant, capacity: int
     ) -> tuple[SequenceKV, torch.Tensor, Reuse]:
-        params = BlendParams(**(vars(self._defaults) | setup.choices))
+        params = BlendParams(**(vars(self._defaults) | variant.choices))
         blended = self._blender.prefill(token_ids, params, capacity)
         report = blended.report
         reuse = Reuse(len(token_ids), report.num_reused_tokens, report.num_recomputed_tokens)
@@ -245,31 +245,31 @@ class Session:
     separator: str
     console: Console
 
-    def setups(self, policies: Sequence[str], ratios: Sequence[float], check_layers: Sequence[int]) -> list[Variant]:
-        """All choices for those that blend, one setup for those that don't; full prefill is always among them."""
-        setups: list[Variant] = []
+    def variants(self, policies: Sequence[str], ratios: Sequence[float], check_layers: Sequence[int]) -> list[Variant]:
+        """All choices for those that blend, one variant for those that don't; full prefill is always among them."""
+        variants: list[Variant] = []
         for answerer in self.answerers.values():
             blends = blend_variants(answerer.name, policies, ratios, check_layers) if answerer.is_blend else None
-            setups += blends or [Variant(answerer.name)]
+            variants += blends or [Variant(answerer.name)]
         blend = next((answerer.name for answerer in self.answerers.values() if answerer.is_blend), None)
-        if blend and find_reference(setups) is None:
-            setups.insert(0, Variant(blend, "all"))
-        return setups
+        if blend and find_reference(variants) is None:
+            variants.insert(0, Variant(blend, "all"))
+        return variants
 
-    def warm(self, exam: QuestionSet) -> None:
+    def warm(self, question_set: QuestionSet) -> None:
         """Raises `ValueError` when a chunk can't be had ready."""
         blends = [answerer for answerer in self.answerers.values() if answerer.is_blend]
-        with progress(len(blends) * len(exam.chunks), self.console, "warming") as advance:
+        with progress(len(blends) * len(question_set.chunks), self.console, "warming") as advance:
             for answerer in blends:
                 try:
-                    answerer.warm(exam.chunks, self.separator, advance)
+                    answerer.warm(question_set.chunks, self.separator, advance)
                 except NoAnswer as error:
                     raise ValueError(f"{answerer.name}: {error}") from error
 
     def ask(
         self,
-        exam: QuestionSet,
-        setups: Sequence[Variant],
+        question_set: QuestionSet,
+        variants: Sequence[Variant],
         max_tokens: int,
         reference: Variant | None,
         compares_only: bool = False,
@@ -278,8 +278,8 @@ class Session:
         """What came of it, and whether it was interrupted. Says at the first question when full prefill doesn't end."""
         attempts: list[Attempt] = []
         asking = Asking(self.separator, max_tokens, reference, compares_only)
-        num_questions = len(exam.questions if numbers is None else numbers)
-        with progress(len(setups) * num_questions, self.console, "asking") as advance:
+        num_questions = len(question_set.questions if numbers is None else numbers)
+        with progress(len(variants) * num_questions, self.console, "asking") as advance:
 
             def on_attempt(attempt: Attempt) -> None:
                 attempts.append(attempt)
@@ -288,7 +288,7 @@ class Session:
                     self.console.print(cut_note(reference, max_tokens), soft_wrap=True)
 
             try:
-                ask_all(exam, setups, self.answerers, asking, on_attempt, numbers)
+                ask_all(question_set, variants, self.answerers, asking, on_attempt, numbers)
             except KeyboardInterrupt:
                 return attempts, True
         return attempts, False
@@ -296,7 +296,7 @@ class Session:
 
 def reuses_nothing(attempts: Sequence[Attempt]) -> bool:
     """Whether blends were asked, and no token came from a chunk: all figures are full prefill's."""
-    reuses = [one.answer.reuse for one in attempts if one.setup.policy and one.answer and one.answer.reuse]
+    reuses = [one.answer.reuse for one in attempts if one.variant.policy and one.answer and one.answer.reuse]
     return bool(reuses) and not any(reuse.num_reused_tokens + reuse.num_recomputed_tokens for reuse in reuses)
 
 

@@ -54,7 +54,7 @@ def conditions(row: Row) -> str:
 
 
 def over_context(rows: Sequence[Row], figures: Callable[[Row], tuple[float, float, float] | None]) -> list[Series]:
-    """A line for each setup; `figures` are the middle and both ends of the whiskers, None where there are none."""
+    """A line for each variant; `figures` are the middle and both ends of the whiskers, None where there are none."""
     found: list[Series] = []
     for label, of_setup in grouped(rows, variant_label).items():
         points = [(row["context_tokens"], *ends) for row in of_setup if (ends := figures(row))]

@@ -53,12 +53,12 @@ class Compared:
     num_hyperplanes: int
 
 
-def steps(exam: QuestionSet) -> list[Step]:
+def steps(question_set: QuestionSet) -> list[Step]:
     """The first question of the exam, itself again, and two near twins."""
-    first = exam.questions[0]
+    first = question_set.questions[0]
     half = len(first.chunks) // 2
     reordered = (*first.chunks[half:], *first.chunks[:half])
-    others = (one for one in exam.questions[1:] if is_answered_by(one, first.chunks))
+    others = (one for one in question_set.questions[1:] if is_answered_by(one, first.chunks))
     return [
         Step("a question", first),
         Step("the same again", first),
@@ -68,26 +68,26 @@ def steps(exam: QuestionSet) -> list[Step]:
 
 
 def run_steps(
-    network: SharedModel, exam: QuestionSet, setup: SimLLMVariant, asking: StreamSettings
+    network: SharedModel, question_set: QuestionSet, variant: SimLLMVariant, asking: StreamSettings
 ) -> list[ShownAnswer]:
     """In order, by one engine with reuse and one without."""
-    contenders = [network.contender(one, asking.max_cache_size) for one in (setup, SimLLMVariant())]
+    contenders = [network.contender(one, asking.max_cache_size) for one in (variant, SimLLMVariant())]
     try:
         for contender in contenders:
             warm_up(contender, network, asking)
-        return [_shown(network, step, contenders, asking) for step in steps(exam)]
+        return [_shown(network, step, contenders, asking) for step in steps(question_set)]
     finally:
         for contender in contenders:
             contender.engine.close()
 
 
-def compare(network: SharedModel, exam: QuestionSet, separator: str, num_hyperplanes: int = 16) -> Compared:
+def compare(network: SharedModel, question_set: QuestionSet, separator: str, num_hyperplanes: int = 16) -> Compared:
     """Prompts of the exam that share their chunks, others, and two that have nothing to do with them."""
-    first, _, *twins = steps(exam)
+    first, _, *twins = steps(question_set)
     shared = set(first.question.chunks)
-    elsewhere = min(exam.questions, key=lambda question: len(shared & set(question.chunks)))
+    elsewhere = min(question_set.questions, key=lambda question: len(shared & set(question.chunks)))
     asked = {one.name: one.question for one in (first, *twins, Step("other notes", elsewhere))}
-    chats = {name: question.messages(exam.system, separator) for name, question in asked.items()}
+    chats = {name: question.messages(question_set.system, separator) for name, question in asked.items()}
     chats |= {name: [{"role": "user", "content": text}] for name, text in UNRELATED.items()}
     embeddings = torch.stack([_embedding(network, network.token_ids(chat)) for chat in chats.values()])
     hashes = LSHIndex(embeddings.shape[1], num_hyperplanes).compute_hash_batch(embeddings)
@@ -119,9 +119,9 @@ def _embedding(network: SharedModel, token_ids: Sequence[int]) -> torch.Tensor:
     return embedding.cpu()
 
 
-def show_steps(setup: SimLLMVariant, shown: Sequence[ShownAnswer], console: Console) -> None:
+def show_steps(variant: SimLLMVariant, shown: Sequence[ShownAnswer], console: Console) -> None:
     """What was reused, what it took, and the answer beside full prefill's."""
-    title = f"Mode {setup.mode}, threshold {setup.similarity_threshold:g}"
+    title = f"Mode {variant.mode}, threshold {variant.similarity_threshold:g}"
     table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("prompt", no_wrap=True)
     for name in ("cosine", "reused", "passes", "TTFT", "without"):

@@ -65,17 +65,21 @@ def demo(
     console = Console()
     logging.disable_progress_bar()
     with explained():
-        exam = load_questions(find_model(model_path, "cpu").data_dir / QUESTIONS_NAME)
+        question_set = load_questions(find_model(model_path, "cpu").data_dir / QUESTIONS_NAME)
         if mode is DemoMode.BASIC:
-            _basic(exam, model_path, max_cache_size, similarity_threshold, console)
+            _basic(question_set, model_path, max_cache_size, similarity_threshold, console)
         elif mode is DemoMode.SIMILARITY:
-            _similarity(exam, model_path, similarity_threshold, console)
+            _similarity(question_set, model_path, similarity_threshold, console)
         else:
-            _benchmark(exam, model_path, max_cache_size, similarity_threshold, console)
+            _benchmark(question_set, model_path, max_cache_size, similarity_threshold, console)
 
 
 def _basic(
-    exam: QuestionSet, model_path: str | None, max_cache_size: int, similarity_threshold: float, console: Console
+    question_set: QuestionSet,
+    model_path: str | None,
+    max_cache_size: int,
+    similarity_threshold: float,
+    console: Console,
 ) -> None:
     from kvarena.bench.simllm.demo import explain_steps, run_steps, show_steps
     from kvarena.bench.simllm.running import SharedModel, SimLLMVariant, StreamSettings
@@ -83,33 +87,39 @@ def _basic(
 
     with console.status("Loading the model ..."):
         network = SharedModel.find(model_path)
-    asking = StreamSettings(exam.system, network.config.separator, max_cache_size=max_cache_size)
+    asking = StreamSettings(question_set.system, network.config.separator, max_cache_size=max_cache_size)
     for reuse in MODES:
-        setup = SimLLMVariant(reuse, similarity_threshold)
+        variant = SimLLMVariant(reuse, similarity_threshold)
         with console.status(f"Asking in mode {reuse} ..."):
-            shown = run_steps(network, exam, setup, asking)
-        show_steps(setup, shown, console)
+            shown = run_steps(network, question_set, variant, asking)
+        show_steps(variant, shown, console)
     explain_steps(shown, console)
 
 
-def _similarity(exam: QuestionSet, model_path: str | None, similarity_threshold: float, console: Console) -> None:
+def _similarity(
+    question_set: QuestionSet, model_path: str | None, similarity_threshold: float, console: Console
+) -> None:
     from kvarena.bench.simllm.demo import compare, show_compared
     from kvarena.bench.simllm.running import SharedModel
 
     with console.status("Loading the model ..."):
         network = SharedModel.find(model_path)
-    show_compared(compare(network, exam, network.config.separator), similarity_threshold, console)
+    show_compared(compare(network, question_set, network.config.separator), similarity_threshold, console)
 
 
 def _benchmark(
-    exam: QuestionSet, model_path: str | None, max_cache_size: int, similarity_threshold: float, console: Console
+    question_set: QuestionSet,
+    model_path: str | None,
+    max_cache_size: int,
+    similarity_threshold: float,
+    console: Console,
 ) -> None:
     from kvarena.bench.simllm.measuring import Bench, show_quality, show_speed
-    from kvarena.bench.simllm.running import setups
+    from kvarena.bench.simllm.running import variants
     from kvarena.contenders.simllm.params import MODES
 
-    chosen = setups(MODES, [similarity_threshold])
-    bench = Bench(exam, chosen, similar_ratio=0.5, max_cache_size=max_cache_size)
+    chosen = variants(MODES, [similarity_threshold])
+    bench = Bench(question_set, chosen, similar_ratio=0.5, max_cache_size=max_cache_size)
     with progress(NUM_TASKS * len(chosen), console) as advance:
         measured = bench.quality(model_path, NUM_TASKS, advance)
     show_speed(measured.rows, console)

@@ -38,12 +38,12 @@ DIGITS = 4
 def make_rows(tasks: Sequence[StreamTask], runs: Sequence[ContenderRun], **model: Any) -> list[Row]:
     """The first run is the one without reuse: what the others are compared with."""
     reference = runs[0]
-    assert reference.setup.mode is None, "the first run is without reuse"
+    assert reference.variant.mode is None, "the first run is without reuse"
     return [
         {
             **model,
-            "mode": run.setup.mode,
-            "similarity_threshold": run.setup.similarity_threshold,
+            "mode": run.variant.mode,
+            "similarity_threshold": run.variant.similarity_threshold,
             "num_tasks": len(tasks),
             "num_similar": sum(task.earlier is not None for task in tasks),
             **_reuse(tasks, run),
@@ -59,7 +59,7 @@ def answer_rows(tasks: Sequence[StreamTask], runs: Sequence[ContenderRun], **mod
     return [
         {
             **model,
-            "contender": run.setup.label,
+            "contender": run.variant.label,
             "task": number,
             "kind": task.kind,
             "earlier": task.earlier,
@@ -221,8 +221,8 @@ class Measured:
 class Bench:
     """`max_new_tokens` are generated for every answer. `dtype` None is the machine's best."""
 
-    exam: QuestionSet
-    setups: Sequence[SimLLMVariant]
+    question_set: QuestionSet
+    variants: Sequence[SimLLMVariant]
     similar_ratio: float
     max_new_tokens: int = 8
     max_cache_size: int = 100
@@ -253,8 +253,8 @@ class Bench:
         }
 
     def _measure(self, network: SharedModel, num_tasks: int, separator: str, on_step: Callable[[], None]) -> Measured:
-        tasks = make_stream(self.exam, num_tasks, self.similar_ratio, self.seed)
-        asking = StreamSettings(self.exam.system, separator, self.max_new_tokens, self.max_cache_size)
-        runs = run_stream(network, tasks, self.setups, asking, on_step)
+        tasks = make_stream(self.question_set, num_tasks, self.similar_ratio, self.seed)
+        asking = StreamSettings(self.question_set.system, separator, self.max_new_tokens, self.max_cache_size)
+        runs = run_stream(network, tasks, self.variants, asking, on_step)
         model = {"model": network.name, "has_random_weights": network.has_random_weights}
         return Measured(make_rows(tasks, runs, **model), answer_rows(tasks, runs, **model))

@@ -83,14 +83,14 @@ class TaskAnswer:
 class Contender:
     """An engine with tasks of its own."""
 
-    setup: SimLLMVariant
+    variant: SimLLMVariant
     engine: SimLLMEngine
     _memory: PeakMemory = field(default_factory=PeakMemory)
 
     def answer(self, prompt: Sequence[int], num_steps: int) -> TaskAnswer:
         """So many tokens are generated, also where the answer ends earlier."""
         sampling = Sampling(max_tokens=num_steps, temperature=0.0, ignore_eos=True)
-        options = SimLLMOptions(reuse=self.setup.mode is not None)
+        options = SimLLMOptions(reuse=self.variant.mode is not None)
         request = GenerationRequest(uuid.uuid4().hex, tuple(prompt), sampling, options=options)
         self._memory.start()
         token_ids: list[int] = []
@@ -143,12 +143,12 @@ class SharedModel:
         found = find_model(model, "cpu")
         return cls.load(found.name, found.served_name, dtype=dtype or best_dtype())
 
-    def contender(self, setup: SimLLMVariant, max_cache_size: int) -> Contender:
+    def contender(self, variant: SimLLMVariant, max_cache_size: int) -> Contender:
         """With a manager of its own, which hangs on a copy of the model's modules; their weights are the same ones."""
-        params = replace(setup.params, max_cache_size=max_cache_size, aligned=AlignedParams(blend=self.config.params))
+        params = replace(variant.params, max_cache_size=max_cache_size, aligned=AlignedParams(blend=self.config.params))
         shared = [*self.module.parameters(), *self.module.buffers()]
         twin = copy.deepcopy(self.module, {id(tensor): tensor for tensor in shared})
-        return Contender(setup, SimLLMEngine(SimLLMInference(twin, self.tokenizer, params), self.name))
+        return Contender(variant, SimLLMEngine(SimLLMInference(twin, self.tokenizer, params), self.name))
 
     def token_ids(self, messages: Sequence[Any]) -> list[int]:
         ids: list[int] = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -160,11 +160,11 @@ def best_dtype() -> str:
     return "auto" if torch.cuda.is_available() else "float32"
 
 
-def setups(modes: Sequence[str], thresholds: Sequence[float]) -> list[SimLLMVariant]:
+def variants(modes: Sequence[str], thresholds: Sequence[float]) -> list[SimLLMVariant]:
     """The one without reuse first. Raises `ValueError` naming a mode or threshold that can't be chosen."""
     chosen = [SimLLMVariant(mode, threshold) for mode in modes for threshold in thresholds]
-    for setup in chosen:
-        _ = setup.params
+    for variant in chosen:
+        _ = variant.params
     return [SimLLMVariant(), *dict.fromkeys(chosen)]
 
 
@@ -191,18 +191,20 @@ class _Topic:
     kind: TaskKind
 
 
-def make_stream(exam: QuestionSet, num_tasks: int, similar_ratio: float, seed: int = 0) -> list[StreamTask]:
+def make_stream(question_set: QuestionSet, num_tasks: int, similar_ratio: float, seed: int = 0) -> list[StreamTask]:
     """Equal arguments make equal streams. Raises `ValueError` for a stream without tasks and a share that is none."""
     if num_tasks < 1:
         raise ValueError(f"a stream has 1 task or more, not {num_tasks}")
     if not 0 <= similar_ratio <= 1:
         raise ValueError(f"the share of similar tasks must be from 0 to 1, not {similar_ratio}")
-    return _StreamMaker(exam, random.Random(seed)).make(num_tasks, min(round(num_tasks * similar_ratio), num_tasks - 1))
+    return _StreamMaker(question_set, random.Random(seed)).make(
+        num_tasks, min(round(num_tasks * similar_ratio), num_tasks - 1)
+    )
 
 
 class _StreamMaker:
-    def __init__(self, exam: QuestionSet, rng: random.Random) -> None:
-        self._exam, self._rng = exam, rng
+    def __init__(self, question_set: QuestionSet, rng: random.Random) -> None:
+        self._exam, self._rng = question_set, rng
         self._asked = Counter[str]()
         self._tasks: list[StreamTask] = []
         self._fresh: list[_Topic] = []
@@ -299,7 +301,7 @@ class StreamSettings:
 class ContenderRun:
     """`answers` are in the stream's order; `task_bytes` is the KV kept of tasks behind the last one."""
 
-    setup: SimLLMVariant
+    variant: SimLLMVariant
     answers: Sequence[TaskAnswer]
     task_bytes: int
 
@@ -307,12 +309,12 @@ class ContenderRun:
 def run_stream(
     network: SharedModel,
     tasks: Sequence[StreamTask],
-    setups: Sequence[SimLLMVariant],
+    variants: Sequence[SimLLMVariant],
     asking: StreamSettings,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[ContenderRun]:
-    """A run for each setup. Raises `ValueError` for a prompt that has no room in the model's context."""
-    contenders = [network.contender(setup, asking.max_cache_size) for setup in setups]
+    """A run for each variant. Raises `ValueError` for a prompt that has no room in the model's context."""
+    contenders = [network.contender(variant, asking.max_cache_size) for variant in variants]
     answers: list[list[TaskAnswer]] = [[] for _ in contenders]
     try:
         for contender in contenders:
@@ -323,7 +325,7 @@ def run_stream(
                 answers[place].append(contenders[place].answer(prompt, asking.max_new_tokens))
                 on_step()
         return [
-            ContenderRun(contender.setup, given, contender.task_bytes)
+            ContenderRun(contender.variant, given, contender.task_bytes)
             for contender, given in zip(contenders, answers, strict=True)
         ]
     finally:

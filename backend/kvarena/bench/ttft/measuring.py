@@ -35,7 +35,7 @@ NOT_STAGES = (BLEND_MS, "max_ttft_ms")
 class Measured:
     """`is_told`: what the contender's store holds is known, from its kind or because it was started for this."""
 
-    setup: Variant
+    variant: Variant
     is_told: bool
     bursts: Sequence[Burst]
 
@@ -53,7 +53,7 @@ def cell_rows(cell: Cell, measured: Sequence[Measured], reference: str, num_know
 
     `num_known_chunks` of each prompt ought to be in a blend's store.
     """
-    plain = next((one for one in measured if one.setup.contender == reference), None)
+    plain = next((one for one in measured if one.variant.contender == reference), None)
     rows = [_row(cell, one, plain) for one in measured]
     return [{**row, "num_known_chunks": num_known_chunks} for row in rows]
 
@@ -63,7 +63,7 @@ def _row(cell: Cell, one: Measured, plain: Measured | None) -> Row:
     failures = [outcome for outcome in one.outcomes if isinstance(outcome, str)]
     rates = [rate for burst in one.bursts if (rate := burst.requests_per_s)]
     return {
-        **one.setup.to_json(),
+        **one.variant.to_json(),
         "context_tokens": cell.context_tokens,
         "store": cell.state if one.is_told else UNKNOWN,
         "prompts": cell.state,
@@ -240,24 +240,24 @@ class Bench:
 
     @property
     def num_steps(self) -> int:
-        return self.workload.repeats * sum(len(self.setups(cell.state)) for cell in self.workload.cells)
+        return self.workload.repeats * sum(len(self.variants(cell.state)) for cell in self.workload.cells)
 
     def settings(self) -> dict[str, Any]:
         """As they go into the result file."""
         return {
             "separator": self.separator,
-            "policies": {name: [setup.choices for setup in setups] for name, setups in self.policies.items()},
+            "policies": {name: [variant.choices for variant in variants] for name, variants in self.policies.items()},
             "contenders": {name: contender.describe() for name, contender in self.contenders.items()},
             **vars(self.workload),
         }
 
-    def setups(self, state: str) -> list[Variant]:
+    def variants(self, state: str) -> list[Variant]:
         """Who is compared. With no chunk in the prompt a blend has nothing to choose."""
-        setups: list[Variant] = []
+        variants: list[Variant] = []
         for name in self.contenders:
             blends = self.policies.get(name) if state != "none" else None
-            setups += blends or [Variant(name)]
-        return setups
+            variants += blends or [Variant(name)]
+        return variants
 
     def run(self, on_step: Callable[[], None]) -> Iterator[list[Row]]:
         """The rows of one cell after the other; `on_step` is called after each burst. Failures are counted in them."""
@@ -270,15 +270,15 @@ class Bench:
                 yield cell_rows(cell, measured, REFERENCE, num_known_chunks=prompts.num_known(cell.state))
 
     def _warm_up(self, prompts: Prompts) -> None:
-        """Every setup meets a prompt of this length once, in the first state it is measured in."""
+        """Every variant meets a prompt of this length once, in the first state it is measured in."""
         if "warm" in self.workload.states:
             self._teach(prompts, [(name, "") for name in self.policies])
         first_states: dict[Variant, str] = {}
         for cell in self.workload.cells:
-            for setup in self.setups(cell.state):
-                first_states.setdefault(setup, cell.state)
-        for setup, state in first_states.items():
-            self.contenders[setup.contender].ask_at_once([prompts.draw(state)], setup, self.workload.max_new_tokens)
+            for variant in self.variants(cell.state):
+                first_states.setdefault(variant, cell.state)
+        for variant, state in first_states.items():
+            self.contenders[variant.contender].ask_at_once([prompts.draw(state)], variant, self.workload.max_new_tokens)
 
     def _teach(self, prompts: Prompts, places: Iterable[tuple[str, str]]) -> None:
         """Has the known chunks stored by these blends, for these salts."""
@@ -286,26 +286,26 @@ class Bench:
             self.contenders[name].ask_at_once([prompts.teach()], Variant(name, "none"), 1, salt)
 
     def _measure(self, cell: Cell, prompts: Prompts, on_step: Callable[[], None]) -> list[Measured]:
-        setups = self.setups(cell.state)
-        salts = {setup: _salt(cell, setup) for setup in setups}
+        variants = self.variants(cell.state)
+        salts = {variant: _salt(cell, variant) for variant in variants}
         if cell.state == "half":
-            self._teach(prompts, [(setup.contender, salt) for setup, salt in salts.items() if salt])
-        bursts: dict[Variant, list[Burst]] = {setup: [] for setup in setups}
+            self._teach(prompts, [(variant.contender, salt) for variant, salt in salts.items() if salt])
+        bursts: dict[Variant, list[Burst]] = {variant: [] for variant in variants}
         for repeat in range(self.workload.repeats):
             batch = [prompts.draw(cell.state) for _ in range(cell.concurrency)]
-            first = repeat % len(setups)
-            for setup in [*setups[first:], *setups[:first]]:
-                contender = self.contenders[setup.contender]
-                burst = contender.ask_at_once(batch, setup, self.workload.max_new_tokens, salts[setup])
-                bursts[setup].append(burst)
+            first = repeat % len(variants)
+            for variant in [*variants[first:], *variants[:first]]:
+                contender = self.contenders[variant.contender]
+                burst = contender.ask_at_once(batch, variant, self.workload.max_new_tokens, salts[variant])
+                bursts[variant].append(burst)
                 on_step()
-        return [Measured(setup, self.contenders[setup.contender].is_told, bursts[setup]) for setup in setups]
+        return [Measured(variant, self.contenders[variant.contender].is_told, bursts[variant]) for variant in variants]
 
 
-def _salt(cell: Cell, setup: Variant) -> str:
+def _salt(cell: Cell, variant: Variant) -> str:
     """Policies of one blend are asked the same new chunks, which the first one would make known to the others.
 
     vLLM allows few characters in a salt, and a label has others.
     """
-    brings_chunks = setup.policy is not None and cell.state in ("half", "cold")
-    return hashlib.sha256(f"{setup.label} {cell.context_tokens}".encode()).hexdigest() if brings_chunks else ""
+    brings_chunks = variant.policy is not None and cell.state in ("half", "cold")
+    return hashlib.sha256(f"{variant.label} {cell.context_tokens}".encode()).hexdigest() if brings_chunks else ""

@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Workload:
-    """`repeats` bursts of `concurrency` requests for every cell and setup, each request with `max_new_tokens`."""
+    """`repeats` bursts of `concurrency` requests for every cell and variant, each request with `max_new_tokens`."""
 
     context_tokens: tuple[int, ...] = (512, 1000, 2000, 4000)
     states: tuple[str, ...] = STATES
