@@ -141,6 +141,22 @@ def test_a_hung_server_is_waited_for_once(tmp_path: Path) -> None:
         store.close()
 
 
+def test_an_idle_store_notices_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have filled the new server by then, so that a look-up finds something that can't be taken."""
+    monkeypatch.setattr(lmcache, "_PING_S", 0.2)
+    with LMCacheServer(tmp_path) as server:
+        idle = LMCacheStore(GEOMETRY, server.url, server.http_url, retry_s=0.1)
+        assert get(idle, chunk_of(32)) is None
+        server.kill()
+        server.start()
+        other = LMCacheStore(GEOMETRY, server.url, server.http_url)
+        assert other.put(chunk_of(32), kv_of(32))
+        time.sleep(2)
+        assert get(idle, chunk_of(32)) is not None
+        other.close()
+        idle.close()
+
+
 def test_an_idle_store_stays_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LMCache drops registrations that are silent: after an hour, here after half a minute."""
     monkeypatch.setattr(lmcache, "_PING_S", 5.0)

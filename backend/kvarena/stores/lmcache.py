@@ -39,7 +39,7 @@ _BLOCK_TOKENS = 32
 _POLL_S = 0.001
 _RESTART_CHECK_S = 1.0
 _NUM_THREADS = 4
-_PING_S = 20.0
+_PING_S = 5.0
 """LMCache drops a registration that has pinged before and is silent for 120 s."""
 _PING_TIMEOUT_S = 5.0
 
@@ -115,8 +115,12 @@ class LMCacheContext(LMCacheSDKContext):
             self.close()
 
     def ping(self) -> None:
-        """Tells the server that this context is alive. Raises `TimeoutError` when no answer comes."""
+        """Tells the server that this context is alive. Raises `TimeoutError` when no answer comes, and
+        `ServerRestarted` when another server answers.
+        """
         self._req_client.ping(self.instance_id).result(timeout=_PING_TIMEOUT_S)
+        if self._server_instance() != self._server:
+            raise ServerRestarted("it was started anew")
 
     def unregister(self) -> None:
         self._req_client.unregister_kv_cache_engine_driven_context(self.instance_id).result(timeout=self.mq_timeout)
