@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 
 from kvarena.core import blend, placement, stopwatch
-from kvarena.core.blend import MIN_RATIO, RESERVE_RATIO, Blender, BlendReport
+from kvarena.core.blend import Blender, BlendTask
+from kvarena.core.costs import MIN_RATIO, REMEMBERED_WAYS, RESERVE_RATIO, BlendCosts
 from kvarena.core.plan import Chunk, ReusePlan, Span, TokenIds, as_token_ids
-from kvarena.core.policy import RecomputeNone, SelectionPolicy
-from kvarena.core.prefilled_model import LayerKV, OneRank, Ranks, TokenFilter
+from kvarena.core.policy import RecomputeAll, RecomputeNone, SelectionPolicy
+from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, OneRank, OnLayer, Ranks, TokenFilter
+from kvarena.core.report import MAX_TOKEN_SCORES, BlendReport, TokenScores
 from kvarena.core.rope import Rotation
 from kvarena.core.store import FoundKV, Pieces
 from kvarena.policies.chunk_head import ChunkHead
@@ -51,7 +55,8 @@ class FakeModel:
     """A `PrefilledModel` that notes its calls, and in `computed` which positions went through all layers.
     A call that is in `fails` raises, as often as that says.
 
-    What it computes anew at a position differs from what was written there by `deviations[position]`.
+    What it computes anew at a position differs from what was written there by `deviations[position]`. One that `lags`
+    only launches, as a GPU does: time passes when it is waited for.
     """
 
     rotations: Sequence[Rotation | None] = (ROTATION,) * NUM_LAYERS
@@ -66,30 +71,58 @@ class FakeModel:
         self.computed: list[list[int]] = []
         self.fails: dict[str, int] = {}
         self.has_room = True
+        self.scale = 1.0
         self.clock = clock or Clock()
-        self.write_ms = self.token_ms = 0.0
+        self.write_ms = self.token_ms = self.launched_ms = 0.0
+        self.lags = False
+        self.on_wait: Callable[[], None] = lambda: None
 
-    def prefill_chunks(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
-        self._note("prefill_chunks", [len(text) for text in texts])
-        return [kv_of(text) if self.has_room else None for text in texts]
+    def wait(self) -> None:
+        self.on_wait()
+        self.clock.pass_ms(self.launched_ms)
+        self.launched_ms = 0.0
 
-    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._note("write", layer, positions.tolist())
-        self.clock.pass_ms(self.write_ms)
-        self.cache[layer, 0, positions], self.cache[layer, 1, positions] = keys, values
+    def prefill_chunks(self, chunks: Sequence[Chunk], piece_tokens: int) -> InPieces[list[torch.Tensor | None]]:
+        self._note("prefill_chunks", [len(chunk) for chunk in chunks])
+        for _ in range((sum(map(len, chunks)) - 1) // piece_tokens):
+            yield
+        return [kv_of(chunk.token_ids) * self.scale if self.has_room else None for chunk in chunks]
+
+    def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._note("write", positions.tolist())
+        self._spend(self.write_ms)
+        self.cache[:, 0, positions], self.cache[:, 1, positions] = keys, values
 
     def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:
         self._note("forward", positions.tolist(), [token_filter.layer for token_filter in filters])
         for token_filter in filters:
             fresh = self.cache[token_filter.layer][:, positions] + self.deviations[positions][:, None, None]
-            positions = positions[token_filter.choose(positions, LayerKV(*fresh))]
-        self.clock.pass_ms(self.token_ms * len(positions))
+            try:
+                positions = positions[token_filter.choose(positions, LayerKV(*fresh))]
+            except EndForward:
+                return positions[:0]
+        self._spend(self.token_ms * len(positions))
         self.computed.append(positions.tolist())
         return positions
+
+    def observe(self, positions: torch.Tensor, on_layer: OnLayer) -> None:
+        self._note("observe", positions.tolist())
+        for layer in range(NUM_LAYERS):
+            fresh = self.cache[layer][:, positions] + self.deviations[positions][:, None, None]
+            with suppress(EndForward):
+                on_layer(layer, positions, torch.ones(len(positions), NUM_HEADS, HEAD_SIZE), LayerKV(*fresh))
+                continue
+            return
 
     def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
         self._note("queries", positions.tolist(), layer)
         return torch.ones(len(positions), NUM_HEADS, HEAD_SIZE)
+
+    def _spend(self, passed_ms: float) -> None:
+        if self.lags:
+            self.launched_ms += passed_ms
+        else:
+            self.clock.pass_ms(passed_ms)
 
     def _note(self, name: str, *what: object) -> None:
         self.calls.append((name, *what))
@@ -118,12 +151,14 @@ class FakeStore(MemoryStore):
         self.calls: list[tuple[str, list[int]]] = []
         self.fails: str | None = None
         self.loses = False
+        self.on_end: Callable[[], None] = lambda: None
 
     @contextmanager
     def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[NotedRetrieval]:
         self.note("look up", chunks)
         with super().retrieval(chunks) as retrieval:
-            yield NotedRetrieval(retrieval.found, self, chunks)
+            yield NotedRetrieval(retrieval.found, self, chunks, all_scores=retrieval.all_scores)
+            self.on_end()
 
     def note(self, name: str, chunks: Sequence[Chunk]) -> None:
         self.calls.append((name, [len(chunk) for chunk in chunks]))
@@ -158,12 +193,15 @@ def blended(
     """By a blender of its own, whose puts are done when it returns."""
     blender = Blender(store)
     try:
-        return blender.blend(model, plan, 0, END, policy, **settings)
+        return blender.blend(model, BlendTask(plan, 0, END, policy, **settings))
     finally:
         blender.close()
 
 
 def counts(report: BlendReport) -> tuple[int, int, int]:
+    recomputed = {at for start, end in report.recomputed_spans for at in range(start, end)}
+    assert len(recomputed) == sum(end - start for start, end in report.recomputed_spans) == report.num_recomputed_tokens
+    assert recomputed <= {at for start, end in report.spans for at in range(start, end)}
     return report.num_reused_tokens, report.num_recomputed_tokens, report.num_computed_tokens
 
 
@@ -180,13 +218,41 @@ def test_missing_chunks_are_computed_then_all_is_written_then_the_chosen_are_rec
     assert store.calls == [("look up", [4, 6, 5]), ("take", [4, 6]), ("take", [])]
     assert model.calls == [
         ("prefill_chunks", [5]),
-        *(("write", layer, list(range(2, 12))) for layer in range(NUM_LAYERS)),
-        *(("write", layer, list(range(14, 19))) for layer in range(NUM_LAYERS)),
+        ("write", list(range(2, 12))),
+        ("write", list(range(14, 19))),
         ("forward", list(range(END)), [CHECK_LAYER]),
     ]
-    assert counts(report) == (12, 3, 5)
+    assert counts(report) == (8, 2, 10), "the missing chunk's tokens are computed, also the one that was chosen"
     assert (report.store_hits, report.store_misses, report.blend_failures) == (2, 1, 0)
-    assert (report.ratio, report.spans) == (3 / 15, [(2, 6), (6, 12), (14, 19)])
+    assert (report.ratio, report.spans, report.computed_spans) == (3 / 15, [(2, 6), (6, 12)], [(14, 19)])
+    again = blended(store, model, deviation(ratio=3 / 15))
+    assert (counts(again), again.computed_spans) == ((12, 3, 5), [])
+    assert again.spans == [(2, 6), (6, 12), (14, 19)]
+
+
+def test_the_stores_memory_isnt_given_back_while_a_device_reads_it(store: FakeStore, model: FakeModel) -> None:
+    order: list[str] = []
+    model.on_wait = lambda: order.append(f"waited after {model.calls[-1][0]}")
+    store.on_end = lambda: order.append("given back")
+    blended(store, model, RecomputeNone())
+    assert order[: order.index("given back")][-1] == "waited after write"
+
+
+def test_a_chunk_is_put_into_the_store_once_its_kv_is_computed(
+    store: FakeStore, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread copies it from the device, on a stream of its own."""
+    order: list[str] = []
+    model.on_wait = lambda: order.append(f"waited after {model.calls[-1][0]}")
+    put = store.put
+
+    def noted(chunk: Chunk, kv: torch.Tensor) -> bool:
+        order.append("put")
+        return put(chunk, kv)
+
+    monkeypatch.setattr(store, "put", noted)
+    blended(store, model, RecomputeNone())
+    assert order.index("waited after prefill_chunks") < order.index("put")
 
 
 def test_what_is_written_is_the_chunks_kv_moved_to_its_place(store: FakeStore, model: FakeModel) -> None:
@@ -208,7 +274,64 @@ def test_the_most_deviating_are_recomputed_with_all_that_no_chunk_covers(
     assert model.computed == [sorted(GAPS + by_deviation[: round(15 * ratio)])]
 
 
+@pytest.mark.parametrize("policy", [RecomputeNone(), deviation(0.4), deviation(1.0), ChunkHead(0.5)])
+def test_of_an_empty_store_nothing_is_reused(model: FakeModel, policy: SelectionPolicy) -> None:
+    store = FakeStore()
+    report = blended(store, model, policy)
+    assert (counts(report), report.spans) == ((0, 0, END), [])
+    assert report.computed_spans == [(2, 6), (6, 12), (14, 19)]
+    assert report.misses == [(2, 6, "not_stored"), (6, 12, "not_stored"), (14, 19, "not_stored")]
+
+
+def test_a_store_that_couldnt_be_asked_is_the_reason(model: FakeModel) -> None:
+    class Down(MemoryStore):
+        @contextmanager
+        def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[FoundKV]:
+            yield FoundKV([None] * len(chunks), failed=True)
+
+    store = Down(1 << 20)
+    report = blended(store, model, RecomputeNone())
+    assert [reason for *_, reason in report.misses] == ["store_down"] * 3
+    blender = Blender(store)
+    assert blender.missing([FIRST, SECOND]) == ["store_down"] * 2
+
+
+def test_a_put_that_hangs_is_waited_for_no_longer_than_the_time_out(
+    store: FakeStore, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blend, "PUT_TIMEOUT_S", 0.01)
+    go_on, put = threading.Event(), store.put
+    monkeypatch.setattr(store, "put", lambda chunk, kv: go_on.wait(60) and put(chunk, kv))
+    blender = Blender(store)
+    try:
+        for _ in range(2):
+            report = blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone()))
+            assert report.computed_spans == [(14, 19)], "it isn't there, so it is computed again"
+        assert blender.missing([MISSING]) == ["not_stored"]
+    finally:
+        go_on.set()
+        blender.close()
+
+
+def test_looking_into_the_store_waits_for_what_is_on_its_way(store: FakeStore, model: FakeModel) -> None:
+    blender = Blender(store)
+    assert blender.missing([FIRST, MISSING]) == [None, "not_stored"]
+    blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone()))
+    assert blender.missing([SECOND, MISSING]) == [None, None]
+    assert "take" not in [name for name, _ in store.calls[-1:]]
+
+
+def test_a_new_chunk_that_stands_twice_is_computed_both_times(store: FakeStore, model: FakeModel) -> None:
+    plan = ReusePlan((Span(2, 6, FIRST), Span(6, 11, MISSING), Span(14, 19, MISSING)))
+    report = blended(store, model, deviation(0.0), plan)
+    assert model.calls[0] == ("prefill_chunks", [5])
+    assert (counts(report), report.spans) == ((4, 0, 16), [(2, 6)])
+    assert (report.store_misses, report.misses) == (1, [(6, 11, "not_stored")])
+    assert counts(blended(store, model, deviation(0.0), plan)) == (14, 0, 6)
+
+
 def test_nothing_and_all(store: FakeStore, model: FakeModel) -> None:
+    assert counts(blended(store, model, deviation(0.0))) == (10, 0, 10)
     assert counts(blended(store, model, deviation(0.0))) == (15, 0, 5)
     assert model.calls[-1] == ("forward", GAPS, [])
     assert counts(blended(store, model, deviation(1.0))) == (0, 15, 5)
@@ -221,7 +344,8 @@ def test_a_policy_that_asks_the_question_first_gets_its_queries_before_the_forwa
     report = blended(store, model, QueryAttention(0.2, CHECK_LAYER))
     assert [name for name, *_ in model.calls][-2:] == ["queries", "forward"]
     assert model.calls[-2] == ("queries", GAPS, CHECK_LAYER)
-    assert counts(report) == (12, 3, 5)
+    assert counts(report) == (10, 0, 10), "all that were chosen are the missing chunk's"
+    assert counts(blended(store, model, QueryAttention(0.2, CHECK_LAYER))) == (12, 3, 5)
 
 
 def test_what_begins_the_prompt_is_not_recomputed_but_with_ratio_1(store: FakeStore, model: FakeModel) -> None:
@@ -243,19 +367,30 @@ def test_a_missing_part_or_one_without_room_is_computed_in_the_prompt(store: Fak
     assert model.calls[-1] == ("forward", [0, 1, *range(12, END)], [])
 
 
+def test_a_chunk_whose_kv_isnt_finite_is_computed_in_the_prompt_and_not_kept(
+    store: FakeStore, model: FakeModel
+) -> None:
+    model.scale = float("inf")
+    report = blended(store, model, RecomputeNone())
+    assert (counts(report), report.store_misses) == ((10, 0, 10), 1)
+    assert len(store) == 2
+
+
 def test_what_the_store_loses_on_the_way_is_a_miss(store: FakeStore, model: FakeModel) -> None:
     store.loses = True
     report = blended(store, model, RecomputeNone())
-    assert (counts(report), report.store_hits, report.store_misses) == ((5, 0, 15), 0, 3)
+    assert (counts(report), report.store_hits, report.store_misses) == ((0, 0, END), 0, 3)
+    assert (report.spans, report.computed_spans) == ([], [(14, 19)])
+    assert report.misses == [(2, 6, "store_down"), (6, 12, "store_down"), (14, 19, "not_stored")]
     assert report.blend_failures == 0
 
 
-@pytest.mark.parametrize("store_new", [True, False])
-def test_computed_chunks_are_kept_where_that_is_wanted(store: FakeStore, model: FakeModel, store_new: bool) -> None:
-    blended(store, model, RecomputeNone(), store_new=store_new)
-    assert len(store) == 2 + store_new
-    report = blended(store, model, RecomputeNone(), store_new=store_new)
-    assert report.store_hits == 2 + store_new
+@pytest.mark.parametrize("kept", [True, False])
+def test_computed_chunks_are_kept_where_that_is_wanted(store: FakeStore, model: FakeModel, kept: bool) -> None:
+    blended(store, model, RecomputeNone(), keeps=lambda chunk: kept and chunk == MISSING)
+    assert len(store) == 2 + kept
+    report = blended(store, model, RecomputeNone(), keeps=lambda _: kept)
+    assert report.store_hits == 2 + kept
 
 
 @pytest.mark.parametrize("failing", ["look up", "take", "prefill_chunks", "write", "forward"])
@@ -263,10 +398,12 @@ def test_after_a_failure_the_whole_range_is_computed_and_nothing_counts_as_reuse
     store: FakeStore, model: FakeModel, failing: str
 ) -> None:
     store.fails, model.fails = failing, {failing: 1}
-    report = blended(store, model, deviation(0.2))
+    report = blended(store, model, deviation(0.2), keeps=lambda _: False)
     assert (report.blend_failures, counts(report), report.spans) == (1, (0, 0, END), [])
     assert model.calls[-1] == ("forward", list(range(END)), [])
+    assert report.computed_spans == []
     store.fails = None
+    store.put(MISSING, kv_of(MISSING.token_ids))
     assert counts(blended(store, model, deviation(0.2))) == (12, 3, 5), "the next one isn't harmed"
 
 
@@ -278,39 +415,143 @@ def test_where_the_prompt_cant_be_computed_either_the_failure_goes_on(store: Fak
 
 def test_a_report_has_what_happened_to_the_store_since_the_last_one(store: FakeStore, model: FakeModel) -> None:
     blender = Blender(store)
-    blender.blend(model, PLAN, 0, END, RecomputeNone(), store_new=False)
+    blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), keeps=lambda _: False))
     store.stats.errors += 2
-    report = blender.blend(model, PLAN, 0, END, RecomputeNone(), store_new=False)
+    report = blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), keeps=lambda _: False))
     assert (report.store_errors, report.store_evictions, report.store_entries) == (2, 0, 2)
-    assert blender.blend(model, PLAN, 0, END, RecomputeNone(), store_new=False).store_errors == 0
+    assert blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), keeps=lambda _: False)).store_errors == 0
+
+
+def in_pieces(
+    blender: Blender, model: FakeModel, policy: SelectionPolicy, piece_tokens: int, wants_scores: bool = False
+) -> tuple[BlendReport, InPieces[None]]:
+    report = BlendReport(wants_scores=wants_scores)
+    return report, blender.in_pieces(model, BlendTask(PLAN, 0, END, policy), report, piece_tokens)
+
+
+@pytest.mark.parametrize("piece_tokens", [1, 4, 7, END])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        RecomputeNone(),
+        RecomputeAll(),
+        deviation(0.4),
+        KVDeviation(0.3, 0, num_filters=3),
+        ChunkHead(0.5),
+        QueryAttention(0.2, CHECK_LAYER),
+    ],
+)
+def test_a_blend_in_pieces_is_the_same_blend(store: FakeStore, policy: SelectionPolicy, piece_tokens: int) -> None:
+    whole, model = FakeModel(END), FakeModel(END)
+    whole.deviations[:] = model.deviations[:] = torch.randperm(END).float()
+    expected = blended(FakeStore(FIRST, SECOND), whole, policy)
+    blender, other = Blender(store), FakeModel(END)
+    report, pieces = in_pieces(blender, model, policy, piece_tokens)
+    for _ in pieces:
+        between = counts(blender.blend(other, BlendTask(PLAN, 0, END, deviation(1.0))))
+        assert between in ((0, 10, 10), (0, 15, 5)), "others' blends go in between"
+    assert [*itertools.chain(*model.computed)] == [*itertools.chain(*whole.computed)]
+    assert all(len(piece) <= piece_tokens for piece in model.computed)
+    assert torch.equal(model.cache.nan_to_num(), whole.cache.nan_to_num())
+    assert (counts(report), report.spans) == (counts(expected), expected.spans)
+    assert report.store_misses == expected.store_misses == 1
+
+
+@pytest.mark.parametrize("piece_tokens", [4, END])
+def test_the_scores_of_recomputed_tokens_are_told_to_those_who_ask(model: FakeModel, piece_tokens: int) -> None:
+    def told(policy: SelectionPolicy, wants_scores: bool = True) -> BlendReport:
+        blender = Blender(FakeStore(FIRST, SECOND))
+        report, pieces = in_pieces(blender, model, policy, piece_tokens, wants_scores)
+        for _ in pieces:
+            pass
+        assert report.blend_failures == 0
+        assert blender.costs._seen, "what it took counts for blends within a time"
+        return report
+
+    model.deviations[:] = torch.randperm(END).float()
+    for policy in (deviation(0.4), QueryAttention(0.4, CHECK_LAYER)):
+        report = told(policy)
+        assert report.token_scores
+        recomputed = [at for start, end in report.recomputed_spans for at in range(start, end)]
+        assert [at for at, *_ in report.token_scores.tokens] == recomputed != []
+        assert told(policy, wants_scores=False).token_scores is None
+        if isinstance(policy, QueryAttention):
+            assert f"layer {CHECK_LAYER}" in report.token_scores.what
+            assert {source for _, _, *sources in report.token_scores.tokens for source in sources} == {19}, (
+                "the question"
+            )
+    assert told(ChunkHead(0.5)).token_scores is None, "it goes by no score"
+
+
+def test_so_many_scores_are_told_at_most() -> None:
+    scores = TokenScores.of("score", [torch.arange(9000), torch.rand(9000)])
+    assert len(scores.among([(2, 8000)]).tokens) == MAX_TOKEN_SCORES
+    assert scores.among([(2, 4), (7, 8)]).tokens == [scores.tokens[2], scores.tokens[3], scores.tokens[7]]
+
+
+def test_a_blend_that_is_left_halfway_holds_nothing(store: FakeStore, model: FakeModel) -> None:
+    blender = Blender(store)
+    _, pieces = in_pieces(blender, model, RecomputeAll(), 5)
+    with closing(pieces):
+        next(pieces)
+    assert next(pieces, "ended") == "ended"
+    assert not model.computed
+    assert counts(blender.blend(model, BlendTask(PLAN, 0, END, RecomputeAll()))) == (0, 15, 5)
+
+
+def test_a_long_missing_chunk_is_computed_in_pieces(store: FakeStore, model: FakeModel) -> None:
+    """All others waited for the whole of it."""
+    report, pieces = in_pieces(Blender(store), model, RecomputeNone(), 2)
+    assert [len(model.calls) for _ in pieces][:4] == [1, 1, 1, 3], "five tokens, two at a time; then the rest"
+    assert (report.computed_spans, model.calls[0]) == ([(14, 19)], ("prefill_chunks", [5]))
+
+
+def test_what_fails_between_pieces_is_computed_in_pieces(store: FakeStore, model: FakeModel) -> None:
+    report, pieces = in_pieces(Blender(store), model, RecomputeAll(), 8)
+    next(pieces)  # the missing chunk
+    next(pieces)
+    model.fails = {"forward": 1}
+    assert len(list(pieces)) == 2, "between three pieces"
+    assert model.computed[-3:] == [list(range(8)), list(range(8, 16)), list(range(16, END))]
+    assert (report.blend_failures, counts(report)) == (1, (0, 0, END))
+
+
+def test_only_the_last_ways_of_choosing_are_remembered() -> None:
+    costs = BlendCosts()
+    for number in range(3 * REMEMBERED_WAYS):
+        costs.note(ChunkHead(0.5, head_tokens=number), 100, 50, 0.0, 1.0)
+        costs.note(ChunkHead(0.5), 100, 50, 0.0, 1.0)
+    assert len(costs._seen) == REMEMBERED_WAYS
+    assert costs.ratio_within(ChunkHead(0.5), 100, 0, 1e6) == 1.0, "the one that is used stays"
 
 
 LONG = chunk_of(0, 100)
 LONG_PLAN = ReusePlan((Span(10, 110, LONG),))
 LONG_END, NUM_COMPUTED = 120, 20
-TOKEN_MS, WRITE_MS = 2.0, 5.0
+TOKEN_MS, WRITE_MS = 2.0, 15.0
 
 
 @pytest.mark.parametrize(
     ("budget_ms", "left_ms"),
     [(115.0, 100.0), (75.0, 60.0), (15.0, 0.0), (-3.0, -18.0), (1e6, 1e6)],
 )
+@pytest.mark.parametrize("lags", [False, True], ids=["CPU", "GPU"])
 def test_the_time_that_is_left_after_writing_chooses_the_ratio(
-    budget_ms: float, left_ms: float, monkeypatch: pytest.MonkeyPatch
+    budget_ms: float, left_ms: float, lags: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(blend, "time", clock)
     monkeypatch.setattr(stopwatch, "time", clock)
     model, blender = FakeModel(LONG_END, clock), Blender(FakeStore(LONG))
-    model.token_ms, model.write_ms = TOKEN_MS, WRITE_MS
+    model.token_ms, model.write_ms, model.lags = TOKEN_MS, WRITE_MS, lags
     policy = ChunkHead(0.5)
 
     def within(budget_ms: float) -> BlendReport:
-        return blender.blend(model, LONG_PLAN, 0, LONG_END, policy, budget_ms=budget_ms)
+        return blender.blend(model, BlendTask(LONG_PLAN, 0, LONG_END, policy, budget_ms=budget_ms))
 
     first = within(1.0)
     assert (first.ratio, first.num_recomputed_tokens) == (0.5, 50), "nothing is known yet"
-    assert first.write_ms == pytest.approx(NUM_LAYERS * WRITE_MS)
+    assert (first.move_ms, first.write_ms) == pytest.approx((WRITE_MS, 0.0) if lags else (0.0, WRITE_MS))
     assert first.recompute_ms == pytest.approx(TOKEN_MS * (50 + NUM_COMPUTED))
 
     affordable = (1 - RESERVE_RATIO) * left_ms / TOKEN_MS - NUM_COMPUTED

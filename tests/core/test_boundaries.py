@@ -46,6 +46,31 @@ def test_headings_are_no_separators(kind: str) -> None:
     assert Segmenter(tokenizer, " # # ").segments(ids) == []
 
 
+def test_a_boundary_inside_a_token_is_noticed() -> None:
+    """A tokenizer that has a token of a text's end and a separator: then the chunk isn't what it is elsewhere."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.train_from_iterator(["lamp tea goat road##"] * 9, trainers.BpeTrainer(special_tokens=["<unk>"]))
+    merging = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    segmenter = Segmenter(merging, "##")
+    for text, cut in (
+        ("tea ##lamp tea ##goat tea ##", [False, False, False]),
+        ("tea ##lamp road##goat tea ##", [False, True, True]),
+    ):
+        ids = as_token_ids(merging.encode(text, add_special_tokens=False))
+        segments = segmenter.segments(ids)
+        assert [segmenter.is_cut(ids, *segment) for segment in segments] == cut
+
+    tiny = tiny_tokenizer()
+    whole = random_text(random.Random(6), 40)
+    ids = as_token_ids(tiny.encode(f"{whole} old cat"))
+    for text, is_cut in ((whole, False), (whole[:-2], True)):
+        (segment,) = Segmenter(tiny, "").segments(ids, [text])
+        for named in (text, tiny.encode(text)):
+            assert Segmenter(tiny, "").is_cut(ids, *segment, Segmenter(tiny, "").texts([named])) is is_cut
+
+
 def test_a_separator_of_other_alphabets_is_refused() -> None:
     with pytest.raises(ValueError, match="ASCII"):
         Segmenter(tiny_tokenizer(), " § ")
@@ -58,6 +83,7 @@ def test_named_texts_are_found_where_their_ends_tokenise_differently() -> None:
     prompt = "system" + "".join(texts[i] for i in (2, 0, 1)) + "?"
     ids = as_token_ids(tokenizer.encode(prompt))
     segments = Segmenter(tokenizer, "").segments(ids, texts)
+    assert segments == Segmenter(tokenizer, "").segments(ids, [tokenizer.encode(text) for text in texts])
     found = [tokenizer.decode(ids[start:end]) for start, end in segments]
     assert len(found) == 3
     for text, i in zip(found, (2, 0, 1), strict=True):

@@ -8,10 +8,10 @@ from typing import cast
 import pytest
 import torch
 
-from kvarena.core.blend import BlendReport
 from kvarena.core.placement import GROUP_TOKENS, KVWriter, groups_of, part_of
 from kvarena.core.plan import Chunk, Span, as_token_ids
 from kvarena.core.prefilled_model import PrefilledModel
+from kvarena.core.report import BlendReport
 from kvarena.core.rope import Rotation
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 2, 8
@@ -28,9 +28,9 @@ class Cache:
     def __init__(self, num_tokens: int) -> None:
         self.kv = torch.full((NUM_LAYERS, 2, num_tokens, NUM_HEADS, HEAD_SIZE), torch.nan)
 
-    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.kv[layer, 0, positions] = keys
-        self.kv[layer, 1, positions] = values
+    def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.kv[:, 0, positions] = keys
+        self.kv[:, 1, positions] = values
 
 
 def kv_of(num_tokens: int) -> torch.Tensor:
@@ -54,19 +54,37 @@ def test_together_is_one_by_one() -> None:
     alone = Cache(125)
     for span in spans:
         kv = whole[int(span.chunk.token_ids[0])][:, :, span.offset : span.offset + len(span)]
-        heads = kv.view(2, NUM_LAYERS, len(span), NUM_HEADS, HEAD_SIZE)
-        for layer, rotation in enumerate(ROTATIONS):
-            keys = heads[0, layer].clone()
+        keys, values = kv.clone().view(2, NUM_LAYERS, len(span), NUM_HEADS, HEAD_SIZE)
+        for own, rotation in zip(keys, ROTATIONS, strict=True):
             if rotation:
                 here = torch.arange(span.offset, span.offset + len(span))
-                rotation.between(here, here + span.start - span.offset).apply_(keys)
-            alone.write(layer, torch.arange(span.start, span.end), keys, heads[1, layer])
+                rotation.between(here, here + span.start - span.offset).apply_(own)
+        alone.write(torch.arange(span.start, span.end), keys, values)
     torch.testing.assert_close(together.kv, alone.kv, equal_nan=True)
     kept = torch.cat([group.keys for group in writer.kept[2]])
     written = alone.kv[2, 0][~alone.kv[2, 0, :, 0, 0].isnan()]
     torch.testing.assert_close(kept, written)
     assert list(writer.kept) == [2]
     assert all(torch.equal(kv, old) for kv, old in zip(whole, before, strict=True)), "the store's tensors were changed"
+
+
+def test_pieces_of_several_devices_meet_on_the_models() -> None:
+    """Chunks that were just computed lie where the model is, those of a store where that keeps them."""
+    written: list[torch.Tensor] = []
+
+    class Elsewhere(Cache):
+        device = torch.device("meta")
+
+        def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+            written.extend((keys, values))
+
+    first, second = kv_of(10), kv_of(10).to("meta")
+    chunks = [Chunk(as_token_ids([number] * 10)) for number in range(2)]
+    spans = [Span(0, 10, chunks[0]), Span(10, 20, chunks[1])]
+    writer = KVWriter(cast("PrefilledModel", Elsewhere(20)), (), BlendReport())
+    writer.write([(spans[0], [first]), (spans[1], [second])])
+    assert [own.device.type for own in written] == ["meta", "meta"]
+    assert written[0].shape == (NUM_LAYERS, 20, NUM_HEADS, HEAD_SIZE)
 
 
 def test_a_part_of_pieces_is_the_part_of_the_whole() -> None:

@@ -47,6 +47,13 @@ def test_keys_tell_tokens_and_salts_apart() -> None:
     assert Chunk(as_token_ids([1, 2])) == Chunk(as_token_ids([1, 2]))
 
 
+def test_keys_tell_sinks_apart() -> None:
+    sinks = [as_token_ids(sink) for sink in ([], [1], [1, 2], [2, 1])]
+    assert len({Chunk(as_token_ids([7, 8]), salt, sink).key for sink in sinks for salt in ("", "a")}) == 8
+    assert Chunk(as_token_ids([7, 8]), "", sinks[0]) == Chunk(as_token_ids([7, 8])), "as if there were no sinks"
+    assert Chunk(as_token_ids([7, 8]), "", sinks[2]).after_sink.tolist() == [1, 2, 7, 8]
+
+
 def test_only_an_unmoved_beginning_is_exact(rng: random.Random) -> None:
     chunk = Chunk(ids(rng, 10))
     assert ReusePlan().is_prefix
@@ -54,6 +61,38 @@ def test_only_an_unmoved_beginning_is_exact(rng: random.Random) -> None:
     assert not ReusePlan((Span(1, 11, chunk),)).is_prefix
     assert not ReusePlan((Span(0, 8, chunk, 2),)).is_prefix
     assert not ReusePlan((Span(0, 10, chunk), Span(10, 20, chunk))).is_prefix
+
+
+def test_chunks_follow_the_sink_but_for_those_that_begin_with_it(rng: random.Random) -> None:
+    sink, first, second = as_token_ids([2000, 2001]), ids(rng, 40), ids(rng, 40)
+    system = np.concatenate([sink, ids(rng, 30)])
+    planner = Planner(ChunkIndex(), sink=sink)
+
+    plan = planner.plan(np.concatenate([system, first, second]), [(0, 32), (32, 72), (72, 112)])
+    assert [span.chunk.sink.tolist() for span in plan] == [[], [2000, 2001], [2000, 2001]]
+    assert [span.is_exact for span in plan] == [True, False, False]
+    assert [span.start for span in plan.inexact] == [32, 72]
+
+    directly = planner.plan(np.concatenate([sink, first, second]), [(2, 42), (42, 82)])
+    assert [span.is_exact for span in directly] == [True, False]
+    assert not directly.is_prefix
+    assert planner.plan(np.concatenate([sink, first]), [(2, 42)]).is_prefix
+    assert planner.plan(np.concatenate([sink, first]), [(2, 42)]).clipped(10, 42).is_prefix, "it goes on exactly"
+    other = planner.plan(np.concatenate([sink[::-1], first]), [(2, 42)])
+    assert not other.is_prefix, "what stands before it isn't the sink"
+    alone = planner.plan(first, [(0, 40)])
+    assert not alone.is_prefix, "it was computed after the sink, which isn't there"
+
+
+def test_a_known_chunk_is_found_with_its_sink_and_exact_where_it_follows_it(rng: random.Random) -> None:
+    sink, text = as_token_ids([2000]), ids(rng, 60)
+    planner = Planner(ChunkIndex(), sink=sink)
+    (span,) = planner.plan(text, [(0, 60)])
+    planner.index.add(span.chunk)
+    (moved,) = planner.plan(np.concatenate([ids(rng, 5), text, ids(rng, 5)]))
+    (placed,) = planner.plan(np.concatenate([sink, text, ids(rng, 5)]))
+    assert moved.chunk == placed.chunk == span.chunk
+    assert (moved.is_exact, placed.is_exact) == (False, True)
 
 
 def test_an_unknown_segment_becomes_a_chunk_and_a_known_one_is_found_without_boundaries(rng: random.Random) -> None:
@@ -88,3 +127,17 @@ def test_a_chunk_twice_in_a_prompt_is_two_spans_of_one_chunk(rng: random.Random)
     plan = planner.plan(np.concatenate([text, ids(rng, 5), text]), [(0, 50), (55, 105)])
     assert [span.start for span in plan] == [0, 55]
     assert len({span.chunk for span in plan}) == 1
+
+
+def test_the_question_joins_a_blend_only_where_that_runs_the_model_anyway(rng: random.Random) -> None:
+    planner = Planner(ChunkIndex())
+    first, second = Chunk(ids(rng, 40)), Chunk(ids(rng, 60))
+    last = 120
+    moved = ReusePlan((Span(0, 40, first), Span(40, 100, second)))
+    assert planner.blend_end(moved, 0, last) == last
+    assert planner.blend_end(moved, 0, last, recomputes_none=True) == 100, "vLLM's own pass is the only one"
+    with_gap = ReusePlan((Span(0, 40, first), Span(42, 102, second)))
+    assert planner.blend_end(with_gap, 0, last, recomputes_none=True) == last
+    exact = ReusePlan((Span(0, 40, first),))
+    assert planner.blend_end(exact, 0, 60) == 40, "nothing of it is recomputed"
+    assert planner.blend_end(moved, 0, 100 + planner.max_joined_tokens + 1) == 100

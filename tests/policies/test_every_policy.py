@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,24 @@ class RandomKV:
     def reused_values(self, layer: int) -> torch.Tensor:
         return drawn(100 + layer, PLAN.num_reused_tokens)
 
+    def stored_scores(self) -> torch.Tensor | None:
+        return drawn(500, PLAN.num_reused_tokens)[:, 0, 0]
+
     def summed(self, scores: torch.Tensor) -> torch.Tensor:
         return scores
+
+    def show(
+        self,
+        what: str,
+        positions: torch.Tensor,
+        scores: torch.Tensor,
+        seen_from: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        assert what
+        assert len(positions) == len(scores) == (len(seen_from()) if seen_from else len(scores))
+
+    def question_positions(self) -> torch.Tensor:
+        return torch.arange(115, 120)
 
     def question_queries(self, layer: int) -> torch.Tensor:
         return drawn(200 + layer, 5)
@@ -98,7 +115,7 @@ def test_a_policy_takes_its_own_parameters_and_no_others() -> None:
 def test_no_parameter_hides_a_setting() -> None:
     own = {field.name for field in dataclasses.fields(BlendConfig)} - set(PARAMETERS)
     keys = {key.removeprefix("blend_") for key in Settings.model_fields if key.startswith("blend_")} - set(PARAMETERS)
-    assert own | keys | {"policy", "store", "chunks"} <= RESERVED
+    assert own | keys | {"policy", "store", "chunks", "token_scores"} <= RESERVED
 
 
 def select_none(self: Any, plan: ReusePlan, context: SelectionContext) -> Selection:

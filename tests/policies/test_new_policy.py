@@ -21,7 +21,7 @@ from kvarena.bench.variants import read_policy
 from kvarena.engines.vllm.config import BlendConfig, read_request_params
 from kvarena.policies.params import PARAMETERS, POLICIES, BlendParams
 from kvarena.stack.generate import generated
-from kvarena.stack.home import Home
+from kvarena.home import Home
 from kvarena.stack.plan import make_plan
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import load_settings
@@ -103,7 +103,8 @@ def found(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 
 
 def test_requests_take_it(found: dict[str, Any]) -> None:
-    assert found["policies"][:3] == ["kv_deviation", "chunk_head", "chunk_tail"]
+    assert "chunk_tail" in found["policies"]
+    assert found["policies"][0] == "kv_deviation"
     assert "skip_tokens" in found["parameters"]
     assert (found["asked"]["policy"], found["asked"]["skip_tokens"]) == ("chunk_tail", 3)
     too_many, no_number, unknown = found["refusals"]

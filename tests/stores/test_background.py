@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import torch
 
 from kvarena.core import store as background
 from kvarena.core.plan import Chunk, as_token_ids
-from kvarena.core.store import BackgroundPuts, get, one_ahead
+from kvarena.core.store import BackgroundPuts, get, one_ahead, spread_thread
 from kvarena.stores.memory import MemoryStore
 
 
@@ -57,10 +58,10 @@ def test_whoever_asks_for_a_chunk_waits_for_its_put_only() -> None:
     store = HeldStore()
     puts = BackgroundPuts(store)
     puts.put(chunk_of(5), KV)
-    puts.wait_for([chunk_of(6)])
+    puts.wait_for([chunk_of(6)], 60)
     assert get(store, chunk_of(5)) is None
     store.may_go.set()
-    puts.wait_for([chunk_of(5)])
+    puts.wait_for([chunk_of(5)], 60)
     assert get(store, chunk_of(5)) is not None
 
 
@@ -70,7 +71,7 @@ def test_a_put_that_fails_harms_nobody_and_closing_loses_nothing() -> None:
     for num_tokens in (13, 5, 6):
         puts.put(chunk_of(num_tokens), KV)
     store.may_go.set()
-    puts.wait_for([chunk_of(13)])
+    puts.wait_for([chunk_of(13)], 60)
     puts.close()
     assert [get(store, chunk_of(n)) is not None for n in (13, 5, 6)] == [False, True, True]
 
@@ -86,3 +87,16 @@ def test_only_so_much_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get(store, chunk_of(5)) is not None
     puts.close()
     assert len(store) == 3
+
+
+def test_threads_run_on_all_cores_of_the_process_and_not_on_their_makers_alone() -> None:
+    cores = os.sched_getaffinity(0)
+
+    def of_a_new_thread(bound_to: int) -> set[int]:
+        os.sched_setaffinity(0, {bound_to})  # as vLLM does with each of its threads
+        with ThreadPoolExecutor(1) as inheriting, ThreadPoolExecutor(1, initializer=spread_thread) as spread:
+            assert inheriting.submit(os.sched_getaffinity, 0).result() == {bound_to}
+            return spread.submit(os.sched_getaffinity, 0).result()
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(of_a_new_thread, min(cores)).result() == cores

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from kvarena.core.plan import Chunk
 from kvarena.core.store import get
-from kvarena.stack.lmcache_l2 import l2_adapter
+from kvarena.stack.lmcache_l2 import CHUNK_FILES, l2_adapter
+from kvarena.stores import lmcache
 from kvarena.stores.lmcache import LMCacheStore
 from support.chunk_kv import GEOMETRY, chunk_of, kv_of
 from support.lmcache_server import LMCacheServer
 from support.redis_server import running_redis
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -29,15 +31,9 @@ def holds(store: LMCacheStore, num_tokens: int) -> bool:
     return found is not None and torch.equal(found, kv_of(num_tokens))
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def test_two_servers_share_what_lies_in_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_RESP_PASSWORD", "secret")
+    monkeypatch.setattr(lmcache, "_PING_S", 600.0)
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:
         folder.mkdir()
@@ -69,9 +65,76 @@ def test_a_folder_survives_the_servers_restart(tmp_path: Path) -> None:
     with LMCacheServer(tmp_path, l2) as server:
         store = store_over(server)
         assert store.put(chunk_of(100), kv_of(100))
-        wait_until(lambda: len(list((tmp_path / "kept").rglob("*"))) >= 4)
+        written = tmp_path / "kept"
+        wait_until(
+            lambda: sum(path.stat().st_size for path in written.rglob("*") if path.is_file()) >= kv_of(128).nbytes
+        )
         server.kill()
         server.start()
-        assert holds(store, 100)
+        wait_until(lambda: holds(store, 100))  # it has to connect again
         assert get(store, chunk_of(99)) is None
+        store.close()
+
+
+def flip_a_bit(files: list[Path]) -> None:
+    content = bytearray(files[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    files[1].write_bytes(content)
+
+
+def cut(files: list[Path]) -> None:
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+
+
+def empty(files: list[Path]) -> None:
+    files[-1].write_bytes(b"")
+
+
+def lengthen(files: list[Path]) -> None:
+    files[0].write_bytes(b"x" * 100 + files[0].read_bytes())
+
+
+def swap(files: list[Path]) -> None:
+    first, second = (path.read_bytes() for path in files[:2])
+    files[0].write_bytes(second)
+    files[1].write_bytes(first)
+
+
+def lose(files: list[Path]) -> None:
+    files[1].unlink()
+
+
+def test_damaged_files_are_misses_and_are_replaced(tmp_path: Path) -> None:
+    """Each damage has a chunk of its own; one chunk is left as it is."""
+    damages = [flip_a_bit, cut, empty, lengthen, swap, lose]
+    sound, *chunks = [Chunk(chunk_of(100).token_ids, str(number)) for number in range(len(damages) + 1)]
+    kv, written = kv_of(100), tmp_path / "kept"
+
+    def found(chunk: Chunk) -> bool:
+        """What is found is right."""
+        taken = get(store, chunk)
+        assert taken is None or torch.equal(taken, kv)
+        return taken is not None
+
+    def is_replaced(chunk: Chunk) -> bool:
+        return store.put(chunk, kv) and found(chunk)
+
+    with LMCacheServer(tmp_path, l2_adapter("kept", 1.0, tmp_path)) as server:
+        store = store_over(server)
+        before: set[Path] = set()
+        files: list[list[Path]] = []
+        for chunk in (sound, *chunks):
+            assert store.put(chunk, kv)
+            wait_until(lambda: len(set(written.rglob(CHUNK_FILES)) - before) == 4)
+            files.append(sorted(set(written.rglob(CHUNK_FILES)) - before))
+            before.update(files[-1])
+        wait_until(lambda: len({path.stat().st_size for path in before}) == 1)
+        server.kill()
+        for damage, own in zip(damages, files[1:], strict=True):
+            damage(own)
+        server.start()
+        wait_until(lambda: found(sound))
+        assert [found(chunk) for chunk in chunks] == [False] * len(chunks)
+        for chunk in chunks:
+            wait_until(partial(is_replaced, chunk))
         store.close()

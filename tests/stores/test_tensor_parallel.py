@@ -33,7 +33,12 @@ class ThreadRanks:
         return [all(said) for said in zip(*self._said, strict=True)]
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("a store adds nothing up")
+        if self._barrier.wait() == 0:
+            self._added: list[torch.Tensor] = []
+        self._barrier.wait()
+        self._added.append(x)
+        self._barrier.wait()
+        return torch.stack(self._added).sum(dim=0)
 
 
 class RaisingStore(MemoryStore):
@@ -73,3 +78,21 @@ def test_a_store_that_raises_on_one_rank_leaves_nobody_waiting() -> None:
     nothing = [False] * 4
     assert asked([store_of([0, 1, 2, 3]), raising]) == [(nothing, nothing)] * 2
     assert raising.stats.errors == 1
+
+
+def test_scores_are_the_ranks_mean_and_none_where_one_has_none() -> None:
+    ranks, stores = ThreadRanks(2), [store_of([0, 1]), store_of([0, 1])]
+    for number, store in enumerate(stores):
+        assert store.add_scores(CHUNKS[0], torch.full((4,), float(number)))
+    assert stores[1].add_scores(CHUNKS[1], torch.ones(4))
+
+    def ask(store: MemoryStore) -> list[torch.Tensor | None]:
+        with TensorParallelStore(store, ranks).retrieval(CHUNKS[:2]) as retrieval:
+            retrieval.take([0, 1])
+            return [retrieval.scores(0), retrieval.scores(1)]
+
+    with ThreadPoolExecutor(2) as executor:
+        for first, second in executor.map(ask, stores):
+            assert first is not None
+            assert first.tolist() == [0.5] * 4
+            assert second is None

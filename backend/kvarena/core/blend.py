@@ -2,133 +2,52 @@
 
 Fill the cache with the moved chunk KV of all layers, then give the model the selected tokens only, at their true
 positions: in every layer their fresh keys and values replace the old ones and attend, causally, to everything before
-them. That is CacheBlend (Yao et al., arXiv 2405.16444) layer by layer, with the engine's own kernels. In order: what
-a blend reports, what it has cost lately (which ratio fits into a time), what a policy sees of it, the blend itself.
+them. That is CacheBlend (Yao et al., arXiv 2405.16444) layer by layer, with the engine's own kernels. In order: what a
+policy sees of a blend, the task, the blender, one task under way.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from kvarena.core.costs import BlendCosts
+from kvarena.core.leaning import MAX_LEANING_TOKENS, LeaningObserver
 from kvarena.core.placement import ChunkSource, KVWriter, groups_of
-from kvarena.core.plan import ReusePlan, Span
+from kvarena.core.plan import Chunk, ReusePlan, Span
 from kvarena.core.policy import SelectionPolicy, reused_positions
-from kvarena.core.prefilled_model import LayerKV, PrefilledModel, Ranks, TokenFilter
-from kvarena.core.stopwatch import Stopwatch
-from kvarena.core.store import BackgroundPuts, ChunkStore, one_ahead
+from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, PrefilledModel, Result, TokenFilter
+from kvarena.core.report import BlendReport, TokenScores
+from kvarena.core.scoring import MAX_SCORED_TOKENS, MIN_CONTEXT_TOKENS, ChunkScorer
+from kvarena.core.store import BackgroundPuts, Lacking, Missing, ScoredStore, is_finite, one_ahead, spread_thread
 
-
-@dataclass
-class BlendReport(Stopwatch):
-    """Tokens by origin, store look-ups by outcome, milliseconds by stage.
-
-    `fetch_ms` is the waiting for the store, `select_ms` ends when the tokens to recompute are known. `store_errors` and
-    `store_evictions` are those since the last report, for chunks are put into the store beside the blend; its size is
-    None where it isn't known here. `blend_failures` is 1 where the blend itself failed, and the whole range was
-    computed. `ratio` is the one that the policy was given, None where it came to none.
-    """
-
-    ratio: float | None = None
-    num_reused_tokens: int = 0
-    num_recomputed_tokens: int = 0
-    num_computed_tokens: int = 0
-    store_hits: int = 0
-    store_misses: int = 0
-    store_errors: int = 0
-    store_evictions: int = 0
-    store_entries: int | None = None
-    store_bytes: int | None = None
-    blend_failures: int = 0
-    fetch_ms: float = 0.0
-    prefill_chunks_ms: float = 0.0
-    move_ms: float = 0.0
-    write_ms: float = 0.0
-    select_ms: float = 0.0
-    recompute_ms: float = 0.0
-    blend_ms: float = 0.0
-    spans: list[tuple[int, int]] = field(default_factory=list)
-
-
-RECENT_BLENDS = 32
-"""So many blends are remembered for each way of choosing tokens."""
-NEAREST_BLENDS = 5
-"""Of these, so many count: those whose length is nearest."""
-RESERVE_RATIO = 0.1
-"""Of the time that is left, for what takes longer than it did before."""
-MIN_RATIO = 0.01
-"""Recomputed where there is no time at all: so what a token costs stays known, and may come down again."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one blend over `num_tokens`: milliseconds for choosing, per token, and for each token that was recomputed."""
-
-    num_tokens: int
-    select_ms: float
-    recompute_ms: float
-
-
-@dataclass
-class BlendCosts:
-    """The costs of each policy with its options, whatever its ratio was."""
-
-    _seen: dict[SelectionPolicy, deque[Cost]] = field(default_factory=dict)
-
-    def note(
-        self, policy: SelectionPolicy, num_tokens: int, num_recomputed: int, select_ms: float, recompute_ms: float
-    ) -> None:
-        """`num_recomputed` of `num_tokens` went through all layers, those among them that no chunk covers."""
-        if num_recomputed:
-            cost = Cost(num_tokens, select_ms / num_tokens, recompute_ms / num_recomputed)
-            self._seen.setdefault(policy.with_ratio(0.0), deque(maxlen=RECENT_BLENDS)).append(cost)
-
-    def ratio_within(self, policy: SelectionPolicy, num_reused: int, num_computed: int, left_ms: float) -> float:
-        """The largest share of `num_reused` tokens that can be recomputed in time, beside `num_computed` others.
-
-        The policy's own ratio as long as nothing is known of this way of choosing.
-        """
-        assert policy.ratio is not None, "a time for a policy without a ratio"
-        seen = self._seen.get(policy.with_ratio(0.0))
-        if not seen or not num_reused:
-            return policy.ratio
-        num_tokens = num_reused + num_computed
-        nearest = sorted(seen, key=lambda cost: abs(math.log(cost.num_tokens / num_tokens)))[:NEAREST_BLENDS]
-
-        def usual(part: Callable[[Cost], float]) -> float:
-            return statistics.median(map(part, nearest))
-
-        for_recomputing = (1 - RESERVE_RATIO) * left_ms - num_tokens * usual(lambda cost: cost.select_ms)
-        affordable = for_recomputing / usual(lambda cost: cost.recompute_ms) - num_computed
-        return min(1.0, max(MIN_RATIO, affordable / num_reused))
-
-
+PUT_TIMEOUT_S = 2.0
+"""For chunks that are on their way to the store; those that don't get there are computed again."""
 MAX_QUESTION_TOKENS = 64
 _TOKENS_WITHOUT_QUESTION = 16
 
 
 @dataclass
 class BlendContext:
-    """Implements `kvarena.core.policy.SelectionContext` for the range `[start, end)` of a prompt.
+    """Implements `kvarena.core.policy.SelectionContext` for a prompt up to `end`.
 
     `watched` holds the KV of the layers that the policy looks at, group after group, for the spans of `plan` and
-    perhaps some before them.
+    perhaps some before them; `gaps` are the positions that are computed anyway.
     """
 
     model: PrefilledModel
     plan: ReusePlan
     watched: Mapping[int, Sequence[LayerKV]]
-    start: int
+    gaps: Sequence[torch.Tensor]
     end: int
+    scores_of_chunks: Mapping[Chunk, torch.Tensor]
+    report: BlendReport
 
     def __post_init__(self) -> None:
         self.num_layers = len(self.model.rotations)
@@ -139,17 +58,42 @@ class BlendContext:
     def reused_values(self, layer: int) -> torch.Tensor:
         return torch.cat([group.values for group in self.watched[layer]])[-self.plan.num_reused_tokens :]
 
+    def stored_scores(self) -> torch.Tensor | None:
+        found = [self._scores_of(span) for span in self.plan]
+        return None if self.unscored_chunks else torch.cat([scores for scores in found if scores is not None])
+
+    @property
+    def unscored_chunks(self) -> set[Chunk]:
+        return {span.chunk for span in self.plan if self._scores_of(span) is None}
+
+    def _scores_of(self, span: Span) -> torch.Tensor | None:
+        """Of its tokens. Where a prompt begins, there is too little before them for any to need it."""
+        known = self.scores_of_chunks.get(span.chunk)
+        if known is None:
+            return torch.zeros(len(span)) if span.start < MIN_CONTEXT_TOKENS else None
+        return known[span.offset : span.offset + len(span)]
+
     def summed(self, scores: torch.Tensor) -> torch.Tensor:
         return self.model.ranks.sum(scores)
 
+    def show(
+        self,
+        what: str,
+        positions: torch.Tensor,
+        scores: torch.Tensor,
+        seen_from: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        if self.report.wants_scores:
+            columns = [positions, scores, *([seen_from()] if seen_from else [])]
+            self.report.token_scores = TokenScores.of(what, columns)
+
     def question_queries(self, layer: int) -> torch.Tensor:
-        gaps = [torch.arange(low, high) for low, high in self.plan.gaps(self.start, self.end)]
-        question = self._question()
-        positions = torch.cat([*gaps, question[question < self.plan.end]]).sort().values
+        question = self.question_positions()
+        positions = torch.cat([*self.gaps, question[question < self.plan.end]]).sort().values
         rows = torch.isin(positions, question).nonzero().flatten().to(self.model.device)
         return self.model.queries(positions, layer)[rows]
 
-    def _question(self) -> torch.Tensor:
+    def question_positions(self) -> torch.Tensor:
         """The last tokens after the last span; where there are none, the last of the span."""
         after = torch.arange(max(self.plan.end, self.end - MAX_QUESTION_TOKENS), self.end)
         return after if len(after) else reused_positions(self.plan)[-_TOKENS_WITHOUT_QUESTION:]
@@ -161,134 +105,105 @@ ANY_RATIO = 0.5
 """Neither none nor all, for which a policy isn't asked."""
 
 
+def keep_all(_chunk: Chunk) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class BlendTask:
+    """The cache of `[start, end)` is to be filled; what stands before `start` is there already.
+
+    `keeps`: whether the KV of a chunk that is computed here is put into the store. `budget_ms`: the time for all of it.
+    As many tokens are recomputed as fit, by what earlier blends took; the policy's own ratio counts as long as nothing
+    is known of them. `scores`: the prompt is computed whole, in place of a blend, and its chunks get scores of it; but
+    not one that is longer than `MAX_SCORED_TOKENS`, or of which something is there already.
+    """
+
+    plan: ReusePlan
+    start: int
+    end: int
+    policy: SelectionPolicy
+    keeps: Callable[[Chunk], bool] = keep_all
+    budget_ms: float | None = None
+    scores: bool = False
+
+    @property
+    def wanted(self) -> ReusePlan:
+        return self.plan.clipped(self.start, self.end)
+
+    @property
+    def is_scored(self) -> bool:
+        return self.scores and self.start == 0 and self.end <= MAX_SCORED_TOKENS
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return torch.arange(self.start, self.end)
+
+
 class Blender:
     """Blends prompts over one store."""
 
-    def __init__(self, store: ChunkStore) -> None:
+    def __init__(self, store: ScoredStore) -> None:
         self.store = store
-        self._puts = BackgroundPuts(store)
-        self._fetches = ThreadPoolExecutor(1, thread_name_prefix="kvarena-fetch")
+        self.puts = BackgroundPuts(store)
+        self.fetches = ThreadPoolExecutor(1, "kvarena-fetch", initializer=spread_thread)
+        self.costs = BlendCosts()
         self._known = replace(store.stats)
-        self._costs = BlendCosts()
 
     def clear(self) -> None:
-        self._puts.close()
-        self._puts = BackgroundPuts(self.store)
+        self.puts.close()
+        self.puts = BackgroundPuts(self.store)
         self.store.clear()
+
+    def missing(self, chunks: Sequence[Chunk], *, scores: bool = False) -> list[Lacking | None]:
+        """Why the store doesn't have each of these, once what is on its way there has arrived; None where it has it.
+
+        `scores`: it has to have their scores, too.
+        """
+        self.puts.wait_for(chunks, PUT_TIMEOUT_S)
+        with self.store.retrieval(chunks) as retrieval:
+            reason: Missing = "store_down" if retrieval.failed else "not_stored"
+            lacking: list[Lacking | None] = [None if is_held else reason for is_held in retrieval.held]
+            if scores:
+                held = [index for index, is_held in enumerate(retrieval.held) if is_held]
+                for index, kv in zip(held, retrieval.take(held), strict=True):
+                    has_scores = kv is not None and retrieval.scores(index) is not None
+                    lacking[index] = None if has_scores else "not_scored" if kv is not None else reason
+            return lacking
 
     def close(self) -> None:
         """What was computed for the store gets there first."""
-        self._puts.close()
+        self.puts.close()
         self.store.close()
 
-    @torch.inference_mode()
-    def blend(
-        self,
-        model: PrefilledModel,
-        plan: ReusePlan,
-        start: int,
-        end: int,
-        policy: SelectionPolicy,
-        *,
-        store_new: bool = True,
-        budget_ms: float | None = None,
-    ) -> BlendReport:
-        """Fill the cache of `[start, end)`; what stands before `start` is there already.
-
-        Whatever the store loses or the model has no room for is computed as part of the prompt. After an unexpected
-        failure the whole range is computed, so the answer is right in every case. `store_new`: whether KV that is
-        computed here is put into the store. `budget_ms`: the time for all of it. As many tokens are recomputed as fit,
-        by what earlier blends took; the policy's own ratio counts as long as nothing is known of them.
+    def blend(self, model: PrefilledModel, task: BlendTask) -> BlendReport:
+        """Whatever the store loses or the model has no room for is computed as part of the prompt. After an unexpected
+        failure the whole range is computed, so the answer is right in every case.
         """
         report = BlendReport()
-        deadline_s = None if budget_ms is None else time.perf_counter() + budget_ms / 1e3
         with report.timed("blend_ms"):
-            try:
-                self._blend(model, plan.clipped(start, end), start, end, policy, store_new, deadline_s, report)
-            except Exception:
-                logger.exception("blend failed; computing all of the prompt's tokens %d to %d", start, end)
-                report.blend_failures += 1
-                _count(report, ReusePlan(), start, end, num_recomputed=0)
-                model.forward(torch.arange(start, end))
-        self._note_store(report)
+            for _ in self.in_pieces(model, task, report, task.end - task.start):
+                pass
         return report
 
-    def _blend(
-        self,
-        model: PrefilledModel,
-        wanted: ReusePlan,
-        start: int,
-        end: int,
-        policy: SelectionPolicy,
-        store_new: bool,
-        deadline_s: float | None,
-        report: BlendReport,
-    ) -> None:
-        widest = policy if deadline_s is None else policy.with_ratio(ANY_RATIO)
-        watched = widest.settled().watched_layers(len(model.rotations))
-        plan, reused_kv = self._fill(model, wanted, watched, store_new, report)
-        first = _exact_end(plan, start)
-        if deadline_s is not None:
-            policy = self._within(deadline_s, policy, plan.clipped(first, end), end - first, model.ranks)
-        report.ratio = policy.ratio
-        first = start if policy.recomputes_all else first
-        inexact = plan.clipped(first, end)
-        with report.timed("select_ms"):
-            selection = policy.settled().select(inexact, BlendContext(model, inexact, reused_kv, first, end))
-        gaps = [torch.arange(low, high) for low, high in plan.gaps(first, end)]
-        positions = torch.cat([selection.positions, *gaps]).sort().values
-        computed = _forward(model, positions, selection.filters, report) if len(positions) else positions
-        _count(report, plan, start, end, num_recomputed=len(computed) - sum(map(len, gaps)))
-        self._costs.note(policy, end - first, len(computed), report.select_ms, report.recompute_ms)
+    @torch.inference_mode()
+    def in_pieces(
+        self, model: PrefilledModel, task: BlendTask, report: BlendReport, piece_tokens: int
+    ) -> InPieces[None]:
+        """What `blend` does, and with the same result: between two items about `piece_tokens` go through the model.
 
-    def _within(
-        self, deadline_s: float, policy: SelectionPolicy, inexact: ReusePlan, num_tokens: int, ranks: Ranks
-    ) -> SelectionPolicy:
-        """With the ratio that fits into the rest of the time: the ranks', each by its own clock, on average."""
-        left_ms = 1e3 * (deadline_s - time.perf_counter())
-        num_reused = inexact.num_reused_tokens
-        ratio = self._costs.ratio_within(policy, num_reused, num_tokens - num_reused, left_ms)
-        total, num_ranks = ranks.sum(torch.tensor([ratio, 1.0])).tolist()
-        return policy.with_ratio(round(total / num_ranks, RATIO_DIGITS))
-
-    def _fill(
-        self, model: PrefilledModel, wanted: ReusePlan, watched: Sequence[int], store_new: bool, report: BlendReport
-    ) -> tuple[ReusePlan, Mapping[int, Sequence[LayerKV]]]:
-        """Put the spans' KV into the cache: what the store has, and chunks that it doesn't have, computed now.
-
-        Returns the plan of what is there now, and the KV of the watched layers.
+        Between the pieces others may use the model, but not the task's part of the cache. `report` is
+        complete at the end, but for `blend_ms`, which is the caller's. Whoever doesn't go on to the end closes it.
         """
-        chunks = list(dict.fromkeys(span.chunk for span in wanted))
-        with ExitStack() as stack:
-            with report.timed("fetch_ms"):
-                self._puts.wait_for(chunks)
-                source = ChunkSource(chunks, stack.enter_context(self.store.retrieval(chunks)))
-            self._prefill_missing(model, wanted, source, store_new, report)
-            writer = KVWriter(model, watched, report)
-            written: list[Span] = []
-            fetched = one_ahead(self._fetches, source.take, groups_of(wanted.spans))
-            for group in report.timed_each("fetch_ms", fetched):
-                if group:
-                    writer.write(group)
-                written += [span for span, _ in group]
-        report.store_hits, report.store_misses = source.num_hits, len(chunks) - source.num_hits
-        return ReusePlan(tuple(written)), writer.kept
-
-    def _prefill_missing(
-        self, model: PrefilledModel, plan: ReusePlan, source: ChunkSource, store_new: bool, report: BlendReport
-    ) -> None:
-        """Compute missing chunks that stand whole in the prompt, each alone, and keep them."""
-        missing = list(dict.fromkeys(s.chunk for s in plan if s.chunk not in source and s.is_whole_chunk))
-        if not missing:
-            return
-        with report.timed("prefill_chunks_ms"):
-            computed = model.prefill_chunks([chunk.token_ids for chunk in missing])
-        for chunk, kv in zip(missing, computed, strict=True):
-            if kv is None:
-                continue
-            source.add(chunk, kv)
-            if store_new:
-                self._puts.put(chunk, kv)
+        run = _Run(self, model, task, report, max(1, piece_tokens))
+        try:
+            yield from run.score() if task.is_scored else run.blend()
+        except Exception:
+            logger.exception("blend failed; computing all of the prompt's tokens %d to %d", task.start, task.end)
+            report.blend_failures += 1
+            report.spans, report.computed_spans = [], []
+            yield from run.compute(task.positions)
+        self._note_store(report)
 
     def _note_store(self, report: BlendReport) -> None:
         """What happened to the store since the last report."""
@@ -298,35 +213,216 @@ class Blender:
         report.store_entries, report.store_bytes = self._known.num_entries, self._known.num_bytes
 
 
-def _forward(
-    model: PrefilledModel, positions: torch.Tensor, filters: Sequence[TokenFilter], report: BlendReport
-) -> torch.Tensor:
-    """The model's forward; up to the last filter it is part of the selection."""
-    start_s = chosen_s = time.perf_counter()
+class _Run:
+    """One task under way. What yields gives way after about `piece_tokens`, and goes on when it is asked again."""
 
-    def timed(token_filter: TokenFilter) -> TokenFilter:
-        def choose(candidates: torch.Tensor, fresh: LayerKV) -> torch.Tensor:
-            nonlocal chosen_s
-            chosen = token_filter.choose(candidates, fresh)
-            chosen_s = time.perf_counter()
-            return chosen
+    def __init__(
+        self, blender: Blender, model: PrefilledModel, task: BlendTask, report: BlendReport, piece_tokens: int
+    ) -> None:
+        self.blender = blender
+        self.model = model
+        self.task = task
+        self.report = report
+        self.piece_tokens = piece_tokens
+        self.deadline_s = None if task.budget_ms is None else time.perf_counter() + task.budget_ms / 1e3
 
-        return replace(token_filter, choose=choose)
+    def blend(self) -> InPieces[None]:
+        policy, report = self.task.policy, self.report
+        widest = policy if self.deadline_s is None else policy.with_ratio(ANY_RATIO)
+        watched = widest.settled().watched_layers(len(self.model.rotations))
+        plan, reused_kv, scores = yield from self._fill(watched)
+        gaps = [torch.arange(low, high) for low, high in plan.gaps(self.task.start, self.task.end)]
+        inexact = plan.inexact
+        num_tokens = inexact.num_reused_tokens + sum(map(len, gaps))
+        if self.deadline_s is not None:
+            policy = self._within(self.deadline_s, inexact.num_reused_tokens, num_tokens)
+        report.ratio = policy.ratio if policy.goes_by_ratio else None
+        inexact = plan if policy.recomputes_all else inexact
+        with report.timed("select_ms"):
+            context = BlendContext(self.model, inexact, reused_kv, gaps, self.task.end, scores, report)
+            selection = policy.settled().select(inexact, context)
+        if policy.settled().reads_scores:
+            report.unscored_chunks = len(context.unscored_chunks)
+        positions, filters = torch.cat([selection.positions, *gaps]).sort().values, selection.filters
+        select_ms = None
+        is_short = len(self.task.positions) <= MAX_LEANING_TOKENS
+        if report.wants_scores and watched and len(selection.positions) and is_short:
+            positions, filters = (yield from self._chosen(positions, filters)), ()
+            select_ms = report.select_ms
+            yield from self._note_leaning(plan, reused_kv[watched[-1]], watched[-1], positions)
+        computed = yield from self.compute(positions, filters)
+        spent_ms = report.select_ms if select_ms is None else select_ms
+        self.blender.costs.note(policy, num_tokens, len(computed), spent_ms, report.recompute_ms)
 
-    computed = model.forward(positions, [timed(token_filter) for token_filter in filters])
-    report.select_ms += 1e3 * (chosen_s - start_s)
-    report.recompute_ms += 1e3 * (time.perf_counter() - chosen_s)
-    return computed
+    def score(self) -> InPieces[None]:
+        """The whole prompt's own KV, and what that says of its chunks into the store."""
+        plan, alone, _ = yield from self._fill(range(len(self.model.rotations)))
+        if not plan.spans:
+            yield from self.compute(self.task.positions)
+            return
+        scorer = ChunkScorer(self.model, plan, alone, self.task.end)
+        for number, piece in enumerate(self.task.positions.split(self.piece_tokens)):
+            if number:
+                yield
+            with self.report.timed("recompute_ms", until=self.model.wait):
+                self.model.observe(piece, scorer.observe)
+        self.report.ratio = 1.0
+        self.report.count(self.task.start, self.task.end, computed=self.task.positions)
+        with self.report.timed("select_ms"):
+            for chunk, scores in scorer.scores().items():
+                add_scores = self.blender.store.add_scores
+                self.blender.puts.after_puts(chunk, scores.nbytes, add_scores, chunk, scores)
+
+    def compute(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> InPieces[torch.Tensor]:
+        """Run these tokens; returns the positions of those that went through all layers, and counts them.
+
+        More tokens than a piece has are run up to the first filter by themselves. Those that it chooses are run once
+        more from the first layer on: in the layers before the filter they find all the others' fresh KV in the cache.
+        """
+        while filters and len(positions) > self.piece_tokens:
+            positions = yield from self._choose(positions, filters[0])
+            filters = filters[1:]
+            yield
+        pieces = [positions] if filters else positions.split(self.piece_tokens)
+        computed = []
+        for number, piece in enumerate(pieces):
+            if number:
+                yield
+            if len(piece):
+                computed.append(self._forward(piece, filters))
+        run = torch.cat(computed) if computed else positions
+        self.report.count(self.task.start, self.task.end, run)
+        return run
+
+    def _within(self, deadline_s: float, num_reused: int, num_tokens: int) -> SelectionPolicy:
+        """With the ratio that fits into the rest of the time: the ranks', each by its own clock, on average."""
+        policy = self.task.policy
+        left_ms = 1e3 * (deadline_s - time.perf_counter())
+        ratio = self.blender.costs.ratio_within(policy, num_reused, num_tokens - num_reused, left_ms)
+        total, num_ranks = self.model.ranks.sum(torch.tensor([ratio, 1.0])).tolist()
+        return policy.with_ratio(round(total / num_ranks, RATIO_DIGITS))
+
+    def _fill(
+        self, watched: Sequence[int]
+    ) -> InPieces[tuple[ReusePlan, Mapping[int, Sequence[LayerKV]], Mapping[Chunk, torch.Tensor]]]:
+        """Put the spans' KV into the cache: what the store has, and chunks that it doesn't have, computed now.
+
+        Returns the plan of what is there now, the KV of the watched layers, and the scores that the store has.
+        """
+        wanted, report = self.task.wanted, self.report
+        chunks = list(dict.fromkeys(span.chunk for span in wanted))
+        with ExitStack() as stack:
+            with report.timed("fetch_ms"):
+                self.blender.puts.wait_for(chunks, PUT_TIMEOUT_S)
+                source = ChunkSource(chunks, stack.enter_context(self.blender.store.retrieval(chunks)))
+            yield from self._prefill_missing(wanted, source)
+            writer = KVWriter(self.model, watched, report)
+            written: list[Span] = []
+            fetched = one_ahead(self.blender.fetches, source.take, groups_of(wanted.spans))
+            for group in report.timed_each("fetch_ms", fetched):
+                if group:
+                    writer.write(group)
+                written += [span for span, _ in group]
+            writer.finish()  # the store's memory may be another's once its retrieval ends
+        report.store_hits, report.store_misses = source.num_hits, len(chunks) - source.num_hits
+        report.spans = [(span.start, span.end) for span in written if span.chunk not in source.added]
+        report.computed_spans = [(span.start, span.end) for span in written if span.chunk in source.added]
+        firsts = {span.chunk: span for span in reversed(wanted.spans)}
+        missed = [(span, reason) for span in firsts.values() if (reason := source.missing(span.chunk))]
+        report.misses = sorted((span.start, span.end, reason) for span, reason in missed)
+        return ReusePlan(tuple(written)), writer.kept, source.scores
+
+    def _prefill_missing(self, plan: ReusePlan, source: ChunkSource) -> InPieces[None]:
+        """Compute missing chunks that stand whole in the prompt, each alone, and keep them. One whose KV isn't finite
+        on every rank is left to the prompt.
+        """
+        missing = list(dict.fromkeys(s.chunk for s in plan if s.chunk not in source and s.is_whole_chunk))
+        for piece in _pieces_of(missing, self.piece_tokens):
+            pieces = self.model.prefill_chunks(piece, self.piece_tokens)
+            computed = yield from self._timed("prefill_chunks_ms", pieces)
+            is_usable = self.model.ranks.all([kv is not None and is_finite(kv) for kv in computed])
+            for chunk, kv, usable in zip(piece, computed, is_usable, strict=True):
+                if kv is None or not usable:
+                    continue
+                source.add(chunk, kv)
+                if self.task.keeps(chunk):
+                    self.blender.puts.put(chunk, kv)
+            yield
+
+    def _timed(self, stage: str, pieces: InPieces[Result]) -> InPieces[Result]:
+        """The time of each piece, not that between them."""
+        while True:
+            with self.report.timed(stage, until=self.model.wait):
+                try:
+                    next(pieces)
+                except StopIteration as end:
+                    result: Result = end.value
+                    return result
+            yield
+
+    def _chosen(self, positions: torch.Tensor, filters: Sequence[TokenFilter]) -> InPieces[torch.Tensor]:
+        """What all filters leave, before any token goes through all layers."""
+        for token_filter in filters:
+            positions = yield from self._choose(positions, token_filter)
+            yield
+        return positions
+
+    def _note_leaning(
+        self, plan: ReusePlan, moved: Sequence[LayerKV], layer: int, positions: torch.Tensor
+    ) -> InPieces[None]:
+        """Runs the tokens that will be run up to this layer: there it shows which chunk each attends to."""
+        observer = LeaningObserver(self.model, plan, moved, layer, self.task.start, self.task.end)
+        for piece in positions.split(self.piece_tokens):
+            with self.report.timed("select_ms", until=self.model.wait):
+                self.model.observe(piece, observer.observe)
+            yield
+        with self.report.timed("select_ms"):
+            self.report.leans_on = observer.leans_on()
+
+    def _choose(self, positions: torch.Tensor, first: TokenFilter) -> InPieces[torch.Tensor]:
+        """The positions that a filter chooses. A piece has more tokens in it, for few of the layers are run."""
+        fresh: list[LayerKV] = []
+
+        def keep(_candidates: torch.Tensor, kv: LayerKV) -> torch.Tensor:
+            fresh.append(kv)
+            raise EndForward
+
+        piece_tokens = self.piece_tokens * len(self.model.rotations) // (first.layer + 1)
+        for number, piece in enumerate(positions.split(piece_tokens)):
+            if number:
+                yield
+            with self.report.timed("select_ms", until=self.model.wait):
+                self.model.forward(piece, [replace(first, choose=keep)])
+        with self.report.timed("select_ms"):
+            return positions[first.choose(positions, LayerKV(*map(torch.cat, zip(*fresh, strict=True))))]
+
+    def _forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter]) -> torch.Tensor:
+        """The model's forward; up to the last filter it is part of the selection."""
+        start_s = chosen_s = time.perf_counter()
+
+        def timed(token_filter: TokenFilter) -> TokenFilter:
+            def choose(candidates: torch.Tensor, fresh: LayerKV) -> torch.Tensor:
+                nonlocal chosen_s
+                chosen = token_filter.choose(candidates, fresh)
+                chosen_s = time.perf_counter()
+                return chosen
+
+            return replace(token_filter, choose=choose)
+
+        computed = self.model.forward(positions, [timed(token_filter) for token_filter in filters])
+        self.model.wait()
+        self.report.select_ms += 1e3 * (chosen_s - start_s)
+        self.report.recompute_ms += 1e3 * (time.perf_counter() - chosen_s)
+        return computed
 
 
-def _exact_end(plan: ReusePlan, start: int) -> int:
-    """Where the tokens end that are reused in their own place, after their own context: nothing there deviates."""
-    begins_prompt = start == 0 and plan.spans and plan.spans[0].start == plan.spans[0].offset == 0
-    return plan.spans[0].end if begins_prompt else start
-
-
-def _count(report: BlendReport, plan: ReusePlan, start: int, end: int, *, num_recomputed: int) -> None:
-    report.num_recomputed_tokens = num_recomputed
-    report.num_reused_tokens = plan.num_reused_tokens - num_recomputed
-    report.num_computed_tokens = end - start - plan.num_reused_tokens
-    report.spans = [(span.start, span.end) for span in plan]
+def _pieces_of(chunks: Sequence[Chunk], max_tokens: int) -> Iterator[list[Chunk]]:
+    """In order, as many as have no more than so many tokens together; a longer one is a piece by itself."""
+    piece: list[Chunk] = []
+    for chunk in chunks:
+        if piece and sum(map(len, piece)) + len(chunk) > max_tokens:
+            yield piece
+            piece = []
+        piece.append(chunk)
+    if piece:
+        yield piece

@@ -5,21 +5,21 @@ indexed by the hash of its windows at multiples of `window`, a prompt is hashed 
 extended both ways. A hash hit only nominates: tokens are always compared. Segments are ranges that the client
 marked, by a separator string or by naming the texts. A separator tokenises differently in different surroundings
 (LMCache issues 1136, 2639), so it is looked for in the text of the tokens. A segment that is not known yet is
-planned too: its KV is computed once, alone, and stored.
+planned too: its KV is computed once, after the model's sink, and stored.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvarena.core.plan import Chunk, ChunkKey, ReusePlan, Span, TokenIds, as_token_ids
+from kvarena.core.plan import NO_SINK, Chunk, ChunkKey, ReusePlan, Span, TokenIds, as_token_ids
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
@@ -48,7 +48,8 @@ class ChunkIndex:
         self.num_tokens = 0
         self.num_comparisons = 0
         self._chunks: OrderedDict[ChunkKey, Chunk] = OrderedDict()
-        self._windows: dict[str, dict[int, list[tuple[ChunkKey, int]]]] = defaultdict(dict)
+        self._windows: dict[str, dict[int, dict[tuple[ChunkKey, int], None]]] = defaultdict(dict)
+        """By salt and hash, where each window stands, in the order of adding; removing one looks at no other."""
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -74,7 +75,7 @@ class ChunkIndex:
         self.num_tokens += len(chunk)
         windows = self._windows[chunk.salt]
         for offset, value in self._chunk_windows(chunk):
-            windows.setdefault(value, []).append((chunk.key, offset))
+            windows.setdefault(value, {})[chunk.key, offset] = None
         dropped = []
         while self.num_tokens > self.max_tokens:
             dropped.append(next(iter(self._chunks.values())))
@@ -87,7 +88,7 @@ class ChunkIndex:
         self.num_tokens -= len(chunk)
         windows = self._windows[chunk.salt]
         for offset, value in self._chunk_windows(chunk):
-            windows[value].remove((chunk.key, offset))
+            del windows[value][chunk.key, offset]
             if not windows[value]:
                 del windows[value]
         if not windows:
@@ -147,7 +148,8 @@ class ChunkIndex:
         self, token_ids: TokenIds, salt: str, position: int, value: int, low: int, min_tokens: int
     ) -> Span | None:
         best: Span | None = None
-        for key, offset in self._windows[salt][value][-self.max_candidates :]:
+        latest = list(itertools.islice(reversed(self._windows[salt][value]), self.max_candidates))
+        for key, offset in reversed(latest):
             self.num_comparisons += 1
             span = _extend(token_ids, self._chunks[key], position, offset, low, self.window)
             counts = span and (len(span) >= min_tokens or span.is_whole_chunk)
@@ -201,7 +203,8 @@ class Planner:
 
     `min_chunk_tokens`: shorter segments are not worth a chunk. `min_match_tokens`: shorter partial matches are not
     worth a span. `min_coverage`: a segment covered by known chunks to at least this share isn't made a chunk itself.
-    `min_reused_ratio`, `max_joined_tokens`: see `blend_end`.
+    `min_reused_ratio`, `max_joined_tokens`: see `blend_end`. `sink`: what new chunks are computed after, but for those
+    that begin with it themselves, such as a system prompt with what the template puts before it.
     """
 
     index: ChunkIndex
@@ -210,6 +213,7 @@ class Planner:
     min_coverage: float = 0.5
     min_reused_ratio: float = 0.5
     max_joined_tokens: int = 128
+    sink: TokenIds = field(default_factory=lambda: NO_SINK)
 
     def plan(self, token_ids: TokenIds, segments: Sequence[Segment] = (), salt: str = "") -> ReusePlan:
         """The plan of a prompt. `segments` must be in order and without overlap. Changes nothing but recency."""
@@ -221,25 +225,28 @@ class Planner:
             spans += self._plan_segment(token_ids, start, end, salt, matches)
             position = end
         spans += matches.clipped(position, len(token_ids))
-        return ReusePlan(tuple(span for span in spans if self._worth_it(span)))
+        return ReusePlan(tuple(self._placed(span, token_ids) for span in spans if self._worth_it(span)))
 
-    def blend_end(self, plan: ReusePlan, start: int, last: int) -> int:
+    def blend_end(self, plan: ReusePlan, start: int, last: int, *, recomputes_none: bool = False) -> int:
         """Up to where a prompt is blended from `start` on; `last` is its last token, which has to give the logits.
 
         The last span's end that leaves mostly reused tokens before it; what follows is cheaper as plain prefill. A
-        short rest, the question, joins the blend: its tokens come along in a forward that is made anyway. `start`
+        short rest, the question, joins the blend where its tokens come along in a forward that is made anyway: for
+        others before it that no span covers, or, unless `recomputes_none`, for reused ones that aren't exact. `start`
         stands for nothing.
         """
         spans = plan.clipped(start, last).spans
         reused = sum(map(len, spans))
         for span in reversed(spans):
             if reused >= max(self.min_reused_ratio * (span.end - start), self.min_chunk_tokens):
-                return last if last - span.end <= self.max_joined_tokens else span.end
+                blended = plan.clipped(start, span.end)
+                has_forward = bool(blended.gaps(start, span.end)) or not (recomputes_none or blended.is_prefix)
+                return last if has_forward and last - span.end <= self.max_joined_tokens else span.end
             reused -= len(span)
         return start
 
     def _plan_segment(self, token_ids: TokenIds, start: int, end: int, salt: str, matches: ReusePlan) -> Sequence[Span]:
-        chunk = Chunk(token_ids[start:end].copy(), salt)
+        chunk = Chunk(token_ids[start:end].copy(), salt, sink_of(token_ids[start:end], self.sink))
         if len(chunk) < self.min_chunk_tokens:
             return ()
         found = matches.clipped(start, end)
@@ -249,6 +256,16 @@ class Planner:
 
     def _worth_it(self, span: Span) -> bool:
         return len(span) >= self.min_chunk_tokens
+
+    def _placed(self, span: Span, token_ids: TokenIds) -> Span:
+        sink = span.chunk.sink
+        is_next = len(sink) > 0 and span.offset == 0 and span.start == len(sink)
+        return replace(span, follows_sink=is_next and np.array_equal(token_ids[: len(sink)], sink))
+
+
+def sink_of(token_ids: TokenIds, sink: TokenIds) -> TokenIds:
+    """What the KV of a text is computed after: the sink, unless the text begins with it."""
+    return NO_SINK if np.array_equal(token_ids[: len(sink)], sink) else sink
 
 
 _TEXT_WINDOW = 8
@@ -291,6 +308,13 @@ class SeparatorFinder:
         """
         starts = [0, *(start for start, _ in self.find(token_ids))]
         return [(start, end) for start, end in itertools.pairwise(starts) if start < end]
+
+    def begins_inside(self, token_ids: TokenIds, position: int) -> bool:
+        """Whether the token at which a separator begins holds something else before it."""
+        text = self._text(int(token_ids[position]))
+        size = len(self._core)
+        at = next((at for at in range(len(text)) if self._core.startswith(text[at : at + size])), 0)
+        return bool(text[:at].strip())
 
     def _candidate_ranges(self, token_ids: TokenIds) -> Iterable[Segment]:
         """Ranges around tokens that share a character with the separator, one more token on each side."""
@@ -338,7 +362,8 @@ def text_segments(token_ids: TokenIds, texts: Sequence[TokenIds]) -> list[Segmen
     """
     index = ChunkIndex(window=_TEXT_WINDOW)
     for ids in texts:
-        index.add(Chunk(ids))
+        if len(ids) <= 2 * len(token_ids):
+            index.add(Chunk(ids))
     spans = index.match(token_ids, min_tokens=_TEXT_WINDOW)
     return [(span.start, span.end) for span in spans if 2 * len(span) >= len(span.chunk)]
 
@@ -358,12 +383,62 @@ class Segmenter:
         if tokenizer is not None and separator.strip():
             self._finder = SeparatorFinder(separator, _TokenText(tokenizer), _vocabulary(tokenizer))
 
-    def segments(self, token_ids: TokenIds, texts: Sequence[str] = ()) -> list[Segment]:
-        """`texts` given by the client go before the separator."""
-        if texts and self._tokenizer is not None:
-            encoded = [as_token_ids(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-            return text_segments(token_ids, encoded)
+    def segments(self, token_ids: TokenIds, named: Sequence[str | Sequence[int]] = ()) -> list[Segment]:
+        """What the client has `named`, texts or their token ids, goes before the separator."""
+        if named and self._tokenizer is not None:
+            return text_segments(token_ids, [as_token_ids(self._ids(chunk)) for chunk in named])
         return self._finder.segments(token_ids) if self._finder else []
+
+    def texts(self, named: Sequence[str | Sequence[int]]) -> frozenset[str]:
+        """What `is_cut` compares with: texts without white space around them."""
+        if self._tokenizer is None or not named:
+            return frozenset()
+        token_text = _TokenText(self._tokenizer)
+        return frozenset((chunk if isinstance(chunk, str) else token_text.of(list(chunk))).strip() for chunk in named)
+
+    def is_cut(self, token_ids: TokenIds, start: int, end: int, texts: Collection[str] = ()) -> bool:
+        """Whether a segment begins or ends inside a token: elsewhere the same text has other tokens there."""
+        if texts and self._tokenizer is not None:
+            return _TokenText(self._tokenizer).of(token_ids[start:end].tolist()).strip() not in texts
+        edges = [edge for edge in (start, end) if 0 < edge < len(token_ids)]
+        return self._finder is not None and any(self._finder.begins_inside(token_ids, edge) for edge in edges)
+
+    def _ids(self, chunk: str | Sequence[int]) -> Sequence[int]:
+        return encode_alone(self._tokenizer, chunk) if isinstance(chunk, str) else chunk
+
+
+def encode_alone(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text that stands by itself."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+DEFAULT_SINK_TOKENS = 1
+MAX_SINK_TOKENS = 256
+
+
+def prompt_beginning(tokenizer: Any, num_tokens: int) -> TokenIds:
+    """At most so many of the first tokens that all chat prompts of a model share, for a sink.
+
+    Those of its chat template, else its beginning-of-text token; none where it has neither.
+    """
+    if tokenizer is None or not num_tokens:
+        return NO_SINK
+    user, system = {"role": "user", "content": "1"}, {"role": "system", "content": "2"}
+    prompts = [_rendered(tokenizer, messages) for messages in ([user], [{**user, "content": "3"}], [system, user])]
+    one, *others = [prompt for prompt in prompts if len(prompt)] or [as_token_ids([])]
+    shared = min((_num_equal(one, other) for other in others), default=0)
+    begin = getattr(tokenizer, "bos_token_id", None)
+    ids = one[:shared] if shared else as_token_ids([] if begin is None else [begin])
+    return ids[:num_tokens]
+
+
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> TokenIds:
+    """Empty where the template refuses these roles, or there is none."""
+    try:
+        return as_token_ids(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    except Exception:  # a template may raise whatever its author likes
+        return as_token_ids([])
 
 
 class _TokenText:
@@ -375,7 +450,10 @@ class _TokenText:
         self._anchor_length = len(self._decode(self._anchor))
 
     def __call__(self, token: int) -> str:
-        return self._decode([*self._anchor, token])[self._anchor_length :]
+        return self.of([token])
+
+    def of(self, tokens: list[int]) -> str:
+        return self._decode([*self._anchor, *tokens])[self._anchor_length :]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -6,16 +6,24 @@ tokens are recomputed afterwards (`policy`, `blend`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from kvarena.core.plan import Chunk, Span
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
-from kvarena.core.rope import Rerotation, Rotation
+from kvarena.core.rope import Rerotation, Rotation, Scratch
 from kvarena.core.stopwatch import Stopwatch
-from kvarena.core.store import Pieces, Retrieval
+from kvarena.core.store import Missing, Pieces, Retrieval
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when what this thread launched on the device has ended; on a CPU it has."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class ChunkSource:
@@ -25,6 +33,8 @@ class ChunkSource:
         self._retrieval = retrieval
         self._indices = {chunk: i for i, chunk in enumerate(chunks) if retrieval.held[i]}
         self._kv: dict[Chunk, Pieces] = {}
+        self.added: set[Chunk] = set()
+        self.scores: dict[Chunk, torch.Tensor] = {}
         self.num_hits = 0
 
     def __contains__(self, chunk: Chunk) -> bool:
@@ -33,6 +43,13 @@ class ChunkSource:
 
     def add(self, chunk: Chunk, kv: torch.Tensor) -> None:
         self._kv[chunk] = (kv,)
+        self.added.add(chunk)
+
+    def missing(self, chunk: Chunk) -> Missing | None:
+        """Why the store gave nothing of a chunk; None if it did. To be asked when all has been taken."""
+        if chunk in self._kv and chunk not in self.added:
+            return None
+        return "store_down" if chunk in self._indices or self._retrieval.failed else "not_stored"
 
     def take(self, spans: Sequence[Span]) -> list[tuple[Span, Pieces]]:
         """Those of the spans whose chunks' KV can be had, with it."""
@@ -40,12 +57,14 @@ class ChunkSource:
         taken = self._retrieval.take([self._indices[chunk] for chunk in chunks])
         found = {chunk: pieces for chunk, pieces in zip(chunks, taken, strict=True) if pieces is not None}
         self._kv |= found
+        all_scores = {chunk: self._retrieval.scores(self._indices[chunk]) for chunk in found}
+        self.scores |= {chunk: scores for chunk, scores in all_scores.items() if scores is not None}
         self.num_hits += len(found)
         return [(span, self._kv[span.chunk]) for span in spans if span.chunk in self._kv]
 
 
-GROUP_TOKENS = 1024
-"""So many tokens are moved together: a layer's fit the processor's cache, and calls cost little beside the copies."""
+GROUP_TOKENS = 256
+"""So many tokens are moved together, in all layers: few calls, and memory that the allocator has at hand."""
 
 
 @dataclass
@@ -59,38 +78,50 @@ class KVWriter:
     watched: Sequence[int]
     stopwatch: Stopwatch
     kept: dict[int, list[LayerKV]] = field(default_factory=dict)
+    _scratch: Scratch = field(default_factory=Scratch)
 
     def write(self, group: Sequence[tuple[Span, Pieces]]) -> None:
         """Spans with their chunks' KV. Raises `ValueError` for a chunk whose KV doesn't reach to the span's end."""
-        pieces = [piece for span, kv in group for piece in part_of(kv, span.offset, len(span))]
         spans = [span for span, _ in group]
-        positions, rerotations = positions_of(spans), self._rerotations(spans)
         with self.stopwatch.timed("move_ms"):
-            # Unbound all at once: indexing a layer at a time costs far more.
-            keys_and_values = [[piece[which].unbind() for piece in pieces] for which in (0, 1)]
-        for layer, rotation in enumerate(self.model.rotations):
-            with self.stopwatch.timed("move_ms"):
-                kv = LayerKV(*(self._joined([layers[layer] for layers in own]) for own in keys_and_values))
-                if rotation and rerotations:
-                    rerotations[rotation].apply_(kv.keys)
-            with self.stopwatch.timed("write_ms"):
-                self.model.write(layer, positions, *kv)
-            if layer in self.watched:
-                self.kept.setdefault(layer, []).append(kv)
+            pieces = [piece for span, kv in group for piece in part_of(kv, span.offset, len(span))]
+            # All layers at once, each piece by itself to the model's device: some may have been computed there.
+            here = [piece.to(self.model.device, non_blocking=True) for piece in pieces]
+            shape = (*here[0].shape[:2], sum(piece.shape[2] for piece in here), here[0].shape[3])
+            joined = torch.cat(here, dim=2, out=self._scratch.empty("joined", shape, here[0].dtype, self.model.device))
+            keys, values = joined.unflatten(3, (-1, self.model.head_size)).unbind()
+            rerotations = self._rerotations(spans)
+            if rerotations:
+                for rotation, layers in self._rotated_layers:
+                    rerotations[rotation].apply_(keys[layers], self._scratch)
+        with self.stopwatch.timed("write_ms"):
+            self.model.write(positions_of(spans), keys, values)
+        for layer in self.watched:
+            self.kept.setdefault(layer, []).append(LayerKV(keys[layer].clone(), values[layer].clone()))
+
+    def finish(self) -> None:
+        """Returns when nothing is read any more from where the KV lies. Copies to a device go on beside the rest."""
+        with self.stopwatch.timed("move_ms", until=self.model.wait):
+            pass
+
+    @cached_property
+    def _rotated_layers(self) -> list[tuple[Rotation, slice]]:
+        """Layers in a row that have the same rotation."""
+        runs = []
+        for rotation, layers in itertools.groupby(range(len(self.model.rotations)), self.model.rotations.__getitem__):
+            if rotation:
+                first, *others = layers
+                runs.append((rotation, slice(first, first + 1 + len(others))))
+        return runs
 
     def _rerotations(self, spans: Sequence[Span]) -> dict[Rotation, Rerotation]:
         """Empty where nothing moves."""
-        here = torch.cat([torch.arange(span.offset, span.offset + len(span)) for span in spans])
+        here = torch.cat([torch.arange(len(span)) + len(span.chunk.sink) + span.offset for span in spans])
         there = positions_of(spans)
         if torch.equal(here, there):
             return {}
         here, there = here.to(self.model.device), there.to(self.model.device)
         return {rotation: rotation.between(here, there) for rotation in set(self.model.rotations) if rotation}
-
-    def _joined(self, pieces: list[torch.Tensor]) -> torch.Tensor:
-        """Keys or values `(t, H_kv * D)` of one layer as `(T, H_kv, D)`: a copy, on the model's device."""
-        flat = torch.cat(pieces)
-        return flat.to(self.model.device).view(len(flat), -1, self.model.head_size)
 
 
 def positions_of(spans: Sequence[Span]) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NewType
 
@@ -22,18 +22,33 @@ def as_token_ids(ids: Sequence[int] | TokenIds) -> TokenIds:
     return np.ascontiguousarray(ids, dtype=np.int32)
 
 
+NO_SINK = as_token_ids([])
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """A text's token ids, and whose they are: chunks of different salts never match. Equal by key."""
+    """A text's token ids, whose they are, and what its KV is computed after. Equal by key.
+
+    Chunks of different salts never match. `sink` is a short beginning, the same for all chunks of a model: a text that
+    is computed after it has no attention sink in its own first tokens, which would spoil what it says to later text.
+    """
 
     token_ids: TokenIds
     salt: str = ""
+    sink: TokenIds = field(default_factory=lambda: NO_SINK)
 
     @cached_property
     def key(self) -> ChunkKey:
         digest = hashlib.blake2b(self.token_ids.tobytes(), digest_size=16, person=b"kvarena-chunk")
         digest.update(b"\0" + self.salt.encode())
+        if len(self.sink):
+            digest.update(b"\0sink\0" + self.sink.tobytes())
         return ChunkKey(digest.digest())
+
+    @property
+    def after_sink(self) -> TokenIds:
+        """The sequence in which its KV is computed."""
+        return np.concatenate([self.sink, self.token_ids]) if len(self.sink) else self.token_ids
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -47,12 +62,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Span:
-    """`[start, end)` of the prompt is `[offset, offset + end - start)` of `chunk`."""
+    """`[start, end)` of the prompt is `[offset, offset + end - start)` of `chunk`.
+
+    `follows_sink`: the prompt begins with the chunk's sink, and the chunk comes next.
+    """
 
     start: int
     end: int
     chunk: Chunk
     offset: int = 0
+    follows_sink: bool = False
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -60,6 +79,11 @@ class Span:
     @property
     def is_whole_chunk(self) -> bool:
         return len(self) == len(self.chunk)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its tokens keep their place and everything that they were computed after."""
+        return self.follows_sink if len(self.chunk.sink) else self.start == self.offset == 0
 
     def clipped(self, start: int, end: int) -> Span | None:
         """The part of this span inside `[start, end)`."""
@@ -92,7 +116,12 @@ class ReusePlan:
     @property
     def is_prefix(self) -> bool:
         """Whether every reused token keeps its left context and place, so that reuse is exact."""
-        return not self.spans or (len(self.spans) == 1 and self.spans[0].start == self.spans[0].offset == 0)
+        return not self.inexact.spans
+
+    @property
+    def inexact(self) -> ReusePlan:
+        """The spans whose tokens were computed after something else than what stands before them here."""
+        return ReusePlan(tuple(span for span in self.spans if not span.is_exact))
 
     def clipped(self, start: int, end: int) -> ReusePlan:
         """The plan for `[start, end)` only."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -43,8 +43,29 @@ class SelectionContext(Protocol):
         """The values, alike."""
         ...
 
+    def stored_scores(self) -> torch.Tensor | None:
+        """The scores `(T,)` that the store has of the plan's tokens; None where some chunk has none."""
+        ...
+
     def summed(self, scores: torch.Tensor) -> torch.Tensor:
         """What all heads say of each token, on the CPU: this worker's scores and those of the others added up."""
+        ...
+
+    def show(
+        self,
+        what: str,
+        positions: torch.Tensor,
+        scores: torch.Tensor,
+        seen_from: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        """The scores by which the policy chooses among the tokens at these positions, and what they are, in words. They
+        go into the report of a request that asks for them; then alone `seen_from` is called, for the position in the
+        prompt that each token's score comes from most.
+        """
+        ...
+
+    def question_positions(self) -> torch.Tensor:
+        """Where the tokens of `question_queries` stand."""
         ...
 
     def question_queries(self, layer: int) -> torch.Tensor:
@@ -73,6 +94,11 @@ class SelectionPolicy(ABC):
     def goes_by_ratio(self) -> bool:
         """Whether the ratio makes a difference."""
         return self.ratio is not None
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether it chooses by the scores that are stored with chunks."""
+        return False
 
     @property
     def recomputes_all(self) -> bool:

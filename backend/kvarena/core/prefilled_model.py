@@ -8,11 +8,11 @@ tokens: every call is made by all of them, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
-from kvarena.core.plan import TokenIds
+from kvarena.core.plan import Chunk
 
 if TYPE_CHECKING:  # what names a `TokenFilter` runs where there is no torch, too
     import torch
@@ -63,6 +63,16 @@ class TokenFilter:
     choose: Callable[[torch.Tensor, LayerKV], torch.Tensor]
 
 
+OnLayer = Callable[[int, "torch.Tensor", "torch.Tensor", LayerKV], None]
+"""Called with a layer, the positions of the tokens under way, their queries `(T, H, D)` and their keys and values, both
+rotated; valid only during the call."""
+
+
+Result = TypeVar("Result")
+InPieces = Generator[None, None, Result]
+"""Work that may be left between its pieces and gone on with later."""
+
+
 class PrefilledModel(Protocol):
     """A prompt's cache in an engine. Valid during one step of the engine; calls follow each other.
 
@@ -75,16 +85,23 @@ class PrefilledModel(Protocol):
     device: torch.device
     ranks: Ranks
 
-    def prefill_chunks(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
-        """The KV `(2, L, T, H_kv * D)` of each text as a sequence of its own, at positions 0 to T-1.
+    def wait(self) -> None:
+        """Returns when what was launched on the device has ended: copies from memory that isn't the model's, forwards
+        whose time is taken.
+        """
+        ...
 
-        May use the cache from the first reused position on as scratch, so it comes before `write`. None for a text
+    def prefill_chunks(self, chunks: Sequence[Chunk], piece_tokens: int) -> InPieces[list[torch.Tensor | None]]:
+        """The KV `(2, L, T, H_kv * D)` of each chunk, which follows its sink in a sequence of its own; about
+        `piece_tokens` at a time.
+
+        May use the cache from the first reused position on as scratch, so it comes before `write`. None for a chunk
         that has no room there.
         """
         ...
 
-    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put keys and values `(T, H_kv, D)` into the cache at these positions."""
+    def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put keys and values `(L, T, H_kv, D)` into the cache at these positions."""
         ...
 
     def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:
@@ -92,6 +109,12 @@ class PrefilledModel(Protocol):
 
         `filters` are in the order of their layers. Returns the positions that went through all layers. Tokens attend
         to everything before them.
+        """
+        ...
+
+    def observe(self, positions: torch.Tensor, on_layer: OnLayer) -> None:
+        """As `forward`, and hands over what passes in each layer. `on_layer` may raise `EndForward`: the tokens under
+        way then go no further, and have their KV in the layers before this one.
         """
         ...
 

@@ -9,8 +9,10 @@ where the model itself would have put it. RoPE: Su et al., arXiv 2104.09864; YaR
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -74,19 +76,45 @@ class Rerotation:
     sin: torch.Tensor
     is_neox: bool
 
-    def apply_(self, keys: torch.Tensor) -> None:
+    def apply_(self, keys: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Rotates keys `(..., D)` in place, in their dtype; the sums are made in fp32."""
-        first, second = self._pairs(keys[..., : 2 * self.cos.shape[-1]])
-        x, y = first.float(), second.float()
-        rotated = (x * self.cos).addcmul_(y, self.sin, value=-1)
-        second.copy_(y.mul_(self.cos).addcmul_(x, self.sin))
-        first.copy_(rotated)
+        scratch = scratch or Scratch()
+        rotated = keys[..., : 2 * self.cos.shape[-1]]
+        x = scratch.empty("x", rotated.shape, torch.float32, keys.device).copy_(rotated)
+        turned = torch.mul(x, self._both_cos, out=scratch.empty("turned", x.shape, torch.float32, keys.device))
+        for sums, other, sin in zip(
+            self._halves(turned), reversed(self._halves(x)), (-self.sin, self.sin), strict=True
+        ):
+            sums.addcmul_(other, sin)
+        rotated.copy_(turned)
 
-    def _pairs(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.is_neox:
-            first, second = x.chunk(2, dim=-1)
-            return first, second
-        return x[..., 0::2], x[..., 1::2]
+    @cached_property
+    def _both_cos(self) -> torch.Tensor:
+        """For both of each pair, `(..., D_rot)`."""
+        return torch.stack((self.cos, self.cos), dim=self._pair_dim).flatten(-2)
+
+    def _halves(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The first of each pair, and the second."""
+        halves: tuple[torch.Tensor, ...] = x.unflatten(-1, (2, -1) if self.is_neox else (-1, 2)).unbind(self._pair_dim)
+        return halves
+
+    @property
+    def _pair_dim(self) -> int:
+        return -2 if self.is_neox else -1
+
+
+class Scratch:
+    """Memory for tensors that live shortly, by name: had from the system once, and not for each of many."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Where the last one of that name lay, if there is room."""
+        held, size = self._held.get(name), math.prod(shape)
+        if held is None or (held.dtype, held.device) != (dtype, device) or len(held) < size:
+            held = self._held[name] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(*shape)
 
 
 def _as_in_table(inv_freq: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -14,11 +14,14 @@ class Stopwatch:
     """For a dataclass whose fields named `*_ms` are times in milliseconds, zero at first."""
 
     @contextmanager
-    def timed(self, *stages: str) -> Iterator[None]:
-        """Add the time that the block takes to each of these fields."""
+    def timed(self, *stages: str, until: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Add the time that the block takes to each of these fields. `until` returns when what the block has only
+        launched has ended, too.
+        """
         start_s = time.perf_counter()
         try:
             yield
+            until()
         finally:
             passed_ms = 1e3 * (time.perf_counter() - start_s)
             for stage in stages:

@@ -1,18 +1,20 @@
 """What the blend asks of a chunk store, and how it puts and fetches beside the model's work.
 
-A store maps a chunk to its KV, a tensor `(2, L, T, H_kv * D)`: keys, rotated for positions 0 to T-1, and values.
+A store maps a chunk to its KV, a tensor `(2, L, T, H_kv * D)`: keys, rotated for the positions after the chunk's sink
+(S to S + T - 1 after one of S tokens), and values.
 A lost, corrupt or unreachable entry is a miss and is counted; a store never raises for it. KV is read in two steps:
 look chunks up, all at once, then take what is held, some at a time, straight from where the store keeps it.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
@@ -34,6 +36,28 @@ class StoreStats:
     num_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What `num_prompts` showed of a chunk's tokens: `mean`, fp32 `(T,)`."""
+
+    mean: torch.Tensor
+    num_prompts: int
+
+    @classmethod
+    def with_one_more(cls, known: Scores | None, scores: torch.Tensor) -> Scores:
+        """The last `REMEMBERED_PROMPTS` count most, so that scores follow what chunks really stand with."""
+        if known is None:
+            return cls(scores, 1)
+        num_prompts = min(known.num_prompts + 1, REMEMBERED_PROMPTS)
+        return cls(known.mean + (scores - known.mean) / num_prompts, num_prompts)
+
+
+REMEMBERED_PROMPTS = 16
+
+Missing = Literal["not_stored", "store_down"]
+"""Why a store doesn't give a chunk: it doesn't have it, or it failed."""
+Lacking = Literal[Missing, "not_scored"]
+"""Why a chunk isn't there, or that it is there without the scores of its tokens."""
 Pieces = Sequence[torch.Tensor]
 """A chunk's KV, cut along its tokens: `(2, L, t, H_kv * D)` each."""
 
@@ -46,12 +70,21 @@ class Retrieval(Protocol):
         """Which of them the store has, and keeps until the end."""
         ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether nothing is held because the store couldn't be asked."""
+        ...
+
     def take(self, indices: Sequence[int]) -> list[Pieces | None]:
         """The KV of the chunks at these indices, None for one that is not held or was lost.
 
         The tensors may be the store's own memory: they are valid until the retrieval ends. Each chunk is taken once.
         May be called from another thread, even when the retrieval has ended: then all is lost.
         """
+        ...
+
+    def scores(self, index: int) -> torch.Tensor | None:
+        """Of a chunk that was taken: the scores of its tokens, fp32 `(T,)` (`kvarena.core.scoring`), if it has them."""
         ...
 
 
@@ -73,6 +106,18 @@ class ChunkStore(Protocol):
     def close(self) -> None: ...
 
 
+class ScoredStore(ChunkStore, Protocol):
+    """A store that keeps scores of a chunk's tokens beside its KV."""
+
+    def add_scores(self, chunk: Chunk, scores: torch.Tensor) -> bool:
+        """Keep what one more prompt shows of a chunk's tokens, `(T,)`: the mean stays. False without an entry."""
+        ...
+
+
+def is_finite(kv: torch.Tensor) -> bool:
+    return all(bound.isfinite() for bound in kv.aminmax())
+
+
 def get(store: ChunkStore, chunk: Chunk) -> torch.Tensor | None:
     """A copy of one chunk's KV."""
     with store.retrieval([chunk]) as retrieval:
@@ -85,6 +130,8 @@ class FoundKV:
     """The retrieval of a store whose tensors outlive their entries."""
 
     found: Sequence[torch.Tensor | None]
+    all_scores: Sequence[Scores | None] = field(default=(), kw_only=True)
+    failed: bool = field(default=False, kw_only=True)
 
     @property
     def held(self) -> Sequence[bool]:
@@ -93,6 +140,10 @@ class FoundKV:
     def take(self, indices: Sequence[int]) -> list[Pieces | None]:
         taken = (self.found[index] for index in indices)
         return [None if kv is None else (kv,) for kv in taken]
+
+    def scores(self, index: int) -> torch.Tensor | None:
+        scores = self.all_scores[index] if self.all_scores else None
+        return None if scores is None else scores.mean
 
 
 Item = TypeVar("Item")
@@ -111,27 +162,42 @@ def one_ahead(executor: Executor, call: Callable[[Item], Result], items: Iterabl
         yield under_way.result()
 
 
+def spread_thread() -> None:
+    """Lets the calling thread run on every core that a thread of this process may use. vLLM binds each of its threads
+    to a core, and one that they start inherits that: it would wait for the thread that it is to relieve.
+    """
+    cores: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # it has ended
+            cores |= os.sched_getaffinity(int(thread))
+    os.sched_setaffinity(0, cores)
+
+
 class BackgroundPuts:
     """Puts KV into a store one after the other, in a thread of its own. Order and outcome are the store's."""
 
     def __init__(self, store: ChunkStore) -> None:
         self._store = store
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvarena-put")
+        self._thread = ThreadPoolExecutor(1, "kvarena-put", initializer=spread_thread)
         self._waiting: deque[tuple[Chunk, int, Future[bool]]] = deque()
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> None:
         """Returns at once, unless more than `MAX_WAITING_BYTES` wait."""
         while self._num_bytes > MAX_WAITING_BYTES:
             self._waiting.popleft()[2].exception()
-        self._waiting.append((chunk, kv.nbytes, self._thread.submit(self._store.put, chunk, kv)))
+        self.after_puts(chunk, kv.nbytes, self._store.put, chunk, kv)
 
-    def wait_for(self, chunks: Iterable[Chunk]) -> None:
-        """Returns when none of these waits any more, so that the store can be asked for them."""
+    def after_puts(self, chunk: Chunk, num_bytes: int, call: Callable[..., bool], *args: object) -> None:
+        """A call to the store that concerns this chunk, in its turn."""
+        self._waiting.append((chunk, num_bytes, self._thread.submit(call, *args)))
+
+    def wait_for(self, chunks: Iterable[Chunk], timeout_s: float) -> None:
+        """Returns when none of these waits any more, so that the store can be asked for them; or when the time is over,
+        for a store may hang.
+        """
         self._drop_done()
         wanted = set(chunks)
-        for chunk, _, future in self._waiting:
-            if chunk in wanted:
-                future.exception()
+        wait([future for chunk, _, future in self._waiting if chunk in wanted], timeout_s)
 
     def close(self) -> None:
         """Everything that waits is put away first."""

@@ -8,8 +8,8 @@ engine tokenises, prefills, samples and reports. Who does what:
 | chat template, stop strings, logprob texts, usage, errors as HTTP | x | |
 | tokenising, limits of the context, KV, sampling, seeds, timings | | x |
 
-In order: the tokenizer, requests and reports, a report's spans, `Generation` and `Engine`; the last reports by request
-id; a prompt's token ids, and how many more fit after it. No torch, no HTTP.
+In order: the tokenizer, requests and reports, a report's spans and misses, `Generation` and `Engine`; the last reports
+by request id; a prompt's token ids, and how many more fit after it. No torch, no HTTP.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
 
 
 FinishReason = Literal["stop", "length"]
+
+
+class PromptTooLong(ValueError):
+    """The prompt exceeds the model's context."""
 
 
 class EngineUnavailable(RuntimeError):
@@ -97,11 +101,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """A drawn token. `top` are the most likely ones, best first, `(token id, logprob)`."""
+    """A drawn token. `top` are the most likely ones, best first, `(token id, logprob)`. `is_end`: an end-of-sequence
+    token that ends the answer. It counts as the others do, and is no text.
+    """
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    is_end: bool = False
 
 
 @dataclass
@@ -135,10 +142,23 @@ def spans_of(reused: Iterable[tuple[int, int, str]], num_prompt_tokens: int) -> 
     return [{"start": start, "end": end, "source": source} for start, end, source in ranges if start < end]
 
 
+MissReason = Literal[
+    "never_seen",
+    "other_salt",
+    "other_model",
+    "evicted",
+    "store_down",
+    "boundary_inside_token",
+    "too_short",
+    "mostly_new",
+]
+"""Why a chunk wasn't reused (docs/http.md). Of other salts only the empty one is told: a tenant's is its secret."""
+
+
 class Generation(Protocol):
     """A running request. The server iterates it in one thread of its own and always calls `close`.
 
-    Tokens end when `finish_reason` is set: "stop" at an end-of-sequence token (which is not yielded), else "length".
+    Tokens end when `finish_reason` is set: "stop" with an end-of-sequence token (the last one), else "length".
     `close` gives everything back, from any thread and more than once, without waiting for a token under way, which may
     still be yielded; a closed generation ends with its next token at the latest. `prompt_token_ids` are known with the
     first token: what a text's first token looks like depends on what stands before it.
@@ -183,39 +203,59 @@ class Engine(Protocol):
 TOKEN_COUNTS = ("num_reused_tokens", "num_recomputed_tokens", "num_computed_tokens")
 
 
-_CHOICE_NUMBER, _PROMPT_NUMBER = re.compile(r"(\d+_)?"), re.compile(r"(-\d+)?")
+_CHOICE_NUMBER, _PROMPT_NUMBER = re.compile(r"(\d+_)?"), re.compile(r"([-_]\d+)?")
 
 
 class ReportLog:
-    """The last reports by request id. Thread-safe.
+    """The last reports by request id, as many as hold at most `max_values` numbers and texts together. Thread-safe.
 
     A report belongs to whoever has the whole id of the answer. The requests of one answer have that id with a number
-    after it (one prompt of many) or before it (vLLM's one choice of many); the newest is theirs.
+    after it (one prompt of many, one turn of a response) or before it (vLLM's one choice of many); the newest is
+    theirs.
     """
 
-    def __init__(self, max_reports: int = 1024) -> None:
+    def __init__(self, max_reports: int = 1024, max_values: int = 1 << 20) -> None:
         self._max_reports = max_reports
+        self._max_values = max_values
+        self._num_values = 0
         self._reports: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, report: dict[str, Any]) -> None:
+        """The newest is kept, however long it is."""
         with self._lock:
-            self._reports.pop(report["request_id"], None)
+            self._drop(report["request_id"])
             self._reports[report["request_id"]] = report
-            while len(self._reports) > self._max_reports:
-                self._reports.popitem(last=False)
+            self._num_values += _num_values(report)
+            while len(self._reports) > 1 and (
+                len(self._reports) > self._max_reports or self._num_values > self._max_values
+            ):
+                self._drop(next(iter(self._reports)))
 
     def forget(self, answer_id: str) -> None:
         """What is kept for this answer, as `get` finds it."""
         with self._lock:
             for key in [key for key in self._reports if _is_of_answer(key, answer_id)]:
-                del self._reports[key]
+                self._drop(key)
 
     def get(self, answer_id: str) -> dict[str, Any] | None:
         with self._lock:
             newest_first = reversed(self._reports.items())
             found = next((report for key, report in newest_first if _is_of_answer(key, answer_id)), None)
         return found and {**found, "request_id": answer_id}
+
+    def _drop(self, request_id: str) -> None:
+        if (report := self._reports.pop(request_id, None)) is not None:
+            self._num_values -= _num_values(report)
+
+
+def _num_values(value: object) -> int:
+    """In lists and dicts, however deep."""
+    if isinstance(value, Mapping):
+        return sum(map(_num_values, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_num_values, value))
+    return 1
 
 
 def _is_of_answer(request_id: str, answer_id: str) -> bool:
@@ -256,13 +296,16 @@ def check_in_vocabulary(token_ids: list[int], vocab_size: int) -> None:
 
 
 def num_tokens_to_generate(num_prompt_tokens: int, wanted: int | None, model: ServedModel) -> int:
-    """`wanted`, or what is left of the context. Raises `ValueError` when there is no such room."""
+    """`wanted`, as far as the context goes. Raises `PromptTooLong` for a prompt that exceeds it, and `ValueError` for
+    one that fills it and for a `wanted` that no prompt leaves room for.
+    """
     longest = model.max_model_len
-    if num_prompt_tokens >= longest:
-        raise ValueError(f"the prompt has {num_prompt_tokens} tokens; this model's context of {longest} leaves no room")
-    if wanted is not None and num_prompt_tokens + wanted > longest:
-        raise ValueError(
-            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {wanted}; together they exceed the context "
-            f"of {longest} tokens"
-        )
-    return longest - num_prompt_tokens if wanted is None else wanted
+    limit = f"this model's maximum context length is {longest} tokens"
+    if wanted is not None and wanted > longest:
+        raise ValueError(f"{limit}; max_tokens is {wanted}")
+    if num_prompt_tokens > longest:
+        raise PromptTooLong(f"{limit}; the prompt has {num_prompt_tokens}")
+    if num_prompt_tokens == longest:
+        raise ValueError(f"{limit}; the prompt fills it, and an answer needs room")
+    room = longest - num_prompt_tokens
+    return room if wanted is None else min(wanted, room)

@@ -22,7 +22,7 @@ class ChunkHead(SelectionPolicy):
     ratio: float = ratio_parameter()
     head_tokens: int = parameter(
         0,
-        "So many tokens of each chunk, in place of the ratio; 0 means the ratio.",
+        "Number of tokens to recompute in each chunk, in place of the ratio; 0 means the ratio.",
         unit="tokens",
         at_least=0,
         at_most=65536,

@@ -72,7 +72,9 @@ class KVDeviation(SelectionPolicy):
             before = reused_kv(layer)[rows]
             now = getattr(fresh, self.deviation)[candidates.to(rows.device)]
             distance = (now.float() - before.float()).square_().sum(dim=(1, 2))
-            chosen = candidates[best_runs(context.summed(distance), count, self.run_tokens)]
+            scores = context.summed(distance)
+            context.show(f"squared distance of its {self.deviation}, layer {layer}", positions[candidates], scores)
+            chosen = candidates[best_runs(scores, count, self.run_tokens)]
             return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
 
         return most_deviating

@@ -6,7 +6,6 @@ The fields of `BlendParams` are those that the policies declare (`kvarena.polici
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -86,20 +85,28 @@ def make_policy(params: BlendParams) -> SelectionPolicy:
 
 
 def describe_parameters() -> dict[str, dict[str, Any]]:
-    """For the API: each parameter's type, bounds or choices, default and help, and the policies that have it."""
+    """For the API: each parameter's type, bounds or choices, default and help, and the policies that have it; with the
+    policy itself, a line on each of its choices.
+    """
+    lines = {name: (cls.__doc__ or "").partition("\n")[0] for name, cls in REGISTRY.items()}
     return {
         name: {
             **own.describe(),
+            **({"explanations": lines} if own is POLICY else {}),
             "policies": [policy for policy in POLICIES if own is POLICY or name in OPTIONS[policy]],
         }
         for name, own in PARAMETERS.items()
     }
 
 
+MAX_TTFT_MS = 86_400_000
+"""A day."""
+
+
 def check_max_ttft_ms(max_ttft_ms: object, params: BlendParams) -> float:
     """A time to first token that chooses the ratio. Raises `ValueError` for what isn't one, or chooses nothing."""
-    if isinstance(max_ttft_ms, bool) or not isinstance(max_ttft_ms, int | float) or not 0 < max_ttft_ms < math.inf:
-        raise ValueError(f"max_ttft_ms must be a number above 0, not {max_ttft_ms!r}")
+    if isinstance(max_ttft_ms, bool) or not isinstance(max_ttft_ms, int | float) or not 0 < max_ttft_ms <= MAX_TTFT_MS:
+        raise ValueError(f"max_ttft_ms must be a number above 0 and at most {MAX_TTFT_MS}, not {max_ttft_ms!r:.50}")
     if not params.goes_by_ratio:
         raise ValueError(f"max_ttft_ms chooses the ratio, which {params.policy} doesn't go by here")
     return float(max_ttft_ms)

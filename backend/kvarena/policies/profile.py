@@ -12,7 +12,7 @@ from typing import Any
 from kvarena.policies.params import PARAMETERS, BlendParams
 
 MODEL_PROFILE_NAME = "kvarena.json"
-BLEND_FIELDS = ("separator", *PARAMETERS)
+BLEND_FIELDS = ("separator", "sink_tokens", *PARAMETERS)
 PROFILE_FIELDS = ("data", *BLEND_FIELDS)
 """`data` is the folder of documents that goes with a model, relative to the model's own."""
 
@@ -26,8 +26,8 @@ def read_model_profile(model: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        profile = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        profile = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(profile, dict) or (unknown := set(profile) - set(PROFILE_FIELDS)):
         names = ", ".join(PROFILE_FIELDS)
@@ -36,7 +36,7 @@ def read_model_profile(model: str) -> dict[str, Any]:
 
 
 def read_blend_profile(model: str) -> dict[str, Any]:
-    """The part of `read_model_profile` that the blend takes: its separator, and fields of `BlendParams`."""
+    """The part of `read_model_profile` that the blend takes: its separator and sink, and fields of `BlendParams`."""
     return {key: value for key, value in read_model_profile(model).items() if key in BLEND_FIELDS}
 
 

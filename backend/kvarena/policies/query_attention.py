@@ -41,17 +41,25 @@ class QueryAttention(SelectionPolicy):
         if not len(reused):
             return Selection(reused)
         (layer,) = self.watched_layers(context.num_layers)
-        scores = _attention(context.question_queries(layer), context.reused_keys(layer))
-        best = best_runs(context.summed(scores), share_of(len(reused), self.ratio), self.run_tokens)
+        attention = _attention(context.question_queries(layer), context.reused_keys(layer))
+        scores = context.summed(attention.mean(dim=0))
+
+        def seen_from() -> torch.Tensor:
+            return context.question_positions()[context.summed(attention).argmax(dim=0)]
+
+        context.show(f"share of the question's attention, layer {layer}", reused, scores, seen_from)
+        best = best_runs(scores, share_of(len(reused), self.ratio), self.run_tokens)
         return Selection(reused[best.sort().values])
 
 
 def _attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """What each key `(T, H_kv, D)` gets of the attention of queries `(T_q, H, D)`, averaged: `(T,)`, sums to 1."""
+    """What each key `(T, H_kv, D)` gets of the attention of queries `(T_q, H, D)`, averaged over the heads: `(T_q, T)`,
+    whose rows sum to 1.
+    """
     import torch
 
     num_queries, num_heads, head_size = queries.shape
     num_kv_heads = keys.shape[1]
     grouped = queries.view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)
     products = torch.einsum("qkgd,tkd->kgqt", grouped, keys).float() / math.sqrt(head_size)
-    return products.softmax(dim=-1).mean(dim=(0, 1, 2))
+    return products.softmax(dim=-1).mean(dim=(0, 1))

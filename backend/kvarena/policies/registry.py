@@ -21,10 +21,12 @@ Value = float | int | str
 PolicyClass = TypeVar("PolicyClass", bound=type[SelectionPolicy])
 
 DEFAULT_POLICY = "kv_deviation"
-_REQUEST_KEYS = ("policy", "max_ttft_ms", "store", "chunks")
-_BLEND_SETTINGS = ("separator", "min_chunk_tokens", "store_bytes", "index_path", "unsupported", "engine", "port")
+REQUEST_KEYS = ("max_ttft_ms", "store", "chunks", "token_scores")
+"""What a request says beside a policy and its parameters."""
+_CHUNK_SETTINGS = ("separator", "sink_tokens", "min_chunk_tokens")
+_BLEND_SETTINGS = (*_CHUNK_SETTINGS, "step_tokens", "store_bytes", "index_path", "unsupported", "engine", "port")
 _LMCACHE_SETTINGS = ("lmcache_url", "lmcache_http_url", "lmcache_timeout_s")
-RESERVED = frozenset((*_REQUEST_KEYS, *_BLEND_SETTINGS, *_LMCACHE_SETTINGS))
+RESERVED = frozenset(("policy", *REQUEST_KEYS, *_BLEND_SETTINGS, *_LMCACHE_SETTINGS))
 """What stands beside the parameters in a request or in the settings of the blend, and can't be the name of one."""
 _NO_POLICIES = ("params", "profile", "registry")
 _KEY = "parameter"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kvarena.core.plan import Chunk, ChunkKey, TokenIds
-from kvarena.core.store import FoundKV, StoreStats
+from kvarena.core.store import FoundKV, Scores, StoreStats
 
 
 class MemoryStore:
@@ -22,6 +22,7 @@ class MemoryStore:
         self.num_bytes = 0
         self.stats = StoreStats()
         self._entries: OrderedDict[ChunkKey, tuple[TokenIds, torch.Tensor]] = OrderedDict()
+        self._scores: dict[ChunkKey, Scores] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -30,7 +31,8 @@ class MemoryStore:
     @contextmanager
     def retrieval(self, chunks: Sequence[Chunk]) -> Iterator[FoundKV]:
         with self._lock:
-            found = FoundKV([self._get(chunk) for chunk in chunks])
+            all_scores = [self._scores.get(chunk.key) for chunk in chunks]
+            found = FoundKV([self._get(chunk) for chunk in chunks], all_scores=all_scores)
         yield found
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
@@ -47,9 +49,17 @@ class MemoryStore:
             self._note_sizes()
             return True
 
+    def add_scores(self, chunk: Chunk, scores: torch.Tensor) -> bool:
+        with self._lock:
+            if chunk.key not in self._entries:
+                return False
+            self._scores[chunk.key] = Scores.with_one_more(self._scores.get(chunk.key), scores)
+            return True
+
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._scores.clear()
             self.num_bytes = 0
             self._note_sizes()
 
@@ -60,6 +70,7 @@ class MemoryStore:
         """Compare every derived figure with the entries themselves. Raises `AssertionError`."""
         with self._lock:
             assert self.num_bytes == sum(kv.nbytes for _, kv in self._entries.values()) <= self.budget_bytes
+            assert self._scores.keys() <= self._entries.keys()
             for key, (token_ids, kv) in self._entries.items():
                 assert kv.shape[2] == len(token_ids), f"entry {key.hex()} has {kv.shape[2]} of {len(token_ids)} tokens"
 
@@ -77,5 +88,6 @@ class MemoryStore:
 
     def _drop(self, key: ChunkKey) -> None:
         entry = self._entries.pop(key, None)
+        self._scores.pop(key, None)
         if entry:
             self.num_bytes -= entry[1].nbytes

@@ -1,10 +1,10 @@
 """A SQLite file that several processes of one machine read and write, and the known chunks kept in one.
 
 SQLite does the locking. What is in such a file can be found out again, so no answer fails for it. While others keep the
-file locked, or the disk is full, nothing is read and what is to be written waits for the next write. A file that is
-damaged is given up with a warning: reading then gives nothing, and writing does nothing. Of known
-chunks only the token ids are kept, so that they survive a restart; the KV is the store's. A chunk known here and lost
-there is computed again.
+file locked, or the disk is full, nothing is read and what is to be written waits; it is tried again after a while. A
+file that is damaged is given up with a warning: reading then gives nothing, and writing does nothing. Of known chunks
+only the token ids are kept, so that they survive a restart; the KV is the store's. A chunk known here and lost there is
+computed again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from kvarena.core.matching import ChunkIndex
-from kvarena.core.plan import Chunk
+from kvarena.core.matching import ChunkIndex, sink_of
+from kvarena.core.plan import NO_SINK, Chunk, ChunkKey, TokenIds
 
 logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 0.1
 """Short, for a scheduler waits; what wasn't written is written later."""
+PAUSE_S = 2.0
+"""After a failure nobody waits again for so long."""
+MAX_VALUES = 500
+"""In one statement; SQLite has a limit."""
 _PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 """Errors that may be gone the next time."""
 MAX_WAITING_ROWS = 10_000
@@ -36,15 +40,14 @@ class SharedFile:
     """Not thread-safe. Readable by its owner only. `what` names what it keeps, in warnings."""
 
     def __init__(self, path: Path, schema: str, what: str) -> None:
-        self._what = what
+        self._path, self._schema, self._what = path, schema, what
         self._data_version = -1
         self._waiting: deque[tuple[str, Sequence[Sequence[object]]]] = deque()
         self._num_waiting_rows = 0
         self._file: sqlite3.Connection | None = None
-        try:
-            self._file = _open(path, schema)
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("%s can't be kept in %s: %s", what, path, error)
+        self._is_given_up = False
+        self._paused_until_s = 0.0
+        self._opened()
 
     def has_changed(self) -> bool:
         """Whether others have written since it was last asked; the first time it is true."""
@@ -54,30 +57,45 @@ class SharedFile:
         self._data_version = version[0][0]
         return True
 
-    def read(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        if self._file is None:
-            return []
+    def read(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]] | None:
+        """None where nothing could be read; `has_changed` is true again then."""
         try:
-            return self._file.execute(statement, values).fetchall()
+            if (file := self._opened()) is not None:
+                return file.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             self._fail(error)
-            return []
+        self._data_version = -1
+        return None
 
     def write(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
         """The statement for each of the rows, all or none of them. What couldn't be written before goes first."""
-        if self._file is None:
+        if self._is_given_up:
             return
         self._waiting.append((statement, rows))
         self._num_waiting_rows += len(rows)
         try:
-            while self._waiting:
-                with self._file:
-                    self._file.executemany(*self._waiting[0])
+            while self._waiting and (file := self._opened()) is not None:
+                with file:
+                    file.executemany(*self._waiting[0])
                 self._drop_oldest()
         except sqlite3.Error as error:
             self._fail(error)
-            while self._num_waiting_rows > MAX_WAITING_ROWS:
-                self._drop_oldest()
+        while self._num_waiting_rows > MAX_WAITING_ROWS:
+            self._drop_oldest()
+
+    def _opened(self) -> sqlite3.Connection | None:
+        """None after a failure: for a while, or for good."""
+        if self._is_given_up or time.monotonic() < self._paused_until_s:
+            return None
+        if self._file is None:
+            try:
+                self._file = _open(self._path, self._schema)
+            except sqlite3.Error as error:
+                self._fail(error)
+            except OSError as error:
+                logger.warning("%s can't be kept in %s: %s", self._what, self._path, error)
+                self.close()
+        return self._file
 
     def _drop_oldest(self) -> None:
         _, rows = self._waiting.popleft()
@@ -86,14 +104,15 @@ class SharedFile:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        self._file = None
+        self._file, self._is_given_up = None, True
         self._waiting.clear()
 
     def _fail(self, error: sqlite3.Error) -> None:
         if (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _PASSING:
             logger.warning("%s can't be read or written for now: %s", self._what, error)
+            self._paused_until_s = time.monotonic() + PAUSE_S
         else:
-            logger.warning("%s are no longer kept on disk: %s", self._what, error)
+            logger.warning("%s are no longer kept in %s: %s", self._what, self._path, error)
             self.close()
 
 
@@ -109,7 +128,8 @@ def _open(path: Path, schema: str) -> sqlite3.Connection:
 
 _SCHEMA = """CREATE TABLE IF NOT EXISTS chunks (
     id INTEGER PRIMARY KEY, model TEXT NOT NULL, key BLOB NOT NULL, salt TEXT NOT NULL, token_ids BLOB NOT NULL,
-    added_at REAL NOT NULL, UNIQUE (model, key));"""
+    added_at REAL NOT NULL, UNIQUE (model, key));
+CREATE INDEX IF NOT EXISTS chunks_by_key ON chunks (key);"""
 
 
 class KnownChunks:
@@ -121,9 +141,11 @@ class KnownChunks:
 
     KEPT_DAYS = 30
 
-    def __init__(self, path: str, model: str) -> None:
+    def __init__(self, path: str, model: str, sink: TokenIds = NO_SINK) -> None:
+        """`sink`: what the model's chunks are computed after; those of another sink are another model's."""
         self.index = ChunkIndex()
-        self._model = model
+        self._sink = sink
+        self._model = model = f"{model}-after-{'-'.join(map(str, sink))}" if len(sink) else model
         self._last_id = 0
         self._file = SharedFile(Path(path), _SCHEMA, "known chunks") if path else None
         self._write(
@@ -139,17 +161,33 @@ class KnownChunks:
             "SELECT id, salt, token_ids FROM chunks WHERE model = ? AND id > ? ORDER BY id",
             (self._model, self._last_id),
         )
-        for self._last_id, salt, token_ids in rows:
-            self._forget(self.index.add(Chunk(np.frombuffer(token_ids, np.int32), salt)))
+        for self._last_id, salt, token_ids in rows or ():
+            ids = np.frombuffer(token_ids, np.int32)
+            self._forget(self.index.add(Chunk(ids, salt, sink_of(ids, self._sink))))
 
-    def add(self, chunk: Chunk) -> None:
-        if chunk in self.index:
+    def add(self, *chunks: Chunk) -> None:
+        if not (new := [chunk for chunk in dict.fromkeys(chunks) if chunk not in self.index]):
             return
-        self._forget(self.index.add(chunk))
+        dropped = [one for chunk in new for one in self.index.add(chunk)]
         self._write(
             "INSERT OR IGNORE INTO chunks (model, key, salt, token_ids, added_at) VALUES (?, ?, ?, ?, ?)",
-            [(self._model, chunk.key, chunk.salt, chunk.token_ids.tobytes(), time.time())],
+            [(self._model, chunk.key, chunk.salt, chunk.token_ids.tobytes(), time.time()) for chunk in new],
         )
+        self._forget(dropped)  # which may be some of the new
+
+    def of_other_models(self, chunks: Sequence[Chunk]) -> set[ChunkKey]:
+        """Of these, what is known as a chunk of another model's KV; nothing where no file is kept."""
+        found: set[ChunkKey] = set()
+        for start in range(0, len(chunks) if self._file is not None else 0, MAX_VALUES):
+            found |= self._of_other_models(chunks[start : start + MAX_VALUES])
+        return found
+
+    def _of_other_models(self, chunks: Sequence[Chunk]) -> set[ChunkKey]:
+        assert self._file is not None
+        marks = ", ".join("?" * len(chunks))
+        statement = f"SELECT DISTINCT key FROM chunks WHERE model != ? AND key IN ({marks})"
+        rows = self._file.read(statement, [self._model, *(chunk.key for chunk in chunks)])
+        return {ChunkKey(key) for (key,) in rows or ()}
 
     def clear(self) -> None:
         for chunk in list(self.index):

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from kvarena.core.blend import MIN_RATIO
+from kvarena.core.costs import MIN_RATIO
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.prefilled_model import LayerKV, TokenFilter
 from kvarena.core.store import FoundKV
@@ -23,7 +23,7 @@ from kvarena.engines.hf.model import HFModel, UnsupportedModel
 from kvarena.policies.params import POLICIES, BlendParams
 from kvarena.stores.memory import MemoryStore
 from support import families
-from support.blended import Blended, cached_kv, make_prompts
+from support.blended import Blended, cached_kv, chunk_spans, make_prompts
 from support.references import CacheBlend
 from support.tiny_models import FAMILIES, tiny_tokenizer
 
@@ -62,11 +62,12 @@ def assert_exact(blended: Blended, prompts: list[str], params: BlendParams) -> N
 def assert_blind(blended: Blended, prompts: list[str], params: BlendParams = NONE) -> None:
     """Without recomputing, KV and logits are those of spans that see nothing else."""
     for ids in map(blended.encode, prompts):
-        result = blended.prefill(ids, params)
+        for _ in ("new chunks are computed alone", "and come from the store"):
+            result = blended.prefill(ids, params)
+            kv, logits = blended.blind(ids, chunk_spans(result.report))
+            assert_close(result.kv.filled(0, len(ids)), kv)
+            assert_close(result.logits, logits)
         assert result.report.num_reused_tokens > 100
-        kv, logits = blended.blind(ids, result.report.spans)
-        assert_close(result.kv.filled(0, len(ids)), kv)
-        assert_close(result.logits, logits)
 
 
 def tiny_model(kind: str, **settings: Any) -> HFModel:
@@ -117,13 +118,7 @@ def test_kv_deviation_equals_cacheblend_written_out(
     monkeypatch.setattr(any_blended.model, "piece_tokens", piece_tokens)
     reference = CacheBlend(any_blended.reference.config.name_or_path, {check_layer: ratio})
     for ids in map(any_blended.encode, make_prompts(2, 2)):
-        result = any_blended.prefill(ids, BlendParams(ratio=ratio, check_layer=check_layer))
-        spans = [{"start": start, "end": end} for start, end in result.report.spans]
-        end = spans[-1]["end"]
-        kv = cached_kv(reference.blended_kv(torch.tensor([ids[:end]]), spans))
-        assert_close(result.kv.filled(0, end), kv)
-        assert result.report.num_recomputed_tokens == reference.num_selected
-        assert result.report.store_errors == 0
+        assert_equals_cacheblend(any_blended, reference, ids, BlendParams(ratio=ratio, check_layer=check_layer))
 
 
 @pytest.mark.parametrize("piece_tokens", [512, 50])
@@ -146,13 +141,19 @@ def test_its_variants_equal_cacheblend_written_out(
     monkeypatch.setattr(blended.model, "piece_tokens", piece_tokens)
     reference = CacheBlend(blended.reference.config.name_or_path, ratios, asdict(params)["deviation"])
     for ids in map(blended.encode, make_prompts(2, 2)):
+        assert_equals_cacheblend(blended, reference, ids, params)
+
+
+def assert_equals_cacheblend(blended: Blended, reference: CacheBlend, ids: list[int], params: BlendParams) -> None:
+    """With new chunks, and with the same from the store."""
+    for _ in range(2):
         result = blended.prefill(ids, params)
-        spans = [{"start": start, "end": end} for start, end in result.report.spans]
+        spans = [{"start": start, "end": end} for start, end in chunk_spans(result.report)]
         end = spans[-1]["end"]
         kv = cached_kv(reference.blended_kv(torch.tensor([ids[:end]]), spans))
         assert_close(result.kv.filled(0, end), kv)
-        assert result.report.num_recomputed_tokens == reference.num_selected
         assert result.report.store_errors == 0
+    assert result.report.num_recomputed_tokens == reference.num_selected
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,7 @@ def test_its_variants_equal_cacheblend_written_out(
 def test_chunk_head_equals_the_heads_recomputed(any_blended: Blended, params: BlendParams, num_tokens: int) -> None:
     reference = CacheBlend(any_blended.reference.config.name_or_path, {})
     for ids in map(any_blended.encode, make_prompts(2, 2)):
+        any_blended.prefill(ids, NONE)
         result = any_blended.prefill(ids, params)
         spans = result.report.spans
         counts = [num_tokens or math.ceil(0.1 * (end - start)) for start, end in spans]
@@ -179,6 +181,7 @@ def test_query_attention_equals_it_written_out(
     monkeypatch.setattr(any_blended.model, "piece_tokens", piece_tokens)
     reference = CacheBlend(any_blended.reference.config.name_or_path, {})
     for ids in map(any_blended.encode, make_prompts(2, 2)):
+        any_blended.prefill(ids, NONE)
         result = any_blended.prefill(ids, BlendParams("query_attention", 0.1, check_layer))
         spans = result.report.spans
         in_spans = torch.cat([torch.arange(start, end) for start, end in spans])
@@ -195,6 +198,8 @@ def assert_equals_recomputed(
     kv = cached_kv(reference.kv_with_chosen(torch.tensor([ids[:end]]), spans, chosen))
     assert_close(result.kv.filled(0, end), kv)
     assert result.report.num_recomputed_tokens == len(chosen)
+    recomputed = [at for start, end in result.report.recomputed_spans for at in range(start, end)]
+    assert recomputed == sorted(chosen.tolist())
     assert result.report.store_errors == 0
 
 
@@ -206,7 +211,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     assert_exact(blended, make_prompts(3, 1), BlendParams(ratio=1.0, check_layer=2))
     for params in (BlendParams(ratio=0.2, check_layer=2), BlendParams(ratio=0.2, num_filters=3)):
         report = blended.prefill(blended.encode(make_prompts(3, 1)[0]), params).report
-        assert report.num_recomputed_tokens > 0
+        assert (report.num_recomputed_tokens > 0, report.store_misses) == (True, 0)
         assert report.store_errors == 0
     without_rotation = {"smollm3": [1, 3], "cohere2": [3]}.get(name, [])
     rotations = BlendableModel(blended.model).rotations
@@ -228,6 +233,7 @@ def test_chunks_are_computed_once_wherever_they_stand(blended: Blended) -> None:
     first, second = map(blended.encode, make_prompts(6, 2))
     cold = blended.prefill(first, NONE).report
     assert (cold.store_hits, cold.store_misses) == (0, 4)
+    assert (cold.num_reused_tokens, cold.num_computed_tokens, cold.spans) == (0, len(first), [])
     warm = blended.prefill(second, NONE).report
     assert warm.store_hits >= 3
     before = blended.model.num_forward_tokens
@@ -245,14 +251,58 @@ def test_known_chunks_are_found_without_separators(blended: Blended) -> None:
     assert_close(blended.prefill(ids, ALL).logits, blended.blind(ids, [])[1])
 
 
-def test_what_begins_the_prompt_is_exact_and_not_chosen(blended: Blended) -> None:
-    ids = blended.encode(make_prompts(8, 1, first_words=40)[0])
+@pytest.mark.parametrize("sink", [(), (0,)], ids=["alone", "after a sink"])
+def test_what_begins_the_prompt_is_exact_and_not_chosen(model_folders: dict[str, Path], sink: tuple[int, ...]) -> None:
+    blended = Blended.load(model_folders["llama"], sink=sink)
+    ids = [*sink, *blended.encode(make_prompts(8, 1, first_words=40)[0])]
     report = blended.prefill(ids, BlendParams(ratio=1e-6)).report
-    assert report.spans[0][0] == 0
+    assert report.computed_spans[0][0] == 0
     result = blended.prefill(ids, BlendParams(ratio=0.5))
     (_, end), *others = result.report.spans
     assert result.report.num_recomputed_tokens == -(-sum(high - low for low, high in others) // 2)
     assert_close(result.kv.filled(0, end), blended.blind(ids, [])[0][:, :, :, :end])
+
+
+def test_what_follows_the_sink_in_the_prompt_is_exact_and_not_chosen(blended: Blended) -> None:
+    """And a text at the prompt's beginning, where there is no sink before it, isn't."""
+    text = blended.encode(make_prompts(8, 1, first_words=40)[0])
+    alone = blended.prefill(text, BlendParams(ratio=0.5))
+    in_spans = sum(end - start for start, end in alone.report.spans)
+    assert alone.report.num_recomputed_tokens == -(-in_spans // 2)
+    ids = [*blended.sink, *text]
+    first, *others = blended.prefill(ids, NONE).report.spans
+    assert first[0] == len(blended.sink), "found where no separator marks it"
+    result = blended.prefill(ids, BlendParams(ratio=0.5))
+    assert result.report.num_recomputed_tokens == -(-sum(end - start for start, end in others) // 2)
+    end = first[1]
+    assert_close(result.kv.filled(0, end), blended.blind(ids, [])[0][:, :, :, :end])
+
+
+@pytest.mark.parametrize("params", [NONE, ALL, BlendParams(ratio=0.3, check_layer=2)], ids=["none", "all", "some"])
+@pytest.mark.parametrize("sink_tokens", [0, 1, 3])
+def test_sinks_of_any_length_do_what_is_written_out(
+    model_folders: dict[str, Path], sink_tokens: int, params: BlendParams
+) -> None:
+    """A sink is what the chat template begins every prompt with."""
+    model = HFModel.load(str(model_folders["llama"]), device="cpu", dtype="float32")
+    beginning = model.tokenizer.encode("<s>the old road\n")
+    template = "<s>the old road\n" + str(getattr(model.tokenizer, "chat_template"))  # noqa: B009
+    setattr(model.tokenizer, "chat_template", template)  # noqa: B010
+    reference = AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.float32).eval()
+    blended = Blended(model, reference, sink=tuple(beginning[:sink_tokens]))
+    prompts = make_prompts(24, 2)
+    if params is ALL:
+        assert_exact(blended, prompts, params)
+    elif params is NONE:
+        assert_blind(blended, prompts)
+    else:
+        for ids in map(blended.encode, prompts):
+            blended.prefill(ids, params)  # from then on the chunks are known
+            report = blended.prefill(ids, params).report
+            assert report.num_recomputed_tokens == -(
+                -3 * (report.num_reused_tokens + report.num_recomputed_tokens) // 10
+            )
+    model.close()
 
 
 def test_random_recomputes_the_same_share_each_time(blended: Blended) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def test_ratio_one_equals_plain_vllm(model: str) -> None:
     outcomes = run_in_engine(run_steps, model, MEMORY, steps, {})
     assert [outcome.tokens[0] for outcome in outcomes] == expected
     reports = [outcome.reports[0] for outcome in outcomes]
+    assert (reports[0]["num_recomputed_tokens"], reports[0]["num_reused_tokens"]) == (0, 0), "nothing was known"
     assert sum(report["num_recomputed_tokens"] for report in reports) > 1000
     assert sum(report["store_hits"] for report in reports) > 20
     for report in reports:
@@ -91,13 +93,20 @@ def test_kv_deviation_equals_cacheblend_written_out(
     model: str, settings: dict[str, Any], ratio: float, check_layer: int
 ) -> None:
     prompts = make_prompts(4, 8, all_separated=True)
-    steps = [Step([prompt], NUM_TOKENS, {"ratio": ratio, "check_layer": check_layer}) for prompt in prompts]
-    outcomes = run_in_engine(run_steps, model, MEMORY, steps, settings)
+    params = {"ratio": ratio, "check_layer": check_layer}
+    steps = [Step([prompt], NUM_TOKENS, params) for prompt in prompts]
+    # The same once more, over known chunks: a parameter of another policy keeps vLLM's prefix cache out.
+    again = [replace(step, kvarena=params | {"head_tokens": 1}) for step in steps]
+    outcomes = run_in_engine(run_steps, model, MEMORY, [*steps, *again], settings)
     reference = CacheBlend(model, {check_layer: ratio})
-    for prompt, outcome in zip(prompts, outcomes, strict=True):
-        assert outcome.tokens[0] == reference.generate(prompt, outcome.reports[0]["spans"], NUM_TOKENS)
-        assert outcome.reports[0]["num_recomputed_tokens"] == reference.num_selected
-        assert_counts(outcome.reports[0])
+    for prompt, new, known in zip(prompts, outcomes[: len(prompts)], outcomes[len(prompts) :], strict=True):
+        expected = reference.generate(prompt, known.reports[0]["spans"], NUM_TOKENS)
+        assert new.tokens[0] == known.tokens[0] == expected
+        assert new.reports[0]["num_recomputed_tokens"] <= reference.num_selected
+        assert known.reports[0]["num_recomputed_tokens"] == reference.num_selected
+        assert known.reports[0]["store_misses"] == 0
+        assert_counts(new.reports[0])
+        assert_counts(known.reports[0])
 
 
 ENDS = ("none", "all")
@@ -118,9 +127,12 @@ def test_every_policy_does_what_it_does_over_hugging_face(model: str, settings: 
     """That adapter's policies are tested against stock forwards; the same weights in vLLM pick the same tokens."""
     prompts = make_prompts(5, 2, all_separated=True)
     work = list(itertools.product(POLICIES, prompts))
+    cold = [Step([prompt], 1, {"policy": "none"}) for prompt in prompts]
     steps = [Step([prompt], NUM_TOKENS, policy) for policy, prompt in work]
-    outcomes = run_in_engine(run_steps, model, MEMORY, steps, settings)
+    outcomes = run_in_engine(run_steps, model, MEMORY, [*cold, *steps], settings)[len(prompts) :]
     blended = Blended.load(Path(model))
+    for prompt in prompts:
+        blended.prefill(blended.encode(prompt), BlendParams("none"))
     for (policy, prompt), outcome in zip(work, outcomes, strict=True):
         expected = blended.prefill(blended.encode(prompt), BlendParams(**policy))
         report = outcome.reports[0]
@@ -132,14 +144,53 @@ def test_every_policy_does_what_it_does_over_hugging_face(model: str, settings: 
         assert outcome.tokens[0] == blended.greedy(expected, NUM_TOKENS), policy
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 128, "max_num_seqs": 4}], ids=["whole", "pieces"])
+def test_scores_are_those_over_hugging_face(model: str, settings: dict[str, Any]) -> None:
+    """There they are compared with their definition; here they choose the same tokens."""
+    rng = random.Random(8)
+    pool = [random_text(rng, 70) for _ in range(4)]
+    orders = [rng.sample(pool, 4) for _ in range(5)]
+    prompts = [SEPARATOR.join([random_text(rng, 4), *order, random_text(rng, 5)]) for order in orders]
+    chosen: dict[str, Any] = {"policy": "stored_deviation", "ratio": 0.15}
+    steps = [Step([prompt], 1, {"policy": "none", "store": "scores"}) for prompt in prompts[1:]]
+    *scoring, outcome = run_in_engine(
+        run_steps, model, MEMORY, [*steps, Step(prompts[:1], NUM_TOKENS, chosen)], settings
+    )
+    blended = Blended.load(Path(model))
+    for prompt, scored in zip(prompts[1:], scoring, strict=True):
+        blended.blender.score(blended.encode(prompt))
+        report = scored.reports[0]
+        assert_counts(report)
+        assert report["num_reused_tokens"] == 0
+    ids = blended.encode(prompts[0])
+    expected = blended.prefill(ids, BlendParams(**chosen))
+    report = outcome.reports[0]
+    assert report["unscored_chunks"] == expected.report.unscored_chunks == 0
+    assert report["num_recomputed_tokens"] == expected.report.num_recomputed_tokens > 0
+    assert outcome.tokens[0] == blended.greedy(expected, NUM_TOKENS)
+
+
+def test_a_blend_in_pieces_is_the_same_for_every_policy(model: str) -> None:
+    prompts = make_prompts(7, 2, all_separated=True)
+    steps = [Step([prompt], NUM_TOKENS, policy) for policy in [{"ratio": 1.0}, *POLICIES] for prompt in prompts]
+    at_once = run_in_engine(run_steps, model, MEMORY, steps, {})
+    in_pieces = run_in_engine(run_steps, model, replace(MEMORY, step_tokens=20), steps, {})
+    assert max(outcome.arrivals[0][0] for outcome in in_pieces) > 10
+    for ours, theirs in zip(in_pieces, at_once, strict=True):
+        assert ours.tokens == theirs.tokens
+        for count in ("num_recomputed_tokens", "num_reused_tokens", "store_hits", "store_misses", "spans"):
+            assert ours.reports[0][count] == theirs.reports[0][count]
+
+
 def test_ranks_of_a_spread_model_pick_the_same_tokens(model: str) -> None:
-    """Half of the heads in each of two workers: the tokens of the whole model in one."""
+    """Half of the heads in each of two workers: the tokens of the whole model in one, and in pieces, too."""
     prompts = make_prompts(6, 3, all_separated=True)
     policies: list[dict[str, Any] | None] = [{"ratio": 1.0}, {"ratio": 0}, {"ratio": 0.2, "check_layer": 2}]
     policies += [POLICIES[3], {"max_ttft_ms": 0.001}]
     steps = [Step([prompt], NUM_TOKENS, policy) for policy in policies for prompt in prompts]
     one = run_in_engine(run_steps, model, MEMORY, steps, {})
-    two = run_in_engine(run_steps, model, MEMORY, steps, {"tensor_parallel_size": 2})
+    pieces = replace(MEMORY, step_tokens=150)
+    two = run_in_engine(run_steps, model, pieces, steps, {"tensor_parallel_size": 2})
     assert [outcome.tokens for outcome in two] == [outcome.tokens for outcome in one]
     for ours, theirs in zip(two, one, strict=True):
         for count in ("num_recomputed_tokens", "num_reused_tokens", "store_hits", "store_errors"):

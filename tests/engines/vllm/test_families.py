@@ -27,7 +27,8 @@ def run(model: Path, prompts: list[str]) -> tuple[list[list[int]], Outcome, Outc
     """Tokens of plain vLLM, and what the blend did at the ratios 0 and 1, and in between."""
     plain = run_in_engine(plain_tokens, str(model), prompts, NUM_TOKENS, **PIECES)
     steps = [Step(prompts, NUM_TOKENS, dataclasses.asdict(DEVIATION) | {"ratio": ratio}) for ratio in (0, 1, 0.2)]
-    naive, exact, blend = run_in_engine(run_steps, str(model), MEMORY, steps, PIECES)
+    cold = Step(prompts, 1, {"policy": "none"})
+    _, naive, exact, blend = run_in_engine(run_steps, str(model), MEMORY, [cold, *steps], PIECES)
     assert sum(report["num_reused_tokens"] for report in naive.reports) > 500
     assert sum(report["num_recomputed_tokens"] for report in exact.reports) > 500
     assert sum(report["store_errors"] for report in naive.reports + exact.reports + blend.reports) == 0
@@ -44,6 +45,8 @@ def test_family(name: str, tmp_path: Path) -> None:
     for prompt, report, tokens in zip(prompts, naive.reports, naive.tokens, strict=True):
         assert tokens == reference.generate(prompt, report["spans"], NUM_TOKENS)
     blended = Blended.load(model)
+    for prompt in prompts:
+        blended.prefill(blended.encode(prompt), BlendParams("none"))
     for prompt, report, tokens in zip(prompts, blend.reports, blend.tokens, strict=True):
         expected = blended.prefill(blended.encode(prompt), DEVIATION)
         assert report["num_recomputed_tokens"] == expected.report.num_recomputed_tokens > 0

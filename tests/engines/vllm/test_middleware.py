@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,8 @@ REPORT = {
     "num_computed_tokens": 1,
     "store_hits": 2,
     "blend_ms": 1.23456,
+    "misses_by_reason": {"never_seen": 2},
+    "misses": [{"start": 0, "end": 4, "reason": "never_seen"}, {"start": 4, "end": 9, "reason": "never_seen"}],
     "spans": [{"start": 0, "end": 9, "source": "reused"}],
 }
 
@@ -48,6 +51,11 @@ async def complete(request: Request) -> Response:
         raise RuntimeError("the engine is dead")
     if body["prompt"] == "refuse":
         return JSONResponse({"error": {"message": "no"}}, 400)
+    if body["prompt"] == "long":
+        message = "This model's maximum context length is 2048 tokens. However, your prompt contains 2049."
+        return JSONResponse({"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}, 400)
+    if body["prompt"] == "unparsed":
+        return JSONResponse({"detail": "There was an error parsing the body"}, 400)
     if body["prompt"] == "gone":
         return JSONResponse(None)  # vLLM's answer to a client that has gone
     if "report" in body:
@@ -80,7 +88,8 @@ def make_app(*, api_key: list[str] | None = None, connector: str = "") -> Starle
     app = Starlette(routes=routes, middleware=[Middleware(AccessMiddleware)])
     app.state.args = SimpleNamespace(api_key=api_key)
     transfer = SimpleNamespace(kv_connector=connector) if connector else None
-    app.state.vllm_config = SimpleNamespace(kv_transfer_config=transfer)
+    model = SimpleNamespace(max_model_len=2048)
+    app.state.vllm_config = SimpleNamespace(kv_transfer_config=transfer, model_config=model)
     return app
 
 
@@ -163,6 +172,7 @@ def test_the_line_of_a_blend_is_its_report(logged: pytest.LogCaptureFixture, mon
     first, line = request_lines(logged)
     assert first["details"]["store_hits"] == 7
     assert line["details"] == {"store_hits": 2, "blend_ms": 1.2}
+    assert line["misses"] == {"never_seen": 2}
     assert (line["contender"], line["approximate"], line["num_generated_tokens"]) == ("blend", True, 2)
     assert [line[f"num_{name}_tokens"] for name in ("reused", "recomputed", "computed")] == [5, 3, 1]
 
@@ -176,3 +186,39 @@ def test_what_goes_wrong_has_its_line_too(logged: pytest.LogCaptureFixture) -> N
     send(app, "POST", "/nothing")
     outcomes = [(line["status"], line["finish"]) for line in request_lines(logged)]
     assert outcomes == [(400, "refused"), (500, "error"), (499, "abort"), (200, "error"), (404, "refused")]
+
+
+def test_the_lines_of_a_request_are_told_to_whoever_has_a_key(logged: pytest.LogCaptureFixture) -> None:
+    app, key = make_app(api_key=["sesame"]), {"authorization": "Bearer sesame"}
+    send(app, "POST", COMPLETIONS, json={"prompt": "a"}, headers={**key, "x-request-id": "told"})
+    (line,) = send(app, "GET", "/kvarena/log/told", headers=key).json()["lines"]
+    assert json.loads(line)["id"] == "cmpl-told"
+    assert send(app, "GET", "/kvarena/log/other", headers=key).json() == {"lines": []}
+    assert send(app, "GET", "/kvarena/log/told").status_code == 401
+
+
+def test_every_refusal_is_an_error_object(logged: pytest.LogCaptureFixture) -> None:
+    """Also FastAPI's own; and a prompt that is too long has OpenAI's code."""
+    app = make_app()
+    codes = {"unparsed": 400, "long": "context_length_exceeded"}
+    for prompt, code in codes.items():
+        reply = send(app, "POST", COMPLETIONS, json={"prompt": prompt})
+        assert (reply.status_code, int(reply.headers["content-length"])) == (400, len(reply.content))
+        assert reply.json()["error"]["code"] == code
+    assert send(app, "POST", COMPLETIONS, json={"prompt": "refuse"}).json() == {"error": {"message": "no"}}
+    assert [line["status"] for line in request_lines(logged)] == [400] * 3
+
+
+def test_a_body_that_is_too_large_never_reaches_vllm(logged: pytest.LogCaptureFixture) -> None:
+    """With its length said beforehand, and without."""
+    app, body = make_app(), json.dumps({"prompt": "a" * (4 << 20)}).encode()
+
+    async def parts() -> AsyncIterator[bytes]:
+        for at in range(0, len(body), 1 << 16):
+            yield body[at : at + (1 << 16)]
+
+    for content in (body, parts()):
+        reply = send(app, "POST", COMPLETIONS, content=content)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, 413)
+    assert [line["status"] for line in request_lines(logged)] == [413, 413]
+    assert send(app, "POST", COMPLETIONS, content=body[: 3 << 20] + b'"}').status_code == 200

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import torch
+from vllm.config import CUDAGraphMode, KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     EncoderOnlyAttentionSpec,
     FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
     SlidingWindowSpec,
 )
 
-from kvarena.engines.vllm.config import BlendConfig, kv_transfer_config
-from kvarena.engines.vllm.supported import refuse_spec
+from kvarena.engines.vllm.lmcache_connector import FailSafeLMCacheConnector
+from kvarena.engines.vllm.model import with_rows
+from kvarena.engines.vllm.supported import refuse_group, refuse_spec, refuse_unsupported
 from support.blended import make_prompts
 from support.families import LENGTH_DEPENDENT, save_kind
-from support.lmcache_server import free_port
-from support.vllm_engine import ENVIRONMENT, MEMORY, PIECES, Step, plain_tokens, run_in_engine, run_steps
+from support.tiny_models import save_adapter, save_tiny_model
+from support.vllm_engine import (
+    MEMORY,
+    PIECES,
+    Step,
+    adapted_tokens,
+    plain_tokens,
+    run_in_engine,
+    run_steps,
+)
+from support.vllm_server import api_server
 
 pytestmark = pytest.mark.slow
 PLAIN = replace(MEMORY, unsupported="plain")
@@ -82,6 +92,89 @@ def test_it_is_served_plain_where_that_is_wanted(name: str, tmp_path: Path) -> N
             assert report["num_reused_tokens"] == report["num_prefix_tokens"]
 
 
+def test_adapters_are_refused_or_served_plain(tmp_path: Path) -> None:
+    """Two adapters share a name, as they may over time: each has its own answers, and the base model has its own."""
+    model, prompts = str(save_tiny_model(tmp_path / "model")), make_prompts(0, 2)
+    adapters = [
+        None,
+        *(("adapter", str(save_adapter(tmp_path / str(seed), seed))) for seed in (1, 2)),
+    ]
+    with pytest.raises(ValueError, match=r"can't be blended: .*\(LoRA\).*--blend-unsupported plain"):
+        run_in_engine(adapted_tokens, model, MEMORY, prompts, adapters)
+    expected, _ = run_in_engine(adapted_tokens, model, None, prompts, adapters)
+    assert len({str(tokens) for tokens in expected}) == len(adapters), "the adapters change the answers"
+    tokens, reports = run_in_engine(adapted_tokens, model, PLAIN, prompts, adapters)
+    assert tokens == expected
+    for report in reports:
+        assert not report["approximate"]
+        assert report["num_recomputed_tokens"] == report["store_misses"] == 0
+        assert report["num_reused_tokens"] == report["num_prefix_tokens"]
+
+
+def test_adapters_are_refused_with_lmcache_too(tmp_path: Path) -> None:
+    """Its keys don't tell one adapter's KV from another's."""
+    transfer: dict[str, Any] = {
+        "kv_connector": "FailSafeLMCacheConnector",
+        "kv_connector_module_path": "kvarena.engines.vllm.lmcache_connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+    }
+    arguments = EngineArgs(
+        str(save_tiny_model(tmp_path)),
+        enable_lora=True,
+        max_lora_rank=8,
+        kv_transfer_config=KVTransferConfig(**transfer),
+    )
+    config = arguments.create_engine_config()
+    with pytest.raises(ValueError, match=r"adapters \(LoRA\)"):
+        FailSafeLMCacheConnector(config, KVConnectorRole.WORKER, KVCacheConfig(0, [], []))
+
+
+def test_a_draft_models_kv_is_refused(tmp_path: Path) -> None:
+    """A blend would leave it out."""
+    model, draft = str(save_tiny_model(tmp_path / "model")), str(save_tiny_model(tmp_path / "draft", seed=1))
+    settings = {"speculative_config": {"model": draft, "method": "draft_model", "num_speculative_tokens": 2}}
+    with pytest.raises(ValueError, match=r"can't be blended: layers beside its own keep KV.*--blend-unsupported plain"):
+        run_in_engine(run_steps, model, MEMORY, [], settings)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "reason"),
+    [
+        ({"decode_context_parallel_size": 2}, "context parallelism"),
+        ({"prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"data_parallel_size": 2}, "data-parallel ranks"),
+    ],
+)
+def test_kv_or_experts_over_several_devices(degrees: dict[str, int], reason: str, tmp_path: Path) -> None:
+    config = EngineArgs(str(save_kind(tmp_path, "qwen3_moe"))).create_engine_config()
+    for name, degree in degrees.items():
+        setattr(config.parallel_config, name, degree)
+    with pytest.raises(ValueError, match=reason):
+        refuse_unsupported(torch.nn.Module(), config, KVCacheConfig(0, [], []))
+
+
+def test_kernels_with_smaller_blocks_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer's take blocks of a few sizes, whatever the cache has."""
+    group = KVCacheGroupSpec(["layer.0"], FullAttentionSpec(**SHAPE))
+    layers = {"layer.0": SimpleNamespace(get_attn_backend=lambda: CPUAttentionBackend)}
+    refuse_group(group, layers)
+    monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", lambda _spec: [16, 32, 64])
+    with pytest.raises(ValueError, match=r"blocks of 64 tokens: --block-size 64 is needed"):
+        refuse_group(group, layers)
+
+
+def test_metadata_has_room_for_a_row_for_each_token_of_a_batch(tmp_path: Path) -> None:
+    """FlashAttention and FlashInfer have buffers for as many rows as there may be sequences, or CUDA graphs."""
+    config = EngineArgs(str(save_tiny_model(tmp_path)), max_num_seqs=4).create_engine_config()
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    roomy = with_rows(config, 2048)
+    assert roomy.scheduler_config.max_num_seqs == 2048
+    assert not roomy.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    assert config.scheduler_config.max_num_seqs == 4
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL
+
+
 SHAPE: dict[str, Any] = {"block_size": 128, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 
 
@@ -106,39 +199,8 @@ def test_a_window_as_long_as_the_context_is_ordinary_attention() -> None:
     refuse_spec(FullAttentionSpec(**SHAPE), 1024)
 
 
-@contextmanager
-def api_server(model: str, config: BlendConfig, log: Path) -> Iterator[httpx.Client]:
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--served-model-name", "tiny"]
-    command += ["--kv-transfer-config", kv_transfer_config(config)]
-    command += ["--middleware", "kvarena.engines.vllm.middleware.KVArenaMiddleware"]
-    environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            wait_for_health(client, process, log)
-            yield client
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def wait_for_health(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 300
-    while True:
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        try:
-            client.get("/health").raise_for_status()
-            return
-        except httpx.HTTPError:
-            time.sleep(0.5)
-
-
 def test_the_server_says_so(tmp_path: Path) -> None:
-    """Workers, scheduler and API server are processes of their own here."""
+    """The API server isn't the process that finds out."""
     kind, settings, reason = KINDS["window"]
     model, log = str(save_kind(tmp_path / "model", kind, **settings)), tmp_path / "server.log"
     (prompt,) = make_prompts(0, 1)

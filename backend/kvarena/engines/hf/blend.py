@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from kvarena.core.blend import Blender, BlendReport
+from kvarena.core.blend import Blender, BlendTask
 from kvarena.core.filtered_layer import FilteredLayer, forward_filtered
-from kvarena.core.matching import ChunkIndex, Planner, Segmenter
-from kvarena.core.plan import ReusePlan, TokenIds, as_token_ids
+from kvarena.core.matching import DEFAULT_SINK_TOKENS, ChunkIndex, Planner, Segmenter, prompt_beginning
+from kvarena.core.placement import wait_for
+from kvarena.core.plan import Chunk, ReusePlan, TokenIds, as_token_ids
 from kvarena.core.policy import SelectionPolicy
-from kvarena.core.prefilled_model import EndForward, LayerKV, OneRank, Ranks, TokenFilter
+from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, OneRank, OnLayer, Ranks, TokenFilter
+from kvarena.core.report import BlendReport
 from kvarena.core.rope import Rotation, rotations_of
-from kvarena.core.store import ChunkStore
+from kvarena.core.store import ScoredStore
 from kvarena.core.supported import decoder_layers, refuse_length_dependent, refuse_short_window
 from kvarena.engines.hf import attention
 from kvarena.engines.hf.model import HFModel, UnsupportedModel
@@ -194,19 +196,34 @@ class HFPrefilledModel:
         self._token_ids = token_ids
         self._cache = PromptCache(kv.filled(0, len(token_ids)))
 
-    def prefill_chunks(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
-        return [self._prefill_chunk(text) for text in texts]
+    def wait(self) -> None:
+        wait_for(self.device)
 
-    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def prefill_chunks(self, chunks: Sequence[Chunk], piece_tokens: int) -> InPieces[list[torch.Tensor | None]]:
+        computed: list[torch.Tensor | None] = []
+        for chunk in chunks:
+            if computed:
+                yield
+            computed.append((yield from self._prefill_chunk(chunk, piece_tokens)))
+        return computed
+
+    def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         where = positions.to(self.device)
-        own = self._cache.memory[layer]  # (2, H_kv, T, D)
-        own[0].index_copy_(1, where, keys.transpose(0, 1))
-        own[1].index_copy_(1, where, values.transpose(0, 1))
+        for number, own in enumerate((keys, values)):
+            self._cache.memory[:, number].index_copy_(2, where, own.transpose(1, 2))  # (L, H_kv, T, D)
 
     def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:
         pieces = [positions] if filters and self._engine.has_several_rotations else self._pieces(positions)
         filtered_layer = partial(HFFilteredLayer, self._engine.layers, self._cache)
         return forward_filtered(positions, pieces, self._run, filters, filtered_layer)
+
+    def observe(self, positions: torch.Tensor, on_layer: OnLayer) -> None:
+        def read(layer: int, queries: torch.Tensor) -> None:
+            under_way = self._cache.positions
+            keys, values = self._cache.memory[layer][:, :, under_way].transpose(1, 2)
+            on_layer(layer, under_way.cpu(), queries[0].transpose(0, 1), LayerKV(keys, values))
+
+        self._run_reading_queries(positions, read)
 
     def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
         found: list[torch.Tensor] = []
@@ -216,22 +233,30 @@ class HFPrefilledModel:
                 found.append(queries[0].transpose(0, 1))
                 raise EndForward
 
+        self._run_reading_queries(positions, keep)
+        return torch.cat(found)
+
+    def _run_reading_queries(self, positions: torch.Tensor, on_queries: attention.QueriesHook) -> None:
         self._cache.ends_with_last_keys = False
         try:
-            with attention.reading_queries(self._engine.model.module, keep):
+            with attention.reading_queries(self._engine.model.module, on_queries):
                 for piece in self._pieces(positions):
                     self._run(piece)
         finally:
             self._cache.ends_with_last_keys = True
-        return torch.cat(found)
 
     def _pieces(self, positions: torch.Tensor) -> Sequence[torch.Tensor]:
         return torch.split(positions, self._engine.model.piece_tokens)
 
-    def _prefill_chunk(self, text: TokenIds) -> torch.Tensor:
+    def _prefill_chunk(self, chunk: Chunk, piece_tokens: int) -> InPieces[torch.Tensor]:
+        text = chunk.after_sink
         kv = SequenceKV(self._engine.model.kv_shape, len(text))
-        HFPrefilledModel(self._engine, text, kv).forward(torch.arange(len(text)))
-        return kv.filled(0, len(text)).permute(1, 0, 3, 2, 4).flatten(3)  # (2, L, T, H_kv * D)
+        alone = HFPrefilledModel(self._engine, text, kv)
+        for number, piece in enumerate(torch.arange(len(text)).split(piece_tokens)):
+            if number:
+                yield
+            alone.forward(piece)
+        return kv.filled(len(chunk.sink), len(text)).permute(1, 0, 3, 2, 4).flatten(3)  # (2, L, T, H_kv * D)
 
     def _run(self, positions: torch.Tensor) -> None:
         """Runs these tokens until their KV is complete: nothing is needed after the last layer's keys."""
@@ -263,12 +288,21 @@ class HFBlender:
     Raises `UnsupportedModel` for a model that can't be blended.
     """
 
-    def __init__(self, model: HFModel, store: ChunkStore, *, separator: str, min_chunk_tokens: int = 16) -> None:
+    def __init__(
+        self,
+        model: HFModel,
+        store: ScoredStore,
+        *,
+        separator: str,
+        min_chunk_tokens: int = 16,
+        sink_tokens: int = DEFAULT_SINK_TOKENS,
+    ) -> None:
         self._model = model
         self._blendable = BlendableModel(model)
         self._blender = Blender(store)
         self._index = ChunkIndex()
-        self._planner = Planner(self._index, min_chunk_tokens=min_chunk_tokens)
+        self.sink = prompt_beginning(model.tokenizer, sink_tokens)
+        self._planner = Planner(self._index, min_chunk_tokens=min_chunk_tokens, sink=self.sink)
         self._segmenter = Segmenter(model.tokenizer, separator)
 
     def prefill(
@@ -285,16 +319,27 @@ class HFBlender:
         report.num_computed_tokens += len(rest)
         return BlendedPrefill(kv, self._model.prefill(kv, rest, is_cancelled=lambda: False), report)
 
+    def score(self, token_ids: Sequence[int]) -> BlendReport:
+        """Computes a prompt of several chunks whole, up to its last token, for the scores that it shows of them."""
+        kv = self._model.new_kv(len(token_ids))
+        return self._model.run(self._score, as_token_ids(token_ids), kv)
+
+    def _score(self, token_ids: TokenIds, kv: SequenceKV) -> BlendReport:
+        prompt = HFPrefilledModel(self._blendable, token_ids, kv)
+        everything = make_policy(BlendParams("all"))
+        task = BlendTask(self._plan(token_ids), 0, len(token_ids) - 1, everything, scores=True)
+        return self._blender.blend(prompt, task)
+
     def _blend(
         self, token_ids: TokenIds, policy: SelectionPolicy, kv: SequenceKV, budget_ms: float | None
     ) -> BlendReport:
         """Fills `kv` as far as there is something to reuse."""
         plan = self._plan(token_ids)
-        end = self._planner.blend_end(plan, 0, len(token_ids) - 1)
+        end = self._planner.blend_end(plan, 0, len(token_ids) - 1, recomputes_none=policy.recomputes_none)
         if not end:
             return BlendReport()
         prompt = HFPrefilledModel(self._blendable, token_ids[:end], kv)
-        return self._blender.blend(prompt, plan.clipped(0, end), 0, end, policy, budget_ms=budget_ms)
+        return self._blender.blend(prompt, BlendTask(plan, 0, end, policy, budget_ms=budget_ms))
 
     def _plan(self, token_ids: TokenIds) -> ReusePlan:
         """In the model's thread, to which the index belongs."""

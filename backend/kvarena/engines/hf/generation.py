@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from kvarena.core.stopwatch import Stopwatch
 from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report
@@ -67,7 +67,9 @@ class EngineGeneration(ABC):
     def _timing_figures(self) -> dict[str, float]:
         return self.timings.rounded()
 
-    def _ends_with(self, token: GeneratedToken) -> bool:
-        if token.token_id in self._model.eos_token_ids and not self._request.sampling.ignore_eos:
-            self.finish_reason = "stop"
-        return self.finish_reason == "stop"
+    def _drawn(self, token: GeneratedToken) -> GeneratedToken:
+        """The token, marked where it ends the answer; `finish_reason` is set then."""
+        if token.token_id not in self._model.eos_token_ids or self._request.sampling.ignore_eos:
+            return token
+        self.finish_reason = "stop"
+        return replace(token, is_end=True)

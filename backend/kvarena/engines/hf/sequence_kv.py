@@ -27,7 +27,24 @@ def empty_host_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(tuple(shape))
 
 
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return empty_host_tensor(shape, dtype)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
 GROWTH = 1.5
+
+
+def grown(memory: torch.Tensor, num_filled: int, num_tokens: int) -> torch.Tensor:
+    """Memory `(..., capacity, D)` with room for `num_tokens`, the filled ones kept: itself, or a larger copy."""
+    *before, capacity, head_size = memory.shape
+    if num_tokens <= capacity:
+        return memory
+    shape = (*before, max(num_tokens, int(GROWTH * capacity)), head_size)
+    larger = _empty(shape, memory.dtype, memory.device)
+    larger[..., :num_filled, :] = memory[..., :num_filled, :]
+    return larger
 
 
 @dataclass(frozen=True)
@@ -43,9 +60,7 @@ class KVShape:
     def empty(self, num_tokens: int) -> torch.Tensor:
         """Memory `(L, 2, H_kv, T, D)` for so many tokens."""
         shape = (self.num_layers, 2, self.num_kv_heads, num_tokens, self.head_size)
-        if self.device.type == "cpu":
-            return empty_host_tensor(shape, self.dtype)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return _empty(shape, self.dtype, self.device)
 
 
 class SequenceKV(Cache):
@@ -94,18 +109,13 @@ class _Memory:
     def __init__(self, shape: KVShape, capacity: int) -> None:
         self.kv = shape.empty(capacity)
         self.length = 0
-        self._shape = shape
 
     @property
     def capacity(self) -> int:
         return self.kv.shape[3]
 
     def reserve(self, num_tokens: int) -> None:
-        if num_tokens <= self.capacity:
-            return
-        larger = self._shape.empty(max(num_tokens, int(GROWTH * self.capacity)))
-        larger[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
-        self.kv = larger
+        self.kv = grown(self.kv, self.length, num_tokens)
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a layer's `(1, H_kv, T, D)` and returns all of that layer's. The last layer ends the step."""
@@ -114,7 +124,7 @@ class _Memory:
         own = self.kv[layer]  # (2, H_kv, capacity, D)
         own[0, :, self.length : end] = keys[0]
         own[1, :, self.length : end] = values[0]
-        if layer == self._shape.num_layers - 1:
+        if layer == len(self.kv) - 1:
             self.length = end
         return own[0:1, :, :end], own[1:2, :, :end]
 

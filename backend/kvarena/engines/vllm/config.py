@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvarena.core.matching import DEFAULT_SINK_TOKENS, MAX_SINK_TOKENS
 from kvarena.policies.params import PARAMETERS, BlendParams, check_max_ttft_ms
+from kvarena.policies.registry import REQUEST_KEYS
 
 CONNECTOR = "KVArenaConnector"
 CONTENDER_VARIABLE = "KVARENA_CONTENDER"
@@ -29,14 +31,17 @@ class BlendConfig(BlendParams):
 
     The first are the defaults of what a request may choose (`BlendParams`), and so is `max_ttft_ms`: where it is set,
     it chooses the ratio, which is then what first blends begin with. `separator` marks chunk boundaries in a prompt's
-    text (empty: none). `index_path` is where the known chunks' token ids survive a restart; empty: they
-    don't. `unsupported`: whether a model that can't be blended stops the server, or is served without. Sizes are in
-    bytes, times in seconds.
+    text (empty: none). `sink_tokens`: chunks are computed after so many tokens of the beginning that all chat prompts
+    share; 0 computes them alone. `index_path` is where the known chunks' token ids survive a restart; empty: they
+    don't. `unsupported`: whether a model that can't be blended stops the server, or is served without. `step_tokens`:
+    about how many tokens blends run through the model in one step of the engine; 0: as many as vLLM itself does
+    (`--max-num-batched-tokens`). Sizes are in bytes, times in seconds.
     """
 
     max_ttft_ms: float | None = None
     separator: str = " # # "
     min_chunk_tokens: int = 16
+    sink_tokens: int = DEFAULT_SINK_TOKENS
     store: str = "lmcache"
     store_bytes: int = 2 << 30
     lmcache_url: str = "tcp://127.0.0.1:5555"
@@ -44,6 +49,7 @@ class BlendConfig(BlendParams):
     lmcache_timeout_s: float = 1.0
     index_path: str = ""
     unsupported: str = "refuse"
+    step_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +63,12 @@ class BlendConfig(BlendParams):
             raise ValueError(f"separator must be ASCII, not {self.separator!r}")
         if self.min_chunk_tokens < 1:
             raise ValueError(f"min_chunk_tokens must be at least 1, not {self.min_chunk_tokens}")
+        if not 0 <= self.sink_tokens <= MAX_SINK_TOKENS:
+            raise ValueError(f"sink_tokens must be from 0 to {MAX_SINK_TOKENS}, not {self.sink_tokens}")
+        if self.step_tokens < 0:
+            raise ValueError(f"step_tokens must not be negative, not {self.step_tokens}")
+        if self.lmcache_timeout_s <= 0:
+            raise ValueError(f"lmcache_timeout_s must be positive, not {self.lmcache_timeout_s}")
         if self.store_bytes < 0:
             raise ValueError(f"store_bytes must not be negative, not {self.store_bytes}")
 
@@ -89,23 +101,38 @@ def kv_transfer_config(config: BlendConfig) -> str:
 
 
 KEY = "kvarena"
+NamedChunk = str | list[int]
+MAX_NAMED_CHUNKS = 4096
 AUTO_RATIO = "auto"
+STORE_ALL = "all"
+STORE_SCORES = "scores"
+"""As `STORE_ALL`, and the prompt is computed whole for what it shows of its chunks (`kvarena.core.scoring`)."""
 
 
 @dataclass(frozen=True)
 class RequestParams:
     """`max_ttft_ms`, where there is one: the time to first token that decides on the ratio. `store_new`: whether chunks
-    that this request brings are kept. `chunks`: texts to be reused as wholes.
+    that this request brings are kept. `store_all`: every marked chunk is looked up, and kept if it isn't there; neither
+    vLLM's prefix cache nor a known chunk that is alike stands in for it. `store_scores`: and the prompt is computed
+    whole, for the scores that it shows of its chunks. `chunks`: what is to be reused as wholes, as texts or as their
+    token ids. `token_scores`: the report tells by what each recomputed token was chosen.
     """
 
     blend: BlendParams
     max_ttft_ms: float | None = None
     store_new: bool = True
-    chunks: tuple[str, ...] = ()
+    store_all: bool = False
+    store_scores: bool = False
+    chunks: tuple[NamedChunk, ...] = ()
+    token_scores: bool = False
 
     @property
     def recomputes_all(self) -> bool:
-        return self.blend.recomputes_all and self.max_ttft_ms is None
+        return self.store_scores or (self.blend.recomputes_all and self.max_ttft_ms is None)
+
+    @property
+    def recomputes_none(self) -> bool:
+        return self.blend.recomputes_none and self.max_ttft_ms is None and not self.store_scores
 
 
 def read_request_params(
@@ -116,14 +143,19 @@ def read_request_params(
     Raises `ValueError` naming the key or value and the choices. Keys of other connectors are left alone.
     """
     given = given_params(kv_transfer_params)
-    takes = [*PARAMETERS, "max_ttft_ms", "store", "chunks"]
+    takes = [*PARAMETERS, *REQUEST_KEYS]
     if unknown := sorted(set(given) - set(takes)):
         raise ValueError(f"kv_transfer_params.{KEY} has no {unknown[0]!r}; it takes {', '.join(takes)}")
     chosen = {name: given[name] for name in PARAMETERS if name in given}
     if chosen.get("ratio") == AUTO_RATIO:
         del chosen["ratio"]
     blend = dataclasses.replace(defaults, **chosen)
-    return RequestParams(blend, _read_max_ttft_ms(given, blend, max_ttft_ms), _read_store(given), _read_chunks(given))
+    store = _read_store(given)
+    timed = _read_max_ttft_ms(given, blend, max_ttft_ms)
+    is_all, is_scores = store in (STORE_ALL, STORE_SCORES), store == STORE_SCORES
+    return RequestParams(
+        blend, timed, store is not False, is_all, is_scores, read_chunks(given), _read_token_scores(given)
+    )
 
 
 def given_params(kv_transfer_params: object) -> Mapping[str, Any]:
@@ -148,15 +180,31 @@ def _read_max_ttft_ms(given: Mapping[str, Any], blend: BlendParams, default: flo
     return check_max_ttft_ms(default, blend)
 
 
-def _read_store(given: Mapping[str, Any]) -> bool:
-    store = given.get("store", True)
-    if not isinstance(store, bool):
-        raise ValueError(f"store must be true or false, not {store!r}")
-    return store
+def _read_token_scores(given: Mapping[str, Any]) -> bool:
+    wanted: object = given.get("token_scores", False)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"token_scores must be true or false, not {wanted!r}")
+    return wanted
 
 
-def _read_chunks(given: Mapping[str, Any]) -> tuple[str, ...]:
+def _read_store(given: Mapping[str, Any]) -> bool | str:
+    store: object = given.get("store", True)
+    if store in (True, False, STORE_ALL, STORE_SCORES) and isinstance(store, bool | str):
+        return store
+    raise ValueError(f'store must be true, false, "{STORE_ALL}" or "{STORE_SCORES}", not {store!r}')
+
+
+def read_chunks(given: Mapping[str, Any]) -> tuple[NamedChunk, ...]:
+    """Raises `ValueError` for what isn't a list of texts or of token ids, or too long a one."""
     chunks = given.get("chunks", [])
-    if not isinstance(chunks, list) or not all(isinstance(text, str) for text in chunks):
-        raise ValueError(f"chunks must be a list of strings, not {chunks!r}")
+    if not isinstance(chunks, list) or not all(isinstance(chunk, str) or _is_token_ids(chunk) for chunk in chunks):
+        raise ValueError("chunks must be a list of strings, or of lists of token ids")
+    if len(chunks) > MAX_NAMED_CHUNKS:
+        raise ValueError(f"chunks must be at most {MAX_NAMED_CHUNKS}, not {len(chunks)}")
     return tuple(chunks)
+
+
+def _is_token_ids(chunk: object) -> bool:
+    if not isinstance(chunk, list) or not set(map(type, chunk)) <= {int}:
+        return False
+    return 0 <= min(chunk, default=0) <= max(chunk, default=0) < 2**31

@@ -1,11 +1,13 @@
 """`KVArenaConnector`, the KV connector that vLLM loads by module path: it delegates to its scheduler or worker side.
 
-One is built in the scheduler's process and one in each worker. Blends are synchronous and complete before the step's
-forward, so there is nothing to wait for, layer by layer or at the end of a step.
+One is built in the scheduler's process and one in each worker. A blend is complete before the step's forward, so there
+is nothing to wait for, layer by layer or at the end of a step. A long one goes over several steps, for which it is one
+of vLLM's asynchronous loads: its request waits, and others go on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from kvarena.core.store import Lacking
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.engines.vllm.messages import BlendJobs, BlendPromMetrics, BlendRefusal, BlendReports, BlendStats
 from kvarena.engines.vllm.scheduler import SchedulerConnector
@@ -38,7 +41,8 @@ class KVArenaConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
             block_size = vllm_config.cache_config.block_size
-            self._scheduler = SchedulerConnector(config, model_id(vllm_config), tokenizer, block_size)
+            max_step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            self._scheduler = SchedulerConnector(config, model_id(vllm_config), tokenizer, block_size, max_step_tokens)
         else:
             self._worker = WorkerConnector(config, vllm_config, kv_cache_config)
 
@@ -55,6 +59,12 @@ class KVArenaConnector(KVConnectorBase_V1, SupportsHMA):
         """Why this worker's model is served without blending; empty where it is blended."""
         return self._worker.refusal
 
+    def missing(
+        self, texts: Sequence[Sequence[int]], salt: str, sink: Sequence[int], scores: bool
+    ) -> list[Lacking | None]:
+        """What the API server asks through `Worker.kvarena_missing`."""
+        return self._worker.missing(texts, salt, sink, scores)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         jobs = self._get_connector_metadata()
         assert isinstance(jobs, BlendJobs)
@@ -68,6 +78,9 @@ class KVArenaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         return
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._worker.take_filled(finished_req_ids)
 
     def build_connector_worker_meta(self) -> BlendReports | None:
         return self._worker.take_reports()
@@ -83,7 +96,7 @@ class KVArenaConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return self._scheduler.num_matched_tokens(request, num_computed_tokens), False
+        return self._scheduler.num_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self._scheduler.after_alloc(request, blocks, num_external_tokens)

@@ -15,6 +15,7 @@ import torch
 
 KVHook = Callable[[int, torch.Tensor, torch.Tensor], None]
 QueriesHook = Callable[[torch.Tensor], None]
+LayerHook = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 Hook = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -31,6 +32,20 @@ def reading_kv(
         return hook
 
     with _hooked([(attentions[layer], hook_of(layer)) for layer in layers], first=before_others):
+        yield
+
+
+@contextmanager
+def reading_layers(attentions: Sequence[torch.nn.Module], on_layer: LayerHook) -> Iterator[None]:
+    """Call `on_layer(layer, queries, keys, values)` (`(T, heads * D)`, valid only during the call) in each layer."""
+
+    def hook_of(layer: int) -> Hook:
+        def hook(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+            on_layer(layer, query.flatten(1), key.flatten(1), value.flatten(1))
+
+        return hook
+
+    with _hooked([(attention, hook_of(layer)) for layer, attention in enumerate(attentions)]):
         yield
 
 

@@ -112,6 +112,7 @@ def _refused_settings(vllm_config: VllmConfig, config: Any, device: str) -> list
         "workers would pick tokens by their own heads, each others (tensor parallelism)": (
             parallel.tensor_parallel_size > 1
         ),
+        "its keys don't tell the KV of different adapters apart (LoRA)": vllm_config.lora_config is not None,
         "its layers are spread over several devices (pipeline parallelism)": parallel.pipeline_parallel_size > 1,
         "vLLM's prefix cache would give blended KV to exact requests (--no-enable-prefix-caching)": bool(
             vllm_config.cache_config.enable_prefix_caching

@@ -15,6 +15,8 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
 
 logger = init_logger(__name__)
 
@@ -34,19 +36,28 @@ class FailSafeLMCacheConnector(LMCacheMPConnector):
     - Each failure marks the server as unhealthy. Upstream's heartbeat marks it healthy again, and registers vLLM's
       memory anew before it does; until then upstream neither stores nor loads.
 
-    The scheduler's calls are upstream's: each of them ends by itself, after the time-out at the latest, with the answer
-    that nothing was found.
+    A request that is aborted while it loads is reported as loaded, and that once. Upstream also reports it as stored:
+    before the load has ended, so that vLLM gives its blocks to others while they are written to; or after it, so that
+    vLLM looks for a request that it has dropped, and ends the engine.
+
+    The scheduler's other calls are upstream's: each of them ends by itself, after the time-out at the latest, with the
+    answer that nothing was found.
 
     What is lost needs `kv_load_failure_policy` to be "recompute"; vLLM's default ends the request. A start still needs
-    a server that answers: raises `ConnectionError` where there is none, and `ValueError` for another policy.
+    a server that answers: raises `ConnectionError` where there is none. `ValueError` is raised for another policy, and
+    with LoRA: LMCache finds an adapter's KV for the requests of another one.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         policy = vllm_config.kv_transfer_config.kv_load_failure_policy
         if policy != "recompute":
             raise ValueError(f"kv_load_failure_policy must be recompute, not {policy!r}: a lost load would be an error")
+        if vllm_config.lora_config:
+            raise ValueError("LMCache's keys don't tell the KV of different adapters (LoRA) apart")
         super().__init__(vllm_config, role, kv_cache_config)
         self._pending_since_s: dict[Any, float] = {}
+        self._held: set[str] = set()
+        """In the scheduler: finished requests whose blocks vLLM holds until it hears of them."""
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         loads = self._transfers("RETRIEVE")
@@ -76,8 +87,24 @@ class FailSafeLMCacheConnector(LMCacheMPConnector):
             self._check_pending()
         except Exception as error:
             self._lose_server(error)
-        finished: tuple[set[str] | None, set[str] | None] = super().get_finished(finished_req_ids)
+        adapter = self.worker_adapter
+        loading = {*adapter.retrieve_futures, *adapter._dropped_retrieves}
+        finished: tuple[set[str] | None, set[str] | None] = super().get_finished(finished_req_ids - loading)
         return finished
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        is_held, params = super().request_finished(request, block_ids)
+        if is_held:
+            self._held.add(request.request_id)
+        return is_held, params
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """vLLM calls it first of all, and frees the blocks of finished requests by what is left in it."""
+        super().update_connector_output(connector_output)
+        self._held.difference_update(connector_output.finished_recving or ())
+        stored = self._held.intersection(connector_output.finished_sending or ())
+        connector_output.finished_sending = stored
+        self._held -= stored
 
     def _transfers(self, direction: str) -> list[LMCacheMPRequestMetadata]:
         metadata = self._get_connector_metadata()

@@ -8,8 +8,9 @@ themselves: there they are counted for `/metrics` and kept for `/kvarena/request
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -21,11 +22,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvarena.core.blend import BlendReport
-from kvarena.core.plan import ReusePlan, TokenIds
+from kvarena.core.plan import Chunk, ReusePlan, TokenIds
+from kvarena.core.report import BlendReport
 from kvarena.engines import store_metrics
-from kvarena.engines.base import TOKEN_COUNTS, ReportLog, spans_of
-from kvarena.policies.params import BlendParams
+from kvarena.engines.base import TOKEN_COUNTS, MissReason, ReportLog, spans_of
+from kvarena.policies.params import BlendParams, make_policy
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class BlendJob:
     """Scheduler to worker: fill `[start, end)` of a prompt in its own blocks, before this step's forward.
 
     `block_ids` has the blocks of each of vLLM's groups of layers. `budget_ms`, from the beginning of the step's blends:
-    the time that decides on the ratio.
+    the time that decides on the ratio. `piece_tokens`: so many tokens are run in this step and each of the next, while
+    the request waits; None: all in this one.
     """
 
     request_id: str
@@ -45,6 +47,10 @@ class BlendJob:
     params: BlendParams
     store_new: bool
     budget_ms: float | None = None
+    piece_tokens: int | None = None
+    scores: bool = False
+    passing: frozenset[Chunk] = frozenset()
+    token_scores: bool = False
 
 
 @dataclass
@@ -63,7 +69,7 @@ class BlendRefusal(KVConnectorHandshakeMetadata):
 
 @dataclass
 class BlendReports(KVConnectorWorkerMetadata):
-    """Worker to scheduler: what the jobs of one step did, by request id."""
+    """Worker to scheduler: what the jobs that ended in one step did, by request id."""
 
     reports: dict[str, BlendReport]
 
@@ -72,9 +78,25 @@ class BlendReports(KVConnectorWorkerMetadata):
         return BlendReports({**other.reports, **self.reports})
 
 
+MAX_MISSES = 32
+"""So many are listed in a report; all are counted."""
+
+
+@dataclass(frozen=True, order=True)
+class Miss:
+    """A chunk of the prompt that wasn't reused."""
+
+    start: int
+    end: int
+    reason: MissReason
+
+
 @dataclass
 class RequestReport:
-    """What a request's prompt was made of; the API's `kvarena` object (docs/http.md)."""
+    """What a request's prompt was made of; the API's `kvarena` object (docs/http.md).
+
+    `lookup_ms`: finding its chunks. `queue_ms`: from its arrival to its blocks, without that.
+    """
 
     request_id: str
     params: BlendParams
@@ -82,15 +104,21 @@ class RequestReport:
     num_prompt_tokens: int
     max_ttft_ms: float | None = None
     num_prefix_tokens: int = 0
+    queue_ms: float = 0.0
+    lookup_ms: float = 0.0
     blend: BlendReport | None = None
+    misses: list[Miss] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         blend = self.blend or BlendReport()
         reused = self.num_prefix_tokens + blend.num_reused_tokens
-        ranges = [(0, self.num_prefix_tokens, "prefix"), *((*span, "reused") for span in blend.spans)]
+        chunks = sorted([*((*s, "reused") for s in blend.spans), *((*s, "computed") for s in blend.computed_spans)])
+        spans = spans_of([(0, self.num_prefix_tokens, "prefix"), *chunks], self.num_prompt_tokens)
         times = {name: round(value, 3) for name, value in asdict(blend).items() if name.endswith("_ms")}
         known = {"store_entries": blend.store_entries, "store_bytes": blend.store_bytes}
-        ratio = self.params.ratio if blend.ratio is None else blend.ratio
+        policy = make_policy(self.params)
+        asked_ratio = policy.ratio if policy.goes_by_ratio else None
+        ratio = asked_ratio if blend.ratio is None else blend.ratio
         budget = {} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms}
         sizes = {name: size for name, size in known.items() if size is not None}
         return {
@@ -105,14 +133,25 @@ class RequestReport:
             "num_recomputed_tokens": blend.num_recomputed_tokens,
             "num_computed_tokens": self.num_prompt_tokens - reused - blend.num_recomputed_tokens,
             "num_prefix_tokens": self.num_prefix_tokens,
+            "unscored_chunks": blend.unscored_chunks,
             "store_hits": blend.store_hits,
             "store_misses": blend.store_misses,
             "store_errors": blend.store_errors,
             "store_evictions": blend.store_evictions,
             **sizes,
             "blend_failures": blend.blend_failures,
+            "queue_ms": round(self.queue_ms, 3),
+            "lookup_ms": round(self.lookup_ms, 3),
             **times,
-            "spans": spans_of(ranges, self.num_prompt_tokens),
+            "misses_by_reason": dict(Counter(miss.reason for miss in self.misses)),
+            "misses": [asdict(miss) for miss in sorted(self.misses)[:MAX_MISSES]],
+            "spans": [
+                span | {"alone": True} if (span["start"], span["end"]) in blend.computed_spans else span
+                for span in spans
+            ],
+            "recomputed_spans": blend.recomputed_spans,
+            **({"token_scores": asdict(blend.token_scores)} if blend.token_scores else {}),
+            **({"leans_on": asdict(blend.leans_on)} if blend.leans_on else {}),
         }
 
 
@@ -183,6 +222,7 @@ class BlendPromMetrics(KVConnectorPromMetrics):
         super().__init__(*args, **kwargs)
         self._tokens = self._counter("kvarena_prompt_tokens", "Prompt tokens by origin.", "origin")
         self._lookups = self._counter(store_metrics.LOOKUPS, "Chunk look-ups by outcome.", "outcome")
+        self._misses = self._counter("kvarena_chunk_misses", "Chunks of prompts that weren't reused.", "reason")
         self._counters = {count: self._counter(*named) for count, named in COUNTERS.items()}
         self._gauges = {
             size: self._gauge_cls(name=name, documentation=said, labelnames=self._labelnames)
@@ -196,12 +236,16 @@ class BlendPromMetrics(KVConnectorPromMetrics):
         )
         for labels in self.per_engine_labelvalues.values():
             self._count(labels, dict.fromkeys((*TOKEN_COUNTS, *LOOKUP_COUNTS, *COUNTERS), 0))
+            for reason in get_args(MissReason):
+                self._misses.labels(*labels, reason).inc(0)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]
         for report in transfer_stats_data.get("requests", ()):
             report_log.add(report)
             self._count(labels, report)
+            for reason, count in report["misses_by_reason"].items():
+                self._misses.labels(*labels, reason).inc(count)
             for size, gauge in self._gauges.items():
                 if size in report:
                     gauge.labels(*labels).set(report[size])

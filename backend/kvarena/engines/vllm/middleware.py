@@ -1,55 +1,230 @@
 """ASGI middleware on vLLM's own server: our request parameters are checked here, and our own paths served.
 
+They are `GET /kvarena`, `GET /kvarena/requests/{id}` and `POST /kvarena/chunks`, which looks into the chunk store.
 Loaded by `--middleware kvarena.engines.vllm.middleware.KVArenaMiddleware`. A bad `kv_transfer_params.kvarena` gets a
-400 before the engine sees it; the text parts of a chat message become `chunks`, for only here are they still apart.
+400 before the engine sees it, on every path: vLLM has many that generate. The text parts of a message become `chunks`,
+for only here are they still apart; and `chunks` become token ids, for the scheduler has no time to tokenise.
 """
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import dataclasses
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.tokenizers import cached_tokenizer_from_config
 
-from kvarena.engines.vllm.config import KEY, BlendConfig, given_params, read_request_params
+from kvarena.asgi import error_response, json_response, read_body, replayed
+from kvarena.core.matching import Segmenter, encode_alone, prompt_beginning
+from kvarena.core.plan import as_token_ids
+from kvarena.engines.vllm.config import (
+    KEY,
+    MAX_NAMED_CHUNKS,
+    BlendConfig,
+    NamedChunk,
+    given_params,
+    read_chunks,
+    read_request_params,
+)
 from kvarena.engines.vllm.messages import wait_for_report
-from kvarena.policies.params import POLICIES, describe_parameters
+from kvarena.engines.vllm.scheduler import chunk_salt
+from kvarena.policies.params import POLICIES, describe_parameters, make_policy
 
-_GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-"""All that take `kv_transfer_params` in vLLM."""
+_WITHOUT_SALT = ("/cohere/v2/chat",)
+"""Paths on which vLLM ignores `cache_salt`."""
+_WITHOUT_PARAMETERS = ("/v1/systemone", "/generative_scoring")
+"""Paths that generate and on which vLLM ignores `kv_transfer_params`."""
 _REPORT_PATH = "/kvarena/requests/"
+_CHUNKS_PATH = "/kvarena/chunks"
+MAX_CONTEXTS = 4
+"""How many times the model's context the named chunks may have in tokens, all together."""
+MAX_FULL_SEQUENCES = 4
+"""So many answers are planned with as many chunk tokens as one may have, or more with fewer."""
+MAX_BYTES_PER_TOKEN = 4
+"""Longer texts aren't tokenised in the first place."""
 
 
 class KVArenaMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._marked: _MarkedChunks | None = None
+        self._encoder: ChunkEncoder | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["method"] == "GET" and scope["path"] == "/kvarena":
-            await _send_json(send, 200, await _describe(scope))
-        elif scope["method"] == "GET" and scope["path"].startswith(_REPORT_PATH):
-            await _send_report(send, scope["path"].removeprefix(_REPORT_PATH))
-        elif scope["method"] == "POST" and scope["path"] in _GENERATING:
-            await self._generate(scope, receive, send)
+            return
+        path = _path(scope)
+        if scope["method"] == "GET" and path == "/kvarena":
+            await json_response(await _describe(scope))(scope, receive, send)
+        elif scope["method"] == "GET" and path.startswith(_REPORT_PATH):
+            await (await _report(path.removeprefix(_REPORT_PATH)))(scope, receive, send)
+        elif scope["method"] == "POST" and path == _CHUNKS_PATH:
+            await (await self._look_up(scope, receive))(scope, receive, send)
+        elif scope["method"] == "POST" and _is_json(scope):
+            await self._check_and_pass(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand on the request, changed only where it has message parts; what isn't JSON is vLLM's to refuse."""
-        body = await _read_body(receive)
+    async def _check_and_pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on the request, changed only where it has chunks; what isn't a JSON object is vLLM's to refuse."""
+        body = await _read_whole(receive)
         request = _parse_object(body)
         if request is not None:
             try:
                 _check(request, scope)
-            except ValueError as error:
-                await _send_error(send, 400, str(error), "BadRequestError")
+                if chunks := await self._encoded_chunks(request, scope):
+                    body = json.dumps(_with_chunks(request, chunks)).encode()
+            except (ValueError, RecursionError) as error:
+                await error_response(400, str(error))(scope, receive, send)
                 return
-            if parts := _message_parts(request):
-                body = json.dumps(_with_chunks(request, parts)).encode()
-        await self._app(_with_length(scope, body), _replay(body, receive), send)
+        whole = {"type": "http.request", "body": body, "more_body": False}
+        await self._app(_with_length(scope, body), replayed([whole], receive), send)
+
+    async def _encoded_chunks(self, request: dict[str, Any], scope: Scope) -> Sequence[NamedChunk]:
+        """Message parts are no more than a hint: where they are too much for chunks they are none."""
+        encoder, transfer = self._chunk_encoder(scope), request.get("kv_transfer_params")
+        if named := given_params(transfer).get("chunks"):
+            return await encoder.encode(named, _num_sequences(request))
+        parts = list(_message_parts(request)) if named is None and isinstance(transfer, dict | None) else []
+        if not 0 < len(parts) <= MAX_NAMED_CHUNKS:
+            return []
+        try:
+            return await encoder.encode(parts, _num_sequences(request))
+        except ValueError:
+            return []
+
+    def _chunk_encoder(self, scope: Scope) -> ChunkEncoder:
+        self._encoder = self._encoder or ChunkEncoder(_vllm_config(scope).model_config)
+        return self._encoder
+
+    async def _look_up(self, scope: Scope, receive: Receive) -> Response:
+        """Which of a prompt's chunks the store has now. Tokenising doesn't stop other requests' answers."""
+        request = _parse_object(await _read_whole(receive))
+        try:
+            asked = _ChunkQuery.read(request)
+            asked = replace(asked, chunks=tuple(await self._chunk_encoder(scope).encode(asked.chunks)))
+            if self._marked is None:
+                self._marked = await asyncio.to_thread(_MarkedChunks, scope)
+            token_ids, chunks = await asyncio.to_thread(self._marked.find, asked)
+        except ValueError as error:
+            return error_response(400, str(error))
+        long_enough = [chunk for chunk in chunks if "reason" not in chunk]
+        texts = [token_ids[chunk["start"] : chunk["end"]] for chunk in long_enough]
+        engine, salt = scope["app"].state.engine_client, chunk_salt(asked.cache_salt)
+        question = (texts, salt, self._marked.sink, asked.scores)
+        workers = await engine.collective_rpc("kvarena_missing", args=question) if texts else [[]]
+        for chunk, lacking in zip(long_enough, workers[0], strict=True):
+            is_held = lacking in (None, "not_scored")
+            chunk |= {"held": is_held} | ({"scored": lacking is None} if is_held and asked.scores else {})
+            chunk |= {} if is_held else {"reason": lacking}
+        return json_response({"num_prompt_tokens": len(token_ids), "chunks": chunks})
+
+
+class ChunkEncoder:
+    """Tokenises chunks, outside of the event loop and one request's after the other's."""
+
+    def __init__(self, model_config: Any) -> None:
+        self._model_config = model_config
+        self._max_tokens = MAX_CONTEXTS * int(model_config.max_model_len)
+        self._thread = ThreadPoolExecutor(1, "kvarena chunks")
+
+    async def encode(self, chunks: Sequence[NamedChunk], num_sequences: int = 1) -> Sequence[NamedChunk]:
+        """Texts stay what they are where vLLM runs without a tokenizer. Raises `ValueError` for chunks that are too
+        much, in all of so many sequences that are planned with them, and for halves of characters.
+        """
+        num_bytes = sum(len(chunk.encode()) for chunk in chunks if isinstance(chunk, str))
+        if num_bytes > (most := MAX_BYTES_PER_TOKEN * self._max_tokens):
+            raise ValueError(f"chunks have {num_bytes} bytes; with this model's context at most {most}")
+        encoded = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, chunks)
+        num_tokens = sum(len(chunk) for chunk in encoded if isinstance(chunk, list))
+        if num_tokens > self._max_tokens:
+            raise ValueError(f"chunks have {num_tokens} tokens; with this model's context at most {self._max_tokens}")
+        if num_tokens * num_sequences > (most := MAX_FULL_SEQUENCES * self._max_tokens):
+            each = f"{num_tokens} tokens for each of {num_sequences} answers"
+            raise ValueError(f"chunks have {each}; with this model's context at most {most} together")
+        return encoded
+
+    def _encode(self, chunks: Sequence[NamedChunk]) -> Sequence[NamedChunk]:
+        if self._tokenizer is None:
+            return chunks
+        return [encode_alone(self._tokenizer, chunk) if isinstance(chunk, str) else chunk for chunk in chunks]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Of its own, for vLLM's is used by other threads."""
+        return copy.deepcopy(cached_tokenizer_from_config(self._model_config))
+
+
+@dataclass(frozen=True)
+class _ChunkQuery:
+    """The body of `POST /kvarena/chunks`: a prompt, as a completion has it, the texts in it that are named, and whether
+    to look for their scores.
+    """
+
+    prompt: str | list[int]
+    cache_salt: str = ""
+    chunks: tuple[NamedChunk, ...] = ()
+    scores: bool = False
+
+    @classmethod
+    def read(cls, body: dict[str, Any] | None) -> _ChunkQuery:
+        """Raises `ValueError` naming the key or value and the choices."""
+        if body is None:
+            raise ValueError("the body must be a JSON object")
+        takes = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(body) - set(takes)):
+            raise ValueError(f"there is no {unknown[0]!r}; it takes {', '.join(takes)}")
+        prompt, cache_salt = body.get("prompt"), body.get("cache_salt") or ""
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(i) is int for i in prompt)):
+            raise ValueError("prompt must be a text or a list of token ids")
+        if not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt must be a string, not {cache_salt!r}")
+        for text in (prompt, cache_salt):
+            if isinstance(text, str):
+                text.encode()  # raises for halves of characters
+        scores = body.get("scores", False)
+        if not isinstance(scores, bool):
+            raise ValueError(f"scores must be true or false, not {scores!r}")
+        return cls(prompt, cache_salt, read_chunks(body), scores)
+
+
+class _MarkedChunks:
+    """Finds what a prompt marks as chunks, as the scheduler does, with a tokenizer of its own: in another thread."""
+
+    def __init__(self, scope: Scope) -> None:
+        config, model = _config(scope), _vllm_config(scope).model_config
+        self._tokenizer = copy.deepcopy(cached_tokenizer_from_config(model))
+        self._segmenter = Segmenter(self._tokenizer, config.separator)
+        self._min_chunk_tokens = config.min_chunk_tokens
+        self.sink: list[int] = prompt_beginning(self._tokenizer, config.sink_tokens).tolist()
+        self._max_tokens, self._vocab_size = model.max_model_len, model.get_vocab_size()
+
+    def find(self, asked: _ChunkQuery) -> tuple[list[int], list[dict[str, Any]]]:
+        """The prompt's token ids, and the ranges of its chunks. Those that are too short to be kept are held nowhere.
+
+        Raises `ValueError` for a prompt that doesn't fit the model.
+        """
+        prompt = asked.prompt
+        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if len(token_ids) > self._max_tokens:
+            raise ValueError(f"the prompt has {len(token_ids)} tokens; this model's context has {self._max_tokens}")
+        if bad := [token for token in token_ids if not 0 <= token < self._vocab_size]:
+            raise ValueError(f"token id {bad[0]} is not in the vocabulary: ids go from 0 to {self._vocab_size - 1}")
+        chunks: list[dict[str, Any]] = []
+        for start, end in self._segmenter.segments(as_token_ids(token_ids), asked.chunks):
+            is_short = end - start < self._min_chunk_tokens
+            chunks.append({"start": start, "end": end} | ({"held": False, "reason": "too_short"} if is_short else {}))
+        return token_ids, chunks
 
 
 async def _describe(scope: Scope) -> dict[str, Any]:
@@ -60,11 +235,14 @@ async def _describe(scope: Scope) -> dict[str, Any]:
         "policies": list(POLICIES),
         "timed_policies": [name for name in POLICIES if dataclasses.replace(config.params, policy=name).goes_by_ratio],
         "parameters": describe_parameters(),
+        "token_scores": True,
         "defaults": {**dataclasses.asdict(config.params), "max_ttft_ms": config.max_ttft_ms},
         "separator": config.separator,
+        "sink_tokens": config.sink_tokens,
         "store": config.store,
         "min_chunk_tokens": config.min_chunk_tokens,
         "num_layers": _num_layers(scope),
+        "reads_scores": make_policy(config.params).reads_scores,
         "blends": not refusal,
         **({"reason": refusal} if refusal else {}),
     }
@@ -83,41 +261,71 @@ def _num_layers(scope: Scope) -> int:
     return int(_vllm_config(scope).model_config.hf_text_config.num_hidden_layers)
 
 
-async def _send_report(send: Send, request_id: str) -> None:
+async def _report(request_id: str) -> Response:
     """A client may ask a moment too early."""
     report = await wait_for_report(request_id)
-    if report is None:
-        await _send_error(send, 404, f"no report of a request {request_id!r}", "NotFoundError")
-    else:
-        await _send_json(send, 200, report)
+    return json_response(report) if report else error_response(404, f"no report of a request {request_id!r}")
 
 
 def _check(request: dict[str, Any], scope: Scope) -> None:
-    """Raise `ValueError` for parameters of ours that the engine would not understand."""
-    given, config = given_params(request.get("kv_transfer_params")), _config(scope)
-    params = read_request_params(request.get("kv_transfer_params"), config.params, config.max_ttft_ms)
-    num_layers = _num_layers(scope)
+    """Raise `ValueError` for parameters of ours that the engine would not understand, or never see."""
+    path = _path(scope)
+    if path in _WITHOUT_SALT and request.get("cache_salt"):
+        raise ValueError(f"{path} takes no cache_salt")
+    transfer = request.get("kv_transfer_params")
+    if path in _WITHOUT_PARAMETERS and transfer:
+        raise ValueError(f"{path} takes no kv_transfer_params")
+    if _hidden_params(request):
+        raise ValueError("kv_transfer_params belong into the request itself, not into sampling_params.extra_args")
+    given, config = given_params(transfer), _config(scope)
+    params = read_request_params(transfer, config.params, config.max_ttft_ms)
     if "check_layer" in given:
-        params.blend.check_for(num_layers)
+        params.blend.check_for(_num_layers(scope))
 
 
-def _message_parts(request: dict[str, Any]) -> list[str]:
-    """The texts of messages that come in several text parts; none where the client names its chunks itself."""
-    messages, transfer = request.get("messages"), request.get("kv_transfer_params")
-    if not isinstance(messages, list) or not isinstance(transfer, dict | None) or "chunks" in given_params(transfer):
-        return []
-    texts: list[str] = []
-    for message in messages:
-        parts = message.get("content") if isinstance(message, dict) else None
-        found = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-        texts += [text for text in found if isinstance(text, str)] if len(found) > 1 else []
-    return texts
+def _num_sequences(request: Mapping[str, Any]) -> int:
+    """How many the engine makes of it, as far as it is well-formed: answers for each prompt, or for each chat."""
+    n = request.get("n")
+    lists = [each for each in (request.get("prompt"), request.get("messages")) if isinstance(each, list) and each]
+    num_prompts = max((len(each) for each in lists if isinstance(each[0], str | list)), default=1)
+    return num_prompts * (n if isinstance(n, int) and n > 1 else 1)
 
 
-def _with_chunks(request: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+def _hidden_params(request: Mapping[str, Any]) -> bool:
+    """vLLM's own sampling parameters, as `/inference/v1/generate` takes them, could carry them past this check."""
+    sampling = request.get("sampling_params")
+    extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    return isinstance(extra, dict) and "kv_transfer_params" in extra
+
+
+def _message_parts(request: Mapping[str, Any]) -> Iterator[str]:
+    """The texts of messages that come in several text parts, also of the conversations of a batch."""
+    messages = request.get("messages") or request.get("input")
+    for entry in messages if isinstance(messages, list) else ():
+        for message in entry if isinstance(entry, list) else (entry,):
+            parts = message.get("content") if isinstance(message, dict) else None
+            found = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+            if len(found) > 1:
+                yield from (text for text in found if isinstance(text, str))
+
+
+def _with_chunks(request: dict[str, Any], chunks: Sequence[NamedChunk]) -> dict[str, Any]:
     transfer = request.get("kv_transfer_params") or {}
-    ours = {**given_params(transfer), "chunks": texts}
+    ours = {**given_params(transfer), "chunks": chunks}
     return {**request, "kv_transfer_params": {**transfer, KEY: ours}}
+
+
+def _path(scope: Scope) -> str:
+    """As the application's routes see it: without what a proxy before it has put in front."""
+    path: str = scope["path"]
+    root = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+def _is_json(scope: Scope) -> bool:
+    """vLLM refuses other bodies on the paths that generate."""
+    content_type = Headers(scope=scope).get("content-type", "")
+    return content_type.partition(";")[0].strip().lower() == "application/json"
 
 
 def _vllm_config(scope: Scope) -> Any:
@@ -136,44 +344,10 @@ def _parse_object(body: bytes) -> dict[str, Any] | None:
     return request if isinstance(request, dict) else None
 
 
-async def _read_body(receive: Receive) -> bytes:
-    parts: list[bytes] = []
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            break
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(parts)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once, and then whatever comes from the client (its going away)."""
-    sent = False
-
-    async def replay() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+async def _read_whole(receive: Receive) -> bytes:
+    return b"".join(message.get("body", b"") for message in await read_body(receive) or ())
 
 
 def _with_length(scope: Scope, body: bytes) -> Scope:
     headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
     return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-
-
-async def _send_error(send: Send, status: int, message: str, kind: str) -> None:
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    await _send_json(send, status, {"error": error})
-
-
-async def _send_json(send: Send, status: int, content: object) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

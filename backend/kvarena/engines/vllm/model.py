@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import ReduceOp, all_reduce
 from torch.utils._pytree import tree_map
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
@@ -27,11 +28,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from kvarena.core.filtered_layer import FilteredLayer, forward_filtered
-from kvarena.core.plan import TokenIds
-from kvarena.core.prefilled_model import EndForward, LayerKV, OneRank, Ranks, TokenFilter
+from kvarena.core.placement import wait_for
+from kvarena.core.plan import Chunk, TokenIds
+from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, OneRank, OnLayer, Ranks, TokenFilter
 from kvarena.core.rope import Rotation, rotations_of
 from kvarena.core.supported import decoder_layers
-from kvarena.engines.vllm.hooks import reading_kv, reading_queries
+from kvarena.engines.vllm.hooks import reading_kv, reading_layers, reading_queries
 from kvarena.engines.vllm.supported import attention_layers, refuse_unsupported
 
 
@@ -193,24 +195,31 @@ def _copied(x: Any) -> Any:
     return x.clone() if torch.is_tensor(x) else x
 
 
-def prefill_chunks(engine: VllmModel, texts: Sequence[TokenIds], scratch: torch.Tensor) -> list[torch.Tensor | None]:
-    """The KV `(2, L, T, H_kv * D)` of each text, read as it passes; None for one that has no room even by itself.
+def prefill_chunks(
+    engine: VllmModel, chunks: Sequence[Chunk], scratch: torch.Tensor, piece_tokens: int
+) -> InPieces[list[torch.Tensor | None]]:
+    """The KV `(2, L, T, H_kv * D)` of each chunk, read as it passes; None for one that has no room even by itself.
 
     `scratch` `(G, N)` are the blocks, in each group of layers.
     """
+    texts = [chunk.after_sink for chunk in chunks]
     num_blocks = [-(-len(text) // engine.block_size) for text in texts]
     computed: list[torch.Tensor | None] = [None] * len(texts)
+    is_begun = False
     for numbers in _fitting_groups(num_blocks, room=scratch.shape[1]):
         own = [torch.from_numpy(texts[number]).long() for number in numbers]
         kv = [_empty_kv(engine, len(text)) for text in own]
         starts = accumulate((num_blocks[number] for number in numbers), initial=0)
         blocks = [scratch[:, start:end] for start, end in pairwise(starts)]
-        for batch in Batch.of_whole(own, blocks).split(engine.max_batch_tokens):
+        for batch in Batch.of_whole(own, blocks).split(min(engine.max_batch_tokens, piece_tokens)):
+            if is_begun:
+                yield
+            is_begun = True
             pieces = [kv[row.sequence][:, :, row.start : row.end] for row in batch.rows]
             with reading_kv(engine.layers, range(len(engine.layers)), partial(_keep, pieces)):
                 engine.forward(batch)
         for number, whole in zip(numbers, kv, strict=True):
-            computed[number] = whole
+            computed[number] = whole[:, :, len(chunks[number].sink) :]
     return computed
 
 
@@ -253,6 +262,18 @@ def _from_table(rotary: RotaryEmbeddingBase) -> Rotation:
     return Rotation.from_cos_sin(cos, sin, is_neox=rotary.is_neox_style)
 
 
+def with_rows(vllm_config: VllmConfig, num_rows: int) -> VllmConfig:
+    """The same for metadata builders of our own: with room for so many rows, as many as a batch has tokens when these
+    are scattered, and without CUDA graphs, whose buffers have a fixed size.
+    """
+    scheduler, compilation = copy(vllm_config.scheduler_config), copy(vllm_config.compilation_config)
+    scheduler.max_num_seqs = max(scheduler.max_num_seqs, num_rows)
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
+    config = copy(vllm_config)
+    config.scheduler_config, config.compilation_config = scheduler, compilation
+    return config
+
+
 @dataclass(frozen=True)
 class LayerGroup:
     """Layers whose KV lies in the same blocks, as vLLM groups them; `builder` is their attention backend's."""
@@ -278,6 +299,7 @@ class VllmModel:
         self.ranks = make_ranks()
         self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
+        self._rows_config = with_rows(vllm_config, self.max_batch_tokens)
         self.groups = [self._group(group) for group in kv_cache_config.kv_cache_groups]
         self.group_of = {name: number for number, group in enumerate(self.groups) for name in group.layer_names}
         self.rotations: Sequence[Rotation | None] = rotations_of(
@@ -365,8 +387,8 @@ class VllmModel:
     def _group(self, group: KVCacheGroupSpec) -> LayerGroup:
         layer = next(layer for layer in self.layers if layer.layer_name in group.layer_names)
         builder = layer.get_attn_backend().get_builder_cls()
-        with set_current_vllm_config(self.vllm_config):
-            made = builder(group.kv_cache_spec, group.layer_names, self.vllm_config, self.device)
+        with set_current_vllm_config(self._rows_config):
+            made = builder(group.kv_cache_spec, group.layer_names, self._rows_config, self.device)
         return LayerGroup(group.layer_names, made)
 
 
@@ -385,13 +407,27 @@ class PagedPrompt:
         self._slots = self._batch(torch.arange(len(token_ids))).slots(engine.block_size).to(engine.device)
         self._scratch = self._block_ids[:, start // engine.block_size :]
 
-    def write(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        own_slots = self._slots[self._engine.group_of[self._engine.layer_names[layer]]]
-        self._engine.write(layer, own_slots[positions.to(self.device)], keys, values)
+    def wait(self) -> None:
+        wait_for(self.device)
+
+    def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        slots = self._slots[:, positions.to(self.device)].contiguous()
+        for layer, name in enumerate(self._engine.layer_names):
+            self._engine.write(layer, slots[self._engine.group_of[name]], keys[layer], values[layer])
 
     def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:
         filtered_layer = partial(PagedFilteredLayer, self._engine, self._batch)
         return forward_filtered(positions, self._batches(positions), self._engine.forward, filters, filtered_layer)
+
+    def observe(self, positions: torch.Tensor, on_layer: OnLayer) -> None:
+        for batch in self._batches(positions):
+
+            def read(layer: int, *passing: torch.Tensor, own: torch.Tensor = batch.positions) -> None:
+                queries, keys, values = (x.reshape(len(own), -1, self.head_size) for x in passing)
+                on_layer(layer, own, queries, LayerKV(keys, values))
+
+            with reading_layers(self._engine.layers, read):
+                self._engine.forward(batch)
 
     def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
         found: list[torch.Tensor] = []
@@ -405,8 +441,8 @@ class PagedPrompt:
                 self._engine.forward(batch)
         return torch.cat(found)
 
-    def prefill_chunks(self, texts: Sequence[TokenIds]) -> list[torch.Tensor | None]:
-        return prefill_chunks(self._engine, texts, self._scratch)
+    def prefill_chunks(self, chunks: Sequence[Chunk], piece_tokens: int) -> InPieces[list[torch.Tensor | None]]:
+        return prefill_chunks(self._engine, chunks, self._scratch, piece_tokens)
 
     def _batches(self, positions: torch.Tensor) -> list[Batch]:
         return self._batch(positions).split(self._engine.max_batch_tokens)

@@ -3,7 +3,7 @@
 | tokens of a prompt | who fills their KV |
 |---|---|
 | `[0, L)` | vLLM's prefix cache |
-| `[L, E)` | a blend job, before the step's forward |
+| `[L, E)` | a blend job, before the step's forward; a long one in pieces, over several steps |
 | `[E, n)`, at least one token | vLLM's own prefill |
 
 Blended KV is approximate and stays in vLLM's prefix cache under a salt of its own, one for each setting, so a
@@ -13,31 +13,38 @@ follow-up finds it and no exact request ever does.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+import math
 import statistics
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm import envs
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request, RequestStatus
 
-from kvarena.core.matching import Planner, Segmenter
-from kvarena.core.plan import ReusePlan, TokenIds, as_token_ids
+from kvarena.core.matching import Planner, Segment, Segmenter, prompt_beginning
+from kvarena.core.plan import Chunk, ChunkKey, ReusePlan, Span, TokenIds, as_token_ids
+from kvarena.core.policy import share_of
+from kvarena.core.report import BlendReport
+from kvarena.engines.base import MissReason
 from kvarena.engines.vllm.config import BlendConfig, RequestParams, read_request_params
-from kvarena.engines.vllm.messages import BlendJob, BlendJobs, BlendReports, BlendStats, RequestReport
-from kvarena.policies.params import BlendParams
+from kvarena.engines.vllm.messages import BlendJob, BlendJobs, BlendReports, BlendStats, Miss, RequestReport
+from kvarena.policies.params import BlendParams, make_policy
 from kvarena.stores.sqlite import KnownChunks
 
 RECENT_STEPS = 8
 
 
 class TTFTBudget:
-    """Knows how long a step takes beside its blends: its forward, over the question and other requests' tokens, and
-    vLLM's own work. The median of the last steps with blends counts; before the first it is taken for nothing.
+    """Knows how long it takes beside a blend until a request's step has ended: forwards, over the question and other
+    requests' tokens, and vLLM's own work. The median of the last blends counts; before the first it is taken for
+    nothing. One for blends of a single step, and one for those in pieces, which have other requests' steps in between.
     """
 
     def __init__(self) -> None:
@@ -49,8 +56,87 @@ class TTFTBudget:
         beside_ms = statistics.median(self._beside_ms) if self._beside_ms else 0.0
         return max_ttft_ms - waited_ms - beside_ms
 
-    def note(self, step_ms: float, blends_ms: float) -> None:
-        self._beside_ms.append(max(0.0, step_ms - blends_ms))
+    def note(self, passed_ms: float, blends_ms: float) -> None:
+        self._beside_ms.append(max(0.0, passed_ms - blends_ms))
+
+
+@dataclass
+class BlendTurns:
+    """Whose turn it is: one step has about `step_tokens` of blends that are done in it, at least one of them, and one
+    piece of a blend with more than that. Each of the two kinds goes first come, first served, and a step of the one
+    waits for none of the other.
+    """
+
+    step_tokens: int
+    num_taken: int = 0
+    is_full: bool = False
+    long_one: _TrackedRequest | None = None
+
+    def is_its(self, num_tokens: int) -> bool:
+        """Whether a blend that runs so many tokens may go in this step."""
+        if self.is_long(num_tokens):
+            return self.long_one is None
+        self.is_full |= self.num_taken > 0 and self.num_taken + num_tokens > self.step_tokens
+        return not self.is_full
+
+    def is_long(self, num_tokens: int) -> bool:
+        return num_tokens > self.step_tokens
+
+    def take(self, tracked: _TrackedRequest) -> None:
+        if self.is_long(tracked.num_tokens_to_run):
+            self.long_one = tracked
+        else:
+            self.num_taken += tracked.num_tokens_to_run
+
+    def end(self, tracked: _TrackedRequest) -> None:
+        if self.long_one is tracked:
+            self.long_one = None
+
+    def end_step(self) -> None:
+        self.num_taken, self.is_full = 0, False
+
+
+@dataclass
+class Admission:
+    """Whether a chunk that no request brought before is kept.
+
+    While the store loses what it had, it is full, and a chunk that comes but once would push out one that comes often.
+    Then only those that come a second time are kept (as TinyLFU does, Einziger et al., arXiv 1512.00727). An LRU store
+    by itself falls to a hit ratio that new text alone decides. A store that lost even what was used just before was
+    emptied, or started anew, and has room: what it had until then doesn't count.
+    """
+
+    RECENT_CHUNKS = 256
+    FULL_RATIO = 0.05
+    JUST_USED_CHUNKS = 64
+    REMEMBERED_CHUNKS = 65_536
+
+    _lost: deque[bool] = field(default_factory=lambda: deque(maxlen=Admission.RECENT_CHUNKS))
+    _held: OrderedDict[ChunkKey, None] = field(default_factory=OrderedDict)
+    _seen: OrderedDict[ChunkKey, None] = field(default_factory=OrderedDict)
+
+    def note(self, known: Collection[Chunk], lost: Collection[Chunk]) -> None:
+        """Of a prompt's known chunks the store had lost some. It has them again now."""
+        just_used = set(itertools.islice(reversed(self._held), self.JUST_USED_CHUNKS))
+        if any(chunk.key in just_used for chunk in lost):
+            self._held.clear()
+            self._lost.clear()
+        self._lost.extend(chunk in lost and chunk.key in self._held for chunk in known)
+        for chunk in known:
+            self._remember(self._held, chunk)
+
+    def admits(self, chunk: Chunk) -> bool:
+        if sum(self._lost) < self.FULL_RATIO * self.RECENT_CHUNKS or self._seen.pop(chunk.key, chunk) is None:
+            self._remember(self._held, chunk)
+            return True
+        self._remember(self._seen, chunk)
+        return False
+
+    def _remember(self, chunks: OrderedDict[ChunkKey, None], chunk: Chunk) -> None:
+        chunks[chunk.key] = None
+        chunks.move_to_end(chunk.key)
+        if len(chunks) > self.REMEMBERED_CHUNKS:
+            chunks.popitem(last=False)
 
 
 logger = logging.getLogger(__name__)
@@ -58,69 +144,121 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _TrackedRequest:
-    """A request from its arrival to its end. `answer` is what its response carries, filled in as it becomes known."""
+    """A request from its arrival to its end. `answer` is what its response carries, filled in as it becomes known.
+
+    `wanted` is the part of the plan that is blended, `known` those of its chunks that other requests brought.
+    `num_tokens_to_run` is an estimate for its blend, `num_unknown_chunks` those that no store can have. What vLLM says
+    of its computed tokens holds while it isn't blending, and is taken over at its end.
+    """
 
     request: Request
     params: RequestParams
     token_ids: TokenIds
     plan: ReusePlan
     report: RequestReport
+    segments: Sequence[Segment]
     num_local_tokens: int = 0
+    wanted: ReusePlan = field(default_factory=ReusePlan)
+    known: frozenset[Chunk] = frozenset()
+    prefill_stats: PrefillStats | None = None
+    num_tokens_to_run: int = 0
     allocated_s: float = 0.0
+    num_unknown_chunks: int = 0
+    is_blending: bool = False
+    num_computed_tokens: int = 0
     answer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_done_tokens(self) -> int:
+        """Of its prompt, so many have their KV, or had it before they were preempted."""
+        blend = self.report.blend or BlendReport()
+        blended = blend.num_reused_tokens + blend.num_recomputed_tokens + blend.num_computed_tokens
+        return max(self.report.num_prefix_tokens + blended, self.num_computed_tokens)
 
 
 class SchedulerConnector:
-    """`refusal`, once set: why nothing is blended, so that every prompt is vLLM's own."""
+    """`refusal`, once set: why nothing is blended, so that every prompt is vLLM's own.
 
-    def __init__(self, config: BlendConfig, model: str, tokenizer: Any, block_size: int) -> None:
+    `max_step_tokens`: how many tokens vLLM itself runs in a step.
+    """
+
+    def __init__(self, config: BlendConfig, model: str, tokenizer: Any, block_size: int, max_step_tokens: int) -> None:
         self.refusal = ""
         self._config = config
         self._block_size = block_size
-        self._known = KnownChunks(config.index_path if config.store == "lmcache" else "", model)
-        self._planner = Planner(self._known.index, min_chunk_tokens=config.min_chunk_tokens)
+        sink = prompt_beginning(tokenizer, config.sink_tokens)
+        self._known = KnownChunks(config.index_path if config.store == "lmcache" else "", model, sink)
+        self._planner = Planner(self._known.index, min_chunk_tokens=config.min_chunk_tokens, sink=sink)
         self._segmenter = Segmenter(tokenizer, config.separator)
         self._tracked: dict[str, _TrackedRequest] = {}
         self._jobs: list[BlendJob] = []
-        self._time_left = TTFTBudget()
+        self._turns = BlendTurns(config.step_tokens or max_step_tokens)
+        self._time_left = {is_long: TTFTBudget() for is_long in (False, True)}
+        self._trusts_store = True
+        self._admission = Admission()
         self._finished: list[_TrackedRequest] = []
 
     def on_new_request(self, request: Request) -> None:
         """Plan the prompt, and set the request's approximate KV apart before vLLM looks for cached blocks."""
+        begun_s = time.perf_counter()
         params = self._read_params(request)
         token_ids = as_token_ids(request.prompt_token_ids or [])
-        plan = self._plan(request, params, token_ids) if self._may_blend(request) else ReusePlan()
+        segments: Sequence[Segment] = ()
+        plan = ReusePlan()
+        if self._may_blend(request):
+            segments = self._segmenter.segments(token_ids, params.chunks)
+            plan = self._plan(request, params, token_ids, segments)
         approximate = not (plan.is_prefix or params.recomputes_all)
         report = RequestReport(
             _answer_id(request.request_id), params.blend, approximate, request.num_prompt_tokens, params.max_ttft_ms
         )
-        self._tracked[request.request_id] = _TrackedRequest(request, params, token_ids, plan, report)
-        if approximate:
+        report.lookup_ms = 1e3 * (time.perf_counter() - begun_s)
+        self._tracked[request.request_id] = _TrackedRequest(request, params, token_ids, plan, report, segments)
+        if approximate or params.store_all:
             _give_own_salt(request, params)
 
-    def num_matched_tokens(self, request: Request, num_local_tokens: int) -> int | None:
-        """For how many tokens after the prefix cache's a blend will write the KV. None: ask again in the next step."""
+    def num_matched_tokens(self, request: Request, num_local_tokens: int) -> tuple[int | None, bool]:
+        """For how many tokens after the prefix cache's a blend will write the KV, and whether the request waits for
+        that while others go on. None: ask again in the next step.
+        """
         tracked = self._tracked[request.request_id]
         if self.refusal:
-            return 0
+            return 0, False
         if self._stands_on_unfinished_blocks(tracked, num_local_tokens):
-            return None
+            return None, False
         tracked.num_local_tokens = num_local_tokens
-        end = self._planner.blend_end(tracked.plan, num_local_tokens, request.num_prompt_tokens - 1)
-        return max(0, end - num_local_tokens)
+        # A prompt that grew, as they do in vLLM's streaming-input sessions, begins with what was planned.
+        last, recomputes_none = len(tracked.token_ids) - 1, tracked.params.recomputes_none
+        end = self._planner.blend_end(tracked.plan, num_local_tokens, last, recomputes_none=recomputes_none)
+        if end <= num_local_tokens:
+            return 0, False
+        num_tokens = tracked.num_tokens_to_run = self._num_tokens_to_run(tracked, num_local_tokens, end)
+        if not self._turns.is_its(num_tokens):
+            return None, False
+        return end - num_local_tokens, self._turns.is_long(num_tokens)
 
     def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         tracked = self._tracked[request.request_id]
-        if request.num_preemptions == 0:
-            tracked.report.num_prefix_tokens = tracked.num_local_tokens
-        if num_external_tokens == 0:
-            return
         start = tracked.num_local_tokens
         end = start + num_external_tokens
-        if tracked.params.store_new:
-            for span in tracked.plan.clipped(start, end):
-                if span.is_whole_chunk:
-                    self._known.add(span.chunk)
+        if request.num_preemptions == 0:
+            tracked.report.num_prefix_tokens = start
+        if tracked.prefill_stats is None:  # the first time
+            tracked.prefill_stats = request.prefill_stats
+            _tell_reused(tracked, 0)
+            waited_ms = 1e3 * (time.time() - request.arrival_time)
+            tracked.report.queue_ms = max(0.0, waited_ms - tracked.report.lookup_ms)
+            tracked.report.misses += self._not_looked_up(tracked, end)
+        if num_external_tokens == 0:
+            return
+        plan = tracked.plan.clipped(start, end)
+        known = frozenset(span.chunk for span in plan if span.chunk in self._known.index)
+        tracked.num_unknown_chunks = len({span.chunk for span in plan} - known)
+        if tracked.report.blend is None:
+            tracked.wanted, tracked.known = plan, known
+        passing = self._take_in(tracked.params, plan) if tracked.params.store_new else frozenset()
+        self._turns.take(tracked)
+        tracked.is_blending = True
         tracked.allocated_s = time.perf_counter()
         blend, budget_ms = self._ratio_or_budget(tracked)
         self._jobs.append(
@@ -130,15 +268,27 @@ class SchedulerConnector:
                 blocks.get_block_ids(),
                 start,
                 end,
-                tracked.plan.clipped(start, end),
+                plan,
                 blend,
                 tracked.params.store_new,
                 budget_ms,
+                self._turns.step_tokens if self._is_long(tracked) else None,
+                tracked.params.store_scores,
+                passing,
+                tracked.params.token_scores,
             )
         )
 
+    def _take_in(self, params: RequestParams, plan: ReusePlan) -> frozenset[Chunk]:
+        """Makes a plan's chunks known; returns those that aren't to be kept."""
+        new = [s.chunk for s in plan if s.is_whole_chunk and s.chunk not in self._known.index]
+        passing = frozenset(chunk for chunk in new if not (params.store_all or self._admission.admits(chunk)))
+        self._known.add(*(chunk for chunk in new if chunk not in passing))
+        return passing
+
     def take_jobs(self) -> BlendJobs:
         jobs, self._jobs = self._jobs, []
+        self._turns.end_step()
         return BlendJobs(jobs)
 
     def on_reports(self, reports: BlendReports) -> None:
@@ -147,30 +297,48 @@ class SchedulerConnector:
         blended = {self._tracked.get(name) or finished.get(name): blend for name, blend in reports.reports.items()}
         known = {tracked: blend for tracked, blend in blended.items() if tracked}
         for tracked, blend in known.items():
+            tracked.is_blending = False
+            self._turns.end(tracked)
+            if blend.store_hits or blend.store_misses:
+                self._trusts_store = blend.store_misses <= tracked.num_unknown_chunks
             if tracked.report.blend is None:
                 tracked.report.blend = blend
+                misses = self._misses(tracked, blend)
+                tracked.report.misses += misses
+                lost = {miss.start for miss in misses if miss.reason == "evicted"}
+                self._admission.note(tracked.known, {span.chunk for span in tracked.wanted if span.start in lost})
+                _tell_reused(tracked, blend.num_reused_tokens)
                 if tracked.answer:
                     tracked.answer.update(tracked.report.as_dict())
-        if known:
-            step_ms = 1e3 * (time.perf_counter() - min(tracked.allocated_s for tracked in known))
-            self._time_left.note(step_ms, sum(blend.blend_ms for blend in reports.reports.values()))
+        for is_long in (False, True):
+            own = [tracked for tracked in known if self._is_long(tracked) == is_long]
+            if own:
+                passed_ms = 1e3 * (time.perf_counter() - min(tracked.allocated_s for tracked in own))
+                self._time_left[is_long].note(passed_ms, sum(known[tracked].blend_ms for tracked in own))
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """What the response carries; the dictionary is completed by `on_reports` before it is sent."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return None
-        self._jobs = [job for job in self._jobs if job.request_id != request.request_id]
+        tracked.report.num_prompt_tokens = request.num_prompt_tokens
+        if not tracked.is_blending:
+            tracked.num_computed_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         tracked.answer.update(tracked.report.as_dict())
         self._finished.append(tracked)
-        if request.status == RequestStatus.FINISHED_ABORTED:
-            self.take_stats()
         return {"kvarena": tracked.answer}
 
     def take_stats(self) -> BlendStats | None:
-        """Reports of the requests that have finished, each once."""
-        finished, self._finished = self._finished, []
-        return BlendStats.of([tracked.report.as_dict() for tracked in finished]) if finished else None
+        """Reports of the requests that have finished, each once. Aborted ones count as far as they came; one whose
+        blend is under way is taken after that.
+        """
+        finished = [tracked for tracked in self._finished if not tracked.is_blending]
+        self._finished = [tracked for tracked in self._finished if tracked.is_blending]
+        for tracked in finished:
+            if tracked.request.status == RequestStatus.FINISHED_ABORTED:
+                tracked.report.num_prompt_tokens = tracked.num_done_tokens
+        reports = [tracked.report.as_dict() for tracked in finished if tracked.report.num_prompt_tokens]
+        return BlendStats.of(reports) if reports else None
 
     def clear(self) -> None:
         self._known.clear()
@@ -194,15 +362,69 @@ class SchedulerConnector:
             return blend, None
         if before and before.ratio is not None:
             return replace(blend, ratio=before.ratio), None
-        return blend, self._time_left.budget_ms(tracked.request, max_ttft_ms)
+        return blend, self._time_left[self._is_long(tracked)].budget_ms(tracked.request, max_ttft_ms)
+
+    def _is_long(self, tracked: _TrackedRequest) -> bool:
+        return self._turns.is_long(tracked.num_tokens_to_run)
+
+    def _num_tokens_to_run(self, tracked: _TrackedRequest, start: int, end: int) -> int:
+        """How many tokens a blend runs through the model, about: those of no chunk, those of chunks that aren't stored
+        yet, and the share that is recomputed, which is all where a time decides. After a blend that missed what is
+        known, the store may have lost everything.
+        """
+        if tracked.params.recomputes_all:
+            return end - start
+        plan = tracked.plan.clipped(start, end)
+        stored = sum(len(span) for span in plan if self._trusts_store and span.chunk in self._known.index)
+        policy = make_policy(tracked.params.blend).settled()
+        is_sure = policy.ratio is not None and tracked.params.max_ttft_ms is None
+        ratio = 0.0 if policy.recomputes_none else policy.ratio if is_sure else 1.0
+        return end - start - stored + share_of(plan.num_reused_tokens, ratio or 0.0)
 
     def _may_blend(self, request: Request) -> bool:
         return not self.refusal and _is_plain_text(request)
 
-    def _plan(self, request: Request, params: RequestParams, token_ids: TokenIds) -> ReusePlan:
+    def _not_looked_up(self, tracked: _TrackedRequest, end: int) -> list[Miss]:
+        """What stands after the prefix cache's tokens and isn't blended. The prompt's beginning is no chunk."""
+        low, shortest = max(1, tracked.num_local_tokens), self._config.min_chunk_tokens
+        short = [segment for segment in tracked.segments if segment[0] >= low and segment[1] - segment[0] < shortest]
+        beyond = [span for span in tracked.plan if span.start >= end]
+        return [
+            *(Miss(*segment, "too_short") for segment in short),
+            *(Miss(span.start, span.end, "mostly_new") for span in beyond),
+        ]
+
+    def _misses(self, tracked: _TrackedRequest, blend: BlendReport) -> list[Miss]:
+        """Why the store didn't give a chunk: it says whether it failed, and the known chunks say the rest."""
+        if not blend.misses:
+            return []
+        spans = {span.start: span for span in tracked.wanted}
+        missing = [spans[start].chunk for start, _, why in blend.misses if why == "not_stored"]
+        named = self._segmenter.texts(tracked.params.chunks)
+        of_other_models = self._known.of_other_models([chunk for chunk in missing if chunk not in tracked.known])
+
+        def reason(span: Span) -> MissReason:
+            if span.chunk in tracked.known:
+                return "evicted"
+            if span.chunk.key in of_other_models:
+                return "other_model"
+            if span.chunk.salt and replace(span.chunk, salt="") in self._known.index:
+                return "other_salt"
+            start = span.start - span.offset
+            is_cut = self._segmenter.is_cut(tracked.token_ids, start, start + len(span.chunk), named)
+            return "boundary_inside_token" if is_cut else "never_seen"
+
+        return [
+            Miss(start, end, "store_down" if why == "store_down" else reason(spans[start]))
+            for start, end, why in blend.misses
+        ]
+
+    def _plan(
+        self, request: Request, params: RequestParams, token_ids: TokenIds, segments: Sequence[Segment]
+    ) -> ReusePlan:
         self._known.refresh()
-        segments = self._segmenter.segments(token_ids, params.chunks)
-        return self._planner.plan(token_ids, segments, _chunk_salt(request))
+        planner = replace(self._planner, min_coverage=math.inf) if params.store_all else self._planner
+        return planner.plan(token_ids, segments, chunk_salt(request.cache_salt))
 
     def _stands_on_unfinished_blocks(self, tracked: _TrackedRequest, num_local_tokens: int) -> bool:
         """Whether the prefix cache offers blocks that another request only fills in this step's forward.
@@ -217,6 +439,16 @@ class SchedulerConnector:
 def _is_filling_one_of(other: Request, blocks: Sequence[bytes], block_size: int) -> bool:
     ready = other.num_computed_tokens // block_size
     return ready < min(len(blocks), len(other.block_hashes)) and bool(other.block_hashes[ready] == blocks[ready])
+
+
+def _tell_reused(tracked: _TrackedRequest, num_reused_tokens: int) -> None:
+    """vLLM takes all that a connector supplies for cached, and makes the answer's `cached_tokens` of it; a blend
+    computes most of a new prompt. What it reused is known after the step, before the answer's first token is sent.
+    """
+    stats = tracked.prefill_stats
+    if stats is not None:
+        stats.set(stats.num_prompt_tokens, stats.num_local_cached_tokens, num_reused_tokens)
+        stats.num_cache_creation_tokens = max(0, stats.num_cache_creation_tokens - num_reused_tokens)
 
 
 def _answer_id(request_id: str) -> str:
@@ -235,14 +467,14 @@ def _is_plain_text(request: Request) -> bool:
     )
 
 
-def _chunk_salt(request: Request) -> str:
-    """Chunks of one salt and one LoRA adapter are neither found nor used by another."""
-    parts = [request.cache_salt or "", request.lora_request.lora_name if request.lora_request else ""]
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest() if any(parts) else ""
+def chunk_salt(cache_salt: str | None) -> str:
+    """Chunks of one salt are neither found nor used by another."""
+    return hashlib.blake2b(cache_salt.encode(), digest_size=16).hexdigest() if cache_salt else ""
 
 
 def _give_own_salt(request: Request, params: RequestParams) -> None:
     within = "" if params.max_ttft_ms is None else f" within {params.max_ttft_ms} ms"
-    request.cache_salt = f"{request.cache_salt or ''}\0kvarena {params.blend}{within}"
+    alone = f" of {request.request_id}" if params.store_all else ""
+    request.cache_salt = f"{request.cache_salt or ''}\0kvarena {params.blend}{within}{alone}"
     request.block_hashes.clear()
     request.update_block_hashes()

@@ -6,6 +6,7 @@ constant frequencies. Anything else is refused with the reason when the server s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
+    KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
+from vllm.v1.worker.utils import select_common_block_size
 
 from kvarena.core.supported import refuse_length_dependent, refuse_short_window
 
@@ -29,6 +32,12 @@ def refuse_unsupported(module: torch.nn.Module, vllm_config: VllmConfig, kv_cach
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise ValueError("its layers are spread over several devices (pipeline parallelism)")
+    if parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size > 1:
+        raise ValueError("its KV is spread over several devices token by token (context parallelism)")
+    if parallel.data_parallel_size > 1 and model.is_moe:
+        raise ValueError("its experts are spread over data-parallel ranks, all of which a forward has to wait for")
+    if vllm_config.lora_config:
+        raise ValueError("its layers take adapters, and vLLM maps these (LoRA) to the tokens of its own steps only")
     if model.use_mla:
         raise ValueError("its latent attention (MLA) keeps no keys that could be moved")
     if model.uses_mrope:
@@ -39,6 +48,22 @@ def refuse_unsupported(module: torch.nn.Module, vllm_config: VllmConfig, kv_cach
         refuse_spec(spec, model.max_model_len)
     if len({spec.block_size for spec in specs}) != 1:
         raise ValueError("its layers keep KV in blocks of different sizes, or none at all")
+    layers = {module.layer_name: module for module in module.modules() if isinstance(module, Attention)}
+    for group in kv_cache_config.kv_cache_groups:
+        refuse_group(group, layers)
+
+
+def refuse_group(group: KVCacheGroupSpec, layers: Mapping[str, Any]) -> None:
+    """Raise `ValueError` with the reason when some of these layers aren't the model's own (`layers`, by name), or have
+    kernels that take the cache's blocks for several smaller ones each.
+    """
+    if others := [name for name in group.layer_names if name not in layers]:
+        raise ValueError(f"layers beside its own keep KV, such as a draft model's ({others[0]}), and would lack it")
+    block_size = group.kv_cache_spec.block_size
+    backends = {layers[name].get_attn_backend() for name in group.layer_names}
+    kernel_size = select_common_block_size(block_size, list(backends))
+    if kernel_size != block_size:
+        raise ValueError(f"its attention has blocks of {kernel_size} tokens: --block-size {kernel_size} is needed")
 
 
 def _layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:

@@ -9,16 +9,22 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from kvarena.core.blend import Blender
-from kvarena.core.store import ChunkStore
+from kvarena.core.blend import Blender, BlendTask
+from kvarena.core.matching import sink_of
+from kvarena.core.plan import Chunk, as_token_ids
+from kvarena.core.prefilled_model import InPieces
+from kvarena.core.report import BlendReport
+from kvarena.core.store import Lacking, ScoredStore
 from kvarena.engines.vllm.config import BlendConfig
-from kvarena.engines.vllm.messages import BlendJobs, BlendReports
+from kvarena.engines.vllm.messages import BlendJob, BlendJobs, BlendReports
 from kvarena.engines.vllm.model import VllmModel, rank_name
 from kvarena.engines.vllm.plugin import loaded_model
 from kvarena.policies.params import make_policy
@@ -26,7 +32,7 @@ from kvarena.stores.memory import MemoryStore
 from kvarena.stores.tensor_parallel import TensorParallelStore
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
-_LAYOUT_VERSION = 1
+_LAYOUT_VERSION = 2
 
 
 def model_id(vllm_config: Any) -> str:
@@ -60,6 +66,20 @@ def _weights(model: str, revision: str | None) -> Any:
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class _BlendUnderWay:
+    """Whoever leaves it before its end closes `pieces`."""
+
+    request_id: str
+    report: BlendReport
+    pieces: InPieces[None]
+
+    def run_piece(self) -> bool:
+        """Whether it was the last."""
+        with self.report.timed("blend_ms"):
+            return next(self.pieces, "ended") == "ended"
+
+
 class WorkerConnector:
     """Made before the KV cache is; the model is taken up once the cache is there (`attach`)."""
 
@@ -70,6 +90,8 @@ class WorkerConnector:
         self._engine: VllmModel | None = None
         self._blender: Blender | None = None
         self._reports = BlendReports({})
+        self._under_way: _BlendUnderWay | None = None
+        self._filled: set[str] = set()
         self.refusal = ""
 
     def attach(self) -> None:
@@ -87,26 +109,68 @@ class WorkerConnector:
         logger.info("blending %d layers over the %s store", len(self._engine.layers), self._config.store)
 
     def blend(self, work: BlendJobs) -> None:
-        if not work.jobs:
-            return
+        """The jobs of one step, then a piece of the one that goes over several."""
+        start_s = time.perf_counter()
+        for job in sorted(work.jobs, key=lambda job: job.piece_tokens is not None):
+            begun = self._begin(job, start_s)
+            if job.piece_tokens is None:
+                while not begun.run_piece():
+                    pass
+                self._report(begun)
+            else:
+                assert self._under_way is None, "a second blend in pieces"
+                self._under_way = begun
+        if self._under_way and self._under_way.run_piece():
+            self._end_pieces(self._under_way)
+
+    def take_filled(self, finished: Collection[str]) -> set[str] | None:
+        """Requests whose blocks nobody writes to any more, each once: filled in pieces, or ended (`finished`) before
+        that was done, of which nothing counts.
+        """
+        if self._under_way and self._under_way.request_id in finished:
+            self._under_way.pieces.close()
+            self._end_pieces(replace(self._under_way, report=BlendReport()))
+        filled, self._filled = self._filled, set()
+        return filled or None
+
+    def _begin(self, job: BlendJob, start_s: float) -> _BlendUnderWay:
+        """`start_s`: when the blends of this step began."""
         assert self._engine is not None, "a blend before the KV cache was registered"
         assert self._blender is not None, "a blend without a store"
-        start_s = time.perf_counter()
-        for job in work.jobs:
-            left_ms = None if job.budget_ms is None else job.budget_ms - 1e3 * (time.perf_counter() - start_s)
-            prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
-            report = self._blender.blend(
-                prompt,
-                job.plan,
-                job.start,
-                job.end,
-                make_policy(job.params),
-                store_new=job.store_new,
-                budget_ms=left_ms,
-            )
-            if report.blend_failures:
-                logger.error("request %s: its blend failed, see above; all of its tokens were computed", job.request_id)
-            self._reports.reports[job.request_id] = report
+        report = BlendReport(wants_scores=job.token_scores)
+        task = BlendTask(
+            job.plan,
+            job.start,
+            job.end,
+            make_policy(job.params),
+            keeps=lambda chunk: job.store_new and chunk not in job.passing,
+            budget_ms=None if job.budget_ms is None else job.budget_ms - 1e3 * (time.perf_counter() - start_s),
+            scores=job.scores,
+        )
+        prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
+        pieces = self._blender.in_pieces(prompt, task, report, job.piece_tokens or job.end - job.start)
+        return _BlendUnderWay(job.request_id, report, pieces)
+
+    def _end_pieces(self, ended: _BlendUnderWay) -> None:
+        self._under_way = None
+        self._filled.add(ended.request_id)
+        self._report(ended)
+
+    def _report(self, ended: _BlendUnderWay) -> None:
+        if ended.report.blend_failures:
+            logger.error("request %s: its blend failed, see above; all of its tokens were computed", ended.request_id)
+        self._reports.reports[ended.request_id] = ended.report
+
+    def missing(
+        self, texts: Sequence[Sequence[int]], salt: str, sink: Sequence[int], scores: bool
+    ) -> list[Lacking | None]:
+        """Why the store doesn't have the chunk of each of these token ids, after this sink, with `scores` if they are
+        asked for; None where it has it.
+        """
+        if self._blender is None:
+            return ["not_stored"] * len(texts)
+        after, all_ids = as_token_ids(sink), map(as_token_ids, texts)
+        return self._blender.missing([Chunk(ids, salt, sink_of(ids, after)) for ids in all_ids], scores=scores)
 
     def take_reports(self) -> BlendReports | None:
         taken, self._reports = self._reports, BlendReports({})
@@ -117,10 +181,12 @@ class WorkerConnector:
             self._blender.clear()
 
     def close(self) -> None:
+        if self._under_way:
+            self._under_way.pieces.close()
         if self._blender:
             self._blender.close()
 
-    def _make_store(self, engine: VllmModel) -> ChunkStore:
+    def _make_store(self, engine: VllmModel) -> ScoredStore:
         if self._config.store == "memory":
             return MemoryStore(self._config.store_bytes)
         from kvarena.stores.lmcache import KVGeometry, LMCacheStore

@@ -1,0 +1,44 @@
+"""`stored_deviation`: the tokens that scores stored with the chunks call the neediest; no layer is run to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvarena.core.plan import ReusePlan
+from kvarena.core.policy import Selection, SelectionContext, SelectionPolicy, best_runs, reused_positions, share_of
+from kvarena.policies.kv_deviation import KVDeviation
+from kvarena.policies.registry import check_layer_parameter, policy, ratio_parameter, run_tokens_parameter
+
+
+@policy("stored_deviation")
+@dataclass(frozen=True)
+class StoredDeviation(SelectionPolicy):
+    """The tokens that moved most and were looked at most in earlier prompts, by scores stored with their chunks.
+
+    The `ratio` of reused tokens with the highest scores (`kvarena.core.scoring`; docs/quality.md). The scores come with
+    warming. A prompt with a chunk that has none yet is blended as by `kv_deviation` of the values at `check_layer`.
+    `run_tokens`: so many neighbours are chosen together.
+    """
+
+    ratio: float = ratio_parameter()
+    check_layer: int = check_layer_parameter()
+    run_tokens: int = run_tokens_parameter()
+
+    reads_scores = True
+
+    def watched_layers(self, num_layers: int) -> Sequence[int]:
+        return self._online.watched_layers(num_layers)
+
+    def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
+        scores = context.stored_scores()
+        if scores is None:
+            return self._online.select(plan, context)
+        reused = reused_positions(plan)
+        context.show("score that is stored with its chunk", reused, scores)
+        chosen = best_runs(scores, share_of(len(reused), self.ratio), self.run_tokens)
+        return Selection(reused[chosen.sort().values])
+
+    @property
+    def _online(self) -> KVDeviation:
+        return KVDeviation(self.ratio, self.check_layer, "values", run_tokens=self.run_tokens)
