@@ -2,7 +2,8 @@
 
 One thread runs the device. In every round waiting requests get slots, in the order of their arrival; the oldest that
 is still in its prompt runs one more piece of it; and all that are past theirs decode one token together. So a long
-prompt delays the others' tokens by no more than a piece.
+prompt delays the others' tokens by no more than a piece. Prompts are rendered and tokenised in a thread beside it, one
+after the other: a long chat takes seconds, and the device goes on meanwhile.
 
 | what goes wrong | who is hurt |
 |---|---|
@@ -23,7 +24,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from time import perf_counter
 
@@ -52,7 +54,8 @@ class RequestMetrics:
 @dataclass
 class BatchedRequest:
     """`prepare` makes the prompt when the topic's earlier turns have ended; it raises `ValueError` for one that can't
-    be served. `on_end` hears of the end before a later turn of the topic begins.
+    be served. `on_end` hears of the end before a later turn of the topic begins. `num_taken` counts those of
+    `answer_ids` that were read.
     """
 
     key: SlotKey
@@ -62,6 +65,7 @@ class BatchedRequest:
     eos_token_ids: frozenset[int] = frozenset()
     use_cache: bool = True
 
+    preparing: Future[Prompt] | None = None
     prompt: Prompt | None = None
     slot: Slot | None = None
     figures: RequestMetrics = field(default_factory=RequestMetrics)
@@ -78,12 +82,20 @@ class BatchedRequest:
     def __iter__(self) -> Iterator[GeneratedToken]:
         """The reader's: tokens until the end. Raises what ended the turn, if anything did."""
         while (token := self._tokens.get()) is not None:
-            self.num_taken += 1
+            self.num_taken += not token.is_end
             yield token
         if self.error is not None:
             raise self.error
 
     # -- the batcher's -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_being_prepared(self) -> bool:
+        return self.preparing is not None and not self.preparing.done()
+
+    def give_up_prompt(self) -> bool:
+        """One that waits to be prepared never is. Whether nobody is at it now."""
+        return self.preparing is None or self.preparing.cancel() or self.preparing.done()
 
     @property
     def is_prefilled(self) -> bool:
@@ -100,15 +112,17 @@ class BatchedRequest:
         figures.queue_ms = self._lap_ms()
 
     def take(self, token: GeneratedToken) -> None:
-        if not self.answer_ids:
+        """An end-of-sequence token is counted and read, and is no part of the answer."""
+        if not self.figures.num_decoded_tokens:
             self.figures.prefill_ms = self._lap_ms()
-        self.answer_ids.append(token.token_id)
-        self.figures.num_decoded_tokens = len(self.answer_ids)
+        self.figures.num_decoded_tokens += 1
+        if not token.is_end:
+            self.answer_ids.append(token.token_id)
         self._tokens.put(token)
 
     def end(self, finish_reason: FinishReason | None, error: BaseException | None) -> None:
         self.finish_reason, self.error = finish_reason, error
-        self.figures.decode_ms = self._lap_ms() if self.answer_ids else 0.0
+        self.figures.decode_ms = self._lap_ms() if self.figures.num_decoded_tokens else 0.0
         self.figures.total_ms = (perf_counter() - self._submitted_s) * 1e3
         try:
             self.on_end(self)
@@ -148,6 +162,7 @@ class Batcher:
         self._is_lost = False
         self._closing = False
         self._wake = threading.Condition()
+        self._preparer = ThreadPoolExecutor(1, "ai100-prompts")
         self._thread = threading.Thread(target=self._run, name="ai100-batcher", daemon=True)
         self._thread.start()
 
@@ -172,6 +187,7 @@ class Batcher:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        self._preparer.shutdown(cancel_futures=True)
         for turn in [*self._arrived, *self._waiting, *self._running]:
             turn.end(None, None)
         self._arrived, self._waiting, self._running = [], [], []
@@ -196,15 +212,21 @@ class Batcher:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._arrived or self._waiting or self._running or self._closing)
+            self._wake.wait_for(lambda: self._arrived or self._running or self._closing or self._may_admit())
             self._waiting += self._arrived
             self._arrived = []
             return not self._closing
 
+    def _may_admit(self) -> bool:
+        """Whether one of those that wait has more to wait for than prompts that are being prepared."""
+        preparing = {turn.key for turn in self._waiting if turn.is_being_prepared}
+        return any(turn.key not in preparing or (turn.closed and turn.give_up_prompt()) for turn in self._waiting)
+
     def _drop_closed(self) -> None:
+        """A prompt that is being prepared reads the conversation, which isn't changed meanwhile."""
         for turn in [turn for turn in self._running if turn.closed]:
             self._end(turn)
-        for turn in [turn for turn in self._waiting if turn.closed]:
+        for turn in [turn for turn in self._waiting if turn.closed and turn.give_up_prompt()]:
             self._waiting.remove(turn)
             turn.end(None, None)
 
@@ -212,21 +234,43 @@ class Batcher:
         """A turn whose topic is busy waits; those behind it need not."""
         if self._waiting and self._is_lost and not self._reopened():
             return
+        busy = {turn.key for turn in self._running}
+        num_free_rows = self.runtime.shapes.full_batch_size - len(self._running)
         for turn in list(self._waiting):
-            if len(self._running) == self.runtime.shapes.full_batch_size:
+            if not num_free_rows:
                 return
-            if all(turn.key != other.key for other in self._running):
+            if turn.key in busy:
+                continue
+            busy.add(turn.key)
+            if not self.slots.has_room(turn.key if turn.use_cache else None):
+                continue
+            num_free_rows -= 1
+            if turn.preparing is None:
+                self._prepare(turn)
+            elif turn.preparing.done():
                 self._waiting.remove(turn)
-                self._start(turn)
+                self._start(turn, turn.preparing)
 
-    def _start(self, turn: BatchedRequest) -> None:
+    def _prepare(self, turn: BatchedRequest) -> None:
         try:
-            prompt = turn.prepare()
-        except Exception as error:
-            turn.end(None, error)
+            turn.preparing = self._preparer.submit(turn.prepare)
+        except RuntimeError as error:  # no thread can be started
+            self._waiting.remove(turn)
+            turn.end(None, EngineUnavailable(f"the prompt can't be prepared: {error}"))
+        else:
+            turn.preparing.add_done_callback(self._prepared)
+
+    def _prepared(self, _: Future[Prompt]) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    def _start(self, turn: BatchedRequest, prepared: Future[Prompt]) -> None:
+        if (failure := prepared.exception()) is not None:
+            turn.end(None, failure)
             return
+        prompt = prepared.result()
         taken = self.slots.take(turn.key if turn.use_cache else None)
-        assert taken is not None, "there are as many slots as turns that run, and this one's isn't busy"
+        assert taken is not None, "there is room"
         self._running.append(turn)
         turn.begin(prompt, taken.slot, self.slots.reuse(taken.slot, prompt.token_ids))
         if taken.is_new:
@@ -286,6 +330,7 @@ class Batcher:
             return
         self.slots.set_pending(_held(turn), token.token_id)
         if token.token_id in turn.eos_token_ids:
+            turn.take(replace(token, is_end=True))
             self._end(turn, "stop")
             return
         turn.take(token)
@@ -318,6 +363,7 @@ class Batcher:
             logger.error("the device can't be opened: %s", error)
             turns, self._waiting = self._waiting, []
             for turn in turns:
+                turn.give_up_prompt()
                 turn.end(None, EngineUnavailable(f"the device is lost: {error}"))
             return False
         logger.info("the device was opened again, with empty slots")

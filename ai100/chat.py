@@ -74,9 +74,14 @@ class ChatSession:
     replies: list[Reply] = field(default_factory=list)
     _name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def ask(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> Reply:
-        """Greedy. `on_text` gets the answer's text as it comes. Raises `ValueError` for what can't be served and
-        `EngineUnavailable`; the chat goes on after both.
+    def ask(
+        self,
+        question: str,
+        on_text: Callable[[str], None] = lambda text: None,
+        on_topic: Callable[[str], None] = lambda topic: None,
+    ) -> Reply:
+        """Greedy. `on_topic` gets the topic, then `on_text` the answer's text as it comes. Raises `ValueError` for what
+        can't be served and `EngineUnavailable`; the chat goes on after both.
         """
         generation = self.engine.generate(self._request(question))
         started_s, first_s = perf_counter(), 0.0
@@ -85,7 +90,9 @@ class ChatSession:
         num_tokens = 0
         try:
             for token in generation:
-                first_s = first_s or perf_counter()
+                if not num_tokens:
+                    first_s = perf_counter()
+                    on_topic(generation.report.texts["topic"])
                 num_tokens += 1
                 text = text or TextStream(self.engine.tokenizer, generation.prompt_token_ids, StopRule())
                 said.append(text.push(token).text)
@@ -124,7 +131,14 @@ HELP = """Ask anything. Every topic of the conversation has a KV slot of its own
 
 
 def ask_and_show(chat: ChatSession, question: str, console: Console, *, verbose: bool) -> Reply:
-    reply = chat.ask(question, lambda text: console.print(text, end="", markup=False, highlight=False))
+    def write(text: str) -> None:
+        console.print(text, end="", markup=False, highlight=False)
+
+    def label(topic: str) -> None:
+        if not verbose:
+            write(f"[{topic[:1].upper()}{topic[1:]}] ")
+
+    reply = chat.ask(question, write, label)
     console.print()
     console.print(reply.line, style="dim", markup=False, highlight=False, soft_wrap=True)
     if verbose:

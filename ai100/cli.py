@@ -7,33 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ai100.cli_options import (
-    CtxLen,
-    Data,
-    Device,
-    Dtype,
-    FullBatchSize,
-    GenLen,
-    KvCacheBatchSize,
-    MaxContext,
-    Model,
-    Mxfp6,
-    Mxint8,
-    NoCache,
-    NotesTokens,
-    NumCores,
-    NumDevices,
-    PrefillSeqLen,
-    RuntimeName,
-    SentenceModel,
-    Threshold,
-    TopicKind,
-    TopicsFile,
-)
+from ai100.cli_options import SettingsMaker, with_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,78 +21,46 @@ if TYPE_CHECKING:
     from ai100.engine import AI100Engine
 
 
+MAX_CONTEXT = 800
+"""Of a topic in the terminal, as in Qualcomm's original."""
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Multi-turn chat on the KV slots of an AI 100.")
 
 
 @app.callback()
 def group() -> None:
-    """Keeps `chat` a command of its own, though it is the only one."""
+    """Keeps `chat` a command of its own, though it is the only one here; `kvarena.cli` adds `demo`."""
 
 
 @app.command()
+@with_settings
 def chat(
-    messages: Annotated[list[str] | None, typer.Argument(help="With --batch: what to ask, in order.")] = None,
-    batch: Annotated[bool, typer.Option("--batch", help="Ask the messages given, and end.")] = False,
-    no_cache: NoCache = False,
+    make_settings: SettingsMaker,
+    messages: Annotated[list[str] | None, typer.Argument(help="With --batch: the messages, in order.")] = None,
+    batch: Annotated[bool, typer.Option("--batch", "-b", help="Ask the given messages, then exit.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Prefill the whole history on every turn.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Ask with and without the cache; times side by side.")
     ] = False,
-    model: Model = None,
-    runtime: RuntimeName = "auto",
-    full_batch_size: FullBatchSize = 2,
-    kv_cache_batch_size: KvCacheBatchSize = 4,
-    ctx_len: CtxLen = 4096,
-    prefill_seq_len: PrefillSeqLen = 128,
-    gen_len: GenLen = 500,
-    threshold: Threshold = 0.3,
-    max_context: MaxContext = 800,
-    topics: TopicKind = "keyword",
-    topics_file: TopicsFile = None,
-    sentence_model: SentenceModel = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    num_cores: NumCores = 16,
-    num_devices: NumDevices = 1,
-    mxfp6_matmul: Mxfp6 = False,
-    mxint8_kv_cache: Mxint8 = False,
-    data: Data = None,
-    notes_tokens: NotesTokens = 200,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Topic, status and reason of every turn; the log.")
+        bool, typer.Option("--verbose", "-v", help="Topic, status and reason of every turn; the log.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --batch: print JSON on standard output.")] = False,
 ) -> None:
     """Chat; every topic keeps its KV slot, and a follow-up prefills only what is new."""
     from rich.console import Console
 
-    from ai100.runtimes.card import CardUnavailable, CompileFailed, CompileOptions
-    from ai100.runtimes.runtime import StaticShapes
-    from ai100.settings import AI100Settings, open_engine
-    from ai100.topics import TOPICS_FILE
-    from kvarena.stack.service import StackError
+    from ai100.settings import START_ERRORS, open_engine
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
     console = Console(stderr=as_json)
     try:
         _check_mode(messages or [], batch=batch, as_json=as_json, no_cache=no_cache, compare=compare)
-        settings = AI100Settings(
-            model=model,
-            runtime=runtime,
-            shapes=StaticShapes(prefill_seq_len, ctx_len, full_batch_size, kv_cache_batch_size),
-            compile_options=CompileOptions(num_cores, num_devices, mxfp6_matmul, mxint8_kv_cache),
-            device=device,
-            dtype=dtype,
-            topics=topics,
-            topics_file=topics_file or TOPICS_FILE,
-            sentence_model=sentence_model,
-            threshold=threshold,
-            max_context=max_context,
-            gen_len=gen_len,
-            data=data,
-            notes_tokens=notes_tokens,
-        )
+        settings = make_settings()
+        if settings.max_context is None:
+            settings = replace(settings, max_context=MAX_CONTEXT)
         engine = open_engine(settings)
-    except (ValueError, OSError, StackError, CardUnavailable, CompileFailed) as error:
+    except START_ERRORS as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     talk = _ChatLoop.over(engine, console, compare=compare, use_cache=not no_cache, verbose=verbose)
@@ -163,7 +110,7 @@ class _ChatLoop:
                 case "quit" | "exit" | "q":
                     self._show_end()
                     return False
-                case "stats":
+                case "stats" | "status":
                     show_stats(self.chats[0], self._console)
                 case "help" | "?":
                     self._console.print(HELP, markup=False, highlight=False)

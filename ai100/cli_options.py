@@ -1,42 +1,86 @@
-"""The options that the server and the chat have in common. Imported at the command line's start: typer only."""
+"""The options that the server and the chat have in common: the settings of the spec, and some beside them. Imported at
+the command line's start.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="A folder, a hub name or town. [default: meta-llama/Llama-3.2-1B-Instruct on the card, else the stack's]"
-    ),
-]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="auto, qaic (the card), host, or onnx.")]
-FullBatchSize = Annotated[int, typer.Option(help="How many turns decode together.")]
-KvCacheBatchSize = Annotated[int, typer.Option(help="How many slots there are.")]
-CtxLen = Annotated[int, typer.Option(help="Tokens of a slot.")]
-PrefillSeqLen = Annotated[int, typer.Option(help="Tokens of a piece of prefill.")]
-GenLen = Annotated[int, typer.Option(help="Longest answer, where a request doesn't say.")]
-MaxContext = Annotated[int, typer.Option(help="A topic whose earlier turns have more tokens is reset.")]
-TopicKind = Annotated[str, typer.Option("--topics", help="keyword or embedding.")]
-TopicsFile = Annotated[Path | None, typer.Option(help="Topics and their words. [default: the one that ships]")]
-SentenceModel = Annotated[
-    str | None,
-    typer.Option(help="For --topics embedding. [default: all-MiniLM-L6-v2 if it is here, else word embeddings]"),
-]
-Data = Annotated[
-    Path | None,
-    typer.Option(help="Folder of notes; every topic gets those that fit it. [default: the model's]"),
-]
-NotesTokens = Annotated[int, typer.Option(help="The most tokens of notes that a topic begins with; 0 for none.")]
-Separator = Annotated[str | None, typer.Option(help="What stands between notes. [default: the model's own]")]
-Threshold = Annotated[float, typer.Option(help="How near a message must be to a topic, 0 to 1.")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Process the whole history with every turn.")]
-Device = Annotated[str, typer.Option(help="Of the host runtime: auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="Of the host runtime: auto, float32, bfloat16 or float16.")]
-NumCores = Annotated[int, typer.Option(help="Of the card: cores to compile for.")]
-NumDevices = Annotated[int, typer.Option(help="Of the card: devices to spread the model over.")]
-Mxfp6 = Annotated[bool, typer.Option("--mxfp6-matmul", help="On the card: weights in MXFP6.")]
-Mxint8 = Annotated[bool, typer.Option("--mxint8-kv-cache", help="On the card: KV in MXINT8.")]
+from kvarena.contenders.ai100 import SPEC
+from kvarena.contenders.command_line import with_options
+from kvarena.contenders.command_line import with_settings as with_spec_settings
+
+SettingsMaker = Callable[..., Any]
+"""Makes `AI100Settings` of the options that were given, and of more fields by keyword."""
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `_make_settings` in place of its parameter `make_settings`."""
+    options = [one for one in inspect.signature(_make_settings).parameters.values() if one.name != "more"]
+    return with_options(command, "make_settings", options, lambda given: partial(_make_settings, **given))
+
+
+@with_spec_settings(SPEC)
+def _make_settings(
+    settings: Any,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A local folder, a Hugging Face model name, or town. "
+            "[default: meta-llama/Llama-3.2-1B-Instruct on the card, else the stack's]"
+        ),
+    ] = None,
+    sentence_model: Annotated[
+        str | None,
+        typer.Option(help="For --topics embedding. [default: all-MiniLM-L6-v2 if installed, else word embeddings]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Host runtime: auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Host runtime: auto, float32, bfloat16 or float16.")] = "float32",
+    num_cores: Annotated[int, typer.Option(help="Card: cores to compile for.")] = 16,
+    num_devices: Annotated[int, typer.Option(help="Card: devices to spread the model over.")] = 1,
+    mxfp6_matmul: Annotated[bool, typer.Option("--mxfp6-matmul", help="Card: weights in MXFP6.")] = False,
+    mxint8_kv_cache: Annotated[bool, typer.Option("--mxint8-kv-cache", help="Card: KV in MXINT8.")] = False,
+    comp_ctx_lengths: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Card: attention runs over the least context length that suffices, of these (once for each) and "
+            "--ctx-len. [default: always all of --ctx-len]"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of notes; each topic gets those that fit it. [default: the model's]")
+    ] = None,
+    **more: Any,
+) -> Any:
+    from ai100.runtimes.card import CompileOptions
+    from ai100.runtimes.runtime import StaticShapes
+    from ai100.settings import AI100Settings
+    from ai100.topics import TOPICS_FILE
+
+    return AI100Settings(
+        model=model,
+        runtime=settings.runtime,
+        shapes=StaticShapes(
+            settings.prefill_seq_len, settings.ctx_len, settings.full_batch_size, settings.kv_cache_batch_size
+        ),
+        compile_options=CompileOptions(
+            num_cores, num_devices, mxfp6_matmul, mxint8_kv_cache, tuple(comp_ctx_lengths or ())
+        ),
+        device=device,
+        dtype=dtype,
+        topics=settings.topics,
+        topics_file=settings.topics_file or TOPICS_FILE,
+        sentence_model=sentence_model,
+        threshold=settings.threshold,
+        max_context=settings.max_context,
+        gen_len=settings.gen_len,
+        data=data,
+        notes_tokens=settings.notes_tokens,
+        **more,
+    )

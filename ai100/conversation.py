@@ -11,6 +11,9 @@ cache it is the same token ids.
 | are written otherwise by the template, or by the client | the text's |
 | have more than `max_context` tokens, or leave no room | those of the text without them: the topic is reset |
 
+A turn that brings the client's own chunks is what the later ones are about. It doesn't count for `max_context`, and
+stays when its topic is reset, unless it leaves no room by itself.
+
 A conversation is found by its name, or by its history where a client names none. What a client sends is the truth:
 turns that it sends otherwise than they are remembered are forgotten. A client that names its conversation and sends
 a question alone goes on where the conversation is.
@@ -47,7 +50,7 @@ class ParsedMessages:
 
     @classmethod
     def of(cls, messages: Sequence[Message]) -> ParsedMessages | None:
-        """`None` for messages in another order. Raises `ValueError` for a question that is empty."""
+        """`None` for messages in another order. Raises `ValueError` for an empty question, and for too many turns."""
         num_system = next((at for at, said in enumerate(messages) if said["role"] not in _SYSTEM_ROLES), len(messages))
         turns = messages[num_system:]
         if not turns or [said["role"] for said in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
@@ -55,12 +58,15 @@ class ParsedMessages:
         if not text_of(turns[-1]).strip():
             raise ValueError("the message is empty; it needs at least one word")
         past = tuple(zip(turns[:-1:2], turns[1::2], strict=True))
+        if len(past) >= MAX_TURNS:
+            raise ValueError(f"the chat has {len(past) + 1} turns; at most {MAX_TURNS} can be answered")
         return cls(tuple(messages[:num_system]), past, turns[-1])
 
 
 @dataclass(eq=False)
 class Turn:
-    """A question and, when it has ended, its answer. `starts_anew`: what its topic said before is no part of it.
+    """A question and, when it has ended, its answer. `starts_anew`: what its topic said before is no part of it, but
+    for the last turn with chunks where it `keeps_context`.
 
     `token_ids` are those of the topic up to the answer's end and `text` what they say; a topic's last turns have them,
     and none that came from a client.
@@ -70,14 +76,15 @@ class Turn:
     question: Message
     answer: Message | None = None
     starts_anew: bool = False
+    keeps_context: bool = False
     token_ids: tuple[int, ...] = ()
     text: str = ""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`num_earlier_turns` counts the topic's turns before this one, `reset_reason` says why they aren't in it, `notes`
-    are all that were chosen.
+    """`num_earlier_turns` counts the topic's turns before this one, `reset_reason` says why they aren't in it,
+    `keeps_context` whether the one with chunks is in it all the same. `notes` are all that were chosen.
     """
 
     token_ids: tuple[int, ...]
@@ -85,6 +92,7 @@ class Prompt:
     max_tokens: int
     num_earlier_turns: int = 0
     reset_reason: str | None = None
+    keeps_context: bool = False
     notes: tuple[Note, ...] = ()
 
 
@@ -118,8 +126,8 @@ class Rendered:
 
 @dataclass(frozen=True)
 class PromptWriter:
-    """`max_context`: with more tokens of earlier turns, system message and notes aside, a topic is reset.
-    `gen_len`: the longest answer where the client doesn't say.
+    """`max_context`: with more tokens of earlier turns, system message, notes and chunks aside, a topic is reset.
+    `gen_len`: the longest answer where the client doesn't say. `is_context`: whether a message brings chunks.
     """
 
     tokenizer: Tokenizer
@@ -127,6 +135,7 @@ class PromptWriter:
     max_model_len: int
     max_context: int
     gen_len: int
+    is_context: Callable[[str], bool] = lambda message: False
 
     def __post_init__(self) -> None:
         for name in ("max_context", "gen_len"):
@@ -136,17 +145,20 @@ class PromptWriter:
     def of_chat(self, chat: Chat, wanted: int | None) -> Prompt:
         """`wanted` tokens of answer. Raises `ValueError` when even the question alone has no room."""
         before = chat.of_this_topic()
-        whole = self._render(chat, _since_reset(before))
-        reason = None
-        if _since_reset(before):
-            alone = self._render(chat, [])
-            num_earlier_tokens = len(whole.token_ids) - len(alone.token_ids) - whole.num_notes_tokens
+        turns = self._since_reset(before)
+        whole, context, reason = self._render(chat, turns), self._context(turns), None
+        if turns:
+            rest = self._render(chat, context)
+            num_earlier_tokens = len(whole.token_ids) - whole.num_notes_tokens
+            num_earlier_tokens -= len(rest.token_ids) - rest.num_notes_tokens
             if reason := self._reset_reason(len(whole.token_ids), num_earlier_tokens, wanted):
-                whole = alone
+                if not self._has_room(len(rest.token_ids), wanted):
+                    context = []
+                whole = self._render(chat, context)
         if whole.notes and not self._has_room(len(whole.token_ids), wanted):
             whole = self._render(replace(chat, notes=NO_NOTES), [])
         num_tokens = self._num_tokens(len(whole.token_ids), wanted)
-        return Prompt(whole.token_ids, whole.text, num_tokens, len(before), reason, whole.notes)
+        return Prompt(whole.token_ids, whole.text, num_tokens, len(before), reason, bool(context), whole.notes)
 
     def of_text(self, request: GenerationRequest) -> Prompt:
         """A prompt that is no chat: it is taken as it came."""
@@ -171,6 +183,15 @@ class PromptWriter:
         check_in_vocabulary(token_ids, self.vocab_size)
         num_notes_tokens = sum(note.num_tokens for new in of_turns[:-1] for note in new)
         return Rendered(tuple(token_ids), text, (*of_topic, *chain(*of_turns)), num_notes_tokens)
+
+    def _context(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The last turn that brought chunks, if one did."""
+        return [turn for turn in turns if self.is_context(text_of(turn.question))][-1:]
+
+    def _since_reset(self, turns: Sequence[Turn]) -> list[Turn]:
+        start = max((at for at, turn in enumerate(turns) if turn.starts_anew), default=0)
+        kept = self._context(turns[:start]) if turns and turns[start].keeps_context else []
+        return [*kept, *turns[start:]]
 
     def _has_room(self, num_tokens: int, wanted: int | None) -> bool:
         return num_tokens + (self.gen_len if wanted is None else wanted) <= self.max_model_len
@@ -215,18 +236,18 @@ def _with_notes(chat: Chat, question: Message, notes: Sequence[Note]) -> Message
     return {**question, "content": chat.notes.joined(notes) + text_of(question)} if notes else question
 
 
-def _since_reset(turns: Sequence[Turn]) -> Sequence[Turn]:
-    starts = [at for at, turn in enumerate(turns) if turn.starts_anew]
-    return turns[starts[-1] :] if starts else turns
-
-
 def _arguments(chat: Chat) -> dict[str, Any]:
     return {"add_generation_prompt": True, **chat.template_arguments}
 
 
 MAX_CONVERSATIONS = 1024
+MAX_TURNS = 4096
+"""Of a conversation; more can't be sent, and of one that goes on without its history the oldest are forgotten."""
+MAX_TELLING_TURNS = 64
 MAX_TOKENISED = 8
 """How many of a topic's turns keep their tokens: a client may go back and ask otherwise."""
+MAX_HISTORIES = 256
+"""By so many histories a conversation is found again, those used last: one for each turn, and one for each branch."""
 
 
 @dataclass(eq=False)
@@ -237,7 +258,8 @@ class Conversation:
     system: tuple[Message, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     name: tuple[str, str] | None = None
-    histories: set[str] = field(default_factory=set)
+    histories: dict[str, None] = field(default_factory=dict)
+    """Least recently used first."""
 
 
 @dataclass(frozen=True)
@@ -267,23 +289,40 @@ class ConversationMemory:
         self._named: dict[tuple[str, str], Conversation] = {}
         self._by_history: dict[str, list[Conversation]] = {}
 
-    def begin(self, exchange: ParsedMessages, salt: str, name: str | None, *, keep: bool = True) -> OpenTurn:
+    def begin(
+        self, exchange: ParsedMessages, salt: str, name: str | None, *, keep: bool = True, topic: str | None = None
+    ) -> OpenTurn:
         """The next turn of the conversation that this belongs to. Without `keep` it is a turn on the side: nobody
-        remembers it.
+        remembers it. Without a `topic` the message's words tell it.
         """
         with self._lock:
             conversation = self._find(exchange, salt, name) if keep else Conversation()
-            goes_on_alone = name is not None and not exchange.past
-            if not goes_on_alone:
-                conversation.turns = self._aligned(conversation.turns, exchange.past)
-            if exchange.system or not goes_on_alone:
+            self._mark_used(conversation, exchange, salt)
+            remembered = list(conversation.turns)
+        # Telling topics takes its time, and whoever answers a turn needs the lock.
+        turns = self._turns_before(exchange, name, remembered)
+        turn = Turn(topic or self._topic_of(exchange.question, turns), exchange.question)
+        with self._lock:
+            if not _goes_on_alone(exchange, name):
+                conversation.turns = turns
+            if exchange.system or not _goes_on_alone(exchange, name):
                 conversation.system = exchange.system
             earlier = tuple(conversation.turns)
-            turn = Turn(self._topic_of(exchange.question, earlier), exchange.question)
             conversation.turns.append(turn)
+            del conversation.turns[:-MAX_TURNS]
             if keep:
                 self._keep(conversation, salt)
             return OpenTurn(conversation, conversation.system, earlier, turn)
+
+    def foretell(self, exchange: ParsedMessages, salt: str, name: str | None) -> tuple[str, bool]:
+        """The topic that `begin` would find for this turn, and whether it is the conversation's first in it. Nothing is
+        remembered, and nothing made or moved. Of turns that aren't remembered the last `MAX_TELLING_TURNS` count.
+        """
+        with self._lock:
+            remembered = list(self._find(exchange, salt, name).turns)
+        turns = self._turns_before(exchange, name, remembered, MAX_TELLING_TURNS)
+        topic = self._topic_of(exchange.question, turns)
+        return topic, not any(turn.topic == topic and turn.answer is not None for turn in turns)
 
     def named(self, salt: str, name: str) -> str:
         """The id of a conversation, which need not have turns."""
@@ -298,7 +337,7 @@ class ConversationMemory:
         with self._lock:
             for earlier in [earlier for earlier in begun.earlier if earlier.topic == turn.topic][:-MAX_TOKENISED]:
                 earlier.token_ids, earlier.text = (), ""
-            turn.starts_anew = prompt.reset_reason is not None
+            turn.starts_anew, turn.keeps_context = prompt.reset_reason is not None, prompt.keeps_context
             turn.token_ids, turn.text = (*prompt.token_ids, *answer_ids), prompt.text + answer
             turn.answer = {"role": "assistant", "content": answer}
 
@@ -310,33 +349,50 @@ class ConversationMemory:
                 turns.remove(begun.turn)
 
     def _topic_of(self, question: Message, earlier: Sequence[Turn]) -> str:
+        """By the last `MAX_TELLING_TURNS` of the turns before it."""
         said = [
             PastTurn(turn.topic, self._question_in(text_of(turn.question)), text_of(turn.answer) if turn.answer else "")
-            for turn in earlier
+            for turn in earlier[-MAX_TELLING_TURNS:]
         ]
         return self._topics.topic_of(self._question_in(text_of(question)), said)
 
-    def _aligned(self, remembered: Sequence[Turn], past: Sequence[tuple[Message, Message]]) -> list[Turn]:
-        """The client's turns: as remembered up to the first that differs, and from there on anew."""
+    def _turns_before(
+        self, exchange: ParsedMessages, name: str | None, remembered: list[Turn], most_new: int = MAX_TURNS
+    ) -> list[Turn]:
+        """What the conversation has said before this turn."""
+        return remembered if _goes_on_alone(exchange, name) else self._aligned(remembered, exchange.past, most_new)
+
+    def _aligned(
+        self, remembered: Sequence[Turn], past: Sequence[tuple[Message, Message]], most_new: int
+    ) -> list[Turn]:
+        """The client's turns: as remembered up to the first that differs, then the last `most_new` anew."""
         turns: list[Turn] = []
         for (question, answer), turn in zip(past, remembered, strict=False):
             if not _is_same(turn, question, answer):
                 break
             turns.append(turn if turn.answer == answer else replace(turn, question=question, answer=answer))
-        for question, answer in past[len(turns) :]:
+        for question, answer in past[len(turns) :][-most_new:]:
             turns.append(Turn(self._topic_of(question, turns), question, answer))
         return turns
 
     def _find(self, exchange: ParsedMessages, salt: str, name: str | None) -> Conversation:
+        """Changes nothing; a conversation that isn't known is a new one."""
         if name is not None:
             return self._by_name(salt, name)
-        asked = [question for question, _ in exchange.past]
-        candidates = self._by_history.get(_history(salt, exchange.system, asked), ()) if asked else ()
+        history = _history_before(exchange, salt)
+        candidates = self._by_history.get(history, ()) if exchange.past else ()
         for conversation in reversed(candidates):
             pairs = zip(exchange.past, conversation.turns, strict=False)
             if all(_is_same(turn, question, answer) for (question, answer), turn in pairs):
                 return conversation
         return Conversation()
+
+    def _mark_used(self, conversation: Conversation, exchange: ParsedMessages, salt: str) -> None:
+        """The history that it was found by is its last used one."""
+        if not conversation.histories or not exchange.past:
+            return
+        if (history := _history_before(exchange, salt)) in conversation.histories:
+            conversation.histories[history] = conversation.histories.pop(history)
 
     def _by_name(self, salt: str, name: str) -> Conversation:
         return self._named.get((salt, name)) or Conversation(name=(salt, name))
@@ -349,18 +405,28 @@ class ConversationMemory:
         else:
             history = _history(salt, conversation.system, [turn.question for turn in conversation.turns])
             if history not in conversation.histories:
-                conversation.histories.add(history)
+                conversation.histories[history] = None
                 self._by_history.setdefault(history, []).append(conversation)
+                if len(conversation.histories) > MAX_HISTORIES:
+                    self._forget_history(conversation, next(iter(conversation.histories)))
         while len(self._conversations) > self._max_conversations:
             self._forget(self._conversations.popitem(last=False)[1])
 
     def _forget(self, conversation: Conversation) -> None:
         if conversation.name is not None:
             del self._named[conversation.name]
-        for history in conversation.histories:
-            self._by_history[history].remove(conversation)
-            if not self._by_history[history]:
-                del self._by_history[history]
+        for history in list(conversation.histories):
+            self._forget_history(conversation, history)
+
+    def _forget_history(self, conversation: Conversation, history: str) -> None:
+        del conversation.histories[history]
+        self._by_history[history].remove(conversation)
+        if not self._by_history[history]:
+            del self._by_history[history]
+
+
+def _goes_on_alone(exchange: ParsedMessages, name: str | None) -> bool:
+    return name is not None and not exchange.past
 
 
 def _is_same(turn: Turn, question: Message, answer: Message) -> bool:
@@ -368,6 +434,10 @@ def _is_same(turn: Turn, question: Message, answer: Message) -> bool:
     if turn.answer is None or text_of(turn.question) != text_of(question):
         return False
     return text_of(turn.answer).startswith(text_of(answer))
+
+
+def _history_before(exchange: ParsedMessages, salt: str) -> str:
+    return _history(salt, exchange.system, [question for question, _ in exchange.past])
 
 
 def _history(salt: str, system: Sequence[Message], questions: Sequence[Message]) -> str:

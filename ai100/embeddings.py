@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer
 
 from ai100.notes import Embed, Vectors
-from ai100.words import content_words
+from ai100.words import MAX_REMEMBERED_CHARACTERS, content_words
 from kvarena.engines.base import Tokenizer
 
 SENTENCE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -83,19 +84,22 @@ class InputVectors:
 
 
 class Remembered:
-    """An embedding that computes a text once. Thread-safe: `EmbeddingTopics` is called under its engine's lock."""
+    """An embedding that computes a text once, unless it is long. Thread-safe; the embedding needn't be."""
 
     def __init__(self, embed: Embed) -> None:
         self._embed = embed
         self._known: OrderedDict[str, Vectors] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
-        if unknown := [text for text in dict.fromkeys(texts) if text not in self._known]:
-            self._known.update(zip(unknown, self._embed(unknown), strict=True))
-        vectors = np.stack([self._known[text] for text in texts])
-        while len(self._known) > _MAX_REMEMBERED:
-            self._known.popitem(last=False)
-        return vectors
+        with self._lock:
+            vectors = {text: self._known[text] for text in texts if text in self._known}
+            if unknown := [text for text in dict.fromkeys(texts) if text not in vectors]:
+                vectors |= zip(unknown, self._embed(unknown), strict=True)
+                self._known |= {text: vectors[text] for text in unknown if len(text) <= MAX_REMEMBERED_CHARACTERS}
+            while len(self._known) > _MAX_REMEMBERED:
+                self._known.popitem(last=False)
+        return np.stack([vectors[text] for text in texts])
 
 
 def local_embedding(model: str, tokenizer: Tokenizer, sentence_model: str | None = None) -> tuple[Embed, bool]:

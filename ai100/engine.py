@@ -10,13 +10,22 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, StrictBool
+from pydantic import BaseModel, ConfigDict, StrictBool, StringConstraints
 
 from ai100.batcher import BatchedRequest, Batcher
-from ai100.conversation import Chat, ConversationMemory, OpenTurn, ParsedMessages, Prompt, PromptWriter, text_of
+from ai100.conversation import (
+    Chat,
+    ConversationMemory,
+    Message,
+    OpenTurn,
+    ParsedMessages,
+    Prompt,
+    PromptWriter,
+    text_of,
+)
 from ai100.notes import NO_NOTES, Notes
 from ai100.runtimes.runtime import Logits, Runtime
 from ai100.slots import SlotKey
@@ -31,23 +40,23 @@ class AI100Options(BaseModel):
     """`use_cache` false processes the topic's whole history anew, and keeps nothing of it.
 
     `notes`: whether the server adds notes that fit the topic; left out, it does so for a client that sends neither a
-    system message nor chunks of its own.
+    system message nor chunks of its own. `topic`: the message's; left out, the server finds it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     use_cache: StrictBool = True
     notes: StrictBool | None = None
+    topic: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)] | None = None
 
 
-MAX_CONTEXT = 800
 GEN_LEN = 500
 PLAIN_TEXT = "text"
 """The topic of prompts that are no chat."""
 
 
 class AI100Engine:
-    """Implements `kvarena.engines.base.Engine`. Owns the runtime."""
+    """Implements `kvarena.engines.base.Engine`. Owns the runtime. `max_context` `None`: what a slot holds."""
 
     contender = "ai100"
     options_model: type[BaseModel] | None = AI100Options
@@ -58,7 +67,7 @@ class AI100Engine:
         model_name: str,
         topics: Topics,
         *,
-        max_context: int = MAX_CONTEXT,
+        max_context: int | None = None,
         gen_len: int = GEN_LEN,
         use_cache: bool = True,
         notes: Notes = NO_NOTES,
@@ -68,7 +77,14 @@ class AI100Engine:
         self.tokenizer = runtime.tokenizer
         self.use_cache = use_cache
         self.runtime = runtime
-        self.writer = PromptWriter(runtime.tokenizer, runtime.vocab_size, self.max_model_len, max_context, gen_len)
+        self.writer = PromptWriter(
+            runtime.tokenizer,
+            runtime.vocab_size,
+            self.max_model_len,
+            self.max_model_len if max_context is None else max_context,
+            gen_len,
+            notes.is_context,
+        )
         self.notes = notes
         self.memory = ConversationMemory(topics, question_in=notes.question_in)
         self.batcher = Batcher(runtime)
@@ -76,6 +92,13 @@ class AI100Engine:
 
     def generate(self, request: GenerationRequest) -> AI100Generation:
         return AI100Generation(self, request)
+
+    def topic_of(self, messages: Sequence[Message], salt: str, conversation: str | None) -> tuple[str, bool]:
+        """Which topic a chat's last message would go to, and whether it is new there. Nothing is answered, remembered,
+        or moved in the slots. Raises `ValueError` as a generation does.
+        """
+        exchange = ParsedMessages.of(messages)
+        return (PLAIN_TEXT, True) if exchange is None else self.memory.foretell(exchange, salt, conversation)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -135,6 +158,7 @@ class AI100Generation:
         options = request.options if isinstance(request.options, AI100Options) else AI100Options()
         self._use_cache = options.use_cache and engine.use_cache
         self._wants_notes = options.notes
+        self._topic = options.topic
         self._turn: BatchedRequest | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -152,6 +176,7 @@ class AI100Generation:
     def _steps(self) -> Iterator[GeneratedToken]:
         # 1. Which conversation and topic is it?
         planned = self._plan()
+        self.report.texts["topic"] = planned.key.topic
 
         # 2. Queue it. The batcher has the prompt made when the topic's earlier turns have ended.
         turn = self._batched(planned)
@@ -181,7 +206,7 @@ class AI100Generation:
             return _Planned(SlotKey(salt, named, PLAIN_TEXT))
         if request.num_samples > 1 and name is not None and not exchange.past:
             raise ValueError(f"n is {request.num_samples}; a conversation that goes on by its name takes one answer")
-        begun = memory.begin(exchange, salt, name, keep=request.sample == 0)
+        begun = memory.begin(exchange, salt, name, keep=request.sample == 0, topic=self._topic)
         return _Planned(SlotKey(salt, begun.conversation.id, begun.turn.topic), begun)
 
     def _batched(self, planned: _Planned) -> BatchedRequest:
@@ -197,7 +222,7 @@ class AI100Generation:
         )
 
     def _prompt(self, planned: _Planned) -> Prompt:
-        """In the batcher's thread."""
+        """In the batcher's thread for prompts."""
         request, begun, writer = self._request, planned.begun, self._engine.writer
         if begun is None:
             prompt = writer.of_text(request)
@@ -253,7 +278,6 @@ class AI100Generation:
             },
             "spans": spans_of([(0, figures.num_reused_tokens, "reused")], figures.num_prompt_tokens),
         }
-        report.texts["topic"] = planned.key.topic
         prompt = self._turn.prompt
         report.texts["notes"] = ", ".join(dict.fromkeys(note.name for note in prompt.notes)) if prompt else ""
 

@@ -26,15 +26,18 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ai100.words import content_words, telling_stems
-from kvarena.documents import join_chunks, load_chunks, load_system_prompt
+from ai100.words import MAX_REMEMBERED_CHARACTERS, content_words, telling_stems, words
+from kvarena.documents import join_chunks, load_chunks, load_system_prompt, without_special_tokens
 from kvarena.engines.base import Tokenizer
+from kvarena.splitting import special_tokens
 
 NOTES_TOKENS = 200
 CONTEXT_SHARE = 3
 """The notes of a topic take at most this part of a slot: a third."""
 MAX_TITLE_CHARACTERS = 100
 MAX_NOTE_CHARACTERS = 700
+MAX_MARK_CHARACTERS = 64
+_MARK_PIECE = re.compile(r"\s{1,64}|[<\[({][^\w\s]{0,3}[\w-]{1,32}[^\w\s]{0,3}[>\])}]|([^\w\s])\1{0,63}")
 EARLIER_WEIGHT = 0.3
 """Of the topic's earlier messages, beside 1 for the new one."""
 
@@ -156,7 +159,7 @@ class Notes:
         self.separator = separator
         self.words = BM25Similarity(self.notes)
         self._nearness: Similarity = CosineSimilarity(self.notes, embed) if embed and self.notes else self.words
-        self._ranked = lru_cache(maxsize=1024)(self._rank)
+        self._remembered_ranks = lru_cache(maxsize=1024)(self._rank)
 
     def of_topic(self, message: str) -> tuple[Note, ...]:
         """For a topic that begins with this message, the nearest first."""
@@ -178,18 +181,26 @@ class Notes:
 
     def question_in(self, message: str) -> str:
         """What a message asks, where it brings chunks of its own before that."""
-        return message.rpartition(self.separator)[2].strip() or message if self.is_context(message) else message
+        separator = self._separator_of(message)
+        return (separator and message.rpartition(separator)[2].strip()) or message
 
     def is_context(self, message: str) -> bool:
         """Whether a message brings chunks, as `kvarena.documents.join_chunks` writes them."""
-        return message.startswith(self.separator) and message.count(self.separator) > 1
+        return self._separator_of(message) is not None
+
+    def _separator_of(self, message: str) -> str | None:
+        """The server's own, else what looks like one of the client's; None for a message without chunks."""
+        if message.startswith(self.separator) and message.count(self.separator) > 1:
+            return self.separator
+        return clients_separator(message)
 
     def joined(self, notes: Sequence[Note]) -> str:
         return join_chunks([note.text for note in notes], self.separator)
 
     def _choose(self, message: str, earlier: tuple[str, ...], known: Collection[Note], room: int) -> tuple[Note, ...]:
         chosen: list[Note] = []
-        for note in self._ranked(message, earlier):
+        is_short = len(message) + sum(map(len, earlier)) <= MAX_REMEMBERED_CHARACTERS
+        for note in (self._remembered_ranks if is_short else self._rank)(message, earlier):
             fits = note.num_tokens <= (room if chosen else self.budget)
             if note not in known and fits:
                 chosen.append(note)
@@ -203,6 +214,27 @@ class Notes:
         scores = self._nearness.ranked(message, earlier)
         fits = (self._nearness.own(message) >= self._nearness.least) & (scores >= self._nearness.kept * scores.max())
         return tuple(self.notes[at] for at in np.argsort(-scores, kind="stable") if fits[at])
+
+
+def clients_separator(message: str) -> str | None:
+    r"""A separator of the client's own: a mark that a message begins with and has again before its question.
+
+    A mark is a tag (`[SEP]`), three symbols or more (`\n---\n`), two with white space after them (` # # `), or nothing
+    but white space with two line breaks. Where several would do, it is one with symbols, the nearest to the question.
+    """
+    ends, end = [], 0
+    while end < MAX_MARK_CHARACTERS and (piece := _MARK_PIECE.match(message, end)):
+        ends.append(end := piece.end())
+    marks = filter(_is_mark, (message[:end] for end in ends))
+    again = [mark for mark in marks if message.count(mark) > 1 and words(message.rpartition(mark)[2])]
+    return max(again, key=lambda mark: (not mark.isspace(), message.rfind(mark) + len(mark)), default=None)
+
+
+def _is_mark(text: str) -> bool:
+    num_symbols = len("".join(text.split()))
+    if num_symbols == 0:
+        return text.count("\n") > 1
+    return num_symbols > 2 or (num_symbols == 2 and text[-1].isspace())
 
 
 def passages(text: str) -> list[str]:
@@ -229,10 +261,11 @@ def _pieces(paragraph: str) -> list[str]:
 
 def load_notes(folder: Path, tokenizer: Tokenizer, budget: int, separator: str, embed: Embed | None = None) -> Notes:
     """Raises `ValueError` as `load_chunks` does."""
+    special = special_tokens(tokenizer.backend_tokenizer)
     notes = [
         Note(chunk.name, text, len(tokenizer.encode(text, add_special_tokens=False)))
         for chunk in load_chunks(folder)
-        for text in passages(chunk.text)
+        for text in passages(without_special_tokens(chunk.text, special))
     ]
     return Notes(notes, budget, system=load_system_prompt(folder), separator=separator, embed=embed)
 

@@ -1,49 +1,34 @@
-"""`python -m ai100.server`: the `ai100` contender. OpenAI's API, and `GET /slots`."""
+"""`python -m ai100.server`: the `ai100` contender. OpenAI's API, `GET /slots` and `POST /topic`."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
-from fastapi import APIRouter
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
-from ai100.cli_options import (
-    CtxLen,
-    Data,
-    Device,
-    Dtype,
-    FullBatchSize,
-    GenLen,
-    KvCacheBatchSize,
-    MaxContext,
-    Model,
-    Mxfp6,
-    Mxint8,
-    NoCache,
-    NotesTokens,
-    NumCores,
-    NumDevices,
-    PrefillSeqLen,
-    RuntimeName,
-    SentenceModel,
-    Separator,
-    Threshold,
-    TopicKind,
-    TopicsFile,
-)
-from ai100.engine import GEN_LEN, MAX_CONTEXT, AI100Engine
-from ai100.notes import NOTES_TOKENS
-from ai100.runtimes.card import CardUnavailable, CompileFailed, CompileOptions
-from ai100.runtimes.runtime import StaticShapes
-from ai100.settings import AI100Settings, open_engine
-from ai100.topics import THRESHOLD, TOPICS_FILE
+from ai100.cli_options import SettingsMaker, with_settings
+from ai100.engine import AI100Engine
+from ai100.settings import START_ERRORS, open_engine
+from kvarena.contenders.ai100 import SPEC
+from kvarena.contenders.command_line import Host, LoadFormat, Port, ServedModelName
 from kvarena.engines.store_metrics import StoreCollector
 from kvarena.server.app import serve
-from kvarena.server.state import ApiConfig, ServerDep
-from kvarena.stack.service import StackError
+from kvarena.server.errors import ApiError
+from kvarena.server.protocol import Messages, Salt, TemplateFields
+from kvarena.server.requests import JsonRoute, conversation_of, render_chat
+from kvarena.server.state import ERRORS, ApiConfig, ServerDep, engine_of
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
+
+MAX_WAITING_TO_BE_TOLD = 16
+_one_teller = CapacityLimiter(1)
+"""Pages ask at each pause in typing; the threads of all other requests are no place to wait in."""
+
+EngineDep = Annotated[AI100Engine, Depends(engine_of(AI100Engine))]
 
 
 class SlotRow(BaseModel):
@@ -67,72 +52,74 @@ class SlotRows(BaseModel):
 
 
 @router.get("/slots")
-async def slots(server: ServerDep) -> SlotRows:
-    engine = server.engine
-    assert isinstance(engine, AI100Engine)
+async def slots(engine: EngineDep) -> SlotRows:
     rows = [SlotRow(**row) for row in engine.slot_rows()]
     return SlotRows(slots=rows, ctx_len=engine.max_model_len, num_evictions=engine.batcher.slots.num_evictions)
 
 
+class TopicRequest(TemplateFields):
+    """A chat's request, of which the answer isn't wanted yet: its further fields are ignored."""
+
+    messages: Messages
+    model: str | None = None
+    cache_salt: Salt | None = None
+    session_id: str | None = None
+
+
+class TopicAnswer(BaseModel):
+    """`is_new`: nothing of the conversation was answered in this topic yet."""
+
+    topic: str
+    is_new: bool
+
+
+@router.post("/topic", responses=ERRORS)
+async def topic(body: TopicRequest, request: Request, server: ServerDep, engine: EngineDep) -> TopicAnswer:
+    """Which topic the last message would go to. Nothing is answered or remembered, and no slot is touched."""
+    server.check_model(body.model)
+    if _one_teller.statistics().tasks_waiting >= MAX_WAITING_TO_BE_TOLD:
+        raise ApiError(503, "too many topics are asked for; the answer tells its own")
+    tell = partial(_foretell, body, conversation_of(request, body.session_id), engine)
+    return await to_thread.run_sync(tell, limiter=_one_teller)
+
+
+def _foretell(body: TopicRequest, conversation: str | None, engine: AI100Engine) -> TopicAnswer:
+    messages = render_chat(engine.tokenizer, body.messages, body).messages
+    try:
+        name, is_new = engine.topic_of(messages, body.cache_salt or "", conversation)
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from error
+    return TopicAnswer(topic=name, is_new=is_new)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+@with_settings
 def main(
-    model: Model = None,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call it. [default: the model's name]")
-    ] = None,
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 8004,
-    runtime: RuntimeName = "auto",
-    full_batch_size: FullBatchSize = 2,
-    kv_cache_batch_size: KvCacheBatchSize = 4,
-    ctx_len: CtxLen = 4096,
-    prefill_seq_len: PrefillSeqLen = 128,
-    gen_len: GenLen = GEN_LEN,
-    max_context: MaxContext = MAX_CONTEXT,
-    topics: TopicKind = "keyword",
-    topics_file: TopicsFile = None,
-    sentence_model: SentenceModel = None,
-    threshold: Threshold = THRESHOLD,
-    data: Data = None,
-    notes_tokens: NotesTokens = NOTES_TOKENS,
-    separator: Separator = None,
-    no_cache: NoCache = False,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
-    num_cores: NumCores = 16,
-    num_devices: NumDevices = 1,
-    mxfp6_matmul: Mxfp6 = False,
-    mxint8_kv_cache: Mxint8 = False,
+    make_settings: SettingsMaker,
+    served_model_name: ServedModelName = None,
+    host: Host = "127.0.0.1",
+    port: Port = SPEC.port,
+    separator: Annotated[str | None, typer.Option(help="Text between notes. [default: the model's own]")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Prefill the whole history on every turn.")] = False,
+    load_format: LoadFormat = "auto",
 ) -> None:
     """Serve multi-turn chat on KV slots."""
     try:
-        engine = open_engine(
-            AI100Settings(
-                model=model,
-                runtime=runtime,
-                shapes=StaticShapes(prefill_seq_len, ctx_len, full_batch_size, kv_cache_batch_size),
-                compile_options=CompileOptions(num_cores, num_devices, mxfp6_matmul, mxint8_kv_cache),
-                device=device,
-                dtype=dtype,
-                random_weights=load_format == "dummy",
-                topics=topics,
-                topics_file=topics_file or TOPICS_FILE,
-                sentence_model=sentence_model,
-                threshold=threshold,
-                max_context=max_context,
-                gen_len=gen_len,
-                use_cache=not no_cache,
-                served_model_name=served_model_name,
-                data=data,
-                notes_tokens=notes_tokens,
-                separator=separator,
-            )
+        settings = make_settings(
+            random_weights=load_format == "dummy",
+            use_cache=not no_cache,
+            served_model_name=served_model_name,
+            separator=separator,
         )
-    except (ValueError, OSError, StackError, CardUnavailable, CompileFailed) as error:
+        engine = open_engine(settings)
+    except START_ERRORS as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
     serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -5,23 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ai100.engine import GEN_LEN, MAX_CONTEXT, AI100Engine
+from ai100.engine import GEN_LEN, AI100Engine
 from ai100.notes import CONTEXT_SHARE, NO_NOTES, NOTES_TOKENS, Embed, Notes, load_notes
-from ai100.runtimes.card import CompileOptions
+from ai100.runtimes.card import CardUnavailable, CompileFailed, CompileOptions
 from ai100.runtimes.registry import chosen, open_runtime
 from ai100.runtimes.runtime import Runtime, StaticShapes
 from ai100.topics import THRESHOLD, TOPICS_FILE, EmbeddingTopics, KeywordTopics, Topics, load_topics
 from kvarena.documents import FALLBACK_SEPARATOR
+from kvarena.home import StackError
+from kvarena.model import DEFAULT_CARD_MODEL, Model, find_model
 from kvarena.policies.profile import read_model_profile
-from kvarena.stack.model import Model, find_model
 
-CARD_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 KINDS_OF_TOPICS = ("keyword", "embedding")
+START_ERRORS = (ValueError, OSError, StackError, CardUnavailable, CompileFailed)
+"""What keeps an engine from being opened, and is told in a line."""
 
 
 @dataclass(frozen=True)
 class AI100Settings:
-    """`model` `None` is `CARD_MODEL` on the card and the stack's default elsewhere. `device`, `dtype` and
+    """`model` `None` is `DEFAULT_CARD_MODEL` on the card and the stack's default elsewhere. `device`, `dtype` and
     `random_weights` are the host's. `sentence_model`: a folder or hub name whose files are here, for topics by
     embedding. `data` `None` is the folder that goes with the model, where there is one; `separator` `None` the model's.
 
@@ -39,7 +41,7 @@ class AI100Settings:
     topics_file: Path = TOPICS_FILE
     sentence_model: str | None = None
     threshold: float = THRESHOLD
-    max_context: int = MAX_CONTEXT
+    max_context: int | None = None
     gen_len: int = GEN_LEN
     use_cache: bool = True
     served_model_name: str | None = None
@@ -50,7 +52,7 @@ class AI100Settings:
 
     def __post_init__(self) -> None:
         on_card = self.model is None and chosen(self.runtime) == "qaic"
-        object.__setattr__(self, "found", find_model(CARD_MODEL if on_card else self.model, "cpu"))
+        object.__setattr__(self, "found", find_model(DEFAULT_CARD_MODEL if on_card else self.model, "cpu"))
 
     @property
     def model_path(self) -> str:

@@ -74,21 +74,30 @@ class SlotTable:
         self.num_hits = 0
         self.num_misses = 0
         self._clock = 0
+        self._aside: Slot | None = None
+
+    def has_room(self, key: SlotKey | None) -> bool:
+        """Whether `take` would give a slot now."""
+        return self._slot_for(key) is not None
 
     def take(self, key: SlotKey | None) -> Taken | None:
-        """The topic's own slot, else an empty one, else the least recently used; without a key one that nothing will be
-        kept in. `None`: wait, for the topic's slot is in use, or all are.
+        """The topic's own slot, else an empty one, else the least recently used.
+
+        Without a key one that nothing will be kept in: the first such turn sets a slot aside, which no topic gets any
+        more, so that later ones push none out. `None`: wait, for the topic's slot is in use, or all are.
         """
-        own = next((slot for slot in self.slots if slot.key == key), None) if key else None
-        slot = own or self._least_recently_used()
-        if slot is None or slot.in_use:
+        slot = self._slot_for(key)
+        if slot is None:
             return None
-        if own is None:
+        if key is None and self._aside is None and len(self.slots) > 1:
+            self._aside = slot
+        is_own = key is not None and slot.key == key
+        if not is_own:
             self.num_evictions += slot.key is not None
             self._empty(slot)
         self._clock += 1
         slot.key, slot.in_use, slot.last_used = key, True, self._clock
-        return Taken(slot, own is None)
+        return Taken(slot, not is_own)
 
     def reuse(self, slot: Slot, token_ids: Sequence[int]) -> int:
         """How many first tokens of a text have their KV in the slot; what the slot has behind them is forgotten.
@@ -143,6 +152,7 @@ class SlotTable:
         """Raises `AssertionError` where the table contradicts itself."""
         keys = [slot.key for slot in self.slots if slot.key is not None]
         assert len(set(keys)) == len(keys), "a topic has two slots"
+        assert self._aside is None or self._aside.key is None, "a topic has the slot that was set aside"
         assert [slot.index for slot in self.slots] == list(range(len(self.slots))), "a slot moved"
         takings = [slot.last_used for slot in self.slots if slot.last_used]
         assert len(set(takings)) == len(takings), "two slots were taken at one time"
@@ -153,9 +163,17 @@ class SlotTable:
                 assert not slot.token_ids, "nobody's slot holds tokens"
                 assert slot.pending is None, "nobody's slot has a pending token"
 
-    def _least_recently_used(self) -> Slot | None:
+    def _slot_for(self, key: SlotKey | None) -> Slot | None:
+        if own := next((slot for slot in self.slots if key and slot.key == key), None):
+            return None if own.in_use else own
         idle = [slot for slot in self.slots if not slot.in_use]
-        return min(idle, key=lambda slot: (slot.key is not None, slot.last_used), default=None)
+        if key is None and self._aside is not None:
+            idle = [slot for slot in idle if slot.key is None]
+            return min(idle, key=lambda slot: slot is not self._aside, default=None)
+        if key is None and (empty := [slot for slot in idle if slot.key is None]):
+            return empty[-1]  # topics have the first ones, whoever comes first
+        mine = [slot for slot in idle if slot is not self._aside]
+        return min(mine, key=lambda slot: (slot.key is not None, slot.last_used), default=None)
 
     def _empty(self, slot: Slot) -> None:
         slot.key, slot.token_ids, slot.pending, slot.in_use, slot.last_used = None, [], None, False, 0

@@ -66,9 +66,11 @@ class KeywordTopics:
     def topic_of(self, message: str, earlier: Sequence[PastTurn]) -> str:
         weights = {word: self._weight(word) for word in content_words(message)}
 
+        by_topic = _by_name(earlier)
+
         def nearness(name: str, follows: bool) -> float:
             known = self._stems.get(name, frozenset()).union(
-                *map(content_words, _texts(name, earlier, self.notes, with_answers=follows)),
+                *map(content_words, _texts(by_topic.get(name, ()), self.notes, with_answers=follows)),
                 *(content_words(note.text) for note in self._subjects.get(name, ())),
             )
             return sum(weight for word, weight in weights.items() if word in known) / max(sum(weights.values()), 1e-9)
@@ -104,11 +106,11 @@ class EmbeddingTopics:
         _check(self.threshold)
 
     def topic_of(self, message: str, earlier: Sequence[PastTurn]) -> str:
-        vector = self.embed([message])[0]
+        vector, by_topic = self.embed([message])[0], _by_name(earlier)
 
         def nearness(name: str, follows: bool) -> float:
             listed = [" ".join(self.lists[name])] if name in self.lists else []
-            said = [*listed, *_texts(name, earlier, self.notes, with_answers=follows)]
+            said = [*listed, *_texts(by_topic.get(name, ()), self.notes, with_answers=follows)]
             told = [note.text for note in self._subjects.get(name, ())]
             return max(_cosine(vector, self.embed(said)) if said else -1.0, _nearest(vector, told, self.embed))
 
@@ -155,9 +157,15 @@ def _new_name(message: str) -> str:
     return " ".join(telling[:NUM_NAMING_WORDS])
 
 
-def _texts(name: str, earlier: Sequence[PastTurn], notes: Notes, *, with_answers: bool) -> list[str]:
-    """What was said in a topic; with the answers, also the notes that it began with."""
-    turns = [turn for turn in earlier if turn.topic == name]
+def _by_name(turns: Iterable[PastTurn]) -> dict[str, list[PastTurn]]:
+    found: dict[str, list[PastTurn]] = {}
+    for turn in turns:
+        found.setdefault(turn.topic, []).append(turn)
+    return found
+
+
+def _texts(turns: Sequence[PastTurn], notes: Notes, *, with_answers: bool) -> list[str]:
+    """What was said in a topic's turns; with the answers, also the notes that it began with."""
     said = [turn.message for turn in turns]
     if with_answers and turns:
         said += [turn.answer for turn in turns if turn.answer]

@@ -29,10 +29,20 @@ def words(text: str) -> list[str]:
     return [re.sub(r"['’]s?$", "", word.lower()) for word in _WORD.findall(text)]
 
 
-@lru_cache(maxsize=4096)
+MAX_REMEMBERED_CHARACTERS = 8192
+"""What is known of longer texts is found out anew, so that a client's can't fill the memory."""
+
+
 def content_words(text: str) -> tuple[str, ...]:
     """The stems of words that say what a text is about, in order, each once."""
+    return _remembered_words(text) if len(text) <= MAX_REMEMBERED_CHARACTERS else _content_words(text)
+
+
+def _content_words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(telling_stems(text)))
+
+
+_remembered_words = lru_cache(maxsize=4096)(_content_words)
 
 
 def telling_stems(text: str) -> list[str]:

@@ -7,6 +7,7 @@ The export has the inputs, outputs and meaning of the graph that QEfficient woul
 | `input_ids`, `position_ids` | int64 `(B, T)`; a position of -1 is padding: it is written nowhere |
 | `batch_index` | int64 `(B, 1)`, the slot of each row |
 | `past_key.N`, `past_value.N`, and `..._RetainedState` of them | `(S, H_kv, ctx_len, D)` |
+| `comp_ctx_lengths`, if asked for | int64 `(C,)`, of any content: attention reads the first `C` positions of a slot |
 | `logits` | float32 `(B, 1, V)`, of the row's token at the largest position |
 
 The contract is that of `QEFFAutoModelForCausalLM.export` with `continuous_batching=True`, and of `QEffDynamicLayer`
@@ -40,8 +41,9 @@ def past_names(num_layers: int) -> list[str]:
     return [f"past_{kind}.{layer}" for layer in range(num_layers) for kind in ("key", "value")]
 
 
-def export(path: str, folder: Path) -> Path:
-    """Writes `model.onnx` of the model at `path`, in float32. Returns where.
+def export(path: str, folder: Path, has_context_lengths: bool = False) -> Path:
+    """Writes `model.onnx` of the model at `path`, in float32, with the input `comp_ctx_lengths` or without. Returns
+    where.
 
     Any batch size and length of tokens can be asked of the graph, as long as one of the two is 1.
     """
@@ -50,19 +52,21 @@ def export(path: str, folder: Path) -> Path:
     target = folder / "model.onnx"
     names = past_names(model.config.num_hidden_layers)
     tokens, slots = {0: "batch_size", 1: "seq_len"}, {0: "full_batch_size", 2: "ctx_len"}
+    lengths = {"comp_ctx_lengths": {0: "comp_ctx_lengths"}} if has_context_lengths else {}
     retained = [f"{name}_RetainedState" for name in names]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of every Python branch in the model
         torch.onnx.export(
-            _Graph(model),
-            _example_inputs(model),
+            _Graph(model, has_context_lengths),
+            _example_inputs(model, has_context_lengths),
             str(target),
-            input_names=["input_ids", "position_ids", *names, "batch_index"],
+            input_names=["input_ids", "position_ids", *names, "batch_index", *lengths],
             output_names=["logits", *retained],
             dynamic_axes={
                 "input_ids": tokens,
                 "position_ids": tokens,
                 "batch_index": {0: "batch_size"},
+                **lengths,
                 **dict.fromkeys([*names, *retained], slots),
             },
             opset_version=OPSET,
@@ -74,14 +78,16 @@ def export(path: str, folder: Path) -> Path:
 class _Graph(torch.nn.Module):
     """The model behind the graph's inputs and outputs."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, has_context_lengths: bool) -> None:
         super().__init__()
         self.model = model
+        self.has_context_lengths = has_context_lengths
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *past_and_index: torch.Tensor) -> Any:
-        *past, batch_index = past_and_index
-        cache = _SlotTensors(past, batch_index, position_ids)
-        ctx_positions = torch.arange(past[0].shape[2], device=position_ids.device)
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *others: torch.Tensor) -> Any:
+        *past, batch_index = others[:-1] if self.has_context_lengths else others
+        length = others[-1].shape[0] if self.has_context_lengths else past[0].shape[2]
+        cache = _SlotTensors(past, batch_index, position_ids, length)
+        ctx_positions = torch.arange(length, device=position_ids.device)
         is_hidden = ctx_positions > position_ids[:, None, :, None]  # (B, 1, T, ctx_len)
         logits = self.model(
             input_ids=input_ids,
@@ -95,11 +101,15 @@ class _Graph(torch.nn.Module):
 
 
 class _SlotTensors(Cache):
-    """Writes fresh keys and values at `position_ids` of the rows' slots, and hands out these slots as they are then."""
+    """Writes fresh keys and values at `position_ids` of the rows' slots, and hands out the first `length` positions of
+    these slots as they are then."""
 
-    def __init__(self, tensors: list[torch.Tensor], batch_index: torch.Tensor, position_ids: torch.Tensor) -> None:
+    def __init__(
+        self, tensors: list[torch.Tensor], batch_index: torch.Tensor, position_ids: torch.Tensor, length: int
+    ) -> None:
         super().__init__(layers=[])
         self.tensors = tensors
+        self._length = length
         self._slots = batch_index[:, 0]
         heads = torch.arange(tensors[0].shape[1], device=position_ids.device)
         positions = torch.where(position_ids < 0, NOWHERE_IN_GRAPH, position_ids)
@@ -113,15 +123,17 @@ class _SlotTensors(Cache):
             tensor = self.tensors[number + offset].clone()
             tensor[self._places] = fresh
             self.tensors[number + offset] = tensor
-        return self.tensors[number][self._slots], self.tensors[number + 1][self._slots]
+        keys, values = self.tensors[number][self._slots], self.tensors[number + 1][self._slots]
+        return keys[:, :, : self._length], values[:, :, : self._length]
 
 
-def _example_inputs(model: Any) -> tuple[torch.Tensor, ...]:
+def _example_inputs(model: Any, has_context_lengths: bool) -> tuple[torch.Tensor, ...]:
     """Two rows of three tokens: no size is 1, which tracing could take for a constant."""
     num_layers, num_kv_heads, head_size = kv_shape(model.config)
     past = [torch.zeros(4, num_kv_heads, 8, head_size) for _ in past_names(num_layers)]
     token_ids = torch.zeros(2, 3, dtype=torch.int64)
-    return token_ids, torch.arange(3).repeat(2, 1), *past, torch.tensor([[0], [1]])
+    inputs = (token_ids, torch.arange(3).repeat(2, 1), *past, torch.tensor([[0], [1]]))
+    return (*inputs, torch.zeros(6, dtype=torch.int64)) if has_context_lengths else inputs
 
 
 NOWHERE = np.iinfo(np.int32).max

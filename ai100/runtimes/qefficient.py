@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,21 @@ from ai100.runtimes.model_files import ModelFiles
 from ai100.runtimes.runtime import DecodeRow, DeviceLost, FilledSlots, Logits, SlotRange, StaticShapes
 
 Buffers = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ContextLengths:
+    """Over how many positions a run can attend, in ascending order; none: over all `ctx_len`, however few are filled.
+    They are the shapes of the graph's input `comp_ctx_lengths`."""
+
+    prefill: tuple[int, ...] = ()
+    decode: tuple[int, ...] = ()
+
+    def check(self, ctx_len: int) -> None:
+        """Raises `ValueError` where one doesn't reach to the end."""
+        for name, lengths in (("prefill", self.prefill), ("decode", self.decode)):
+            if lengths and lengths[-1] < ctx_len:
+                raise ValueError(f"{name} attends over {lengths[-1]} positions at most, and ctx_len is {ctx_len}")
 
 
 class Session(Protocol):
@@ -63,6 +79,9 @@ nothing."""
 WIPING_TOKEN = 0
 
 
+ALL_OF_THE_CONTEXT = ContextLengths()
+
+
 class QEfficientRuntime:
     """`Runtime` over a session. `open_session` opens one with empty slots, at the start and after each loss.
 
@@ -70,10 +89,17 @@ class QEfficientRuntime:
     """
 
     def __init__(
-        self, open_session: Callable[[], Session], files: ModelFiles, shapes: StaticShapes, name: str = "qaic"
+        self,
+        open_session: Callable[[], Session],
+        files: ModelFiles,
+        shapes: StaticShapes,
+        name: str = "qaic",
+        context_lengths: ContextLengths = ALL_OF_THE_CONTEXT,
     ) -> None:
-        """Raises what `open_session` raises."""
+        """Raises what `open_session` raises, and `ValueError` for context lengths that end before `ctx_len`."""
         files.check(shapes)
+        context_lengths.check(shapes.ctx_len)
+        self._context_lengths = context_lengths
         self.name = name
         self.shapes = shapes
         self.tokenizer = files.tokenizer
@@ -88,12 +114,13 @@ class QEfficientRuntime:
     def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Logits:
         written = self._filled.prefill_range(slot, token_ids, position)
         batch_size, seq_len = self.shapes.prefill_batch_size, self.shapes.prefill_seq_len
-        logits: Logits = self._run([token_ids], [written], batch_size, seq_len)[0]
+        logits: Logits = self._run([token_ids], [written], batch_size, seq_len, self._context_lengths.prefill)[0]
         return logits
 
     def decode(self, rows: Sequence[DecodeRow]) -> Logits:
         written = self._filled.decode_ranges(rows)
-        return self._run([[row.token_id] for row in rows], written, self.shapes.full_batch_size, 1)
+        token_ids = [[row.token_id] for row in rows]
+        return self._run(token_ids, written, self.shapes.full_batch_size, 1, self._context_lengths.decode)
 
     def clear(self, slot: int) -> None:
         """Overwrites what the slot held: a host has no other hand on one slot of the device."""
@@ -123,11 +150,21 @@ class QEfficientRuntime:
         skip_retained_state(self.session)
 
     def _run(
-        self, token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange], batch_size: int, seq_len: int
+        self,
+        token_ids: Sequence[Sequence[int]],
+        written: Sequence[SlotRange],
+        batch_size: int,
+        seq_len: int,
+        context_lengths: Sequence[int],
     ) -> Logits:
-        """One run of these rows, padded to a compiled shape. Returns the logits `(B, V)` of each row's last token."""
+        """One run of these rows, padded to a compiled shape, over the least of these contexts that has all their
+        positions. Returns the logits `(B, V)` of each row's last token."""
         session = self._opened()
         inputs = padded_inputs(token_ids, written, batch_size, seq_len)
+        if context_lengths:
+            end = max(row.end for row in written)
+            length = next(length for length in context_lengths if length >= end)
+            inputs["comp_ctx_lengths"] = np.zeros(length, dtype=np.int64)
         try:
             session.set_buffers(logits_buffer(batch_size, self.vocab_size))
             logits = session.run(inputs)["logits"]

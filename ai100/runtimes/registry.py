@@ -63,9 +63,9 @@ def _open_qaic(path: str, shapes: StaticShapes, options: CompileOptions) -> Runt
         raise CardUnavailable(f"runtime 'qaic' needs {'; '.join(lacking)}. Runtime 'host' needs none of it")
     files = ModelFiles.read(path)
     files.check(shapes)
-    program = compile_model(path, shapes, options)
+    program, lengths = compile_model(path, shapes, options)
     devices = range(options.num_devices) if options.num_devices > 1 else None
-    return QEfficientRuntime(partial(open_on_card, program, devices), files, shapes)
+    return QEfficientRuntime(partial(open_on_card, program, devices), files, shapes, context_lengths=lengths)
 
 
 def _open_onnx(path: str, shapes: StaticShapes) -> Runtime:

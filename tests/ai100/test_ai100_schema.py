@@ -24,6 +24,8 @@ CASES = [
     ("/v1/chat/completions", "POST", NEGATIVE),
     ("/v1/completions", "POST", POSITIVE),
     ("/slots", "GET", POSITIVE),
+    ("/topic", "POST", POSITIVE),
+    ("/topic", "POST", NEGATIVE),
 ]
 
 

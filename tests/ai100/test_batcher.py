@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -10,10 +11,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from ai100.conversation import Chat, Prompt, PromptWriter
 from ai100.engine import AI100Generation
 from ai100.runtimes.runtime import DeviceLost, StaticShapes
 from kvarena.engines.base import EngineUnavailable, Sampling
 from support.ai100_engine import AI100, Answer, at_once, read
+from support.waiting import wait_until
 
 Make = Callable[..., AI100]
 FOUR = StaticShapes(prefill_seq_len=16, ctx_len=512, full_batch_size=4, kv_cache_batch_size=4)
@@ -39,8 +42,10 @@ def started(ai100: AI100, question: str, conversation: str, sampling: Sampling =
     return ai100.start([{"role": "user", "content": question}], conversation, sampling=sampling)
 
 
-def is_started(generation: AI100Generation) -> bool:
-    return generation._turn is not None
+def has_arrived(ai100: AI100, generation: AI100Generation) -> bool:
+    turn, batcher = generation._turn, ai100.engine.batcher
+    known = [*batcher._arrived, *batcher._waiting, *batcher._running]
+    return turn is not None and (turn.ended.is_set() or any(turn is other for other in known))
 
 
 def in_threads(ai100: AI100, generations: Sequence[AI100Generation]) -> Callable[[], list[Answer | BaseException]]:
@@ -57,7 +62,7 @@ def in_threads(ai100: AI100, generations: Sequence[AI100Generation]) -> Callable
     for number in range(len(generations)):
         threads.append(threading.Thread(target=run, args=(number,)))
         threads[-1].start()
-        wait_until(partial(is_started, generations[number]))
+        wait_until(partial(has_arrived, ai100, generations[number]))
 
     def join() -> list[Answer | BaseException]:
         for thread in threads:
@@ -65,15 +70,6 @@ def in_threads(ai100: AI100, generations: Sequence[AI100Generation]) -> Callable
         return [result for result in results if result is not None]
 
     return join
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    done = threading.Event()
-    for _ in range(2000):
-        if holds():
-            return
-        done.wait(0.005)
-    raise AssertionError("waited in vain")
 
 
 def answers_of(results: Sequence[Answer | BaseException]) -> list[Answer]:
@@ -84,19 +80,20 @@ def answers_of(results: Sequence[Answer | BaseException]) -> list[Answer]:
 def test_four_conversations_take_a_quarter_of_the_steps(make: Make) -> None:
     together, alone = make(shapes=FOUR), make(shapes=FOUR)
     held = Held(together)
-    join = in_threads(together, [started(together, topic, topic) for topic in TOPICS])
+    long = Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)
+    join = in_threads(together, [started(together, topic, topic, long) for topic in TOPICS])
     held.release()
     answers = answers_of(join())
-    expected = [read(started(alone, topic, topic), alone.engine) for topic in TOPICS]
+    expected = [read(started(alone, topic, topic, long), alone.engine) for topic in TOPICS]
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
-    assert len(alone.runtime.decodes) == 4 * 39
+    assert len(alone.runtime.decodes) == 4 * 199
     assert len(together.runtime.decodes) < len(alone.runtime.decodes) / 3
 
 
 def test_a_long_prompt_goes_in_between_the_others_tokens(make: Make) -> None:
     ai100 = make(shapes=FOUR)
     order: list[str] = []
-    generation = started(ai100, "river", "a")
+    generation = started(ai100, "river", "a", Sampling(max_tokens=400, temperature=0.0, ignore_eos=True))
     tokens = iter(generation)
     next(tokens)
     ai100.runtime.before = lambda kind, slots: order.append(kind)
@@ -106,6 +103,58 @@ def test_a_long_prompt_goes_in_between_the_others_tokens(make: Make) -> None:
     pieces = [at for at, kind in enumerate(order) if kind == "prefill"]
     assert len(pieces) == -(-len(long_one.prompt_ids) // 16)
     assert all(later - earlier == 2 for earlier, later in pairwise(pieces)), "a decode step between"
+
+
+def test_a_prompt_that_takes_long_to_tokenise_holds_nobody_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ai100 = make(shapes=FOUR)
+    of_chat = PromptWriter.of_chat
+    is_being_written, go_on = threading.Event(), threading.Event()
+
+    def write(writer: PromptWriter, chat: Chat, wanted: int | None) -> Prompt:
+        if chat.turn.question["content"] == "goat":
+            is_being_written.set()
+            go_on.wait(60)
+        return of_chat(writer, chat, wanted)
+
+    monkeypatch.setattr(PromptWriter, "of_chat", write)
+    tokens = iter(started(ai100, "river", "a"))
+    said = [next(tokens)]
+    slow = [started(ai100, "goat", "b"), started(ai100, "goat again", "b")]
+    join = in_threads(ai100, slow)
+    assert is_being_written.wait(60)
+    said += list(tokens)
+    assert len(said) == LONG.max_tokens
+    slow[1].close()
+    go_on.set()
+    first, gone = answers_of(join())
+    assert first.token_ids == ai100.generate(first.prompt_ids, LONG.max_tokens)
+    assert (gone.token_ids, gone.finish_reason) == ([], None)
+
+
+def test_a_prompt_whose_client_has_gone_is_not_prepared(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ai100 = make(shapes=FOUR)
+    of_chat = PromptWriter.of_chat
+    asked: list[str] = []
+    go_on = threading.Event()
+
+    def write(writer: PromptWriter, chat: Chat, wanted: int | None) -> Prompt:
+        asked.append(str(chat.turn.question["content"]))
+        go_on.wait(60)
+        return of_chat(writer, chat, wanted)
+
+    monkeypatch.setattr(PromptWriter, "of_chat", write)
+    generations = [started(ai100, topic, topic) for topic in TOPICS]
+    join = in_threads(ai100, generations)
+    wait_until(lambda: asked == [TOPICS[0]])
+    for gone in generations[1:]:
+        gone.close()
+    for gone in generations[1:]:
+        assert gone._turn is not None
+        assert gone._turn.ended.wait(60), "before its prompt's turn"
+    go_on.set()
+    answers = answers_of(join())
+    assert asked == [TOPICS[0]]
+    assert [len(answer.token_ids) for answer in answers] == [LONG.max_tokens, 0, 0, 0]
 
 
 def test_turns_of_one_topic_wait_in_order_and_others_pass(make: Make) -> None:
@@ -137,6 +186,7 @@ def test_more_turns_than_batch_rows_wait(make: Make) -> None:
 def test_a_turn_that_is_closed_leaves_at_once(make: Make) -> None:
     ai100 = make(shapes=FOUR)
     free = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
+    ai100.runtime.before = lambda kind, slots: time.sleep(0.01)
     generation = started(ai100, "river", "a", free)
     tokens = iter(generation)
     said = [next(tokens).token_id for _ in range(3)]
@@ -145,6 +195,7 @@ def test_a_turn_that_is_closed_leaves_at_once(make: Make) -> None:
     assert len(said) < 300
     assert generation.finish_reason is None
     assert len(ai100.runtime.decodes) < 320
+    ai100.runtime.before = lambda kind, slots: None
     following = ai100.ask("rain", "a")
     num_prompt_tokens = len(generation.prompt_token_ids)
     assert following.prompt_ids[:num_prompt_tokens] == list(generation.prompt_token_ids)

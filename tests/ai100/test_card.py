@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import gc
+import inspect
+import os
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 from ai100.runtimes import card
 from ai100.runtimes.card import CardUnavailable, CompileFailed, CompileOptions, compile_model, open_on_card
 from ai100.runtimes.host import HostRuntime
+from ai100.runtimes.qefficient import ContextLengths, Session
 from ai100.runtimes.registry import chosen, open_runtime
 from ai100.runtimes.runtime import StaticShapes
 from support.tiny_models import save_tiny_model, tiny_tokenizer
@@ -96,6 +102,8 @@ class Compiler:
     """Stands for `QEFFAutoModelForCausalLM` where there is no SDK: keeps what it is asked, answers what it is told."""
 
     answer: Any = "/qpc"
+    comp_ctx_lengths_prefill: list[int] | None = None
+    comp_ctx_lengths_decode: list[int] | None = None
     asked: dict[str, Any]
 
     @classmethod
@@ -113,7 +121,7 @@ class Compiler:
 
 def test_every_setting_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "QEfficient", module("QEfficient", QEFFAutoModelForCausalLM=Compiler))
-    assert compile_model("some/model", SHAPES, OPTIONS) == Path("/qpc")
+    assert compile_model("some/model", SHAPES, OPTIONS) == (Path("/qpc"), ContextLengths())
     assert Compiler.asked == {
         "path": "some/model",
         "continuous_batching": True,
@@ -126,6 +134,56 @@ def test_every_setting_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> 
         "mxfp6_matmul": True,
         "mxint8_kv_cache": True,
     }
+
+
+def test_context_lengths_are_what_the_compiler_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As QEfficient 1.23 does: what prefill has in common with decode is shortened, to multiples of 32."""
+    monkeypatch.setitem(sys.modules, "QEfficient", module("QEfficient", QEFFAutoModelForCausalLM=Compiler))
+    monkeypatch.setattr(Compiler, "comp_ctx_lengths_prefill", [992, 4096])
+    monkeypatch.setattr(Compiler, "comp_ctx_lengths_decode", [1024, 4128])
+    shapes = StaticShapes(ctx_len=4096)
+    _, lengths = compile_model("some/model", shapes, CompileOptions(comp_ctx_lengths=(1024,)))
+    assert Compiler.asked["qaic_config"] == {"ccl_enabled": True}
+    assert Compiler.asked["comp_ctx_lengths_prefill"] == Compiler.asked["comp_ctx_lengths_decode"] == [1024]
+    assert Compiler.asked["ctx_len"] == 4128, "so that prefill's reach to the end"
+    assert "comp_ctx_lengths" not in Compiler.asked
+    assert lengths == ContextLengths((992, 4096), (1024, 4128))
+    lengths.check(shapes.ctx_len)
+    with pytest.raises(ValueError, match="prefill attends over 4064 positions at most, and ctx_len is 4096"):
+        ContextLengths((4064,), (4096,)).check(shapes.ctx_len)
+
+
+@pytest.fixture(scope="module")
+def qefficient() -> Path:
+    folder = os.environ.get("QEFFICIENT")
+    if not folder:
+        pytest.skip("QEFFICIENT does not name a checkout of quic/efficient-transformers")
+    return Path(folder, "QEfficient")
+
+
+def parameters_of(path: Path, cls: str) -> dict[str, list[str]]:
+    """Of each method of a class in a file, read and not imported: it needs packages that aren't here."""
+    (found,) = (one for one in ast.parse(path.read_text()).body if isinstance(one, ast.ClassDef) and one.name == cls)
+    methods = [one for one in found.body if isinstance(one, ast.FunctionDef)]
+    return {one.name: [own.arg for own in (*one.args.args, *one.args.kwonlyargs)][1:] for one in methods}
+
+
+def test_qefficient_takes_every_argument(qefficient: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout of what ai100/Dockerfile names: nothing of ours may fall among its `**compiler_options`."""
+    monkeypatch.setitem(sys.modules, "QEfficient", module("QEfficient", QEFFAutoModelForCausalLM=Compiler))
+    compile_model("some/model", SHAPES, replace(OPTIONS, comp_ctx_lengths=(1024,)))
+    own = parameters_of(qefficient / "transformers/models/modeling_auto.py", "QEFFAutoModelForCausalLM")
+    known = {*own["from_pretrained"], *own["compile"], "path"}
+    assert set(Compiler.asked) <= known
+    session = parameters_of(qefficient / "generation/cloud_infer.py", "QAICInferenceSession")
+    assert session["__init__"][:2] == ["qpc_path", "device_ids"]
+    for name in ("input_names", "output_names", "skip_buffers", "set_buffers", "run", "deactivate"):
+        ours: Any = inspect.getattr_static(Session, name)
+        ours = ours.fget if isinstance(ours, property) else ours
+        assert session[name] == list(inspect.signature(ours).parameters)[1:], name
+    step = re.search(r"^CCL_UNIQNE_STEP = (\d+)$", (qefficient / "utils/constants.py").read_text(), re.MULTILINE)
+    assert step is not None
+    assert int(step[1]) == card.LENGTH_STEP
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Compiler stderr: out of cores"), FileNotFoundError("qaic-compile")])

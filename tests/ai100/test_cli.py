@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvarena.cli import app
+from support.lmcache_server import free_port
 
 SMALL = ["--model", "town", "--ctx-len", "2048", "--full-batch-size", "1", "--kv-cache-batch-size", "2"]
 SMALL += ["--gen-len", "20", "--prefill-seq-len", "256", "--notes-tokens", "600"]
@@ -51,11 +52,13 @@ def test_batch_on_the_town_model() -> None:
     assert second[:3] == ("INCR", "0", "2")
     assert int(second[3]) < 30 < 400 < int(first[3]) < 700, "its own notes are prefilled, and once"
     assert "topic 'townspeople'" in output
+    assert "[Townspeople]" not in output
 
 
 def test_interactive_with_stats_and_help(notes: list[str]) -> None:
     output = run(*notes, typed=f"{QUESTIONS[0]}\n\n?\nstats\n{QUESTIONS[1]}\nQ\n")
     assert [line[0] for line in lines_of(output)] == ["NEW", "INCR"]
+    assert output.count("[Townspeople] ") == 2, "before each answer"
     assert "quit, exit, q" in output
     assert "Turns: 1 (1 NEW)" in output
     assert "townspeople" in output
@@ -87,16 +90,11 @@ def test_json_without_the_cache(notes: list[str]) -> None:
         (["--batch"], "--batch"),
         (["--json"], "--batch"),
         (["--compare", "--no-cache"], "--compare"),
-        (["--runtime", "tpu"], "auto, qaic, host"),
         (["--runtime", "qaic"], "qaic"),
-        (["--topics", "magic"], "keyword, embedding"),
         (["--topics-file", "/nothing.yaml"], "/nothing.yaml"),
-        (["--threshold", "7"], "threshold"),
-        (["--max-context", "0"], "max_context"),
         (["--full-batch-size", "9"], "full_batch_size 9"),
         (["--model", "/nothing"], "/nothing"),
         (["--data", "/nothing"], "/nothing"),
-        (["--notes-tokens", "-1"], "notes_tokens"),
     ],
 )
 def test_bad_command_lines_say_what_is_wrong(arguments: Sequence[str], says: str) -> None:
@@ -104,6 +102,23 @@ def test_bad_command_lines_say_what_is_wrong(arguments: Sequence[str], says: str
     assert result.exit_code == 1
     assert says in result.output.replace("\n", "")
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--runtime", "tpu", "'auto', 'qaic', 'host' or 'onnx'"),
+        ("--topics", "magic", "'keyword' or 'embedding'"),
+        ("--threshold", "7", "less than or equal to 1"),
+        ("--max-context", "0", "greater than or equal to 1"),
+        ("--notes-tokens", "-1", "greater than or equal to 0"),
+        ("-f", "many", "a valid integer"),
+    ],
+)
+def test_settings_have_the_bounds_of_the_spec(option: str, value: str, says: str) -> None:
+    result = CliRunner().invoke(app, ["ai100", "chat", option, value])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
 
 
 def test_what_cannot_be_answered_fails_and_the_rest_is_asked(notes: list[str]) -> None:
@@ -115,32 +130,22 @@ def test_what_cannot_be_answered_fails_and_the_rest_is_asked(notes: list[str]) -
 
 @pytest.mark.slow
 def test_the_server_as_a_process(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "ai100.server",
-        "--port",
-        "18004",
-        "--served-model-name",
-        "town",
-        "--model",
-        "town",
-        "--runtime",
-        "host",
-    ]
-    with subprocess.Popen([*command, "--topics", "embedding"], stdout=subprocess.DEVNULL) as process:
+    port = free_port()
+    command = [sys.executable, "-m", "ai100.server", "--port", str(port), "--served-model-name", "town"]
+    command += ["--model", "town", "--runtime", "host", "--topics", "embedding"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
-            with httpx.Client(base_url="http://127.0.0.1:18004", trust_env=False, timeout=30) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client:
                 for _ in range(240):
                     try:
                         client.get("/health").raise_for_status()
                         break
                     except httpx.TransportError:
                         time.sleep(0.5)
-                body = {"messages": [{"role": "user", "content": "Who is Igor?"}], "max_tokens": 4, "user": "me"}
+                body = {"messages": [{"role": "user", "content": "Who is Igor?"}], "max_tokens": 4, "session_id": "me"}
                 answers = [client.post("/v1/chat/completions", json=body).json() for _ in range(2)]
                 assert client.get("/kvarena").json()["topics"] == "EmbeddingTopics"
             assert answers[1]["kv_transfer_params"]["kvarena"]["status"] == "INCREMENTAL_PREFILL"
         finally:
             process.terminate()
-            assert process.wait(20) == -signal.SIGTERM, "as uvicorn ends, when all is closed"
+            assert process.wait(60) == -signal.SIGTERM, "as uvicorn ends, when all is closed"

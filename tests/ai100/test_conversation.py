@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from ai100.conversation import ConversationMemory, ParsedMessages
-from ai100.topics import KeywordTopics
+from ai100 import conversation
+from ai100.conversation import MAX_HISTORIES, MAX_TELLING_TURNS, MAX_TURNS, ConversationMemory, ParsedMessages
+from ai100.runtimes.runtime import StaticShapes
+from ai100.topics import KeywordTopics, PastTurn
 from kvarena.engines.base import GenerationRequest, Sampling
 from support.ai100_engine import AI100, CHAT_TEMPLATE, LISTS, read
 
@@ -188,6 +190,68 @@ def test_the_oldest_conversations_are_forgotten() -> None:
     assert begin("rain", "a") != first
 
 
+class NotedTopics:
+    """Notes how many turns each message is told by, and whether others can use the memory meanwhile."""
+
+    def __init__(self) -> None:
+        self.nums_earlier: list[int] = []
+        self.memory = ConversationMemory(self)
+        self.was_locked = False
+
+    def topic_of(self, message: str, earlier: Sequence[PastTurn]) -> str:
+        self.nums_earlier.append(len(earlier))
+        self.was_locked = self.was_locked or self.memory._lock.locked()
+        return message
+
+
+def test_a_long_history_that_nobody_remembers_stops_nobody() -> None:
+    """Each turn was told by all before it, topic by topic, while no answer could end: minutes for 2,000 turns."""
+    topics = NotedTopics()
+    past = [message for number in range(2000) for message in (user(f"word{number}"), assistant("yes"))]
+    exchange = ParsedMessages.of([*past, user("and?")])
+    assert exchange
+    begun = topics.memory.begin(exchange, "", None)
+    assert len(begun.earlier) == 2000
+    assert len(topics.nums_earlier) == 2001
+    assert max(topics.nums_earlier) == MAX_TELLING_TURNS
+    assert not topics.was_locked
+
+
+def test_a_chat_has_so_many_turns_at_most(ai100: AI100) -> None:
+    past = [message for _ in range(MAX_TURNS) for message in (user("tea"), assistant("yes"))]
+    with pytest.raises(ValueError, match=f"{MAX_TURNS + 1} turns; at most {MAX_TURNS} can be answered"):
+        ParsedMessages.of([*past, user("and?")])
+
+
+def test_a_conversation_that_goes_on_by_its_name_forgets_its_oldest_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "MAX_TURNS", 5)
+    memory = ConversationMemory(KeywordTopics(LISTS))
+    for number in range(9):
+        exchange = ParsedMessages.of([user(f"tea {number}")])
+        assert exchange
+        begun = memory.begin(exchange, "", "n")
+    assert [turn.question["content"] for turn in begun.conversation.turns] == [
+        f"tea {number}" for number in range(4, 9)
+    ]
+
+
+def test_a_client_that_asks_otherwise_again_and_again_fills_no_memory() -> None:
+    """One past, ever other questions after it: branches of one conversation, of which those used last are known."""
+    memory = ConversationMemory(KeywordTopics(LISTS))
+
+    def begin(*questions: str) -> str:
+        past = [message for question in questions[:-1] for message in (user(question), assistant(""))]
+        exchange = ParsedMessages.of([*past, user(questions[-1])])
+        assert exchange is not None
+        begun = memory.begin(exchange, "", None)
+        begun.turn.answer = assistant("")
+        return begun.conversation.id
+
+    first = begin("river")
+    assert {begin("river", f"rain {number}") for number in range(3 * MAX_HISTORIES)} == {first}
+    assert len(memory._by_history) == MAX_HISTORIES
+
+
 @pytest.mark.parametrize(
     "messages",
     [
@@ -200,3 +264,35 @@ def test_the_oldest_conversations_are_forgotten() -> None:
 )
 def test_messages_out_of_turn_are_no_exchange(messages: list[dict[str, str]]) -> None:
     assert ParsedMessages.of(messages) is None
+
+
+CHUNKS = "\n\nriver old stone\n\nrain hill lamp road\n\nWhere is the river?"
+"""A client's own chunks and a question, as the arena sends them."""
+
+
+@pytest.mark.parametrize("max_context", [None, 60])
+def test_the_turn_with_the_chunks_stays(make: Make, max_context: int | None) -> None:
+    """Follow-ups are about its chunks, however much was said since; by default a topic is as long as its slot."""
+    shapes = StaticShapes(prefill_seq_len=16, ctx_len=192, full_batch_size=1, kv_cache_batch_size=2)
+    ai100 = make(shapes=shapes, topics=KeywordTopics({"water": ["river", "rain"]}), max_context=max_context)
+    questions = [f"And the river {number}?" for number in range(12)]
+    answers = [ai100.chat(question, "c") for question in (CHUNKS, *questions)]
+    texts = [said(ai100, answer.prompt_ids) for answer in answers]
+    assert all(text.count("rain hill lamp road") == 1 for text in texts)
+    assert {answer.details["topic"] for answer in answers} == {"water"}
+    reset = [answer for answer in answers if answer.details["status"] == "RESET_TOPIC"]
+    assert reset, "so much was said that the rest had to go"
+    for answer in answers:
+        assert answer.token_ids == ai100.generate(answer.prompt_ids)
+    for answer in reset:
+        assert answer.report.num_reused_tokens >= len(answers[0].prompt_ids) - 1, "what stays is in the slot"
+    ai100.engine.batcher.slots.check_integrity()
+
+
+def test_chunks_that_leave_no_room_go_too(make: Make) -> None:
+    shapes = StaticShapes(prefill_seq_len=16, ctx_len=96, full_batch_size=1, kv_cache_batch_size=2)
+    ai100 = make(shapes=shapes, topics=KeywordTopics({"water": ["river", "rain"]}))
+    ai100.chat("\n\nriver " + "old " * 50 + "\n\nWhere is the river?", "c")
+    following = ai100.chat("And the rain? " + "hill " * 20, "c")
+    assert "old" not in said(ai100, following.prompt_ids)
+    assert following.details["status"] == "RESET_TOPIC"

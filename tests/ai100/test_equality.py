@@ -18,7 +18,7 @@ from ai100.runtimes.registry import open_runtime
 from ai100.runtimes.runtime import StaticShapes
 from ai100.topics import KeywordTopics, load_topics
 from kvarena.engines.base import Sampling
-from kvarena.stack.model import find_model
+from kvarena.model import find_model
 from support.ai100_engine import AI100, CHAT_TEMPLATE, LISTS, MAX_TOKENS, Answer, at_once, make_ai100, read
 from support.tiny_models import WORDS
 

@@ -15,6 +15,7 @@ from openai import OpenAI
 from ai100.engine import AI100Engine
 from ai100.runtimes.runtime import DeviceLost
 from ai100.server import router
+from kvarena.server.state import ApiConfig
 from support.ai100_engine import AI100
 from support.real_server import RealServer, serving
 from support.request_lines import request_lines
@@ -48,10 +49,10 @@ def report_of(answer: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("how", ["header", "user", "history"])
+@pytest.mark.parametrize("how", ["header", "session", "history"])
 def test_a_conversation_by_its_name_or_its_history(http: httpx.Client, how: str) -> None:
     headers = {"X-Conversation-Id": "mine"} if how == "header" else {}
-    more = {"user": "me"} if how == "user" else {}
+    more = {"session_id": "me"} if how == "session" else {}
     first = http.post(CHAT, json=body("river old", **more), headers=headers).json()
     text = first["choices"][0]["message"]["content"]
     said = ("river old", text, "And the rain?") if how == "history" else ("And the rain?",)
@@ -67,6 +68,13 @@ def test_a_conversation_by_its_name_or_its_history(http: httpx.Client, how: str)
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == told["num_reused_tokens"] > 0
 
 
+def test_a_user_is_no_conversation(http: httpx.Client) -> None:
+    """`user` says who asks, for all that they ask; nobody means a conversation by it."""
+    answers = [http.post(CHAT, json=body(f"river {number % 3}", user="burst")).json() for number in range(12)]
+    assert {report_of(answer)["turn"] for answer in answers} == {1}
+    assert {answer["usage"]["prompt_tokens"] for answer in answers} == {answers[0]["usage"]["prompt_tokens"]}
+
+
 def test_openais_client_streams_what_it_gets_whole(served: Served) -> None:
     client = OpenAI(base_url=f"{served[1].url}/v1", api_key="none", max_retries=0)
     messages = [{"role": "user", "content": "river bread"}]
@@ -76,6 +84,97 @@ def test_openais_client_streams_what_it_gets_whole(served: Served) -> None:
     chunks = list(client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_topic_that_the_client_says_is_the_messages(http: httpx.Client) -> None:
+    def ask(*said: str, topic: str) -> tuple[httpx.Response, dict[str, Any]]:
+        more = {"kv_transfer_params": {"kvarena": {"topic": topic}}, "session_id": "said"}
+        reply = http.post(CHAT, json=body(*said, **more))
+        return reply, report_of(reply.json()) if reply.is_success else {}
+
+    first, told = ask("river old", topic="mine")
+    assert (told["topic"], told["status"]) == ("mine", "NEW_TOPIC")
+    text = first.json()["choices"][0]["message"]["content"]
+    _, told = ask("river old", text, "bread", topic="mine")
+    assert (told["topic"], told["turn"], told["status"]) == ("mine", 2, "INCREMENTAL_PREFILL")
+    _, corrected = ask("river old", text, "bread", topic="food")
+    assert (corrected["topic"], corrected["turn"]) == ("food", 1)
+    assert ask("river", topic=" ")[0].status_code == 400
+
+
+def topic(http: httpx.Client, *said: str, **more: Any) -> tuple[str, bool]:
+    told = http.post("/topic", json=body(*said, **more)).raise_for_status().json()
+    return told["topic"], told["is_new"]
+
+
+def test_a_topic_is_foretold_as_it_is_then_found(http: httpx.Client) -> None:
+    """With a name and without, for a new topic, an old one, and a message that refers back."""
+    history: list[str] = []
+    for question in ("river old", "bread", "And the rain?", "goat hill", "And why?"):
+        named = topic(http, question, session_id="foretold")
+        found = report_of(http.post(CHAT, json=body(question, session_id="foretold")).json())
+        assert named == (found["topic"], found["status"] == "NEW_TOPIC")
+        assert topic(http, *history, question)[0] == found["topic"]
+        answer = http.post(CHAT, json=body(*history, question)).json()
+        assert report_of(answer)["topic"] == found["topic"]
+        history += [question, answer["choices"][0]["message"]["content"]]
+
+
+def test_foretelling_a_topic_changes_nothing(served: Served, http: httpx.Client) -> None:
+    engine = served[0].engine
+    first = report_of(http.post(CHAT, json=body("river", session_id="me")).json())
+    text = http.post(CHAT, json=body("bread")).json()["choices"][0]["message"]["content"]
+    before = (http.get("/slots").json(), list(engine.memory._conversations), len(served[0].runtime.prefills))
+    for said in (("goat",), ("cat hill",), ("bread", text, "tea"), ("bread", "another answer", "tea"), ("x", "y", "z")):
+        for named in ({}, {"session_id": "me"}, {"session_id": "new"}):
+            topic(http, *said, **named)
+    assert (http.get("/slots").json(), list(engine.memory._conversations), len(served[0].runtime.prefills)) == before
+    following = report_of(http.post(CHAT, json=body("rain", session_id="me")).json())
+    assert (following["topic"], following["turn"]) == (first["topic"], 2)
+    assert following["status"] == "INCREMENTAL_PREFILL"
+    engine.batcher.slots.check_integrity()
+
+
+def test_a_foretold_topic_is_never_another_users(http: httpx.Client) -> None:
+    secret = {"kv_transfer_params": {"kvarena": {"topic": "my secret"}}}
+    http.post(CHAT, json=body("river", session_id="same", cache_salt="mine", **secret))
+    assert topic(http, "And why?", session_id="same", cache_salt="mine") == ("my secret", False)
+    for more in ({"cache_salt": "theirs"}, {}):
+        assert topic(http, "And why?", session_id="same", **more)[1]
+        assert topic(http, "And why?", session_id="same", **more)[0] != "my secret"
+        assert topic(http, "river", session_id="same", **more) == ("water", True)
+
+
+@pytest.mark.parametrize(
+    ("request_body", "status"),
+    [
+        (body(""), 400),
+        (body(" \n"), 400),
+        (body("river", cache_salt="a/b"), 400),
+        (body("river", session_id=3), 400),
+        (body("river", model="other"), 404),
+        ({"messages": []}, 400),
+        ({"messages": [{"role": "user", "content": None}]}, 400),
+        ({"messages": [{"role": "user"}] * 3}, 200),
+        ({}, 400),
+    ],
+)
+def test_a_topic_is_foretold_for_what_can_be_asked(
+    http: httpx.Client, request_body: dict[str, Any], status: int
+) -> None:
+    for path in ("/topic", CHAT):
+        reply = http.post(path, json=request_body)
+        assert reply.status_code == status, reply.text
+        assert status == 200 or reply.json()["error"]["message"]
+
+
+def test_foretelling_asks_for_the_key_and_bounds_its_body(make: Callable[..., AI100]) -> None:
+    with serving(make().engine, ApiConfig(api_key="secret"), routers=[router]) as server, server.client() as client:
+        assert client.post("/topic", json=body("river")).status_code == 401
+        known = {"Authorization": "Bearer secret"}
+        assert client.post("/topic", json=body("river"), headers=known).json() == {"topic": "water", "is_new": True}
+        assert client.post("/topic", json=body("goat " * (1 << 20)), headers=known).status_code == 413
+        assert client.post("/topic", content=b"{", headers=known).status_code == 400
 
 
 def test_the_report_of_a_stream_is_kept(http: httpx.Client) -> None:
@@ -88,7 +187,7 @@ def test_the_report_of_a_stream_is_kept(http: httpx.Client) -> None:
 
 def test_the_table_of_slots_and_the_settings(http: httpx.Client) -> None:
     for text in ("river", "bread"):
-        http.post(CHAT, json=body(text, user="me"))
+        http.post(CHAT, json=body(text, session_id="me"))
     table = http.get("/slots").json()
     assert [row["topic"] for row in table["slots"]] == ["water", "food", None]
     assert all(row["position"] > 0 and row["has_pending_token"] for row in table["slots"][:2])
@@ -103,13 +202,13 @@ def test_the_table_of_slots_and_the_settings(http: httpx.Client) -> None:
 def test_without_the_cache(make: Callable[..., AI100], http: httpx.Client) -> None:
     off = {"kv_transfer_params": {"kvarena": {"use_cache": False}}}
     texts = []
-    for more in ({"user": "a"}, {"user": "b", **off}):
+    for more in ({"session_id": "a"}, {"session_id": "b", **off}):
         answers = [http.post(CHAT, json=body(text, **more)).json() for text in ("river", "And the rain?")]
         texts.append([answer["choices"][0]["message"]["content"] for answer in answers])
         assert report_of(answers[1])["cache_enabled"] == ("kv_transfer_params" not in more)
     assert texts[0] == texts[1]
     with serving(make(use_cache=False).engine, routers=[router]) as server, server.client() as client:
-        answers = [client.post(CHAT, json=body(text, user="a")).json() for text in ("river", "And the rain?")]
+        answers = [client.post(CHAT, json=body(text, session_id="a")).json() for text in ("river", "And the rain?")]
     assert [answer["choices"][0]["message"]["content"] for answer in answers] == texts[0]
     assert [report_of(answer)["status"] for answer in answers] == ["FULL_PREFILL"] * 2
 
@@ -121,7 +220,7 @@ def test_without_the_cache(make: Callable[..., AI100], http: httpx.Client) -> No
         (body("goat " * 700), "512"),
         (body("goat", max_tokens=2000), "512"),
         (body("goat", kv_transfer_params={"kvarena": {"slot": 1}}), "use_cache"),
-        (body("goat", n=2, user="me"), "n is 2"),
+        (body("goat", n=2, session_id="me", temperature=1), "n is 2"),
         ({"messages": []}, "messages"),
     ],
 )
@@ -189,7 +288,7 @@ def test_twelve_users_at_once(served: Served, http: httpx.Client) -> None:
     def talk(user: int, name: str) -> list[str]:
         said = []
         for text in (WORDS[user % 6], "And why?"):
-            answer = http.post(CHAT, json=body(text, user=f"{name}{user}", max_tokens=3)).json()
+            answer = http.post(CHAT, json=body(text, session_id=f"{name}{user}", max_tokens=3)).json()
             said.append(answer["choices"][0]["message"]["content"])
         return said
 

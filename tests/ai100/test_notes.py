@@ -66,6 +66,11 @@ def test_the_budget_bounds_them(folder: Path, ai100: AI100) -> None:
         Notes(budget=-1)
 
 
+def test_a_file_that_is_not_utf_8_takes_no_others_down(folder: Path, ai100: AI100, notes: Notes) -> None:
+    (folder / "bad.txt").write_text("Über den Fluss", encoding="latin-1")
+    assert load_notes(folder, ai100.runtime.tokenizer, 100, " # ").notes == notes.notes
+
+
 def test_a_turn_gets_what_its_topic_lacks_and_once(notes: Notes) -> None:
     begun = notes.of_topic(SEED[0])[:1]
     asked = [SEED[0], SEED[1], "And why?", SEED[1] + "!"]

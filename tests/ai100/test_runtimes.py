@@ -18,7 +18,7 @@ from ai100.runtimes import card
 from ai100.runtimes.host import HostRuntime
 from ai100.runtimes.model_files import ModelFiles
 from ai100.runtimes.onnx_session import OnnxSession, export
-from ai100.runtimes.qefficient import Buffers, QEfficientRuntime, Session
+from ai100.runtimes.qefficient import Buffers, ContextLengths, QEfficientRuntime, Session
 from ai100.runtimes.registry import open_runtime
 from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, Runtime, StaticShapes
 from support.tiny_models import FAMILIES, save_tiny_model
@@ -357,3 +357,30 @@ def test_a_cuda_error_is_a_lost_device(folders: dict[str, Path], monkeypatch: py
     runtime.reopen()
     subject = Subject(runtime, reference(folders["llama"]))
     subject.check(0, subject.fill(0, [1, 2]))
+
+
+def test_attention_over_a_part_of_the_context_is_the_same(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each run over the least compiled length that has its positions, of prefill or of decode, up to the last one."""
+    folder, asked = folders["llama"], []
+
+    class Listening(OnnxSession):
+        def run(self, inputs: Buffers) -> Buffers:
+            asked.append(inputs["comp_ctx_lengths"].shape[0])
+            return super().run(inputs)
+
+    graph = export(str(folder), tmp_path, has_context_lengths=True)
+    lengths = ContextLengths(prefill=(12, 48), decode=(16, 32, 48))
+    files = ModelFiles.read(str(folder))
+    runtime = QEfficientRuntime(partial(Listening, graph, SHAPES), files, SHAPES, "onnx", lengths)
+    subject = Subject(runtime, reference(folder))
+    text = [1 + number % 7 for number in range(SHAPES.ctx_len)]
+    subject.check(0, subject.fill(0, text[:14]))
+    subject.check(2, subject.fill(2, text[:30]))
+    for slots, expected in (((0,), 16), ((0, 2), 32), ((2,), 32), ((2, 0), 48)):
+        for slot, logits in subject.decode(dict.fromkeys(slots, 3)).items():
+            subject.check(slot, logits)
+        assert asked[-1] == expected
+    assert asked[:2] == [12, 48], "two pieces of a prefill"
+    subject.check(1, subject.fill(1, text))
+    with pytest.raises(ValueError, match="decode attends over 32 positions at most, and ctx_len is 48"):
+        QEfficientRuntime(partial(Listening, graph, SHAPES), files, SHAPES, "onnx", ContextLengths((48,), (32,)))

@@ -21,7 +21,9 @@ def taken(table: SlotTable, key: SlotKey | None) -> Slot:
 
 
 class AnyUse(RuleBasedStateMachine):
-    """`kept`: what each topic left behind; `order`: keys by their last taking, the least recent first."""
+    """`kept`: what each topic left behind; `order`: keys by their last taking, the least recent first; `aside`: the
+    slot for turns without a topic, once there was one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,38 +31,59 @@ class AnyUse(RuleBasedStateMachine):
         self.held: list[Slot] = []
         self.kept: dict[SlotKey, list[int]] = {}
         self.order: list[SlotKey] = []
+        self.aside: int | None = None
+
+    @property
+    def num_full(self) -> int:
+        """Of the slots that topics share: those with a topic, or in use for a turn without one."""
+        return len(self.kept) + sum(slot.key is None and slot.index != self.aside for slot in self.held)
+
+    @property
+    def num_shared(self) -> int:
+        return NUM_SLOTS - (self.aside is not None)
+
+    def push_out_the_oldest(self) -> None:
+        oldest = next(key for key in self.order if key not in [slot.key for slot in self.held])
+        self.order.remove(oldest)
+        del self.kept[oldest]
 
     @rule(key=st.sampled_from(KEYS))
     def take(self, key: SlotKey) -> None:
         held = [slot.key for slot in self.held]
         found = self.table.take(key)
-        if key in held or len(held) == NUM_SLOTS:
+        in_use = [slot for slot in self.held if slot.index != self.aside]
+        if key in held or (key not in self.kept and len(in_use) == self.num_shared):
             assert found is None
             return
         assert found is not None
         assert found.is_new == (key not in self.kept)
-        if found.is_new and len(self.kept) + held.count(None) == NUM_SLOTS:
-            oldest = next(other for other in self.order if other not in held)
-            self.order.remove(oldest)
-            del self.kept[oldest]
+        assert found.slot.index != self.aside
+        if found.is_new and self.num_full == self.num_shared:
+            self.push_out_the_oldest()
         assert found.slot.token_ids == self.kept.setdefault(key, [])
         self.order = [*(other for other in self.order if other != key), key]
         self.held.append(found.slot)
 
     @rule()
     def take_for_one_turn(self) -> None:
-        held = [slot.key for slot in self.held]
+        has_room = self.table.has_room(None)
         found = self.table.take(None)
-        if len(held) == NUM_SLOTS:
+        assert has_room == (found is not None)
+        if self.aside is None:
+            is_full = len(self.held) == NUM_SLOTS
+        else:
+            is_aside_in_use = self.aside in [slot.index for slot in self.held]
+            is_full = is_aside_in_use and self.num_full == self.num_shared
+        if is_full:
             assert found is None
             return
         assert found is not None
         assert found.is_new
         assert found.slot.token_ids == []
-        if len(self.kept) + held.count(None) == NUM_SLOTS:
-            oldest = next(other for other in self.order if other not in held)
-            self.order.remove(oldest)
-            del self.kept[oldest]
+        if self.aside is None:
+            if self.num_full == NUM_SLOTS:
+                self.push_out_the_oldest()
+            self.aside = found.slot.index
         self.held.append(found.slot)
 
     @precondition(lambda self: self.held)
@@ -127,6 +150,19 @@ def test_the_least_recently_used_goes_first_and_empty_slots_before_it() -> None:
     table.forget(slot)
     assert taken(table, KEYS[3]).index == 1, "it is empty"
     assert {row.key for row in table.rows()} == {KEYS[0], KEYS[3]}
+
+
+def test_turns_without_a_slot_of_their_own_push_out_no_topic() -> None:
+    table = SlotTable(3, CTX_LEN)
+    for key in KEYS[:4]:
+        table.give_back(taken(table, None))
+        table.give_back(taken(table, key))
+    assert {row.key for row in table.rows()} == {None, *KEYS[2:4]}
+    assert table.num_evictions == 2, "topics share the other two"
+    first = taken(table, None)
+    assert table.take(None) is None, "it waits, for the topics' slots are full"
+    table.give_back(first)
+    assert taken(table, None).index == first.index
 
 
 def test_nothing_of_the_context_is_passed() -> None:

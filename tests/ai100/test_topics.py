@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +19,21 @@ from ai100.embeddings import (
     local_embedding,
     packaged_sentence_model,
 )
-from ai100.notes import Note, Notes, Vectors
+from ai100.notes import NO_NOTES, Note, Notes, Vectors, load_notes
 from ai100.topics import TOPICS_FILE, EmbeddingTopics, KeywordTopics, PastTurn, Topics, load_topics
-from ai100.words import content_words, is_follow_up, stem
+from ai100.words import content_words, is_follow_up, stem, words
+from kvarena.documents import FALLBACK_SEPARATOR, join_chunks
+from kvarena.home import project_root
+from support.tiny_models import tiny_tokenizer
 
 DEFAULT = KeywordTopics(load_topics())
 CRICKET = PastTurn("cricket", "Who is the best cricket player?")
 PASTA = PastTurn("cooking", "How do I cook pasta?")
+
+
+SHIPPED_SEPARATORS = [
+    json.loads(path.read_text())["separator"] for path in (project_root() / "backend" / "models").glob("*/kvarena.json")
+]
 
 
 SEED = [
@@ -42,6 +51,63 @@ def walk(topics: Topics, *messages: str) -> list[str]:
     for message in messages:
         earlier.append(PastTurn(topics.topic_of(message, earlier), message))
     return [turn.topic for turn in earlier]
+
+
+@pytest.mark.parametrize("has_notes", [False, True])
+def test_the_originals_session_in_its_order(has_notes: bool) -> None:
+    """Its questions go to and fro between two topics, and name neither after the second."""
+    asked = [
+        "Who is Virat Kohli?",
+        "Who wrote Harry Potter book?",
+        "How many centuries has he scored?",
+        "What's the last book summary?",
+        "When did he became the indian cricket captain?",
+        "how did the last book end?",
+        "What is his highest score in an innings?",
+    ]
+    tokenizer = tiny_tokenizer()
+    notes = load_notes(project_root() / "data", tokenizer, 200, "\n\n") if has_notes else NO_NOTES
+    topics = KeywordTopics(load_topics(), notes=notes)
+    assert walk(topics, *asked) == ["cricket", "books"] * 3 + ["cricket"]
+    batch = ["Tell me about Virat Kohli", "How many centuries?", "Who wrote Harry Potter?", "What's the last book?"]
+    assert walk(topics, *batch) == ["cricket", "cricket", "books", "books"]
+
+
+CLIENTS_SEPARATORS = [" # # ", "\n---\n", "[BLEND_SEP]", "<|sep|>", "</s>", "\n\n### ", "***", "\n\n", "```\n"]
+
+
+@pytest.mark.parametrize("separator", CLIENTS_SEPARATORS)
+@pytest.mark.parametrize("servers_own", [FALLBACK_SEPARATOR, " #~# "])
+def test_a_separator_of_the_clients_own_names_no_topic(separator: str, servers_own: str) -> None:
+    notes = Notes(separator=servers_own)
+    texts = ["(A) Bees make honey:\n- in a hive.", "Mars has *two* moons.", '"Sea" is a word.']
+    question = "Which zebra hides?"
+    for message in (join_chunks(texts, separator) + question, (join_chunks(texts, separator) + question).strip()):
+        assert words(notes.question_in(message)) == words(question) or separator.isspace()
+    assert notes.is_context(join_chunks(texts, separator) + question)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Who wrote Harry Potter?", "# Kohli\nHow many # has he?", "- a\n- b\n- which?", '"Ah" said who? "Oh"',
+        "**Who** wrote **Harry Potter**?", "... and then ...", "(a) or (b)?", "<b>Who</b> wrote it?", "", "  ", "---",
+        "> quoted\n> more\nIs it true?", "1. one\n2. two\nWhich?", "¿Quién es? ¿Dónde?",
+    ],
+)  # fmt: skip
+def test_a_message_without_chunks_is_asked_whole(message: str) -> None:
+    notes = Notes(separator=" #~# ")
+    assert notes.question_in(message) == message
+    assert not notes.is_context(message)
+
+
+@pytest.mark.parametrize("separator", [FALLBACK_SEPARATOR, *SHIPPED_SEPARATORS])
+def test_chunks_before_a_question_and_what_parts_them_name_no_topic(separator: str) -> None:
+    """As the arena sends them: the question's own words do."""
+    texts = ["Bees make honey in a hive.", "Mars has two moons."]
+    for question, topic in {"Who wrote Harry Potter?": "books", "Which zebra hides?": "zebra hides"}.items():
+        asked = Notes(separator=separator).question_in(join_chunks(texts, separator) + question)
+        assert DEFAULT.topic_of(asked, []) == topic
 
 
 @pytest.mark.parametrize(

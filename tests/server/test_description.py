@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
+from subprocess import PIPE
 from typing import Any
 
 import httpx
@@ -16,6 +20,7 @@ from kvarena.server.state import ApiConfig
 from support.real_server import RealServer, serving
 from support.request_lines import request_lines
 from support.scripted_engine import ScriptedEngine, ScriptedOptions, tokenizer
+from support.waiting import wait_until
 
 TEXT = "/v1/completions"
 
@@ -45,6 +50,7 @@ def test_report_of_a_request(http: httpx.Client, stream: bool, caplog: pytest.Lo
         "hit": True,
     }
     (line,) = request_lines(caplog, at_least=1)
+    assert [json.loads(told) for told in http.get(f"/kvarena/log/mine-{stream}").json()["lines"]] == [line]
     assert datetime.now(UTC) - datetime.fromisoformat(line.pop("time")) < timedelta(minutes=1)
     assert 0 < line.pop("ttft_ms") <= line.pop("total_ms")
     assert line == {
@@ -58,7 +64,7 @@ def test_report_of_a_request(http: httpx.Client, stream: bool, caplog: pytest.Lo
         "num_reused_tokens": 2,
         "num_recomputed_tokens": 0,
         "num_computed_tokens": 3,
-        "num_generated_tokens": 1,
+        "num_generated_tokens": 2,
         "details": {"lookup_ms": 0.5, "hit": True},
     }
 
@@ -89,6 +95,7 @@ def test_what_the_engine_is_asked(http: httpx.Client, real: RealServer[ScriptedE
         "ignore_eos": True,
         "cache_salt": "tenant",
         "user": "someone",
+        "session_id": "talk-0",
         "logprobs": 0,
         "kv_transfer_params": {"kvarena": {"mode": "slow"}, "other": {}},
     }
@@ -99,10 +106,10 @@ def test_what_the_engine_is_asked(http: httpx.Client, real: RealServer[ScriptedE
     assert (sampling.ignore_eos, sampling.num_logprobs) == (True, 0)
     assert (asked.prompt, asked.add_special_tokens, asked.cache_salt) == ("say tea", True, "tenant")
     assert asked.options == ScriptedOptions(mode="slow")
-    assert asked.conversation_id == "someone"
+    assert asked.conversation_id == "talk-0"
 
     chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("one", "say tea")]}]}
-    http.post("/v1/chat/completions", json=chat | {"user": "x"}, headers={"x-conversation-id": "talk-1"})
+    http.post("/v1/chat/completions", json=chat | {"session_id": "x"}, headers={"x-conversation-id": "talk-1"})
     asked = real.engine.requests[-1]
     assert asked.prompt == "one\nsay tea\n"
     assert asked.messages == ({"role": "user", "content": "one\nsay tea"},)
@@ -153,13 +160,33 @@ def test_metrics() -> None:
     assert value("kvarena_prompt_tokens_total", "reused") == sum(count // 2 for count in counts)
     assert value("kvarena_prompt_tokens_total", "computed") == sum(count - count // 2 for count in counts)
     assert value("kvarena_prompt_tokens_total", "recomputed") == 0
-    assert value("vllm:generation_tokens_total") == len(tokenizer().encode("tea tea tea")) + 1
+    assert value("vllm:generation_tokens_total") == len(tokenizer().encode("tea tea tea")) + 2  # the end, "tea"
     assert value("vllm:num_requests_running") == value("vllm:num_requests_waiting") == 0
     finished = {name: value("vllm:request_success_total", name) for name in ("stop", "length", "abort", "error")}
-    assert finished == {"stop": 2, "length": 0, "abort": 0, "error": 1}
+    assert finished == {"stop": 1, "length": 1, "abort": 0, "error": 1}
     assert value("vllm:time_to_first_token_seconds_count") == 2
     assert value("vllm:e2e_request_latency_seconds_count") == 3
     assert samples["vllm:prompt_tokens_total", None].labels == {"model_name": "tiny", "engine": "0"}
+
+
+def test_the_memory_of_a_server_is_that_of_all_its_processes() -> None:
+    with serving(ScriptedEngine()) as real, real.client() as http:
+        before = memory_told(http)
+        hold = "import sys; held = bytearray(b'x') * (128 << 20); print(flush=True); sys.stdin.read()"
+        with subprocess.Popen([sys.executable, "-c", hold], stdin=PIPE, stdout=PIPE) as engine:
+            assert engine.stdout
+            engine.stdout.readline()
+            all_of_it, own = "kvarena_server_memory_bytes", "process_resident_memory_bytes"
+            wait_until(lambda: memory_told(http)[all_of_it] - before[all_of_it] > 100 << 20)
+            with_engine = memory_told(http)
+            engine.communicate()
+    assert before[all_of_it] > 0
+    assert with_engine[own] - before[own] < 64 << 20
+
+
+def memory_told(http: httpx.Client) -> dict[str, float]:
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    return {one.name: one.value for family in families for one in family.samples if "memory_bytes" in one.name}
 
 
 def test_api_key(caplog: pytest.LogCaptureFixture) -> None:
@@ -192,4 +219,4 @@ def test_the_openapi_document_says_what_is_answered(http: httpx.Client) -> None:
     assert "422" not in str([list(o["responses"]) for path in document["paths"].values() for o in path.values()])
     answers = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
-    assert {"400", "404", "413", "415"} <= set(answers)
+    assert {"400", "404", "413"} <= set(answers)

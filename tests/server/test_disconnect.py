@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 import httpx
@@ -12,15 +11,9 @@ import pytest
 from kvarena.server.state import ApiConfig
 from support.real_server import RealServer, serving
 from support.scripted_engine import ScriptedEngine
+from support.waiting import wait_until
 
 TEXT = "/v1/completions"
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 def gauge(http: httpx.Client, name: str) -> float:
@@ -33,16 +26,20 @@ def test_a_generation_ends_with_its_client(real: RealServer[ScriptedEngine], scr
     with real.client() as other:
         label = 'vllm:request_success_total{engine="0",finished_reason="abort"'
         aborted = gauge(other, label)
-        request = {"prompt": script, "stream": stream, "max_tokens": 10**6}
+        counted = gauge(other, "kvarena_prompt_tokens_total")
+        request = {"prompt": script, "stream": stream, "max_tokens": 4000}
+        named = {"X-Request-Id": f"given-up-{script}-{stream}"}
         with real.client() as http, pytest.raises(httpx.ReadTimeout):
-            http.post(TEXT, json=request, timeout=httpx.Timeout(5, read=0.3))
+            http.post(TEXT, json=request, headers=named, timeout=httpx.Timeout(5, read=2))
         wait_until(lambda: not real.engine.open, "a generation is still open")
         wait_until(lambda: gauge(other, "vllm:num_requests_running") == 0, "a request still counts as running")
         wait_until(lambda: gauge(other, label) == aborted + 1, "it doesn't count as aborted")
+        report = other.get(f"/kvarena/requests/cmpl-{named['X-Request-Id']}").raise_for_status().json()
+        assert report["num_prompt_tokens"] == gauge(other, "kvarena_prompt_tokens_total") - counted > 0
 
 
 def test_a_client_that_reads_a_part_of_a_stream(real: RealServer[ScriptedEngine]) -> None:
-    request = {"prompt": "forever", "stream": True, "max_tokens": 10**6}
+    request = {"prompt": "forever", "stream": True, "max_tokens": 4000}
     with real.client() as http, http.stream("POST", TEXT, json=request) as reply:
         lines = reply.iter_lines()
         assert next(lines).startswith("data: ")
@@ -73,17 +70,16 @@ def test_one_that_waits_for_its_turn() -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not await asyncio.to_thread(condition):
             await asyncio.sleep(0.005)
 
 
 def test_the_server_ends_running_generations() -> None:
-    started = time.monotonic()
     with serving(ScriptedEngine()) as real:
 
         async def ask() -> tuple[httpx.Response, list[str]]:
-            endless = {"prompt": "forever", "stream": True, "max_tokens": 10**6}
+            endless = {"prompt": "forever", "stream": True, "max_tokens": 4000}
             async with httpx.AsyncClient(base_url=real.url, trust_env=False, timeout=20) as client:
                 whole = asyncio.create_task(client.post(TEXT, json={"prompt": "block"}))
                 async with client.stream("POST", TEXT, json=endless) as reply:
@@ -100,4 +96,3 @@ def test_the_server_ends_running_generations() -> None:
     assert lines[-1] == "data: [DONE]"
     assert real.engine.closed
     assert not real.engine.open
-    assert time.monotonic() - started < 5

@@ -28,6 +28,10 @@ def messages(text: str) -> list[Any]:
     return [{"role": "system", "content": "You say it."}, {"role": "user", "content": f"say {text}"}]
 
 
+END = 1
+"""The end-of-sequence token counts as the others do."""
+
+
 def num_tokens(text: str) -> int:
     return len(tokenizer().encode(text, add_special_tokens=False))
 
@@ -37,7 +41,7 @@ def test_chat(api: openai.OpenAI) -> None:
     assert answer.choices[0].message.content == TEXT
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage
-    assert answer.usage.completion_tokens == num_tokens(TEXT)
+    assert answer.usage.completion_tokens == num_tokens(TEXT) + END
     assert answer.usage.prompt_tokens == num_tokens(f"You say it.\nsay {TEXT}\n")
     assert answer.usage.prompt_tokens_details
     assert answer.usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens // 2
@@ -58,7 +62,7 @@ def test_streamed_chat(api: openai.OpenAI) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
     assert chunks[-1].choices == []
     assert chunks[-1].usage
-    assert chunks[-1].usage.completion_tokens == num_tokens(TEXT)
+    assert chunks[-1].usage.completion_tokens == num_tokens(TEXT) + END
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -78,7 +82,9 @@ def test_max_tokens(api: openai.OpenAI) -> None:
     assert usage.completion_tokens == 16
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(scripts, st.lists(st.text("ab ü🦜#", min_size=1, max_size=3), max_size=4), st.booleans())
 def test_streamed_and_not_are_the_same(api: openai.OpenAI, text: str, stops: list[str], include: bool) -> None:
     request: dict[str, Any] = {"model": "tiny", "prompt": f"say {text}", "max_tokens": 200, "stop": stops}
@@ -107,7 +113,7 @@ def test_several_prompts_and_samples(api: openai.OpenAI, real: RealServer[Script
     assert [choice.text for choice in answer.choices] == ["tea", "tea", "rain", "rain"]
     assert answer.usage
     assert answer.usage.prompt_tokens == num_tokens("say tea") + num_tokens("say rain")
-    assert answer.usage.completion_tokens == 2 * (num_tokens("tea") + num_tokens("rain"))
+    assert answer.usage.completion_tokens == 2 * (num_tokens("tea") + END + num_tokens("rain") + END)
     asked = sorted(real.engine.requests[-4:], key=lambda request: request.request_id)
     assert [request.sampling.seed for request in asked] == [7, 8, 7, 8]
     report = answer.model_dump()["kv_transfer_params"]["kvarena"]
@@ -131,7 +137,7 @@ def test_chat_logprobs(api: openai.OpenAI) -> None:
     logprobs = api.chat.completions.create(**request).choices[0].logprobs
     assert logprobs
     assert logprobs.content
-    assert b"".join(bytes(token.bytes or []) for token in logprobs.content).decode() == "tea 🦜"
+    assert b"".join(bytes(token.bytes or []) for token in logprobs.content).decode() == "tea 🦜</s>"
     assert {len(token.top_logprobs) for token in logprobs.content} == {20}
     assert logprobs.content[0].logprob == logprobs.content[0].top_logprobs[0].logprob == -0.5
     streamed = [
@@ -147,9 +153,9 @@ def test_text_logprobs(api: openai.OpenAI) -> None:
     how: dict[str, Any] = {"model": "tiny", "prompt": "say tea rain old", "logprobs": 2}
     for chunks in ([api.completions.create(**how)], api.completions.create(**how, stream=True)):
         found = [chunk.choices[0].logprobs for chunk in chunks]
-        assert [token for part in found for token in part.tokens] == ["tea", " rain", " old"]
-        assert [offset for part in found for offset in part.text_offset] == [0, 3, 8]
-        assert next(list(top) for part in found for top in part.top_logprobs) == [" lam", "tea"]
+        assert [token for part in found for token in part.tokens] == ["tea", " rain", " old", "</s>"]
+        assert [offset for part in found for offset in part.text_offset] == [0, 3, 8, 12]
+        assert next(list(top) for part in found for top in part.top_logprobs) == ["tea", " lam"]
 
 
 def test_a_model_that_is_not_there(api: openai.OpenAI) -> None:
@@ -178,3 +184,26 @@ def test_thirty_two_streams_at_once(api: openai.OpenAI) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(ask, texts)) == texts
+
+
+def test_usage_in_every_chunk(api: openai.OpenAI) -> None:
+    """The tokens so far, also of those that are no text yet; nothing without the usage at the end, as in vLLM."""
+    request: dict[str, Any] = {"model": "tiny", "prompt": ["say tea 🦜", "say rain"], "stream": True}
+    told: dict[str, Any] = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    *chunks, last = list(api.completions.create(**request | told))
+    for index, text in enumerate(("tea 🦜", "rain")):
+        usages = [chunk.usage for chunk in chunks if chunk.choices[0].index == index]
+        assert [usage and usage.completion_tokens for usage in usages] == [
+            *range(1, num_tokens(text) + END + 1),
+            num_tokens(text) + END,  # with the finish reason
+        ]
+        assert {usage and usage.prompt_tokens for usage in usages} == {num_tokens(request["prompt"][index])}
+    assert last.usage
+    assert last.usage.completion_tokens == num_tokens("tea 🦜") + num_tokens("rain") + 2 * END
+
+    chat: dict[str, Any] = {"model": "tiny", "messages": messages("tea"), "stream": True}
+    opening = next(iter(api.chat.completions.create(**chat | told)))
+    assert opening.usage
+    assert (opening.usage.completion_tokens, opening.usage.prompt_tokens > 0) == (0, True)
+    only = {"stream_options": {"continuous_usage_stats": True}}
+    assert all(chunk.usage is None for chunk in api.chat.completions.create(**chat | only))

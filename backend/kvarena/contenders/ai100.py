@@ -18,7 +18,10 @@ Count = Annotated[int, Ge(1)]
 
 @dataclass(frozen=True)
 class AI100Settings:
-    """`None` is the server's own default. `ctx_len` `None` is `MAX_MODEL_LEN`, where that is set."""
+    """`None` is the server's own default. `ctx_len` `None` is `MAX_MODEL_LEN`, where that is set.
+
+    The chat in a terminal has the same options.
+    """
 
     runtime: Runtime | None = setting(
         None,
@@ -26,23 +29,40 @@ class AI100Settings:
         "one, else host.",
         shown="auto",
     )
-    full_batch_size: Count | None = setting(None, "How many turns decode together.", shown=2)
-    kv_cache_batch_size: Count | None = setting(None, "How many slots there are.", shown=4)
-    ctx_len: Count | None = setting(
-        None, "Tokens of a slot. Default: MAX_MODEL_LEN where that is set, else 4096.", shown=4096
+    full_batch_size: Count | None = setting(
+        None, "Maximum number of turns that decode as one batch.", shown=2, short="-f"
     )
-    prefill_seq_len: Count | None = setting(None, "Tokens of a piece of prefill.", shown=128)
-    gen_len: Count | None = setting(None, "Longest answer where a request doesn't say.", shown=500)
-    max_context: Count | None = setting(None, "A topic whose earlier turns have more tokens is reset.", shown=800)
+    kv_cache_batch_size: Count | None = setting(None, "Number of KV slots.", shown=4, short="-k")
+    ctx_len: Count | None = setting(
+        None,
+        "Context length of a slot, in tokens.",
+        shown=4096,
+        short="-c",
+        in_env="Default: MAX_MODEL_LEN where that is set, else 4096.",
+    )
+    prefill_seq_len: Count | None = setting(None, "Tokens per prefill step.", shown=128)
+    gen_len: Count | None = setting(
+        None, "Maximum tokens of an answer, where a request doesn't say.", shown=500, short="-g"
+    )
+    max_context: Count | None = setting(
+        None,
+        "A topic is reset when its earlier turns have more tokens than this.",
+        shown=4096,
+        short="-m",
+        in_env="Default: what a slot holds.",
+        default_text="default of the server: what a slot holds; of the chat: 800",
+    )
     topics: TopicKind | None = setting(
         None, "How a message's topic is found: keyword (by the words of a file), or embedding.", shown="keyword"
     )
-    topics_file: Path | None = setting(None, "Topics and their words.", shown="ai100/topics.yaml")
+    topics_file: Path | None = setting(
+        None, "Topics and their words.", shown="ai100/topics.yaml", default_text="default: the file that ships"
+    )
     threshold: Annotated[float, Interval(ge=0, le=1)] | None = setting(
-        None, "How near a message must be to a topic, from 0 to 1.", shown=0.3
+        None, "Minimum similarity of a message to a topic, from 0 to 1.", shown=0.3, short="-t"
     )
     notes_tokens: Annotated[int, Ge(0)] | None = setting(
-        None, "The most tokens of notes of the data folder that a topic begins with; 0 for none.", shown=200
+        None, "Maximum tokens of notes from the data folder at the start of a topic; 0 for none.", shown=200
     )
 
 
@@ -65,8 +85,10 @@ SPEC = ContenderSpec(
     report="slots",
     settings=AI100Settings,
     packages=lambda launch: {"onnxruntime" if launch.settings.runtime == "onnx" else "yaml": "ai100"},
+    on_card=lambda launch: launch.settings.runtime == "qaic",
     container=Container(
-        profiles=("cpu", "ai100"),
+        profiles=("cpu", "gpu"),
+        optional_in=("gpu",),
         mounts=("topics", "notes"),
         environment={"AI100_RUNTIME": "host", "AI100_TOPICS_FILE": "topics.yaml", "DATA_DIR": "data"},
     ),

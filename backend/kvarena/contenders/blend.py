@@ -35,7 +35,8 @@ def _chunks_gb(launch: Launch) -> float:
 
 SPEC = ContenderSpec(
     name="blend",
-    title="vLLM with LMCache",
+    title="vLLM with LMCache (CacheBlend)",
+    icon="🚀",
     explanation="Reuses the KV of text chunks anywhere in the prompt, and recomputes some of their tokens.",
     port=8000,
     server=VLLMServer(_options, has_plugin=True),

@@ -39,11 +39,12 @@ def _options(launch: Launch) -> list[str]:
 
 SPEC = ContenderSpec(
     name="lmcache",
-    title="vLLM with LMCache's own connector",
+    title="vLLM with LMCache (prefixes only)",
+    icon="🚀",
     explanation="Reuses the KV of prefixes that LMCache keeps, in memory and on disk.",
     port=8005,
     server=VLLMServer(_options),
     needs=lambda launch: (LMCACHE_SERVER,),
     packages=lambda launch: {"lmcache": launch.profile},
-    container=Container(image="cpu", profiles=("cpu", "gpu"), is_optional=True),
+    container=Container(image="cpu", profiles=("cpu", "gpu"), optional_in=("cpu", "gpu")),
 )

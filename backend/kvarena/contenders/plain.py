@@ -14,7 +14,8 @@ def prefix_caching(launch: Launch) -> list[str]:
 SPEC = ContenderSpec(
     name="plain",
     title="vLLM without LMCache",
-    explanation="Computes the whole prompt, but for the prefixes in vLLM's own cache.",
+    icon="🐢",
+    explanation="Computes the whole prompt except for prefixes in vLLM's own cache.",
     port=8001,
     server=VLLMServer(prefix_caching),
     container=Container(image="cpu", profiles=("cpu", "gpu"), shm_size="1g"),

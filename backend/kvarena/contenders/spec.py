@@ -25,17 +25,30 @@ LMCACHE_SERVER = "lmcache-server"
 """The service that keeps chunks; `lmcache` is a contender."""
 STARTED_BY_DEFAULT = ("blend", "plain")
 
-ComposeProfile = Literal["cpu", "gpu", "ai100"]
+ComposeProfile = Literal["cpu", "gpu"]
 ReportView = Literal["", "blend", "similar_task", "slots"]
 """How the page shows what a contender reports of a request beside the counts, and what it lets one choose."""
 
 
-def setting(default: Any, text: str, *, shown: object = None, demand: str = "") -> Any:
-    """A field of a contender's settings. `text` explains it in `.env.example`, where `shown` stands as its value if the
-    default is `None`: the server's own. `demand` says what a value must be, where the type's own message doesn't.
+def setting(
+    default: Any,
+    text: str,
+    *,
+    shown: object = None,
+    short: str = "",
+    default_text: str = "",
+    in_env: str = "",
+    demand: str = "",
+) -> Any:
+    """A field of a contender's settings: a key of `.env`, and an option of its server's command line.
+
+    `text` explains both, `in_env` goes on in `.env.example`. If the default is `None`, the server's own is `shown`;
+    with a `default_text` that is an example, and the text says what the server takes. `short` is the option's second
+    name. `demand` says what a value must be, where the type's own message doesn't.
     """
     example = default if default is not None else shown
-    return field(default=default, metadata={"text": text, "shown": example, "demand": demand})
+    told = {"short": short, "default_text": default_text, "in_env": in_env, "demand": demand}
+    return field(default=default, metadata={"text": text, "shown": example, **told})
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,9 @@ class Setting:
     default: Any
     text: str
     shown: object
+    short: str
+    default_text: str
+    in_env: str
     demand: str
 
 
@@ -55,13 +71,13 @@ class Setting:
 class Container:
     """How `compose.yaml` runs the contender.
 
-    `image`: `cpu` has vLLM, `engines` PyTorch alone. In its `profiles` it runs by default, or only if it is asked for
-    (`is_optional`). `mounts` are of the file's `x-mounts`, `environment` comes on top of the settings.
+    `image`: `cpu` has vLLM, `engines` PyTorch alone. In its `profiles` it runs by default; in those of `optional_in`
+    only if it is asked for. `mounts` are of the file's `x-mounts`, `environment` comes on top of the settings.
     """
 
     image: Literal["cpu", "engines"] = "engines"
     profiles: tuple[ComposeProfile, ...] = ("cpu",)
-    is_optional: bool = False
+    optional_in: tuple[ComposeProfile, ...] = ()
     mounts: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     shm_size: str = ""
@@ -79,6 +95,10 @@ def _no_memory(launch: Launch) -> float:
     return 0
 
 
+def _on_the_host(launch: Launch) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class ContenderSpec:
     """A server in the arena.
@@ -87,8 +107,9 @@ class ContenderSpec:
     `PORT_BASE`, with which it is as far from it as from `FIRST_PORT`. `settings` is a frozen dataclass of `setting`s:
     `cache_gb` of `prefix` is the key `PREFIX_CACHE_GB`. `needs` are the services it depends on, `packages` what must be
     installed beside what its kind of server needs. `cache_gb` is the main memory that KV of earlier requests may take,
-    `chunk_store_gb` that of chunks. `model_types` are those that it can serve; none: any. `report` says how the page
-    shows its report.
+    `chunk_store_gb` that of chunks. `on_card`: it runs on a card of its own, and has no share of cores or GPUs.
+    `model_types` are those that it can serve; none: any. `report` says how the page shows its report, `icon` stands
+    before its title there.
 
     Raises `ValueError` for a name that can't be one.
     """
@@ -100,11 +121,13 @@ class ContenderSpec:
     server: Server
     is_approximate: bool = False
     report: ReportView = ""
+    icon: str = ""
     settings: type | None = None
     needs: Callable[[Launch], tuple[str, ...]] = _nothing
     packages: Callable[[Launch], Mapping[str, str]] = _no_packages
     cache_gb: Callable[[Launch], float] = _no_memory
     chunk_store_gb: Callable[[Launch], float] = _no_memory
+    on_card: Callable[[Launch], bool] = _on_the_host
     model_types: tuple[str, ...] = ()
     health_path: str = "/health"
     container: Container = Container()
@@ -116,6 +139,11 @@ class ContenderSpec:
     @property
     def is_vllm(self) -> bool:
         return isinstance(self.server, VLLMServer)
+
+    @property
+    def has_chunk_cache(self) -> bool:
+        """It keeps the KV of chunks, which can be computed before they are asked about."""
+        return self.report == "blend"
 
     def own_settings(self) -> Iterator[Setting]:
         if self.settings is None:
@@ -135,6 +163,7 @@ class ContenderSpec:
             "url": url,
             "approximate": self.is_approximate,
             "report": self.report,
+            "icon": self.icon,
         }
 
 

@@ -20,7 +20,13 @@ from prometheus_client.registry import Collector
 from kvarena.engines.base import Engine
 from kvarena.server.errors import install_error_handlers
 from kvarena.server.log import write_to_standard_output
-from kvarena.server.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from kvarena.server.middleware import (
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    LogLinesMiddleware,
+    RequestIdMiddleware,
+    max_body_bytes,
+)
 from kvarena.server.routes import chat_router, completions_router, info_router, open_router, tokenization_router
 from kvarena.server.state import ApiConfig, Server
 
@@ -48,6 +54,9 @@ def create_app(
     for collector in collectors:
         app.state.server.metrics.registry.register(collector)
     install_error_handlers(app)
+    max_bytes = max_body_bytes(engine.max_model_len)
+    app.add_middleware(BodyLimitMiddleware, contender=engine.contender, max_bytes=max_bytes)
+    app.add_middleware(LogLinesMiddleware)
     secured: list[Any] = []
     if config.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, contender=engine.contender, api_keys=[config.api_key])

@@ -90,6 +90,7 @@ class TextDelta:
     """The text that became certain with a token; the last one of a text may come without a token."""
 
     text: str
+    num_prompt_tokens: int
     token: GeneratedToken | None = None
 
 
@@ -102,6 +103,7 @@ class StopRule:
 class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: StopRule) -> None:
         self._detokenizer = Detokenizer(tokenizer, prompt_ids)
+        self._num_prompt_tokens = len(prompt_ids)
         self._stops = StopStrings(stop.strings, include=stop.include)
 
     @property
@@ -109,8 +111,9 @@ class TextStream:
         return self._stops.found
 
     def push(self, token: GeneratedToken) -> TextDelta:
-        return TextDelta(self._stops.push(self._detokenizer.push(token.token_id)), token)
+        text = "" if token.is_end else self._detokenizer.push(token.token_id)
+        return TextDelta(self._stops.push(text), self._num_prompt_tokens, token)
 
     def flush(self) -> TextDelta | None:
         rest = self._stops.flush()
-        return TextDelta(rest) if rest else None
+        return TextDelta(rest, self._num_prompt_tokens) if rest else None

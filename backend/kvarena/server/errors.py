@@ -15,41 +15,43 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from kvarena.asgi import error_body
 from kvarena.server.log import log_request, path_of
 
-_TYPES = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    404: "NotFoundError",
-    405: "MethodNotAllowedError",
-    413: "RequestTooLargeError",
-    415: "UnsupportedMediaTypeError",
-    500: "InternalServerError",
-    503: "ServiceUnavailableError",
-}
 _MAX_SHOWN_CHARS = 80
 
 
-class ApiError(HTTPException):
-    """A refusal: status, message and the request's field that is to blame. `logged`: the log has its line already."""
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""OpenAI's code for a prompt that is too long, by which clients know that a shorter one would do."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, *, logged: bool = False) -> None:
+
+class ApiError(HTTPException):
+    """A refusal: status, message and the request's field that is to blame. `logged`: the log has its line already.
+    `code`: OpenAI's, in place of the status.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, *, logged: bool = False, code: str | None = None
+    ) -> None:
         super().__init__(status, message)
         self.param = param
         self.logged = logged
+        self.code = code
 
     def json_bytes(self) -> bytes:
         """For a stream, where it is too late for a status."""
-        return json.dumps(error_body(self.status_code, self.detail, self.param)).encode()
-
-
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    kind = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+        return json.dumps(error_body(self.status_code, self.detail, self.param, self.code)).encode()
 
 
 def shown(value: object) -> str:
     """A value from a request as a message shows it: on one line, and cut where it is long."""
+    try:
+        return _shown(value)
+    except RecursionError:  # nested nearly without end
+        return "..."
+
+
+def _shown(value: object) -> str:
     text = repr(value) if not isinstance(value, str | list | dict) or len(value) <= _MAX_SHOWN_CHARS else _cut(value)
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
@@ -101,7 +103,7 @@ def install_error_handlers(app: FastAPI) -> None:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
-        return _refuse(request, error.status_code, error.detail, error.param, logged=error.logged)
+        return _refuse(request, error.status_code, error.detail, error.param, logged=error.logged, code=error.code)
     message = f"{request.method} {shown(request.url.path)}: {error.detail}"
     return _refuse(request, error.status_code, message, headers=error.headers)
 
@@ -128,6 +130,7 @@ def _refuse(
     *,
     headers: Mapping[str, str] | None = None,
     logged: bool = False,
+    code: str | None = None,
     said_in_log: str | None = None,
 ) -> Response:
     """`said_in_log`: instead of a message that may quote a prompt."""
@@ -136,4 +139,4 @@ def _refuse(
         finish = "error" if status >= 500 else "refused"
         contender = request.app.state.server.engine.contender
         log_request(contender, request.state.request_id, status, {"finish": finish, **fields})
-    return JSONResponse(error_body(status, message, param), status, dict(headers or {}))
+    return JSONResponse(error_body(status, message, param, code), status, dict(headers or {}))

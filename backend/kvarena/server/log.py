@@ -7,6 +7,7 @@
 | `id` | the answer's id, which reports are found by |
 | `status`, `finish` | HTTP's status; `stop`, `length`, `abort` (the client went away: 499), `refused` or `error` |
 | `num_*_tokens` | as in request reports, and `num_generated_tokens` |
+| `misses` | of `blend`: how many chunks weren't reused, by reason |
 | `ttft_ms`, `total_ms` | from arrival to the first token, and to the end |
 | `details` | the report's further figures, which are the contender's own |
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -26,13 +28,21 @@ logger = logging.getLogger("kvarena.requests")
 
 CLIENT_GONE = 499
 _MAX_PATH_CHARS = 80
+_recent: deque[tuple[str, str]] = deque(maxlen=1024)  # request ids and their lines
 
 
 def log_request(contender: str, request_id: str, status: int, fields: Mapping[str, object]) -> None:
     """One line. `fields` come after the first four keys, milliseconds with one decimal."""
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     first = {"time": time, "contender": contender, "request_id": request_id, "status": status}
-    logger.info(json.dumps(first | {key: _rounded(key, value) for key, value in fields.items()}))
+    line = json.dumps(first | {key: _rounded(key, value) for key, value in fields.items()})
+    _recent.append((request_id, line))
+    logger.info(line)
+
+
+def lines_of_request(request_id: str) -> list[str]:
+    """Its lines among the last ones of this process, oldest first."""
+    return [line for of, line in list(_recent) if of == request_id]
 
 
 def write_to_standard_output() -> None:

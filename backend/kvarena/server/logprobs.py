@@ -78,11 +78,14 @@ def _chat_token(texts: TokenTexts, token: GeneratedToken) -> TokenLogprob:
 
 
 def text_logprobs(texts: TokenTexts, tokens: Sequence[GeneratedToken], first_offset: int = 0) -> TextLogprobs:
-    """`top_logprobs` has the drawn token in addition, where it isn't among the most likely."""
+    """`top_logprobs` has the most likely token first, and the drawn one in addition, where it isn't among them."""
     names = [texts.text(token.token_id) for token in tokens]
-    tops = [{texts.text(token_id): _finite(logprob) for token_id, logprob in reversed(t.top)} for t in tokens]
-    for name, top, token in zip(names, tops, tokens, strict=True):
-        top.setdefault(name, _finite(token.logprob))
+    tops: list[dict[str, float]] = []
+    for token in tokens:
+        top: dict[str, float] = {}
+        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
+            top.setdefault(texts.text(token_id), _finite(logprob))  # two tokens may have one text
+        tops.append(top)
     offsets = [first_offset]
     for name in names:
         offsets.append(offsets[-1] + len(name))

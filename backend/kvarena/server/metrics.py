@@ -5,10 +5,15 @@ Each server has a registry of its own. An engine that has more to tell registers
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from kvarena.engines.base import TOKEN_COUNTS
 from kvarena.server.generation import Outcome, finish_of
@@ -19,11 +24,46 @@ _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 
 _REQUEST_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 
 
+MEMORY_AGE_S = 2.0
+
+
+def memory_bytes() -> int:
+    """Main memory of this process and all those below it: what each has alone, and once what they share."""
+    own = shared = 0
+    this = psutil.Process()
+    children: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        children = this.children(recursive=True)
+    for process in (this, *children):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            memory = process.memory_info()
+            own += memory.rss - memory.shared
+            shared = max(shared, memory.shared)
+    return own + shared
+
+
+class ServerMemory(Collector):
+    """`kvarena_server_memory_bytes`. `process_resident_memory_bytes` is the API's process alone: vLLM has others below
+    it, for the engine and its workers. Looked up every `MEMORY_AGE_S` at most: the machine's processes are all read.
+    """
+
+    def __init__(self) -> None:
+        self._value, self._read_s = 0, -math.inf
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        if time.monotonic() > self._read_s + MEMORY_AGE_S:
+            self._value, self._read_s = memory_bytes(), time.monotonic()
+        yield GaugeMetricFamily(
+            "kvarena_server_memory_bytes", "Main memory of all of the server's processes.", value=self._value
+        )
+
+
 class Metrics:
     def __init__(self, model_name: str, max_model_len: int) -> None:
         self.registry = CollectorRegistry()
         self._values = (model_name, "0")
         ProcessCollector(registry=self.registry)
+        self.registry.register(ServerMemory())
         self._running = self._gauge("vllm:num_requests_running", "Requests that are being generated.")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait for their turn.")
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens.")

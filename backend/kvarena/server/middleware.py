@@ -1,8 +1,10 @@
-"""ASGI middleware: request ids and API keys. vLLM's own servers use both, so nothing of an engine is imported here.
+"""ASGI middleware: request ids, API keys, a request's log lines, the largest body. vLLM's own servers use them too, so
+nothing of an engine is imported here.
 
 Every request has an id, its client's (`X-Request-Id`) or a new one, and every answer carries it. An id that could not
 stand in a path or a log line is replaced by a new one, also for whoever reads the header later. Where a key is set,
-everything but health and metrics asks for it as a bearer token.
+everything but health and metrics asks for it as a bearer token. A body that is too large for any prompt is answered
+with 413 before anybody parses it.
 """
 
 from __future__ import annotations
@@ -10,14 +12,14 @@ from __future__ import annotations
 import re
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvarena.server.errors import error_body
-from kvarena.server.log import log_request, path_of
+from kvarena.asgi import error_response, json_response, read_body, replayed
+from kvarena.server.log import lines_of_request, log_request, path_of
 
 _USABLE = re.compile(r"[A-Za-z0-9._:@+=~-]{1,128}")
 
@@ -45,6 +47,22 @@ class RequestIdMiddleware:
         await self._app(scope, receive, send_with_id)
 
 
+LOG_PATH = "/kvarena/log/"
+
+
+class LogLinesMiddleware:
+    """Answers `GET /kvarena/log/{X-Request-Id}` with the request's lines. Goes inside of the API key."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and scope["method"] == "GET" and scope["path"].startswith(LOG_PATH):
+            app = json_response({"lines": lines_of_request(scope["path"].removeprefix(LOG_PATH))})
+        await app(scope, receive, send)
+
+
 OPEN_PATHS = frozenset({"/health", "/metrics"})
 
 
@@ -64,12 +82,51 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
             return
         message = "a valid API key is needed: Authorization: Bearer <key>"
-        fields = {"finish": "refused", "method": scope["method"], "path": path_of(scope), "error": message}
-        log_request(self._contender, scope["state"]["request_id"], 401, fields)
-        await JSONResponse(error_body(401, message), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
+        answer = _refusal(scope, self._contender, 401, message, {"www-authenticate": "Bearer"})
+        await answer(scope, receive, send)
 
     def _is_known(self, scope: Scope) -> bool:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         key = given.strip().encode("latin-1")
         matches = [secrets.compare_digest(key, expected) for expected in self._expected]
         return scheme.lower() == "bearer" and any(matches)
+
+
+def max_body_bytes(max_model_len: int) -> int:
+    """Room for a prompt that fills the context, and for its chunks beside it."""
+    return max(4 << 20, 16 * max_model_len)
+
+
+class BodyLimitMiddleware:
+    """Answers 413 to a larger body: by the length that its client says, else as soon as so much has come. Goes inside
+    of `RequestIds`.
+    """
+
+    def __init__(self, app: ASGIApp, contender: str, max_bytes: int) -> None:
+        self._app = app
+        self._contender = contender
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        read = None if self._is_said_to_be_larger(scope) else await read_body(receive, self._max_bytes)
+        if read is None:
+            message = f"the body is larger than {self._max_bytes} bytes"
+            await _refusal(scope, self._contender, 413, message)(scope, receive, send)
+            return
+        await self._app(scope, replayed(read, receive), send)
+
+    def _is_said_to_be_larger(self, scope: Scope) -> bool:
+        length = Headers(scope=scope).get("content-length", "")
+        return length.isdecimal() and int(length[:20]) > self._max_bytes
+
+
+def _refusal(
+    scope: Scope, contender: str, status: int, message: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """With its line in the log."""
+    fields = {"finish": "refused", "method": scope["method"], "path": path_of(scope), "error": message}
+    log_request(contender, scope["state"]["request_id"], status, fields)
+    return error_response(status, message, headers)

@@ -1,18 +1,18 @@
 """From an HTTP request to what an engine is asked: the body, the prompts, one `GenerationRequest` for each choice.
 
 FastAPI reads a body through its request's `body` and `json`; `JsonRoute` gives it a request whose two methods refuse
-what is too large (413), what isn't JSON by its header (415), and what isn't by its content (400): invalid UTF-8, lone
-surrogates, NaN, nesting without end. A body that is too large is never kept, let alone parsed. Clients send messages,
-texts, token ids, or several of these; engines take a text or token ids.
+what isn't JSON, by its header or by its content: invalid UTF-8, nesting without end. Clients send messages, texts,
+token ids, or several of these; engines take a text or token ids.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pydantic_core
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
@@ -20,45 +20,40 @@ from starlette.requests import ClientDisconnect
 
 from kvarena.engines.base import Engine, GenerationRequest, Sampling, Tokenizer
 from kvarena.server.errors import ApiError, shown, validation_message
-from kvarena.server.protocol import INT64, Message, SamplingFields, TemplateFields
+from kvarena.server.protocol import INT64, ChatCompletionRequest, Message, SamplingFields, TemplateFields
 from kvarena.server.state import Server
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class JsonRequest(Request):
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
             self._check_type()
-            self._body = await self._read()
+            try:
+                await super().body()
+            except ClientDisconnect:
+                raise ApiError(400, "the client went away before its request was complete") from None
+            if not self._body:
+                raise ApiError(400, "the body is empty; it must be a JSON object")
         return self._body
 
     async def json(self) -> Any:
+        """Parsed as vLLM parses it, and without half characters, which no tokenizer takes."""
+        body = await self.body()
         try:
-            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
+            parsed = json.loads(body)
+            if _SURROGATE.search(body):
+                json.dumps(parsed, ensure_ascii=False).encode()
+            return parsed
+        except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body isn't valid JSON: {error}") from None
-
-    async def _read(self) -> bytes:
-        limit: int = self.app.state.server.config.max_body_bytes
-        length = self.headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > limit:
-            raise _too_large(limit)
-        body = bytearray()
-        try:
-            async for part in self.stream():
-                body += part
-                if len(body) > limit:
-                    raise _too_large(limit)
-        except ClientDisconnect:
-            raise ApiError(400, "the client went away before its request was complete") from None
-        if not body:
-            raise ApiError(400, "the body is empty; it must be a JSON object")
-        return bytes(body)
 
     def _check_type(self) -> None:
         given = self.headers.get("content-type", "")
         kind = given.partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise ApiError(415, f"the content type must be application/json, not {shown(given)}")
+            raise ApiError(400, f"the content type must be application/json, not {shown(given)}")
 
 
 class JsonRoute(APIRoute):
@@ -73,19 +68,13 @@ class JsonRoute(APIRoute):
         return handle_json
 
 
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {limit} bytes")
-
-
 EnginePrompt = str | tuple[int, ...]
 
-_OUR_TEMPLATE_ARGUMENTS = frozenset(
+_REFUSED_TEMPLATE_ARGUMENTS = frozenset({"chat_template", "conversation", "messages"})
+_IGNORED_TEMPLATE_ARGUMENTS = frozenset(
     {
         "add_generation_prompt",
-        "chat_template",
         "continue_final_message",
-        "conversation",
-        "documents",
         "max_length",
         "padding",
         "return_assistant_tokens_mask",
@@ -93,7 +82,6 @@ _OUR_TEMPLATE_ARGUMENTS = frozenset(
         "return_tensors",
         "tokenize",
         "tokenizer_kwargs",
-        "tools",
         "truncation",
     }
 )
@@ -112,12 +100,17 @@ def render_chat(tokenizer: Tokenizer, chat: Sequence[Message], how: TemplateFiel
     if not tokenizer.chat_template:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
     messages = tuple(_plain(message) for message in chat)
-    arguments = how.chat_template_kwargs or {}
-    if ours := sorted(_OUR_TEMPLATE_ARGUMENTS & arguments.keys()):
-        raise ApiError(400, f"chat_template_kwargs can't set {ours[0]}", "chat_template_kwargs")
-    continues = bool(how.continue_final_message)
-    generates = not continues if how.add_generation_prompt is None else how.add_generation_prompt
-    arguments = {**arguments, "add_generation_prompt": generates, "continue_final_message": continues}
+    given = how.chat_template_kwargs or {}
+    if refused := sorted(_REFUSED_TEMPLATE_ARGUMENTS & given.keys()):
+        raise ApiError(400, f"chat_template_kwargs can't set {refused[0]}", "chat_template_kwargs")
+    arguments = {name: value for name, value in given.items() if name not in _IGNORED_TEMPLATE_ARGUMENTS}
+    arguments |= {
+        "add_generation_prompt": how.add_generation_prompt,
+        "continue_final_message": how.continue_final_message,
+    }
+    if isinstance(how, ChatCompletionRequest):
+        further = {"documents": how.documents, "reasoning_effort": how.reasoning_effort}
+        arguments |= {name: value for name, value in further.items() if value is not None}
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments)
     except Exception as error:
@@ -132,9 +125,12 @@ def _plain(message: Message) -> dict[str, Any]:
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)
     extra = {name: value for name, value in (message.model_extra or {}).items() if value is not None}
-    if unsupported := sorted(name for name in ("audio", "function_call", "tool_calls") if extra.get(name)):
-        raise ApiError(400, f"messages with {unsupported[0]} are not supported by this server", "messages")
-    return {**extra, "role": message.role, "content": content or ""}
+    if calls := [call.for_template() for call in message.called]:
+        extra["tool_calls"] = calls
+    if message.tool_call_id is not None:
+        extra["tool_call_id"] = message.tool_call_id
+    named = {"name": message.name} if message.name else {}
+    return {**extra, **named, "role": message.role, "content": content or ""}
 
 
 def split_prompts(prompt: str | Sequence[Any], tokenizer: Tokenizer) -> list[EnginePrompt]:
@@ -168,7 +164,7 @@ def generation_requests(
     server: Server, http: Request, answer_id: str, body: SamplingFields, sampling: Sampling, prompts: Prompts
 ) -> list[GenerationRequest]:
     """Each prompt `n` times. Where there are several, the choice's number is appended to the id."""
-    num_samples, limit = body.n or 1, server.config.max_choices
+    num_samples, limit = body.num_samples, server.config.max_choices
     if len(prompts.texts) * num_samples > limit:
         raise ApiError(400, f"{len(prompts.texts)} prompts times n {num_samples} is more than {limit} choices", "n")
     options = read_options(server.engine, body.kv_transfer_params)
@@ -184,7 +180,7 @@ def generation_requests(
             sample=sample,
             num_samples=num_samples,
             cache_salt=body.cache_salt or "",
-            conversation_id=http.headers.get("x-conversation-id") or body.user or None,
+            conversation_id=conversation_of(http, body.session_id),
             options=options,
         )
         for prompt in prompts.texts
@@ -195,14 +191,19 @@ def generation_requests(
     return [replace(request, request_id=f"{answer_id}-{index}") for index, request in enumerate(requests)]
 
 
-def sampling_of(body: SamplingFields, *, max_tokens: int | None, num_logprobs: int | None) -> Sampling:
+def conversation_of(http: Request, session_id: str | None) -> str | None:
+    """Its name, if the client gives it one."""
+    return http.headers.get("x-conversation-id") or session_id or None
+
+
+def sampling_of(body: SamplingFields, num_logprobs: int | None) -> Sampling:
     return Sampling(
-        max_tokens=max_tokens,
+        max_tokens=body.answer_tokens,
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
-        seed=body.seed,
+        seed=None if body.seed == -1 else body.seed,
         num_logprobs=num_logprobs,
-        ignore_eos=bool(body.ignore_eos),
+        ignore_eos=body.ignore_eos,
     )
 
 

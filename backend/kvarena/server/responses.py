@@ -32,13 +32,13 @@ from kvarena.engines.base import (
     FinishReason,
     GeneratedToken,
     GenerationRequest,
+    PromptTooLong,
     Report,
 )
-from kvarena.server.detokenizer import StopRule
-from kvarena.server.errors import ApiError
+from kvarena.server.detokenizer import StopRule, TextDelta
+from kvarena.server.errors import CONTEXT_LENGTH_EXCEEDED, ApiError
 from kvarena.server.generation import Ended, Event, Outcome
 from kvarena.server.protocol import PromptTokensDetails, ResponseModel, SamplingFields, Usage
-from kvarena.server.runner import Runner
 from kvarena.server.state import Server
 
 
@@ -113,18 +113,24 @@ class EventStream(Response):
 
 
 class GenerationGroup:
-    """`requests` in the order of the choices: the first prompt's samples, then the second's. Always `close` it."""
+    """`requests` in the order of the choices: the first prompt's samples, then the second's. Always `close` it.
 
-    def __init__(self, runner: Runner, requests: Sequence[GenerationRequest], stop: StopRule, num_samples: int) -> None:
+    The report is filed when all have really ended, and before `events` says so; not where nothing was counted.
+    """
+
+    def __init__(
+        self, server: Server, answer_id: str, requests: Sequence[GenerationRequest], stop: StopRule, num_samples: int
+    ) -> None:
+        self._server, self._answer_id = server, answer_id
         self._num_samples = num_samples
         self._arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._early: deque[tuple[int, Event]] = deque()
         self._outcomes: dict[int, Outcome] = {}
         self._ids = [request.request_id for request in requests]
         self._num_choices = len(requests)
-        self._runner = runner
         self._tickets = [
-            runner.submit(request, stop, partial(self._on_event, index)) for index, request in enumerate(requests)
+            server.runner.submit(request, stop, partial(self._on_event, index), partial(self._on_outcome, index))
+            for index, request in enumerate(requests)
         ]
 
     def close(self) -> None:
@@ -141,34 +147,28 @@ class GenerationGroup:
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Every choice's events up to its `Ended`. Raises `ApiError` where the engine refuses or fails."""
-        while not self.is_complete:
+        num_ended = 0
+        while num_ended < self._num_choices:
             index, event = self._early.popleft() if self._early else await self._arrived.get()
             self._checked(index, event)
-            if isinstance(event, Ended):
-                self._outcomes[index] = event.outcome
+            num_ended += isinstance(event, Ended)
             yield index, event
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self._outcomes) == self._num_choices
 
     def usage(self) -> Usage:
         """When all have ended."""
         firsts = [self._report(index) for index in range(0, self._num_choices, self._num_samples)]
-        prompt = sum(report.num_prompt_tokens for report in firsts)
-        generated = sum(outcome.num_tokens for outcome in self._outcomes.values())
         cached = sum(report.num_reused_tokens for report in firsts)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=generated,
-            total_tokens=prompt + generated,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        usage = usage_of(
+            sum(report.num_prompt_tokens for report in firsts),
+            sum(outcome.num_tokens for outcome in self._outcomes.values()),
         )
+        usage.prompt_tokens_details = PromptTokensDetails(cached_tokens=cached)
+        return usage
 
-    def report(self, request_id: str, contender: str) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """When all have ended."""
         reports = [report_fields(self._report(index)) for index in range(self._num_choices)]
-        named = {"request_id": request_id, "contender": contender}
+        named = {"request_id": self._answer_id, "contender": self._server.engine.contender}
         if len(reports) == 1:
             return {**named, **reports[0]}
         summed = {name: sum(report[name] for report in reports) for name in ("num_prompt_tokens", *TOKEN_COUNTS)}
@@ -177,6 +177,12 @@ class GenerationGroup:
     def _on_event(self, index: int, event: Event) -> None:
         self._arrived.put_nowait((index, event))
 
+    def _on_outcome(self, index: int, outcome: Outcome) -> None:
+        self._outcomes[index] = outcome
+        counted = any(outcome.report.num_prompt_tokens for outcome in self._outcomes.values())
+        if counted and len(self._outcomes) == self._num_choices:
+            self._server.reports.add(self.report())
+
     def _report(self, index: int) -> Report:
         return self._outcomes[index].report
 
@@ -184,12 +190,13 @@ class GenerationGroup:
         if not isinstance(event, Ended) or event.outcome.finish_reason is not None:
             return event
         if event.outcome.refused:
-            raise ApiError(400, str(event.outcome.error))
+            too_long = isinstance(event.outcome.error, PromptTooLong)
+            raise ApiError(400, str(event.outcome.error), code=CONTEXT_LENGTH_EXCEEDED if too_long else None)
         if isinstance(event.outcome.error, EngineUnavailable):
             raise ApiError(503, str(event.outcome.error), logged=True)
         if event.outcome.error is not None:
             raise ApiError(500, f"the engine failed while serving request {self._ids[index]}", logged=True)
-        if self._runner.closing:
+        if self._server.runner.closing:
             raise ApiError(503, "the server is shutting down", logged=True)
         raise ApiError(499, "the client went away", logged=True)
 
@@ -205,15 +212,30 @@ def report_fields(report: Report) -> dict[str, Any]:
     }
 
 
+def usage_of(num_prompt_tokens: int, num_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=num_prompt_tokens, completion_tokens=num_tokens, total_tokens=num_prompt_tokens + num_tokens
+    )
+
+
 @dataclass
 class Choice:
-    """A choice so far. `num_chars`: of the tokens' texts, where the next logprob's token begins."""
+    """A choice so far. `num_chars`: of the tokens' texts, where the next logprob's token begins. `tells_usage`: every
+    chunk of its stream has the usage so far.
+    """
 
     index: int
+    tells_usage: bool = False
     texts: list[str] = field(default_factory=list)
     tokens: list[GeneratedToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     num_chars: int = 0
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+
+    def usage(self) -> dict[str, Any]:
+        """The chunk's field, where it has one."""
+        return {"usage": usage_of(self.num_prompt_tokens, self.num_tokens)} if self.tells_usage else {}
 
 
 class ResponseBuilder(Protocol):
@@ -238,18 +260,16 @@ class ResponseBuilder(Protocol):
     def usage(self, usage: Usage) -> ResponseModel: ...
 
 
-async def respond(
-    request: Request, server: Server, answer: GenerationGroup, form: ResponseBuilder, body: SamplingFields
-) -> Response:
+async def respond(request: Request, answer: GenerationGroup, form: ResponseBuilder, body: SamplingFields) -> Response:
     with ClientWatch(request, answer) as watch:
         await answer.first()
         if body.stream:
             watch.keep()
-            return EventStream(_chunks(server, answer, form, includes_usage=body.includes_usage), watch)
-        return Response(await _whole(server, answer, form), media_type="application/json")
+            return EventStream(_chunks(answer, form, body), watch)
+        return Response(await _whole(answer, form), media_type="application/json")
 
 
-async def _whole(server: Server, answer: GenerationGroup, form: ResponseBuilder) -> bytes:
+async def _whole(answer: GenerationGroup, form: ResponseBuilder) -> bytes:
     choices: dict[int, Choice] = {}
     async for index, event in answer.events():
         choice = choices.setdefault(index, Choice(index))
@@ -259,33 +279,25 @@ async def _whole(server: Server, answer: GenerationGroup, form: ResponseBuilder)
         choice.texts.append(event.text)
         if event.token is not None and form.wants_logprobs:
             choice.tokens.append(event.token)
-    report = _file_report(server, answer, form)
     in_order = [choices[index] for index in sorted(choices)]
-    return form.whole(in_order, answer.usage(), report).json_bytes()
+    return form.whole(in_order, answer.usage(), answer.report()).json_bytes()
 
 
-async def _chunks(
-    server: Server, answer: GenerationGroup, form: ResponseBuilder, *, includes_usage: bool
-) -> AsyncIterator[bytes]:
+async def _chunks(answer: GenerationGroup, form: ResponseBuilder, body: SamplingFields) -> AsyncIterator[bytes]:
     choices: dict[int, Choice] = {}
     async for index, event in answer.events():
         choice = choices.get(index)
         if choice is None:
-            choice = choices[index] = Choice(index)
+            choice = choices[index] = Choice(index, body.tells_usage_continuously)
+            choice.num_prompt_tokens = event.num_prompt_tokens if isinstance(event, TextDelta) else 0
             if opening := form.opening(choice):
                 yield opening.json_bytes()
         if isinstance(event, Ended):
             choice.finish_reason = event.outcome.finish_reason
-            if answer.is_complete:
-                _file_report(server, answer, form)
             yield form.closing(choice).json_bytes()
-        elif event.text or (event.token is not None and form.wants_logprobs):
+            continue
+        choice.num_tokens += event.token is not None
+        if event.text or (event.token is not None and (form.wants_logprobs or choice.tells_usage)):
             yield form.piece(choice, event.text, event.token).json_bytes()
-    if includes_usage:
+    if body.includes_usage:
         yield form.usage(answer.usage()).json_bytes()
-
-
-def _file_report(server: Server, answer: GenerationGroup, form: ResponseBuilder) -> dict[str, Any]:
-    report = answer.report(form.answer_id, server.engine.contender)
-    server.reports.add(report)
-    return report

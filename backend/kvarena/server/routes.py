@@ -5,19 +5,22 @@
 | `POST /v1/chat/completions`, `POST /v1/completions` | generation; prompts are messages, texts or token ids |
 | `POST /tokenize`, `POST /detokenize` | as vLLM has them |
 | `GET /v1/models`, `GET /kvarena`, `GET /kvarena/requests/{id}` | models, settings, reports of requests |
+| `GET /docs`, `GET /openapi.json` | all of these, for a browser and for programs |
 | `GET /health`, `GET /metrics` | open: no API key is asked for |
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from kvarena.engines.base import GeneratedToken
 from kvarena.server.detokenizer import StopRule
@@ -88,6 +91,25 @@ async def model(name: str, server: ServerDep) -> Model:
     return _model(server)
 
 
+@info_router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> HTMLResponse:
+    """The paths and schemas of `/openapi.json` for a browser; the page needs nothing from elsewhere."""
+    described = request.app.openapi()
+    operations = [
+        (f"{method.upper()} {path}", operation)
+        for path, methods in described["paths"].items()
+        for method, operation in methods.items()
+    ]
+    listed = [*operations, *described.get("components", {}).get("schemas", {}).items()]
+    parts = "".join(
+        f"<details><summary><code>{escape(name)}</code> {escape(told.get('description', ''))}</summary>"
+        f"<pre>{escape(json.dumps(told, indent=2))}</pre></details>"
+        for name, told in listed
+    )
+    title = escape(described["info"]["title"])
+    return HTMLResponse(f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1>{parts}")
+
+
 @info_router.get("/kvarena")
 async def settings(server: ServerDep) -> dict[str, Any]:
     return {"contender": server.engine.contender, **server.engine.describe()}
@@ -126,10 +148,9 @@ async def tokenize(body: TokenizeRequest, server: ServerDep) -> Tokens:
 def _tokenize(body: TokenizeRequest, server: Server) -> Tokens:
     tokenizer = server.engine.tokenizer
     if body.prompt is not None:
-        text, adds_special = body.prompt, body.add_special_tokens is not False
+        text, adds_special = body.prompt, body.add_special_tokens or "add_special_tokens" not in body.model_fields_set
     else:
-        text = render_chat(tokenizer, body.messages or [], body).text
-        adds_special = bool(body.add_special_tokens)
+        text, adds_special = render_chat(tokenizer, body.messages or [], body).text, body.add_special_tokens
     ids = tokenizer.encode(text, add_special_tokens=adds_special)
     names = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return Tokens(count=len(ids), max_model_len=server.engine.max_model_len, tokens=ids, token_strs=names)
@@ -156,18 +177,15 @@ _ANSWER = "The completion; with `stream` true, server-sent events with its chunk
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, server: ServerDep) -> Response:
     server.check_model(body.model)
     chat = await asyncio.to_thread(render_chat, server.engine.tokenizer, body.messages, body)
-    sampling = sampling_of(
-        body,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
+    sampling = sampling_of(body, (body.top_logprobs or 0) if body.logprobs else None)
     form = ChatResponseBuilder(
         f"chatcmpl-{request.state.request_id}", server.engine.model_name, server.token_texts, bool(body.logprobs)
     )
-    prompts = Prompts([chat.text], bool(body.add_special_tokens), chat.messages, chat.template_arguments)
+    prompts = Prompts([chat.text], body.add_special_tokens, chat.messages, chat.template_arguments)
     requests = generation_requests(server, request, form.answer_id, body, sampling, prompts)
-    stop = StopRule(body.stop_strings, bool(body.include_stop_str_in_output))
-    return await respond(request, server, GenerationGroup(server.runner, requests, stop, body.n or 1), form, body)
+    stop = StopRule(body.stop_strings, body.include_stop_str_in_output)
+    answer = GenerationGroup(server, form.answer_id, requests, stop, body.num_samples)
+    return await respond(request, answer, form, body)
 
 
 @dataclass(frozen=True)
@@ -224,6 +242,7 @@ class ChatResponseBuilder:
             created=self.created,
             model=self.model,
             choices=[shown],
+            **choice.usage(),
         )
 
     def _logprobs(self, tokens: list[GeneratedToken]) -> ChatLogprobs | None:
@@ -231,8 +250,6 @@ class ChatResponseBuilder:
 
 
 completions_router = APIRouter(route_class=JsonRoute)
-
-_DEFAULT_MAX_TOKENS = 16  # OpenAI's, and vLLM's.
 
 
 @completions_router.post(
@@ -243,14 +260,15 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's, and vLLM's.
 async def create_completion(body: CompletionRequest, request: Request, server: ServerDep) -> Response:
     server.check_model(body.model)
     prompts = split_prompts(body.prompt, server.engine.tokenizer)
-    sampling = sampling_of(body, max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS, num_logprobs=body.logprobs)
+    sampling = sampling_of(body, body.logprobs)
     form = CompletionResponseBuilder(
         f"cmpl-{request.state.request_id}", server.engine.model_name, server.token_texts, body.logprobs is not None
     )
-    adds_special = body.add_special_tokens is not False
-    requests = generation_requests(server, request, form.answer_id, body, sampling, Prompts(prompts, adds_special))
-    stop = StopRule(body.stop_strings, bool(body.include_stop_str_in_output))
-    return await respond(request, server, GenerationGroup(server.runner, requests, stop, body.n or 1), form, body)
+    prompted = Prompts(prompts, body.add_special_tokens)
+    requests = generation_requests(server, request, form.answer_id, body, sampling, prompted)
+    stop = StopRule(body.stop_strings, body.include_stop_str_in_output)
+    answer = GenerationGroup(server, form.answer_id, requests, stop, body.num_samples)
+    return await respond(request, answer, form, body)
 
 
 @dataclass(frozen=True)
@@ -276,10 +294,10 @@ class CompletionResponseBuilder:
         """A text begins with its first piece."""
 
     def piece(self, choice: Choice, text: str, token: GeneratedToken | None) -> Completion:
-        return self._chunk([self._choice(choice, text, [token] if token else [])])
+        return self._chunk(choice, text, [token] if token else [])
 
     def closing(self, choice: Choice) -> Completion:
-        return self._chunk([self._choice(choice, "", [])])
+        return self._chunk(choice, "", [])
 
     def usage(self, usage: Usage) -> Completion:
         return Completion(
@@ -291,9 +309,14 @@ class CompletionResponseBuilder:
             usage=usage,
         )
 
-    def _chunk(self, choices: list[TextChoice]) -> Completion:
+    def _chunk(self, choice: Choice, text: str, tokens: list[GeneratedToken]) -> Completion:
         return Completion(
-            id=self.answer_id, object="text_completion", created=self.created, model=self.model, choices=choices
+            id=self.answer_id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            choices=[self._choice(choice, text, tokens)],
+            **choice.usage(),
         )
 
     def _choice(self, choice: Choice, text: str, tokens: list[GeneratedToken]) -> TextChoice:

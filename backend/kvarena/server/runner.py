@@ -1,7 +1,7 @@
 """Runs the server's generations: so many at once, the others in the order of their arrival, each accounted for once.
 
-"Accounted for" is one log line, the metrics, and, by the caller, the report. It happens when a generation has really
-ended, also where its client went away long before.
+"Accounted for" is one log line, the metrics, and, by the caller, who is told of each outcome, the report. It happens
+when a generation has really ended, also where its client went away long before.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 class Ticket:
     """A generation that was handed in. `close` ends it, whether it runs yet or not; its events then end at once."""
 
-    def __init__(self, emit: Callable[[Event], None]) -> None:
+    def __init__(self, emit: Callable[[Event], None], tell: Callable[[Outcome], None]) -> None:
         self._emit = emit
+        self.tell = tell
         self.ended = False
         self.on_close: Callable[[], Any] = lambda: None
         self.arrived_at = time.perf_counter()
@@ -51,9 +52,17 @@ class Runner:
         self._live: dict[Ticket, asyncio.Task[None]] = {}
         self.closing = False
 
-    def submit(self, request: GenerationRequest, stop: StopRule, emit: Callable[[Event], None]) -> Ticket:
-        """Events go to `emit`, on the loop; `Ended` is the last one."""
-        ticket = Ticket(emit)
+    def submit(
+        self,
+        request: GenerationRequest,
+        stop: StopRule,
+        emit: Callable[[Event], None],
+        tell: Callable[[Outcome], None],
+    ) -> Ticket:
+        """Events go to `emit`, on the loop; `Ended` is the last one. What is accounted for goes to `tell`, before that
+        or long after.
+        """
+        ticket = Ticket(emit, tell)
         task = asyncio.create_task(self._drive(ticket, request, stop))
         self._live[ticket] = task
         task.add_done_callback(lambda _: self._live.pop(ticket, None))
@@ -75,14 +84,14 @@ class Runner:
     async def _drive(self, ticket: Ticket, request: GenerationRequest, stop: StopRule) -> None:
         """Wait for a slot, run, account. The slot is free again when the thread has ended."""
         if not await self._wait_for_slot(ticket):
-            self._account(request, _ended_early(ticket.arrived_at).outcome, ticket.arrived_at)
+            self._account(ticket, request, _ended_early(ticket.arrived_at).outcome)
             return
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def on_event(event: Event) -> None:
             try:
                 if isinstance(event, Ended):
-                    self._account(request, event.outcome, ticket.arrived_at)
+                    self._account(ticket, request, event.outcome)
             finally:
                 ticket.emit(event)
                 if isinstance(event, Ended) and not ended.done():
@@ -109,12 +118,13 @@ class Runner:
             self._slots.release()
         return not ticket.ended
 
-    def _account(self, request: GenerationRequest, outcome: Outcome, arrived_at: float) -> None:
-        self._metrics.observe(outcome, arrived_at)
+    def _account(self, ticket: Ticket, request: GenerationRequest, outcome: Outcome) -> None:
+        self._metrics.observe(outcome, ticket.arrived_at)
+        ticket.tell(outcome)
         if outcome.error is not None and not outcome.refused:
             logger.error("request %s failed", request.http_request_id, exc_info=outcome.error)
         if not outcome.refused:  # A refusal has its line where it is answered.
-            log_outcome(self._engine.contender, request, outcome, arrived_at)
+            log_outcome(self._engine.contender, request, outcome, ticket.arrived_at)
 
 
 def _ended_early(arrived_at: float) -> Ended:

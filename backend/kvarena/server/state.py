@@ -18,7 +18,7 @@ from kvarena.engines.base import Engine, ReportLog
 from kvarena.server.errors import ApiError, shown
 from kvarena.server.logprobs import TokenTexts
 from kvarena.server.metrics import Metrics
-from kvarena.server.protocol import ErrorAnswer
+from kvarena.server.protocol import MAX_SAMPLES, ErrorAnswer
 from kvarena.server.runner import Runner
 
 
@@ -29,13 +29,12 @@ class ApiConfig:
     """
 
     api_key: str | None = field(default=None, repr=False)
-    max_body_bytes: int = 4 * 2**20
     max_running: int = 64
-    max_choices: int = 128
+    max_choices: int = MAX_SAMPLES
     """Prompts times `n` of one request."""
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_running", "max_choices"):
+        for name in ("max_running", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
@@ -63,7 +62,7 @@ class Server:
         return cls(engine, config, metrics, runner, ReportLog(), TokenTexts(engine.tokenizer), int(time.time()))
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.engine.model_name:
+        if name and name != self.engine.model_name:
             raise ApiError(404, f"there is no model {shown(name)}; this server has {self.engine.model_name!r}", "model")
 
 
@@ -89,10 +88,9 @@ def engine_of(kind: type[OwnEngine]) -> Callable[[Server], OwnEngine]:
 
 _ERROR = {"model": ErrorAnswer}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {**_ERROR, "description": "A field has a bad value, or the body isn't JSON"},
+    400: {**_ERROR, "description": "A field has a bad value, or the body isn't JSON by its content or by its header"},
     404: {**_ERROR, "description": "Unknown model"},
     413: {**_ERROR, "description": "The body is too large"},
-    415: {**_ERROR, "description": "The content type isn't application/json"},
     "default": {**_ERROR, "description": "Any other error"},
 }
 """What a path that takes a body answers beside its 200, for the OpenAPI document."""

@@ -6,7 +6,10 @@ Named last on vLLM's command line, so that it is the outermost. From the outside
 |---|---|---|
 | request id | any `X-Request-Id` is taken | a valid one is taken; every answer has one |
 | API key | for `/v1` and few others: `/invocations` generates without | for all but health and metrics |
+| body | of any size | at most as large as the arena's other servers take it, else 413 |
+| memory at `/metrics` | of the API's process | of all of the server's processes too |
 | log | uvicorn's access log | one line per completion, as the arena's other servers write it |
+| errors | objects, but for FastAPI's own; of a too long prompt with its status as code | objects, with OpenAI's code |
 
 What HTTP doesn't show comes from the answer's own `usage`, and with the blend from the request report. It needs
 nothing of the connector, and serves stock vLLM as well.
@@ -19,16 +22,28 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from prometheus_client import REGISTRY
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
 
+from kvarena.asgi import error_body
 from kvarena.engines.base import TOKEN_COUNTS
 from kvarena.engines.vllm.config import CONNECTOR, CONTENDER_VARIABLE
 from kvarena.engines.vllm.messages import report_log, wait_for_report
+from kvarena.server.errors import CONTEXT_LENGTH_EXCEEDED
 from kvarena.server.log import CLIENT_GONE, figures, log_request, path_of, write_to_standard_output
-from kvarena.server.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from kvarena.server.metrics import ServerMemory
+from kvarena.server.middleware import (
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    LogLinesMiddleware,
+    RequestIdMiddleware,
+    max_body_bytes,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,7 +54,7 @@ ID_PREFIXES = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
 _USAGE = b'"usage":'
 _FINISH = re.compile(rb'"finish_reason":"(\w+)"')
 _IN_THE_LINE = ("approximate", "num_prompt_tokens", *TOKEN_COUNTS)
-_NOT_IN_DETAILS = ("request_id", "contender", *_IN_THE_LINE)
+_NOT_IN_DETAILS = ("request_id", "contender", "misses_by_reason", "token_scores", "leans_on", *_IN_THE_LINE)
 
 
 class AccessLog:
@@ -83,6 +98,7 @@ class AccessLog:
             fields["ttft_ms"] = seen.ttft_ms
         fields["total_ms"] = seen.total_ms
         if report:
+            fields["misses"] = report["misses_by_reason"]
             fields["details"] = figures({k: v for k, v in report.items() if k not in _NOT_IN_DETAILS})
         log_request(self._contender, request_id, seen.status, fields)
 
@@ -155,6 +171,46 @@ def _counts(usage: Mapping[str, Any], report: Mapping[str, Any] | None) -> dict[
     return {"approximate": False, "num_prompt_tokens": num_prompt_tokens, **counts, **generated}
 
 
+_TOO_LONG = b"""{"error":{"message":"This model's maximum context length is"""
+
+
+class OpenAIErrors:
+    """Makes error objects of what FastAPI refuses before vLLM sees it (`{"detail": ...}`), and gives a prompt that is
+    too long the code by which OpenAI's clients know it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        held: list[Message] = []
+
+        async def coded(message: Message) -> None:
+            if not held and message.get("status", 200) < 400:
+                await send(message)
+                return
+            held.append(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                start, *parts = held
+                held.clear()
+                body = _as_error(start["status"], b"".join(part.get("body", b"") for part in parts))
+                MutableHeaders(scope=start)["content-length"] = str(len(body))
+                await send(start)
+                await send({"type": "http.response.body", "body": body})
+
+        await self._app(scope, receive, coded)
+
+
+def _as_error(status: int, body: bytes) -> bytes:
+    if body.startswith(b'{"detail":'):
+        return json.dumps(error_body(status, str(json.loads(body)["detail"]))).encode()
+    if body.startswith(_TOO_LONG):
+        refusal = json.loads(body)
+        refusal["error"]["code"] = CONTEXT_LENGTH_EXCEEDED
+        return json.dumps(refusal).encode()
+    return body
+
+
 class AccessMiddleware:
     """The keys are vLLM's own: those of `--api-key`, else `VLLM_API_KEY`."""
 
@@ -162,6 +218,7 @@ class AccessMiddleware:
         self._app = app
         self._layers: ASGIApp | None = None
         write_to_standard_output()
+        _tell_memory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -171,13 +228,21 @@ class AccessMiddleware:
         await self._layers(scope, receive, send)
 
 
+@cache
+def _tell_memory() -> None:
+    """At vLLM's own `/metrics`, once in a process."""
+    REGISTRY.register(ServerMemory())
+
+
 def _wrapped(app: ASGIApp, scope: Scope) -> ASGIApp:
     """What vLLM's server is told stands where its requests can see it, and nowhere before the first one."""
     state = scope["app"].state
     contender = os.environ.get(CONTENDER_VARIABLE) or "vllm"
-    logged: ASGIApp = AccessLog(app, contender, has_reports=_blends(state.vllm_config))
+    max_bytes = max_body_bytes(state.vllm_config.model_config.max_model_len)
+    logged = AccessLog(OpenAIErrors(app), contender, has_reports=_blends(state.vllm_config))
+    limited: ASGIApp = LogLinesMiddleware(BodyLimitMiddleware(logged, contender, max_bytes))
     api_keys = [key for key in state.args.api_key or [envs.VLLM_API_KEY] if key]
-    return RequestIdMiddleware(ApiKeyMiddleware(logged, contender, api_keys) if api_keys else logged)
+    return RequestIdMiddleware(ApiKeyMiddleware(limited, contender, api_keys) if api_keys else limited)
 
 
 def _blends(vllm_config: VllmConfig) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvarena.contenders.prefix.cache import Lease, PrefixCache
+from kvarena.contenders.prefix.cache import Lease, PrefixCache, PrefixEntry
 
 BYTES_PER_TOKEN = 10
 TAIL_BYTES = 7
@@ -53,6 +53,21 @@ class Behind:
 
 
 Cache = PrefixCache[Tokens, Behind]
+
+
+def test_get_looks_without_counting() -> None:
+    cache: Cache = PrefixCache(min_tokens=20)
+    ids = tuple(range(40))
+    assert cache.get(ids) is None
+    finish(cache.acquire(ids))
+    whole, longer = cache.get(ids), cache.get((*ids, 99))
+    assert whole == longer == PrefixEntry(40, (Tokens(ids),), Behind(ids))
+    part = cache.get((*ids[:25], 99))
+    assert part == PrefixEntry(25, (Tokens(ids[:25]),), None)
+    assert cache.get(ids[:19]) is cache.get(ids, salt="other") is None
+    assert (cache.stats().hits, cache.stats().misses) == (0, 1)
+    cache.clear()
+    assert cache.get(ids) is None
 
 
 def finish(lease: Lease[Tokens, Behind]) -> bool:

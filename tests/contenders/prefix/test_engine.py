@@ -41,6 +41,24 @@ def test_greedy_answers_are_generates(any_prefix: Prefix) -> None:
     assert any_prefix.engine.cache.stats().hits > NUM_PROMPTS / 3
 
 
+def test_an_entry_has_the_models_own_kv_and_last_logits(any_prefix: Prefix) -> None:
+    """`cache.get`, as the prefix-caching demonstration has it."""
+    prompt = random.Random(5).choices(range(5, any_prefix.engine.model.vocab_size), k=40)
+    assert any_prefix.engine.cache.get(prompt) is None
+    any_prefix.ask(prompt)
+    entry = any_prefix.engine.cache.get(prompt)
+    assert entry is not None
+    assert entry.last_logits is not None
+    with torch.inference_mode():
+        expected = any_prefix.reference(torch.tensor([prompt]), use_cache=True)
+    torch.testing.assert_close(entry.last_logits.logits, expected.logits[0, -1], rtol=1e-4, atol=1e-4)
+    kept = torch.cat([segment.kv for segment in entry.past_key_values], dim=3)
+    assert entry.num_tokens == kept.shape[3] == len(prompt)
+    for own, layer in zip(kept, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(own[0], layer.keys[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own[1], layer.values[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"use_prefix_cache": False}])
 def test_each_layer_of_caching_gives_the_same(any_prefix: Prefix, options: dict[str, Any]) -> None:
     for prompt in prompts_with_shared_parts(any_prefix.engine.model.vocab_size, 8, seed=1):
@@ -172,7 +190,8 @@ def test_a_cache_that_fails_costs_no_answer(prefix: Prefix, monkeypatch: pytest.
     [
         ([], GREEDY, "empty"),
         ([5] * 2048, GREEDY, "2048"),
-        ([5] * 2040, GREEDY, "2048"),
+        ([5] * 2049, GREEDY, "the prompt has 2049"),
+        ([5], Sampling(max_tokens=2049), "2048 tokens; max_tokens is 2049"),
         ([5, 10**6], GREEDY, "1000000"),
         ([-1], GREEDY, "-1"),
     ],
@@ -182,6 +201,11 @@ def test_what_cannot_be_served_is_refused_with_the_bounds(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         prefix.ask(prompt, sampling)
+
+
+def test_an_answer_is_cut_at_the_contexts_end(prefix: Prefix) -> None:
+    answer = prefix.ask([5] * 2040, Sampling(max_tokens=12, temperature=0.0, ignore_eos=True))
+    assert (len(answer.token_ids), answer.finish_reason) == (8, "length")
 
 
 def test_text_prompts_and_timings(prefix: Prefix) -> None:

@@ -53,9 +53,41 @@ def test_generate_and_the_caches_figures(http: httpx.Client) -> None:
     assert (stats["hits"], stats["misses"], stats["hit_rate"], stats["total_requests"]) == (1, 1, 0.5, 2)
     assert stats["cache_size"] >= 1
     assert stats["tokens_saved"] == warm["num_prompt_tokens"]
-    assert http.post("/cache/clear").json() == {"cleared": True}
-    assert http.get("/cache/stats").json()["num_bytes"] == 0
+    assert isinstance(warm["timings"]["prefix_tokens_saved"], int)
+    dropped = {name: stats[name] for name in ("cache_size", "num_bytes")}
+    assert http.post("/cache/clear").json() == {"cleared": True, **dropped}
+    cleared = http.get("/cache/stats").json()
+    assert cleared == stats | {"cache_size": 0, "num_nodes": 0, "num_bytes": 0}, "the counts go on"
     assert not http.post("/generate", json=body).json()["prefix_cache_hit"]
+
+
+def test_the_answer_says_why_nothing_was_reused(http: httpx.Client) -> None:
+    def reason(**body: object) -> str | None:
+        answer = http.post("/generate", json={"max_new_tokens": 1, **body})
+        found: str | None = answer.json()["prefix_cache_reason"]
+        return found
+
+    assert reason(prompt=TEXT, unknown=1) == "no cached prefix of at least 20 tokens (min_tokens)"
+    assert reason(prompt=TEXT) is None
+    assert reason(prompt=TEXT, use_cache=False) == "use_cache is false"
+    assert reason(prompt=TEXT, use_prefix_cache=False) == "use_prefix_cache is false"
+    short = http.post("/generate", json={"prompt": WORDS[0], "max_new_tokens": 1.0}).json()
+    told = f"prompt of {short['num_prompt_tokens']} tokens is below min_tokens 20"
+    assert short["prefix_cache_reason"] == told
+
+
+def test_an_answer_has_128_tokens_unless_asked_for_fewer(http: httpx.Client) -> None:
+    assert http.post("/generate", json={"prompt": TEXT, "ignore_eos": True}).json()["num_answer_tokens"] == 128
+
+
+def test_the_api_can_be_read_in_a_browser(http: httpx.Client) -> None:
+    page = http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    for shown in ("POST /generate", "POST /v1/chat/completions", "GET /cache/stats", "GenerateRequest"):
+        assert f"<code>{shown}</code>" in page.text
+    assert "max_new_tokens" in page.text
+    assert "http://" not in page.text.replace("http://127.0.0.1", ""), "nothing from elsewhere"
+    assert "https://" not in page.text
 
 
 def test_metrics_are_the_caches(http: httpx.Client) -> None:
@@ -91,7 +123,6 @@ def test_a_layer_that_is_off_changes_no_answer(http: httpx.Client, off: str) -> 
         ({"prompt": TEXT, "max_new_tokens": -3}, "max_new_tokens"),
         ({"prompt": 7}, "prompt"),
         ({"prompt": TEXT, "use_cache": "yes"}, "use_cache"),
-        ({"prompt": TEXT, "unknown": 1}, "unknown"),
         ({}, "prompt"),
     ],
 )

@@ -220,5 +220,5 @@ def test_bad_parameters_are_refused(folder: Path) -> None:
         AlignedParams(min_reused_ratio=1.5)
     with pytest.raises(ValueError, match="check_layer must be from 0 to 3, not 4"):
         load(folder, BlendParams(check_layer=4))
-    with pytest.raises(ValueError, match="top_layer, aligned, not 'bottom'"):
+    with pytest.raises(ValueError, match="aligned, top_layer, sandwich, not 'bottom'"):
         Tasks.load(folder, mode="bottom")

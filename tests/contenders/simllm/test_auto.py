@@ -13,14 +13,14 @@ import pytest
 from kvarena.bench.quality.questions import load_questions
 from kvarena.contenders.simllm.engine import SimLLMEngine
 from kvarena.engines.hf import attention
+from kvarena.home import project_root
 from kvarena.policies.params import BlendParams
 from kvarena.simllm import AlignedParams, AutoThresholdParams, SimLLMInference, TaskAnswer, TaskOutcome
-from kvarena.stack.home import project_root
 from kvarena.synthetic_qa.questions import AnsweredQuestion, messages
 from support.simllm_tasks import Tasks
 from support.tiny_models import random_text
 
-MODES = ["top_layer", "aligned"]
+MODES = ["top_layer", "sandwich", "aligned"]
 SOON = AutoThresholdParams(confidence=0.8, sample_ratio=0.5, lowest_threshold=0.0)
 MOVED = AlignedParams(min_reused_ratio=0.0, blend=BlendParams("none"))
 
@@ -88,7 +88,9 @@ def test_a_check_is_reuse_beside_full_prefill_which_answers(folder: Path, mode: 
         assert outcome.check.agrees == (token == answer.token_ids[0])
         assert outcome.num_layer_passes == 4 * outcome.num_prompt_tokens + reused.num_layer_passes
         seen.add(outcome.check.agrees)
-    assert seen == ({False, True} if mode == "aligned" else {False})
+    assert seen == {"aligned": {False, True}, "top_layer": {False}, "sandwich": {True}}[mode], (
+        "it leaves out none of four"
+    )
     tasks.simllm.close()
 
 

@@ -107,6 +107,8 @@ def test_a_request_may_choose_its_mode(folder: Path) -> None:
     tokens, report = both.ask(prompt, mode="top_layer")
     assert (tokens, report.details["mode"], report.approximate) == (expected["top_layer"], "top_layer", True)
     assert report.details["num_layer_passes"] == report.num_prompt_tokens
+    assert "loses its answers" in report.details["warning"]
+    assert both.ask(prompt, mode="sandwich")[1].details["num_layer_passes"] == 4 * report.num_prompt_tokens
     tokens, report = both.ask(prompt)
     assert (tokens, report.details["mode"], report.approximate) == (expected["aligned"], "aligned", False)
 
@@ -133,8 +135,8 @@ def test_a_model_whose_keys_do_not_turn_as_needed_has_no_mode_aligned(tmp_path: 
     scaled = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     folder = save_tiny_model(tmp_path, rope_parameters=scaled)
     top_layer = served(folder, "top_layer")
-    assert top_layer.engine.describe()["modes"] == ["top_layer"]
-    with pytest.raises(ValueError, match="mode must be one of top_layer with this model, not 'aligned'"):
+    assert top_layer.engine.describe()["modes"] == ["sandwich", "top_layer"]
+    with pytest.raises(ValueError, match="mode must be one of top_layer, sandwich with this model, not 'aligned'"):
         top_layer.ask(prompt_of(0), mode="aligned")
     top_layer.engine.close()
     with pytest.raises(ValueError, match="depend on the length"):
@@ -163,7 +165,7 @@ def test_a_context_that_is_cut(folder: Path, mode: str) -> None:
     assert (len(tokens), report.details["hit"]) == (70, mode == "aligned")
     tokens, report = cut.ask(prompt, Sampling(max_tokens=20, temperature=0.0, ignore_eos=True))
     assert (len(tokens), report.details["hit"]) == (20, True)
-    with pytest.raises(ValueError, match="context of 120"):
+    with pytest.raises(ValueError, match="context length is 120"):
         cut.ask([9] * 120)
     cut.engine.close()
 
@@ -226,7 +228,8 @@ def test_ends(any_served: Served) -> None:
         ([], GREEDY, "empty"),
         ("", GREEDY, "empty"),
         ([5] * 2048, GREEDY, "2048"),
-        ([5] * 2040, GREEDY, "2048"),
+        ([5] * 2049, GREEDY, "the prompt has 2049"),
+        ([5], Sampling(max_tokens=2049), "2048 tokens; max_tokens is 2049"),
         ([5, 10**6], GREEDY, "1000000"),
         ([-1], GREEDY, "-1"),
     ],
@@ -243,6 +246,6 @@ def test_it_describes_itself(any_served: Served) -> None:
     assert described["contender"] == "simllm"
     mode = any_served.tasks.simllm.params.mode
     assert described["defaults"] == {"reuse": True, "mode": mode, "similarity_threshold": 0.95}
-    assert described["modes"] == ["aligned", "top_layer"]
+    assert described["modes"] == ["aligned", "sandwich", "top_layer"]
     assert described["similarity_threshold"] == 0.95
     assert described["aligned"]["blend"]["policy"] == "kv_deviation"

@@ -79,8 +79,8 @@ def test_without_reuse(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"mode": "bottom_layer"}, "'top_layer' or 'aligned'"),
-        ({"mode": 1}, "'top_layer' or 'aligned'"),
+        ({"mode": "bottom_layer"}, "'aligned', 'top_layer' or 'sandwich'"),
+        ({"mode": 1}, "'aligned', 'top_layer' or 'sandwich'"),
         ({"similarity_threshold": 1.5}, "less than or equal to 1"),
         ({"similarity_threshold": -2}, "greater than or equal to -1"),
         ({"similarity_threshold": "high"}, "valid number"),
@@ -97,7 +97,7 @@ def test_bad_options_get_the_choices(http: httpx.Client, options: object, says: 
     assert http.get("/tasks/stats").json()["num_searches"] == 0
 
 
-@pytest.mark.parametrize(("prompt", "says"), [("", "empty"), (EARLIER * 60, "2048")])
+@pytest.mark.parametrize(("prompt", "says"), [("", "at least 1 character"), (EARLIER * 60, "2048")])
 def test_prompts_that_cannot_be_served(http: httpx.Client, prompt: str, says: str) -> None:
     reply = ask(http, prompt)
     assert reply.status_code == 400
@@ -184,6 +184,6 @@ def test_openais_client_in_a_stream(server: RealServer[SimLLMEngine], http: http
 def test_settings_are_told(http: httpx.Client) -> None:
     told = http.get("/kvarena").json()
     assert told["contender"] == "simllm"
-    assert told["modes"] == ["aligned", "top_layer"]
+    assert told["modes"] == ["aligned", "sandwich", "top_layer"]
     assert told["defaults"] == {"reuse": True, "mode": "aligned", "similarity_threshold": 0.95}
     assert json.dumps(told)

@@ -16,7 +16,7 @@ from kvarena.simllm import SimLLMInference
 from support.simllm_tasks import NUM_TOKENS, Tasks
 from support.tiny_models import random_text, save_tiny_model
 
-MODES = ["top_layer", "aligned"]
+MODES = ["top_layer", "sandwich", "aligned"]
 
 
 @pytest.fixture(params=MODES)
@@ -67,11 +67,14 @@ def test_statistics(tasks: Tasks) -> None:
     assert (statistics["num_hits"], statistics["num_misses"], statistics["cache_size"]) == (1, 3, 3)
     assert (statistics["num_prompts"], statistics["num_prompt_tokens"]) == (4, sum(num_tokens))
     assert statistics["num_layer_passes_without_reuse"] == 4 * sum(num_tokens)
-    last = {"top_layer": num_tokens[0], "aligned": 4}[statistics["mode"]]
+    last = {"top_layer": num_tokens[0], "sandwich": 4 * num_tokens[0], "aligned": 4}[statistics["mode"]]
     assert statistics["num_layer_passes"] == 4 * sum(num_tokens[:3]) + last
+    theirs = ("cache_hits", "cache_misses", "total_queries", "hit_rate", "total_inferences")
+    assert [statistics[name] for name in theirs] == [1, 3, 4, 0.25, 4], "under the demonstration's names"
+    assert statistics["avg_inference_time"] == statistics["total_inference_time"] / 4 > 0
     tasks.simllm.reset_cache()
     reset = tasks.simllm.get_statistics()
-    assert not any(reset[name] for name in reset if name.startswith("num_") or name == "cache_size")
+    assert not any(reset[name] for name in reset if name.startswith(("num_", "cache_", "total_", "avg_")))
     assert not tasks.ask(prompts[0])[0].outcome.is_hit
 
 
@@ -97,6 +100,32 @@ def test_names_of_tasks(tasks: Tasks) -> None:
     prompt = prompts_of(4, 1)[0]
     tasks.simllm.generate(prompt, 1, task_id="mine")
     assert tasks.ask(prompt)[0].outcome.matched_task_id == "mine"
+
+
+def test_repeated_prompts_of_a_batch_hit(tasks: Tasks) -> None:
+    one, other = prompts_of(8, 2)
+    answers = tasks.ask(one, other, one, one)
+    assert [answer.outcome.is_hit for answer in answers] == [False, False, True, True]
+    assert {answer.outcome.matched_task_id for answer in answers[2:]} == {answers[0].outcome.task_id}
+    assert [answer.token_ids for answer in answers[:2]] == [tasks.generate(one), tasks.generate(other)]
+    if tasks.simllm.aligned:
+        assert answers[2].token_ids == answers[3].token_ids == tasks.generate(one)
+
+
+def test_lost_quality_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once in the log, and in the statistics. The default mode has nothing to tell."""
+    for mode in MODES:
+        simllm = Tasks.load(folder, mode=mode).simllm
+        simllm.batch_generate(["tea", "tea"], 1)
+        told = [record.getMessage() for record in caplog.records]
+        assert [message for message in told if "loses its answers" in message] == told
+        assert simllm.get_statistics()["warning"] == (told[0] if told else None)
+        assert len(told) == (mode != "aligned")
+        caplog.clear()
+        simllm.close()
+    default = SimLLMInference.from_pretrained(str(folder), device="cpu")
+    assert default.get_statistics()["mode"] == "aligned"
+    default.close()
 
 
 def test_an_empty_batch(tasks: Tasks) -> None:

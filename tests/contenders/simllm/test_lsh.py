@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvarena.contenders.simllm.similarity import NUM_PROBES
 from kvarena.simllm import LSHIndex
 
 DIM = 48
@@ -67,16 +68,36 @@ def test_what_differs_in_few_bits_is_found(flipped: int) -> None:
 
 def test_its_bucket_is_probed_first() -> None:
     embeddings = torch.randn(6000, DIM, generator=torch.Generator().manual_seed(3))
-    index = filled(embeddings, 4)
+    index = filled(embeddings, 7)
     hashes = index.compute_hash_batch(embeddings)
-    probed = [hashes[int(key)] for key in index.neighbours(embeddings[17], max_keys=4096)]
-    assert len(probed) == 4096
+    probed = [hashes[int(key)] for key in index.neighbours(embeddings[17], max_keys=6000)]
+    assert len(set(probed)) == NUM_PROBES, "of 128 buckets"
+    assert len(probed) == index.num_candidates < 6000
     assert probed.count(hashes[17]) == hashes.count(hashes[17])
-    assert differing_bits(hashes[17], "".join("10"[bit == "1"] for bit in hashes[17])) == 4
+    assert differing_bits(hashes[17], "".join("10"[bit == "1"] for bit in hashes[17])) == 7
     assert "".join("10"[bit == "1"] for bit in hashes[17]) not in probed, "the opposite bucket is the last"
 
 
-@pytest.mark.parametrize(("similarity", "least_recall"), [(0.95, 0.99), (0.85, 0.95)])
+def test_more_hyperplanes_leave_fewer_candidates() -> None:
+    """At 100 tasks, the default size of the cache, among which each query has a neighbour at a cosine of 0.8."""
+    generator = torch.Generator().manual_seed(7)
+    embeddings, noise = torch.randn(2, 100, 128, generator=generator)
+    candidates, probes, found = [], [], []
+    for num_hyperplanes in (4, 6, 8, 16, 32):
+        index = filled(embeddings, num_hyperplanes)
+        near = [index.neighbours(query) for query in embeddings + 0.75 * noise]
+        candidates.append(index.num_candidates / 100)
+        probes.append(index.num_probes / 100)
+        found.append(sum(str(number) in keys for number, keys in enumerate(near)))
+    assert candidates[0] == found[0] == 100, "16 buckets, all of them probed"
+    assert candidates == sorted(candidates, reverse=True)
+    assert candidates[-1] == NUM_PROBES, "one in each bucket"
+    assert probes[0] == 16, "as many as there are"
+    assert probes[-1] == NUM_PROBES
+    assert min(found) >= 98
+
+
+@pytest.mark.parametrize(("similarity", "least_recall"), [(0.998, 1.0), (0.95, 0.99), (0.85, 0.8)])
 def test_recall_on_clusters(similarity: float, least_recall: float) -> None:
     """For most queries there is one among the found that is as similar as the most similar of 6,000."""
     generator = torch.Generator().manual_seed(4)
@@ -87,8 +108,8 @@ def test_recall_on_clusters(similarity: float, least_recall: float) -> None:
     num_found = 0
     for query in embeddings[:200] + noise * (1 + 0.3**2) ** 0.5:
         similarities = torch.cosine_similarity(query[None], embeddings)
-        found = similarities[[int(key) for key in index.neighbours(query)]]
-        num_found += float(found.max()) >= float(similarities.max()) - 0.02
+        found = [float(similarities[int(key)]) for key in index.neighbours(query)]
+        num_found += max(found, default=-1) >= float(similarities.max()) - 0.02
     assert num_found / 200 >= least_recall
 
 
@@ -105,8 +126,8 @@ def test_random_additions_and_removals(operations: list[tuple[bool, int]]) -> No
             del expected[key]
             index.remove(key)
         index.check_integrity()
-        assert sorted(index.neighbours(embeddings[0])) == sorted(expected)
-        assert {key: index._as_text(index._codes[place]) for key, place in index._places.items()} == expected
+        assert set(index.neighbours(embeddings[0])) <= set(expected)
+        assert index._hashes == expected
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,21 @@ def test_the_least_recently_used_task_goes_first() -> None:
     manager.check_integrity()
 
 
+def test_long_tasks_have_a_budget_together() -> None:
+    """A hundred of them took what they wanted."""
+    (keys, values) = kv_of(10)
+    manager = manager_of(max_cache_bytes=2 * (keys.nbytes + values.nbytes))
+    for number in range(3):
+        manager.add_task(str(number), direction(number), kv_of(10))
+    assert list(manager._entries) == ["1", "2"]
+    manager.add_task("1", direction(1), kv_of(15))
+    assert list(manager._entries) == ["1"]
+    manager.add_task("too long", direction(3), kv_of(21))
+    assert list(manager._entries) == []
+    assert manager.get_statistics()["num_bytes"] == 0
+    manager.check_integrity()
+
+
 def test_what_was_found_outlives_its_entry() -> None:
     manager = manager_of(max_cache_size=1)
     manager.add_task("a", direction(0), kv_of(3, 5.0))
@@ -182,6 +197,7 @@ def test_without_a_model_the_first_task_says_the_shape() -> None:
     ("settings", "message"),
     [
         ({"max_cache_size": 0}, "max_cache_size must be at least 1, not 0"),
+        ({"max_cache_bytes": 0}, "max_cache_bytes must be at least 1, not 0"),
         ({"similarity_threshold": 1.5}, "from -1 to 1, not 1.5"),
         ({"similarity_threshold": float("nan")}, "from -1 to 1, not nan"),
         ({"num_hyperplanes": 0}, "from 1 to 64"),

@@ -18,12 +18,12 @@ from support.simllm_tasks import Tasks
 from support.tiny_models import random_text
 
 
-@pytest.mark.parametrize("mode", ["top_layer", "aligned"])
+@pytest.mark.parametrize("mode", ["top_layer", "sandwich", "aligned"])
 def test_a_miss_goes_in_pieces_and_a_hit_of_top_layer_in_one(folder: Path, mode: str) -> None:
     tasks = Tasks.load(folder, mode=mode, similarity_threshold=0.99)
     model = tasks.simllm.model
     model.piece_tokens = 16
-    prefiller = TaskPrefiller(model, tasks.simllm.aligned)
+    prefiller = TaskPrefiller(model, tasks.simllm.aligned, tasks.simllm.params.end_layers_of(mode))
     ids = tasks.encode(random_text(random.Random(0), 40))
     before = model.num_forwards
     first = prefiller.prefill(ids, "first", 4)
@@ -36,8 +36,8 @@ def test_a_miss_goes_in_pieces_and_a_hit_of_top_layer_in_one(folder: Path, mode:
     again = prefiller.prefill(ids, "again", 4)
     assert model.num_forwards - before == 1
     assert again.outcome.matched_task_id == "first"
-    assert again.outcome.num_layer_passes == {"top_layer": len(ids), "aligned": 4}[mode]
-    assert again.num_positions == {"top_layer": 2 * len(ids), "aligned": len(ids)}[mode]
+    assert again.outcome.num_layer_passes == {"top_layer": len(ids), "sandwich": 4 * len(ids), "aligned": 4}[mode]
+    assert again.num_positions == (1 if mode == "aligned" else 2) * len(ids)
     tasks.simllm.close()
 
 

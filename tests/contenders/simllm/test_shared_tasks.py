@@ -17,6 +17,7 @@ from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.store import ChunkStore
 from kvarena.engines.hf.sequence_kv import KVShape
 from kvarena.simllm import InterTaskKVManager, SharedTasks, TaskFormat
+from kvarena.stores import sqlite
 from kvarena.stores.memory import MemoryStore
 from support.file_store import FileStore
 
@@ -251,8 +252,9 @@ def test_reset_forgets_for_all(store: FileStore, path: Path) -> None:
     assert not any(value for name, value in one.get_statistics().items() if name.startswith("num_shared"))
 
 
-def test_many_managers_and_threads(tmp_path: Path, path: Path) -> None:
+def test_many_managers_and_threads(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random operations: whatever is found is what was last added under that name, whole."""
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 30.0)
     memory = MemoryStore(budget_bytes=40_000)
     managers = [manager_of(memory, path, max_tasks=12, max_cache_size=4) for _ in range(3)]
 

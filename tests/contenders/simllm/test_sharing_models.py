@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from support.file_store import FileStore
 from support.lmcache_server import LMCacheServer
 from support.simllm_tasks import Tasks
 from support.tiny_models import random_text, save_tiny_model
+from support.waiting import wait_until
 
 MODES = ["top_layer", "aligned"]
 RETRY_S = 0.5
@@ -119,7 +119,7 @@ def test_what_the_store_cant_give_is_computed(folder: Path, tmp_path: Path, dama
 def lmcache(tasks: Tasks, server: LMCacheServer) -> LMCacheStore:
     name, kv = tasks.simllm.task_format.name, tasks.simllm.task_format.kv_shape
     geometry = KVGeometry(name, kv.num_layers, kv.num_kv_heads, kv.head_size, kv.dtype)
-    return LMCacheStore(geometry, server.url, server.http_url, retry_s=RETRY_S)
+    return LMCacheStore(geometry, server.url, server.http_url, timeout_s=10.0, retry_s=RETRY_S)
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_through_lmcache_whose_death_costs_only_speed(folder: Path, tmp_path: Pa
         assert statistics["num_store_errors"] > 0
         assert (statistics["num_shared_lost"], statistics["num_shared_tasks"]) == (0, num_listed)
         server.start()
-        time.sleep(RETRY_S)
+        wait_until(lambda: stores[1]._context is not None)
         assert not outcome_of(other, f"{earlier[3]} rain").is_hit, "the server came back empty"
         assert other.simllm.get_statistics()["num_shared_lost"] == 1
         stores.append(lmcache(third, server))

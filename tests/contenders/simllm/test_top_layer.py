@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvarena.contenders.simllm.aligned import AlignedReuse
+from kvarena.contenders.simllm.params import WARNINGS
 from kvarena.engines.hf.model import HFModel
 from kvarena.simllm import AlignedParams, InterTaskKVManager, LlamaForCausalLMWithKVReuse
 from support.plain_llama import PlainLlama
@@ -21,7 +22,7 @@ from support.tiny_models import random_text, save_tiny_model
 
 @pytest.fixture
 def tasks(folder: Path) -> Iterator[Tasks]:
-    tasks = Tasks.load(folder, similarity_threshold=0.95)
+    tasks = Tasks.load(folder, mode="top_layer", similarity_threshold=0.95)
     yield tasks
     tasks.simllm.close()
 
@@ -133,6 +134,28 @@ def test_a_batch_of_hits_only(tasks: Tasks) -> None:
         assert answer.token_ids == tuple(expected)
 
 
+@pytest.mark.parametrize(("num_layers", "num_end_layers"), [(4, 1), (6, 2), (4, 2)])
+def test_a_sandwich_runs_its_ends(tmp_path: Path, num_layers: int, num_end_layers: int) -> None:
+    """Beside a miss in one batch. Two and two of four layers leave none out."""
+    tasks = Tasks.load(save_tiny_model(tmp_path, num_hidden_layers=num_layers), mode="sandwich")
+    simllm, ends = tasks.simllm, (num_end_layers, num_end_layers)
+    simllm.params = replace(simllm.params, num_end_layers=num_end_layers)
+    simllm.set_similarity_threshold(0.95)
+    earlier, miss = prompt_of(3), prompt_of(14, 60)
+    tasks.ask(earlier)
+    prompts = [similar(earlier, "goat"), miss, similar(earlier, "old", "cat")]
+    for answer, prompt in zip(tasks.ask(*prompts), prompts, strict=True):
+        ids = tasks.encode(prompt)
+        if prompt == miss:
+            assert answer.token_ids == tasks.generate(prompt)
+            continue
+        expected, _ = PlainLlama(tasks.reference).answer_of_a_hit(tasks.encode(earlier), ids, NUM_TOKENS, ends)
+        assert answer.token_ids == tuple(expected)
+        assert answer.outcome.num_layer_passes == 2 * num_end_layers * len(ids)
+        assert answer.outcome.is_approximate
+    simllm.close()
+
+
 def test_a_damaged_entry_costs_time_only(tasks: Tasks) -> None:
     prompt = prompt_of(10)
     tasks.ask(prompt)
@@ -147,7 +170,9 @@ def test_a_damaged_entry_costs_time_only(tasks: Tasks) -> None:
 
 
 def test_an_earlier_prompt_that_has_no_room_before_the_new_one_is_not_used(tmp_path: Path) -> None:
-    tasks = Tasks.load(save_tiny_model(tmp_path, max_position_embeddings=128), similarity_threshold=0.9)
+    tasks = Tasks.load(
+        save_tiny_model(tmp_path, max_position_embeddings=128), mode="top_layer", similarity_threshold=0.9
+    )
     prompt = prompt_of(11, 55)
     assert 2 * len(tasks.encode(prompt)) < 128 < 2 * len(tasks.encode(prompt)) + NUM_TOKENS
     for _ in range(2):
@@ -158,7 +183,7 @@ def test_an_earlier_prompt_that_has_no_room_before_the_new_one_is_not_used(tmp_p
 
 
 def test_a_model_of_one_layer(tmp_path: Path) -> None:
-    tasks = Tasks.load(save_tiny_model(tmp_path, num_hidden_layers=1))
+    tasks = Tasks.load(save_tiny_model(tmp_path, num_hidden_layers=1), mode="top_layer")
     earlier, prompt = prompt_of(12), similar(prompt_of(12), "rain")
     tasks.ask(earlier)
     (answer,) = tasks.ask(prompt)
@@ -168,8 +193,8 @@ def test_a_model_of_one_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_model_alone(folder: Path, attention: str) -> None:
-    """`generate_with_kv_reuse` on token ids, as its users call it."""
+def test_the_model_alone(folder: Path, attention: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`generate_with_kv_reuse` on token ids, as its users call it. The log says once what it may cost."""
     model = LlamaForCausalLMWithKVReuse.from_pretrained(folder, attn_implementation=attention).eval()
     manager = InterTaskKVManager(128, similarity_threshold=0.99, device="cpu")
     rng = random.Random(13)
@@ -183,6 +208,7 @@ def test_the_model_alone(folder: Path, attention: str) -> None:
     assert len(manager) == 0
     assert torch.equal(model.generate_with_kv_reuse(ids, "first", **settings), stock)
     again = model.generate_with_kv_reuse(ids, "second", **settings)
+    assert caplog.messages.count(WARNINGS["top_layer"]) == 1
     assert list(manager._entries) == ["first"]
     assert again[0, 30:].tolist() == PlainLlama(model).answer_of_a_hit(first, first, NUM_TOKENS)[0]
     assert torch.equal(model.generate(ids, **settings), stock)

@@ -183,6 +183,16 @@ def remove_leaf(node: Node[S, T]) -> None:
 
 
 MIN_TOKENS = 20
+CAPACITY_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class PrefixEntry(Generic[S, T]):
+    """What is known of a sequence's first `num_tokens` tokens. `last_logits` are those after them, where kept."""
+
+    num_tokens: int
+    past_key_values: tuple[S, ...]
+    last_logits: T | None
 
 
 @dataclass(frozen=True)
@@ -243,7 +253,7 @@ class Lease(Generic[S, T]):
 class PrefixCache(Generic[S, T]):
     """Thread-safe. `num_bytes` never exceeds `capacity_bytes`; tensors that a lease still holds may outlive that."""
 
-    def __init__(self, capacity_bytes: int, min_tokens: int = MIN_TOKENS) -> None:
+    def __init__(self, capacity_bytes: int = CAPACITY_BYTES, min_tokens: int = MIN_TOKENS) -> None:
         if capacity_bytes < 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes}; it must be 0 or more")
         if min_tokens < 1:
@@ -310,14 +320,29 @@ class PrefixCache(Generic[S, T]):
             lease.segments = []
             lease.tail = None
 
+    def get(self, token_ids: Sequence[int], salt: str = "") -> PrefixEntry[S, T] | None:
+        """The longest known beginning of these tokens, if it has `min_tokens`. For looking: it pins and counts nothing.
+
+        What the entry holds stays valid after an eviction.
+        """
+        with self._changed:
+            match = self._match(tuple(token_ids), salt)
+            if match.num_tokens < self.min_tokens:
+                return None
+            return PrefixEntry(match.num_tokens, tuple(match.segments()), match.tail)
+
     # -- for operators ---------------------------------------------------------------------------------------------
 
-    def clear(self) -> None:
-        """Forgets everything; running requests keep the tensors they hold, and what they insert later is dropped."""
+    def clear(self) -> PrefixCacheStats:
+        """Forgets everything but the counts, and returns what there was. Running requests keep the tensors they hold,
+        and what they insert later is dropped.
+        """
         with self._changed:
+            dropped = self.stats()
             self._roots.clear()
             self._leaves.clear()
             self.num_bytes = 0
+            return dropped
 
     def stats(self) -> PrefixCacheStats:
         with self._changed:

@@ -198,8 +198,10 @@ class PrefixGeneration(EngineGeneration):
             with timed("ttft_ms"):
                 token = model.run(sampler.draw, logits)
             self.timings.first_token_ms = (perf_counter() - started_s) * 1000
-            while not self._ends_with(token):
-                yield token
+            while True:
+                yield self._drawn(token)
+                if self.finish_reason == "stop":
+                    break
                 answer.append(token.token_id)
                 if len(answer) == max_tokens:
                     self.finish_reason = "length"
@@ -229,9 +231,20 @@ class PrefixGeneration(EngineGeneration):
             "cache_enabled": self._options.use_cache,
             "prefix_cache_enabled": self._options.use_cache and self._options.use_prefix_cache,
             "prefix_cache_hit": num_prefix_tokens > 0,
+            "prefix_cache_reason": self._why_nothing(num_prompt_tokens) if num_prefix_tokens == 0 else None,
             "num_prefix_tokens": num_prefix_tokens,
             "spans": spans_of([(0, num_prefix_tokens, "prefix")], num_prompt_tokens),
         }
+
+    def _why_nothing(self, num_prompt_tokens: int) -> str:
+        """Why no prefix was reused."""
+        for switch in ("use_cache", "use_prefix_cache"):
+            if not getattr(self._options, switch):
+                return f"{switch} is false"
+        min_tokens = self._engine.cache.min_tokens
+        if num_prompt_tokens < min_tokens:
+            return f"prompt of {num_prompt_tokens} tokens is below min_tokens {min_tokens}"
+        return f"no cached prefix of at least {min_tokens} tokens (min_tokens)"
 
     def _restore(self, kv: SequenceKV, segments: list[KVSegment]) -> None:
         for segment in segments:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from kvarena.contenders.prefix.engine import PrefixEngine, PrefixOptions
 from kvarena.engines.base import GenerationRequest, Sampling
@@ -24,18 +24,18 @@ EngineDep = Annotated[PrefixEngine, Depends(engine_of(PrefixEngine))]
 
 
 class GenerateRequest(RequestModel):
-    """`prompt` is plain text; chats go to `/v1/chat/completions`."""
+    """`prompt` is plain text; chats go to `/v1/chat/completions`. Fields of other servers are ignored."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
     prompt: str
-    max_new_tokens: int = Field(64, ge=1, lt=2**31)
-    use_cache: bool = True
-    use_prefix_cache: bool = True
+    max_new_tokens: int = Field(128, ge=1, lt=2**31)
+    use_cache: StrictBool = True
+    use_prefix_cache: StrictBool = True
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
-    ignore_eos: bool = False
+    ignore_eos: StrictBool = False
     cache_salt: str = Field("", max_length=1024)
 
 
@@ -48,11 +48,15 @@ class GenerateAnswer(BaseModel):
     tokens_per_sec: float
     cache_enabled: bool
     prefix_cache_hit: bool
-    timings: dict[str, float]
+    prefix_cache_reason: str | None
+    timings: dict[str, int | float]
 
 
 class CacheStats(BaseModel):
-    """`cache_size`: whole prefixes, with their logits; `num_bytes` is what they and all between them take."""
+    """`cache_size`: whole prefixes, with their logits; `num_bytes` is what they and all between them take.
+
+    `evictions_lru` and `cached_tokens_reused` are `evictions` and `tokens_saved` under names that clients may expect.
+    """
 
     cache_size: int
     num_nodes: int
@@ -66,11 +70,14 @@ class CacheStats(BaseModel):
     tokens_saved: int
     waits: int
     store_errors: int
+    evictions_lru: int
+    cached_tokens_reused: int
 
 
 @router.post("/generate", responses=ERRORS)
 async def generate(body: GenerateRequest, request: Request, server: ServerDep) -> GenerateAnswer:
-    answer = GenerationGroup(server.runner, [_generation_request(body, request.state.request_id)], StopRule(), 1)
+    name = request.state.request_id
+    answer = GenerationGroup(server, name, [_generation_request(body, name)], StopRule(), 1)
     texts: list[str] = []
     with ClientWatch(request, answer):
         async for _, event in answer.events():
@@ -80,7 +87,6 @@ async def generate(body: GenerateRequest, request: Request, server: ServerDep) -
             outcome = event.outcome
             break
     assert outcome.finish_reason is not None, "events() raises for what didn't finish"
-    server.reports.add(answer.report(request.state.request_id, server.engine.contender))
     details = outcome.report.details
     total_ms = details["timings"]["total_ms"]
     return GenerateAnswer(
@@ -92,6 +98,7 @@ async def generate(body: GenerateRequest, request: Request, server: ServerDep) -
         tokens_per_sec=round(1000 * outcome.num_tokens / total_ms, 3),
         cache_enabled=details["cache_enabled"],
         prefix_cache_hit=details["prefix_cache_hit"],
+        prefix_cache_reason=details["prefix_cache_reason"],
         timings=details["timings"],
     )
 
@@ -121,10 +128,13 @@ async def cache_stats(engine: EngineDep) -> CacheStats:
         hit_rate=round(stats.hit_rate, 4),
         total_requests=stats.total_requests,
         store_errors=engine.num_store_errors,
+        evictions_lru=stats.evictions,
+        cached_tokens_reused=stats.tokens_saved,
     )
 
 
 @router.post("/cache/clear")
 async def clear_cache(engine: EngineDep) -> dict[str, Any]:
-    engine.cache.clear()
-    return {"cleared": True}
+    """Forgets all prefixes, and says how much that was. The counts go on: they are since the start."""
+    dropped = engine.cache.clear()
+    return {"cleared": True, "cache_size": dropped.cache_size, "num_bytes": dropped.num_bytes}

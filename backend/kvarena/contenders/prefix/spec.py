@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge
 
 from kvarena.contenders.servers import EngineServer, Launch, Options, own_options
 from kvarena.contenders.spec import ContenderSpec, setting
@@ -13,10 +13,11 @@ from kvarena.contenders.spec import ContenderSpec, setting
 
 @dataclass(frozen=True)
 class PrefixSettings:
-    cache_gb: Annotated[float, Gt(0)] = setting(1.0, "The memory for prefixes, in GiB.")
+    cache_gb: Annotated[float, Ge(0)] = setting(1.0, "Memory for prefixes, in GiB; 0 keeps none.")
     storage: Literal["cpu", "device"] = setting(
-        "cpu", "Where they are kept: cpu (main memory), or device (beside the model)."
+        "cpu", "Where prefixes are kept: cpu (main memory), or device (beside the model)."
     )
+    min_tokens: Annotated[int, Ge(1)] = setting(20, "Minimum length of a reused prefix, in tokens.")
 
 
 def _options(launch: Launch) -> Options:
@@ -31,7 +32,7 @@ def _prefixes_gb(launch: Launch) -> float:
 
 SPEC = ContenderSpec(
     name="prefix",
-    title="PyTorch with prefix cache",
+    title="PyTorch + prefix cache with logits",
     explanation="Reuses the KV and the last logits of any prefix that was seen before.",
     port=8002,
     server=EngineServer("kvarena.contenders.prefix", _options),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import wraps
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -13,14 +11,8 @@ from kvarena.contenders import command_line
 from kvarena.contenders.simllm.engine import SimLLMEngine
 from kvarena.contenders.simllm.http import router
 from kvarena.contenders.simllm.inference import load_simllm
-from kvarena.contenders.simllm.params import (
-    AUTO,
-    AlignedParams,
-    Mode,
-    SimilarityThreshold,
-    SimLLMParams,
-    checked_threshold,
-)
+from kvarena.contenders.simllm.params import AlignedParams, SimLLMParams
+from kvarena.contenders.simllm.spec import SPEC
 from kvarena.engines.store_metrics import StoreCollector
 from kvarena.policies.params import PARAMETERS
 from kvarena.policies.profile import profiled_params
@@ -28,65 +20,41 @@ from kvarena.policies.registry import Parameter, Value
 from kvarena.server.app import serve
 from kvarena.server.state import ApiConfig
 
-SIMILARITY_THRESHOLD = 0.998
-"""Prompts over the same long texts are nearly all above the paper's 0.8; docs/simllm.md has the figures."""
 
-
-def _threshold(given: str | float) -> SimilarityThreshold:
-    try:
-        return AUTO if given == AUTO else checked_threshold(float(given))
-    except ValueError as error:
-        raise typer.BadParameter(f"{given!r} is neither auto nor a number from -1 to 1") from error
-
-
-def with_policy_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_policy_options(command: command_line.Command) -> command_line.Command:
     """The command with an option for the policy and for each parameter of one. It gets those that are given."""
-
-    @wraps(command)
-    def wrapped(**options: Any) -> None:
-        given = {name: value for name, value in options.items() if name not in PARAMETERS or value is not None}
-        command(**given)
 
     def option(own: Parameter) -> inspect.Parameter:
         shown = typer.Option(None, help=f"{own.help_with_values} Default: that of the model's profile.")
         return inspect.Parameter(own.name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=own.type | None)
 
-    signature = inspect.signature(command, eval_str=True)
-    fixed = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [*fixed, *map(option, PARAMETERS.values())]
-    wrapped.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]  # what Typer reads
-    return wrapped
+    def given(options: dict[str, Any]) -> dict[str, Value]:
+        return {name: value for name, value in options.items() if value is not None}
+
+    return command_line.with_options(command, "blend", [option(own) for own in PARAMETERS.values()], given)
 
 
 @with_policy_options
+@command_line.with_settings(SPEC)
 def main(
+    settings: Any,
+    blend: dict[str, Value],
     model: command_line.Model,
     served_model_name: command_line.ServedModelName = None,
     host: command_line.Host = "127.0.0.1",
-    port: command_line.Port = 8003,
+    port: command_line.Port = SPEC.port,
     device: command_line.Device = "auto",
     dtype: command_line.Dtype = "auto",
     max_model_len: command_line.MaxModelLen = None,
     load_format: command_line.LoadFormat = "auto",
-    mode: Annotated[Mode, typer.Option(help="What a similar task lends.")] = "aligned",
-    similarity_threshold: Annotated[
-        Any,  # Typer has no unions; _threshold says what it is
-        typer.Option(
-            parser=_threshold,
-            metavar="auto|COSINE",
-            help="The least cosine of two tasks that are similar; auto: the least that measured agreement allows.",
-        ),
-    ] = SIMILARITY_THRESHOLD,
-    max_cache_size: Annotated[int, typer.Option(min=1, help="How many tasks are kept.")] = 100,
-    num_hyperplanes: Annotated[int, typer.Option(min=1, max=64, help="Bits of a task's hash.")] = 16,
-    **blend: Value,
 ) -> None:
     params = SimLLMParams(
-        mode,
-        max_cache_size,
-        similarity_threshold,
-        num_hyperplanes,
+        settings.mode,
+        settings.max_cache_size,
+        settings.similarity_threshold,
+        settings.num_hyperplanes,
         AlignedParams(blend=profiled_params(model, **blend)),
+        max_cache_bytes=int(settings.cache_gb * 2**30),
     )
     loaded = load_simllm(
         model, params, device=device, dtype=dtype, max_model_len=max_model_len, random=load_format == "dummy"

@@ -18,7 +18,7 @@ import torch
 from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch
 from kvarena.contenders.simllm.params import AlignedParams
 from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome, TopLayerKV, WholeKV
-from kvarena.core.blend import Blender
+from kvarena.core.blend import Blender, BlendTask
 from kvarena.core.matching import ChunkIndex
 from kvarena.core.plan import Chunk, ReusePlan, TokenIds, as_token_ids
 from kvarena.engines.hf.blend import BlendableModel, HFPrefilledModel
@@ -143,7 +143,8 @@ class AlignedReuse:
         kv = self._model.new_kv(max(capacity, len(ids)))
         with _counted_layer_passes(self._blendable.layers) as passes:
             prompt = HFPrefilledModel(self._blendable, ids[:-1], kv)
-            report = Blender(store).blend(prompt, plan, 0, len(ids) - 1, make_policy(blend), store_new=False)
+            task = BlendTask(plan, 0, len(ids) - 1, make_policy(blend), keeps=lambda _: False)
+            report = Blender(store).blend(prompt, task)
         num_passes = sum(passes) + self._model.kv_shape.num_layers
         is_exact = plan.is_prefix or blend.recomputes_all
         outcome = TaskOutcome(

@@ -18,7 +18,7 @@ from kvarena.contenders.simllm.aligned import AlignedReuse
 from kvarena.contenders.simllm.inference import SimLLMInference
 from kvarena.contenders.simllm.manager import TaskMatch, TaskSearch
 from kvarena.contenders.simllm.modeling import TaskKV
-from kvarena.contenders.simllm.params import Mode
+from kvarena.contenders.simllm.params import WARNINGS, Mode
 from kvarena.contenders.simllm.task import TaskOutcome
 from kvarena.core.plan import TokenIds, as_token_ids
 from kvarena.engines.base import (
@@ -63,7 +63,7 @@ def excerpt(token_ids: TokenIds, tokenizer: Tokenizer) -> str:
 @dataclass(frozen=True)
 class TaskPrefill:
     """`kv` is filled with the whole prompt, and `HFModel.decode` goes on from it; `logits` `(V,)` are those after
-    the prompt's last token. `num_positions` are taken in the context: in mode "top_layer" the earlier prompt's are too.
+    the prompt's last token. `num_positions` are taken in the context, by the earlier prompt too but in mode "aligned".
     """
 
     kv: Any
@@ -74,13 +74,14 @@ class TaskPrefill:
 
 @dataclass(frozen=True)
 class TaskPrefiller:
-    """Over a `LlamaForCausalLMWithKVReuse` that has its manager. `aligned` None is mode "top_layer".
+    """Over a `LlamaForCausalLMWithKVReuse` that has its manager. Without `aligned` a hit runs `num_end_layers`.
 
     What is computed goes in pieces, so that other requests' tokens go in between.
     """
 
     model: HFModel
     aligned: AlignedReuse | None
+    num_end_layers: tuple[int, int] = (0, 1)
 
     def prefill(
         self,
@@ -99,7 +100,11 @@ class TaskPrefiller:
         if self.aligned is not None:
             return self._aligned(self.aligned, token_ids, task_id, salt, similarity_threshold, is_cancelled)
         kv = self.model.module.new_task_kv(
-            [task_id], max_new_tokens=max_new_tokens, salt=salt, similarity_threshold=similarity_threshold
+            [task_id],
+            max_new_tokens=max_new_tokens,
+            salt=salt,
+            similarity_threshold=similarity_threshold,
+            num_end_layers=self.num_end_layers,
         )
         search = self.model.run(self._search, token_ids, kv)
         if search.match is not None:
@@ -107,7 +112,7 @@ class TaskPrefiller:
             return TaskPrefill(kv, output.logits[0, -1], kv.outcomes[0], int(kv.offsets) + len(token_ids))
         computed = self.prefill_without_reuse(token_ids, task_id, is_cancelled)
         self.model.run(self._keep, token_ids, search.embedding, computed, salt)
-        return self.model.run(self._checked, token_ids, search.check, computed) if search.check else computed
+        return self.model.run(self._checked, kv, token_ids, search.check, computed) if search.check else computed
 
     def prefill_without_reuse(
         self, token_ids: Sequence[int], task_id: str, is_cancelled: Callable[[], bool] = lambda: False
@@ -126,9 +131,9 @@ class TaskPrefiller:
         keys, values = computed.kv.filled(0, outcome.num_prompt_tokens)[-1][:, None]  # (1, H_kv, T, D) each
         self.model.module.model.keep_task(outcome.task_id, as_token_ids(token_ids), embedding, (keys, values), salt)
 
-    def _checked(self, token_ids: Sequence[int], match: TaskMatch, computed: TaskPrefill) -> TaskPrefill:
+    def _checked(self, kv: TaskKV, token_ids: Sequence[int], match: TaskMatch, computed: TaskPrefill) -> TaskPrefill:
         ids, logits = self._tensor(token_ids), computed.logits
-        return replace(computed, outcome=self.model.module.checked(computed.outcome, match, ids, logits))
+        return replace(computed, outcome=self.model.module.checked(kv, computed.outcome, match, ids, logits))
 
     def _tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(token_ids, dtype=torch.int64, device=self.model.kv_shape.device)
@@ -159,8 +164,8 @@ logger = logging.getLogger(__name__)
 class SimLLMEngine:
     """Implements `kvarena.engines.base.Engine`. Tasks of different cache salts share nothing.
 
-    Both modes use one collection of tasks. What mode "aligned" keeps of a task serves both; what "top_layer" keeps, the
-    last layer's KV, serves that one alone.
+    All modes use one collection of tasks. What mode "aligned" keeps of a task serves all; what the others keep, the
+    last layer's KV, serves those alone.
     """
 
     contender = "simllm"
@@ -233,8 +238,10 @@ class SimLLMGeneration(EngineGeneration):
 
         # 4. Stream, and decode.
         num_drawn = 0
-        while not self._ends_with(token):
-            yield token
+        while True:
+            yield self._drawn(token)
+            if self.finish_reason == "stop":
+                break
             num_drawn += 1
             if num_drawn == max_tokens:
                 self.finish_reason = "length"
@@ -281,6 +288,7 @@ class SimLLMGeneration(EngineGeneration):
             "task_id": outcome.task_id,
             "matched_task_id": outcome.matched_task_id,
             "num_matched_prompt_tokens": None if earlier is None else len(earlier),
+            "warning": WARNINGS.get(self._mode) if outcome.is_hit else None,
             "check": asdict(outcome.check) if outcome.check else None,
             "num_layer_passes": outcome.num_layer_passes,
             "num_layer_passes_without_reuse": outcome.num_prompt_tokens * self._model.kv_shape.num_layers,
@@ -292,7 +300,9 @@ class SimLLMGeneration(EngineGeneration):
 
 def _prefillers(simllm: SimLLMInference) -> Mapping[str, TaskPrefiller]:
     """One for each mode; a model whose keys can't be moved has no "aligned"."""
-    prefillers = {"top_layer": TaskPrefiller(simllm.model, None)}
+    prefillers = {
+        mode: TaskPrefiller(simllm.model, None, simllm.params.end_layers_of(mode)) for mode in ("top_layer", "sandwich")
+    }
     try:
         aligned = simllm.aligned or AlignedReuse(simllm.model, simllm.manager, simllm.params.aligned)
     except UnsupportedModel as error:

@@ -40,10 +40,13 @@ class TaskStats(BaseModel):
     cache_size: int
     max_cache_size: int
     num_bytes: int
+    max_cache_bytes: int
     similarity_threshold: float | None
     num_searches: int
     num_hits: int
     num_misses: int
+    candidates_per_search: float
+    probes_per_search: float
     hit_ratio: float
     num_evictions: int
     num_damaged: int

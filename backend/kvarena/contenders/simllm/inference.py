@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,13 +26,22 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvarena.contenders.simllm.aligned import AlignedReuse
 from kvarena.contenders.simllm.manager import InterTaskKVManager, available_device
 from kvarena.contenders.simllm.modeling import LlamaForCausalLMWithKVReuse, llama_config, refuse_repeated_prefill
-from kvarena.contenders.simllm.params import AlignedParams, AutoThresholdParams, SimilarityThreshold, SimLLMParams
+from kvarena.contenders.simllm.params import (
+    MAX_CACHE_BYTES,
+    WARNINGS,
+    AlignedParams,
+    AutoThresholdParams,
+    SimilarityThreshold,
+    SimLLMParams,
+)
 from kvarena.contenders.simllm.shared_tasks import SharedTasks, TaskFormat
 from kvarena.contenders.simllm.task import TaskOutcome
 from kvarena.core.store import ChunkStore
 from kvarena.engines.base import Tokenizer
 from kvarena.engines.hf.model import HFModel, load_module
 from kvarena.policies.profile import profiled_params
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,14 +142,18 @@ class SimLLMInference:
             self.params.num_hyperplanes,
             str(model.device),
             self.params.auto,
+            self.params.max_cache_bytes,
         )
         model.set_kv_manager(self.manager)
         self.model = HFModel(model, tokenizer)
         self.aligned: AlignedReuse | None = None
         if self.params.mode == "aligned":
             self.aligned = AlignedReuse(self.model, self.manager, self.params.aligned)
+        if self.params.mode in WARNINGS:
+            logger.warning("%s", WARNINGS[self.params.mode])
         self._lock = threading.Lock()
         self._num_prompts = self._num_prompt_tokens = self._num_layer_passes = 0
+        self._answering_s = 0.0
 
     @classmethod
     def from_pretrained(
@@ -148,9 +163,11 @@ class SimLLMInference:
         similarity_threshold: SimilarityThreshold = 0.8,
         num_hyperplanes: int = 16,
         device: str = "cuda",
-        mode: str = "top_layer",
+        mode: str = "aligned",
         aligned: AlignedParams | None = None,
         auto: AutoThresholdParams | None = None,
+        num_end_layers: int = 2,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
         **model_kwargs: Any,
     ) -> SimLLMInference:
         """From a local folder or a hub name; `model_kwargs` are those of `LlamaForCausalLM.from_pretrained`.
@@ -161,7 +178,16 @@ class SimLLMInference:
         llama_config(model_path)
         aligned = aligned or AlignedParams(blend=profiled_params(model_path))
         auto = auto or AutoThresholdParams()
-        params = SimLLMParams(mode, max_cache_size, similarity_threshold, num_hyperplanes, aligned, auto)
+        params = SimLLMParams(
+            mode,
+            max_cache_size,
+            similarity_threshold,
+            num_hyperplanes,
+            aligned,
+            auto,
+            num_end_layers,
+            max_cache_bytes,
+        )
         model = LlamaForCausalLMWithKVReuse.from_pretrained(model_path, **model_kwargs)
         return cls(model.to(available_device(device)), AutoTokenizer.from_pretrained(model_path), params)
 
@@ -191,7 +217,8 @@ class SimLLMInference:
     def batch_generate(
         self, prompts: Sequence[str], max_new_tokens: int = 100, enable_kv_reuse: bool = True, **generate_kwargs: Any
     ) -> list[str]:
-        """The greedy answers to several prompts, in one batch; each may hit or miss."""
+        """The greedy answers to several prompts, in one batch; each may hit or miss. Repeated ones follow in a second
+        batch, so that they hit the first."""
         return [answer.text for answer in self.answer(prompts, max_new_tokens, enable_kv_reuse, **generate_kwargs)]
 
     def answer(
@@ -208,6 +235,7 @@ class SimLLMInference:
             raise ValueError("prompts must be a sequence of texts, not one text")
         if not prompts:
             return []
+        started = time.perf_counter()
         rows = [self._encode(prompt, max_new_tokens) for prompt in prompts]
         ids = list(task_ids) if task_ids else [self.manager.generate_task_id(prompt) for prompt in prompts]
         module = self.model.module
@@ -219,24 +247,36 @@ class SimLLMInference:
         settings |= {"max_new_tokens": max_new_tokens, "pad_token_id": self._pad_token_id()}
         run = self._run_without_reuse
         if enable_kv_reuse:
-            run = self._run_aligned if self.aligned else self._run_top_layer
-        answers, outcomes = self.model.run(run, rows, ids, settings)
-        self._count(outcomes)
+            run = self._run_aligned if self.aligned else self._run_last_layers
         decode = self.model.tokenizer.decode
-        return [
-            TaskAnswer(decode(answer, skip_special_tokens=True), tuple(answer), outcome)
-            for answer, outcome in zip(answers, outcomes, strict=True)
-        ]
+        answered: dict[int, TaskAnswer] = {}
+        for places in _firsts_then_repeats(rows) if enable_kv_reuse else [range(len(rows))]:
+            batch = [rows[place] for place in places]
+            answers, outcomes = self.model.run(run, batch, [ids[place] for place in places], settings)
+            self._count(outcomes)
+            for place, answer, outcome in zip(places, answers, outcomes, strict=True):
+                text = decode(answer, skip_special_tokens=True)
+                answered[place] = TaskAnswer(text, tuple(answer), outcome)
+        with self._lock:
+            self._answering_s += time.perf_counter() - started
+        return [answered[place] for place in range(len(rows))]
 
     def get_statistics(self) -> dict[str, Any]:
-        """The manager's counts, and layer passes over prompt tokens beside those of standard passes."""
+        """The manager's counts, and layer passes over prompt tokens beside those of standard passes.
+
+        The last three have the names of Sim-LLM's demonstration: prompts, and the seconds that calls took.
+        """
         with self._lock:
             return self.manager.get_statistics() | {
                 "mode": self.params.mode,
+                "warning": WARNINGS.get(self.params.mode),
                 "num_prompts": self._num_prompts,
                 "num_prompt_tokens": self._num_prompt_tokens,
                 "num_layer_passes": self._num_layer_passes,
                 "num_layer_passes_without_reuse": self._num_prompt_tokens * self.model.kv_shape.num_layers,
+                "total_inferences": self._num_prompts,
+                "total_inference_time": self._answering_s,
+                "avg_inference_time": self._answering_s / self._num_prompts if self._num_prompts else 0.0,
             }
 
     def reset_cache(self) -> None:
@@ -244,6 +284,7 @@ class SimLLMInference:
         with self._lock:
             self.manager.reset()
             self._num_prompts = self._num_prompt_tokens = self._num_layer_passes = 0
+            self._answering_s = 0.0
 
     def set_similarity_threshold(self, threshold: SimilarityThreshold) -> None:
         """A cosine similarity, or "auto", which starts with no comparisons. Raises `ValueError` for anything else."""
@@ -281,10 +322,14 @@ class SimLLMInference:
         ]
         return self._generate(rows, settings, None), outcomes
 
-    def _run_top_layer(
+    def _run_last_layers(
         self, rows: list[list[int]], task_ids: list[str], settings: dict[str, Any]
     ) -> tuple[list[list[int]], list[TaskOutcome]]:
-        kv = self.model.module.new_task_kv(task_ids, max_new_tokens=settings["max_new_tokens"])
+        kv = self.model.module.new_task_kv(
+            task_ids,
+            max_new_tokens=settings["max_new_tokens"],
+            num_end_layers=self.params.end_layers_of(self.params.mode),
+        )
         return self._generate(rows, settings, kv), kv.outcomes
 
     def _run_aligned(
@@ -339,6 +384,24 @@ class SimLLMInference:
             self._num_prompts += len(outcomes)
             self._num_prompt_tokens += sum(outcome.num_prompt_tokens for outcome in outcomes)
             self._num_layer_passes += sum(outcome.num_layer_passes for outcome in outcomes)
+
+
+def create_sim_llm_inference(
+    model_path: str,
+    max_cache_size: int = 100,
+    similarity_threshold: SimilarityThreshold = 0.8,
+    device: str = "cuda",
+    **kwargs: Any,
+) -> SimLLMInference:
+    """`SimLLMInference.from_pretrained`, under the name of the demonstration's factory."""
+    return SimLLMInference.from_pretrained(model_path, max_cache_size, similarity_threshold, device=device, **kwargs)
+
+
+def _firsts_then_repeats(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The places of the prompts that are new, then of those that repeat one of them."""
+    firsts = list({tuple(row): place for place, row in reversed(list(enumerate(rows)))}.values())[::-1]
+    repeats = sorted(set(range(len(rows))) - set(firsts))
+    return [sorted(firsts), repeats] if repeats else [sorted(firsts)]
 
 
 @contextmanager

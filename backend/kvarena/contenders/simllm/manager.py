@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kvarena.contenders.simllm.params import AutoThresholdParams, SimilarityThreshold
+from kvarena.contenders.simllm.params import MAX_CACHE_BYTES, AutoThresholdParams, SimilarityThreshold
 from kvarena.contenders.simllm.shared_tasks import SharedMatch, SharedTasks
 from kvarena.contenders.simllm.similarity import ROUNDING, LSHIndex, most_similar_first
 from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskCacheEntry, TopLayerKV, WholeKV
@@ -73,7 +73,7 @@ def _always(task: KnownTask) -> bool:
 
 
 class InterTaskKVManager:
-    """Keeps at most `max_cache_size` tasks, the least recently used out first. Thread-safe.
+    """Keeps at most `max_cache_size` tasks and `max_cache_bytes`, the least recently used out first. Thread-safe.
 
     Entries don't change once they are in, and the KV of one that was found stays valid after it is evicted.
     `similarity_threshold` "auto" follows `auto`, given somebody who makes the comparisons that `search_or_check` asks
@@ -88,11 +88,15 @@ class InterTaskKVManager:
         num_hyperplanes: int = 16,
         device: str = "cuda",
         auto: AutoThresholdParams | None = None,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         if max_cache_size < 1:
             raise ValueError(f"max_cache_size must be at least 1, not {max_cache_size}")
+        if max_cache_bytes < 1:
+            raise ValueError(f"max_cache_bytes must be at least 1, not {max_cache_bytes}")
         self.embedding_dim = embedding_dim
         self.max_cache_size = max_cache_size
+        self.max_cache_bytes = max_cache_bytes
         self.num_hyperplanes = num_hyperplanes
         self.device = available_device(device)
         self._auto = auto or AutoThresholdParams()
@@ -216,25 +220,35 @@ class InterTaskKVManager:
 
     def get_statistics(self) -> dict[str, Any]:
         """Counts since the manager was made or reset. `num_damaged`: entries that were dropped as unusable.
+        `candidates_per_search`: tasks in the buckets that a search looked into.
 
-        `auto_threshold` says what "auto" chose and why; None with a fixed threshold.
+        `auto_threshold` says what "auto" chose and why; None with a fixed threshold. The last four have the names that
+        Sim-LLM's demonstration gives to these counts.
         """
         shared = self._shared.get_statistics() if self._shared else {}
         with self._lock:
             num_searches = self._num_hits + self._num_misses
+            hit_ratio = self._num_hits / num_searches if num_searches else 0.0
             return {
                 "cache_size": len(self._entries),
                 "max_cache_size": self.max_cache_size,
-                "num_bytes": sum(entry.num_bytes for entry in self._entries.values()),
+                "num_bytes": self._num_bytes,
+                "max_cache_bytes": self.max_cache_bytes,
                 "similarity_threshold": self.similarity_threshold,
                 "num_searches": num_searches,
                 "num_hits": self._num_hits,
                 "num_misses": self._num_misses,
-                "hit_ratio": self._num_hits / num_searches if num_searches else 0.0,
+                "candidates_per_search": self._index.num_candidates / num_searches if num_searches else 0.0,
+                "probes_per_search": self._index.num_probes / num_searches if num_searches else 0.0,
+                "hit_ratio": hit_ratio,
                 "num_evictions": self._num_evictions,
                 "num_damaged": self._num_damaged,
                 "auto_threshold": self._threshold.get_statistics(),
                 **shared,
+                "cache_hits": self._num_hits,
+                "cache_misses": self._num_misses,
+                "total_queries": num_searches,
+                "hit_rate": hit_ratio,
             }
 
     def reset(self) -> None:
@@ -242,6 +256,7 @@ class InterTaskKVManager:
         with self._lock:
             self._threshold.reset()
             self._entries: OrderedDict[str, TaskCacheEntry] = OrderedDict()
+            self._sizes: dict[str, int] = {}
             self._index = LSHIndex(self.embedding_dim, self.num_hyperplanes)
             self._num_hits = self._num_misses = self._num_evictions = self._num_damaged = 0
         if self._shared:
@@ -258,6 +273,8 @@ class InterTaskKVManager:
         with self._lock:
             self._index.check_integrity()
             assert len(self._index) == len(self._entries) <= self.max_cache_size
+            assert self._sizes.keys() == self._entries.keys()
+            assert self._num_bytes <= self.max_cache_bytes
             for task_id, entry in self._entries.items():
                 assert entry.task_id == task_id
                 assert self._index.compute_hash(entry.task_embedding) == entry.lsh_hash
@@ -317,9 +334,14 @@ class InterTaskKVManager:
         self._entries[entry.task_id] = entry
         self._entries.move_to_end(entry.task_id)
         self._index.add(entry.task_id, entry.task_embedding)
-        while len(self._entries) > self.max_cache_size:
+        self._sizes[entry.task_id] = entry.num_bytes
+        while len(self._entries) > self.max_cache_size or self._num_bytes > self.max_cache_bytes:
             self._drop(next(iter(self._entries)))
             self._num_evictions += 1
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(self._sizes.values())
 
     def _counted(self, match: TaskMatch | None) -> TaskMatch | None:
         with self._lock:
@@ -341,6 +363,7 @@ class InterTaskKVManager:
 
     def _drop(self, task_id: str) -> None:
         del self._entries[task_id]
+        del self._sizes[task_id]
         self._index.remove(task_id)
 
 

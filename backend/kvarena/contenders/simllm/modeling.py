@@ -2,27 +2,31 @@
 
 **Miss**: the standard pass; then the last layer's keys and values of the prompt are kept with its embedding.
 
-**Hit**: the prompt's input embeddings go straight into the last layer, over the earlier prompt's KV there. With an
-earlier prompt of `T_e` tokens and a new one of `T`:
+**Hit**: the prompt skips layers, and the last layer runs over the earlier prompt's KV there. The layers at the ends
+that it doesn't skip are `num_end_layers`: none at the beginning and the last one (mode "top_layer"), or more at both
+(mode "sandwich"). With an earlier prompt of `T_e` tokens and a new one of `T`:
 
-| token | position | runs through | attends to, in the last layer | attends to, in the layers below |
-|---|---|---|---|---|
-| earlier prompt's | 0 .. T_e-1 | nothing: its keys and values are as they were kept | | |
-| new prompt's i-th | T_e + i | the last layer, from its input embedding | all T_e, new tokens 0 .. i | |
-| answer's j-th | T_e + T + j | all layers | all T_e, all T, answer tokens 0 .. j | answer tokens 0 .. j |
+| token | position | runs through | attends to, in the last layer | in the other layers at the ends | in those between |
+|---|---|---|---|---|---|
+| earlier prompt's | 0 .. T_e-1 | nothing: its KV is as it was kept | | | |
+| new prompt's i-th | T_e + i | the layers at the ends | all T_e, new tokens 0 .. i | new tokens 0 .. i | |
+| answer's j-th | T_e + T + j | all layers | all T_e, all T, answer 0 .. j | all T, answer 0 .. j | answer 0 .. j |
 
 So the new prompt stands after the earlier one, whose keys need no moving, and attends to all of it however long it is.
 The KV of a batch (`TaskKV`) holds, by layer:
 
 | layer | a prompt that missed | a prompt that hit |
 |---|---|---|
-| below the last | its tokens and the answer's | the answer's tokens only |
+| between the ends | its tokens and the answer's | the answer's tokens only |
+| at the ends | its tokens and the answer's | its tokens and the answer's |
 | the last | its tokens and the answer's | the earlier prompt's, then its own tokens, then the answer's |
 
 All rows of a layer are equally long: what a row doesn't have is zeros that its mask leaves out. Nothing that was
 computed on a hit is kept for later tasks, for it is approximate. The paper's Algorithm 1 says when a similar task's KV
 is reused; positions, and what an answer attends to in layers that have no KV of the prompt, are settled here. Unlike
-there, a miss runs the model as it is, without a sandwich configuration, so that it gives what the model gives.
+there, a miss runs the model as it is, so that it gives what the model gives. In the paper's sandwich, which is that of
+Layer-Condensed KV (arXiv 2405.10637), the layers between attend to the last one's KV, which a model is trained for.
+Here a hit skips them.
 """
 
 from __future__ import annotations
@@ -40,9 +44,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch, TaskSearch
+from kvarena.contenders.simllm.params import WARNINGS
 from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome, TopLayerKV
 from kvarena.core.plan import TokenIds, as_token_ids
-from kvarena.engines.hf.sequence_kv import GROWTH
+from kvarena.engines.hf.sequence_kv import grown
 
 MIN_FREE_TOKENS = 64
 
@@ -66,30 +71,23 @@ class GrowingLayer(DynamicLayer):
             self._memory = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[3])
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        self._reserve(start, end)
+        if end > self._memory.shape[3]:
+            self._memory = grown(self._memory, start, end + MIN_FREE_TOKENS)
         self._memory[0, :, :, start:end] = key_states
         self._memory[1, :, :, start:end] = value_states
         self.keys, self.values = self._memory[:, :, :, :end]
         return self.keys, self.values
-
-    def _reserve(self, num_filled: int, num_tokens: int) -> None:
-        _, batch, num_heads, capacity, head_size = self._memory.shape
-        if num_tokens <= capacity:
-            return
-        room = max(num_tokens + MIN_FREE_TOKENS, int(GROWTH * capacity))
-        larger = self._memory.new_empty(2, batch, num_heads, room, head_size)
-        larger[:, :, :, :num_filled] = self._memory[:, :, :, :num_filled]
-        self._memory = larger
 
 
 class TaskKV(DynamicCache):
     """Differs from `DynamicCache` in that layers have different lengths, grow without copies, and in a prefill that
     runs some rows only.
 
-    `task_ids` name the prompts, one for each row. An earlier task is used when its salt is the same, and when its
-    prompt, the new one and `max_new_tokens` have room in `max_positions`. `similarity_threshold` None is the manager's.
-    The prefill searches where `searches` are not there yet; after it there are `outcomes`, and `checks`: by row, an
-    earlier task and the prompt `(T,)` for which its reuse is still to be compared with full prefill.
+    `task_ids` name the prompts, one for each row; those that hit leave out the layers `skipped`. An earlier task is
+    used when its salt is the same, and when its prompt, the new one and `max_new_tokens` have room in `max_positions`.
+    `similarity_threshold` None is the manager's. The prefill searches where `searches` are not
+    there yet; after it there are `outcomes`, and `checks`: by row, an earlier task and the prompt `(T,)` for which its
+    reuse is still to be compared with full prefill.
     """
 
     def __init__(
@@ -101,6 +99,7 @@ class TaskKV(DynamicCache):
         max_new_tokens: int = 0,
         salt: str = "",
         similarity_threshold: float | None = None,
+        num_end_layers: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__(config=config)
         self.layers: list[GrowingLayer] = [GrowingLayer() for _ in range(config.num_hidden_layers)]
@@ -110,6 +109,9 @@ class TaskKV(DynamicCache):
         self.searches: Sequence[TaskSearch] = ()
         self.outcomes: list[TaskOutcome] = []
         self.checks: dict[int, tuple[TaskMatch, torch.Tensor]] = {}
+        self.num_end_layers = num_end_layers
+        num_layers, (num_first, num_last) = len(self.layers), num_end_layers
+        self.skipped = range(min(num_first, num_layers - 1), max(min(num_first, num_layers - 1), num_layers - num_last))
         self._max_tokens = max_positions - max_new_tokens
         self._missed = torch.ones(len(task_ids), dtype=torch.bool)
         self._earlier_mask = torch.zeros(len(task_ids), 0, dtype=torch.bool)
@@ -126,6 +128,10 @@ class TaskKV(DynamicCache):
         return len(self.layers) - 1
 
     @property
+    def num_layers_of_a_hit(self) -> int:
+        return len(self.layers) - len(self.skipped)
+
+    @property
     def num_columns(self) -> int:
         """How many tokens every row was given so far, padding included."""
         num_tokens: int = self.get_seq_length(self.top)
@@ -133,7 +139,7 @@ class TaskKV(DynamicCache):
 
     @property
     def running(self) -> torch.Tensor:
-        """The rows `(B_run,)` that go through the layers below the last: in the prefill those that missed."""
+        """The rows `(B_run,)` that go through the layers `skipped`: in the prefill those that missed."""
         rows = torch.arange(len(self.task_ids), device=self._missed.device)
         return rows[self._missed] if self._is_prefilling else rows
 
@@ -168,8 +174,8 @@ class TaskKV(DynamicCache):
     def end_prefill(self) -> None:
         self._is_prefilling = False
 
-    def mask_below(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Which of the tokens in the layers below the last are there, `(B_run, T_kv)`."""
+    def mask_skipped(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Which of the tokens in the layers `skipped` are there, `(B_run, T_kv)`."""
         prompt, answer = attention_mask.tensor_split([self._num_prompt_columns], dim=1)
         if self._missed.any():
             return torch.cat([prompt * self._missed[:, None], answer], dim=1)[self.running]
@@ -189,8 +195,8 @@ class TaskKV(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `DynamicCache`; below the last layer a prefill's keys and values are those of the running rows."""
-        if not self._is_prefilling or layer_idx == self.top or self._missed.all():
+        """As `DynamicCache`; in the layers `skipped` a prefill's keys and values are those of the running rows."""
+        if not self._is_prefilling or layer_idx not in self.skipped or self._missed.all():
             updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
             return updated
         for_all_rows = key_states.new_zeros(2, len(self.task_ids), *key_states.shape[1:])
@@ -275,7 +281,7 @@ class LlamaModelWithKVReuse(LlamaModel):
         # 1. Search.
         searches = kv.searches or [self.search_task(prompt, kv) for prompt in prompts]
 
-        # 2. The prompts that missed go through all layers, those that hit through the last one.
+        # 2. The prompts that missed go through all layers, those that hit through those at the ends.
         embeddings = self.embed_tokens(input_ids)
         kv.begin([search.match for search in searches], embeddings, input_ids.shape[1])
         hidden = self._forward_tasks(embeddings, attention_mask, kv)
@@ -283,7 +289,7 @@ class LlamaModelWithKVReuse(LlamaModel):
 
         # 3. Keep what was computed in full, and note what reuse is to be compared with it.
         for row, (task_id, prompt, search) in enumerate(zip(kv.task_ids, prompts, searches, strict=True)):
-            kv.outcomes.append(self._outcome(task_id, len(prompt), search.match))
+            kv.outcomes.append(self._outcome(task_id, len(prompt), search.match, kv))
             if search.match is None:
                 top_layer_kv = kv.prompt_top_layer_kv(row, len(prompt))
                 self.keep_task(task_id, as_token_ids(prompt.tolist()), search.embedding, top_layer_kv, kv.salt)
@@ -291,31 +297,37 @@ class LlamaModelWithKVReuse(LlamaModel):
                 kv.checks[row] = (search.check, prompt)
         return hidden
 
-    def last_hidden_over(self, match: TaskMatch, prompt: torch.Tensor) -> torch.Tensor:
+    def last_hidden_over(self, match: TaskMatch, prompt: torch.Tensor, num_end_layers: tuple[int, int]) -> torch.Tensor:
         """What a hit would give after the last token of a prompt `(T,)`: `(E,)`."""
-        kv = TaskKV(self.config, [match.entry.task_id], max_positions=self.config.max_position_embeddings)
+        max_positions = self.config.max_position_embeddings
+        kv = TaskKV(self.config, [match.entry.task_id], max_positions=max_positions, num_end_layers=num_end_layers)
         embeddings = self.embed_tokens(prompt[None])
         kv.begin([match], embeddings, len(prompt))
         return self._forward_tasks(embeddings, torch.ones_like(prompt[None]), kv)[0, -1]
 
     def _forward_tasks(self, embeddings: torch.Tensor, attention_mask: torch.Tensor, kv: TaskKV) -> torch.Tensor:
-        """The running rows through the layers below the last, then all rows through the last: `(B, T, E)`."""
+        """All rows through all layers, but for those that hit, which leave some out in the prefill: `(B, T, E)`."""
         num_tokens = embeddings.shape[1]
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:] + kv.offsets
-        hidden, rows = embeddings.clone(), kv.running
-        below = embeddings[rows]
-        if len(rows) and kv.top:
-            mask = create_causal_mask(self.config, below, kv.mask_below(attention_mask), kv, layer_idx=0)
-            hidden[rows] = self._run_layers(self.layers[: kv.top], below, mask, positions[rows], kv)
-        mask = create_causal_mask(self.config, hidden, kv.mask_top(attention_mask), kv, layer_idx=kv.top)
-        normed: torch.Tensor = self.norm(self._run_layers(self.layers[kv.top :], hidden, mask, positions, kv))
+        hidden, rows, skipped, top = embeddings, kv.running, kv.skipped, kv.top
+        hidden = self._run_layers(range(skipped.start), hidden, attention_mask, positions, kv)
+        if len(rows) and skipped:
+            running = self._run_layers(skipped, hidden[rows], kv.mask_skipped(attention_mask), positions[rows], kv)
+            hidden = hidden.index_copy(0, rows, running)
+        hidden = self._run_layers(range(skipped.stop, top), hidden, attention_mask, positions, kv)
+        hidden = self._run_layers(range(top, top + 1), hidden, kv.mask_top(attention_mask), positions, kv)
+        normed: torch.Tensor = self.norm(hidden)
         return normed
 
     def _run_layers(
-        self, layers: Any, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, kv: TaskKV
+        self, numbers: range, hidden: torch.Tensor, present: torch.Tensor, positions: torch.Tensor, kv: TaskKV
     ) -> torch.Tensor:
+        """Layers of which the same tokens `present` `(B, T_kv)` are there."""
+        if not numbers:
+            return hidden
+        mask = create_causal_mask(self.config, hidden, present, kv, layer_idx=numbers.start)
         rotary = self.rotary_emb(hidden, position_ids=positions)
-        for layer in layers:
+        for layer in self.layers[numbers.start : numbers.stop]:
             hidden = layer(
                 hidden,
                 attention_mask=mask,
@@ -326,13 +338,13 @@ class LlamaModelWithKVReuse(LlamaModel):
             )
         return hidden
 
-    def _outcome(self, task_id: str, num_tokens: int, match: TaskMatch | None) -> TaskOutcome:
+    def _outcome(self, task_id: str, num_tokens: int, match: TaskMatch | None, kv: TaskKV) -> TaskOutcome:
         if match is None:
             return TaskOutcome(task_id, num_tokens, num_layer_passes=num_tokens * len(self.layers))
         return TaskOutcome(
             task_id,
             num_tokens,
-            num_layer_passes=num_tokens,
+            num_layer_passes=num_tokens * kv.num_layers_of_a_hit,
             matched_task_id=match.entry.task_id,
             similarity=match.similarity,
             is_approximate=True,
@@ -350,6 +362,7 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model = LlamaModelWithKVReuse(config)
+        self._has_warned = False
         self.post_init()
 
     def forward(
@@ -379,20 +392,20 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
         if isinstance(past_key_values, TaskKV):
             kv, logits = past_key_values, output.logits[:, -1]
             for row, (match, prompt) in kv.checks.items():
-                kv.outcomes[row] = self.checked(kv.outcomes[row], match, prompt, logits[row])
+                kv.outcomes[row] = self.checked(kv, kv.outcomes[row], match, prompt, logits[row])
             kv.checks = {}
         return output
 
     def checked(
-        self, outcome: TaskOutcome, match: TaskMatch, prompt: torch.Tensor, logits: torch.Tensor
+        self, kv: TaskKV, outcome: TaskOutcome, match: TaskMatch, prompt: torch.Tensor, logits: torch.Tensor
     ) -> TaskOutcome:
         """Tries reuse for a prompt `(T,)` that was prefilled in full, and records whether the first token is the same.
 
-        `logits` `(V,)` are those of the full prefill.
+        `logits` `(V,)` are those of the full prefill, `kv` the cache that reuse was tried for.
         """
-        first_token = self.lm_head(self.model.last_hidden_over(match, prompt)).argmax()
+        first_token = self.lm_head(self.model.last_hidden_over(match, prompt, kv.num_end_layers)).argmax()
         check = self.model.manager.record_check(match.similarity, bool(first_token == logits.argmax()))
-        num_passes = outcome.num_layer_passes + outcome.num_prompt_tokens
+        num_passes = outcome.num_layer_passes + outcome.num_prompt_tokens * kv.num_layers_of_a_hit
         return replace(outcome, num_layer_passes=num_passes, check=check)
 
     def set_kv_manager(self, manager: InterTaskKVManager) -> None:
@@ -408,6 +421,7 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
         max_new_tokens: int = 0,
         salt: str = "",
         similarity_threshold: float | None = None,
+        num_end_layers: tuple[int, int] = (0, 1),
     ) -> TaskKV:
         """The cache for a forward over prompts, one for each id, that reuse is to be tried for."""
         return TaskKV(
@@ -417,11 +431,13 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
             max_new_tokens=max_new_tokens,
             salt=salt,
             similarity_threshold=similarity_threshold,
+            num_end_layers=num_end_layers,
         )
 
     def generate_with_kv_reuse(self, input_ids: torch.Tensor, task_id: str | Sequence[str], **kwargs: Any) -> Any:
         """`generate` for prompts `(B, T)`, padded on the left, each of which may hit or miss; the same result.
 
+        The mode is "top_layer", as the log says once: other models than those trained for it lose their answers.
         `task_id`: one for each prompt; `kwargs` are `generate`'s. Raises `ValueError` for an empty prompt, and for
         ways of generating that run a prompt more than once or in pieces.
         """
@@ -431,6 +447,9 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
                 f"input_ids must be ({len(task_ids)}, T), a row for each task id and T from 1, "
                 f"not {tuple(input_ids.shape)}"
             )
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning("%s", WARNINGS["top_layer"])
         config = kwargs.get("generation_config") or self.generation_config
         refuse_repeated_prefill(kwargs, config)
         kv = self.new_task_kv(task_ids, max_new_tokens=kwargs.get("max_new_tokens") or config.max_new_tokens or 0)

@@ -9,10 +9,19 @@ from typing import Literal, get_args
 
 from kvarena.policies.params import BlendParams
 
-Mode = Literal["top_layer", "aligned"]
+Mode = Literal["aligned", "top_layer", "sandwich"]
 MODES: tuple[str, ...] = get_args(Mode)
+WARNINGS = {
+    mode: f"mode {mode} skips layers on a hit; a model that wasn't trained for it loses its answers (docs/simllm.md)"
+    for mode in MODES
+    if mode != "aligned"
+}
+"""Of the modes that are known to lose quality."""
 AUTO: Literal["auto"] = "auto"
 SimilarityThreshold = float | Literal["auto"]
+
+
+MAX_CACHE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -85,21 +94,30 @@ class AutoThresholdParams:
 class SimLLMParams:
     """How tasks are kept, found and reused (Luo et al., "Sim-LLM", NeurIPS 2025).
 
-    `mode` "top_layer" is the paper's: a similar task lends the KV of its last layer. "aligned" goes further: it lends
-    the KV of all layers where the prompts' tokens are the same. `similarity_threshold` "auto" follows `auto`. Raises
-    `ValueError` naming the value and the choices.
+    `mode` "top_layer": a similar task lends the KV of its last layer, which alone is run. "sandwich": as that, and the
+    first and the last `num_end_layers` are run over the new prompt, as in the paper's sandwich configuration.
+    "aligned", which keeps answers, lends the KV of all layers where the prompts' tokens are the same.
+    `similarity_threshold` "auto" follows `auto`. Raises `ValueError` naming the value and the choices.
     """
 
-    mode: str = "top_layer"
+    mode: str = "aligned"
     max_cache_size: int = 100
     similarity_threshold: SimilarityThreshold = 0.8
     num_hyperplanes: int = 16
     aligned: AlignedParams = field(default_factory=AlignedParams)
     auto: AutoThresholdParams = field(default_factory=AutoThresholdParams)
+    num_end_layers: int = 2
+    max_cache_bytes: int = MAX_CACHE_BYTES
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+        if self.num_end_layers < 1:
+            raise ValueError(f"num_end_layers must be at least 1, not {self.num_end_layers}")
+
+    def end_layers_of(self, mode: str) -> tuple[int, int]:
+        """How many of the first and of the last layers a hit runs over the new prompt, but in mode "aligned"."""
+        return (self.num_end_layers, self.num_end_layers) if mode == "sandwich" else (0, 1)
 
 
 def checked_threshold(threshold: float, name: str = "similarity_threshold") -> float:

@@ -110,6 +110,8 @@ class TaskDirectory:
             f"SELECT number, {_COLUMNS} FROM tasks WHERE model = ? AND number IN ({places})",
             (self._model, *map(int, numbers)),
         )
+        if rows is None:
+            return []
         for number in set(numbers).difference(str(row[0]) for row in rows):
             self._forget(number)
         return [task for row in rows if (task := self._task(*row[1:]))]

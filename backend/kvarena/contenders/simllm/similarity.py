@@ -2,10 +2,11 @@
 
 The index is locality-sensitive hashing by random projection (Charikar, STOC 2002). A hash has one bit for each
 hyperplane: the side that the embedding lies on. Two embeddings at an angle of `a` differ in a bit with probability
-`a / pi`, so similar tasks lie in buckets that differ in few bits. Buckets are probed in the order of query-directed
-multi-probe LSH (Lv et al., VLDB 2007): least first the sum of the squared distances from the query to the hyperplanes
-that lie between. What they hold is ordered by the angle between the projections, of which the hash is the signs. The
-index keeps no embedding: which of the found is nearest, `most_similar_first` says.
+`a / pi`, so similar tasks lie in buckets that differ in few bits. Of the buckets that hold a task, `NUM_PROBES` are
+probed, in the order of query-directed multi-probe LSH (Lv et al., VLDB 2007): least first the sum of the squared
+distances from the query to the hyperplanes that lie between. Tasks in other buckets aren't compared: more hyperplanes
+make smaller buckets, hence fewer candidates. These are ordered by the angle between the projections, of which the hash
+is the signs. The index keeps no embedding: which of the found is nearest, `most_similar_first` says.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ def most_similar_first(query_embedding: torch.Tensor, tasks: Sequence[Task]) -> 
 
 
 MAX_HYPERPLANES = 64
-_FIRST_CAPACITY = 256
-_MAX_PROBED = 4096
+NUM_PROBES = 64
 _BYTE_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (256, 8)
 
 
 class LSHIndex:
     """Keys in buckets. Not thread-safe: it belongs to one manager.
 
-    Raises `ValueError` for an embedding of another size than `embedding_dim`, or with NaN or infinity in it.
+    `num_candidates` counts the keys that were found in the buckets of all searches. Raises `ValueError` for an
+    embedding of another size than `embedding_dim`, or with NaN or infinity in it.
     """
 
     def __init__(self, embedding_dim: int, num_hyperplanes: int = 16, seed: int = 42) -> None:
@@ -64,15 +65,15 @@ class LSHIndex:
             raise ValueError(f"num_hyperplanes must be from 1 to {MAX_HYPERPLANES}, not {num_hyperplanes}")
         self.embedding_dim = embedding_dim
         self.num_hyperplanes = num_hyperplanes
+        self.num_candidates = self.num_probes = 0
+        """Keys that were compared, and buckets that were looked into, by all searches."""
         self._hyperplanes = np.random.default_rng(seed).standard_normal((num_hyperplanes, embedding_dim))
-        self._weights = np.uint64(1) << np.arange(num_hyperplanes, dtype=np.uint64)
-        self._codes: npt.NDArray[np.uint64] = np.zeros(_FIRST_CAPACITY, np.uint64)
-        self._directions: npt.NDArray[np.float32] = np.zeros((_FIRST_CAPACITY, num_hyperplanes), np.float32)
-        self._keys: list[str] = []
-        self._places: dict[str, int] = {}
+        self._buckets: dict[str, dict[str, npt.NDArray[np.float32]]] = {}  # by hash and key, the projection's direction
+        self._hashes: dict[str, str] = {}
+        self._codes: npt.NDArray[np.uint64] | None = None  # the buckets' hashes as numbers; None when they changed
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._hashes)
 
     def compute_hash(self, embedding: torch.Tensor) -> str:
         """The bits of an embedding `(E,)` as a string of 0 and 1, the first hyperplane's last."""
@@ -80,43 +81,47 @@ class LSHIndex:
 
     def compute_hash_batch(self, embeddings: torch.Tensor) -> list[str]:
         """The hash of each of the embeddings `(N, E)`."""
-        return [self._as_text(code) for code in self._encode(self._project(embeddings))]
+        return [_hash_of(projected) for projected in self._project(embeddings)]
 
     def add(self, key: str, embedding: torch.Tensor) -> str:
         """Put a key into the bucket of its embedding `(E,)`, whose hash is returned; it leaves the one it was in."""
-        projected = self._project(embedding[None])
-        place = self._places.setdefault(key, len(self._keys))
-        if place == len(self._keys):
-            self._keys.append(key)
-            if place == len(self._codes):
-                self._codes = np.concatenate([self._codes, np.zeros_like(self._codes)])
-                self._directions = np.concatenate([self._directions, np.zeros_like(self._directions)])
-        self._codes[place] = self._encode(projected)[0]
-        self._directions[place] = _unit(projected[0])
-        return self._as_text(self._codes[place])
+        projected = self._project(embedding[None])[0]
+        if key in self._hashes:
+            self.remove(key)
+        lsh_hash = self._hashes[key] = _hash_of(projected)
+        if lsh_hash not in self._buckets:
+            self._buckets[lsh_hash], self._codes = {}, None
+        self._buckets[lsh_hash][key] = _unit(projected)
+        return lsh_hash
 
     def remove(self, key: str) -> None:
-        """Forget a key; the last one takes its place."""
-        place = self._places.pop(key)
-        last = self._keys.pop()
-        if last != key:
-            self._keys[place] = last
-            self._places[last] = place
-            self._codes[place] = self._codes[len(self._keys)]
-            self._directions[place] = self._directions[len(self._keys)]
+        lsh_hash = self._hashes.pop(key)
+        del self._buckets[lsh_hash][key]
+        if not self._buckets[lsh_hash]:
+            del self._buckets[lsh_hash]
+            self._codes = None
 
     def neighbours(self, embedding: torch.Tensor, max_keys: int = 128) -> list[str]:
-        """At most so many keys of the buckets that are probed first; in the order of their projections' angles."""
-        projected = self._project(embedding[None])  # (1, num_hyperplanes)
-        costs = _costs_of_differing_bits(self._codes[: len(self)] ^ self._encode(projected), projected[0] ** 2)
-        probed = _least(costs, _MAX_PROBED)
-        found = probed[_least(-(self._directions[probed] @ _unit(projected[0])), max_keys)]
-        return [self._keys[place] for place in found]
+        """At most so many keys of the buckets that are probed, in the order of their projections' angles."""
+        projected = self._project(embedding[None])[0]
+        hashes = list(self._buckets)
+        if self._codes is None:
+            self._codes = np.array([int(one, 2) for one in hashes], np.uint64)
+        costs = _costs_of_differing_bits(self._codes ^ np.uint64(int(_hash_of(projected), 2)), projected**2)
+        probed = [self._buckets[hashes[place]] for place in np.argsort(costs, kind="stable")[:NUM_PROBES]]
+        found = {key: direction for bucket in probed for key, direction in bucket.items()}
+        self.num_candidates += len(found)
+        self.num_probes += len(probed)
+        if not found:
+            return []
+        angles = np.stack(list(found.values())) @ _unit(projected)
+        keys = list(found)
+        return [keys[place] for place in np.argsort(-angles, kind="stable")[:max_keys]]
 
     def check_integrity(self) -> None:
-        """Compare keys, places and codes. Raises `AssertionError`."""
-        assert len(self._keys) == len(self._places) <= len(self._codes)
-        assert all(self._keys[place] == key for key, place in self._places.items())
+        """Compare buckets and hashes. Raises `AssertionError`."""
+        assert self._hashes == {key: one for one, bucket in self._buckets.items() for key in bucket}
+        assert all(self._buckets.values()), "an empty bucket"
 
     def _project(self, embeddings: torch.Tensor) -> npt.NDArray[np.float64]:
         """`(N, num_hyperplanes)`, in fp64, so that no order of summing flips a bit."""
@@ -128,24 +133,13 @@ class LSHIndex:
         projected: npt.NDArray[np.float64] = rows @ self._hyperplanes.T
         return projected
 
-    def _as_text(self, code: np.uint64) -> str:
-        return format(int(code), f"0{self.num_hyperplanes}b")
 
-    def _encode(self, projected: npt.NDArray[np.float64]) -> npt.NDArray[np.uint64]:
-        codes: npt.NDArray[np.uint64] = np.where(projected >= 0, self._weights, np.uint64(0)).sum(
-            axis=1, dtype=np.uint64
-        )
-        return codes
+def _hash_of(projected: npt.NDArray[np.float64]) -> str:
+    return "".join("1" if one >= 0 else "0" for one in projected[::-1])
 
 
 def _unit(vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return (vector / max(float(np.linalg.norm(vector)), 1e-30)).astype(np.float32)
-
-
-def _least(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """The places of the least of these values, at most so many, in ascending order of value."""
-    places = np.argpartition(values, count)[:count] if count < len(values) else np.arange(len(values))
-    return places[np.argsort(values[places], kind="stable")]
 
 
 def _costs_of_differing_bits(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 
 from kvarena.contenders.servers import EngineServer, Launch, Options, own_options
 from kvarena.contenders.simllm.params import Mode
@@ -19,20 +19,23 @@ class SimLLMSettings:
 
     mode: Mode | None = setting(
         None,
-        "What a similar earlier prompt lends: aligned (all layers, where the tokens are the same), or top_layer (the "
-        "last layer).",
+        "What is reused of a similar earlier prompt: aligned (all layers, where the tokens are the same), "
+        "top_layer (the last layer), or sandwich (the same, with more layers run).",
         shown="aligned",
     )
     similarity_threshold: Annotated[float, Interval(ge=-1, le=1)] | Literal["auto"] | None = setting(
         None,
-        "The least cosine of two prompts that are similar, from -1 to 1, or auto; docs/simllm.md says what prompts "
+        "Minimum cosine similarity of two similar prompts, from -1 to 1, or auto; docs/simllm.md says what prompts "
         "have.",
-        shown=0.998,
+        shown=0.998,  # prompts over the same long texts are nearly all above the paper's 0.8
         demand="auto or a number from -1 to 1",
     )
     max_cache_size: Annotated[int, Ge(1)] | None = setting(
-        None, "How many prompts are kept, each with its whole KV; the longest unused one goes first.", shown=100
+        None,
+        "Number of prompts that are kept, each with its whole KV; the least recently used one goes first.",
+        shown=100,
     )
+    cache_gb: Annotated[float, Gt(0)] = setting(1.0, "Memory for their KV, in GiB.")
     num_hyperplanes: Annotated[int, Interval(ge=1, le=64)] | None = setting(
         None, "Bits of the hash by which they are found.", shown=16
     )
@@ -42,6 +45,7 @@ def _options(launch: Launch) -> Options:
     """Mode aligned blends as the contender blend does."""
     return {
         **own_options(launch),
+        "--cache-gb": f"{launch.settings.cache_gb:g}",
         **{f"--{name.replace('_', '-')}": getattr(launch.blend, name) for name in PARAMETERS},
         "--max-model-len": launch.max_model_len,
     }
@@ -49,12 +53,13 @@ def _options(launch: Launch) -> Options:
 
 SPEC = ContenderSpec(
     name="simllm",
-    title="PyTorch with Sim-LLM",
+    title="PyTorch + similar prompts (Sim-LLM)",
     explanation="Reuses the KV of a similar earlier prompt.",
     port=8003,
     server=EngineServer("kvarena.contenders.simllm", _options),
     is_approximate=True,
     report="similar_task",
     settings=SimLLMSettings,
+    cache_gb=lambda launch: float(launch.settings.cache_gb) if launch.profile == "cpu" else 0,
     model_types=("llama",),
 )

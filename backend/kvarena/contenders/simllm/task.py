@@ -116,7 +116,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 class TaskOutcome:
     """`num_layer_passes` counts a prompt token once for each layer that ran over it: `T * L` without reuse.
 
-    `num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`. In mode "top_layer" every
+    `num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`. But in mode "aligned" every
     token of a hit counts as reused: the earlier task's KV stands for what they would have been computed for.
     `matched_token_ids` are the earlier prompt's. `check` is there when reuse was tried beside a full prefill, to be
     compared with it; that counts as a miss.
