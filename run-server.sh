@@ -3,13 +3,25 @@
 #
 #   ./run-server.sh [up] [--contenders blend,plain] [--profile auto|cpu|gpu|ai100] [--model M] [--no-ui] [--port-base N] ...
 #   ./run-server.sh setup [--profile ...]    sets up only, the default model included
+#   ./run-server.sh doctor                   what this machine has, what can run on it, and what can't and why
 #   ./run-server.sh status | logs NAME [-f] | restart NAME | warm | clear | stop | down
 #
+# Settings stand below, and all of them with their defaults in .env.example, for a file .env.
 # With GPUs or a Cloud AI 100 card, and a Docker engine, it runs in containers; --run-in processes or containers decides.
 # Set-up happens before `up` only, and only when pyproject.toml, the pinned versions or the profile have changed since
 # the last time. PYTHON names the interpreter to use, and SETUP_EXTRAS=dev installs the tests' packages too; everything
 # else is `kvarena`, see `./run-server.sh up --help`.
 set -euo pipefail
+
+# --- Settings, where no other value comes from the environment; an empty one is .env's, or what suits this machine ---
+MODEL=${MODEL:-}                          # a local folder, or a name on the Hugging Face hub
+HF_TOKEN=${HF_TOKEN:-}                    # for gated and private models
+LOCAL_HF_HOME=${LOCAL_HF_HOME:-}          # your Hugging Face cache; ~/.cache/huggingface
+DATA_DIR=${DATA_DIR:-}                    # where your text chunks live; data
+HOST_PORT_LMCACHE=${HOST_PORT_LMCACHE:-}  # vLLM with LMCache, the contender blend; 8000
+HOST_PORT_DEFAULT=${HOST_PORT_DEFAULT:-}  # vLLM without LMCache, the contender plain; 8001
+BLEND_RATIO=${BLEND_RATIO:-}              # share of the chunks' tokens that is recomputed
+BLEND_CHECK_LAYER=${BLEND_CHECK_LAYER:-}  # the layer that says which
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
@@ -202,6 +214,12 @@ get_model() {
         printf 'note: the small town model is served until the default one can be had\n' >&2
     fi
 }
+
+# Only those that have a value: the others are left to .env.
+BLEND_PORT=${BLEND_PORT:-$HOST_PORT_LMCACHE} PLAIN_PORT=${PLAIN_PORT:-$HOST_PORT_DEFAULT}
+for name in MODEL HF_TOKEN LOCAL_HF_HOME DATA_DIR BLEND_PORT PLAIN_PORT BLEND_RATIO BLEND_CHECK_LAYER; do
+    if [[ -n ${!name} ]]; then export "${name?}"; else unset "$name"; fi
+done
 
 case ${1:-} in
     '' | -*) set -- up "$@" ;;

@@ -43,7 +43,7 @@ url() {
 
 start() {
     local image=$1 service=$2
-    local -a environment=(--env "PORT_BASE=$port_base" --env "CONTENDERS=$contenders")
+    local -a environment=(--env "PORT_BASE=$port_base" --env "CONTENDERS=$contenders" --env MODEL=town)
     if [[ $builder == buildah ]]; then
         touch "$logs/$service.start"
         containers[$service]=$(buildah from --add-host lmcache-server:127.0.0.1 "kvarena-$image")

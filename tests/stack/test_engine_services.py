@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from ai100.settings import AI100Settings
 from kvarena.contenders.spec import ContenderSpec
-from kvarena.stack.home import Home, project_root
+from kvarena.home import Home, project_root
+from kvarena.model import DEFAULT_CARD_MODEL, DEFAULT_GPU_MODEL
+from kvarena.stack import machine
+from kvarena.stack.preflight import estimate_memory
 from support.command_lines import parsed
 from support.engine_commands import ENGINES
-from support.planned_services import extra_config, make
+from support.planned_services import extra_config, make, with_gpus
 
 AI100_CHOICES: dict[str, object] = {
     "runtime": "onnx",
@@ -56,6 +60,40 @@ def test_simllm_is_a_pytorch_server_that_blends_as_blend_does(home: Home, tmp_pa
     said = (options["policy"], options["ratio"], options["check_layer"])
     assert said == (blend["policy"], blend["ratio"], blend["check_layer"]) == ("kv_deviation", 0.5, 2)
     assert "--num-hyperplanes" not in simllm.command, "the server's own default"
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_what_runs_on_a_card_leaves_cores_and_memory_to_the_others(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"contenders": "ai100,plain", "model": "town"}
+    plan, services = make(home, tmp_path, ai100_runtime="qaic", **chosen)
+    assert services["plain"].cpus == (0, 1)
+    assert services["ai100"].cpus == ()
+    assert "OMP_NUM_THREADS" not in services["ai100"].environment
+    on_the_host, _ = make(home, tmp_path, ai100_runtime="host", **chosen)
+    assert estimate_memory(on_the_host).weight_bytes == 2 * estimate_memory(plan).weight_bytes
+    with_gpus(monkeypatch, "0")
+    _, services = make(home, tmp_path, profile="gpu", ai100_runtime="qaic", **chosen)
+    assert parsed(services["plain"])["gpu_memory_utilization"] == 0.9
+    assert services["ai100"].depends_on == ()
+
+
+def test_a_card_has_its_own_default_model(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is asked for, and where there is one and QEfficient, which drives it."""
+    assert make(home, tmp_path, contenders="ai100", ai100_runtime="qaic")[0].model.name == DEFAULT_CARD_MODEL
+    assert AI100Settings(runtime="qaic").model_path == DEFAULT_CARD_MODEL
+    monkeypatch.setattr(machine, "cards", lambda: [Path("/dev/accel/accel0")])
+    assert make(home, tmp_path, contenders="ai100")[0].model.served_name == "town", "QEfficient isn't there"
+    monkeypatch.setattr("kvarena.stack.plan.find_spec", lambda name: object())
+    found, services = make(home, tmp_path, contenders="ai100")
+    assert found.model.name == DEFAULT_CARD_MODEL
+    assert parsed(services["ai100"])["runtime"] == "qaic"
+    assert make(home, tmp_path, contenders="ai100", model="town")[0].model.served_name == "town"
+    assert make(home, tmp_path, contenders="ai100", ai100_runtime="host")[0].model.served_name == "town"
+    with_gpus(monkeypatch, "0")
+    beside = make(home, tmp_path, profile="gpu", contenders="blend,ai100")[0]
+    assert beside.model.name == DEFAULT_GPU_MODEL, "one model for all"
 
 
 @pytest.mark.usefixtures("two_cores")

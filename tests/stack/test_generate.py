@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
+from kvarena.home import project_root
 from kvarena.stack.generate import COMMAND, SECTIONS, generated
-from kvarena.stack.home import project_root
 from support.project_copy import copy_project, example_of, run_in
 
 SERVICES = """
 import dataclasses, json, sys
 from pathlib import Path
-from kvarena.stack.home import Home
+from kvarena.home import Home
 from kvarena.stack.plan import make_plan
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import load_settings
@@ -46,7 +46,8 @@ def test_a_section_that_was_lost_is_an_error() -> None:
 def with_echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with the contender of CONTRIBUTING.md, and with what is generated written anew."""
     copy = copy_project(tmp_path_factory.mktemp("project"))
-    (copy / "backend" / "kvarena" / "contenders" / "echo.py").write_text(example_of("Add a contender"))
+    example = example_of("Add a contender").replace("port=8006", "port=8090")  # the next free one may be taken by now
+    (copy / "backend" / "kvarena" / "contenders" / "echo.py").write_text(example)
     run_in(copy, "-m", "kvarena.stack.generate")
     return copy
 
@@ -57,27 +58,29 @@ def read(path: Path) -> Any:
 
 def test_a_new_contender_is_a_choice(with_echo: Path) -> None:
     said = " ".join(run_in(with_echo, "-c", "from kvarena.cli import main; main()", "up", "--help").split())
-    assert "plain, prefix, simllm, ai100, lmcache, echo, separated by commas" in said
-    assert "lmcache N+5, echo N+6" in said
+    assert ", echo, separated by commas" in said
+    assert "echo N+90" in said
 
 
 def test_a_new_contender_is_a_service_that_the_page_knows(with_echo: Path, tmp_path: Path) -> None:
     services = {service["name"]: service for service in services_of(with_echo, tmp_path, ECHO_NUM_WORDS="3")}
     assert list(services) == ["plain", "echo", "page"]
     echo = services["echo"]
-    assert (echo["title"], echo["port"], echo["health_url"]) == ("The echo", 8006, "http://127.0.0.1:8006/health")
+    assert (echo["title"], echo["port"], echo["health_url"]) == ("The echo", 8090, "http://127.0.0.1:8090/health")
     assert echo["command"][1:3] == ["-m", "kvarena.contenders.echo"]
     assert echo["command"][echo["command"].index("--num-words") + 1] == "3"
     assert json.loads(services["page"]["environment"]["KVARENA_CONTENDERS"])[1] == {
         "name": "echo",
         "title": "The echo",
         "explanation": "Says the last words again.",
-        "url": "http://127.0.0.1:8006",
+        "url": "http://127.0.0.1:8090",
         "approximate": True,
         "report": "",
+        "icon": "",
+        "public_url": "http://127.0.0.1:8090",
     }
     moved = services_of(with_echo, tmp_path, PORT_BASE="9000")
-    assert next(service["port"] for service in moved if service["name"] == "echo") == 9006
+    assert next(service["port"] for service in moved if service["name"] == "echo") == 9090
 
 
 def services_of(copy: Path, home: Path, **settings: str) -> list[dict[str, Any]]:
@@ -89,15 +92,15 @@ def test_a_new_contender_is_a_container_and_a_prometheus_target(with_echo: Path)
     compose = read(with_echo / "compose.yaml")
     echo = compose["services"]["echo"]
     assert (echo["profiles"], echo["command"], echo["image"]) == (["cpu"], ["echo"], "kvarena-engines")
-    assert echo["ports"] == ["127.0.0.1:${ECHO_PORT:-8006}:8006"]
-    assert echo["healthcheck"]["test"][-1] == "http://127.0.0.1:8006/health"
+    assert echo["ports"] == ["127.0.0.1:${ECHO_PORT:-8090}:8090"]
+    assert echo["healthcheck"]["test"][-1] == "http://127.0.0.1:8090/health"
     assert "ECHO_NUM_WORDS" in echo["environment"]
     assert echo["environment"]["CONTENDERS"] == "${CONTENDERS:-blend,plain,prefix,simllm,ai100,echo}"
     for name, host in (("targets.yml", "127.0.0.1"), ("targets.containers.yml", "echo")):
         targets = {group["labels"]["contender"]: group["targets"] for group in read(with_echo / "observability" / name)}
-        assert targets["echo"] == [f"{host}:8006"]
+        assert targets["echo"] == [f"{host}:8090"]
 
 
 def test_a_new_contender_is_in_the_example_of_settings(with_echo: Path) -> None:
     lines = (with_echo / ".env.example").read_text().splitlines()
-    assert {"#ECHO_PORT=8006", "# How many words.", "#ECHO_NUM_WORDS=7"} <= set(lines)
+    assert {"#ECHO_PORT=8090", "# How many words.", "#ECHO_NUM_WORDS=7"} <= set(lines)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.home import Home, StackError
 from kvarena.stack import machine
-from kvarena.stack.home import Home
-from kvarena.stack.service import StackError
 from support.command_lines import parsed
 from support.planned_services import make, with_gpus
 

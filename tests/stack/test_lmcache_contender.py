@@ -15,10 +15,12 @@ import httpx
 import psutil
 import pytest
 
-from kvarena.stack.home import Home
+from kvarena.home import Home
 from kvarena.stack.record import read_record
 from support.running_stack import Stack, started
+from support.salt_isolation import ask_over, assert_isolated
 from support.tiny_models import random_text, save_tiny_model
+from support.verdicts import check_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 PIECE_TOKENS = 32
@@ -30,10 +32,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     model, data = save_tiny_model(tmp_path_factory.mktemp("tiny")), tmp_path_factory.mktemp("data")
     (data / "note.md").write_text("tea and rain")
     options = ("--contenders", "plain,lmcache", "--no-ui", "--model", str(model), "--data", str(data))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", "none")  # without a compiler vLLM's servers compile nothing, which takes them minutes
-        with started(tmp_path_factory.mktemp("lmcache"), *options) as stack:
-            yield stack
+    with started(tmp_path_factory.mktemp("lmcache"), *options) as stack:
+        yield stack
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,10 @@ def plain(stack: Stack) -> Iterator[httpx.Client]:
 def lmcache(stack: Stack) -> Iterator[httpx.Client]:
     with stack.client("lmcache") as http:
         yield http
+
+
+def test_verdicts_are_those_of_the_table(lmcache: httpx.Client) -> None:
+    check_server(lmcache)
 
 
 def ask(http: httpx.Client, prompt: str) -> tuple[list[int], int, int]:
@@ -106,6 +110,7 @@ def ask_until_stored(stack: Stack, plain: httpx.Client, lmcache: httpx.Client, r
 def test_prefixes_survive_vllms_restart_and_a_lost_server_costs_only_speed(
     stack: Stack, plain: httpx.Client, lmcache: httpx.Client
 ) -> None:
+    """A restart empties vLLM's own cache. Strangers don't find what LMCache kept over it."""
     rng = random.Random(3)
     first, second = random_text(rng, 300), random_text(rng, 300)
     longer = first + " " + random_text(rng, 60)
@@ -113,7 +118,7 @@ def test_prefixes_survive_vllms_restart_and_a_lost_server_costs_only_speed(
 
     assert ask(lmcache, first)[::2] == (expected[first], 0)
     assert ask(lmcache, second)[::2] == (expected[second], 0)
-    restart_vllm(stack)
+    assert_strangers_find_nothing(lmcache, 1000, restart=lambda: restart_vllm(stack))
     tokens, num_first_tokens, num_cached = ask(lmcache, first)
     assert tokens == expected[first]
     assert num_cached == (num_first_tokens - 1) // PIECE_TOKENS * PIECE_TOKENS, "whole pieces, vLLM's cache was empty"
@@ -132,6 +137,20 @@ def test_prefixes_survive_vllms_restart_and_a_lost_server_costs_only_speed(
     again = ask_until_stored(stack, plain, lmcache, rng)
     restart_vllm(stack)
     assert_found_again(plain, lmcache, again)
+
+
+def test_a_strangers_prompt_is_as_cold_as_a_new_one(stack: Stack, lmcache: httpx.Client) -> None:
+    assert_strangers_find_nothing(lmcache, 0)
+
+
+def assert_strangers_find_nothing(
+    lmcache: httpx.Client, seed: int, restart: Callable[[], object] | None = None
+) -> None:
+    """A false alarm comes in one of 10,000 runs at most."""
+    ask_salted = ask_over(lmcache, lmcache.get("/v1/models").json()["data"][0]["id"])
+    assert_isolated(
+        ask_salted, lambda number: random_text(random.Random(seed + number), 600), num_rounds=24, restart=restart
+    )
 
 
 def lose_server(

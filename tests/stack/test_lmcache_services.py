@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvarena.stack.home import Home, project_root
+from kvarena.home import Home, StackError, project_root
 from kvarena.stack.lmcache_l2 import bound_bytes, clear_folder, l2_adapter, prune, size_bytes
-from kvarena.stack.service import StackError
 from kvarena.stack.services import build_services
 from support.command_lines import parsed
 from support.planned_services import extra_config, make, with_gpus

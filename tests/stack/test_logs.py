@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.stack.home import Home
+from kvarena.home import Home, StackError
 from kvarena.stack.logs import find_log, first_exception, read_start, tail
-from kvarena.stack.service import StackError
 
 
 def test_tail(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_the_remainder_is_left_over() -> None:
 
 
 def test_a_large_share_keeps_a_core_for_the_server_itself() -> None:
-    assert share_cores(singles(8), 2)[0] == CoreShare(cpus=(0, 1, 2, 3), omp_cpus=(0, 1, 2))
+    assert share_cores(singles(8), 2)[0] == CoreShare((0, 1, 2, 3), (0, 1, 2), spares_core=True)
 
 
 def test_hyperthreads_stay_together() -> None:
@@ -87,6 +87,24 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.visible_gpus() == ["1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine.visible_gpus() == []
+
+
+LISTED = """\
+0, NVIDIA H100 80GB HBM3, 81559, 80987, 580.95.05, 9.0
+1, NVIDIA GB10, [N/A], [N/A], 580.95.05, 12.1
+"""
+
+
+def test_what_nvidia_smi_tells_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CSV without header and units; memory that a GPU shares with the processor isn't told."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "listed").write_text(LISTED)
+    asked = "--query-gpu=index,name,memory.total,memory.free,driver_version,compute_cap --format=csv,noheader,nounits"
+    _fake_nvidia_smi(tmp_path, f'[ "$*" = "{asked}" ] && cat {tmp_path}/listed')
+    assert machine.gpus() == [
+        machine.GPU(0, "NVIDIA H100 80GB HBM3", 81559, 80987, "580.95.05", "9.0"),
+        machine.GPU(1, "NVIDIA GB10", None, None, "580.95.05", "12.1"),
+    ]
 
 
 def test_a_driver_that_does_not_work_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

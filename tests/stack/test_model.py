@@ -11,9 +11,8 @@ from typing import ClassVar
 
 import pytest
 
-from kvarena.stack.home import project_root
-from kvarena.stack.model import cached_snapshot, check_hub_access, find_model
-from kvarena.stack.service import StackError
+from kvarena.home import StackError, project_root
+from kvarena.model import cached_snapshot, check_hub_access, find_model
 
 
 class Hub(BaseHTTPRequestHandler):

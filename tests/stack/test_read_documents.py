@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from kvarena.home import StackError
 from kvarena.stack.chunk_cache import WarmResult
 from kvarena.stack.record import Record
 from kvarena.stack.render import read_documents
-from kvarena.stack.service import StackError
 
 
 def shown(folder: Path) -> tuple[list[str], list[str]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from kvarena.home import Home
 from kvarena.splitting import Splitter
-from kvarena.stack.home import Home
 from kvarena.stack.record import Record, differences, read_record
 from support.planned_services import make
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarena.stack.home import project_root
+from kvarena.home import project_root
 
 TOOLS = (
     "bash", "cat", "chmod", "cksum", "cp", "dirname", "grep", "head", "mkdir", "rm", "sed", "sh", "sleep", "tail", "tr",
@@ -245,6 +245,33 @@ def test_a_failing_install_shows_the_end_of_its_log(checkout: Checkout) -> None:
     again = checkout.run()
     assert again.returncode == 0
     assert "kvarena up" in again.stdout
+
+
+def test_its_first_lines_are_settings_that_the_environment_overrides(checkout: Checkout) -> None:
+    """Under the names that the original blending demonstration has there; what is empty stays unset, for .env."""
+    checkout.add_python()
+    checkout.run("setup")
+    (checkout.folder / ".venv/bin/kvarena").write_text("#!/bin/sh\nexport -p\n")
+    script = checkout.folder / "run-server.sh"
+    script.write_text(script.read_text().replace("MODEL=${MODEL:-}", "MODEL=${MODEL:-org/mine}"))
+
+    def given(**environment: str) -> set[str]:
+        names = ("MODEL", "HF_TOKEN", "LOCAL_HF_HOME", "DATA_DIR", "BLEND_PORT", "PLAIN_PORT", "BLEND_RATIO")
+        lines = checkout.run("status", **environment).stdout.splitlines()
+        return {line.removeprefix("export ") for line in lines if line.split("=")[0].split()[-1] in names}
+
+    assert given() == {"MODEL='org/mine'"}
+    assert given(MODEL="org/other", HOST_PORT_LMCACHE="9000", HOST_PORT_DEFAULT="9001", BLEND_RATIO="0.3") == {
+        "MODEL='org/other'",
+        "BLEND_PORT='9000'",
+        "PLAIN_PORT='9001'",
+        "BLEND_RATIO='0.3'",
+    }
+    assert given(HOST_PORT_LMCACHE="9000", BLEND_PORT="9100", HF_TOKEN="hf_x") == {
+        "MODEL='org/mine'",
+        "BLEND_PORT='9100'",
+        "HF_TOKEN='hf_x'",
+    }
 
 
 @pytest.mark.parametrize(

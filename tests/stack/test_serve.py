@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.home import Home, StackError
 from kvarena.stack import machine
-from kvarena.stack.home import Home
 from kvarena.stack.serve import read_secrets, service_of_this_container
-from kvarena.stack.service import StackError
 from support.command_lines import listens_on, parsed
 
 ALL = "blend,plain,prefix,simllm,ai100,lmcache"
@@ -43,7 +42,11 @@ def test_the_blend_finds_lmcache_and_the_page_finds_the_contenders(home: Home) -
         "http://lmcache-server:8080",
     )
     page = service_of_this_container("page", home)
-    urls = [contender["url"] for contender in json.loads(page.environment["KVARENA_CONTENDERS"])]
+    told = json.loads(page.environment["KVARENA_CONTENDERS"])
+    assert [entry["public_url"] for entry in told[:2]] == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
+    (lmcache,) = json.loads(page.environment["KVARENA_SERVICES"])
+    assert lmcache["url"] == config["lmcache_http_url"], "over the same network"
+    urls = [contender["url"] for contender in told]
     assert urls == [
         "http://blend:8000",
         "http://plain:8001",
@@ -95,9 +98,16 @@ def test_the_health_check_needs_neither_torch_nor_pydantic() -> None:
     assert not {"torch", "pydantic", "numpy"}.intersection(modules)
 
 
-def test_a_bad_setting_ends_the_container_with_its_message(home: Home) -> None:
-    environment = {**os.environ, "KVARENA_HOME": str(home.path), "BLEND_RATIO": "2"}
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("BLEND_RATIO", "2", "error: BLEND_RATIO"),
+        ("MODEL", "org/absent", "error: org/absent is not on this machine, and the hub at http://127.0.0.1:9 can't be"),
+    ],
+)
+def test_what_cant_run_ends_the_container_with_its_message(home: Home, setting: str, value: str, message: str) -> None:
+    environment = {**os.environ, "KVARENA_HOME": str(home.path), "HF_ENDPOINT": "http://127.0.0.1:9", setting: value}
     command = [sys.executable, "-m", "kvarena.stack.serve", "blend"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert "error: BLEND_RATIO" in ended.stderr
+    assert message in ended.stderr

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.contenders.servers import WORKER_IN_ENGINE
+from kvarena.home import Home
 from kvarena.splitting import find_splitter
 from kvarena.stack import machine
-from kvarena.stack.home import Home
 from kvarena.stack.record import Record
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import CONTENDERS
@@ -45,7 +46,7 @@ def test_the_two_vllms_differ_in_the_blend_only(home: Home, tmp_path: Path) -> N
     assert plain["enable_prefix_caching"]
     assert plain["enable_prompt_tokens_details"]
     different = dict(services["blend"].environment.items() ^ services["plain"].environment.items())
-    assert set(different) == {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_PLUGINS", "KVARENA_CONTENDER"}
+    assert set(different) == {"VLLM_PLUGINS", "KVARENA_CONTENDER"}
     assert plain["middleware"] == ["kvarena.server.vllm_middleware.AccessMiddleware"]
     assert blend["middleware"] == ["kvarena.engines.vllm.middleware.KVArenaMiddleware", *plain["middleware"]]
 
@@ -65,11 +66,26 @@ def test_each_vllm_has_its_own_cores(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)
     assert services["blend"].cpus == (0,)
     assert services["plain"].cpus == (1,)
-    assert services["blend"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
-    assert services["plain"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "1"
+    for service in (services["blend"], services["plain"]):
+        assert service.environment["OMP_NUM_THREADS"] == "1"
+        assert service.environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert services["page"].cpus == ()
     _, alone = make(home, tmp_path, contenders="plain")
-    assert alone["plain"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
+    assert alone["plain"].cpus == (0, 1)
+    assert alone["plain"].environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_threads_are_bound_where_a_core_is_left_for_the_rest_of_the_server(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "physical_cores", lambda: [(cpu,) for cpu in range(6)])
+    _, three_each = make(home, tmp_path)
+    assert parsed(three_each["plain"])["distributed_executor_backend"] == WORKER_IN_ENGINE
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in three_each["plain"].environment
+    _, all_six = make(home, tmp_path, contenders="plain")
+    assert parsed(all_six["plain"])["distributed_executor_backend"] is None
+    assert all_six["plain"].environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1,2,3,4"
+    assert all_six["plain"].environment["OMP_NUM_THREADS"] == "5"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +138,7 @@ def test_a_store_in_memory_needs_no_lmcache_and_prefix_caching_can_be_off(home: 
     services = build_services(dataclasses.replace(plan, blend=in_memory, prefix_caching=False), home)
     assert [service.name for service in services] == ["blend", "plain", "page"]
     assert services[0].depends_on == ()
+    assert services[-1].environment["KVARENA_SERVICES"] == "[]"
     assert extra_config(services[0])["store"] == "memory"
     assert [parsed(service)["enable_prefix_caching"] for service in services[:2]] == [False, False]
 
@@ -160,11 +177,14 @@ def test_the_page_knows_its_contenders(home: Home, tmp_path: Path) -> None:
     environment = services["page"].environment
     told = json.loads(environment["KVARENA_CONTENDERS"])
     assert [(entry["name"], entry["title"], entry["url"]) for entry in told] == [
-        ("blend", "vLLM with LMCache", "http://127.0.0.1:8000"),
+        ("blend", "vLLM with LMCache (CacheBlend)", "http://127.0.0.1:8000"),
         ("plain", "vLLM without LMCache", "http://127.0.0.1:8001"),
     ]
     assert [(entry["approximate"], entry["report"]) for entry in told] == [(True, "blend"), (False, "")]
     assert all(entry["explanation"].endswith(".") for entry in told)
+    assert all(entry["public_url"] == entry["url"] for entry in told)
+    (lmcache,) = json.loads(environment["KVARENA_SERVICES"])
+    assert lmcache == {"name": "lmcache-server", "title": "LMCache server", "url": "http://127.0.0.1:8080"}
     assert environment["KVARENA_DATA_DIR"] == str(tmp_path)
     assert environment["KVARENA_CHUNK_TOKENS"] == "512"
     assert find_splitter(environment["KVARENA_TOKENIZER"]).tokenizer_file == TOWN / "tokenizer.json"

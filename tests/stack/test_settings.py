@@ -8,9 +8,8 @@ from typing import get_args
 import pytest
 
 from kvarena.contenders.ai100 import Runtime, TopicKind
-from kvarena.stack.home import project_root
-from kvarena.stack.service import StackError
-from kvarena.stack.settings import load_settings
+from kvarena.home import StackError, project_root
+from kvarena.stack.settings import SPECS, load_settings
 
 
 @pytest.fixture
@@ -23,12 +22,7 @@ def test_defaults(env_file: Path) -> None:
     assert settings.contenders == ("blend", "plain")
     assert settings.profile == "auto"
     assert settings.ports == {
-        "blend": 8000,
-        "plain": 8001,
-        "prefix": 8002,
-        "simllm": 8003,
-        "ai100": 8004,
-        "lmcache": 8005,
+        **{name: spec.port for name, spec in SPECS.items()},
         "page": 8501,
         "lmcache_server": 5555,
         "lmcache_http": 8080,
@@ -88,8 +82,8 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(env_file: Path)
     ("text", "message"),
     [
         ("MODLE=x", "unknown key MODLE; known: .*MODEL"),
-        ("CONTENDERS=blend,fast", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, lmcache, not 'fast'"),
-        ("CONTENDERS=,", "CONTENDERS must be one of blend, plain, prefix, simllm, ai100, lmcache, not ''"),
+        ("CONTENDERS=blend,fast", f"CONTENDERS must be one of {', '.join(SPECS)}, not 'fast'"),
+        ("CONTENDERS=,", f"CONTENDERS must be one of {', '.join(SPECS)}, not ''"),
         ("PROFILE=tpu", "PROFILE must be one of auto, cpu, gpu, ai100, not 'tpu'"),
         ("BLEND_RATIO=1.5", "BLEND_RATIO must be less than or equal to 1, not '1.5'"),
         ("BLEND_CHECK_LAYER=-1", "BLEND_CHECK_LAYER must be greater than or equal to 0, not '-1'"),
@@ -98,7 +92,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(env_file: Path)
         ("LMCACHE_GB=0", "LMCACHE_GB must be greater than 0, not '0'"),
         ("BLEND_PORT=70000", "BLEND_PORT must be less than or equal to 65535, not '70000'"),
         ("PORT_BASE=65100", "PORT_BASE must be less than or equal to 65032, not '65100'"),
-        ("SIMLLM_MODE=both", "SIMLLM_MODE must be one of top_layer, aligned, not 'both'"),
+        ("SIMLLM_MODE=both", "SIMLLM_MODE must be one of aligned, top_layer, sandwich, not 'both'"),
         (
             "SIMLLM_SIMILARITY_THRESHOLD=2",
             "^SIMLLM_SIMILARITY_THRESHOLD must be auto or a number .*, not '2'$",
@@ -116,6 +110,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(env_file: Path)
         ('LMCACHE_L2={"type": 3}', "LMCACHE_L2 must be .*; this object has no type"),
         ('LMCACHE_L2={"type"', "LMCACHE_L2 must be .*; this is no JSON"),
         ("LMCACHE_L2_GB=0", "LMCACHE_L2_GB must be greater than 0, not '0'"),
+        ("LMCACHE_TIMEOUT_S=0", "LMCACHE_TIMEOUT_S must be greater than 0, not '0'"),
         ("MAX_MODEL_LEN=0", "MAX_MODEL_LEN must be greater than or equal to 1, not '0'"),
     ],
 )

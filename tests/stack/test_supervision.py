@@ -9,18 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import psutil
 import pytest
 from rich.console import Console
 
+from kvarena.home import Home, StackError
 from kvarena.stack import lifecycle
-from kvarena.stack.home import Home
 from kvarena.stack.logs import tail
 from kvarena.stack.processes import processes_of
 from kvarena.stack.record import Record, read_record
-from kvarena.stack.service import Service, ServiceFailedError, StackError
+from kvarena.stack.service import Service, ServiceFailedError
 from kvarena.stack.status import stack_status
 from kvarena.stack.supervisord import Supervisor, running_supervisor
 
@@ -57,7 +58,7 @@ def assert_nothing_left(home: Home) -> None:
     assert stack_status(home).exit_code == 3
 
 
-def eventually(check: Callable[[], bool], timeout_s: float = 15.0) -> bool:
+def eventually(check: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if check():
@@ -252,8 +253,8 @@ def test_up_after_supervisord_was_killed(home: Home, console: Console, small_ser
 def test_down_when_supervisord_hangs(
     home: Home, console: Console, small_service: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvarena.stack.supervisord.CALL_TIMEOUT_S", 1.0)
     bring_up(home, console, small_service("only"))
+    monkeypatch.setattr("kvarena.stack.supervisord.CALL_TIMEOUT_S", 1.0)
     os.kill(supervisor_of(home).pid, signal.SIGSTOP)
     lifecycle.down(home, console)
     assert_nothing_left(home)
@@ -273,6 +274,35 @@ def test_down_removes_shared_memory_of_this_instance_only(
         assert other.exists()
     finally:
         other.unlink()
+
+
+def test_segments_of_dead_processes_are_removed_and_no_others(
+    home: Home, console: Console, small_service: MakeService
+) -> None:
+    def segments(name: str) -> list[Path]:
+        words = [line.split() for line in home.log(name).read_text().splitlines()]
+        return [Path("/dev/shm", line[1]) for line in words if line[0] == "segment"]
+
+    def exist(name: str) -> list[bool]:
+        return [segment.exists() for segment in segments(name)]
+
+    others = SharedMemory(create=True, size=4096)
+    try:
+        bring_up(home, console, small_service("first", "--segment"), small_service("second", "--segment"))
+        before = pids(home)["first"]
+        os.kill(before, signal.SIGKILL)
+        assert eventually(lambda: exist("first") == [False, True]), "its supervisor started it again"
+        assert eventually(lambda: states(home)["first"] == "healthy")
+        lifecycle.restart("first", home, console)
+        assert eventually(lambda: exist("first") == [False, False, True])
+        assert exist("second") == [True]
+        lifecycle.down(home, console)
+        assert exist("first") == [False, False, False]
+        assert exist("second") == [False]
+        assert Path("/dev/shm", others.name).exists()
+    finally:
+        others.close()
+        others.unlink()
 
 
 def test_a_long_home_has_its_sockets_elsewhere(
@@ -320,7 +350,5 @@ def test_a_service_stays_on_its_cores(home: Home, console: Console, small_servic
 def test_the_log_holds_what_a_service_prints(home: Home, console: Console, small_service: MakeService) -> None:
     service = small_service("only")
     bring_up(home, console, service)
-    assert tail(service.log_path, 10).splitlines() == [
-        "kvarena: starting small only",
-        f"listening on {service.port}",
-    ]
+    lines = ["kvarena: starting small only", f"listening on {service.port}"]
+    assert eventually(lambda: tail(service.log_path, 10).splitlines() == lines)

@@ -16,7 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from kvarena.stack.home import Home
+from kvarena.home import Home
+from kvarena.stack.machine import physical_cores, share_cores
 from kvarena.stack.processes import processes_of, stop_leftovers
 from support.request_lines import lines_of
 
@@ -106,7 +107,7 @@ def test_from_up_to_down(module_home: Home, port_base: int) -> None:
     assert status.returncode == 0
     (plain,) = json.loads(status.stdout)["services"]
     assert (plain["name"], plain["state"], plain["address"]) == ("plain", "healthy", url)
-    _check_binding(plain["pid"])
+    _check_worker(plain["pid"])
 
     again = up_plain(home, port_base)
     assert again.returncode == 0
@@ -130,15 +131,18 @@ def test_from_up_to_down(module_home: Home, port_base: int) -> None:
     assert not [path for path in shared_memory if path.exists()]
 
 
-def _check_binding(pid: int) -> None:
-    """vLLM alone has every core, and its OpenMP threads are bound to one each."""
+def _check_worker(pid: int) -> None:
+    """vLLM alone has every core. Its OpenMP threads are bound to one each where one is left beside them; where none is,
+    the engine's process runs the worker.
+    """
     usable = os.sched_getaffinity(0)
-    (worker,) = [
-        child for child in psutil.Process(pid).children(recursive=True) if "Worker" in " ".join(child.cmdline())
-    ]
-    bound = {frozenset(os.sched_getaffinity(thread.id)) for thread in worker.threads()}
+    running = {child.pid: " ".join(child.cmdline()) for child in psutil.Process(pid).children(recursive=True)}
+    workers = [pid for pid, words in running.items() if "Worker" in words]
+    (worker,) = workers or [pid for pid, words in running.items() if "EngineCore" in words]
+    bound = {frozenset(os.sched_getaffinity(thread.id)) for thread in psutil.Process(worker).threads()}
     assert all(cpus <= usable for cpus in bound)
-    assert any(len(cpus) == 1 for cpus in bound)
+    binds_threads = share_cores(physical_cores(), 1)[0].spares_core
+    assert any(len(cpus) == 1 for cpus in bound) == bool(workers) == binds_threads
 
 
 def _shared_memory_of(home: Home) -> set[Path]:
@@ -244,7 +248,7 @@ def test_the_ai100_contender(tmp_path: Path, port_base: int) -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 4}", timeout=60, trust_env=False) as http:
             reports = []
             for question in (notes + "What does Bruno play ?", "And what does Mara play ?"):
-                chat = {"model": "town", "user": "a", "messages": [{"role": "user", "content": question}]}
+                chat = {"model": "town", "session_id": "a", "messages": [{"role": "user", "content": question}]}
                 answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0, "max_tokens": 4}).json()
                 reports.append(answer["kv_transfer_params"]["kvarena"])
             table = http.get("/slots").json()
@@ -337,3 +341,22 @@ def test_vllms_own_command_line(module_home: Home) -> None:
     bench = kvarena(module_home, "vllm", "bench", "serve", "--help")
     assert bench.returncode == 0
     assert "Benchmark the online serving throughput" in bench.stdout
+
+
+def test_ai100s_demo_is_a_page_on_a_port_of_its_own(tmp_path: Path) -> None:
+    home, base = Home(tmp_path / "home"), free_port_base()
+    try:
+        settings = environment(home) | {"PORT_BASE": str(base)}
+        options = ["--model", "town", "--port", str(base + 9)]
+        done = subprocess.run(
+            command("ai100", "demo", *options), env=settings, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        address = f"http://127.0.0.1:{base + 9}/conversations"
+        assert address in done.stdout
+        assert httpx.get(address).status_code == 200
+        status = json.loads(kvarena(home, "status", "--json").stdout)
+        assert {service["name"] for service in status["services"]} == {"ai100", "page"}
+    finally:
+        kvarena(home, "down")
+        stop_leftovers(home)

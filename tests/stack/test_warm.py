@@ -1,10 +1,11 @@
-"""Warming: every chunk is sent once, between two separators, and counted by what the report says."""
+"""Warming: the store is asked for each chunk, what is missing is sent between two separators, and asked for again."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -12,21 +13,27 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from kvarena import client
 from kvarena.client import ChunkOutcome, Unreachable
-from kvarena.documents import TextChunk
+from kvarena.documents import Documents, TextChunk
+from kvarena.home import StackError
 from kvarena.stack.chunk_cache import warm
-from kvarena.stack.render import show_warm_result
-from kvarena.stack.service import StackError
+from kvarena.stack.record import Record
+from kvarena.stack.render import show_warm_result, warm_with_progress
 
 
 class Blend(ThreadingHTTPServer):
-    """Answers as the blend does: a chunk is a miss once and a hit from then on."""
+    """Answers as the blend does, over a store that keeps the last `num_kept` of the chunks that are sent to it."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.described: dict[str, Any] = {"separator": "<note>"}
         self.requests: list[dict[str, Any]] = []
-        self.known: set[str] = set()
+        self.chats: list[dict[str, Any]] = []
+        self.has_chat = True
+        self.held: list[str] = []
+        self.num_kept = 100
+        self.down_until_s = 0.0
         self.api_key = ""
         self.lock = threading.Lock()
         self.running = self.most_running = 0
@@ -44,28 +51,38 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/v1/chat/completions":
+            self.server.chats.append(request)
+            self._answer(200 if self.server.has_chat else 400, {})
+            return
         prompt = request["prompt"]
+        if self.path == "/kvarena/chunks":
+            self._answer(200, {"chunks": self._look_up(prompt)})
+            return
         with self.server.lock:
             self.server.requests.append(request)
             self.server.running += 1
             self.server.most_running = max(self.server.most_running, self.server.running)
-            is_known = prompt in self.server.known
-            self.server.known.add(prompt)
+            if "full" not in prompt and "broken" not in prompt:
+                self.server.held = [*self.server.held, prompt][-self.server.num_kept :]
         if "wait" in prompt:
             self.server.all_arrived.wait(10)
         with self.server.lock:
             self.server.running -= 1
         if "long" in prompt:
             self._answer(400, {"error": {"message": "too many tokens", "code": 400}})
-        elif "stock" in prompt:
-            self._answer(200, {"kv_transfer_params": None})
         else:
-            counts = {"store_hits": int(is_known), "store_misses": int(not is_known), "store_errors": 0}
-            if "tiny" in prompt:
-                counts = dict.fromkeys(counts, 0)
-            if "broken" in prompt:
-                counts |= {"store_errors": 2}
-            self._answer(200, {"kv_transfer_params": {"kvarena": counts}})
+            self._answer(200, {})
+
+    def _look_up(self, prompt: str) -> list[dict[str, object]]:
+        """The token before the first separator is a chunk too, and too short."""
+        first = {"start": 0, "end": 1, "held": False, "reason": "too_short"}
+        if "unmarked" in prompt:
+            return []
+        is_down = "broken" in prompt or time.monotonic() < self.server.down_until_s
+        reason = "too_short" if "tiny" in prompt else "store_down" if is_down else "not_stored"
+        is_held = prompt in self.server.held
+        return [first, {"start": 1, "end": 9, "held": is_held, **({} if is_held else {"reason": reason})}]
 
     def _answer(self, status: int, body: object) -> None:
         data = json.dumps(body).encode()
@@ -96,7 +113,16 @@ def test_the_request(blend: Blend) -> None:
     assert request["prompt"] == "<note>text<note>"
     assert request["model"] == "town"
     assert request["max_tokens"] == 1
-    assert request["kv_transfer_params"] == {"kvarena": {"store": True}}
+    assert request["kv_transfer_params"] == {"kvarena": {"policy": "none", "store": "all"}}
+
+
+def test_the_beginning_of_chats(blend: Blend) -> None:
+    warm(url(blend), "town", [TextChunk("a", "text")], system="Be brief.")
+    (chat,) = blend.chats
+    assert chat["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<note>"}]
+    assert chat["kv_transfer_params"] == {"kvarena": {"policy": "none", "store": "all"}}
+    blend.has_chat = False
+    assert warm(url(blend), "town", [TextChunk("b", "text b")], system="").count("warmed") == 1
 
 
 def test_inside_a_running_event_loop(blend: Blend) -> None:
@@ -122,8 +148,10 @@ def test_a_key_is_shown_and_a_refused_one_named(blend: Blend) -> None:
         warm(url(blend), "town", [TextChunk("a", "text")])
 
 
-def test_counts(blend: Blend) -> None:
-    chunks = [TextChunk(name, f"{name} text") for name in ("one", "two", "tiny", "long", "stock", "broken")]
+def test_counts(blend: Blend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "STORE_WAIT_S", 0.2)
+    names = ("one", "two", "tiny", "long", "full", "broken", "unmarked")
+    chunks = [TextChunk(name, f"{name} text") for name in names]
     seen: list[ChunkOutcome] = []
     result = warm(url(blend), "town", chunks, seen.append)
     assert [chunk.name for chunk in result.outcomes] == [chunk.name for chunk in chunks]
@@ -135,12 +163,15 @@ def test_counts(blend: Blend) -> None:
         "failed",
         "failed",
         "failed",
+        "failed",
     ]
     assert [failed.reason for failed in result.failures] == [
         "too many tokens",
-        "the answer carries no request report",
-        "2 store errors",
+        "the store didn't keep it; it may be full",
+        "the store doesn't answer",
+        "the separator was not found around it",
     ]
+    blend.requests.clear()
     again = warm(url(blend), "town", chunks[:2])
     assert again.to_json() == {
         "num_chunks": 2,
@@ -152,6 +183,26 @@ def test_counts(blend: Blend) -> None:
         "failures": [],
         "unusable": [],
     }
+    assert not blend.requests, "what is there isn't sent"
+
+
+def test_a_store_that_comes_back_is_waited_for(blend: Blend) -> None:
+    blend.down_until_s = time.monotonic() + 1
+    assert warm(url(blend), "town", [TextChunk("a", "text")]).count("warmed") == 1
+
+
+def test_a_store_that_is_too_small_for_all_is_told_by_chunk(blend: Blend) -> None:
+    blend.num_kept = 5  # more than are sent at once
+    chunks = [TextChunk(name, f"{name} text") for name in "abcdefgh"]
+    seen: list[ChunkOutcome] = []
+    result = warm(url(blend), "town", chunks, seen.append)
+    assert (result.count("warmed"), result.count("failed")) == (5, 3)
+    kept = {chunk.name for chunk in result.outcomes if chunk.outcome == "warmed"}
+    assert kept == {chunk.name for chunk in chunks if f"<note>{chunk.text}<note>" in blend.held}
+    assert {failed.reason for failed in result.failures} == {
+        "the store kept it, but not until the end; it may be too small for all chunks"
+    }
+    assert set(result.failures) <= set(seen)
 
 
 def test_chunks_that_are_not_kept_are_named(blend: Blend, console: Console) -> None:
@@ -161,7 +212,7 @@ def test_chunks_that_are_not_kept_are_named(blend: Blend, console: Console) -> N
     assert result.to_json()["too_short"] == ["sub/[a]", *(f"t{number}" for number in range(11))]
     show_warm_result(result, "data", console)
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
-        "Chunk cache: 1 computed, 0 already there, 12 too short to be kept, 1 refused.",
+        "Chunk cache: 1 computed, 0 already there, 12 too short to be kept, 1 failed.",
         "  sub/[a]: too short to be kept",
         *(f"  t{number}: too short to be kept" for number in range(9)),
         "  and 2 more",
@@ -192,3 +243,9 @@ def test_a_server_without_our_chunk_cache(blend: Blend) -> None:
     with pytest.raises(StackError, match="LMCache's own blender has no chunk cache to fill"):
         warm(url(blend) + "/elsewhere", "town", [TextChunk("a", "text")])
     assert not blend.requests
+
+
+def test_without_a_chunk_cache_there_is_nothing_to_fill() -> None:
+    nothing = Record((), "", "data", "town")
+    with pytest.raises(StackError, match="no running contender has a chunk cache; start one that has: blend"):
+        warm_with_progress(nothing, Documents(), Console(quiet=True), "")

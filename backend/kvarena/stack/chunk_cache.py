@@ -1,7 +1,7 @@
 """The chunk cache as a whole: filling it, how much of it is on disk, and emptying it.
 
-`warm` sends every chunk of a folder once to the blend, which keeps its KV, through the public API.
-The request report in each answer says whether the chunk was computed now or was there already.
+`warm` asks the blend for each chunk of a folder whether the store has it, sends those that are missing, and looks
+again: what it says is what the store said at the end.
 
 Chunks are kept in the LMCache server's memory and in its second tier. That is a folder unless another was chosen;
 others are emptied by their own tools. What vLLM's own prefix caches hold stays until their servers are restarted.
@@ -18,10 +18,9 @@ from typing import Any
 from kvarena.client import API_KEY_VARIABLE, ChunkOutcome, Client, ClientError, Outcome, Refused
 from kvarena.contenders.spec import LMCACHE_SERVER
 from kvarena.documents import Remark, TextChunk
+from kvarena.home import Home, StackError
 from kvarena.stack import lmcache_l2
-from kvarena.stack.home import Home
 from kvarena.stack.record import Record
-from kvarena.stack.service import StackError
 from kvarena.stack.supervisord import running_supervisor
 
 NUM_PARALLEL_WARM_REQUESTS = 4
@@ -66,11 +65,14 @@ def warm(
     chunks: Sequence[TextChunk],
     on_chunk: Callable[[ChunkOutcome], None] = lambda outcome: None,
     api_key: str = "",
+    system: str | None = None,
 ) -> WarmResult:
-    """Sends the chunks, a few at a time; one that is refused doesn't stop the others.
+    """Sends the chunks, a few at a time; one that is refused doesn't stop the others. With `system`, chats that have
+    this system prompt find their beginning there, too.
 
-    `on_chunk` is called after each. Raises `ClientError` when the server doesn't answer at all, or isn't a blend, and
-    `StackError` when it serves its model without blending, isn't ours, or asks for another key.
+    `on_chunk` is called after each, and once more for a chunk that later ones took the room of. Raises `ClientError`
+    when the server doesn't answer at all, or isn't a blend, and `StackError` when it serves its model without blending,
+    isn't ours, or asks for another key.
     """
     with Client(base_url, api_key) as client:
         try:
@@ -85,7 +87,22 @@ def warm(
         if not offer.get("blends", True):
             raise StackError(f"the chunk cache stays empty: {offer.get('reason')}")
         separator = str(offer.get("separator", ""))
-        return WarmResult(tuple(client.warm(model, chunks, separator, NUM_PARALLEL_WARM_REQUESTS, on_chunk)))
+        outcomes = client.warm(model, chunks, separator, NUM_PARALLEL_WARM_REQUESTS, on_chunk)
+        if system is not None:
+            client.warm_beginning(model, system, separator)
+        return WarmResult(tuple(outcomes))
+
+
+def score(
+    base_url: str, model: str, chunks: Sequence[TextChunk], on_prompt: Callable[[int, int], None], api_key: str = ""
+) -> None:
+    """Has the scores of chunks that are there found out, where the server's own policy reads them; `AsyncClient.score`
+    has the rest.
+    """
+    with Client(base_url, api_key) as client:
+        offer = client.get("/kvarena")
+        if offer.get("reads_scores"):
+            client.score(model, chunks, str(offer.get("separator", "")), on_prompt)
 
 
 CLEAR_TIMEOUT_S = 30.0
@@ -122,7 +139,7 @@ class Cleared:
         if self.second_tier:
             lines.append(f"The second tier ({self.second_tier}) keeps its chunks, and goes on answering.")
         if self.memory:
-            lines.append("vLLM's own prefix caches keep theirs until a restart: ./run-server.sh restart blend")
+            lines.append("vLLM's own prefix caches keep theirs until a restart: ./run-server.sh restart NAME")
         return "\n".join(lines)
 
 

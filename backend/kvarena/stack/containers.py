@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from kvarena.contenders.spec import ComposeProfile
+from kvarena.contenders.spec import STARTED_BY_DEFAULT, ComposeProfile
+from kvarena.home import Home, StackError
+from kvarena.model import DEFAULT_CPU_MODEL, cached_snapshot, default_hf_home
 from kvarena.stack import machine
-from kvarena.stack.docker import Containers, container_name, create_containers, engine_answers
-from kvarena.stack.home import Home
-from kvarena.stack.plan import Plan, make_plan
-from kvarena.stack.preflight import check_data_folder, check_ports, estimate_memory
+from kvarena.stack.docker import Containers, create_containers, engine_answers
+from kvarena.stack.plan import Plan, make_plan, uses_card
+from kvarena.stack.preflight import Check, check_data_folder, check_model, check_ports, estimate_memory
 from kvarena.stack.record import Record
-from kvarena.stack.service import Service, StackError
+from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import SPECS, Settings
 
-SERVICE_ENDINGS: Mapping[ComposeProfile, str] = {"cpu": "", "gpu": "-gpu", "ai100": "-ai100"}
-CARD_DEVICES = Path("/dev/accel")
+CARD_SERVICE = "ai100-card"
+CARD_PROFILE = "ai100"
+USER_ID = 1000
+"""Of the servers in the images."""
 GIB = 1 << 30
 SPARE_BYTES = 2 * GIB
 
@@ -37,28 +41,34 @@ def are_wanted(settings: Settings) -> bool:
 
     Raises `StackError` where containers are asked for and none can be run.
     """
-    if settings.run_in == "processes" and settings.profile != "ai100":
+    asked = settings.profile
+    if settings.run_in == "processes" and asked != "ai100":
         return False
-    profile = compose_profile(settings)
-    if settings.run_in == "auto" and profile == "cpu":
+    settings = resolved(settings)
+    if settings.run_in == "auto" and settings.profile == "cpu" and not uses_card(settings):
         return False
     if engine_answers():
         return True
-    if settings.run_in == "containers" or settings.profile == "ai100":
+    if settings.run_in == "containers" or asked == "ai100":
         raise StackError(
-            f"RUN_IN is {settings.run_in} and PROFILE is {settings.profile}, and no Docker engine with Compose answers "
+            f"RUN_IN is {settings.run_in} and PROFILE is {asked}, and no Docker engine with Compose answers "
             "(docker info, docker compose version); start it, or take RUN_IN=processes with PROFILE cpu or gpu"
         )
     return False
 
 
-def compose_profile(settings: Settings) -> ComposeProfile:
-    """The one that was asked for, or what suits the machine."""
-    if settings.profile != "auto":
-        return settings.profile
-    if machine.visible_gpus():
-        return "gpu"
-    return "ai100" if any(CARD_DEVICES.glob("accel*")) else "cpu"
+def resolved(settings: Settings) -> Settings:
+    """The settings with what they leave to the machine: the profile `cpu` or `gpu`, and the card for `ai100` where
+    there is one; it runs by default then, alone, or beside those on GPUs."""
+    profile = settings.profile if settings.profile in ("cpu", "gpu") else "gpu" if machine.visible_gpus() else "cpu"
+    runtime, contenders = settings.of_contender("ai100").runtime, settings.contenders
+    if settings.profile == "ai100" or (runtime in (None, "auto") and machine.cards()):
+        runtime = "qaic"
+    if runtime == "qaic" and settings.profile in ("auto", "ai100") and "contenders" not in settings.model_fields_set:
+        beside = STARTED_BY_DEFAULT if (settings.profile, profile) == ("auto", "gpu") else ()
+        contenders = (*beside, "ai100")
+    changed = {"profile": profile, "contenders": contenders, "ai100_runtime": runtime or "host"}
+    return settings.model_copy(update=changed)
 
 
 @dataclass(frozen=True)
@@ -66,39 +76,48 @@ class Deployment:
     """What shall run, and what `docker compose` has to be told for it. Secrets are in neither."""
 
     record: Record
+    plan: Plan
     compose_services: tuple[str, ...]
     environment: Mapping[str, str]
 
-    def check(self, services: Sequence[Service]) -> None:
-        check_data_folder(Path(self.record.data_dir))
-        check_ports(services)
+    def checks(self, services: Sequence[Service], token: str | None) -> Iterator[Check]:
+        """Those of processes that containers need as well, and what is theirs alone."""
+        yield "documents", partial(check_data_folder, self.plan.data_dir)
+        yield "ports", partial(check_ports, services)
+        yield "model", partial(check_model, self.plan, services, token)
+        folder = Path(self.environment["LOCAL_HF_HOME"])
+        if self.plan.model.is_on_hub and cached_snapshot(self.plan.model.name, folder) is None:
+            yield "folder for downloads", partial(check_download_folder, folder)
 
     def start(self, home: Home, record: Record, secrets: Mapping[str, str]) -> Containers:
         """Makes the containers. Secrets go into files that only this user can reach, and the containers are given."""
         environment = {**self.environment, **_write_secrets(home, secrets)}
-        Path(environment["RESULTS_DIR"]).mkdir(parents=True, exist_ok=True)  # the engine would make it, for root
+        for key in ("RESULTS_DIR", "LOCAL_HF_HOME"):  # the engine would make them, for root
+            Path(environment[key]).mkdir(parents=True, exist_ok=True)
         create_containers(record.compose, self.compose_services, environment)
         return Containers(record)
 
 
 def plan_deployment(settings: Settings, home: Home) -> Deployment:
     """Raises `StackError` for contenders that the profile doesn't have, and what `make_plan` raises."""
-    profile = compose_profile(settings)
-    settings = settings.model_copy(
-        update={
-            "profile": "gpu" if profile == "gpu" else "cpu",
-            "contenders": _contenders(settings, profile),
-        }
-    )
+    settings = resolved(settings)
+    profile: ComposeProfile = "gpu" if settings.profile == "gpu" else "cpu"
+    _check_contenders(settings.contenders, profile)
+    changed: dict[str, object] = {"local_hf_home": settings.local_hf_home or default_hf_home()}
+    if settings.model is None and profile == "cpu" and not uses_card(settings):
+        changed["model"] = DEFAULT_CPU_MODEL  # images have it where this machine hasn't
+    settings = settings.model_copy(update=changed)
     plan = make_plan(settings, home)
-    services = tuple(_as_container(service) for service in build_services(plan, home))
-    shares_gpu = profile == "gpu" and len(plan.gpus) < len(plan.contenders)
+    listed = build_services(plan, home)
+    on_card = {name: CARD_SERVICE for name in plan.contenders if name not in plan.sharing}
+    containers = {service.name: f"kvarena-{on_card.get(service.name, service.name)}" for service in listed}
+    shares_gpu = profile == "gpu" and len(plan.gpus) < len(plan.sharing)
     files = ["compose.yaml", *(["compose.gpu-share.yaml"] if shares_gpu else [])]
     compose = ["docker", "compose", "--project-directory", str(plan.root)]
     compose += [word for name in files for word in ("--file", str(plan.root / name))]
     return Deployment(
         record=Record(
-            services=services,
+            services=tuple(_as_container(service, containers[service.name]) for service in listed),
             run_folder="",
             data_dir=str(plan.data_dir),
             served_model=plan.model.served_name,
@@ -106,16 +125,18 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
             notice=plan.notice,
             chunk_tokens=plan.chunk_tokens,
             tokenizer_place=plan.tokenizer_place if plan.model.is_local else "",  # the page's container has no hub
-            compose=(*compose, *_profile_options(profile, plan.contenders)),
+            compose=(*compose, *_profile_options(profile, plan)),
+            containers=containers,
         ),
-        compose_services=tuple(compose_service(service.name, profile) for service in services),
-        environment=compose_environment(settings, plan) | (_card() if profile == "ai100" else {}),
+        plan=plan,
+        compose_services=tuple(on_card.get(one.name, compose_service(one.name, profile)) for one in listed),
+        environment=compose_environment(settings, plan) | (_card() if on_card else {}),
     )
 
 
 def compose_service(name: str, profile: ComposeProfile) -> str:
-    """What `compose.yaml` calls a service: containers' names are shared by profiles, names there are not."""
-    return "ai100-card" if (name, profile) == ("ai100", "ai100") else name + SERVICE_ENDINGS[profile]
+    """What `compose.yaml` calls a service. The containers of the profiles cpu and gpu have the same names."""
+    return f"{name}-gpu" if profile == "gpu" and name != "page" else name
 
 
 def contenders_of(profile: ComposeProfile) -> tuple[str, ...]:
@@ -125,7 +146,7 @@ def contenders_of(profile: ComposeProfile) -> tuple[str, ...]:
 
 def optional_profile(name: str, profile: ComposeProfile) -> str:
     """The profile that a contender stands in which is off by default; empty for one that is in `profile` itself."""
-    return compose_service(name, profile) if SPECS[name].container.is_optional else ""
+    return compose_service(name, profile) if profile in SPECS[name].container.optional_in else ""
 
 
 def compose_environment(settings: Settings, plan: Plan) -> dict[str, str]:
@@ -139,6 +160,7 @@ def compose_environment(settings: Settings, plan: Plan) -> dict[str, str]:
         "DATA_DIR": str(plan.data_dir),
         "RESULTS_DIR": str(plan.results_dir),
         "MODEL": plan.model.name,
+        "GPU_SHARE": str(len(plan.gpus) == 1).lower(),
     }
     if plan.model.is_local:
         folder = Path(plan.model.name)
@@ -150,34 +172,47 @@ def compose_environment(settings: Settings, plan: Plan) -> dict[str, str]:
     return environment
 
 
-def _profile_options(profile: ComposeProfile, contenders: Sequence[str]) -> list[str]:
-    optional = (optional_profile(name, profile) for name in contenders)
-    return [word for name in (profile, *filter(None, optional)) for word in ("--profile", name)]
+def _profile_options(profile: ComposeProfile, plan: Plan) -> list[str]:
+    own = [optional_profile(name, profile) if name in plan.sharing else CARD_PROFILE for name in plan.contenders]
+    return [word for name in (profile, *filter(None, own)) for word in ("--profile", name)]
 
 
 def _card() -> dict[str, str]:
     """The first card, and the group that may use it, unless the environment names others."""
-    device = next(iter(sorted(CARD_DEVICES.glob("accel*"))), None)
+    device = next(iter(machine.cards()), None)
     if device is None or "AI100_DEVICE" in os.environ:
         return {}
     return {"AI100_DEVICE": str(device), "AI100_DEVICE_GROUP": str(device.stat().st_gid)}
 
 
-def _contenders(settings: Settings, profile: ComposeProfile) -> tuple[str, ...]:
-    """Those that were asked for; of the default ones, those that the profile has."""
+def _check_contenders(names: Sequence[str], profile: ComposeProfile) -> None:
     there_are = contenders_of(profile)
-    if "contenders" not in settings.model_fields_set:
-        return tuple(name for name in settings.contenders if name in there_are) or there_are
-    if missing := [name for name in settings.contenders if name not in there_are]:
+    if missing := [name for name in names if name not in there_are]:
         raise StackError(
             f"the profile {profile} has no contender {missing[0]} in containers; choose from {', '.join(there_are)}, "
             "or take RUN_IN=processes"
         )
-    return settings.contenders
 
 
-def _as_container(service: Service) -> Service:
-    return dataclasses.replace(service, log_path=f"docker logs {container_name(service.name)}")
+def check_download_folder(folder: Path) -> None:
+    """The containers' user can write where models are downloaded to. A folder is made where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)  # the engine would make it, for root
+    if not all(_can_be_written(path) for path in (folder, folder / "hub") if path.exists()):
+        raise StackError(
+            f"the model is downloaded into {folder}, and user {USER_ID}, whom containers run as, can't write there; "
+            f"let that user (sudo chown -R {USER_ID} {folder}), or name another folder in LOCAL_HF_HOME"
+        )
+
+
+def _can_be_written(folder: Path) -> bool:
+    """By `USER_ID`, whose group has the same number."""
+    there = folder.stat()
+    shift = 6 if there.st_uid == USER_ID else 3 if there.st_gid == USER_ID else 0
+    return there.st_mode >> shift & 0o3 == 0o3
+
+
+def _as_container(service: Service, container: str) -> Service:
+    return dataclasses.replace(service, log_path=f"docker logs {container}")
 
 
 def _as_text(value: object) -> str:

@@ -1,7 +1,7 @@
 """The services as containers of a Docker engine: asked, started and stopped through the command `docker`.
 
-The counterpart of `supervisord`. What a container is made of is in `compose.yaml`; its name is `kvarena-` and the
-service's. The engine restarts what crashes.
+The counterpart of `supervisord`. What a container is made of is in `compose.yaml`; its name is in the record. The
+engine restarts what crashes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from kvarena.home import StackError
 from kvarena.stack.record import Record
-from kvarena.stack.service import ProcessInfo, Service, StackError, SupervisorGoneError
+from kvarena.stack.service import ProcessInfo, Service, SupervisorGoneError
 
 CALL_TIMEOUT_S = 120.0
 LOG_LINES = 200
@@ -29,10 +30,6 @@ SUPERVISOR_STATES = {
     "dead": "FATAL",
 }
 """What supervisord would call the engine's states."""
-
-
-def container_name(service_name: str) -> str:
-    return f"kvarena-{service_name}"
 
 
 def engine_answers() -> bool:
@@ -59,7 +56,7 @@ class Containers:
 
     def __init__(self, record: Record) -> None:
         self._compose = record.compose
-        self._names = {container_name(service.name): service.name for service in record.services}
+        self._containers = record.containers
 
     @classmethod
     def connect(cls, record: Record) -> Containers | None:
@@ -70,18 +67,20 @@ class Containers:
 
     def processes(self) -> dict[str, ProcessInfo]:
         """One that was removed behind our back is in the state UNKNOWN."""
-        found = json.loads(_run(["docker", "inspect", "--type", "container", *self._names]).stdout or "[]")
-        states = {self._names[entry["Name"].removeprefix("/")]: _process_info(entry["State"]) for entry in found}
-        return {name: states.get(name, ProcessInfo("UNKNOWN", 0, 0.0)) for name in self._names.values()}
+        inspected = _run(["docker", "inspect", "--type", "container", *self._containers.values()])
+        found = json.loads(inspected.stdout or "[]")
+        states = {entry["Name"].removeprefix("/"): _process_info(entry["State"]) for entry in found}
+        gone = ProcessInfo("UNKNOWN", 0, 0.0)
+        return {name: states.get(container, gone) for name, container in self._containers.items()}
 
     def start(self, name: str) -> None:
-        started = _run(["docker", "start", container_name(name)])
+        started = _run(["docker", "start", self._containers[name]])
         if started.returncode != 0:
             raise StackError(f"{name} could not be started: {started.stderr.strip()}")
 
     def stop(self, name: str) -> None:
         """Doesn't wait: the container has the grace period of its own before the engine kills it."""
-        command = ["docker", "stop", container_name(name)]
+        command = ["docker", "stop", self._containers[name]]
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def shut_down(self) -> None:
@@ -89,7 +88,7 @@ class Containers:
         _run([*self._compose, "down"])
 
     def log_of_start(self, service: Service, log_size: int) -> list[str]:
-        shown = _run(["docker", "logs", "--tail", str(LOG_LINES), container_name(service.name)])
+        shown = _run(["docker", "logs", "--tail", str(LOG_LINES), self._containers[service.name]])
         return (shown.stdout + shown.stderr).splitlines()
 
 
@@ -98,7 +97,7 @@ def become_logs(record: Record, name: str, num_lines: int, follow: bool) -> NoRe
     if record.service(name) is None:
         raise StackError(f"no log of {name!r}; there are {', '.join(service.name for service in record.services)}")
     options = ["--follow"] if follow else []
-    os.execvp("docker", ["docker", "logs", "--tail", str(num_lines), *options, container_name(name)])
+    os.execvp("docker", ["docker", "logs", "--tail", str(num_lines), *options, record.containers[name]])
 
 
 def _process_info(state: Mapping[str, Any]) -> ProcessInfo:

@@ -13,13 +13,15 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from kvarena.contenders.servers import Launch
 from kvarena.contenders.spec import LMCACHE_SERVER, STARTED_BY_DEFAULT, ComposeProfile, ContenderSpec
+from kvarena.home import project_root
 from kvarena.policies.params import OPTIONS, PARAMETERS, POLICY, REGISTRY
 from kvarena.policies.registry import summary_of
 from kvarena.stack.containers import compose_service, contenders_of, optional_profile
-from kvarena.stack.home import project_root
+from kvarena.stack.services import TITLES
 from kvarena.stack.settings import BLEND_PREFIX, DEFAULT_PORTS, PORT_OFFSETS, SPECS
 
 LINE_LENGTH = 120
@@ -77,7 +79,7 @@ def env_settings() -> Lines:
         models = f", for models of type {' or '.join(spec.model_types)}" if spec.model_types else ""
         yield f"# --- The contender {spec.name}{models}; docs/{spec.name}.md says more ---"
         for own in spec.own_settings():
-            yield from comment(own.text)
+            yield from comment(f"{own.text} {own.in_env}")
             shown = f"{own.shown:g}" if isinstance(own.shown, float) else "" if own.shown is None else own.shown
             yield f"#{own.key.upper()}={shown}"
         if spec is not with_settings[-1]:
@@ -92,15 +94,15 @@ def comment(text: str) -> Lines:
 
 
 def compose_settings() -> Lines:
-    """Keys that a container is given its own values for aren't handed on."""
+    """Files aren't handed on: they are mounted, under other names."""
     for spec in SPECS.values():
         for own in spec.own_settings():
-            if own.key.upper() not in spec.container.environment:
+            if Path not in get_args(own.annotation):
                 yield f"{own.key.upper()}:"
 
 
 def compose_choices(profile: ComposeProfile) -> Lines:
-    by_default = [name for name in contenders_of(profile) if not SPECS[name].container.is_optional]
+    by_default = [name for name in contenders_of(profile) if not optional_profile(name, profile)]
     yield f"CONTENDERS: ${{CONTENDERS:-{','.join(by_default)}}}"
 
 
@@ -160,18 +162,18 @@ def _of_profile(name: str, image: str, profiles: list[str], profile: ComposeProf
 
 
 def gpu_share_services() -> Lines:
-    """Each starts after the one before it."""
+    """Each starts after those before it that run."""
     names = [compose_service(name, "gpu") for name in contenders_of("gpu")]
-    for before, name in zip([None, *names], names, strict=False):
-        if before is None:
+    for index, name in enumerate(names):
+        if not index:
             yield f"{name}: &share"
-            yield '  environment: {GPU_SHARE: "true"}'
+            yield '  environment: {GPU_SHARE: "${GPU_SHARE:-true}"}'
         else:
             yield ""
             yield f"{name}:"
             yield "  <<: *share"
             yield "  depends_on:"
-            yield f"    {before}: {{condition: service_healthy}}"
+            yield from (f"    {before}: {{condition: service_healthy, required: false}}" for before in names[:index])
 
 
 # --- Prometheus ---
@@ -230,9 +232,13 @@ def page_defaults() -> Lines:
     for spec in map(SPECS.__getitem__, STARTED_BY_DEFAULT):
         yield "    Contender("
         for key, value in spec.page_entry(f"http://127.0.0.1:{spec.port}").items():
-            yield f"        {key}={json.dumps(value) if isinstance(value, str) else value},"
+            yield f"        {key}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value},"
         yield "    ),"
     yield ")"
+    address = f"http://127.0.0.1:{DEFAULT_PORTS['lmcache_http']}"
+    yield f'DEFAULT_SERVICES = (Service("{LMCACHE_SERVER}", "{TITLES[LMCACHE_SERVER]}", "{address}"),)'
+    (slots,) = (spec.name for spec in SPECS.values() if spec.report == "slots")
+    yield f'SLOTS_CONTENDER = "{slots}"'
 
 
 SECTIONS = (

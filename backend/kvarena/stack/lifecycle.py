@@ -24,17 +24,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvarena.client import API_KEY_VARIABLE
+from kvarena.home import Home, StackError
+from kvarena.model import DEFAULT_CPU_MODEL, obtain_default_model
 from kvarena.stack import containers
 from kvarena.stack.health import probe
-from kvarena.stack.home import Home
 from kvarena.stack.logs import first_exception, size_of
-from kvarena.stack.model import DEFAULT_CPU_MODEL, obtain_default_model
-from kvarena.stack.plan import make_plan, pick_profile
-from kvarena.stack.preflight import check_api_key, check_before_start
-from kvarena.stack.processes import stop_leftovers
+from kvarena.stack.plan import make_plan, pick_profile, uses_card
+from kvarena.stack.preflight import check_api_key, checks_before_start, run_all
+from kvarena.stack.processes import processes_of, shared_memory_freed, stop_leftovers
 from kvarena.stack.record import Record, differences
 from kvarena.stack.render import Reporter, make_reporter
-from kvarena.stack.service import ProcessInfo, Runner, Service, ServiceFailedError, StackError, SupervisorGoneError
+from kvarena.stack.service import ProcessInfo, Runner, Service, ServiceFailedError, SupervisorGoneError
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import Settings
 from kvarena.stack.supervisord import running_supervisor, start_supervisor
@@ -157,9 +157,10 @@ def stop_everything(home: Home, console: Console) -> tuple[list[str], list[int]]
     record, supervisor = running_supervisor(home)
     stopped: list[str] = []
     if record is not None and supervisor is not None:
-        with contextlib.suppress(SupervisorGoneError):  # its services are leftovers now
-            stopped = _stop_services(record, supervisor, console)
-        supervisor.shut_down()
+        with shared_memory_freed(home, processes_of(home)):
+            with contextlib.suppress(SupervisorGoneError):  # its services are leftovers now
+                stopped = _stop_services(record, supervisor, console)
+            supervisor.shut_down()
     leftovers = stop_leftovers(home)
     _remove_files(home, record)
     return stopped, leftovers
@@ -195,7 +196,7 @@ def up(
             deployment.record,
             home,
             console,
-            check=deployment.check,
+            check=lambda services: run_all(deployment.checks(services, token)),
             secrets=settings.given_secrets,
             when_healthy=when_healthy,
             start_runner=deployment.start,
@@ -217,7 +218,7 @@ def up(
         wanted,
         home,
         console,
-        check=lambda services: check_before_start(plan, services, token),
+        check=lambda services: run_all(checks_before_start(plan, services, token)),
         secrets=settings.secrets,
         when_healthy=when_healthy,
     )
@@ -225,12 +226,12 @@ def up(
 
 def _obtain_default_model(settings: Settings, home: Home, console: Console) -> None:
     """Where it is the one to serve. That it can't be had stops nothing: another model takes its place."""
-    if settings.model is not None or pick_profile(settings.profile)[0] != "cpu":
+    if settings.model is not None or pick_profile(settings.profile)[0] != "cpu" or uses_card(settings):
         return
     try:
         obtain_default_model(home, console)
     except StackError as error:
-        console.print(f"[yellow]{escape(f'{DEFAULT_CPU_MODEL} could not be had: {error}')}[/]", soft_wrap=True)
+        console.print(f"[yellow]{escape(f'{DEFAULT_CPU_MODEL} could not be downloaded: {error}')}[/]", soft_wrap=True)
 
 
 def bring_up(
@@ -246,7 +247,7 @@ def bring_up(
     """Makes the services of `wanted` run (its run folder is made here). `check` sees those that are about to start."""
     with home.lock(), stop_signals_raise():
         supervisor = _running_as_wanted(home, wanted, secrets.get(API_KEY_VARIABLE, ""), console)
-        missing = _not_running(supervisor, wanted.services)
+        missing = not_running(supervisor, wanted.services)
         check(missing)
         try:
             if supervisor is None:
@@ -273,7 +274,8 @@ def restart(name: str, home: Home, console: Console) -> Service:
             names = ", ".join(service.name for service in record.services)
             raise StackError(f"no service {name!r} is running; there are {names}")
         with make_reporter(console, [service]) as reporter:
-            stop_and_wait(supervisor, [service], reporter)
+            with shared_memory_freed(home, processes_of(home, name)):
+                stop_and_wait(supervisor, [service], reporter)
             try:
                 start_and_wait(supervisor, [service], reporter)
             except BaseException:
@@ -319,7 +321,7 @@ def _running_as_wanted(home: Home, wanted: Record, api_key: str, console: Consol
     return supervisor
 
 
-def _not_running(supervisor: Runner | None, services: Sequence[Service]) -> list[Service]:
+def not_running(supervisor: Runner | None, services: Sequence[Service]) -> list[Service]:
     processes = supervisor.processes() if supervisor else {}
     return [service for service in services if service.name not in processes or not processes[service.name].is_up]
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from kvarena.stack.home import Home
-from kvarena.stack.service import StackError
+from kvarena.home import Home, StackError
 
 MAX_TAIL_BYTES = 1 << 20
 MAX_LINES_OF_START = 10_000

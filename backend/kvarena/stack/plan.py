@@ -7,22 +7,22 @@ what nobody set, and divides cores or GPUs between the servers.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kvarena.contenders.servers import Launch
 from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
 from kvarena.engines.vllm.config import BlendConfig
+from kvarena.home import Home, StackError, project_root
+from kvarena.model import DEFAULT_CARD_MODEL, FALLBACK_NOTICE, TOWN, Model, find_model, hub_folder
 from kvarena.policies.profile import read_blend_profile
 from kvarena.stack import machine
-from kvarena.stack.home import Home, project_root
 from kvarena.stack.lmcache_l2 import NO_L2, folder_adapter, l2_adapter
 from kvarena.stack.machine import CoreShare
-from kvarena.stack.model import FALLBACK_NOTICE, TOWN, Model, find_model
-from kvarena.stack.service import LOOPBACK, Network, StackError
+from kvarena.stack.service import LOOPBACK, Network
 from kvarena.stack.settings import SPECS, Settings
 
 DEFAULT_CPU_KV_CACHE_GB = 1
@@ -34,8 +34,8 @@ FLOAT32_MEMORY_RATIO = 0.5
 @dataclass(frozen=True)
 class Plan:
     """`core_shares` has one entry per contender on a CPU and none on a GPU; `gpus` the other way round (fewer when
-    they share). `prefix_caching` is vLLM's own. `blend_engine` is kvarena, or lmcache for LMCache's own blender.
-    `notice` is what a user should know of it, empty where there is nothing."""
+    they share); one on a card is in neither. `prefix_caching` is vLLM's own. `blend_engine` is kvarena, or lmcache for
+    LMCache's own blender. `notice` is what a user should know of it, empty where there is nothing."""
 
     root: Path
     contenders: tuple[str, ...]
@@ -83,19 +83,21 @@ class Plan:
     @property
     def tokenizer_place(self) -> str:
         """The folder that has the model's `tokenizer.json`, or where the hub's cache will have it."""
-        if self.model.is_local:
-            return self.model.name
-        home = self.hf_home or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-        hub = home / "hub" if self.hf_home else Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-        return str(hub / f"models--{self.model.name.replace('/', '--')}")
+        return self.model.name if self.model.is_local else str(hub_folder(self.model.name, self.hf_home))
 
     @property
-    def servers_per_gpu(self) -> int:
-        return -(-len(self.contenders) // len(self.gpus))
+    def sharing(self) -> tuple[str, ...]:
+        """The contenders that divide the cores or the GPUs."""
+        return tuple(spec.name for spec in self.specs if not spec.on_card(self.launch(spec.name)))
 
-    def shares_a_gpu(self, index: int) -> bool:
-        """Whether a contender before this one runs on the same GPU."""
-        return bool(self.gpus) and index >= len(self.gpus)
+    def cpus(self, name: str) -> tuple[int, ...]:
+        """The logical CPUs that a contender stays on; none: any."""
+        return self.core_shares[self.sharing.index(name)].cpus if self.core_shares and name in self.sharing else ()
+
+    def before_on_a_gpu(self, name: str) -> tuple[str, ...]:
+        """Whom a contender starts after, because one of them is on its GPU: vLLM measures free memory as it starts."""
+        index = self.sharing.index(name) if name in self.sharing else 0
+        return self.sharing[:index] if self.gpus and index >= len(self.gpus) else ()
 
     def launch(self, name: str) -> Launch:
         """What a contender is told of the plan, but for its share of the machine."""
@@ -124,20 +126,23 @@ class Plan:
 
     def launch_on_its_share(self, name: str) -> Launch:
         """The same with the cores or the GPU that the contender has."""
-        index = self.contenders.index(name)
+        if name not in self.sharing:
+            return self.launch(name)
+        index = self.sharing.index(name)
         if self.profile == "gpu":
-            gpu = self.gpus[index % len(self.gpus)]
-            return dataclasses.replace(self.launch(name), gpu=gpu, servers_per_gpu=self.servers_per_gpu)
-        return dataclasses.replace(self.launch(name), omp_cpus=tuple(self.core_shares[index].omp_cpus))
+            gpu, servers_per_gpu = self.gpus[index % len(self.gpus)], -(-len(self.sharing) // len(self.gpus))
+            return dataclasses.replace(self.launch(name), gpu=gpu, servers_per_gpu=servers_per_gpu)
+        share = self.core_shares[index]
+        return dataclasses.replace(self.launch(name), omp_cpus=share.omp_cpus, binds_threads=share.spares_core)
 
 
 def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Plan:
     """Raises `StackError` for a model that isn't there, a bad model profile, and a GPU profile without a GPU."""
     profile, gpus = pick_profile(settings.profile)
     on_cpu = profile == "cpu"
-    model = find_model(settings.model, profile)
-    num_servers = len(settings.contenders)
-    shares = machine.share_cores(machine.physical_cores(), num_servers) if on_cpu else []
+    model = find_model(settings.model or _model_of_the_card(settings, profile), profile)
+    num_servers = len(settings.contenders) - uses_card(settings)
+    shares = machine.share_cores(machine.physical_cores(), num_servers) if on_cpu and num_servers else []
     return Plan(
         root=project_root(),
         contenders=settings.contenders,
@@ -154,7 +159,7 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
         cache_dir=home.cache,
         lmcache_gb=settings.lmcache_gb,
         lmcache_l2=_second_tier(settings, home),
-        of_contenders={name: settings.of_contender(name) for name in SPECS},
+        of_contenders={name: _own_settings(settings, name) for name in SPECS},
         kv_cache_gb=settings.kv_cache_gb or (DEFAULT_CPU_KV_CACHE_GB if on_cpu else None),
         max_model_len=settings.max_model_len,
         load_format=settings.load_format,
@@ -178,6 +183,24 @@ def pick_profile(wanted: str) -> tuple[str, list[str]]:
     if wanted == "gpu" and not gpus:
         raise StackError("PROFILE is gpu, and nvidia-smi shows no GPU on this machine; use --profile cpu")
     return wanted, gpus if wanted == "gpu" else []
+
+
+def uses_card(settings: Settings) -> bool:
+    """Whether `ai100` runs on a Cloud AI 100 card: it was told to, or may and finds one with what drives it."""
+    runtime = settings.of_contender("ai100").runtime
+    found = runtime in (None, "auto") and machine.cards() and find_spec("QEfficient") is not None
+    return "ai100" in settings.contenders and (runtime == "qaic" or bool(found))
+
+
+def _own_settings(settings: Settings, name: str) -> Any:
+    own = settings.of_contender(name)
+    return dataclasses.replace(own, runtime="qaic") if name == "ai100" and uses_card(settings) else own
+
+
+def _model_of_the_card(settings: Settings, profile: str) -> str | None:
+    """For servers on GPUs beside it, those decide."""
+    is_alone = settings.contenders == ("ai100",)
+    return DEFAULT_CARD_MODEL if uses_card(settings) and (profile == "cpu" or is_alone) else None
 
 
 def _dtype(settings: Settings, model: Model, on_cpu: bool) -> str | None:
@@ -218,13 +241,13 @@ def _blend_engine(settings: Settings, on_cpu: bool) -> str:
 def _blend_config(settings: Settings, model: Model, home: Home, network: Network) -> BlendConfig:
     try:
         profile = read_blend_profile(model.name) if model.is_local else {}
-        given = profile | settings.policy
-        if settings.separator is not None:
-            given["separator"] = settings.separator
+        own = {"separator": settings.separator, "sink_tokens": settings.sink_tokens}
+        given = profile | settings.policy | {name: value for name, value in own.items() if value is not None}
         return dataclasses.replace(
             BlendConfig(**given),
             lmcache_url=f"tcp://{network.host(LMCACHE_SERVER)}:{settings.ports['lmcache_server']}",
             lmcache_http_url=f"http://{network.host(LMCACHE_SERVER)}:{settings.ports['lmcache_http']}",
+            lmcache_timeout_s=settings.lmcache_timeout_s,
             index_path=str(home.chunk_index(model.name)),
             max_ttft_ms=settings.blend_max_ttft_ms,
             unsupported=settings.blend_unsupported,

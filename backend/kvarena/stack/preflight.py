@@ -9,8 +9,9 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 
 from kvarena.client import Client, ClientError, Refused
 from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
+from kvarena.home import StackError
+from kvarena.model import check_hub_access
 from kvarena.stack import machine
 from kvarena.stack.lmcache_l2 import folder_of
-from kvarena.stack.model import check_hub_access
 from kvarena.stack.plan import Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
-from kvarena.stack.service import HOST, Service, StackError
+from kvarena.stack.service import HOST, Service
 from kvarena.stack.settings import CONTENDERS
 
 REQUEST_TIMEOUT_S = 5.0
@@ -33,23 +35,38 @@ LMCACHE_OVERHEAD_BYTES = GIB // 2
 PAGE_BYTES = GIB // 4
 
 
-def check_before_start(plan: Plan, services: Iterable[Service], token: str | None) -> None:
+Check = tuple[str, Callable[[], None]]
+"""What is looked at, in words, and the function that does it."""
+
+
+def checks_before_start(plan: Plan, services: Iterable[Service], token: str | None) -> Iterator[Check]:
     """Every check for the services that are about to be started."""
     services = list(services)
-    check_install_path(sys.prefix)
-    check_packages(plan)
-    check_data_folder(plan.data_dir)
-    check_ports(services)
-    for spec in plan.specs:
-        if any(service.name == spec.name for service in services):
-            check_model_type(spec, plan.model.name, plan.model.architecture(plan.hf_home))
+    yield "path", partial(check_install_path, sys.prefix)
+    yield "packages", partial(check_packages, plan)
+    yield "documents", partial(check_data_folder, plan.data_dir)
+    yield "ports", partial(check_ports, services)
+    yield "model", partial(check_model, plan, services, token)
     if any(service.name in plan.contenders for service in services):
-        if not plan.model.is_local:
-            check_hub_access(plan.model.name, token, plan.hf_home)
-        check_memory(estimate_memory(plan), machine.available_memory_bytes())
+        yield "memory", lambda: check_memory(estimate_memory(plan), machine.available_memory_bytes())
     if any(service.name == LMCACHE_SERVER for service in services):
-        check_shared_memory(plan.lmcache_gb)
-        check_lmcache_l2(plan.lmcache_l2)
+        yield "shared memory", partial(check_shared_memory, plan.lmcache_gb)
+        yield "second tier", partial(check_lmcache_l2, plan.lmcache_l2)
+
+
+def run_all(checks: Iterable[Check]) -> None:
+    for _, check in checks:
+        check()
+
+
+def check_model(plan: Plan, services: Iterable[Service], token: str | None) -> None:
+    """It suits the contenders among the services, and it is here or the hub gives it to us."""
+    names = {service.name for service in services}
+    starting = [spec for spec in plan.specs if spec.name in names]
+    for spec in starting:
+        check_model_type(spec, plan.model.name, plan.model.architecture(plan.hf_home))
+    if starting and plan.model.is_on_hub:
+        check_hub_access(plan.model.name, token, plan.hf_home)
 
 
 def check_packages(plan: Plan) -> None:
@@ -153,12 +170,12 @@ class MemoryNeed:
 
 
 def estimate_memory(plan: Plan) -> MemoryNeed:
-    """Main memory only: on a GPU the weights and the KV cache are not in it."""
+    """Main memory only: on a GPU and a card the weights and the KV cache are not in it."""
     num_servers = len(plan.contenders)
+    num_with_weights = len(plan.sharing) if plan.profile == "cpu" else 0
     launches = [(spec, plan.launch(spec.name)) for spec in plan.specs]
-    on_cpu = plan.profile == "cpu"
     return MemoryNeed(
-        weight_bytes=num_servers * plan.weight_bytes if on_cpu else 0,
+        weight_bytes=num_with_weights * plan.weight_bytes,
         kv_cache_bytes=int(sum(spec.server.kv_cache_gb(launch) for spec, launch in launches) * GIB),
         prefix_bytes=int(sum(spec.cache_gb(launch) for spec, launch in launches) * GIB),
         store_bytes=int((plan.lmcache_gb if plan.needs_lmcache else 0) * GIB)

@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import psutil
 
-from kvarena.stack.home import INSTANCE_VARIABLE, SERVICE_VARIABLE, Home
+from kvarena.home import INSTANCE_VARIABLE, SERVICE_VARIABLE, Home
 from kvarena.stack.lmcache_l2 import adapter_of, prune
 from kvarena.stack.logs import START_MARK
 from kvarena.stack.record import read_record
@@ -49,16 +50,17 @@ def processes_of(home: Home, service: str | None = None) -> list[psutil.Process]
     return marked
 
 
-def end_processes(processes: Sequence[psutil.Process]) -> None:
+def end_processes(home: Home, processes: Sequence[psutil.Process]) -> None:
     """Politely first."""
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=TERMINATE_TIMEOUT_S)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)
+    with shared_memory_freed(home, processes):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        _, alive = psutil.wait_procs(processes, timeout=TERMINATE_TIMEOUT_S)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)
 
 
 def stop_leftovers(home: Home) -> list[int]:
@@ -69,9 +71,33 @@ def stop_leftovers(home: Home) -> list[int]:
         if not found:
             break
         stopped |= dict.fromkeys(process.pid for process in found)
-        end_processes(found)
+        end_processes(home, found)
     remove_shared_memory(home)
     return list(stopped)
+
+
+@contextmanager
+def shared_memory_freed(home: Home, processes: Sequence[psutil.Process]) -> Iterator[None]:
+    """Removes the segments that these processes use, and at the end nobody does: vLLM names them at random, and those
+    of a process that is killed stay. LMCache's has the instance's name, and is found by it.
+    """
+    before = _shared_memory_of(processes)
+    try:
+        yield
+    finally:
+        for segment in before - _shared_memory_of(psutil.process_iter()) if before else ():
+            if home.shm_name not in segment.name:
+                with contextlib.suppress(OSError):
+                    segment.unlink()
+
+
+def _shared_memory_of(processes: Iterable[psutil.Process]) -> set[Path]:
+    found: set[Path] = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/maps").read_text(errors="surrogateescape").splitlines()
+            found |= {Path(line[line.index("/") :]) for line in lines if f" {SHARED_MEMORY}/" in line}
+    return found
 
 
 def remove_shared_memory(home: Home) -> None:
@@ -105,7 +131,7 @@ def main() -> None:
         sys.exit(f"no service {name!r} is recorded in {home.record}")
     if leftovers := processes_of(home, name):
         print(f"ending {len(leftovers)} processes that the last {name} left behind", flush=True)
-        end_processes(leftovers)
+        end_processes(home, leftovers)
     os.environ[SERVICE_VARIABLE] = name
     become(service)
 

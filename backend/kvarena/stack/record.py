@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvarena.home import Home
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, Splitter, find_splitter
-from kvarena.stack.home import Home
 from kvarena.stack.service import Service
 
 TUPLE_FIELDS = ("command", "other_ports", "depends_on", "cpus")
@@ -34,6 +34,8 @@ class Record:
     """What counts them; empty where the size is estimated."""
     compose: tuple[str, ...] = ()
     """Where the services are containers, the `docker compose` command that is about them, with its options."""
+    containers: Mapping[str, str] = field(default_factory=dict)
+    """The names of those, by service."""
 
     @property
     def socket_path(self) -> Path:

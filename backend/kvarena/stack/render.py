@@ -19,9 +19,11 @@ from rich.table import Table
 
 from kvarena.client import ChunkOutcome, ClientError
 from kvarena.documents import Documents, Remark, load_documents
-from kvarena.stack.chunk_cache import WarmResult, warm
+from kvarena.home import StackError
+from kvarena.stack.chunk_cache import WarmResult, score, warm
 from kvarena.stack.record import Record
-from kvarena.stack.service import Service, ServiceFailedError, StackError
+from kvarena.stack.service import Service, ServiceFailedError
+from kvarena.stack.settings import SPECS
 from kvarena.stack.status import StackStatus
 
 STYLES = {"healthy": "green", "stopped": "dim", "failed": "red"}
@@ -199,28 +201,51 @@ def show_problems(problems: Sequence[Remark], console: Console) -> None:
         _show_first([str(problem) for problem in problems], console)
 
 
+def chunk_caches(record: Record) -> list[Service]:
+    """The running contenders that have one."""
+    return [service for service in record.services if (spec := SPECS.get(service.name)) and spec.has_chunk_cache]
+
+
 def warm_with_progress(record: Record, documents: Documents, console: Console, api_key: str) -> WarmResult:
-    """Fills the chunk cache of a running blend, with a bar. Raises `StackError` without a blend, or without answers."""
-    blend = record.service("blend")
-    if blend is None:
-        raise StackError("blend is not among the running contenders; only it has a chunk cache")
-    columns = (
-        TextColumn("filling the chunk cache"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(documents.chunks))
+    """Fills the first chunk cache, with a bar. Raises `StackError` where there is none, or no answer."""
+    if not (found := chunk_caches(record)):
+        names = ", ".join(name for name, spec in SPECS.items() if spec.has_chunk_cache)
+        raise StackError(f"no running contender has a chunk cache; start one that has: {names}")
+    server = found[0]
+    with _counting(console) as bar:
+        task = bar.add_task("filling the chunk cache", total=len(documents.chunks))
 
         def advance(outcome: ChunkOutcome) -> None:
-            bar.advance(task)
+            if not bar.finished:  # a chunk that was lost again comes twice
+                bar.advance(task)
 
         try:
-            result = warm(blend.address, record.served_model, documents.chunks, advance, api_key)
+            result = warm(server.address, record.served_model, documents.chunks, advance, api_key, documents.system)
         except ClientError as error:
-            raise StackError(f"blend does not answer: {error}") from error
+            raise StackError(f"{server.name} does not answer: {error}") from error
     return replace(result, unusable=documents.problems)
+
+
+def score_with_progress(record: Record, documents: Documents, console: Console, api_key: str) -> None:
+    """Finds out which tokens of the filled cache's chunks need their context, with a bar where that takes a while; the
+    stack answers meanwhile. Raises `StackError` where there is no answer.
+    """
+    server = chunk_caches(record)[0]
+    with _counting(console) as bar:
+        task = bar.add_task("finding which tokens need their context", total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=total > 0)
+
+        try:
+            score(server.address, record.served_model, documents.chunks, show, api_key)
+        except ClientError as error:
+            raise StackError(f"{server.name} does not answer: {error}") from error
+
+
+def _counting(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def show_warm_result(result: WarmResult, data_dir: str, console: Console) -> None:
@@ -231,7 +256,7 @@ def show_warm_result(result: WarmResult, data_dir: str, console: Console) -> Non
     if too_short := result.chunks("too_short"):
         counts.append(f"{len(too_short)} too short to be kept")
     if result.failures:
-        counts.append(f"[red]{len(result.failures)} refused[/]")
+        counts.append(f"[red]{len(result.failures)} failed[/]")
     console.print(f"Chunk cache: {', '.join(counts)}.", highlight=False)
     _show_first([f"{chunk.name}: too short to be kept" for chunk in too_short], console)
     _show_first([f"{failed.name}: {failed.reason}" for failed in result.failures], console)

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 from kvarena.contenders.spec import LMCACHE_SERVER
-from kvarena.stack.home import Home
-from kvarena.stack.plan import make_plan
+from kvarena.home import Home, StackError
+from kvarena.stack.plan import Plan, make_plan
+from kvarena.stack.preflight import check_model
 from kvarena.stack.processes import become
-from kvarena.stack.service import BETWEEN_CONTAINERS, Service, StackError
+from kvarena.stack.service import BETWEEN_CONTAINERS, Service
 from kvarena.stack.services import TITLES, build_services
-from kvarena.stack.settings import CONTENDERS, load_settings
+from kvarena.stack.settings import CONTENDERS, SPECS, load_settings
 
 SECRETS_FOLDER = Path("/run/secrets")
 
@@ -32,13 +33,17 @@ def read_secrets(folder: Path) -> dict[str, str]:
 
 def service_of_this_container(name: str, home: Home) -> Service:
     """Raises `StackError` for bad settings and for a name that no service has."""
+    return next(service for service in build_services(plan_of(name, home), home) if service.name == name)
+
+
+def plan_of(name: str, home: Home) -> Plan:
+    """The same, of the stack that the service is in."""
     if name not in TITLES:
         raise StackError(f"no service {name!r}; choose one of {', '.join(TITLES)}")
     settings = load_settings(ui=True)
-    contender = "blend" if name == LMCACHE_SERVER else name
+    contender = next(known for known in CONTENDERS if SPECS[known].has_chunk_cache) if name == LMCACHE_SERVER else name
     contenders = tuple(known for known in CONTENDERS if known == contender or known in settings.contenders)
-    plan = make_plan(settings.model_copy(update={"contenders": contenders}), home, BETWEEN_CONTAINERS)
-    return next(service for service in build_services(plan, home) if service.name == name)
+    return make_plan(settings.model_copy(update={"contenders": contenders}), home, BETWEEN_CONTAINERS)
 
 
 def main() -> None:
@@ -48,6 +53,7 @@ def main() -> None:
     os.environ.update(read_secrets(SECRETS_FOLDER))
     try:
         service = service_of_this_container(name, home)
+        check_model(plan_of(name, home), [service], os.environ.get("HF_TOKEN"))
         os.environ.update(load_settings().secrets)  # by the names that servers know them by
     except StackError as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
-"""What a service of the stack is, as plain data; the contract of what keeps services running; and the stack's errors.
+"""What a service of the stack is, as plain data; the contract of what keeps services running; and how they fail.
 
 `services` makes the list of services. Runners are supervisord for processes (`supervisord`) and a Docker engine for
-containers (`docker`). A `StackError` is for the person at the command line: a message, and the exit status.
+containers (`docker`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-
-class StackError(Exception):
-    """The command can't go on. `str(error)` is the whole message, and says what to do."""
-
-    exit_code = 1
+from kvarena.home import StackError
 
 
 class ServiceFailedError(StackError):

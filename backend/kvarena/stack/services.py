@@ -13,10 +13,10 @@ import sys
 from kvarena.contenders.lmcache import LMCACHE_CHUNK_TOKENS
 from kvarena.contenders.servers import COMMON_ENVIRONMENT
 from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
-from kvarena.stack.home import Home
+from kvarena.home import Home, StackError
 from kvarena.stack.lmcache_l2 import L2_OPTION
 from kvarena.stack.plan import Plan
-from kvarena.stack.service import HOST, Service, StackError
+from kvarena.stack.service import HOST, Service
 from kvarena.stack.settings import SPECS
 
 TITLES = {
@@ -64,11 +64,8 @@ def _lmcache_server(plan: Plan, home: Home) -> Service:
 
 def _contender(spec: ContenderSpec, plan: Plan, home: Home) -> Service:
     """A server of the arena, on its share of the machine. Raises `StackError` for settings that its spec refuses."""
-    index, port = plan.contenders.index(spec.name), plan.ports[spec.name]
+    port = plan.ports[spec.name]
     launch = plan.launch_on_its_share(spec.name)
-    depends_on = spec.needs(launch)
-    if plan.shares_a_gpu(index):  # vLLM measures free memory while it starts: one after the other
-        depends_on += plan.contenders[:index]
     try:
         command = spec.server.command(launch)
     except ValueError as error:
@@ -82,8 +79,8 @@ def _contender(spec: ContenderSpec, plan: Plan, home: Home) -> Service:
         health_url=f"http://{HOST}:{port}{spec.health_path}",
         log_path=str(home.log(spec.name)),
         environment=spec.server.environment(launch),
-        depends_on=depends_on,
-        cpus=plan.core_shares[index].cpus if plan.core_shares else (),
+        depends_on=spec.needs(launch) + plan.before_on_a_gpu(spec.name),
+        cpus=plan.cpus(spec.name),
         directory=str(home.path),
         start_timeout_s=600.0 if plan.model.is_local else 7200.0,  # the first start of a hub model downloads it
         stop_timeout_s=20.0,
@@ -92,8 +89,12 @@ def _contender(spec: ContenderSpec, plan: Plan, home: Home) -> Service:
 
 def _page(plan: Plan, home: Home) -> Service:
     contenders = [
-        spec.page_entry(f"http://{plan.network.host(spec.name)}:{plan.ports[spec.name]}") for spec in plan.specs
+        spec.page_entry(f"http://{plan.network.host(spec.name)}:{plan.ports[spec.name]}")
+        | {"public_url": f"http://{HOST}:{plan.ports[spec.name]}"}
+        for spec in plan.specs
     ]
+    lmcache_url = f"http://{plan.network.host(LMCACHE_SERVER)}:{plan.ports['lmcache_http']}"
+    lmcache = {"name": LMCACHE_SERVER, "title": TITLES[LMCACHE_SERVER], "url": lmcache_url}
     script = plan.root / "frontend" / "app.py"
     command = [sys.executable, "-m", "streamlit", "run", str(script)]
     command += ["--server.address", plan.network.listen, "--server.port", str(plan.ports["page"])]
@@ -109,6 +110,7 @@ def _page(plan: Plan, home: Home) -> Service:
         environment={
             **COMMON_ENVIRONMENT,
             "KVARENA_CONTENDERS": json.dumps(contenders),
+            "KVARENA_SERVICES": json.dumps([lmcache] if plan.needs_lmcache else []),
             "KVARENA_DATA_DIR": str(plan.data_dir),
             "KVARENA_CHUNK_TOKENS": str(plan.chunk_tokens),
             "KVARENA_TOKENIZER": plan.tokenizer_place,

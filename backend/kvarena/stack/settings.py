@@ -26,12 +26,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvarena.client import API_KEY_VARIABLE
 from kvarena.contenders.spec import FIRST_PORT, STARTED_BY_DEFAULT, contender_specs
+from kvarena.core.matching import MAX_SINK_TOKENS
+from kvarena.home import StackError, project_root
 from kvarena.policies.params import PARAMETERS
 from kvarena.policies.registry import Parameter
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
-from kvarena.stack.home import project_root
 from kvarena.stack.lmcache_l2 import NO_L2, l2_adapter
-from kvarena.stack.service import StackError
 
 ProfileName = Literal["auto", "cpu", "gpu", "ai100"]
 RunIn = Literal["auto", "processes", "containers"]
@@ -141,8 +141,10 @@ class Settings(DerivedSettings):
     lmcache_l2: str | None = None
     lmcache_l2_gb: Annotated[float, Field(gt=0)] = 4.0
     lmcache_l2_password: SecretStr | None = None
+    lmcache_timeout_s: Annotated[float, Field(gt=0, le=60)] = 1.0
 
     separator: str | None = None
+    sink_tokens: Annotated[int, Field(ge=0, le=MAX_SINK_TOKENS)] | None = None
     blend_max_ttft_ms: Annotated[float, Field(gt=0)] | None = None
     blend_unsupported: BlendUnsupported = "refuse"
     blend_engine: BlendEngine = "kvarena"

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvarena.home import Home
 from kvarena.stack.chunk_cache import OnDisk, on_disk
 from kvarena.stack.health import Health, probe
-from kvarena.stack.home import Home
 from kvarena.stack.processes import processes_of
 from kvarena.stack.service import ProcessInfo, Service
 from kvarena.stack.supervisord import running_supervisor

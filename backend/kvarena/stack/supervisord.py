@@ -25,11 +25,11 @@ from xml.parsers.expat import ExpatError
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
+from kvarena.home import INSTANCE_VARIABLE, Home, StackError
 from kvarena.stack import logs
 from kvarena.stack.docker import Containers
-from kvarena.stack.home import INSTANCE_VARIABLE, Home
 from kvarena.stack.record import Record, read_record
-from kvarena.stack.service import ProcessInfo, Runner, Service, StackError, SupervisorGoneError
+from kvarena.stack.service import ProcessInfo, Runner, Service, SupervisorGoneError
 
 CALL_TIMEOUT_S = 60.0
 """Long, for it writes the services' logs and may wait for a busy disk; what it is asked takes it no time."""

