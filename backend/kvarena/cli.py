@@ -16,16 +16,18 @@ import typer
 
 from ai100.cli import app as ai100
 from kvarena.bench.command import app as bench
-from kvarena.bench.console import INTERRUPTED
+from kvarena.bench.console import INTERRUPTED, AsJson
 from kvarena.bench.quality.command import calibrate, evaluate
 from kvarena.bench.report.command import report
 from kvarena.bench.simllm.demo_command import app as simllm
+from kvarena.bench.soak.command import soak
 from kvarena.contenders.spec import FIRST_PORT, STARTED_BY_DEFAULT, contender_specs
 from kvarena.synthetic_qa.command import worlds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvarena.documents import Documents
     from kvarena.stack.chunk_cache import WarmResult
     from kvarena.stack.record import Record
 
@@ -43,6 +45,7 @@ app.add_typer(ai100, name="ai100")
 app.command("eval")(evaluate)
 app.command()(calibrate)
 app.command()(report)
+app.command()(soak)
 app.command()(worlds)
 
 WIDTH_WITHOUT_TERMINAL = 240
@@ -53,7 +56,6 @@ CONTENDER_PORTS = ", ".join(
     for name, spec in contender_specs().items()
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Name = Annotated[str, typer.Argument(help="lmcache-server, a contender, or page.")]
 
 
@@ -110,12 +112,11 @@ def up(
             help="What to do with a model that can't be blended: refuse, or serve it plain. [default: refuse]"
         ),
     ] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Start the stack, wait until it is healthy and fill the chunk cache."""
+    from kvarena.home import Home, StackError
     from kvarena.stack import lifecycle, render
-    from kvarena.stack.home import Home
-    from kvarena.stack.service import StackError
     from kvarena.stack.settings import load_settings
     from kvarena.stack.status import stack_status
 
@@ -136,14 +137,16 @@ def up(
         blend_unsupported=blend_unsupported,
     )
     warmed: list[WarmResult] = []
+    scored: list[tuple[Record, Documents]] = []
 
     def fill_chunk_cache(record: Record) -> None:
         try:
             documents = render.read_documents(record, console)
-            if "blend" not in settings.contenders or settings.blend_engine == "lmcache":
+            if not render.chunk_caches(record) or settings.blend_engine == "lmcache":
                 return
             warmed.append(render.warm_with_progress(record, documents, console, settings.api_key))
             render.show_warm_result(warmed[0], record.data_dir, console)
+            scored.append((record, documents))
         except StackError as error:
             render.show_error(error, errors)
             console.print("The chunk cache is not filled; ./run-server.sh warm tries again.")
@@ -156,13 +159,35 @@ def up(
     else:
         console.print()
         render.show_status(current, console)
+    for record, documents in scored:
+        try:
+            render.score_with_progress(record, documents, console, settings.api_key)
+        except StackError as error:
+            render.show_error(error, errors)
+
+
+@ai100.command()
+def demo(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 7860,
+    model: Annotated[
+        str | None, typer.Option(help="A local folder, a Hugging Face model name, or town. [default: the stack's]")
+    ] = None,
+) -> None:
+    """Start the contender ai100 and the page, whose Conversations compare a chat with and without KV slots."""
+    from kvarena.home import Home
+    from kvarena.stack import lifecycle
+    from kvarena.stack.settings import load_settings
+
+    console = _consoles()[0]
+    lifecycle.up(load_settings(contenders="ai100", model=model, ui_port=port), Home.find(), console)
+    console.print(f"http://127.0.0.1:{port}/conversations (kvarena down stops it)", highlight=False, soft_wrap=True)
 
 
 @app.command("get-model")
 def get_model() -> None:
     """Download and convert the default model of CPU machines now, so that the first start needs no network."""
-    from kvarena.stack.home import Home
-    from kvarena.stack.model import DEFAULT_CPU_MODEL, default_model_folder, obtain_default_model
+    from kvarena.home import Home
+    from kvarena.model import DEFAULT_CPU_MODEL, default_model_folder, obtain_default_model
 
     home, console = Home.find(), _consoles()[0]
     obtain_default_model(home, console)
@@ -174,19 +199,35 @@ def get_model() -> None:
 
 
 @app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, what `up` would start on it, and what can't run and why. Exit status: 1 where `up`
+    with the settings of the environment and .env can't work."""
+    from kvarena.home import Home
+    from kvarena.stack.doctor import diagnose, show_diagnosis
+    from kvarena.stack.settings import load_settings
+
+    found = diagnose(load_settings, Home.find())
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        show_diagnosis(found, _consoles()[0])
+    raise typer.Exit(0 if found.is_ready else 1)
+
+
+@app.command()
 def down() -> None:
     """Stop everything."""
+    from kvarena.home import Home
     from kvarena.stack import lifecycle
-    from kvarena.stack.home import Home
 
     lifecycle.down(Home.find(), _consoles()[0])
 
 
 @app.command()
-def status(as_json: Json = False) -> None:
+def status(as_json: AsJson = False) -> None:
     """Show what is running. Exit status: 0 all healthy, 3 nothing is running, 1 otherwise."""
+    from kvarena.home import Home
     from kvarena.stack import render
-    from kvarena.stack.home import Home
     from kvarena.stack.status import stack_status
 
     current = stack_status(Home.find())
@@ -204,9 +245,9 @@ def logs(
     num_lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many lines.")] = 50,
 ) -> None:
     """Show the last lines of a service's log."""
+    from kvarena.home import Home
     from kvarena.stack import docker
     from kvarena.stack import logs as log_files
-    from kvarena.stack.home import Home
     from kvarena.stack.record import read_record
 
     record = read_record(Home.find())
@@ -222,8 +263,8 @@ def logs(
 def restart(name: Name) -> None:
     """Restart one service and wait until it is healthy."""
     from kvarena.contenders.spec import LMCACHE_SERVER
+    from kvarena.home import Home
     from kvarena.stack import lifecycle
-    from kvarena.stack.home import Home
     from kvarena.stack.lmcache_l2 import L2_OPTION
 
     console = _consoles()[0]
@@ -233,11 +274,10 @@ def restart(name: Name) -> None:
 
 
 @app.command()
-def warm(as_json: Json = False) -> None:
-    """Fill the chunk cache of the running blend from its data folder."""
+def warm(as_json: AsJson = False) -> None:
+    """Fill the chunk cache of the running stack from its data folder."""
+    from kvarena.home import Home, StackError
     from kvarena.stack import render
-    from kvarena.stack.home import Home
-    from kvarena.stack.service import StackError
     from kvarena.stack.settings import shown_api_key
     from kvarena.stack.supervisord import running_supervisor
 
@@ -251,14 +291,16 @@ def warm(as_json: Json = False) -> None:
         print(json.dumps(result.to_json(), indent=1))
     else:
         render.show_warm_result(result, record.data_dir, console)
+    if not result.failures:
+        render.score_with_progress(record, documents, console, shown_api_key())
     raise typer.Exit(1 if result.failures else 0)
 
 
 @app.command()
-def clear(as_json: Json = False) -> None:
-    """Empty the chunk cache: LMCache's memory and the folder behind it, whether the stack runs or not."""
+def clear(as_json: AsJson = False) -> None:
+    """Empty the chunk cache: LMCache's memory and its folder on the disk, whether the stack runs or not."""
+    from kvarena.home import Home
     from kvarena.stack import chunk_cache
-    from kvarena.stack.home import Home
 
     console, _ = _consoles(as_json)
     cleared = chunk_cache.clear(Home.find())
@@ -286,7 +328,7 @@ def main() -> None:
 
 def run(command: Callable[[], object]) -> None:
     """Runs a command; an error of the stack becomes its message and an exit status."""
-    from kvarena.stack.service import StackError
+    from kvarena.home import StackError
 
     try:
         command()

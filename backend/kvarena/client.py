@@ -18,12 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from kvarena.documents import TextChunk, join_chunks
+from kvarena.documents import TextChunk, build_messages, contexts_for_scores, join_chunks
 
 if TYPE_CHECKING:
     import httpx
@@ -34,10 +34,11 @@ T = TypeVar("T")
 API_KEY_VARIABLE = "KVARENA_API_KEY"
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+CHUNKS = "/kvarena/chunks"
 
 TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 5.0
-KEEPALIVE_S = 4.0  # shorter than uvicorn's 5 s, so that no connection is reused that is being closed
+KEEPALIVE_S = 2.0  # shorter than uvicorn's 5 s by what a busy machine sleeps: nothing is sent where a server is closing
 REPORT_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 MAX_DETAIL_CHARS = 600
 
@@ -144,7 +145,7 @@ class StreamedAnswer:
     """An answer as far as it has come; a whole one has a token. Times are of `time.perf_counter`, in seconds.
 
     The opening of a chat, which has a role and no text, is no token; a finish without text is one. `logprobs` are
-    OpenAI's entries for a chat's tokens.
+    OpenAI's entries for a chat's tokens, `timings` vLLM's milliseconds of this request, where it tells them.
     """
 
     sent_s: float
@@ -154,6 +155,7 @@ class StreamedAnswer:
     usage: Usage = Usage()
     tokens: list[Token] = field(default_factory=list)
     logprobs: list[Mapping[str, Any]] = field(default_factory=list)
+    timings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -170,6 +172,7 @@ class StreamedAnswer:
         self.request_id = event.get("id") or self.request_id
         if event.get("usage"):
             self.usage = Usage.read(event["usage"])
+        self.timings = event.get("metrics") or self.timings
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
@@ -192,6 +195,11 @@ def ignore_token(answer: StreamedAnswer, token: Token) -> None:
     """An `OnToken` for who only wants the whole answer."""
 
 
+def streamed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body as `AsyncClient.stream` sends it."""
+    return {**body, "stream": True, "stream_options": {"include_usage": True}}
+
+
 # -- filling the chunk cache -------------------------------------------------------------------------------------------
 
 Outcome = Literal["warmed", "already_there", "too_short", "failed"]
@@ -206,29 +214,48 @@ class ChunkOutcome:
     reason: str = ""
 
 
-def warm_request(model: str, text: str, separator: str) -> dict[str, Any]:
-    """The completion that puts a chunk into the chunk cache: one token, after the chunk between two separators."""
+def warm_request(model: str, texts: Sequence[str], separator: str, store: str = "all") -> dict[str, Any]:
+    """The completion that puts chunks into the chunk cache: one token, after the chunks between separators.
+
+    `store`: "scores" for what they show of each other (docs/http.md).
+    """
     return {
         "model": model,
-        "prompt": join_chunks([text], separator),
+        "prompt": join_chunks(texts, separator),
         "max_tokens": 1,
         "temperature": 0,
-        "kv_transfer_params": {"kvarena": {"store": True}},
+        "kv_transfer_params": {"kvarena": {"policy": "none", "store": store}},
     }
 
 
-def warm_outcome(name: str, answer: Mapping[str, Any]) -> ChunkOutcome:
-    """By the request report in the answer's body."""
-    report = (answer.get("kv_transfer_params") or {}).get("kvarena")
-    if not isinstance(report, dict):
-        return ChunkOutcome(name, "failed", "the answer carries no request report")
-    if report.get("blend_failures"):
-        return ChunkOutcome(name, "failed", "its blend failed; the blend's log says why")
-    if report.get("store_errors"):
-        return ChunkOutcome(name, "failed", f"{report['store_errors']} store errors")
-    if report.get("store_misses"):
-        return ChunkOutcome(name, "warmed")
-    return ChunkOutcome(name, "already_there" if report.get("store_hits") else "too_short")
+HELD, TOO_SHORT, UNMARKED, NOT_STORED, STORE_DOWN = "held", "too_short", "unmarked", "not_stored", "store_down"
+OUTCOMES: dict[str, tuple[Outcome, str]] = {
+    HELD: ("already_there", ""),
+    TOO_SHORT: ("too_short", ""),
+    UNMARKED: ("failed", "the separator was not found around it"),
+    NOT_STORED: ("failed", "the store didn't keep it; it may be full"),
+    STORE_DOWN: ("failed", "the store doesn't answer"),
+}
+STORE_WAIT_S = 12.0
+"""For a store that was started again: a blend notices that within some seconds."""
+STORE_POLL_S = 0.5
+LOST_AGAIN = "the store kept it, but not until the end; it may be too small for all chunks"
+
+
+def look_up_state(answer: Mapping[str, Any]) -> str:
+    """`HELD`, or why a chunk isn't, by the answer to a look into the store.
+
+    A text that has the separator in it is several chunks, and all of them have to be there.
+    """
+    if not answer["chunks"]:
+        return UNMARKED
+    kept = [chunk for chunk in answer["chunks"] if chunk.get("reason") != TOO_SHORT]
+    missing = [str(chunk["reason"]) for chunk in kept if not chunk["held"]]
+    return missing[0] if missing else HELD if kept else TOO_SHORT
+
+
+def outcome_of(name: str, state: str) -> ChunkOutcome:
+    return ChunkOutcome(name, *OUTCOMES.get(state, ("failed", state)))
 
 
 # -- the clients -------------------------------------------------------------------------------------------------------
@@ -253,6 +280,10 @@ class AsyncClient:
     async def get(self, path: str, timeout_s: float | None = None) -> Any:
         """The JSON at a path."""
         return await self._json("GET", path, None, timeout_s)
+
+    async def text(self, path: str, timeout_s: float | None = None) -> str:
+        """What is at a path, as it is."""
+        return (await self._request("GET", path, None, timeout_s)).text
 
     async def post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:
         return await self._json("POST", path, body, timeout_s)
@@ -292,7 +323,6 @@ class AsyncClient:
         import openai
 
         client = self._openai
-        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         own = dict.fromkeys(("Authorization", "OpenAI-Organization", "OpenAI-Project"), openai.omit)
         headers = {**own, "X-Request-Id": request_id or openai.omit}
         answer = StreamedAnswer(time.perf_counter())
@@ -300,7 +330,7 @@ class AsyncClient:
             events = await client.post(
                 path,
                 cast_to=object,  # events as they come: building models of them would take a part of a fast token's time
-                body=body,
+                body=streamed(body),
                 options={"headers": headers},
                 stream=True,
                 stream_cls=openai.AsyncStream[object],
@@ -332,6 +362,15 @@ class AsyncClient:
             return report
         return None
 
+    async def lmcache_memory(self, timeout_s: float | None = None) -> Mapping[str, Any]:
+        """Of an LMCache server's own HTTP: how full its memory is, and what is locked in it."""
+        status = await self.get("/status", timeout_s)
+        try:
+            memory: Mapping[str, Any] = status["storage_manager"]["l1_manager"]
+        except (KeyError, TypeError) as error:
+            raise Unexpected(f"answered in a form that is not LMCache's: {str(status)[:200]!r}") from error
+        return memory
+
     async def warm(
         self,
         model: str,
@@ -342,28 +381,107 @@ class AsyncClient:
     ) -> list[ChunkOutcome]:
         """Puts chunks into the chunk cache, a few at a time; one that is refused doesn't stop the others.
 
-        `on_chunk` gets each outcome in the worker as it comes. Cancelling it leaves out what hasn't ended.
+        Whether a chunk is there is looked up in the store, and at the end once more: later ones may have taken its
+        room. A store that doesn't answer is waited for a little. `on_chunk` gets each outcome in the worker as it
+        comes, and then once more that of a chunk that was lost. Cancelling it leaves out what hasn't ended.
         """
         gate = asyncio.Semaphore(num_parallel)
+        deadline_s = time.monotonic() + STORE_WAIT_S
 
         async def warm_one(chunk: TextChunk) -> ChunkOutcome:
             async with gate:
-                outcome = await self._warm_chunk(model, chunk, separator)
+                outcome = await self._warm_chunk(model, chunk, separator, deadline_s)
             on_chunk(outcome)
             return outcome
 
-        return await asyncio.gather(*map(warm_one, chunks))
+        async def look_again(chunk: TextChunk, outcome: ChunkOutcome) -> ChunkOutcome:
+            if outcome.outcome not in ("warmed", "already_there"):
+                return outcome
+            async with gate:
+                lost = await self._lost_chunk(chunk, separator, deadline_s)
+            if lost:
+                on_chunk(lost)
+            return lost or outcome
+
+        outcomes = await asyncio.gather(*map(warm_one, chunks))
+        return await asyncio.gather(*map(look_again, chunks, outcomes))
+
+    async def warm_beginning(self, model: str, system: str, separator: str) -> None:
+        """Puts into the chunk cache what stands before the first chunk of a chat: the template's own words and the
+        system prompt. Nothing is done where the model has no template for a chat.
+        """
+        request = warm_request(model, [], separator)
+        del request["prompt"]
+        messages = build_messages(system, [], separator, separator)
+        with suppress(Refused):
+            await self.post(CHAT, {**request, "messages": messages})
+
+    async def score(
+        self,
+        model: str,
+        chunks: Sequence[TextChunk],
+        separator: str,
+        on_prompt: Callable[[int, int], None],
+    ) -> None:
+        """Has the server find out which tokens of these chunks need their context, where it doesn't know yet: contexts
+        of several are computed whole, which takes a few times as long as filling the cache. Raises `ClientError`.
+
+        `on_prompt` gets how many of how many have been computed.
+        """
+        lacking = [chunk.name for chunk in chunks if not await self._is_scored(chunk.text, separator)]
+        contexts = contexts_for_scores(chunks, lacking, (await self.describe()).max_model_len)
+        on_prompt(0, len(contexts))
+        for number, context in enumerate(contexts, start=1):
+            texts = [chunk.text for chunk in context]
+            await self._compute_for_scores(model, texts, separator)
+            on_prompt(number, len(contexts))
 
     async def aclose(self) -> None:
         await self._http.aclose()
 
-    async def _warm_chunk(self, model: str, chunk: TextChunk, separator: str) -> ChunkOutcome:
+    async def _compute_for_scores(self, model: str, texts: Sequence[str], separator: str) -> None:
+        """In a chat, as requests come, where the model has a template for one."""
+        request = warm_request(model, texts, separator, "scores")
+        prompt = request.pop("prompt")
         try:
-            answer = await self.post(COMPLETIONS, warm_request(model, chunk.text, separator))
-            with _reading(answer):
-                return warm_outcome(chunk.name, answer)
+            await self.post(CHAT, {**request, "messages": [{"role": "user", "content": prompt}]})
+        except Refused:
+            await self.post(COMPLETIONS, {**request, "prompt": prompt})
+
+    async def _is_scored(self, text: str, separator: str) -> bool:
+        """Or isn't there, so that there is nothing to keep scores with."""
+        answer = await self.post(CHUNKS, {"prompt": join_chunks([text], separator), "scores": True})
+        with _reading(answer):
+            return all(bool(chunk.get("scored", True)) for chunk in answer["chunks"])
+
+    async def _warm_chunk(self, model: str, chunk: TextChunk, separator: str, deadline_s: float) -> ChunkOutcome:
+        try:
+            before = await self._look_up(chunk.text, separator, deadline_s)
+            if before != NOT_STORED:
+                return outcome_of(chunk.name, before)
+            await self.post(COMPLETIONS, warm_request(model, [chunk.text], separator))
+            after = await self._look_up(chunk.text, separator, deadline_s)
         except ClientError as error:
             return ChunkOutcome(chunk.name, "failed", error.reason)
+        return ChunkOutcome(chunk.name, "warmed") if after == HELD else outcome_of(chunk.name, after)
+
+    async def _lost_chunk(self, chunk: TextChunk, separator: str, deadline_s: float) -> ChunkOutcome | None:
+        try:
+            state = await self._look_up(chunk.text, separator, deadline_s)
+        except ClientError as error:
+            return ChunkOutcome(chunk.name, "failed", error.reason)
+        if state == HELD:
+            return None
+        return ChunkOutcome(chunk.name, "failed", LOST_AGAIN) if state == NOT_STORED else outcome_of(chunk.name, state)
+
+    async def _look_up(self, text: str, separator: str, deadline_s: float) -> str:
+        while True:
+            answer = await self.post(CHUNKS, {"prompt": join_chunks([text], separator)})
+            with _reading(answer):
+                state = look_up_state(answer)
+            if state != STORE_DOWN or time.monotonic() > deadline_s:
+                return state
+            await asyncio.sleep(STORE_POLL_S)
 
     @cached_property
     def _openai(self) -> openai.AsyncOpenAI:
@@ -453,6 +571,14 @@ class Client:
         on_chunk: Callable[[ChunkOutcome], None],
     ) -> list[ChunkOutcome]:
         return self._wait(self.aio.warm(model, chunks, separator, num_parallel, on_chunk))
+
+    def warm_beginning(self, model: str, system: str, separator: str) -> None:
+        self._wait(self.aio.warm_beginning(model, system, separator))
+
+    def score(
+        self, model: str, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]
+    ) -> None:
+        self._wait(self.aio.score(model, chunks, separator, on_prompt))
 
     def close(self) -> None:
         """Cancels what is under way and ends the worker."""

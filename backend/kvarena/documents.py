@@ -2,18 +2,22 @@
 
 A document is a `.txt`, `.md` or `.pdf` file. One that fits is one chunk, named after its file; a longer one is split,
 and its chunks are numbered (`manual 01`). A file that can't be used never hides the others: it becomes a remark that
-says why. Used by whatever builds a context: the page, the warm-up, the benchmarks. No tokens, no HTTP.
+says why. Whatever a document says is text: an invisible character goes into what a tokenizer would read as a special
+token (`</s>`), and into what a server would take for the separator. It is put in here, so that every contender gets the
+same prompt. Used by whatever builds a context: the page, the warm-up, the benchmarks. No tokens, no HTTP.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
+import random
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -147,6 +151,7 @@ def read_document(path: str, data: bytes, splitter: Splitter) -> Document:
         text, note = _pdf_text(data) if suffix == ".pdf" else _decoded(data)
         if not any(character.isalnum() for character in text):
             raise ValueError(_without_words(suffix, text))
+        text = without_special_tokens(text, splitter.special_tokens)
         return Document(path, tuple(splitter.split(text, is_markdown=suffix == ".md")), note=note)
     except ValueError as error:
         return Document(path, problem=str(error))
@@ -362,9 +367,64 @@ def _clean(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
+WORD_JOINER = "\u2060"
+"""Invisible, no white space, and between any two characters without effect on a text."""
+
+
+def without_special_tokens(text: str, special_tokens: Iterable[str]) -> str:
+    """The text with special tokens made text."""
+    return _broken_up(text, "|".join(re.escape(token) for token in special_tokens))
+
+
+def without_separators(text: str, separator: str) -> str:
+    """A chunk as it goes into a prompt: it has no separator in it, nor one that only ends in the separator after it.
+
+    A separator's own white space may be any.
+    """
+    before, after = (r"(?<!\S)" * separator[:1].isspace(), r"(?!\S)" * separator[-1:].isspace())
+    core = re.escape(separator.strip())
+    return _broken_up(text, core and before + core + after, separator)
+
+
+def _broken_up(text: str, pattern: str, then: str = "") -> str:
+    """With a word joiner after the first character of whatever matches where `then` follows the text."""
+    found = re.finditer(f"(?={pattern})", text + then) if pattern else ()
+    cuts = [0, *(match.start() + 1 for match in found if match.start() < len(text)), len(text)]
+    return WORD_JOINER.join(text[start:end] for start, end in itertools.pairwise(cuts))
+
+
 def join_chunks(texts: Sequence[str], separator: str) -> str:
     """The chunks with the separator before each and after the last, so that every chunk has two exact boundaries."""
-    return "".join(separator + text for text in texts) + separator if texts else ""
+    return "".join(separator + without_separators(text, separator) for text in texts) + separator if texts else ""
+
+
+SCORED_CHARACTERS = 10_000
+"""About so many has a context that is computed for what it shows of its chunks."""
+SCORED_PROMPTS = 2
+"""So many show something of each chunk: more told little more (docs/quality.md)."""
+
+
+def contexts_for_scores(
+    chunks: Sequence[TextChunk], lacking: Collection[str], max_model_len: int | None
+) -> list[list[TextChunk]]:
+    """Contexts in which every chunk whose name is in `lacking` stands between others, in `SCORED_PROMPTS` of them, in
+    drawn orders. None where there are fewer than three chunks.
+    """
+    max_characters = min(SCORED_CHARACTERS, 2 * max_model_len) if max_model_len else SCORED_CHARACTERS
+    contexts: list[list[TextChunk]] = []
+    for number in range(SCORED_PROMPTS if len(chunks) > 2 else 0):
+        rng = random.Random(number)
+        waiting = [chunk for chunk in rng.sample(chunks, len(chunks)) if chunk.name in lacking]
+        while waiting:
+            size, middle = 0, [waiting.pop()]
+            while waiting and len(middle) < len(chunks) - 2:
+                size += len(middle[-1].text)
+                if size + len(waiting[-1].text) > max_characters:
+                    break
+                middle.append(waiting.pop())
+            before, behind = rng.sample([chunk for chunk in chunks if chunk not in middle], 2)
+            contexts.append([before, *middle, behind])
+    return contexts
 
 
 def build_messages(system: str, texts: Sequence[str], question: str, separator: str) -> list[dict[str, str]]:

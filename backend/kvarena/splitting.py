@@ -39,6 +39,11 @@ class Splitter:
             return _estimated_tokens(text)
         return len(_tokenizer(self.tokenizer_file).encode(text, add_special_tokens=False))
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts that the tokenizer reads as special tokens; unknown without one."""
+        return special_tokens(_tokenizer(self.tokenizer_file)) if self.tokenizer_file else ()
+
     def split(self, text: str, is_markdown: bool = False) -> list[str]:
         """Its chunks in order, without white space around them; the text itself where it fits."""
         if self.count(text) <= self.chunk_tokens:
@@ -65,6 +70,11 @@ class Splitter:
         if self.tokenizer_file is None:
             return kind.from_callback(_estimated_tokens, capacity)
         return kind.from_huggingface_tokenizer(_tokenizer(self.tokenizer_file), capacity)
+
+
+def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What a tokenizer never reads as text, such as `</s>`."""
+    return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
 
 def find_splitter(model_place: str, chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> Splitter:

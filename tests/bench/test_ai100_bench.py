@@ -14,7 +14,7 @@ from ai100.topics import KeywordTopics, load_topics
 from kvarena.bench import ai100_bench
 from kvarena.bench.ai100_bench import AI100Workload
 from kvarena.bench.command import app
-from kvarena.bench.plots import plot_ai100
+from kvarena.bench.plotting import save_picture
 from kvarena.bench.results import save_results
 from support.ai100_engine import AI100, make_ai100
 from support.tiny_models import save_tiny_model
@@ -76,7 +76,7 @@ def test_the_command_writes_file_plot_and_tables(folder: Path, tmp_path: Path) -
     arguments = ["ai100", "--model", str(folder), "--runtime", "host", *sizes, *tokens, "--output", str(output)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "Follow-ups sooner by" in result.output
+    assert "Speedup of follow-ups" in result.output
     assert "2 one after the other" in result.output
     saved = json.loads(output.read_text())
     assert (saved["settings"]["benchmark"], saved["settings"]["runtime"]) == ("ai100", "host")
@@ -100,4 +100,4 @@ def test_bad_workloads_and_other_files_are_refused(tmp_path: Path) -> None:
         AI100Workload(num_rounds=0)
     save_results(tmp_path / "r.json", {"benchmark": "prefix"}, [{"a": 1}])
     with pytest.raises(ValueError, match="no ai100 benchmark"):
-        plot_ai100(tmp_path / "r.json", tmp_path / "x.png")
+        save_picture(tmp_path / "r.json", tmp_path / "x.png", "ai100")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from kvarena.bench import prefix_bench
 from kvarena.bench.command import app
-from kvarena.bench.plots import plot_prefix
+from kvarena.bench.plotting import save_picture
 from kvarena.bench.prefix_bench import LEVELS, SCENARIOS, InProcess, PrefixWorkload, Server
 from kvarena.bench.results import load_results, save_results
 from kvarena.bench.shapes import SHAPES, write_shape
@@ -86,7 +86,7 @@ def test_results_are_read_back_and_other_files_refused(tmp_path: Path) -> None:
     save_results(path, {"a": 1}, [{"b": 2}])
     assert load_results(path)["rows"] == [{"b": 2}]
     with pytest.raises(ValueError, match="no prefix benchmark"):
-        plot_prefix(path, tmp_path / "x.png")
+        save_picture(path, tmp_path / "x.png", "prefix")
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"r\.json"):
         load_results(path)
@@ -100,5 +100,5 @@ def test_shapes_have_their_size(name: str, tmp_path: Path, folder: Path) -> None
     config = AutoConfig.from_pretrained(write_shape(name, tmp_path, folder))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    wanted = {"180m": 180e6, "500m": 500e6, "1b": 1e9}[name]
+    wanted = {"180m": 180e6, "500m": 500e6, "1b": 1e9, "8b": 8e9}[name]
     assert model.num_parameters() == pytest.approx(wanted, rel=0.12)

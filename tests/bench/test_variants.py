@@ -50,7 +50,7 @@ def test_a_time_is_sent_named_and_written_down() -> None:
     [
         ("none:300ms", "which none doesn't go by"),
         ("chunk_head:300ms,head_tokens=3", "which chunk_head doesn't go by"),
-        ("kv_deviation:0ms", "max_ttft_ms must be a number above 0, not 0.0"),
+        ("kv_deviation:0ms", "max_ttft_ms must be a number above 0 and at most 86400000, not 0.0"),
         ("kv_deviation:1.2.3ms", "could not convert"),
         ("best:0.1", "policy must be one of kv_deviation"),
         ("kv_deviation:2", "ratio must be a number from 0 to 1, not 2.0"),

@@ -5,13 +5,28 @@ Imported by the command line at its start: everything heavy is imported inside t
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarena.bench.console import INTERRUPTED, decimals, explained, integers, progress
+from kvarena.bench.console import (
+    INTERRUPTED,
+    AnswerTokens,
+    AsJson,
+    Model,
+    PlottedFile,
+    Repetitions,
+    ResultFile,
+    Seed,
+    Shape,
+    decimals,
+    explained,
+    integers,
+    progress,
+    tell,
+)
 from kvarena.bench.variants import DEFAULT_POLICIES, read_policies
 
 if TYPE_CHECKING:
@@ -25,12 +40,8 @@ if TYPE_CHECKING:
 
 
 def ai100(
-    model: Annotated[
-        str | None, typer.Option(help="A local folder or a Hugging Face model name. [default: the town model]")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="A model of this size with random weights: 180m, 500m or 1b.")
-    ] = None,
+    model: Model = None,
+    shape: Shape = None,
     runtime: Annotated[str, typer.Option(help="auto, qaic (the card), host, or onnx.")] = "auto",
     history_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each conversation's first message.")] = 1000,
     num_turns: Annotated[int, typer.Option(min=2, help="Turns of a conversation.")] = 10,
@@ -41,19 +52,17 @@ def ai100(
     ] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
     throughput_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, for the throughput.")] = 48,
-    seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
-    output: Annotated[Path, typer.Option(help="Result file; the plot is saved next to it.")] = Path(
-        "results/ai100.json"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    seed: Seed = 0,
+    output: PlottedFile = Path("results/ai100.json"),
+    as_json: AsJson = False,
 ) -> None:
     """Measure what KV slots gain in multi-turn chat: follow-ups with and without them, and several conversations at
     once."""
     from rich.console import Console
 
     from kvarena.bench import ai100_bench
-    from kvarena.bench.plots import plot_ai100
-    from kvarena.bench.results import check_writable, load_results, save_results
+    from kvarena.bench.plotting import save_picture
+    from kvarena.bench.results import check_writable, save_results
 
     console = Console(stderr=as_json)
     with explained():
@@ -77,12 +86,8 @@ def ai100(
     described = engine.describe() | {"model": engine.model_name}
     save_results(output, ai100_bench.settings(workload, **described), rows)
     image = output.with_suffix(".png")
-    plot_ai100(output, image)
-    if as_json:
-        print(json.dumps(load_results(output), indent=1))
-    else:
-        _show_ai100(rows, console)
-        console.print(f"Figures are in {output}, the plot in {image}.", soft_wrap=True)
+    save_picture(output, image, "ai100")
+    tell(output, as_json, console, lambda: _show_ai100(rows, console), image)
 
 
 def _ai100_engine(model: str | None, shape: str | None, runtime: str, workload: AI100Workload) -> AI100Engine:
@@ -111,7 +116,7 @@ def _show_ai100(rows: list[Row], console: Console) -> None:
     from kvarena.bench.ai100_bench import follow_up_speedup
 
     turns = Table(title="Time to first token; medians", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("turn", "prefilled", "slots ms", "prefilled", "no cache ms", "sooner by"):
+    for name in ("turn", "prefilled", "slots ms", "prefilled", "no cache ms", "speedup"):
         turns.add_column(name, justify="right", no_wrap=True)
     modes = Table(title="Throughput", box=box.SIMPLE_HEAD, collapse_padding=True)
     for name in ("conversations", "tokens/s", "times", "least to most"):
@@ -135,8 +140,8 @@ def _show_ai100(rows: list[Row], console: Console) -> None:
                 f"{times['low']:.2f} to {times['high']:.2f}",
             )
     console.print(turns)
-    sooner = follow_up_speedup(rows)
-    console.print(f"Follow-ups sooner by {sooner['median']:.1f}x ({sooner['low']:.1f} to {sooner['high']:.1f})")
+    speedup = follow_up_speedup(rows)
+    console.print(f"Speedup of follow-ups: {speedup['median']:.1f}x ({speedup['low']:.1f} to {speedup['high']:.1f})")
     console.print(modes)
 
 
@@ -157,18 +162,18 @@ def simllm(
     num_tasks: Annotated[int, typer.Option(min=2, help="Speed: tasks of the stream.")] = 16,
     num_quality_tasks: Annotated[int, typer.Option(min=2, help="Quality: tasks of the stream.")] = 120,
     similar: Annotated[float, typer.Option(min=0, max=1, help="Share of tasks similar to an earlier one.")] = 0.5,
-    modes: Annotated[str, typer.Option(help="aligned, top_layer or both, separated by a comma.")] = "aligned,top_layer",
+    modes: Annotated[
+        str, typer.Option(help="Of aligned, top_layer, sandwich; separated by commas.")
+    ] = "aligned,top_layer",
     thresholds: Annotated[str, typer.Option(help="Cosine similarities, separated by commas.")] = "0.8,0.998,0.9997",
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 8,
+    max_new_tokens: AnswerTokens = 8,
     max_cache_size: Annotated[int, typer.Option(min=1, help="Tasks that each contender keeps.")] = 100,
     dtype: Annotated[
         str | None, typer.Option(help="Such as bfloat16, or auto: the model's. [default: float32 on a CPU, else auto]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the stream and the random weights.")] = 0,
-    output: Annotated[Path, typer.Option(help="Result file; the plot is saved next to it.")] = Path(
-        "results/simllm.json"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    output: PlottedFile = Path("results/simllm.json"),
+    as_json: AsJson = False,
 ) -> None:
     """Measure what reuse between similar tasks gains in speed and costs in quality, by mode and threshold.
 
@@ -176,14 +181,14 @@ def simllm(
     """
     from rich.console import Console
 
-    from kvarena.bench.plots import plot_simllm
+    from kvarena.bench.plotting import save_picture
     from kvarena.bench.quality.questions import load_questions
-    from kvarena.bench.results import check_writable, load_results, save_results, shown_path
+    from kvarena.bench.results import check_writable, save_results, shown_path
     from kvarena.bench.simllm import measuring
     from kvarena.bench.simllm.measuring import show_quality, show_speed
     from kvarena.bench.simllm.running import variants
     from kvarena.documents import QUESTIONS_NAME
-    from kvarena.stack.model import find_model
+    from kvarena.model import find_model
 
     console = Console(stderr=as_json)
     with explained():
@@ -199,13 +204,13 @@ def simllm(
     rows: list[Row] = [*speed.rows, *quality.rows]
     save_results(output, settings, rows, answers=[*speed.answers, *quality.answers])
     image = output.with_suffix(".png")
-    plot_simllm(output, image)
-    if as_json:
-        print(json.dumps(load_results(output), indent=1))
-    else:
+    save_picture(output, image, "simllm")
+
+    def show() -> None:
         show_speed(speed.rows, console)
         show_quality(quality.rows, console)
-        console.print(f"Figures are in {output}, the plot in {image}.", soft_wrap=True)
+
+    tell(output, as_json, console, show, image)
 
 
 def ttft(
@@ -249,10 +254,17 @@ def ttft(
         typer.Option(help="A local folder or a Hugging Face model name. [default: what the first server serves]"),
     ] = None,
     separator: Annotated[str | None, typer.Option(help="Text between chunks. [default: the blend's]")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of documents to cut the known chunks from, repeated where they are short. "
+            "[default: chunks of random words]"
+        ),
+    ] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="Time limit for one answer.")] = 900.0,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
-    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/ttft.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    seed: Seed = 0,
+    output: ResultFile = Path("results/ttft.json"),
+    as_json: AsJson = False,
 ) -> None:
     """Measure the time to first token of contenders on the same prompts, one after the other, as a client sees it.
 
@@ -262,7 +274,7 @@ def ttft(
     """
     from rich.console import Console
 
-    from kvarena.bench.results import check_writable, load_results, save_results
+    from kvarena.bench.results import check_writable, save_results
     from kvarena.bench.ttft.measuring import Bench, show_rows, show_warnings
     from kvarena.bench.ttft.servers import OwnServers, ServerOptions
     from kvarena.bench.ttft.workload import Workload
@@ -279,8 +291,9 @@ def ttft(
         wanted = ServerOptions(
             model, shape, target or (), OwnServers(store, store_gb, kv_cache_gb, hf, dtype), timeout_s
         )
+        workload = replace(workload, has_fixed_opening=wanted.starts_servers)
         with wanted.found(workload.longest_tokens, console) as contenders:
-            bench = Bench.of(contenders, policies, workload, separator, tokenizer)
+            bench = Bench.of(contenders, policies, workload, separator, tokenizer, data)
             settings |= wanted.settings() | bench.settings()
             try:
                 with progress(bench.num_steps, console) as advance:
@@ -290,11 +303,7 @@ def ttft(
             except KeyboardInterrupt:
                 settings["is_interrupted"] = True
     save_results(output, settings, rows)
-    if as_json:
-        print(json.dumps(load_results(output), indent=1))
-    else:
-        show_rows(rows, console)
-        console.print(f"Figures are in {output}.", soft_wrap=True)
+    tell(output, as_json, console, lambda: show_rows(rows, console))
     show_warnings(rows, console)
     if settings["is_interrupted"]:
         console.print("Interrupted: the figures are those until then.")
@@ -307,6 +316,119 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure con
 app.command()(simllm)
 app.command()(ai100)
 app.command()(ttft)
+
+
+@app.command()
+def sustained(
+    shape: Shape = None,
+    model: Model = None,
+    contender: Annotated[str, typer.Option(help="The contender to compare with plain: blend or lmcache.")] = "blend",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Selection policy of the blend, POLICY[:RATIO][@LAYER]. [default: chunk_head:0.05]"),
+    ] = None,
+    num_requests: Annotated[int, typer.Option("--requests", min=5, help="Requests of the run.")] = 300,
+    num_chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks that come again.")] = 200,
+    per_request: Annotated[int, typer.Option(min=1, help="Chunks of each request.")] = 8,
+    new_per_request: Annotated[int, typer.Option(min=0, help="Number of these that are used only once.")] = 1,
+    chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each chunk.")] = 256,
+    zipf: Annotated[float, typer.Option(min=0, help="How uneven the chunks' popularity is; 0: all alike.")] = 1.0,
+    store_gb: Annotated[float, typer.Option(min=0.1, help="Memory for chunks, in GiB.")] = 0.4,
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type, such as bfloat16. [default: as the stack chooses]")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Time limit for one answer.")] = 900.0,
+    seed: Seed = 0,
+    output: ResultFile = Path("results/sustained.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure whether a gain lasts: many requests over more chunks than the store has room for, some of them new.
+
+    Servers are started for it, and stopped at the end.
+    """
+    from rich.console import Console
+
+    from kvarena.bench.results import check_writable, save_results
+    from kvarena.bench.ttft import sustained as measuring
+    from kvarena.bench.ttft.measuring import REFERENCE, Bench
+    from kvarena.bench.ttft.servers import OwnServers, ServerOptions
+    from kvarena.bench.ttft.workload import Workload
+    from kvarena.bench.variants import Variant
+
+    console = Console(stderr=as_json)
+    with explained():
+        check_writable(output)
+        workload = measuring.SustainedWorkload(
+            num_requests, num_chunks, per_request, new_per_request, chunk_tokens, zipf=zipf, seed=seed
+        )
+        policies = read_policies(policy or ["chunk_head:0.05"], "blend")
+        own = OwnServers("lmcache", store_gb, None, with_hf=False, dtype=dtype, contender=contender)
+        wanted = ServerOptions(model or (None if shape else "town"), shape, (), own, timeout_s)
+        with wanted.found(workload.longest_tokens, console) as contenders:
+            found = Bench.of(contenders, policies, Workload(), None, None)
+            variants = [*found.policies.get(contender, [Variant(contender)]), Variant(REFERENCE)]
+            prompts = measuring.SustainedPrompts(found.vocabulary, workload)
+            with progress(len(variants) * num_requests, console) as advance:
+                rows = measuring.run(contenders, variants, prompts, num_requests, advance)
+    settings = {"benchmark": "sustained", "separator": found.separator, **wanted.settings(), **vars(workload)}
+    save_results(output, settings, rows)
+    tell(output, as_json, console, lambda: measuring.show_rows(rows, console))
+    if any(row["num_failed"] for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def device(
+    shapes: Annotated[str, typer.Option(help="Of 180m, 500m, 1b, 8b; separated by commas.")] = "1b,8b",
+    context_tokens: Annotated[str, typer.Option(help="Lengths of the context, separated by commas.")] = (
+        "4000,8000,16000"
+    ),
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="POLICY[:RATIO][@LAYER]; repeatable. [default: none, and all others at 5 and 15 %]"),
+    ] = None,
+    chunk_tokens: Annotated[int, typer.Option(min=32, help="Tokens of each chunk.")] = 512,
+    num_repeats: Repetitions = 5,
+    dtype: Annotated[str, typer.Option(help="Data type of weights and KV.")] = "bfloat16",
+    on_device: Annotated[str, typer.Option("--device", help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
+    seed: Seed = 0,
+    output: ResultFile = Path("results/device.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure what blending gains on this machine's GPU, without servers and without vLLM: random weights, full prefill
+    with PyTorch's attention beside it, and the floor beside each time.
+
+    Checks first that ratio 1 gives the logits of full prefill, for two families.
+    """
+    import tempfile
+
+    from rich.console import Console
+
+    from kvarena.bench import device_bench
+    from kvarena.bench.results import check_writable, save_results
+    from kvarena.home import project_root
+    from kvarena.model import SHIPPED_MODELS, TOWN
+
+    console = Console(stderr=as_json)
+    with explained():
+        check_writable(output)
+        workload = device_bench.DeviceWorkload(
+            shapes=tuple(shape.strip() for shape in shapes.split(",")),
+            context_tokens=integers(context_tokens),
+            variants=tuple(read_policies(policy or device_bench.default_policies(), "blend")),
+            chunk_tokens=chunk_tokens,
+            num_repeats=num_repeats,
+            dtype=dtype,
+            device=on_device,
+            seed=seed,
+        )
+        rows: list[Row] = []
+        tokenizer_from = project_root() / SHIPPED_MODELS[TOWN]
+        with tempfile.TemporaryDirectory() as folder, progress(workload.num_steps, console) as advance:
+            for row in device_bench.run(workload, Path(folder), tokenizer_from, advance):
+                rows.append(row)
+                save_results(output, device_bench.settings(workload), rows)
+    tell(output, as_json, console, lambda: device_bench.show_rows(rows, console))
 
 
 @app.command()
@@ -326,23 +448,21 @@ def prefix(
     levels: Annotated[
         str, typer.Option(help="Which levels of caching, separated by commas.")
     ] = "no KV cache,KV cache,prefix cache",
-    num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 8,
+    num_requests: Repetitions = 3,
+    max_new_tokens: AnswerTokens = 8,
     cache_gb: Annotated[float, typer.Option(min=0, help="Without --url: memory for prefixes, in GiB.")] = 2.0,
     storage: Annotated[str, typer.Option(help="Without --url: cpu or device.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of the texts.")] = 0,
-    output: Annotated[Path, typer.Option(help="Result file; the plot is saved next to it.")] = Path(
-        "results/prefix.json"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    seed: Seed = 0,
+    output: PlottedFile = Path("results/prefix.json"),
+    as_json: AsJson = False,
 ) -> None:
     """Measure what each level of caching gains (none, a KV cache, a prefix cache) on cold prompts, repeated prompts
     and new questions."""
     from rich.console import Console
 
     from kvarena.bench import prefix_bench
-    from kvarena.bench.plots import plot_prefix
-    from kvarena.bench.results import check_writable, load_results, save_results
+    from kvarena.bench.plotting import save_picture
+    from kvarena.bench.results import check_writable, save_results
 
     console = Console(stderr=as_json)
     with explained():
@@ -359,12 +479,8 @@ def prefix(
             rows = prefix_bench.run(target, workload, advance)
     save_results(output, prefix_bench.settings(workload, **described), rows)
     image = output.with_suffix(".png")
-    plot_prefix(output, image)
-    if as_json:
-        print(json.dumps(load_results(output), indent=1))
-    else:
-        _show_prefix(rows, console)
-        console.print(f"Figures are in {output}, the plot in {image}.", soft_wrap=True)
+    save_picture(output, image, "prefix")
+    tell(output, as_json, console, lambda: _show_prefix(rows, console), image)
 
 
 @app.command()
@@ -374,14 +490,14 @@ def tasks(
     num_queries: Annotated[int, typer.Option(min=1, help="Searches for each number of tasks.")] = 200,
     similarity: Annotated[float, typer.Option(help="Cosine of a query and the task it is made from.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the embeddings.")] = 0,
-    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/tasks.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    output: ResultFile = Path("results/tasks.json"),
+    as_json: AsJson = False,
 ) -> None:
-    """The search for a similar task: its time, and how often it finds one of the query's cluster."""
+    """Measure how long the search for a similar task takes, and how often it finds one of the query's cluster."""
     from rich.console import Console
 
     from kvarena.bench import task_search_bench
-    from kvarena.bench.results import check_writable, load_results, save_results
+    from kvarena.bench.results import check_writable, save_results
 
     console = Console(stderr=as_json)
     with explained():
@@ -392,11 +508,7 @@ def tasks(
         with progress(workload.num_steps, console) as advance:
             rows = task_search_bench.run(workload, advance)
     save_results(output, {"benchmark": "tasks", **vars(workload)}, rows)
-    if as_json:
-        print(json.dumps(load_results(output), indent=1))
-    else:
-        _show_tasks(rows, console)
-        console.print(f"Figures are in {output}.", soft_wrap=True)
+    tell(output, as_json, console, lambda: _show_tasks(rows, console))
 
 
 @app.command()
@@ -404,24 +516,20 @@ def decode(
     url: Annotated[
         str | None, typer.Option(help="An OpenAI server of the same model to measure too, such as plain vLLM.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A local folder or a Hugging Face model name. [default: the town model]")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="A model of this size with random weights: 180m, 500m or 1b.")
-    ] = None,
+    model: Model = None,
+    shape: Shape = None,
     context_tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "128,1024",
-    num_requests: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement.")] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 33,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
-    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/decode.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    num_requests: Repetitions = 5,
+    max_new_tokens: AnswerTokens = 33,
+    seed: Seed = 0,
+    output: ResultFile = Path("results/decode.json"),
+    as_json: AsJson = False,
 ) -> None:
     """Time per output token: the PyTorch engine, Hugging Face generate, and a server if one is named."""
     from rich.console import Console
 
     from kvarena.bench import decode_bench
-    from kvarena.bench.results import check_writable, load_results, save_results
+    from kvarena.bench.results import check_writable, save_results
     from kvarena.bench.shapes import model_folder
     from kvarena.stack.settings import shown_api_key
 
@@ -438,11 +546,7 @@ def decode(
             rows = decode_bench.run(contenders, engine.model.vocab_size, workload, advance)
     settings = {"benchmark": "decode", "model": engine.model_name, "url": url, **vars(workload)}
     save_results(output, settings, rows)
-    if as_json:
-        print(json.dumps(load_results(output), indent=1))
-    else:
-        _show_decode(rows, console)
-        console.print(f"Figures are in {output}.", soft_wrap=True)
+    tell(output, as_json, console, lambda: _show_decode(rows, console))
 
 
 def _prefix_target(
@@ -476,7 +580,7 @@ def _show_prefix(rows: list[Row], console: Console) -> None:
     table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
     for name in ("level", "scenario"):
         table.add_column(name, no_wrap=True)
-    for name in ("prompt", "reused", "TTFT ms", "ms/token", "sooner by"):
+    for name in ("prompt", "reused", "TTFT ms", "ms/token", "speedup"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(

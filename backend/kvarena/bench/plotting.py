@@ -1,8 +1,6 @@
-"""Pictures of any figures: panels, lines, bars. Nothing here knows which benchmark is drawn.
+"""Panels drawn with matplotlib: into one PNG file, or each an SVG for a page.
 
-A panel is one pair of axes; panels become one PNG file, or each an SVG for a page. An SVG has the page's text
-colour, scales with its width, and stays text. A name (a policy, a contender, a mode) has one colour and one marker
-wherever it is drawn; lines of one name differ by their dashes. matplotlib is imported inside the functions.
+An SVG has the page's text colour, scales with its width, and stays text. matplotlib is imported inside the functions.
 """
 
 from __future__ import annotations
@@ -13,13 +11,12 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvarena.bench.results import Row
-from kvarena.palette import COLOURS, colours_of
+from kvarena.bench.results import load_results
+from kvarena.panels import Bar, Panel, Series, panels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,15 +44,6 @@ LEGEND_CHARS = 28
 """Of the longest label where two columns have room."""
 
 
-@dataclass(frozen=True)
-class Panel:
-    """`draw` fills empty axes, and labels what belongs into a legend. `title` says what is to be seen."""
-
-    title: str
-    draw: Callable[[Axes], None]
-    height_in: float = 3.1
-
-
 def save_png(
     panels: Sequence[Panel], path: Path, *, width_in: float, num_columns: int = 1, width_ratios: Sequence[float] = ()
 ) -> None:
@@ -63,11 +51,11 @@ def save_png(
     from matplotlib.figure import Figure
 
     num_rows = max(1, math.ceil(len(panels) / num_columns))
-    height_in = num_rows * max((panel.height_in for panel in panels), default=1.0)
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    total_in = num_rows * max((height_in(panel) for panel in panels), default=1.0)
+    figure = Figure(figsize=(width_in, total_in), layout="constrained")
     grid = figure.subplots(num_rows, num_columns, squeeze=False, width_ratios=width_ratios or None)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        panel.draw(axes)
+        draw(axes, panel)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -79,9 +67,9 @@ def to_svg(panel: Panel) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**SVG_SETTINGS, "svg.hashsalt": panel.title}):
-        figure = Figure(figsize=(SVG_WIDTH_IN, panel.height_in), layout="constrained")
+        figure = Figure(figsize=(SVG_WIDTH_IN, height_in(panel)), layout="constrained")
         axes = figure.subplots()
-        panel.draw(axes)
+        draw(axes, panel)
         _put_legend_below(figure, axes)
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -131,75 +119,66 @@ def _for_html(svg: str, title: str) -> str:
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line. `low` and `high` are its whiskers' ends. `variant` counts the lines of one name."""
-
-    name: str
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
-    variant: int = 0
-
-
-class Styles:
-    """Colour and marker by name."""
-
-    def __init__(self, names: Iterable[str] = (), colours: Mapping[str, str] = COLOURS) -> None:
-        self._colours = colours_of(names, colours)
-        self._markers = dict(zip(self._colours, itertools.cycle(MARKERS), strict=False))
-
-    def colour(self, name: str) -> str:
-        return self._colours[name]
-
-    def draw(self, axes: Axes, series: Iterable[Series]) -> None:
-        for one in series:
-            axes.errorbar(
-                one.x,
-                one.y,
-                yerr=[
-                    [max(0.0, y - low) for y, low in zip(one.y, one.low, strict=True)],
-                    [max(0.0, high - y) for y, high in zip(one.y, one.high, strict=True)],
-                ],
-                linestyle=DASHES[one.variant % len(DASHES)],
-                marker=self._markers[one.name],
-                markersize=4.5,
-                capsize=2,
-                linewidth=1.3,
-                color=self._colours[one.name],
-                label=one.label,
-            )
-
-
-def drawn_name(row: Row) -> str:
-    """Whose colour a row has: the policy's where our blend ran, else the contender's and the policy's."""
-    contender, policy = row["contender"], row.get("policy")
-    return (
-        str(policy) if policy and contender == "blend" else " ".join(str(part) for part in (contender, policy) if part)
-    )
-
-
 BAR_IN = 0.3
 FRAME_IN = 0.9
 ROOM_FOR_NOTES = 1.45
 LABEL_CHARS = 26
 
 
-@dataclass(frozen=True)
-class Bar:
-    """`parts` are stacked from the left: name, length, colour. All bars of a panel have the same names."""
-
-    label: str
-    parts: Sequence[tuple[str, float, str]]
-    note: str
+def height_in(panel: Panel) -> float:
+    return FRAME_IN + BAR_IN * len(panel.bars) if panel.bars else panel.height_in
 
 
-def height_in(bars: Sequence[Bar]) -> float:
-    return FRAME_IN + BAR_IN * len(bars)
+def draw(axes: Axes, panel: Panel) -> None:
+    if panel.bars:
+        draw_bars(axes, panel.bars)
+        axes.set(xlabel=panel.x.title)
+        return
+    for level in panel.levels:
+        colour = panel.colours[level.name]
+        axes.axhline(level.y, color=colour, linestyle="--", linewidth=1.3, label=level.label)
+        axes.axhspan(level.low, level.high, color=colour, alpha=0.12, linewidth=0)
+    markers = dict(zip(panel.colours, itertools.cycle(MARKERS), strict=False))
+    for series in panel.series:
+        draw_line(axes, series, panel.colours[series.name], markers[series.name])
+    _scale_axes(axes, panel)
+    axes.set(xlabel=panel.x.title, ylabel=panel.y.title)
+    axes.grid(visible=True, which="major", alpha=0.3)
+
+
+def draw_line(axes: Axes, series: Series, colour: str, marker: str) -> None:
+    axes.errorbar(
+        series.x,
+        series.y,
+        yerr=[
+            [max(0.0, y - low) for y, low in zip(series.y, series.low, strict=True)],
+            [max(0.0, high - y) for y, high in zip(series.y, series.high, strict=True)],
+        ],
+        linestyle=DASHES[series.variant % len(DASHES)],
+        marker=marker,
+        markersize=11 if series.is_mark else 4.5,
+        markerfacecolor="none" if series.is_mark else colour,
+        capsize=2,
+        linewidth=1.3,
+        color=colour,
+        label=series.label,
+    )
+    for note, place in zip(series.notes, zip(series.x, series.y, strict=True), strict=False):
+        axes.annotate(note, place, textcoords="offset points", xytext=(1, 6), fontsize=7, rotation=55)
+
+
+def _scale_axes(axes: Axes, panel: Panel) -> None:
+    points = sorted({x for series in panel.series for x in series.x})
+    if panel.x.is_log:
+        log_x(axes, points)
+    elif panel.x.at_points:
+        axes.set_xticks(points)
+    if panel.y.is_log:
+        log_y(axes)
+    elif panel.y.limits:
+        low, high = panel.y.limits
+        air = 0.03 * (high - low)
+        axes.set_ylim(low, None) if math.isinf(high) else axes.set_ylim(low - air, high + air)
 
 
 def draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
@@ -220,6 +199,18 @@ def draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
     axes.set(xlim=(0, ROOM_FOR_NOTES * longest), ylim=(len(bars) - 0.4, -0.6))
 
 
-def readable_ms(ms: float) -> str:
-    """Three digits, in seconds from one second on."""
-    return f"{ms / 1000:.3g} s" if ms >= 1000 else f"{ms:.3g} ms"
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "eval": {"width_in": 11, "num_columns": 2},
+    "simllm": {"width_in": 11, "num_columns": 2},
+    "ai100": {"width_in": 9, "num_columns": 2, "width_ratios": (2, 1)},
+    "prefix": {"width_in": 8},
+}
+"""Of the pictures beside result files."""
+
+
+def save_picture(result_path: Path, image_path: Path, benchmark: str) -> None:
+    """Raises `ValueError` where the file holds another benchmark, or no rows."""
+    result = load_results(result_path)
+    if result.get("settings", {}).get("benchmark") != benchmark or not result["rows"]:
+        raise ValueError(f"{result_path} holds no {benchmark} benchmark")
+    save_png(panels_of(result), image_path, **LAYOUTS[benchmark])

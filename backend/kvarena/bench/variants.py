@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvarena.policies.params import OPTIONS, PARAMETERS, BlendParams, check_max_ttft_ms
+from kvarena.panels import policy_label, variant_label
+from kvarena.policies.params import OPTIONS, PARAMETERS, BlendParams, check_max_ttft_ms, make_policy
 from kvarena.policies.registry import Value
 
 _IN_SYNTAX = ("ratio", "check_layer")
@@ -23,7 +24,8 @@ class Variant:
     """What isn't chosen is None: contenders that don't blend have nothing to choose, `none` and `all` no ratio.
 
     `options` are a policy's own beside these, such as `(("deviation", "values"),)`. `max_ttft_ms` is a time to first
-    token by which the server chooses the ratio.
+    token by which the server chooses the ratio. `sink_tokens`: what chunks are computed after, which no request can
+    choose; None is whatever the contender was started with.
     """
 
     contender: str
@@ -32,33 +34,34 @@ class Variant:
     check_layer: int | None = None
     options: tuple[tuple[str, Value], ...] = ()
     max_ttft_ms: float | None = None
+    sink_tokens: int | None = None
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Variant:
         """The one that a result's row is about."""
         options = tuple((row.get("options") or {}).items())
-        return cls(
-            row["contender"], row["policy"], row["ratio"], row.get("check_layer"), options, row.get("max_ttft_ms")
-        )
+        layer, max_ttft_ms, sink_tokens = (row.get(key) for key in ("check_layer", "max_ttft_ms", "sink_tokens"))
+        return cls(row["contender"], row["policy"], row["ratio"], layer, options, max_ttft_ms, sink_tokens)
 
     @property
     def policy_label(self) -> str:
         """Such as `kv_deviation (deviation values)`; empty where there is none."""
-        options = ", ".join(f"{name} {value}" for name, value in self.options)
-        return f"{self.policy or ''}{options and f' ({options})'}"
+        return policy_label(self.to_json())
 
     @property
     def label(self) -> str:
         """Such as `blend kv_deviation 15 % @2` or `blend kv_deviation 300 ms @2`, where 2 is the check layer."""
-        parts = [self.contender, self.policy_label, None if self.ratio is None else f"{100 * self.ratio:g} %"]
-        parts.append(None if self.max_ttft_ms is None else f"{self.max_ttft_ms:g} ms")
-        parts.append(None if self.check_layer is None else f"@{self.check_layer}")
-        return " ".join(part for part in parts if part)
+        return variant_label(self.to_json())
 
     @property
     def choices(self) -> dict[str, Any]:
         """What was chosen, by its name in `kv_transfer_params.kvarena`."""
         return self._params | ({} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms})
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """The same as settings that a server begins with, by their names in `kvarena.json`: the sink is one."""
+        return self.choices | ({} if self.sink_tokens is None else {"sink_tokens": self.sink_tokens})
 
     @property
     def _params(self) -> dict[str, Any]:
@@ -77,18 +80,20 @@ class Variant:
 
     @property
     def work(self) -> Variant:
-        """What is really done: with nothing or all to recompute, policies and check layers don't differ."""
+        """What is really done: with nothing or all to recompute, policies and check layers don't differ, and with all
+        sinks don't.
+        """
         if self.policy is None or self.max_ttft_ms is not None:
             return self
         params = BlendParams(**self._params)
-        if params.recomputes_all or params.recomputes_none:
-            return Variant(self.contender, "all" if params.recomputes_all else "none")
-        return self
+        if params.recomputes_all:
+            return Variant(self.contender, "all")
+        return Variant(self.contender, "none", sink_tokens=self.sink_tokens) if params.recomputes_none else self
 
     def to_json(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in ("contender", "policy", "ratio", "check_layer")}
-        within = {} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms}
-        return {**named, **within, "options": dict(self.options)}
+        rare = {name: value for name in ("max_ttft_ms", "sink_tokens") if (value := getattr(self, name)) is not None}
+        return {**named, **rare, "options": dict(self.options)}
 
 
 def blend_variants(
@@ -102,13 +107,18 @@ def blend_variants(
     variants = []
     for policy, options in map(read_policy_options, policies):
         has_layers = check_layers and "check_layer" in OPTIONS.get(policy, ())
-        layers: Sequence[int | None] = check_layers if has_layers else [None]
         own: dict[str, Any] = dict(options)
+        layers: Sequence[int | None] = check_layers if has_layers else [None]
         for ratio in ratios if BlendParams(policy, **own).goes_by_ratio else [None]:
             variants += [Variant(contender, policy, ratio, layer, options) for layer in layers]
     for variant in variants:
         variant.check()
     return list(dict.fromkeys(variants))
+
+
+def reads_scores(policy: str | None) -> bool:
+    """Whether it chooses by scores that are stored with chunks."""
+    return policy is not None and make_policy(BlendParams(policy)).reads_scores
 
 
 def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, Value], ...]]:

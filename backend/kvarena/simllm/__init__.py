@@ -5,7 +5,7 @@ Inter-Task KV Reuse", NeurIPS 2025). The public names; the code is in `kvarena.c
 in mode "aligned", for prompts that begin as an earlier one does and share nothing else with it.
 """
 
-from kvarena.contenders.simllm.inference import SimLLMInference, TaskAnswer
+from kvarena.contenders.simllm.inference import SimLLMInference, TaskAnswer, create_sim_llm_inference
 from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch
 from kvarena.contenders.simllm.modeling import LlamaForCausalLMWithKVReuse, LlamaModelWithKVReuse
 from kvarena.contenders.simllm.params import AlignedParams, AutoThresholdParams, SimLLMParams
@@ -30,4 +30,5 @@ __all__ = [
     "TaskFormat",
     "TaskMatch",
     "TaskOutcome",
+    "create_sim_llm_inference",
 ]

@@ -16,10 +16,11 @@ from kvarena.bench.quality.calibration import (
     check_layers,
     document_questions,
     fastest,
+    sink_rows,
     still_in_the_race,
     write_profile,
 )
-from kvarena.bench.quality.command import sample_note
+from kvarena.bench.quality.command import one_sink_note, sample_note
 from kvarena.bench.results import load_results
 from kvarena.bench.variants import Variant
 from kvarena.cli import app
@@ -37,7 +38,7 @@ def documents(tmp_path: Path) -> Path:
     folder.mkdir()
     rng = random.Random(0)
     for number in range(4):
-        (folder / f"{number}.md").write_text(random_text(rng, 40))
+        (folder / f"{number}.md").write_text(random_text(rng, 80))
     return folder
 
 
@@ -74,6 +75,34 @@ def test_who_may_still_be_chosen() -> None:
     assert ratios_left(sure, elsewhere | {"ttft_ms": {"median": 40}}) == [0.1]
     assert ratios_left(sure, row(0.97, 20, low=0.94, ratio=0.2)) == [0.1], "not both out when the times are noise"
     assert ratios_left(sure | {"num_failed": 1}, more | {"token_agreement": None}) == []
+
+
+def test_of_two_sinks_at_which_the_same_work_agrees_the_closer_one() -> None:
+    def at(sink_tokens: int, agreement: float, ttft_ms: float, kl: float) -> dict[str, Any]:
+        return row(agreement, ttft_ms, sink_tokens=sink_tokens, kl_along_answer={"mean": kl})
+
+    alone, after = at(0, 0.95, 100, 0.2), at(1, 0.95, 110, 0.1)
+    assert fastest([alone, after], 0.9) is after, "a sink takes no time, so the difference was noise"
+    assert fastest([alone, after | {"token_agreement": {"mean": 0.8}}], 0.9) is alone
+    less = alone | {"ratio": 0.05}
+    assert fastest([less, after], 0.9) is less, "time comes first"
+
+
+def test_sinks_are_compared_over_the_same_settings_and_questions() -> None:
+    def attempt(sink_tokens: int, question: int, kl: float, **setting: Any) -> Attempt:
+        variant = Variant("blend", "chunk_head", setting.get("ratio", 0.1), sink_tokens=sink_tokens)
+        close = Closeness(kl, kl, 1 - kl, 4, "teacher_forced")
+        return Attempt(variant, question, Answer("", False, 10.0), closeness=close)
+
+    alone = [attempt(0, 0, 0.2), attempt(0, 1, 0.4), attempt(0, 1, 0.6, ratio=0.2), attempt(0, 2, 0.9)]
+    after = [attempt(1, 0, 0.1), attempt(1, 1, 0.2), attempt(1, 1, 0.4, ratio=0.2), attempt(1, 0, 0.0, ratio=1)]
+    without, with_one = sink_rows([*alone, *after])
+    assert (without["sink_tokens"], with_one["sink_tokens"]) == (0, 1)
+    assert (without["num_settings"], without["num_questions"]) == (2, 2)
+    assert without["kl_along_answer"]["mean"] == pytest.approx((0.2 + (0.4 + 0.6) / 2) / 2)
+    assert with_one["kl_along_answer"]["mean"] == pytest.approx((0.1 + (0.2 + 0.4) / 2) / 2)
+    assert with_one["token_agreement"]["mean"] == pytest.approx(0.8)
+    assert sink_rows(alone) == []
 
 
 def test_layers_up_to_a_quarter_of_the_model() -> None:
@@ -151,8 +180,11 @@ def test_the_profile_keeps_what_it_is_not_about(tmp_path: Path) -> None:
     }  # fmt: skip
     write_profile(tmp_path, row(1, 1, options={"deviation": "values"}), "<note>")
     assert read_model_profile(str(tmp_path))["deviation"] == "values"
-    write_profile(tmp_path, {"policy": "random", "ratio": 0.3, "check_layer": None}, "#")
-    assert read_model_profile(str(tmp_path)) == {"separator": "<note>", "policy": "random", "ratio": 0.3}
+    write_profile(tmp_path, {"policy": "random", "ratio": 0.3, "check_layer": None, "sink_tokens": 0}, "#")
+    found = {"separator": "<note>", "sink_tokens": 0, "policy": "random", "ratio": 0.3}
+    assert read_model_profile(str(tmp_path)) == found
+    write_profile(tmp_path, {"policy": "none", "ratio": None, "check_layer": None}, "#")
+    assert read_model_profile(str(tmp_path))["sink_tokens"] == 0, "nothing was found about it"
 
 
 @pytest.mark.slow
@@ -169,8 +201,13 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     saved = load_results(output)
     assert saved["settings"]["chosen"]["policy"] == profile["policy"]
     rows = {Variant.of_row(one): one["token_agreement"]["mean"] for one in saved["rows"]}
-    assert len(rows) == 3 * (3 * 2 + 1), "ratios, policies with layers and without"
+    assert len(rows) == 2 * 3 * (3 * 2 + 2), "sinks, ratios, policies with layers to choose and without"
     assert all(agreement == 1 for variant, agreement in rows.items() if variant.ratio == 1)
+    assert saved["settings"]["chosen"]["sink_tokens"] == profile["sink_tokens"]
+    assert [one["sink_tokens"] for one in saved["settings"]["sinks"]] == [0, 1]
+    assert "Sink of 0: " in result.output
+    assert not any(one["num_unscored"] for one in saved["rows"]), "every chunk got its scores first"
+    assert {one["policy"] for one in saved["rows"]} >= {"stored_deviation"}
 
     (model / "kvarena.json").unlink()
     result = CliRunner().invoke(app, [*arguments, "--policy", "random", "--ratio", "0.05", "--agreement", "1"])
@@ -178,6 +215,29 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     assert "This rests on 4 questions only" in result.output
     assert "No setting reaches 100 % agreement" in result.output
     assert not (model / "kvarena.json").exists()
+
+
+@pytest.mark.slow
+def test_answers_that_had_to_do_without_scores_are_counted(documents: Path, tmp_path: Path) -> None:
+    """Two chunks have no third one to stand between."""
+    (documents / "3.md").unlink()
+    (documents / "2.md").unlink()
+    output = tmp_path / "calibration.json"
+    arguments = ["--engine", "hf", "--model", str(save_tiny_model(tmp_path / "model")), "--data", str(documents)]
+    arguments += ["--max-tokens", "4", "--num-questions", "2", "--separator", " # ", "--policy", "stored_deviation"]
+    result = CliRunner().invoke(app, ["calibrate", *arguments, "--ratio", "0.5", "--output", str(output)])
+    assert {one["num_unscored"] for one in load_results(output)["rows"]} == {2}
+    assert "4 of 4 answers had a chunk without scores" in result.output
+
+
+def test_a_server_has_one_sink(documents: Path) -> None:
+    arguments = ["--contender", "x=http://127.0.0.1:9", "--data", str(documents), "--sink-tokens", "0"]
+    result = CliRunner().invoke(app, ["calibrate", *arguments])
+    assert result.exit_code == 1
+    assert "other ones go with --engine hf" in result.stderr
+    assert "with sink_tokens 1. A server has the one it was started with (SINK_TOKENS)" in one_sink_note([1])
+    assert not one_sink_note([0, 1])
+    assert not one_sink_note([])
 
 
 def test_a_server_that_does_not_blend(documents: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvarena.bench.plots import plot_eval
+from kvarena.bench.plotting import save_picture
 from kvarena.bench.results import load_results, save_results
 from kvarena.cli import app
 from support.question_folder import write_question_folder
@@ -122,5 +122,5 @@ def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
 def test_a_plot_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "prefix.json"
     save_results(path, {"benchmark": "prefix"}, [{"ttft_ms": {"median": 1}}])
-    with pytest.raises(ValueError, match="holds no eval"):
-        plot_eval(path, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="holds no eval benchmark"):
+        save_picture(path, tmp_path / "x.png", "eval")

@@ -29,6 +29,7 @@ from kvarena.server.state import ApiConfig
 from support.question_folder import write_question_folder
 from support.real_server import RealServer, serving
 from support.scripted_engine import ScriptedEngine
+from support.small_openai_server import OFFER, SmallServer
 from support.tiny_models import save_tiny_model
 
 SETUP = Variant("scripted")
@@ -46,6 +47,14 @@ def said(script: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"#One.#Two.#\n{script}"}]
 
 
+def test_the_sink_of_a_blend_is_the_one_that_it_tells() -> None:
+    blend = SmallServer(pieces=["tea"], offer=OFFER | {"sink_tokens": 3})
+    try:
+        assert HTTPAnswerer("blend", blend.url).sinks == (3,)
+    finally:
+        blend.stop()
+
+
 def test_an_answer_over_http(real: RealServer[ScriptedEngine]) -> None:
     server = HTTPAnswerer("scripted", real.url + "/v1")
     answer = server.answer(said("say the old lamp"), SETUP, 20)
@@ -54,11 +63,12 @@ def test_an_answer_over_http(real: RealServer[ScriptedEngine]) -> None:
     assert answer.ttft_ms > 0
     assert answer.reuse
     assert 0 < answer.reuse.num_reused_tokens < answer.reuse.num_prompt_tokens
-    assert "".join(one.token for one in answer.logprobs) == "the old lamp"
+    assert "".join(one.token for one in answer.logprobs) == "the old lamp</s>"
     assert max(answer.logprobs[0].top.values()) == pytest.approx(-0.5)
     assert not server.answer(said("forever"), SETUP, 3).is_complete
     assert HTTPAnswerer("x", real.url, has_logprobs=False).answer(said("say tea"), SETUP, 9).logprobs == []
     assert not server.is_blend
+    assert server.sinks == ()
     server.warm([], "#", lambda: None)
 
 

@@ -119,11 +119,17 @@ def test_no_other_context_without_knowing_what_a_question_needs(tmp_path: Path) 
         load_questions(path, redraw=Redraw(1))
 
 
+def test_a_question_may_have_no_gold_answer(tmp_path: Path) -> None:
+    (question,) = load_questions(write_question_folder(tmp_path, [PLAIN | {"answers": []}])).questions
+    assert question.answers == ()
+    assert question.messages("", " # ")[-1]["content"].endswith(question.question)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"question": " "}, "question must be a text"),
-        ({"answers": []}, "answers must be a list of texts"),
+        ({"answers": None}, "answers must be a list of texts"),
         ({"answers": [7]}, "answers must be a list of texts"),
         ({"chunks": "1-tea"}, "chunks must be a list of texts"),
         ({"chunks": ["3-snow"]}, "no chunk '3-snow'; the folder has 1-tea, 2-rain"),

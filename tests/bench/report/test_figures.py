@@ -13,21 +13,20 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from kvarena.bench.plots import by_share, by_time, lines
-from kvarena.bench.plotting import (
+from kvarena.bench.plotting import draw, draw_bars, draw_line, save_png, to_svg
+from kvarena.bench.report.page import render
+from kvarena.palette import COLOURS, GREY, PALETTE, colours_of
+from kvarena.panels import (
+    Axis,
     Bar,
     Panel,
     Series,
-    Styles,
-    draw_bars,
-    drawn_name,
-    save_png,
-    to_svg,
-)
-from kvarena.bench.report.page import (
+    by_share,
+    by_time,
     conditions,
+    drawn_name,
+    lines,
     over_context,
-    render,
     speedup,
     throughput_bars,
     time_bars,
@@ -35,7 +34,6 @@ from kvarena.bench.report.page import (
     ttft_bars,
     variant_label,
 )
-from kvarena.palette import COLOURS, GREY, PALETTE
 from support.small_eval_result import small_eval_result
 from support.small_ttft_result import CONTEXTS, SETUPS, small_ttft_result
 
@@ -46,7 +44,7 @@ BURSTS = [row for row in ROWS if row["concurrency"] == 8]
 
 def drawn(panel: Panel) -> Axes:
     axes: Axes = Figure().subplots()
-    panel.draw(axes)
+    draw(axes, panel)
     return axes
 
 
@@ -83,7 +81,7 @@ def test_speedup_lines_equal_the_rows_and_leave_plain_out() -> None:
 
 def test_a_drawn_line_has_its_points_whiskers_and_name() -> None:
     axes: Axes = Figure().subplots()
-    Styles().draw(axes, [Series("random", "the label", [1, 2], [5, 6], low=[4, 6], high=[5, 9])])
+    draw_line(axes, Series("random", "the label", [1, 2], [5, 6], low=[4, 6], high=[5, 9]), GREY, "o")
     assert np.asarray(error_bars(axes, 0).lines[0].get_xydata()).tolist() == [[1, 5], [2, 6]]
     assert whiskers(axes, 0) == [(4, 5), (6, 9)]
     assert axes.get_legend_handles_labels()[1] == ["the label"]
@@ -91,20 +89,18 @@ def test_a_drawn_line_has_its_points_whiskers_and_name() -> None:
 
 def test_ratios_of_a_policy_share_its_colour_and_differ_in_their_dashes() -> None:
     deviation = [one for one in over_context(WARM, times_ms) if one.name == "kv_deviation"]
-    axes: Axes = Figure().subplots()
-    Styles().draw(axes, deviation)
+    axes = drawn(Panel("", Axis(""), series=deviation))
     first, second = (error_bars(axes, number).lines[0] for number in range(2))
     assert first.get_color() == second.get_color() == COLOURS["kv_deviation"]
     assert first.get_linestyle() != second.get_linestyle()
 
 
 def test_every_name_has_one_colour_whatever_else_is_drawn() -> None:
-    names = ["mine", "yours", *COLOURS]
-    styles = Styles(names)
-    assert len({styles.colour(name) for name in COLOURS}) == len(COLOURS)
-    assert all(styles.colour(name) == Styles().colour(name) for name in COLOURS)
-    few = Styles(["mine", "plain", "kv_deviation", "yours"])
-    assert len({few.colour(name) for name in ("mine", "plain", "kv_deviation", "yours")}) == 4
+    colours = colours_of(["mine", "yours", *COLOURS])
+    assert len({colours[name] for name in COLOURS}) == len(COLOURS)
+    assert all(colours[name] == COLOURS[name] for name in COLOURS)
+    few = colours_of(["mine", "plain", "kv_deviation", "yours"])
+    assert len({few[name] for name in ("mine", "plain", "kv_deviation", "yours")}) == 4
 
 
 def test_colours_stand_out_on_light_and_dark_pages() -> None:
@@ -135,14 +131,14 @@ def test_time_bars_are_the_stages_as_shares() -> None:
 
 
 def test_throughput_and_single_context_bars_equal_the_rows() -> None:
-    for bar, row in zip(throughput_bars(BURSTS, Styles()), BURSTS, strict=True):
+    for bar, row in zip(throughput_bars(BURSTS, COLOURS), BURSTS, strict=True):
         ((_, length, colour),) = bar.parts
         assert length == row["requests_per_s"]
-        assert colour == Styles().colour(drawn_name(row))
+        assert colour == COLOURS[drawn_name(row)]
         assert ("x)" in bar.note) == (row["contender"] != "plain")
     with_spread = BURSTS[0] | {"requests_per_s": {"median": 2.5, "low": 2, "high": 3}, "throughput_vs_plain": None}
-    assert throughput_bars([with_spread], Styles())[0].parts[0][1] == 2.5
-    lengths = [bar.parts[0][1] for bar in ttft_bars(BURSTS, Styles())]
+    assert throughput_bars([with_spread], COLOURS)[0].parts[0][1] == 2.5
+    lengths = [bar.parts[0][1] for bar in ttft_bars(BURSTS, COLOURS)]
     assert lengths == [row["ttft_ms"]["median"] for row in BURSTS]
 
 
@@ -163,10 +159,10 @@ def test_quality_lines_equal_the_rows_and_full_prefill_goes_across() -> None:
     assert list(series.y) == [100 * row["agreement"]["mean"] for row in rows]
     assert list(series.low) == [100 * row["agreement"]["low"] for row in rows]
     for metric, level in (("exact_match", 90), ("agreement", 100)):
-        axes = drawn(by_share(result, metric, Styles())[0])
+        axes = drawn(by_share(result, metric, COLOURS)[0])
         labelled = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         assert labelled["plain"].get_ydata() == [level, level]
-    axes = drawn(by_time(result, "exact_match", Styles())[0])
+    axes = drawn(by_time(result, "exact_match", COLOURS)[0])
     assert "plain" in axes.get_legend_handles_labels()[1]
 
 
@@ -184,24 +180,18 @@ def test_conditions_in_words(row: dict[str, Any], shown: str) -> None:
     assert conditions(row) == shown
 
 
-def label_axes(axes: Axes) -> None:
-    axes.set(xlabel="$cost <1>", ylabel="$y$")
-
-
-def draw_line(axes: Axes) -> None:
-    axes.plot([1, 2], label="line")
+COST = Panel('a "b" <c>', Axis("$cost <1>"), Axis("$y$"), [Series("plain", "line", [1, 2], [1, 2], [1, 2], [1, 2])])
 
 
 def test_an_svg_has_the_pages_ink_its_text_and_no_size() -> None:
-    svg = to_svg(Panel('a "b" <c>', label_axes))
+    svg = to_svg(COST)
     assert svg.startswith('<svg role="img" aria-label="a &quot;b&quot; &lt;c&gt;" viewBox="0 0 ')
     assert "$cost &lt;1&gt;" in svg
     assert "currentColor" in svg
     assert "http" not in svg
-    assert svg == to_svg(Panel('a "b" <c>', label_axes))
+    assert svg == to_svg(COST)
 
 
 def test_panels_become_one_png(tmp_path: Path) -> None:
-    panels = [Panel(name, draw_line) for name in "abc"]
-    save_png(panels, tmp_path / "x.png", width_in=6, num_columns=2)
+    save_png([COST] * 3, tmp_path / "x.png", width_in=6, num_columns=2)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

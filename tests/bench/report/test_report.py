@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvarena.bench.report.page import render
 from kvarena.bench.report.parts import read_files
 from kvarena.cli import app
-from kvarena.stack.home import project_root
+from kvarena.home import project_root
 from support.html_page import HTMLPage
 from support.small_eval_result import small_eval_result
 from support.small_ttft_result import SETUPS, small_ttft_result
@@ -62,7 +62,7 @@ def test_all_that_was_measured_is_drawn(ttft_page: HTMLPage) -> None:
     titles = {anchor: section.figures for anchor, section in ttft_page.sections.items()}
     assert [title.split(" against ")[0] for title in titles["ttft"][:4]] == [
         "Time to first token",
-        "Times sooner than plain",
+        "Speedup over plain",
     ] * 2
     assert "8 requests at once" in titles["ttft"][4]
     assert len(titles["quality"]) == 4 * (3 + 1) + 1, "metrics, kinds and the questions answered right; and time"

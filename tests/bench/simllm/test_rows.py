@@ -10,13 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from kvarena.bench.plots import plot_simllm, speed_and_quality
+from kvarena.bench.plotting import save_picture
 from kvarena.bench.quality.questions import EvalQuestion
 from kvarena.bench.results import Row, load_results, save_results
 from kvarena.bench.simllm.demo import cosines, differing_bits
 from kvarena.bench.simllm.measuring import answer_rows, make_rows, show_quality, show_speed
 from kvarena.bench.simllm.running import ContenderRun, SimLLMVariant, StreamTask, TaskAnswer
 from kvarena.engines.base import Report
+from kvarena.panels import speed_and_quality
 
 QUESTION = EvalQuestion("which?", ("tea",), ())
 TASKS = [StreamTask(QUESTION, "new"), StreamTask(QUESTION, "new"), StreamTask(QUESTION, "other order", 0)]
@@ -67,7 +68,7 @@ def test_figures() -> None:
 def test_file_plot_and_tables(tmp_path: Path) -> None:
     path, image = tmp_path / "x.json", tmp_path / "x.png"
     save_results(path, {"benchmark": "simllm"}, rows())
-    plot_simllm(path, image)
+    save_picture(path, image, "simllm")
     assert image.read_bytes().startswith(b"\x89PNG")
     shown = Console(file=io.StringIO(), width=80)
     saved = load_results(path)["rows"]
@@ -86,8 +87,8 @@ def test_speed_and_quality_of_two_models_meet(tmp_path: Path) -> None:
     points = speed_and_quality([*shape, *rows()])
     assert [(speed["model"], quality["model"]) for speed, quality in points] == [("180m", "small")] * 2
     save_results(tmp_path / "x.json", {"benchmark": "prefix"}, rows())
-    with pytest.raises(ValueError, match="holds no Sim-LLM benchmark"):
-        plot_simllm(tmp_path / "x.json", tmp_path / "x.png")
+    with pytest.raises(ValueError, match="holds no simllm benchmark"):
+        save_picture(tmp_path / "x.json", tmp_path / "x.png", "simllm")
 
 
 def test_single_answers() -> None:

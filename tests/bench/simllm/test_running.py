@@ -45,7 +45,10 @@ def question_set(questions: Path) -> QuestionSet:
 
 def test_contenders_share_weights_and_no_tasks(folder: Path) -> None:
     network = SharedModel.load(str(folder), "tiny")
-    first, second = (network.contender(SimLLMVariant("top_layer", 0.5), 10) for _ in range(2))
+    asking = StreamSettings("", "", max_cache_size=10, num_hyperplanes=8)
+    first, second = (network.contender(SimLLMVariant("top_layer", 0.5), asking) for _ in range(2))
+    params = first.engine.simllm.params
+    assert (params.max_cache_size, params.num_hyperplanes) == (10, 8)
     places = [[weight.data_ptr() for weight in one.engine.model.module.parameters()] for one in (first, second)]
     assert places[0] == places[1] == [weight.data_ptr() for weight in network.module.parameters()]
     prompt = [9] * 30
@@ -145,7 +148,10 @@ def test_the_benchmark_as_it_is_typed(folder: Path, questions: Path, tmp_path: P
     ("arguments", "said"),
     [
         ([], ["Mode top_layer", "Mode aligned", "the same again", "notes reordered", "'grey'"]),
-        (["--mode", "similarity", "--similarity_threshold", "0.999"], ["At a threshold of 0.999", "of 15 pairs hit"]),
+        (
+            ["--mode", "similarity", "--similarity_threshold", "0.999", "--num_hyperplanes", "24", "--device", "cpu"],
+            ["At a threshold of 0.999", "of 15 pairs hit", "24 "],
+        ),
         (["--mode", "benchmark", "--max_cache_size", "20"], ["12 tasks, 6 similar", "Quality on town", "aligned 0.8"]),
     ],
 )
@@ -160,7 +166,7 @@ def test_the_demonstrations_as_they_are_typed(arguments: list[str], said: list[s
     ("arguments", "said"),
     [
         (["bench", "simllm", "--shape", "7b"], "180m"),
-        (["bench", "simllm", "--modes", "best"], "top_layer, aligned, not 'best'"),
+        (["bench", "simllm", "--modes", "best"], "aligned, top_layer, sandwich, not 'best'"),
         (["bench", "simllm", "--thresholds", "2"], "from -1 to 1, not 2"),
         (["bench", "simllm", "--thresholds", "many"], "'many' is no list of numbers"),
         (["bench", "simllm", "--questions", "missing.jsonl"], "missing.jsonl"),

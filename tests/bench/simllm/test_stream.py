@@ -9,7 +9,7 @@ import pytest
 
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet, load_questions
 from kvarena.bench.simllm.running import StreamTask, make_stream
-from kvarena.stack.home import project_root
+from kvarena.home import project_root
 from support.question_folder import write_question_folder
 
 

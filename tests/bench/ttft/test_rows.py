@@ -41,6 +41,16 @@ def test_ratios_are_taken_prompt_by_prompt() -> None:
     assert second["e2e_ms"]["median"] == 1400
 
 
+def test_the_interval_of_a_median_leaves_single_outliers_out_once_there_are_enough_pairs() -> None:
+    """With six pairs it is all of them, with more it isn't; five can't say."""
+    plain = [Burst([timed(1.0)]) for _ in range(12)]
+    blend = [Burst([timed(1 / speedup)]) for speedup in (2, 2.2, 2.1, 2.3, 1.9, 0.1, 2, 2.2, 2.1, 2.3, 1.9, 9)]
+    for num_pairs, interval in ((5, None), (6, {"low": 0.1, "high": 2.3}), (12, {"low": 1.9, "high": 2.3})):
+        _, row = rows_of(plain=plain[:num_pairs], blend=blend[:num_pairs])
+        assert row["speedup_interval"] == interval
+    assert rows_of(blend=blend)[0]["speedup_interval"] is None
+
+
 def test_throughput_is_that_of_whole_bursts() -> None:
     """Two requests in 2.4 s and in 0.9 s, of which the second was sent 0.1 s later."""
     plain = [Burst([timed(1.0), timed(2.0)])]

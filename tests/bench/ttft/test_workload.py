@@ -5,10 +5,21 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from kvarena.bench.ttft.workload import OPENING_TOKENS, STATES, Cell, Prompts, Vocabulary, Workload, chunk_sizes
+from kvarena.bench.ttft.workload import (
+    FIXED_OPENING_TOKENS,
+    OPENING_TOKENS,
+    SCORED_CHUNKS,
+    STATES,
+    Cell,
+    Prompts,
+    Vocabulary,
+    Workload,
+    chunk_sizes,
+)
 from kvarena.core.matching import ChunkIndex, Planner, Segmenter
 from kvarena.core.plan import as_token_ids
 from support.tiny_models import tiny_tokenizer
@@ -51,6 +62,19 @@ def test_warm_prompts_are_the_same_chunks_in_other_orders() -> None:
     assert all(sorted(order) == sorted(chunks_of(drawn.teach())) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
     assert [len(chunk) for chunk in drawn.known] == [64] * 5 + [30]
+
+
+@pytest.mark.parametrize("num_words", [1000, 83, 60])
+def test_known_chunks_are_cut_from_a_text_that_comes_again_where_it_is_short(num_words: int) -> None:
+    text = random.Random(7).choices(VOCABULARY.words, k=num_words)
+    drawn = Prompts(VOCABULARY, WORKLOAD, CONTEXT_TOKENS, random.Random(0), text)
+    words = [word for chunk in drawn.known for word in chunk[len(VOCABULARY.separator) :]]
+    assert words[: len(text)] == text[: len(words)]
+    assert set(words) <= set(text)
+    known = chunks_of(drawn.teach())
+    assert len(set(known)) == len(known) == 6
+    assert sorted(chunks_of(drawn.draw("warm"))) == sorted(known)
+    assert not set(chunks_of(drawn.draw("cold"))) & set(known)
 
 
 def test_nothing_before_the_first_chunk_and_behind_the_last_is_the_same_twice() -> None:
@@ -118,3 +142,18 @@ def test_words_are_letters_and_no_special_tokens() -> None:
 def test_bad_workloads(choices: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Workload(**choices)  # type: ignore[arg-type]
+
+
+def test_without_a_prefix_cache_all_prompts_begin_alike() -> None:
+    drawn = Prompts(VOCABULARY, replace(WORKLOAD, has_fixed_opening=True), CONTEXT_TOKENS, random.Random(0))
+    begin = len(VOCABULARY.special) + FIXED_OPENING_TOKENS
+    assert len({tuple(drawn.draw("warm")[:begin]) for _ in range(10)}) == 1
+    assert drawn.teach()[:begin] == drawn.draw("cold")[:begin]
+
+
+@pytest.mark.parametrize("num_chunks", [3, 5, 16, 17, 40, 100])
+def test_scores_can_be_had_of_every_known_chunk(num_chunks: int) -> None:
+    drawn = prompts(context_tokens=64 * num_chunks)
+    taught = [chunks_of(prompt) for prompt in drawn.teach_scores()]
+    assert {chunk for prompt in taught for chunk in prompt[1:-1]} == set(chunks_of(drawn.teach()))
+    assert max(map(len, taught)) <= SCORED_CHUNKS

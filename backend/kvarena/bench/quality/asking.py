@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant
@@ -36,12 +36,21 @@ class NoAnswer(Exception):
 
 @dataclass(frozen=True)
 class Reuse:
-    """Tokens of a prompt by origin; the rest was computed as usual. Those of a prefix cache are among the reused."""
+    """Tokens of a prompt by origin; the rest was computed as usual. Those of a prefix cache are among the reused.
+
+    `unscored_chunks`: those without the scores that the policy goes by, so that it chose as it does without any.
+    """
 
     num_prompt_tokens: int
     num_reused_tokens: int
     num_recomputed_tokens: int = 0
     num_prefix_tokens: int = 0
+    unscored_chunks: int = 0
+
+    @classmethod
+    def of_report(cls, report: Mapping[str, Any]) -> Reuse:
+        """Of a request report, which has of these counts what its contender knows."""
+        return cls(**{name: int(report.get(name) or 0) for name in cls.__annotations__})
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,18 @@ class Answerer(Protocol):
     is_blend: bool
     separator: str | None
     """What it cuts chunks at, or its model's profile says; None where nothing is known."""
+    sinks: Sequence[int]
+    """The `sink_tokens` that a variant may have here, its own first; none where nothing is known of them."""
     num_layers: int | None
     model_folder: Path | None
     """The served model's, where it is one on this machine."""
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         """Has the KV of these chunks ready where the contender keeps any."""
+        ...
+
+    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
+        """And the scores of their tokens. `on_prompt` gets how many of how many contexts have been computed."""
         ...
 
     def answer(

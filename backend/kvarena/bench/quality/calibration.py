@@ -1,4 +1,5 @@
-"""Which policy, check layer and ratio a model needs: the fastest that stays close to full prefill on given documents.
+"""Which policy, check layer, ratio and sink a model needs: the fastest blend that stays close to full prefill on given
+documents.
 
 Compared are the next tokens along full prefill's own answers, so no question needs a gold answer, and a model that
 answers badly can be calibrated too. Settings that can't be chosen any more aren't asked on (a race: Maron and
@@ -10,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from kvarena.bench.quality.asking import Attempt
+from kvarena.bench.quality.asking import Attempt, Closeness
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet, stack_splitter
 from kvarena.bench.quality.scoring import closeness_figures, mean_interval, token_shares
 from kvarena.bench.results import Row, spread
@@ -66,24 +68,61 @@ def check_layers(num_layers: int | None) -> list[int]:
 def calibration_rows(attempts: Sequence[Attempt]) -> list[Row]:
     """A row for each variant: how it agrees with full prefill along its answers, and how soon it is.
 
-    `same_answer` is the share of answers that are full prefill's from the first token to the last.
+    `same_answer` is the share of answers that are full prefill's from the first token to the last. `num_unscored` are
+    those with a chunk without scores, where the policy goes by them.
     """
     rows = []
     for variant, of_setup in _by_setup(attempts).items():
         answers = [attempt.answer for attempt in of_setup if attempt.answer]
         found = [attempt.closeness for attempt in of_setup if attempt.closeness]
+        reuses = [answer.reuse for answer in answers]
         rows.append(
             {
                 **variant.to_json(),
                 "num_questions": len(of_setup),
                 "num_failed": len(of_setup) - len(answers),
+                "num_unscored": sum(reuse.unscored_chunks > 0 for reuse in reuses if reuse),
                 **closeness_figures(of_setup),
                 "same_answer": mean_interval([float(one.token_agreement == 1) for one in found]),
                 "ttft_ms": spread([answer.ttft_ms for answer in answers]) if answers else None,
-                **token_shares(answer.reuse for answer in answers),
+                **token_shares(reuses),
             }
         )
     return rows
+
+
+def sink_rows(attempts: Sequence[Attempt]) -> list[Row]:
+    """How close blends come with each sink: means over the questions, of the same settings for every sink.
+
+    None where there is only one. Questions of later rounds count for the settings that were still asked, with every
+    sink. Intervals are over questions, for answers to one question are alike.
+    """
+    by_sink: dict[int, dict[tuple[Variant, int], Closeness]] = {}
+    for one in attempts:
+        sink, is_reuse = one.variant.sink_tokens, not one.variant.recomputes_all
+        if sink is not None and is_reuse and one.closeness:
+            of_sink = by_sink.setdefault(sink, {})
+            of_sink[dataclasses.replace(one.variant.work, sink_tokens=None), one.question] = one.closeness
+    shared = [key for key in next(iter(by_sink.values()), {}) if all(key in own for own in by_sink.values())]
+    if len(by_sink) < 2 or not shared:
+        return []
+
+    def over_questions(of_sink: Mapping[tuple[Variant, int], Closeness], figure: str) -> dict[str, float] | None:
+        found: dict[int, list[float]] = {}
+        for variant, question in shared:
+            found.setdefault(question, []).append(getattr(of_sink[variant, question], figure))
+        return mean_interval([fmean(values) for values in found.values()])
+
+    return [
+        {
+            "sink_tokens": sink,
+            "num_settings": len({variant for variant, _ in shared}),
+            "num_questions": len({question for _, question in shared}),
+            "token_agreement": over_questions(by_sink[sink], "token_agreement"),
+            "kl_along_answer": over_questions(by_sink[sink], "kl"),
+        }
+        for sink in sorted(by_sink)
+    ]
 
 
 def still_in_the_race(rows: Sequence[Row], target: float) -> list[Variant]:
@@ -109,10 +148,14 @@ def still_in_the_race(rows: Sequence[Row], target: float) -> list[Variant]:
 
 
 def fastest(rows: Sequence[Row], target: float) -> Row | None:
-    """Of the rows whose token agreement reaches `target`, the one with the shortest time to first token."""
+    """Of the rows whose token agreement reaches `target`, the one with the shortest time to first token.
 
-    def cost(row: Row) -> tuple[float, float]:
-        return _time_ms(row, rows), row["ratio"] or 0.0
+    Of those that do the same work, which differ in the sink alone, the one with the lowest KL.
+    """
+
+    def cost(row: Row) -> tuple[float, float, float]:
+        kl = row.get("kl_along_answer")
+        return _time_ms(row, rows), row["ratio"] or 0.0, kl["mean"] if kl else 0.0
 
     good = [row for row in rows if _agreement(row, "mean") >= target and not row["num_failed"]]
     return min(good, key=cost, default=None)
@@ -131,7 +174,7 @@ def _time_ms(row: Row, rows: Sequence[Row]) -> float:
     """A row's time to first token.
 
     A lower ratio of the same policy does a part of the same work: where it was measured slower that was noise, and the
-    time of the higher one counts for it.
+    time of the higher one counts for it. A sink costs a request nothing.
     """
     as_much_or_more = [other for other in rows if _does_the_work_of(other, row)]
     return min(float(other["ttft_ms"]["median"]) for other in as_much_or_more)
@@ -156,7 +199,7 @@ def write_profile(folder: Path, row: Row, separator: str) -> Path:
     """Puts the row's setting into the model's profile, which servers read when they start. The rest of it stays."""
     profile: dict[str, Any] = {"separator": separator, **read_model_profile(str(folder))}
     kept = {name: value for name, value in profile.items() if name not in dataclasses.asdict(BlendParams())}
-    profile = kept | Variant.of_row(row | {"contender": ""}).choices
+    profile = kept | Variant.of_row(row | {"contender": ""}).profile
     path = folder / MODEL_PROFILE_NAME
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(profile) + "\n")

@@ -1,19 +1,19 @@
 """`kvarena eval` and `kvarena calibrate`: read the command line, show progress, print tables, save the result file.
 
-`eval` asks questions with gold answers and draws a plot. `calibrate` tries policies, check layers and ratios on a
-sample, and makes the best one the model's own. Heavy imports are inside the commands.
+`eval` asks questions with gold answers and draws a plot. `calibrate` tries policies, check layers, ratios and sinks on
+a sample, and makes the best setting the model's own. Heavy imports are inside the commands.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarena.bench.console import INTERRUPTED, decimals, explained, integers
+from kvarena.bench.console import INTERRUPTED, AsJson, PlottedFile, ResultFile, decimals, explained, integers, tell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 
 
 DEFAULT_POLICY = "kv_deviation"
+HFModelName = Annotated[
+    str | None,
+    typer.Option(help="With --engine hf: a local folder or a Hugging Face model name. [default: the town model]"),
+]
+NumChunks = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --seed: number of chunks in each context. [default: as many as in the file]"),
+]
+Separator = Annotated[str | None, typer.Option(help="Text between chunks. [default: the blend's or the model's]")]
+TimeLimit = Annotated[float, typer.Option(min=1, help="Time limit for one answer of a server.")]
 
 
 def evaluate(
@@ -34,10 +44,7 @@ def evaluate(
         typer.Option(help="A contender of the running stack, or name=address; repeatable. [default: all that run]"),
     ] = None,
     engine: Annotated[str, typer.Option(help="http: servers; hf: plain and blend in this process.")] = "http",
-    model: Annotated[
-        str | None,
-        typer.Option(help="With --engine hf: a local folder or a Hugging Face model name. [default: the town model]"),
-    ] = None,
+    model: HFModelName = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,22 +70,15 @@ def evaluate(
         int | None,
         typer.Option(help="Draw new contexts: each question's `needs` among other chunks. [default: the file's own]"),
     ] = None,
-    num_chunks: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --seed: number of chunks in each context. [default: as many as in the file]"),
-    ] = None,
-    separator: Annotated[
-        str | None, typer.Option(help="Text between chunks. [default: the blend's or the model's]")
-    ] = None,
+    num_chunks: NumChunks = None,
+    separator: Separator = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer answers are cut and scored up to there.")] = 32,
-    timeout_s: Annotated[float, typer.Option(min=1, help="Time limit for one answer of a server.")] = 120.0,
+    timeout_s: TimeLimit = 120.0,
     logprobs: Annotated[bool, typer.Option(help="Compare the token probabilities of the servers.")] = True,
     warm: Annotated[bool, typer.Option(help="Fill the chunk cache before the first question.")] = True,
     store_gb: Annotated[float, typer.Option(min=0, help="With --engine hf: memory for chunks, in GiB.")] = 2.0,
-    output: Annotated[Path, typer.Option(help="Result file; the plot is saved next to it.")] = Path(
-        "results/eval.json"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    output: PlottedFile = Path("results/eval.json"),
+    as_json: AsJson = False,
 ) -> None:
     """Ask contenders questions with gold answers, and measure quality, agreement with full prefill, and speed.
 
@@ -87,7 +87,7 @@ def evaluate(
     from rich.console import Console
     from rich.markup import escape
 
-    from kvarena.bench.plots import plot_eval
+    from kvarena.bench.plotting import save_picture
     from kvarena.bench.quality.questions import Redraw, load_questions
     from kvarena.bench.quality.scoring import ScoreSheet, show_rows
     from kvarena.bench.quality.session import (
@@ -97,7 +97,7 @@ def evaluate(
         reuses_nothing,
         session,
     )
-    from kvarena.bench.results import check_writable, load_results, save_results, shown_path
+    from kvarena.bench.results import check_writable, save_results, shown_path
     from kvarena.bench.variants import find_reference
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.render import show_problems
@@ -113,7 +113,7 @@ def evaluate(
         with session(wanted, console) as asked:
             variants = asked.variants(policy or [DEFAULT_POLICY], ratios, layers)
             if warm:
-                asked.warm(question_set)
+                asked.warm(question_set, variants)
             reference = find_reference(variants)
             attempts, is_interrupted = asked.ask(question_set, variants, max_tokens, reference)
     settings = {
@@ -135,12 +135,14 @@ def evaluate(
     save_results(output, settings, rows, questions=with_gold, answers=sheet.answers())
     image = output.with_suffix(".png")
     if has_scores := any(row["correct"] for row in rows):
-        plot_eval(output, image)
-    if as_json:
-        print(json.dumps(load_results(output), indent=1))
-    else:
-        show_rows(rows, question_set.kinds, console)
-        console.print(f"Figures are in {output}{f', the plot in {image}' if has_scores else ''}.", soft_wrap=True)
+        save_picture(output, image, "eval")
+    tell(
+        output,
+        as_json,
+        console,
+        lambda: show_rows(rows, question_set.kinds, console),
+        image if has_scores else None,
+    )
     if reuses_nothing(attempts):
         console.print(f"[yellow]{escape(nothing_reused_note(asked.separator))}[/yellow]", soft_wrap=True)
     _exit(attempts, is_interrupted, console)
@@ -157,7 +159,13 @@ def _exit(attempts: Sequence[Attempt], is_interrupted: bool, console: Console) -
         raise typer.Exit(1)
 
 
-DEFAULT_POLICIES = ("kv_deviation", "kv_deviation,deviation=values", "chunk_head", "query_attention")
+DEFAULT_POLICIES = (
+    "kv_deviation",
+    "kv_deviation,deviation=values",
+    "chunk_head",
+    "query_attention",
+    "stored_deviation",
+)
 ENOUGH_QUESTIONS = 30
 ROUND_QUESTIONS = 6
 
@@ -167,10 +175,7 @@ def calibrate(
         str, typer.Option(help="A blend of the running stack, or name=address; with --engine hf: blend.")
     ] = "blend",
     engine: Annotated[str, typer.Option(help="http: a server; hf: in this process.")] = "http",
-    model: Annotated[
-        str | None,
-        typer.Option(help="With --engine hf: a local folder or a Hugging Face model name. [default: the town model]"),
-    ] = None,
+    model: HFModelName = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of documents like those to be served. [default: data]")
     ] = None,
@@ -188,6 +193,13 @@ def calibrate(
         str | None, typer.Option(help="Check layers to try, separated by commas. [default: some of the first quarter]")
     ] = None,
     ratio: Annotated[str, typer.Option(help="Ratios to try, separated by commas.")] = "0,0.05,0.1,0.15,0.2,0.3",
+    sink_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="With --engine hf: sinks to try beside the model's own, so many tokens each, separated by commas. "
+            "[default: 0,1]"
+        ),
+    ] = None,
     agreement: Annotated[
         float,
         typer.Option(
@@ -196,18 +208,13 @@ def calibrate(
     ] = 0.9,
     num_questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = ENOUGH_QUESTIONS,
     seed: Annotated[int | None, typer.Option(help="Draw new contexts for the questions, as eval does.")] = None,
-    num_chunks: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --seed: number of chunks in each context. [default: as many as in the file]"),
-    ] = None,
-    separator: Annotated[
-        str | None, typer.Option(help="Text between chunks. [default: the blend's or the model's]")
-    ] = None,
+    num_chunks: NumChunks = None,
+    separator: Separator = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Answers are compared up to this length.")] = 32,
-    timeout_s: Annotated[float, typer.Option(min=1, help="Time limit for one answer of a server.")] = 120.0,
+    timeout_s: TimeLimit = 120.0,
     write: Annotated[bool, typer.Option(help="Write the setting into the model's kvarena.json.")] = True,
-    output: Annotated[Path, typer.Option(help="The result file.")] = Path("results/calibration.json"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    output: ResultFile = Path("results/calibration.json"),
+    as_json: AsJson = False,
 ) -> None:
     """Find the fastest blend that agrees with full prefill, and save it as the model's setting.
 
@@ -225,15 +232,17 @@ def calibrate(
         reuses_nothing,
         session,
     )
-    from kvarena.bench.results import check_writable, load_results, save_results, shown_path
-    from kvarena.bench.variants import Variant, blend_variants
+    from kvarena.bench.results import check_writable, save_results, shown_path
+    from kvarena.bench.variants import Variant, blend_variants, reads_scores
+    from kvarena.core.matching import DEFAULT_SINK_TOKENS
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.render import show_problems
 
     console = Console(stderr=as_json)
-    wanted = ContenderOptions(engine, [contender], model, separator, timeout_s)
     with explained():
         check_writable(output)
+        sinks = integers(sink_tokens) if sink_tokens else (0, DEFAULT_SINK_TOKENS) if engine == "hf" else ()
+        wanted = ContenderOptions(engine, [contender], model, separator, timeout_s, more_sinks=sinks)
         folder = data or (questions.parent if questions else default_data_dir(engine, model))
         path = questions or folder / QUESTIONS_NAME
         redraw = Redraw.of(seed, num_chunks)
@@ -249,8 +258,16 @@ def calibrate(
             if not blend.is_blend:
                 raise ValueError(f"{blend.name} doesn't blend; there is nothing to calibrate")
             layers = integers(check_layer) if check_layer else calibration.check_layers(blend.num_layers)
-            candidates = blend_variants(blend.name, policy or DEFAULT_POLICIES, decimals(ratio), layers)
-            asked.warm(question_set)
+            settings_to_try = blend_variants(blend.name, policy or DEFAULT_POLICIES, decimals(ratio), layers)
+            if not check_layer:  # by stored scores it looks at a layer only where there are none
+                settings_to_try = [
+                    one
+                    for one in settings_to_try
+                    if one.check_layer in (None, layers[0]) or not reads_scores(one.policy)
+                ]
+            sinks_to_try: Sequence[int | None] = blend.sinks or [None]
+            candidates = [replace(one, sink_tokens=sink) for one in settings_to_try for sink in sinks_to_try]
+            asked.warm(question_set, candidates)
             attempts, is_interrupted = _race(
                 asked, question_set, Variant(blend.name, "all"), candidates, max_tokens, agreement
             )
@@ -265,7 +282,7 @@ def calibrate(
         raise typer.Exit(INTERRUPTED)
     num_questions = max(row["num_questions"] for row in rows)
     chosen = calibration.fastest([row for row in rows if row["num_questions"] == num_questions], agreement)
-    settings = {
+    settings: dict[str, Any] = {
         "benchmark": "calibrate",
         "engine": engine,
         "documents": shown_path(folder),
@@ -276,14 +293,14 @@ def calibrate(
         "max_tokens": max_tokens,
         "separator": asked.separator,
         "contender": blend.describe(),
-        "chosen": chosen and Variant.of_row(chosen).choices,
+        "sinks": calibration.sink_rows(attempts),
+        "chosen": chosen and Variant.of_row(chosen).profile,
     }
     save_results(output, settings, rows)
-    if as_json:
-        print(json.dumps(load_results(output), indent=1))
-    else:
-        _show_calibration(rows, chosen, console)
-    console.print(sample_note(num_questions), soft_wrap=True)
+    tell(output, as_json, console, lambda: _show_calibration(rows, settings["sinks"], chosen, console))
+    for note in (sample_note(num_questions), unscored_note(rows), one_sink_note(blend.sinks)):
+        if note:
+            console.print(note, soft_wrap=True, highlight=False)
     if chosen is None:
         best = calibration.closest(rows)
         console.print(
@@ -350,16 +367,39 @@ def sample_note(num_questions: int) -> str:
     )
 
 
-def _show_calibration(rows: Sequence[Row], chosen: Row | None, console: Console) -> None:
+def unscored_note(rows: Sequence[Row]) -> str:
+    """Where a policy that goes by stored scores had to do without them; empty where none had to."""
+    found = [row for row in rows if row["num_unscored"]]
+    if not found:
+        return ""
+    num_answers, num_unscored = (sum(row[name] for row in found) for name in ("num_questions", "num_unscored"))
+    return (
+        f"{num_unscored} of {num_answers} answers had a chunk without scores, where {found[0]['policy']} chose by the "
+        "values at its check layer. Scores need three chunks at least, and some text before and after each."
+    )
+
+
+def one_sink_note(sinks: Sequence[int]) -> str:
+    """What wasn't compared, where a server had one sink only."""
+    if len(sinks) != 1:
+        return ""
+    (sink,) = sinks
+    return (
+        f"All of this is with sink_tokens {sink}. A server has the one it was started with (SINK_TOKENS); "
+        "--engine hf compares several."
+    )
+
+
+def _show_calibration(rows: Sequence[Row], sinks: Sequence[Row], chosen: Row | None, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
     from kvarena.bench.variants import Variant
 
     title = "Agreement with full prefill (%), along its answers"
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # 80 columns are enough
     table.add_column("policy", min_width=17)
-    for name in ("layer", "ratio", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""):
+    for name in ("layer", "ratio", "sink", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         found, kl = row["token_agreement"], row["kl_along_answer"]
@@ -367,6 +407,7 @@ def _show_calibration(rows: Sequence[Row], chosen: Row | None, console: Console)
             Variant.of_row(row).policy_label,
             "-" if row["check_layer"] is None else str(row["check_layer"]),
             "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
+            str(row.get("sink_tokens", "-")),
             _percent(found),
             f"{100 * found['low']:.0f}-{100 * found['high']:.0f}" if found else "-",
             f"{kl['mean']:.3f}" if kl else "-",
@@ -376,6 +417,14 @@ def _show_calibration(rows: Sequence[Row], chosen: Row | None, console: Console)
             "<" if row is chosen else "",
         )
     console.print(table)
+    for row in sinks:
+        console.print(
+            f"Sink of {row['sink_tokens']}: {_percent(row['token_agreement'])} % of the tokens agree, KL "
+            f"{row['kl_along_answer']['mean']:.3f} ({row['num_settings']} settings, {row['num_questions']} questions, "
+            "the same for each sink)",
+            highlight=False,
+            soft_wrap=True,
+        )
     if chosen:
         console.print(f"<: chosen, {Variant.of_row(chosen).label}", highlight=False, soft_wrap=True)
 

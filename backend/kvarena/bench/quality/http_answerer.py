@@ -25,7 +25,9 @@ class HTTPAnswerer:
         self._api_key = api_key
         self._client, self._server = connect(name, url, api_key, timeout_s)
         self.is_blend = self._server.contender == "blend"
-        self.num_layers: int | None = (self._server.offer or {}).get("num_layers")
+        offer = self._server.offer or {}
+        self.num_layers: int | None = offer.get("num_layers")
+        self.sinks: Sequence[int] = (offer["sink_tokens"],) if "sink_tokens" in offer else ()
         root = Path(self._server.root or "")
         self.model_folder = root if root.is_absolute() and root.is_dir() else None
         profile = read_model_profile(str(root)) if self.model_folder else {}
@@ -41,6 +43,12 @@ class HTTPAnswerer:
         if result.failures:
             failed = result.failures[0]
             raise NoAnswer(f"chunk {failed.name} couldn't be put into the chunk cache: {failed.reason}")
+
+    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
+        try:
+            self._client.score(self._server.model, chunks, separator, on_prompt)
+        except ClientError as error:
+            raise NoAnswer(error.reason) from error
 
     def answer(
         self,
@@ -77,7 +85,7 @@ class HTTPAnswerer:
     def _reuse(self, answer: StreamedAnswer) -> Reuse | None:
         report = self._client.report(answer.request_id) if self._server.offer is not None else None
         if report:
-            return Reuse(**{name: int(report.get(name) or 0) for name in Reuse.__annotations__})
+            return Reuse.of_report(report)
         return cached_tokens(answer.usage)
 
 

@@ -31,7 +31,7 @@ class EvalQuestion:
     needs: tuple[str, ...] = ()
 
     def messages(self, system: str, separator: str) -> list[dict[str, str]]:
-        turns = (*self.history, AnsweredQuestion(self.question, self.answers[0]))
+        turns = (*self.history, AnsweredQuestion(self.question, next(iter(self.answers), "")))
         return messages([chunk.text for chunk in self.chunks], turns, separator, system)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Redraw:
 
 def stack_splitter() -> Splitter:
     """Cuts documents as the stack that was started last does, so that its chunk cache knows them."""
-    from kvarena.stack.home import Home
+    from kvarena.home import Home
     from kvarena.stack.record import read_record
     from kvarena.stack.settings import load_settings
 
@@ -107,7 +107,8 @@ def load_questions(
 ) -> QuestionSet:
     """The questions of a JSONL file over the chunks of a folder, by default the one that the file is in.
 
-    A line is an object with `question` and `answers` (a list, or one text); `chunks` are names of chunks in the
+    A line is an object with `question` and `answers` (a list, or one text; an empty list: nothing is known to be right,
+    so the answers are compared with full prefill's alone); `chunks` are names of chunks in the
     order of the context, all chunks of the folder where it's left out; `kind`, `detail`, `history` (a list of
     `question` and `answer`) and `needs` (some of the chunks) are optional. With `limit`, so many of them, always the
     same. `redraw` gives each another context, and wants `needs`. Raises `ValueError` that names the file and the line.
@@ -137,7 +138,7 @@ def _question(record: Any, documents: Documents, redraw: Redraw | None) -> EvalQ
     if not isinstance(record, dict):
         raise ValueError(f"a question is a JSON object, not {record!r}")
     given = record.get("answers")
-    answers = _texts([given] if isinstance(given, str) else given, "answers")
+    answers = [] if given == [] else _texts([given] if isinstance(given, str) else given, "answers")
     question = record.get("question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a text, not {question!r}")

@@ -112,11 +112,11 @@ SUBSETS: tuple[Subset, ...] = ("all", "answered")
 
 @dataclass(frozen=True)
 class Scored:
-    """An answer with its scores. `correct`: 1 when it contains a gold answer, else 0."""
+    """An answer with its scores, None where no gold answer is known. `correct`: 1 when it contains one, else 0."""
 
     answer: Answer
-    score: Score
-    correct: float
+    score: Score | None
+    correct: float | None
 
 
 class ScoreSheet:
@@ -159,9 +159,9 @@ class ScoreSheet:
             "num_questions": len(attempts),
             "num_failed": sum(attempt.outcome == "failed" for attempt in attempts),
             "num_cut": sum(not answer.is_complete for answer in answers),
-            "correct": mean_interval([one.correct for one in scored]),
-            "exact_match": mean_interval([one.score.exact_match for one in scored]),
-            "f1": mean_interval([one.score.f1 for one in scored]),
+            "correct": mean_interval([one.correct for one in scored if one.correct is not None]),
+            "exact_match": mean_interval([one.score.exact_match for one in scored if one.score]),
+            "f1": mean_interval([one.score.f1 for one in scored if one.score]),
             **self._against_reference(variant, attempts),
             "ttft_ms": spread([answer.ttft_ms for answer in answers]) if answers else None,
             **token_shares(answer.reuse for answer in answers),
@@ -177,15 +177,19 @@ class ScoreSheet:
             if (mine := self._scored.get((variant, attempt.question)))
             if (full := self._scored.get((self._reference, attempt.question)))
         ]
+        correct = [(m.correct, f.correct) for m, f in pairs if m.correct is not None and f.correct is not None]
+        scores = [(mine.score, full.score) for mine, full in pairs if mine.score and full.score]
         return {
-            "correct_vs_reference": mean_interval([mine.correct - full.correct for mine, full in pairs]),
-            "exact_match_vs_reference": mean_interval([m.score.exact_match - f.score.exact_match for m, f in pairs]),
+            "correct_vs_reference": mean_interval([mine - full for mine, full in correct]),
+            "exact_match_vs_reference": mean_interval([m.exact_match - f.exact_match for m, f in scores]),
             "agreement": mean_interval([_agree(mine.answer, full.answer) for mine, full in pairs]),
             **closeness_figures(attempts if is_other else ()),
         }
 
     @staticmethod
     def _score(answer: Answer, gold: Sequence[str]) -> Scored:
+        if not gold:
+            return Scored(answer, None, None)
         return Scored(answer, squad_score(answer.text, gold), contains_answer(answer.text, gold))
 
     def _answer(self, attempt: Attempt) -> dict[str, Any]:
@@ -197,8 +201,8 @@ class ScoreSheet:
             "text": attempt.answer.text if attempt.answer else None,
             "is_complete": attempt.answer.is_complete if attempt.answer else None,
             "correct": scored.correct if scored else None,
-            "exact_match": scored.score.exact_match if scored else None,
-            "f1": round(scored.score.f1, DIGITS) if scored else None,
+            "exact_match": scored.score.exact_match if scored and scored.score else None,
+            "f1": round(scored.score.f1, DIGITS) if scored and scored.score else None,
             "token_agreement": round(close.token_agreement, DIGITS) if close else None,
             "kl_along_answer": round(close.kl, KL_DIGITS) if close else None,
             "ttft_ms": round(attempt.answer.ttft_ms, 2) if attempt.answer else None,

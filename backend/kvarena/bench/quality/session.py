@@ -9,27 +9,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from rich.console import Console
 
-from kvarena.bench.console import progress
+from kvarena.bench.console import counted_progress, progress
 from kvarena.bench.quality.asking import Answer, Answerer, Asking, Attempt, Messages, NoAnswer, Reuse, ask_all
 from kvarena.bench.quality.http_answerer import HTTPAnswerer
 from kvarena.bench.quality.questions import QuestionSet
-from kvarena.bench.variants import Variant, blend_variants, find_reference
-from kvarena.documents import FALLBACK_SEPARATOR, TextChunk, join_chunks
+from kvarena.bench.variants import Variant, blend_variants, find_reference, reads_scores
+from kvarena.documents import FALLBACK_SEPARATOR, TextChunk, contexts_for_scores, join_chunks
 from kvarena.engines.hf.blend import HFBlender
 from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
 from kvarena.engines.vllm.config import BlendConfig
+from kvarena.home import Home
+from kvarena.model import Model, find_model
 from kvarena.policies.params import BlendParams
 from kvarena.policies.profile import read_blend_profile
-from kvarena.stack.home import Home
-from kvarena.stack.model import Model, find_model
 from kvarena.stack.record import read_record
 from kvarena.stack.settings import CONTENDERS as STACK_CONTENDERS
 from kvarena.stack.settings import shown_api_key
@@ -47,10 +47,14 @@ class PlainAnswerer:
         self.name, self.separator = name, separator
         self.num_layers: int | None = model.kv_shape.num_layers
         self.model_folder = Path(source.name) if source.is_local else None
+        self.sinks: Sequence[int] = ()
         self._model, self._model_name = model, source.served_name
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         """Keeps nothing."""
+
+    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
+        """Chooses nothing."""
 
     def answer(
         self,
@@ -128,34 +132,69 @@ def _common_prefix(tokens: Sequence[int], others: Sequence[int]) -> int:
 
 
 class BlendAnswerer(PlainAnswerer):
-    """Blends over a store of its own in main memory."""
+    """Blends over stores in main memory, one for each of the sinks that chunks are computed after."""
 
     is_blend = True
 
     def __init__(
-        self, name: str, model: HFModel, source: Model, separator: str, defaults: BlendParams, store_bytes: int
+        self,
+        name: str,
+        model: HFModel,
+        source: Model,
+        config: BlendConfig,
+        store_bytes: int,
+        more_sinks: Sequence[int] = (),
     ) -> None:
-        super().__init__(name, model, source, separator)
-        self._defaults = defaults
-        self._store = MemoryStore(store_bytes)
-        self._blender = HFBlender(model, self._store, separator=separator)
+        super().__init__(name, model, source, config.separator)
+        self._defaults = config.params
+        self._blenders: dict[int, HFBlender] = {}
+        for num_tokens in (config.sink_tokens, *more_sinks):
+            checked = replace(config, sink_tokens=num_tokens)
+            store = MemoryStore(store_bytes)
+            blender = HFBlender(model, store, separator=config.separator, sink_tokens=checked.sink_tokens)
+            self._blenders.setdefault(len(blender.sink), blender)
+        self.sinks = tuple(self._blenders)
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         for chunk in chunks:
-            text = join_chunks([chunk.text], separator)
-            token_ids = self._model.tokenizer.encode(text, add_special_tokens=False)
+            token_ids = self._joined([chunk], separator)
             if len(token_ids) > self._model.max_model_len:
                 raise NoAnswer(f"chunk {chunk.name} has {len(token_ids)} tokens, more than the model's contexts")
-            self._blender.prefill(token_ids, BlendParams("none"), len(token_ids))
+            for blender in self._blenders.values():
+                blender.prefill(token_ids, BlendParams("none"), len(token_ids))
             on_chunk()
+
+    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
+        contexts = contexts_for_scores(chunks, [chunk.name for chunk in chunks], self._model.max_model_len)
+        for number, context in enumerate(contexts, start=1):
+            for blender in self._blenders.values():
+                blender.score(self._chat_over(context, separator))
+            on_prompt(number, len(contexts))
+
+    def _chat_over(self, chunks: Sequence[TextChunk], separator: str) -> list[int]:
+        text = join_chunks([chunk.text for chunk in chunks], separator)
+        messages = [{"role": "user", "content": text}]
+        token_ids: list[int] = self._model.tokenizer.apply_chat_template(messages, return_dict=False)
+        return token_ids
+
+    def _joined(self, chunks: Sequence[TextChunk], separator: str) -> list[int]:
+        text = join_chunks([chunk.text for chunk in chunks], separator)
+        token_ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False)
+        return token_ids
 
     def _prefill(
         self, token_ids: Sequence[int], variant: Variant, capacity: int
     ) -> tuple[SequenceKV, torch.Tensor, Reuse]:
         params = BlendParams(**(vars(self._defaults) | variant.choices))
-        blended = self._blender.prefill(token_ids, params, capacity)
+        sink = self.sinks[0] if variant.sink_tokens is None else variant.sink_tokens
+        blended = self._blenders[sink].prefill(token_ids, params, capacity)
         report = blended.report
-        reuse = Reuse(len(token_ids), report.num_reused_tokens, report.num_recomputed_tokens)
+        reuse = Reuse(
+            len(token_ids),
+            report.num_reused_tokens,
+            report.num_recomputed_tokens,
+            unscored_chunks=report.unscored_chunks,
+        )
         return blended.kv, blended.logits, reuse
 
 
@@ -185,19 +224,21 @@ def default_data_dir(engine: str, model: str | None) -> Path:
     return Path(record.data_dir) if record else find_model(model, "cpu").data_dir
 
 
-def engines(wanted: Sequence[str], model: str | None, separator: str | None, store_gb: float) -> dict[str, Answerer]:
+def engines(
+    wanted: Sequence[str], model: str | None, separator: str | None, store_gb: float, more_sinks: Sequence[int] = ()
+) -> dict[str, Answerer]:
     """`plain`, `blend` or both on a model in this process; they share its weights. Raises `ValueError`, `OSError`."""
     if unknown := [name for name in wanted if name not in CONTENDERS]:
         raise ValueError(f"in this process there are {', '.join(CONTENDERS)}, not {unknown[0]!r}")
     found = find_model(model, "cpu")
     profile = read_blend_profile(found.name)
     config = BlendConfig(**(profile | ({"separator": separator} if separator is not None else {})))
-    shared = HFModel.load(found.name), found, config.separator
+    shared = HFModel.load(found.name), found
     store_bytes = int(store_gb * 2**30)
     return {
-        name: BlendAnswerer(name, *shared, config.params, store_bytes)
+        name: BlendAnswerer(name, *shared, config, store_bytes, more_sinks)
         if name == "blend"
-        else PlainAnswerer(name, *shared)
+        else PlainAnswerer(name, *shared, config.separator)
         for name in wanted or CONTENDERS
     }
 
@@ -216,7 +257,10 @@ def _address(given: str, running: dict[str, str]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class ContenderOptions:
-    """Whom to ask. `engine` is `http` (servers) or `hf` (in this process, on `model`); what is None has a default."""
+    """Whom to ask. `engine` is `http` (servers) or `hf` (in this process, on `model`); what is None has a default.
+
+    `more_sinks` are to be had beside the model's own; with `hf` only. `store_gb` is for the chunks of each.
+    """
 
     engine: str = "http"
     contenders: Sequence[str] = ()
@@ -225,15 +269,18 @@ class ContenderOptions:
     timeout_s: float = 120.0
     has_logprobs: bool = True
     store_gb: float = 2.0
+    more_sinks: Sequence[int] = ()
 
     def find(self) -> dict[str, Answerer]:
         """Raises `ValueError` or `OSError` for what isn't there."""
         if self.engine == "hf":
-            return engines(self.contenders, self.model, self.separator, self.store_gb)
+            return engines(self.contenders, self.model, self.separator, self.store_gb, self.more_sinks)
         if self.engine != "http":
             raise ValueError(f"engine is {self.engine!r}; it is http or hf")
         if self.model:
             raise ValueError("servers have a model already; --model goes with --engine hf")
+        if self.more_sinks:
+            raise ValueError("a server has the sink it was started with (SINK_TOKENS); other ones go with --engine hf")
         return servers(self.contenders, self.timeout_s, self.has_logprobs)
 
 
@@ -256,8 +303,9 @@ class Session:
             variants.insert(0, Variant(blend, "all"))
         return variants
 
-    def warm(self, question_set: QuestionSet) -> None:
-        """Raises `ValueError` when a chunk can't be had ready."""
+    def warm(self, question_set: QuestionSet, variants: Sequence[Variant]) -> None:
+        """Whatever these variants reuse. Raises `ValueError` when a chunk can't be had ready."""
+        reading = {own.contender for own in variants if reads_scores(own.policy)}
         blends = [answerer for answerer in self.answerers.values() if answerer.is_blend]
         with progress(len(blends) * len(question_set.chunks), self.console, "warming") as advance:
             for answerer in blends:
@@ -265,6 +313,16 @@ class Session:
                     answerer.warm(question_set.chunks, self.separator, advance)
                 except NoAnswer as error:
                     raise ValueError(f"{answerer.name}: {error}") from error
+        for answerer in blends:
+            if answerer.name in reading:
+                self._score(answerer, question_set)
+
+    def _score(self, answerer: Answerer, question_set: QuestionSet) -> None:
+        with counted_progress(self.console, "scoring") as on_prompt:
+            try:
+                answerer.score(question_set.chunks, self.separator, on_prompt)
+            except NoAnswer as error:
+                raise ValueError(f"{answerer.name}: {error}") from error
 
     def ask(
         self,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarena.bench.plotting import Panel, Styles
 from kvarena.bench.results import Row, load_results
+from kvarena.panels import Colours, Panel, summary
 
 DEFAULT_PATTERN = "results/*.json"
 
@@ -46,11 +46,7 @@ class ResultFile:
 
     @property
     def summary(self) -> str:
-        """Which benchmark, of what, where; such as `eval · town · Xeon · 2 cores`."""
-        cores = self.machine.get("num_cores")
-        model = self.settings.get("shape") or self.settings.get("model")
-        parts = (self.benchmark, model, self.machine.get("cpu"), f"{cores} cores" if cores else None)
-        return " · ".join(str(part) for part in parts if part)
+        return summary(self.result)
 
     def _object(self, key: str) -> Mapping[str, Any]:
         found = self.result.get(key) or {}
@@ -156,7 +152,7 @@ class Topic:
     anchor: str
     title: str
     intro: str
-    make: Callable[[ResultFile, Styles], Part]
+    make: Callable[[ResultFile, Colours], Part]
     benchmarks: frozenset[str] = frozenset()
 
 

@@ -71,7 +71,7 @@ def run_steps(
     network: SharedModel, question_set: QuestionSet, variant: SimLLMVariant, asking: StreamSettings
 ) -> list[ShownAnswer]:
     """In order, by one engine with reuse and one without."""
-    contenders = [network.contender(one, asking.max_cache_size) for one in (variant, SimLLMVariant())]
+    contenders = [network.contender(one, asking) for one in (variant, SimLLMVariant())]
     try:
         for contender in contenders:
             warm_up(contender, network, asking)

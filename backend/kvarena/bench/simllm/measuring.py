@@ -228,6 +228,8 @@ class Bench:
     max_cache_size: int = 100
     dtype: str | None = None
     seed: int = 0
+    num_hyperplanes: int = 16
+    device: str = "auto"
 
     def speed(self, shape: str, num_tasks: int, on_step: Callable[[], None]) -> Measured:
         """On random weights. Raises `ValueError` for an unknown shape."""
@@ -238,7 +240,7 @@ class Bench:
 
     def quality(self, model: str | None, num_tasks: int, on_step: Callable[[], None]) -> Measured:
         """On a trained model, by default the town model."""
-        network = SharedModel.find(model, dtype=self.dtype)
+        network = SharedModel.find(model, device=self.device, dtype=self.dtype)
         return self._measure(network, num_tasks, network.config.separator, on_step)
 
     def settings(self) -> dict[str, Any]:
@@ -254,7 +256,8 @@ class Bench:
 
     def _measure(self, network: SharedModel, num_tasks: int, separator: str, on_step: Callable[[], None]) -> Measured:
         tasks = make_stream(self.question_set, num_tasks, self.similar_ratio, self.seed)
-        asking = StreamSettings(self.question_set.system, separator, self.max_new_tokens, self.max_cache_size)
+        kept = (self.max_new_tokens, self.max_cache_size, self.num_hyperplanes)
+        asking = StreamSettings(self.question_set.system, separator, *kept)
         runs = run_stream(network, tasks, self.variants, asking, on_step)
         model = {"model": network.name, "has_random_weights": network.has_random_weights}
         return Measured(make_rows(tasks, runs, **model), answer_rows(tasks, runs, **model))

@@ -38,9 +38,9 @@ from kvarena.contenders.simllm.params import checked_threshold
 from kvarena.documents import TextChunk
 from kvarena.engines.base import GenerationRequest, Report, Sampling
 from kvarena.engines.vllm.config import BlendConfig
+from kvarena.model import find_model
 from kvarena.policies.profile import read_blend_profile
 from kvarena.simllm import AlignedParams, SimLLMInference, SimLLMParams
-from kvarena.stack.model import find_model
 
 
 @dataclass(frozen=True)
@@ -128,24 +128,31 @@ class SharedModel:
     has_random_weights: bool
 
     @classmethod
-    def load(cls, folder: str, name: str, *, dtype: str = "auto", random: bool = False) -> SharedModel:
+    def load(
+        cls, folder: str, name: str, *, device: str = "auto", dtype: str = "auto", random: bool = False
+    ) -> SharedModel:
         """As `load_llama`."""
-        module = load_llama(folder, dtype=dtype, random=random)
+        module = load_llama(folder, device=device, dtype=dtype, random=random)
         profile = BlendConfig(**read_blend_profile(folder))
         return cls(name, module, AutoTokenizer.from_pretrained(folder), profile, random)
 
     @classmethod
-    def find(cls, model: str | None, *, dtype: str | None = None) -> SharedModel:
+    def find(cls, model: str | None, *, device: str = "auto", dtype: str | None = None) -> SharedModel:
         """A trained model as `kvarena.stack` finds it, by default the town model; `dtype` None is the machine's best.
 
         Raises `StackError` for a folder that isn't there.
         """
         found = find_model(model, "cpu")
-        return cls.load(found.name, found.served_name, dtype=dtype or best_dtype())
+        return cls.load(found.name, found.served_name, device=device, dtype=dtype or best_dtype())
 
-    def contender(self, variant: SimLLMVariant, max_cache_size: int) -> Contender:
+    def contender(self, variant: SimLLMVariant, asking: StreamSettings) -> Contender:
         """With a manager of its own, which hangs on a copy of the model's modules; their weights are the same ones."""
-        params = replace(variant.params, max_cache_size=max_cache_size, aligned=AlignedParams(blend=self.config.params))
+        params = replace(
+            variant.params,
+            max_cache_size=asking.max_cache_size,
+            num_hyperplanes=asking.num_hyperplanes,
+            aligned=AlignedParams(blend=self.config.params),
+        )
         shared = [*self.module.parameters(), *self.module.buffers()]
         twin = copy.deepcopy(self.module, {id(tensor): tensor for tensor in shared})
         return Contender(variant, SimLLMEngine(SimLLMInference(twin, self.tokenizer, params), self.name))
@@ -295,6 +302,7 @@ class StreamSettings:
     separator: str
     max_new_tokens: int = 8
     max_cache_size: int = 100
+    num_hyperplanes: int = 16
 
 
 @dataclass(frozen=True)
@@ -314,7 +322,7 @@ def run_stream(
     on_step: Callable[[], None] = lambda: None,
 ) -> list[ContenderRun]:
     """A run for each variant. Raises `ValueError` for a prompt that has no room in the model's context."""
-    contenders = [network.contender(variant, asking.max_cache_size) for variant in variants]
+    contenders = [network.contender(variant, asking) for variant in variants]
     answers: list[list[TaskAnswer]] = [[] for _ in contenders]
     try:
         for contender in contenders:

@@ -89,12 +89,14 @@ class Contender:
         self._extras: dict[str, Any] = {"ignore_eos": True} if _can_tokenize(client, server) else {}
         self._memory = PeakMemory(pid, with_children=True) if pid else None
 
-    def ask_at_once(self, prompts: Sequence[Sequence[int]], variant: Variant, max_tokens: int, salt: str = "") -> Burst:
-        """`salt` keeps a blend's chunks apart from those of other salts."""
+    def ask_at_once(
+        self, prompts: Sequence[Sequence[int]], variant: Variant, max_tokens: int, salt: str = "", store: str = ""
+    ) -> Burst:
+        """`salt` keeps a blend's chunks apart from those of other salts. `store` is its parameter of that name."""
 
         def ask(prompt: Sequence[int]) -> Timed | str:
             try:
-                return self._ask(prompt, variant, max_tokens, salt)
+                return self._ask(prompt, variant, max_tokens, salt, store)
             except ClientError as error:
                 return error.reason
 
@@ -121,7 +123,7 @@ class Contender:
     def close(self) -> None:
         self._client.close()
 
-    def _ask(self, prompt: Sequence[int], variant: Variant, max_tokens: int, salt: str) -> Timed:
+    def _ask(self, prompt: Sequence[int], variant: Variant, max_tokens: int, salt: str, store: str) -> Timed:
         body: dict[str, Any] = {
             "model": self.server.model,
             "prompt": list(prompt),
@@ -131,8 +133,8 @@ class Contender:
         }
         if salt:
             body["cache_salt"] = salt
-        if variant.choices:
-            body["kv_transfer_params"] = {"kvarena": variant.choices}
+        if chosen := variant.choices | ({"store": store} if store else {}):
+            body["kv_transfer_params"] = {"kvarena": chosen}
         answer = self._client.stream(COMPLETIONS, body)
         report = self._client.report(answer.request_id) if self.is_blend else None
         num_tokens = answer.usage.num_output_tokens or len(answer.tokens)
@@ -151,5 +153,5 @@ def _can_tokenize(client: Client, server: ServerInfo) -> bool:
 
 def _reuse(report: Mapping[str, Any] | None, usage: Usage) -> Reuse | None:
     if report:
-        return Reuse(**{name: int(report[name]) for name in Reuse.__annotations__})
+        return Reuse.of_report(report)
     return cached_tokens(usage)

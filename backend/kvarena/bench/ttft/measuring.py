@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from kvarena.bench.results import Row, ratio_spread, spread
+from kvarena.bench.results import Row, median_interval, ratio_spread, shown_path, spread
 from kvarena.bench.ttft.client import Burst, Contender, Timed
 from kvarena.bench.ttft.workload import Cell, Prompts, Vocabulary, Workload
-from kvarena.bench.variants import Variant
-from kvarena.documents import FALLBACK_SEPARATOR
+from kvarena.bench.variants import Variant, reads_scores
+from kvarena.documents import FALLBACK_SEPARATOR, load_chunks, without_separators
+from kvarena.splitting import find_splitter
 
 DIGITS = 4
 UNKNOWN = "unknown"
@@ -62,6 +64,7 @@ def _row(cell: Cell, one: Measured, plain: Measured | None) -> Row:
     answered = one.answered
     failures = [outcome for outcome in one.outcomes if isinstance(outcome, str)]
     rates = [rate for burst in one.bursts if (rate := burst.requests_per_s)]
+    speedups = list(_ttft_speedups(one, plain)) if plain else []
     return {
         **one.variant.to_json(),
         "context_tokens": cell.context_tokens,
@@ -74,7 +77,9 @@ def _row(cell: Cell, one: Measured, plain: Measured | None) -> Row:
         "ttft_ms": _spread(one.ttft_ms for one in answered),
         "tpot_ms": _spread(tpot for one in answered if (tpot := one.tpot_ms) is not None),
         "e2e_ms": _spread(one.e2e_ms for one in answered),
-        "speedup_vs_plain": _ratios(_ttft_speedups(one, plain)) if plain else None,
+        "num_pairs": len(speedups),
+        "speedup_vs_plain": _ratios(speedups),
+        "speedup_interval": median_interval(speedups),
         "requests_per_s": ratio_spread(rates) if rates else None,
         "throughput_vs_plain": _ratios(_throughput_ratios(one, plain)) if plain else None,
         **_token_shares(answered),
@@ -142,10 +147,10 @@ def _split(one: Timed) -> dict[str, float]:
 
 def show_rows(rows: Sequence[Row], console: Console) -> None:
     """A section for each cell."""
-    title = "Time to first token (TTFT), medians; sooner than plain by, with the least and greatest of pairs"
+    title = "Time to first token (TTFT), medians; speedup over plain, with the least and greatest of pairs"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("contender")
-    for name in ("TTFT ms", "sooner by", "req/s", "reused", "redone", "MiB"):
+    for name in ("TTFT ms", "speedup", "req/s", "reused", "redone", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for index, row in enumerate(rows):
         if not index or _cell(row) != _cell(rows[index - 1]):
@@ -209,13 +214,17 @@ REFERENCE = "plain"
 
 @dataclass(frozen=True)
 class Bench:
-    """`policies` are what every blend is asked for, `separator` goes between chunks."""
+    """`policies` are what every blend is asked for, `separator` goes between chunks. Known chunks are cut from `text`,
+    the documents of `data`, where there is one.
+    """
 
     contenders: Mapping[str, Contender]
     policies: Mapping[str, Sequence[Variant]]
     workload: Workload
     separator: str
     vocabulary: Vocabulary
+    data: Path | None = None
+    text: Sequence[int] = ()
 
     @classmethod
     def of(
@@ -225,18 +234,21 @@ class Bench:
         workload: Workload,
         separator: str | None,
         tokenizer: str | None,
+        data: Path | None = None,
     ) -> Bench:
         """Every blend is asked for all of `policies`, whichever contender they name.
 
         Without a separator the blend's is taken, without a tokenizer the first server's. Raises `ValueError` and
-        `OSError` for a tokenizer that isn't there or that has no words.
+        `OSError` for a tokenizer that isn't there or that has no words, and for a folder without documents.
         """
         known = [separator, *(contender.server.separator for contender in contenders), FALLBACK_SEPARATOR]
         chosen = next(one for one in known if one is not None)
         name = tokenizer or contenders[0].server.root or contenders[0].server.model
-        vocabulary = Vocabulary.of(AutoTokenizer.from_pretrained(name), chosen)
+        found = AutoTokenizer.from_pretrained(name)
+        vocabulary = Vocabulary.of(found, chosen)
+        text = _document_ids(data, found, name, chosen) if data else ()
         blends = {b.name: [replace(one, contender=b.name) for one in policies] for b in contenders if b.is_blend}
-        return cls({one.name: one for one in contenders}, blends, workload, chosen, vocabulary)
+        return cls({one.name: one for one in contenders}, blends, workload, chosen, vocabulary, data, text)
 
     @property
     def num_steps(self) -> int:
@@ -248,6 +260,8 @@ class Bench:
             "separator": self.separator,
             "policies": {name: [variant.choices for variant in variants] for name, variants in self.policies.items()},
             "contenders": {name: contender.describe() for name, contender in self.contenders.items()},
+            "data": shown_path(self.data) if self.data else None,
+            "num_document_tokens": len(self.text) if self.data else None,
             **vars(self.workload),
         }
 
@@ -260,14 +274,24 @@ class Bench:
         return variants
 
     def run(self, on_step: Callable[[], None]) -> Iterator[list[Row]]:
-        """The rows of one cell after the other; `on_step` is called after each burst. Failures are counted in them."""
+        """The rows of one cell after the other; `on_step` is called after each burst. Failures are counted in them.
+
+        An interrupt ends it after the rows of what was measured of its cell, as far as all were asked.
+        """
         rng = random.Random(self.workload.seed)
         for context_tokens in self.workload.context_tokens:
-            prompts = Prompts(self.vocabulary, self.workload, context_tokens, rng)
+            prompts = Prompts(self.vocabulary, self.workload, context_tokens, rng, self.text)
             self._warm_up(prompts)
             for cell in (cell for cell in self.workload.cells if cell.context_tokens == context_tokens):
-                measured = self._measure(cell, prompts, on_step)
-                yield cell_rows(cell, measured, REFERENCE, num_known_chunks=prompts.num_known(cell.state))
+                bursts: dict[Variant, list[Burst]] = {variant: [] for variant in self.variants(cell.state)}
+                try:
+                    self._measure(cell, prompts, bursts, on_step)
+                except KeyboardInterrupt:
+                    if num_whole := min(map(len, bursts.values())):
+                        whole = {variant: found[:num_whole] for variant, found in bursts.items()}
+                        yield self._rows(cell, prompts, whole)
+                    raise
+                yield self._rows(cell, prompts, bursts)
 
     def _warm_up(self, prompts: Prompts) -> None:
         """Every variant meets a prompt of this length once, in the first state it is measured in."""
@@ -284,13 +308,22 @@ class Bench:
         """Has the known chunks stored by these blends, for these salts."""
         for name, salt in places:
             self.contenders[name].ask_at_once([prompts.teach()], Variant(name, "none"), 1, salt)
+            if any(reads_scores(own.policy) for own in self.policies[name]):
+                for prompt in prompts.teach_scores():
+                    self.contenders[name].ask_at_once([prompt], Variant(name, "none"), 1, salt, "scores")
 
-    def _measure(self, cell: Cell, prompts: Prompts, on_step: Callable[[], None]) -> list[Measured]:
-        variants = self.variants(cell.state)
+    def _rows(self, cell: Cell, prompts: Prompts, bursts: Mapping[Variant, Sequence[Burst]]) -> list[Row]:
+        measured = [Measured(one, self.contenders[one.contender].is_told, found) for one, found in bursts.items()]
+        return cell_rows(cell, measured, REFERENCE, num_known_chunks=prompts.num_known(cell.state))
+
+    def _measure(
+        self, cell: Cell, prompts: Prompts, bursts: Mapping[Variant, list[Burst]], on_step: Callable[[], None]
+    ) -> None:
+        """Appends to the `bursts` of each variant."""
+        variants = list(bursts)
         salts = {variant: _salt(cell, variant) for variant in variants}
         if cell.state == "half":
             self._teach(prompts, [(variant.contender, salt) for variant, salt in salts.items() if salt])
-        bursts: dict[Variant, list[Burst]] = {variant: [] for variant in variants}
         for repeat in range(self.workload.repeats):
             batch = [prompts.draw(cell.state) for _ in range(cell.concurrency)]
             first = repeat % len(variants)
@@ -299,7 +332,16 @@ class Bench:
                 burst = contender.ask_at_once(batch, variant, self.workload.max_new_tokens, salts[variant])
                 bursts[variant].append(burst)
                 on_step()
-        return [Measured(variant, self.contenders[variant.contender].is_told, bursts[variant]) for variant in variants]
+
+
+def _document_ids(folder: Path, tokenizer: Any, tokenizer_name: str, separator: str) -> list[int]:
+    """All documents' tokens. Raises `ValueError` where the folder has none."""
+    texts = [chunk.text for chunk in load_chunks(folder, find_splitter(tokenizer_name))]
+    whole = "\n\n".join(without_separators(text, separator) for text in texts)
+    ids: list[int] = tokenizer.encode(whole, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"{folder} has no documents")
+    return ids
 
 
 def _salt(cell: Cell, variant: Variant) -> str:

@@ -18,13 +18,16 @@ from kvarena.bench.console import choice_among
 from kvarena.bench.shapes import model_folder
 from kvarena.bench.ttft.client import Contender
 from kvarena.client import connect
+from kvarena.contenders.blend import SPEC as BLEND
+from kvarena.contenders.plain import SPEC as PLAIN
+from kvarena.contenders.prefix.spec import SPEC as BASE_OF_HF
 from kvarena.engines.vllm.config import STORES
+from kvarena.home import Home
 from kvarena.stack import machine
-from kvarena.stack.home import Home
 from kvarena.stack.lifecycle import bring_up, stop_everything, stop_signals_ignored, stop_signals_raise
 from kvarena.stack.machine import CoreShare
 from kvarena.stack.plan import Plan, make_plan
-from kvarena.stack.preflight import check_before_start, is_free
+from kvarena.stack.preflight import checks_before_start, is_free, run_all
 from kvarena.stack.record import Record, command_options
 from kvarena.stack.service import Runner, Service
 from kvarena.stack.services import build_services
@@ -40,7 +43,7 @@ PORT_BASES = range(20_000, 60_000, 600)
 class OwnServers:
     """How servers are started. `store_gb` is the blend's memory for chunks, `kv_cache_gb` vLLM's for requests (None:
     as the stack has it), both in GiB; `with_hf` adds Hugging Face with SDPA; `dtype` is what all compute in (None: as
-    the stack chooses).
+    the stack chooses); `contender` is who runs beside plain.
     """
 
     store: str = "lmcache"
@@ -48,6 +51,7 @@ class OwnServers:
     kv_cache_gb: int | None = None
     with_hf: bool = True
     dtype: str | None = None
+    contender: str = BLEND.name
 
     def __post_init__(self) -> None:
         choice_among("store", self.store, STORES)
@@ -71,7 +75,7 @@ class OwnServers:
                     record,
                     home,
                     console,
-                    check=lambda new: check_before_start(plan, new, None),
+                    check=lambda new: run_all(checks_before_start(plan, new, None)),
                     secrets=load_settings().secrets,
                 )
                 started, supervisor = running_supervisor(home)
@@ -86,7 +90,7 @@ class OwnServers:
         """Requests take turns, so every server may use the whole machine."""
         plan = make_plan(
             load_settings(
-                contenders=("blend", "plain", *(["prefix"] if self.with_hf else [])),
+                contenders=(self.contender, PLAIN.name, *([BASE_OF_HF.name] if self.with_hf else [])),
                 model=folder,
                 load_format="dummy" if has_random_weights else None,
                 max_model_len=max_model_len,
@@ -105,7 +109,7 @@ class OwnServers:
             blend=blend,
             core_shares=tuple(_all_cores() * len(plan.core_shares)),
             prefix_caching=False,
-            of_contenders={**own, "prefix": replace(own["prefix"], cache_gb=0.0)},
+            of_contenders={**own, BASE_OF_HF.name: replace(own[BASE_OF_HF.name], cache_gb=0.0)},
         )
 
     def settings(self) -> dict[str, Any]:
@@ -120,7 +124,7 @@ class OwnServers:
 
 def own_services(plan: Plan, home: Home) -> list[Service]:
     """Bound to no share of the cores: those that are make way for others on the machine."""
-    services = [_as_hf(one, home) if one.name == "prefix" else one for one in build_services(plan, home)]
+    services = [_as_hf(one, home) if one.name == BASE_OF_HF.name else one for one in build_services(plan, home)]
     return [replace(service, cpus=()) for service in services]
 
 

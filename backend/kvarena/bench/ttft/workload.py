@@ -2,15 +2,16 @@
 
     special tokens · opening · separator chunk · separator chunk · ... · separator question
 
-`context_tokens` counts the chunks with their separators. Opening (as a system prompt, but other words in each) and
-question are never the same twice, so that no prefix cache finds anything. Prompts are token ids, which
-`/v1/completions` takes: their lengths are what they say, on every server of one model.
+`context_tokens` counts the chunks with their separators. The question is never the same twice, and the opening only
+where no server has a prefix cache: there it is the same in all prompts, as a system prompt is. Prompts are token ids,
+which `/v1/completions` takes: their lengths are what they say, on every server of one model.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ In the order of measuring: those that need known chunks come before those that f
 EVERY_KNOWN = {"warm": 1, "half": 2}
 """One in so many chunks of a prompt is known."""
 OPENING_TOKENS = 8
+"""Of one that never comes again: too few for a chunk."""
+FIXED_OPENING_TOKENS = 24
+SCORED_CHUNKS = 16
 MARGIN_TOKENS = 64
 """More than opening, special tokens and a separator have."""
 LEAST_CHUNK_TOKENS = 16
@@ -49,6 +53,7 @@ class Workload:
     max_new_tokens: int = 8
     repeats: int = 3
     seed: int = 0
+    has_fixed_opening: bool = False
 
     def __post_init__(self) -> None:
         for state in self.states:
@@ -95,41 +100,98 @@ class Vocabulary:
         return cls(words, separator_ids, whole[: whole.index(alone[0])])
 
 
-class Prompts:
-    """The prompts of one context length: the known chunks stay the same, everything else is drawn."""
+class ContextOfChunks:
+    """Draws chunks, and makes prompts of them. With `fixed_opening` all prompts of it begin alike, as with a system
+    prompt.
+    """
 
-    def __init__(self, vocabulary: Vocabulary, workload: Workload, context_tokens: int, rng: random.Random) -> None:
-        self._vocabulary, self._workload, self._rng = vocabulary, workload, rng
-        self.known = [self._chunk(size) for size in chunk_sizes(context_tokens, workload.chunk_tokens)]
+    def __init__(
+        self, vocabulary: Vocabulary, question_tokens: int, rng: random.Random, *, fixed_opening: bool = True
+    ) -> None:
+        self._vocabulary, self._question_tokens, self._rng = vocabulary, question_tokens, rng
+        self._opening = self.words(FIXED_OPENING_TOKENS) if fixed_opening else None
+
+    @staticmethod
+    def longest_tokens(context_tokens: int, question_tokens: int) -> int:
+        return context_tokens + MARGIN_TOKENS + question_tokens
+
+    def prompt(self, chunks: Sequence[list[int]], end: Sequence[int] | None = None) -> list[int]:
+        """`end`: what stands before the question in place of a separator."""
+        opening = self._opening or self.words(OPENING_TOKENS)
+        parts = [self._vocabulary.special, opening, *chunks, self._vocabulary.separator if end is None else end]
+        return [token for part in (*parts, self.words(self._question_tokens)) for token in part]
+
+    def chunk(self, num_tokens: int, text: Iterator[int] | None = None) -> list[int]:
+        """Of random words, or of what comes next in an endless `text`."""
+        num_words = num_tokens - len(self._vocabulary.separator)
+        words = self.words(num_words) if text is None else itertools.islice(text, num_words)
+        return [*self._vocabulary.separator, *words]
+
+    def words(self, num_tokens: int) -> list[int]:
+        return self._rng.choices(self._vocabulary.words, k=num_tokens)
+
+    @property
+    def separator_tokens(self) -> int:
+        return len(self._vocabulary.separator)
+
+
+class Prompts:
+    """The prompts of one context length: the known chunks stay the same, everything else is drawn.
+
+    The known chunks are cut from `text`, over and over where it is short; without one they are random words.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        workload: Workload,
+        context_tokens: int,
+        rng: random.Random,
+        text: Sequence[int] = (),
+    ) -> None:
+        self._rng = rng
+        self._context = ContextOfChunks(
+            vocabulary, workload.question_tokens, rng, fixed_opening=workload.has_fixed_opening
+        )
+        words = repeated(text) if text else None
+        self.known = [self._context.chunk(size, words) for size in chunk_sizes(context_tokens, workload.chunk_tokens)]
 
     def teach(self) -> list[int]:
         """A prompt that makes the known chunks known."""
-        return self._prompt(self.known)
+        return self._context.prompt(self.known)
+
+    def teach_scores(self) -> list[list[int]]:
+        """Prompts in which each of them stands between others, and that aren't too long to be looked at."""
+        size = min(SCORED_CHUNKS, len(self.known))
+        windows = range(0, len(self.known), max(1, size - 2))
+        around = [[self.known[(at + place) % len(self.known)] for place in range(size)] for at in windows]
+        return [self._context.prompt(chunks) for chunks in around]
 
     def draw(self, state: str) -> list[int]:
         chunks = self._rng.sample(self.known, len(self.known))
         if state == "none":
-            return self._prompt([self._words(sum(map(len, chunks)))], [self._words(len(self._vocabulary.separator))])
+            text = self._context.words(sum(map(len, chunks)))
+            return self._context.prompt([text], self._context.words(self._context.separator_tokens))
         every = EVERY_KNOWN.get(state)
         is_known = [every is not None and place % every == every - 1 for place in range(len(chunks))]
-        return self._prompt([c if known else self._chunk(len(c)) for c, known in zip(chunks, is_known, strict=True)])
+        return self._context.prompt(
+            [c if known else self._context.chunk(len(c)) for c, known in zip(chunks, is_known, strict=True)]
+        )
 
     def num_known(self, state: str) -> int:
         """Chunks of each prompt that were seen before."""
         every = EVERY_KNOWN.get(state)
         return len(self.known) // every if every else 0
 
-    def _prompt(self, chunks: Sequence[list[int]], separator: Sequence[Sequence[int]] | None = None) -> list[int]:
-        parts = [self._vocabulary.special, self._words(OPENING_TOKENS), *chunks]
-        parts += separator or [self._vocabulary.separator]
-        return [token for part in (*parts, self._words(self._workload.question_tokens)) for token in part]
 
-    def _chunk(self, num_tokens: int) -> list[int]:
-        separator = self._vocabulary.separator
-        return [*separator, *self._words(num_tokens - len(separator))]
+def repeated(text: Sequence[int]) -> Iterator[int]:
+    """Without end; each time round it begins one token later, so that no two chunks cut from it need be the same.
 
-    def _words(self, num_tokens: int) -> list[int]:
-        return self._rng.choices(self._vocabulary.words, k=num_tokens)
+    >>> list(itertools.islice(repeated([1, 2, 3]), 8))
+    [1, 2, 3, 2, 3, 3, 1, 2]
+    """
+    for turn in itertools.count():
+        yield from text[turn % len(text) :]
 
 
 def chunk_sizes(context_tokens: int, chunk_tokens: int) -> list[int]:

@@ -1,0 +1,88 @@
+"""A run without faults over real servers: of one model, of two models; and reports that aren't what was counted."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from kvarena.bench.soak import checks
+from kvarena.bench.soak.campaign import Outcome, Server, Soak
+from kvarena.bench.soak.streams import Target
+from kvarena.client import AsyncClient
+from kvarena.documents import Documents, TextChunk
+from kvarena.home import Home
+from support.prefix_engine import make_prefix
+from support.real_server import serving
+from support.tiny_models import random_text, save_tiny_model
+
+pytestmark = pytest.mark.timeout(300)
+RNG = random.Random(0)
+DOCUMENTS = Documents(tuple(TextChunk(f"text {i}", random_text(RNG, 30)) for i in range(8)))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [save_tiny_model(tmp_path_factory.mktemp("model"), seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def running() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def server(running: ExitStack, name: str, folder: Path) -> Server:
+    return Server(name, running.enter_context(serving(make_prefix(folder).engine)).url)
+
+
+def soaked(*servers: Server) -> Outcome:
+    run = Soak(servers, DOCUMENTS, None, (), seconds=8.0, num_streams=6, num_prompts=14)
+    return asyncio.run(run.run(lambda: None))
+
+
+def test_two_servers_of_one_model_give_the_same_answers(running: ExitStack, folders: list[Path]) -> None:
+    outcome = soaked(server(running, "plain", folders[0]), server(running, "prefix", folders[0]))
+    assert outcome.findings == []
+    assert outcome.failed == []
+    for row in outcome.rows:
+        assert row["num_equal"] > 0
+        assert row["num_refused"] > 0
+        assert row["num_given_up"] > 0
+        assert row["largest_logprob_shift"] < 1e-3
+
+
+def test_a_server_of_another_model_is_found(running: ExitStack, folders: list[Path]) -> None:
+    outcome = soaked(server(running, "plain", folders[0]), server(running, "other", folders[1]))
+    (failed,) = outcome.failed
+    assert (failed.what, failed.of) == ("answers different", "other")
+    assert failed.found == outcome.rows[1]["num_different"] > 0
+    assert "other, prompt" in outcome.findings[0]
+
+
+def test_reports_that_were_not_counted_are_found(running: ExitStack, folders: list[Path]) -> None:
+    url = server(running, "prefix", folders[0]).url
+
+    async def failed(report: dict[str, int]) -> list[str]:
+        client = AsyncClient(url)
+        target = Target("prefix", client, await client.describe())
+        before = await checks.look([target], Home.find(), None)
+        target.reports.append((before.at_s, report))
+        found = await checks.counted(target, before)
+        await client.aclose()
+        return [check.what for check in found if not check.is_ok]
+
+    parts = {"num_reused_tokens": 0, "num_recomputed_tokens": 0, "num_computed_tokens": 0}
+    assert asyncio.run(failed({"num_prompt_tokens": 0, **parts})) == []
+    assert asyncio.run(failed({"num_prompt_tokens": 9, **parts})) == ["reports whose parts aren't their prompt"]
+    more = {**parts, "num_computed_tokens": 9}
+    assert asyncio.run(failed({"num_prompt_tokens": 9, **more})) == ["num_computed_tokens in /metrics"]
+
+
+def test_the_reference_has_to_be_there() -> None:
+    with pytest.raises(ValueError, match="answers are compared with those of plain"):
+        Soak([Server("blend", "http://127.0.0.1:1")], DOCUMENTS, None, (), seconds=1.0)
