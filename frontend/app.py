@@ -8,15 +8,32 @@ from __future__ import annotations
 from pathlib import Path
 
 import streamlit as st
+from streamlit.delta_generator_singletons import context_dg_stack, get_default_dg_stack_value
+
+BIG_SCREEN_PX = 24
 
 
 def main() -> None:
+    # Streamlit 1.67 leaves the place of a sidebar's fragment behind when a script run follows it in the same thread, as
+    # when a click comes while the fragment runs: the whole page would be drawn into the sidebar.
+    context_dg_stack.set(get_default_dg_stack_value())
     st.set_page_config(page_title="KV Arena", page_icon="⚔️", layout="wide")
     st.html(Path(__file__).with_name("style.css"))
+    st.html(f"<script>{Path(__file__).with_name('keys.js').read_text()}</script>", unsafe_allow_javascript=True)
     arena = st.Page("views/arena.py", title="Arena", icon=":material/swords:", default=True)
     quality = st.Page("views/quality.py", title="Quality", icon=":material/monitoring:")
     conversations = st.Page("views/conversations.py", title="Conversations", icon=":material/forum:")
-    st.navigation([arena, conversations, quality], position="top").run()
+    measure = st.Page("views/measure.py", title="Measure", icon=":material/timer:")
+    st.navigation([arena, measure, conversations, quality], position="top").run()
+    with st.sidebar:
+        if st.toggle(
+            "Big screen",
+            key="big-screen",
+            persist_state="session",
+            bind="query-params",
+            help="Large type, readable from the back of a room.",
+        ):
+            st.html(f"<style>:root {{ font-size: {BIG_SCREEN_PX}px !important; }}</style>")
 
 
 main()

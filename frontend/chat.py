@@ -5,19 +5,25 @@ Pure data: no HTTP, no Streamlit. Invariants:
 - the turns since the last change of context are one conversation: the first carries the chunks, later ones only
   their question, and each contender sees its own answers in it;
 - a turn without text from a contender (it was down, or interrupted before its first token) is left out of that
-  contender's conversation, so roles always alternate, and the chunks go with the first turn that is left.
+  contender's conversation, so roles always alternate, and the chunks go with the first turn that is left;
+- a turn that repeats another is an experiment: it follows on from what that one did, and nothing follows on from it.
+
+Every field can be written as JSON and read back: `chat_file.py` keeps chats that way.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from string import ascii_uppercase
+from typing import Any, Literal
 
-from figures import Done, Event, Failed, Figures, FirstToken, Text
+from contender_api import Sampling
+from figures import Done, Event, Failed, Figures, FirstToken, Sent, Text
 from kvarena.documents import TextChunk, build_messages
 from settings import Contender
 
@@ -26,11 +32,15 @@ State = Literal["waiting", "streaming", "done", "interrupted", "failed"]
 
 @dataclass(frozen=True)
 class Context:
-    """What the question is asked about. Equal contexts give equal prompts."""
+    """What the question is asked about. Equal contexts give equal prompts.
+
+    `notes`: a server with KV slots adds those of its folder that fit a topic.
+    """
 
     system: str = ""
     chunks: tuple[TextChunk, ...] = ()
     separator: str = ""
+    notes: bool = False
 
     @property
     def texts(self) -> list[str]:
@@ -39,7 +49,9 @@ class Context:
 
 @dataclass
 class Answer:
-    """One contender's answer in one turn. `started_s` is on `time.perf_counter`, None until it was asked."""
+    """One contender's answer in one turn. `started_s` is on `time.perf_counter`, None until it was asked. `request` is
+    what was sent, but for the messages, which are the chat's.
+    """
 
     contender: Contender
     text: str = ""
@@ -48,6 +60,7 @@ class Answer:
     figures: Figures = field(default_factory=Figures)
     finish_reason: str = ""
     started_s: float | None = None
+    request: dict[str, Any] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -60,6 +73,8 @@ class Answer:
         if self.over:
             return
         match event:
+            case Sent(request):
+                self.request = dict(request)
             case FirstToken(first_token_ms):
                 self.state = "streaming"
                 self.figures = dataclasses.replace(self.figures, first_token_ms=first_token_ms)
@@ -75,40 +90,141 @@ class Answer:
             self.state = "interrupted"
 
 
+@dataclass(frozen=True)
+class Vote:
+    """`best` names the contender whose answer is; empty: they are equally good, or none is of use."""
+
+    kind: Literal["best", "tie", "bad"]
+    best: str = ""
+
+
 @dataclass
 class Turn:
+    """`request_id` is the `X-Request-Id` of its requests, by which the servers' logs tell of it. `repeats` is the place
+    of the turn that it asks again. `asked_s` is on the clock, in seconds. `order` is that of a blind turn's sides.
+    """
+
     question: str
     context: Context
     answers: dict[str, Answer]
+    sampling: Sampling = field(default_factory=Sampling)
+    repeats: int | None = None
+    request_id: str = ""
+    asked_s: float = field(default_factory=time.time)
+    in_sequence: bool = False
+    order: tuple[str, ...] = ()
+    vote: Vote | None = None
+
+    def shuffle(self) -> None:
+        """Makes it a blind turn, if there is something to compare."""
+        if len(self.answers) > 1:
+            self.order = tuple(random.sample(list(self.answers), len(self.answers)))
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether who answered is hidden: until the vote, or until it is clear that there can be none."""
+        lost = any(answer.state in ("failed", "interrupted") for answer in self.answers.values())
+        return bool(self.order) and self.vote is None and not lost
+
+    @property
+    def can_vote(self) -> bool:
+        return self.is_blind and all(answer.over for answer in self.answers.values())
+
+    def sides(self) -> list[tuple[str, Answer]]:
+        """The answers as the page shows them, each with its letter; that is empty where the turn was never blind."""
+        if not self.order:
+            return [("", answer) for answer in self.answers.values()]
+        return [(letter, self.answers[name]) for letter, name in zip(ascii_uppercase, self.order, strict=False)]
 
     @classmethod
-    def ask(cls, question: str, context: Context, contenders: Iterable[Contender]) -> Turn:
-        return cls(question, context, {c.name: Answer(c) for c in contenders})
+    def ask(
+        cls,
+        question: str,
+        context: Context,
+        contenders: Iterable[Contender],
+        sampling: Sampling,
+        repeats: int | None = None,
+    ) -> Turn:
+        return cls(question, context, {c.name: Answer(c) for c in contenders}, sampling, repeats)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a chat's page is set to, asked or not: the next question's context, and the controls by their keys."""
+
+    context: Context
+    controls: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Chat:
-    """The turns of one chat, oldest first."""
+    """The turns of one chat, oldest first. `draft` is for a reload of its page."""
 
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     turns: list[Turn] = field(default_factory=list)
+    draft: Draft | None = None
 
     def begins_context(self, index: int) -> bool:
         """Whether a turn starts a conversation of its own."""
-        return index == 0 or self.turns[index].context != self.turns[index - 1].context
+        turn = self.turns[index]
+        return turn.repeats is None and not self.before(index).continues(turn.context)
+
+    def asked(self, index: int, contender: str) -> list[dict[str, str]]:
+        """The messages that a turn sent to this contender."""
+        turn = self.turns[index]
+        return self.over(index, turn.context).messages(contender, turn.context, turn.question)
+
+    def before(self, index: int) -> Chat:
+        """The chat as it was when a turn was asked."""
+        return dataclasses.replace(self, turns=self.turns[:index])
+
+    def over(self, index: int, context: Context) -> Chat:
+        """What a turn, or the one that it repeats, followed on from, as if that had been over another context."""
+        at = self.origin(index)
+        earlier = self.before(at).conversation(self.turns[at].context)
+        return dataclasses.replace(self, turns=[dataclasses.replace(turn, context=context) for turn in earlier])
+
+    @property
+    def told(self) -> list[Turn]:
+        """The turns that aren't repeats of others."""
+        return [turn for turn in self.turns if turn.repeats is None]
 
     def continues(self, context: Context) -> bool:
         """Whether a question over `context` would go on with the last conversation."""
-        return bool(self.turns) and self.turns[-1].context == context
+        return bool(self.told) and self.told[-1].context == context
+
+    def origin(self, index: int) -> int:
+        """The turn itself, or the one that it repeats."""
+        repeats = self.turns[index].repeats
+        return index if repeats is None else repeats
+
+    def again_text(self, index: int) -> str:
+        """What is other in a repeat than in the turn that it repeats."""
+        turn, origin = self.turns[index], self.turns[self.origin(index)]
+        changes = []
+        if turn.context != origin.context:
+            changes.append("the chunks in a new order")
+        if turn.sampling != origin.sampling:
+            changes.append("other settings")
+        return f"Asked again: {' and '.join(changes) or 'the same prompt and settings'}"
 
     def conversation(self, context: Context) -> list[Turn]:
         """The turns that a question over `context` follows on from."""
         turns: list[Turn] = []
-        for turn in reversed(self.turns):
+        for turn in reversed(self.told):
             if turn.context != context:
                 break
             turns.insert(0, turn)
         return turns
+
+    def missed(self, index: int) -> dict[str, int]:
+        """Of each contender of a turn: how many of the turns that it follows on from others answered, and it didn't."""
+        followed = self.over(index, self.turns[index].context).turns
+        earlier = [{n for n, answer in turn.answers.items() if answer.text.strip()} for turn in followed]
+        return {
+            contender: sum(bool(names) and contender not in names for names in earlier)
+            for contender in self.turns[index].answers
+        }
 
     def messages(self, contender: str, context: Context, question: str) -> list[dict[str, str]]:
         """The request's messages for this contender, its own earlier answers in them."""

@@ -1,4 +1,5 @@
-"""All HTTP of the page: one `ChatSession` per contender, `SlotSession` for the one with KV slots. No Streamlit.
+"""All HTTP of the page: one `ChatSession` per contender, `SlotSession` for the one with KV slots, `StoreSession` for an
+LMCache server. No Streamlit.
 
 A session owns one client (`kvarena.client`), which runs in a worker thread for as long as the page's process lives.
 An answer is a stream of events (`figures.py`) that the worker hands to a callback; cancelling its future closes the
@@ -21,11 +22,26 @@ from contender_api import (
     completion_request,
     explained,
 )
-from figures import Done, Event, Failed, Figures, FirstToken, Stopwatch, Text, from_usage, with_report, without_report
-from kvarena.client import CHAT, TIMEOUT_S, ChunkOutcome, Client, ClientError, StreamedAnswer, Token
+from figures import (
+    Done,
+    Event,
+    Failed,
+    Figures,
+    FirstToken,
+    Sent,
+    Stopwatch,
+    Text,
+    from_usage,
+    with_report,
+    without_report,
+)
+from kvarena.client import CHAT, TIMEOUT_S, ChunkOutcome, Client, ClientError, Refused, StreamedAnswer, Token
 from kvarena.documents import TextChunk
-from settings import Contender
-from slots import SlotTable
+from servers_view import Watched, lmcache_watched, read_metrics
+from settings import Contender, Service
+from slots import NextTopic, SlotTable
+from tokens import read_answer_tokens, token_texts
+from waterfall import read_stages
 
 STATE_TIMEOUT_S = 2.0
 TOKENIZE_TIMEOUT_S = 20.0
@@ -61,6 +77,10 @@ class ChatSession:
         """
         return self._client.start(self._token_ids({"messages": list(messages)})).result()
 
+    def prompt_tokens(self, messages: Sequence[Message]) -> list[str]:
+        """The texts of the prompt's tokens. Raises `ContenderError`."""
+        return self._client.start(self._token_texts({"messages": list(messages)})).result()
+
     def text_ids(self, text: str) -> list[int]:
         """The ids of a bare text, without the special tokens of a prompt."""
         payload = {"prompt": text, "add_special_tokens": False}
@@ -69,7 +89,7 @@ class ChatSession:
     def answer(
         self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None], request_id: str
     ) -> Future[None]:
-        """Starts an answer. `put` gets, in the worker's thread: Text and one FirstToken, then Done or Failed.
+        """Starts an answer. `put` gets, in the worker's thread: Sent, Text and one FirstToken, then Done or Failed.
         `request_id` goes along as `X-Request-Id`, and stands in the server's log.
 
         Cancelling the future ends the stream; nothing is put after that but what was under way.
@@ -81,6 +101,10 @@ class ChatSession:
         thread. Cancelling the future leaves out those that haven't ended.
         """
         return self._client.start(self._fill(chunks, put))
+
+    def watch(self, request_id: str) -> Future[Watched]:
+        """What the server is doing now, and what its log says of a request. Its result raises `ContenderError`."""
+        return self._client.start(self._watch(request_id))
 
     def close(self) -> None:
         """Ends the worker; the session is of no use afterwards."""
@@ -105,6 +129,12 @@ class ChatSession:
             server = await self._known_server()
             return await self._client.aio.token_ids({"model": server.model, **prompt}, TOKENIZE_TIMEOUT_S)
 
+    async def _token_texts(self, prompt: dict[str, Any]) -> list[str]:
+        with explained(self.contender):
+            server = await self._known_server()
+            body = {"model": server.model, "return_token_strs": True, **prompt}
+            return token_texts((await self._client.aio.post("/tokenize", body, TOKENIZE_TIMEOUT_S))["token_strs"])
+
     async def _answer(
         self, messages: list[Message], sampling: Sampling, put: Callable[[Event], None], request_id: str
     ) -> None:
@@ -118,6 +148,7 @@ class ChatSession:
             with explained(self.contender):
                 server = await self._known_server()
                 body = completion_request(server, messages, sampling)
+                put(Sent({key: value for key, value in body.items() if key != "messages"}))
                 answer = await self._client.aio.stream(CHAT, body, put_token, request_id)
                 put(Done(await self._figures(server, answer), answer.finish_reason or ""))
         except ContenderError as error:
@@ -135,6 +166,15 @@ class ChatSession:
             return
         await self._client.aio.warm(server.model, chunks, server.blend.separator, FILLS_AT_ONCE, put)
 
+    async def _watch(self, request_id: str) -> Watched:
+        with explained(self.contender):
+            metrics = await self._client.aio.text("/metrics", STATE_TIMEOUT_S)
+            try:
+                log = await self._client.aio.get(f"/kvarena/log/{request_id}", STATE_TIMEOUT_S)
+            except Refused:  # a server that isn't of the stack has no such path
+                log = {"lines": ()}
+            return Watched(tuple(log["lines"]), read_metrics(metrics))
+
     async def _known_server(self) -> Server:
         if self.server is None:
             self.server = await self._describe()
@@ -144,6 +184,11 @@ class ChatSession:
         """With the request report, where the contender keeps one."""
         stopwatch = Stopwatch(answer.sent_s, answer.tokens[0].time_s, answer.tokens[-1].time_s)
         figures = from_usage(stopwatch, answer.usage, self.contender.approximate)
+        figures = dataclasses.replace(
+            figures,
+            tokens=read_answer_tokens(answer.text, answer.logprobs),
+            stages=read_stages(answer.timings),
+        )
         if not server.keeps_reports:
             return figures
         try:
@@ -166,14 +211,48 @@ class SlotSession(ChatSession):
         """The two modes' conversations have names of their own, so that neither goes on with the other's turns; and so
         have their requests, which one server gets.
         """
-        user = f"{sampling.user}-{self.contender.name}" if sampling.user else ""
-        chosen = dataclasses.replace(sampling, use_cache=self._use_cache, user=user)
+        named = self._named(sampling.conversation)
+        chosen = dataclasses.replace(sampling, use_cache=self._use_cache, conversation=named)
         return super().answer(messages, chosen, put, f"{request_id}-{self.contender.name}")
 
     def slots(self) -> Future[SlotTable]:
         """What lies in the slots now. Its result raises `ContenderError`."""
         return self._client.start(self._slots())
 
+    def topic(self, messages: Sequence[Message], conversation: str) -> Future[NextTopic]:
+        """Where the last message would go, asked for without sending it. Its result raises `ContenderError`."""
+        return self._client.start(self._topic(list(messages), self._named(conversation)))
+
+    def _named(self, conversation: str) -> str:
+        return f"{conversation}-{self.contender.name}" if conversation else ""
+
+    async def _topic(self, messages: list[Message], conversation: str) -> NextTopic:
+        with explained(self.contender):
+            server = await self._known_server()
+            body = {"model": server.model, "messages": messages, "session_id": conversation}
+            told = await self._client.aio.post("/topic", body, STATE_TIMEOUT_S)
+            return NextTopic(str(told["topic"]), bool(told["is_new"]))
+
     async def _slots(self) -> SlotTable:
         with explained(self.contender):
             return SlotTable.read(await self._client.aio.get("/slots", STATE_TIMEOUT_S))
+
+
+class StoreSession:
+    """The page's line to an LMCache server's own HTTP, which asks for no key. `server` is what it is called."""
+
+    def __init__(self, server: Service) -> None:
+        self.server = server
+        self._client = Client(server.url, timeout_s=STATE_TIMEOUT_S)
+
+    def watch(self) -> Future[Watched]:
+        """How it is, and how full. Its result raises `ContenderError`."""
+        return self._client.start(self._watch())
+
+    def close(self) -> None:
+        self._client.close()
+
+    async def _watch(self) -> Watched:
+        with explained(self.server):
+            memory = await self._client.aio.lmcache_memory(STATE_TIMEOUT_S)
+            return lmcache_watched(memory, read_metrics(await self._client.aio.text("/metrics", STATE_TIMEOUT_S)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvarena.client import ClientError, ServerInfo, Unreachable
-from settings import Contender
+from settings import Service
 
 Message = Mapping[str, str]
 
@@ -20,7 +20,7 @@ Message = Mapping[str, str]
 class Parameter:
     """One of a policy, as the server describes it: a number with bounds, or one of `choices`.
 
-    `default` is the server's own. `policies` are those that have it.
+    `default` is the server's own. `policies` are those that have it. `explanations` has a line on each choice.
     """
 
     name: str
@@ -31,10 +31,16 @@ class Parameter:
     at_least: float = 0.0
     at_most: float = 0.0
     choices: tuple[str, ...] = ()
+    explanations: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        return self.name.replace("_", " ").capitalize()
+        return RATIO_LABEL if self.name == RATIO else self.name.replace("_", " ").capitalize()
+
+    def takes(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, int | float) and self.at_least <= value <= self.at_most
 
     @classmethod
     def read(cls, name: str, described: Mapping[str, Any], defaults: Mapping[str, Any]) -> Parameter:
@@ -47,9 +53,12 @@ class Parameter:
             at_least=described.get("at_least", 0.0),
             at_most=described.get("at_most", 0.0),
             choices=tuple(described.get("choices") or ()),
+            explanations=described.get("explanations") or {},
         )
 
 
+NUM_ALTERNATIVES = 5
+RATIO_LABEL = "Recompute share (0 fastest, 1 exact)"
 POLICY, RATIO, MAX_TTFT_MS = "policy", "ratio", "max_ttft_ms"
 """What a request always calls the policy, and the two ways to say how much it recomputes: a time stands in place of the
 ratio."""
@@ -60,7 +69,7 @@ class BlendOffer:
     """What `GET /kvarena` of a contender that blends offers.
 
     `policy` is None where it says of none. `timed_policies` are those whose ratio can be left to a time to first token,
-    `max_ttft_ms` the server's own.
+    `max_ttft_ms` the server's own. `tells_scores`: by what it chose tokens, when a request asks.
     """
 
     policy: Parameter | None
@@ -68,6 +77,7 @@ class BlendOffer:
     separator: str
     timed_policies: tuple[str, ...] = ()
     max_ttft_ms: float | None = None
+    tells_scores: bool = False
 
     @classmethod
     def read(cls, offer: Mapping[str, Any]) -> BlendOffer:
@@ -80,6 +90,7 @@ class BlendOffer:
             separator=offer.get("separator") or "",
             timed_policies=tuple(offer.get("timed_policies") or ()),
             max_ttft_ms=defaults.get(MAX_TTFT_MS),
+            tells_scores=offer.get("token_scores") is True,
         )
 
     def parameters_of(self, policy: str, within_time: bool) -> tuple[Parameter, ...]:
@@ -138,9 +149,10 @@ class Server:
 @dataclass(frozen=True)
 class Sampling:
     """What is asked of every contender alike. `recomputing`, a policy and its parameters by their names, goes to those
-    that blend, `mode` and `similarity_threshold` to those that look for similar prompts, `use_cache` and `notes`
-    (whether the server adds notes of its own) to those with KV slots; None: their default. `user` names a conversation,
-    where it isn't empty.
+    that blend, `mode` and `similarity_threshold` to those that look for similar prompts, `use_cache`, `notes` (whether
+    the server adds notes of its own) and `topic` (empty: the server finds it) to those with KV slots; None: their
+    default. `user` names a conversation, where it isn't empty. `probabilities`: of each token of the answer, with the
+    likeliest ones beside it; and of each recomputed token of the prompt the score that it was chosen by.
     """
 
     temperature: float = 0.0
@@ -151,7 +163,9 @@ class Sampling:
     similarity_threshold: float | None = None
     use_cache: bool | None = None
     notes: bool = False
-    user: str = ""
+    topic: str = ""
+    conversation: str = ""
+    probabilities: bool = False
 
 
 def completion_request(server: Server, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
@@ -164,8 +178,10 @@ def completion_request(server: Server, messages: Sequence[Message], sampling: Sa
     }
     if sampling.ignore_eos:
         body["ignore_eos"] = True
-    if sampling.user:
-        body["user"] = sampling.user
+    if sampling.probabilities:
+        body |= {"logprobs": True, "top_logprobs": NUM_ALTERNATIVES}
+    if sampling.conversation:
+        body["session_id"] = sampling.conversation
     if chosen := _reuse_choices(server, sampling):
         body["kv_transfer_params"] = {"kvarena": chosen}
     return body
@@ -176,10 +192,12 @@ def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     if server.blend:
         chosen = dict(sampling.recomputing)
+        if sampling.probabilities and server.blend.tells_scores:
+            chosen["token_scores"] = True
     elif server.simllm:
         chosen = {"mode": sampling.mode, "similarity_threshold": sampling.similarity_threshold}
     elif server.has_slots:
-        chosen = {"use_cache": sampling.use_cache, "notes": sampling.notes}
+        chosen = {"use_cache": sampling.use_cache, "notes": sampling.notes, "topic": sampling.topic or None}
     return {key: value for key, value in chosen.items() if value is not None}
 
 
@@ -188,16 +206,16 @@ class ContenderError(Exception):
 
 
 @contextmanager
-def explained(contender: Contender) -> Iterator[None]:
+def explained(server: Service) -> Iterator[None]:
     """Turns the client's errors, and answers of an unexpected form, into `ContenderError`."""
     try:
         yield
     except Unreachable as error:
         raise ContenderError(
-            f"Nothing answers at {contender.url}. Is the server running, or still starting? "
-            f"./run-server.sh status and ./run-server.sh logs {contender.service or contender.name} say more."
+            f"Nothing answers at {server.url}. Is the server running, or still starting? "
+            f"./run-server.sh status and ./run-server.sh logs {server.log_name} say more."
         ) from error
     except ClientError as error:
-        raise ContenderError(f"{contender.title}: {error}") from error
+        raise ContenderError(f"{server.title}: {error}") from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ContenderError(f"{contender.title} answered in a form that is not the OpenAI API: {error!r}") from error
+        raise ContenderError(f"{server.title} answered in a form that is not the OpenAI API: {error!r}") from error

@@ -14,7 +14,7 @@ from html import escape
 
 from chat import Context
 from chat_session import ChatSession
-from kvarena.documents import build_messages
+from kvarena.documents import build_messages, without_separators
 
 MAX_EDGE = 3
 
@@ -88,9 +88,18 @@ def count_context(session: ChatSession, context: Context) -> TokenCount:
     if not context.chunks:
         return TokenCount(len(prompt), ())
     bare = session.prompt_ids(build_messages(context.system, [], "", ""))
-    chunks = [session.text_ids(text) for text in context.texts]
+    chunks = [session.text_ids(without_separators(text, context.separator)) for text in context.texts]
     spans = chunk_spans(prompt, chunks, start=common_prefix(prompt, bare))
     return TokenCount(len(prompt), tuple(spans))
+
+
+def num_fitting(count: TokenCount, limit: int) -> int:
+    """How many of the chunks, from the first on, leave a prompt of at most so many tokens."""
+    sizes = [span.num_tokens for span in count.spans]
+    dropped = 0
+    while dropped < len(sizes) and count.total - sum(sizes[len(sizes) - dropped :]) > limit:
+        dropped += 1
+    return len(sizes) - dropped
 
 
 def summary(context: Context, count: TokenCount | None) -> str:

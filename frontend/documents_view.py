@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 
 import streamlit as st
 
 import state
-from kvarena.documents import DOCUMENT_SUFFIXES, Documents, Remark, TextChunk
-from uploads import MAX_UPLOAD_MB, Filling, Upload, read_upload, upload_key
+from kvarena.documents import DOCUMENT_SUFFIXES, Document, Documents, Remark, TextChunk, without_special_tokens
+from uploads import MAX_UPLOAD_MB, Filling, Upload, read_upload, save_document, upload_key
 
 POLL_S = 0.5
+FOLDER_POLL_S = 4.0
 NUM_OPEN_REMARKS = 4
+
+
+_NEW, _SEEN = "new-in-folder", "seen-in-folder"
+
+
+@st.fragment(run_every=FOLDER_POLL_S)
+def watch_folder(drawn: Documents, busy: bool) -> None:
+    """Draws the page anew when a file of the folder has changed. What this page saw for the first time is filled, if
+    documents are; what it saved itself is not new.
+    """
+    if busy:
+        return
+    now = state.read_folder()
+    texts = frozenset((chunk.name, chunk.text) for chunk in now.chunks)
+    seen, st.session_state[_SEEN] = st.session_state.get(_SEEN, texts), texts
+    if new := [chunk for chunk in now.chunks if (chunk.name, chunk.text) not in seen]:
+        found = st.session_state[_NEW] = Upload(Document("New in the data folder", tuple(chunk.text for chunk in new)))
+        if st.session_state.get("fill-at-once", True) and (session := state.blending_session()):
+            found.filling = Filling.start(new, session)
+    if new or now != drawn:
+        state.folder_documents.clear()
+        st.rerun()
+
+
+def draw_new_in_folder(busy: bool) -> None:
+    """What came into the folder while the page was open, and whether its KV is there."""
+    if found := st.session_state.get(_NEW):
+        st.fragment(_draw_status, run_every=POLL_S if found.is_filling else None)(found, found.is_filling, busy)
 
 
 def draw_remarks(documents: Documents) -> None:
@@ -35,7 +65,21 @@ def draw_uploads(busy: bool, choose: Callable[[Sequence[str]], None]) -> None:
         f"Drop your documents: {', '.join(DOCUMENT_SUFFIXES)}, up to {MAX_UPLOAD_MB} MB each",
         accept_multiple_files=True,
         key=f"documents-{number}",
-        help="They are split like the files of the data folder, and forgotten when this page is closed or reloaded.",
+        help="They are split like the files of the data folder, and forgotten when this page is closed or reloaded, "
+        "unless you save them into that folder; what was asked about comes back with its chat.",
+    )
+    with st.expander("Paste a text", key="paste"):
+        name = st.text_input("Name", "pasted", key="paste-name")
+        st.text_area("Text", key="paste-text", height=120)
+        st.button("Add", key="paste-add", on_click=_take_pasted, args=[name])
+    st.toggle(
+        "Fill the KV at once",
+        value=True,
+        key="fill-at-once",
+        persist_state="session",
+        bind="query-params",
+        help="Compute and store the KV of a document when it comes. Off: it stays cold, so that the first question "
+        "over it shows what a cold store costs.",
     )
     if files:
         with st.spinner("Splitting into chunks"):
@@ -53,8 +97,43 @@ def _take(files: Sequence[tuple[str, bytes]]) -> None:
     for name, data in files:
         key = upload_key(name, data)
         if key not in uploads:
-            uploads[key] = Upload(read_upload(name, data, state.splitter()))
-            _fill(key)
+            _add(key, read_upload(name, data, state.splitter()))
+
+
+def _take_pasted(name: str) -> None:
+    text = st.session_state["paste-text"]
+    if text.strip():
+        _take([(f"{name.strip() or 'pasted'}.txt", text.encode("utf-8", "replace"))])
+        st.session_state["paste-text"] = ""
+
+
+def _add(key: str, document: Document) -> None:
+    state.uploads()[key] = Upload(document)
+    if st.session_state.get("fill-at-once", True):
+        _fill(key)
+
+
+def _edit(key: str, index: int) -> None:
+    """The chunk as it was typed, in a document that takes the place of the one before."""
+    parts = list(state.uploads()[key].document.parts)
+    typed = without_special_tokens(st.session_state[f"text-{key}-{index}"], state.splitter().special_tokens)
+    parts[index] = typed.strip() or parts[index]
+    document = replace(state.uploads()[key].document, parts=tuple(parts))
+    _remove(key)
+    _add(upload_key(document.path, "\0".join(parts).encode("utf-8", "replace")), document)
+
+
+def _save(key: str) -> None:
+    document = state.uploads()[key].document
+    try:
+        path = save_document(document, state.page_settings().data_dir)
+    except OSError as error:
+        st.toast(f"{document.path} can't be saved: {error.strerror or error}", icon=":material/error:")
+        return
+    _remove(key)
+    st.session_state.pop(_SEEN, None)
+    state.folder_documents.clear()
+    st.toast(f"Saved as {path}", icon=":material/save:")
 
 
 def _fill(key: str) -> None:
@@ -82,6 +161,10 @@ def _draw_upload(
                 args=[names],
                 help="Select the chunks of this document, and no others.",
             )
+            _draw_edit(key, chunks)
+            st.button(
+                "Save", key=f"save-{key}", on_click=_save, args=[key], help="Put it into the data folder, to stay."
+            )
             if not upload.is_filling and not upload.is_filled and state.blending_session():
                 st.button(
                     "Fill",
@@ -91,6 +174,14 @@ def _draw_upload(
                     help="Compute the KV of this document now, and store it.",
                 )
         st.button("Remove", key=f"remove-{key}", on_click=_remove, args=[key])
+
+
+def _draw_edit(key: str, chunks: Sequence[TextChunk]) -> None:
+    with st.popover("Edit", key=f"edit-{key}"):
+        names = [chunk.name for chunk in chunks]
+        index = names.index(st.selectbox("Chunk", names, key=f"edit-chunk-{key}")) if len(names) > 1 else 0
+        st.text_area("Text", chunks[index].text, key=f"text-{key}-{index}", height=240)
+        st.button("Keep", key=f"keep-{key}", on_click=_edit, args=[key, index], help="Its KV is computed anew.")
 
 
 def _draw_status(upload: Upload, was_filling: bool, busy: bool) -> None:
@@ -105,7 +196,8 @@ def upload_html(upload: Upload) -> str:
     status, text, bar = "problem", document.problem, ""
     if document.parts:
         count = len(document.parts)
-        status, text = "split", f"{count} chunk{'' if count == 1 else 's'}"
+        cold = "" if filling else ", cold: KV not filled"
+        status, text = "split", f"{count} chunk{'' if count == 1 else 's'}{cold}"
     if filling and filling.failures:
         first = filling.failures[0]
         status = "failed"

@@ -1,4 +1,4 @@
-"""A result file of `kvarena eval`, as data: how well each variant did, and every single answer.
+"""Result files, read and checked; of `kvarena eval` as data: how well each variant did, and every single answer.
 
 Reads and checks; draws nothing and knows nothing of Streamlit. A figure that the file doesn't have is None, never 0.
 """
@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from kvarena.panels import panels_of
 
 BENCHMARK = "eval"
 ALL_KINDS = "all"
@@ -48,7 +50,7 @@ class Variant:
     def label(self) -> str:
         """As a result's settings name it."""
         parts = [self.contender, self.policy_name, None if self.ratio is None else f"{100 * self.ratio:g} %"]
-        parts.append(None if self.check_layer is None else f"layer {self.check_layer}")
+        parts.append(None if self.check_layer is None else f"@{self.check_layer}")
         return " ".join(part for part in parts if part)
 
 
@@ -91,6 +93,7 @@ class EvalAnswer:
     exact_match: float | None
     detail: str
     is_complete: bool = True
+    ttft_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,27 @@ class EvalResult:
         return [row for row in self.rows if row.kind == kind and row.subset == subset]
 
 
-def read_result(text: str) -> EvalResult | None:
-    """None for JSON that is something else. Raises `ValueError` for what is no JSON or lacks what it should have."""
-    found = json.loads(text)
-    settings = found.get("settings") if isinstance(found, dict) else None
-    if not isinstance(settings, dict) or settings.get("benchmark") != BENCHMARK:
-        return None
+def read_result(text: str) -> dict[str, Any]:
+    """A result file of any kind. Raises `ValueError` saying what it is or lacks."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise ValueError("it has no settings, so it is no result file")
+    rows = found.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it has no list of rows")
+    if found["settings"].get("benchmark") == BENCHMARK:
+        read_eval(found)
+    if not rows:
+        raise ValueError("rows is empty: nothing was measured")
+    panels_of(found)
+    return found
+
+
+def read_eval(found: Mapping[str, Any]) -> EvalResult:
+    """Raises `ValueError` for what lacks what it should have."""
     try:
         return _read(found)
     except KeyError as error:
@@ -201,6 +219,7 @@ def _answer(entry: Mapping[str, Any]) -> EvalAnswer:
         exact_match=_number(entry.get("exact_match")),
         detail=entry.get("detail") or "",
         is_complete=entry.get("is_complete") is not False,
+        ttft_ms=_number(entry.get("ttft_ms")),
     )
 
 

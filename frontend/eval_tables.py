@@ -1,6 +1,6 @@
-"""What the page Quality shows of a result: the points of its charts, its table and the answers side by side.
+"""What the page Quality shows of an eval beside its charts: its table, and the answers side by side.
 
-Rows become plain records, one object per point or line of a table; what draws them is elsewhere.
+Rows become plain records, one object per line of a table; what draws them is elsewhere.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ MARKS = {1.0: "✓ ", 0.0: "✗ "}
 
 @dataclass(frozen=True)
 class Metric:
-    """`key` is the group of figures of a `Row`. A share goes from 0 to 1, and higher is better."""
+    """`key` is the group of figures of a `Row`."""
 
     key: str
     title: str
-    is_share: bool = True
 
     def of(self, row: Row) -> Interval | None:
         found: Interval | None = getattr(row, self.key)
@@ -37,8 +36,8 @@ METRICS = {
         Metric("f1", "Token F1"),
         Metric("agreement", "Agreement with full prefill"),
         Metric("token_agreement", "Agreement token by token"),
-        Metric("kl_along_answer", "KL along the answer", is_share=False),
-        Metric("first_token_kl", "First token's KL divergence", is_share=False),
+        Metric("kl_along_answer", "KL along the answer"),
+        Metric("first_token_kl", "First token's KL divergence"),
     )
 }
 
@@ -72,50 +71,33 @@ def variant_name(result: EvalResult, variant: Variant) -> str:
     return name if variant.ratio is None else f"{name} · {percent(variant.ratio)}"
 
 
-@dataclass(frozen=True)
-class Lines:
-    """Names of a file's lines, in its order: those of policies, and those of contenders that don't blend."""
-
-    blending: list[str]
-    levels: list[str]
-
-
-def lines(result: EvalResult) -> Lines:
-    names = {line_name(result, variant): variant.policy is not None for variant in result.variants}
-    return Lines([name for name, blends in names.items() if blends], [name for name in names if not names[name]])
-
-
-def points(result: EvalResult, kind: str, metric: Metric, subset: str = ALL_QUESTIONS) -> list[Record]:
-    """One per row of this kind that has the metric; `level` tells those that don't blend, and so have no ratio."""
-    records = []
-    for row in result.rows_of(kind, subset):
-        value, variant = metric.of(row), row.variant
-        if value is None:
-            continue
-        records.append(
-            {
-                "line": line_name(result, variant),
-                "level": variant.policy is None,
-                "reference": variant == result.reference,
-                "label": "" if variant.ratio is None else percent(variant.ratio),
-                "recomputed": variant.ratio if row.recomputed_ratio is None else row.recomputed_ratio,
-                "ttft_ms": row.ttft_median_ms,
-                "mean": value.mean,
-                "low": value.low,
-                "high": value.high,
-                "questions": row.num_questions,
-                "failed": row.num_failed,
-                "cut": row.num_cut,
-            }
-        )
-    return records
-
-
 def table(result: EvalResult, kind: str, subset: str = ALL_QUESTIONS) -> list[Record]:
     """Columns that this file has no figure of are left out where older files lack them."""
     records = [_table_row(row) for row in result.rows_of(kind, subset)]
     unknown = [name for name in NEW_COLUMNS if all(record[name] is None for record in records)]
     return [{name: value for name, value in record.items() if name not in unknown} for record in records]
+
+
+MEASURED_COLUMNS = ("Questions", "Failed", "TTFT median", "TTFT p95", "Agreement", "Right")
+
+
+def measured_table(result: EvalResult, kind: str) -> list[Record]:
+    """Of `table`, what a run is started for; a variant per line."""
+    records = []
+    for row in result.rows_of(kind):
+        figures = _table_row(row)
+        shown = {name: figures[name] for name in MEASURED_COLUMNS}
+        records.append({"Variant": variant_name(result, row.variant), **shown})
+    return records
+
+
+def times(result: EvalResult) -> list[Record]:
+    """Every answer's time to first token; empty for older files."""
+    return [
+        {"variant": variant_name(result, variant), "ttft_ms": answer.ttft_ms, "question": result.questions[index].text}
+        for (variant, index), answer in result.answers.items()
+        if answer.ttft_ms is not None
+    ]
 
 
 def _table_row(row: Row) -> Record:

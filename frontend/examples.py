@@ -46,6 +46,18 @@ def opening_chunks(folder: Path, chunk_names: Collection[str]) -> tuple[str, ...
     return next((example.chunks for example in found if not example.after), ()) if are_chosen else ()
 
 
+def gold_answers(folder: Path, question: str) -> str:
+    """The first right answer that the folder has for a question; empty for others."""
+    for line in _lines(folder):
+        try:
+            entry = json.loads(line)
+            if entry["question"] == question:
+                return str(entry["answers"][0])
+        except (ValueError, KeyError, TypeError, IndexError):
+            continue
+    return ""
+
+
 def follow_ups(folder: Path, chunk_names: Collection[str], asked: Sequence[str]) -> list[str]:
     """Questions that lean on those that were asked in this conversation."""
     found, _ = _read_all(folder, chunk_names)
@@ -54,11 +66,16 @@ def follow_ups(folder: Path, chunk_names: Collection[str], asked: Sequence[str])
 
 def _read_all(folder: Path, chunk_names: Collection[str]) -> tuple[list[Example], bool]:
     """All that can be used, and whether the file says which ones to offer."""
-    path = folder / QUESTIONS_NAME
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    read = [found for line in lines if (found := _read(line, chunk_names))]
+    read = [found for line in _lines(folder) if (found := _read(line, chunk_names))]
     chosen = [example for example, is_chosen in read if is_chosen]
     return (chosen, True) if chosen else ([example for example, _ in read], False)
+
+
+def _lines(folder: Path) -> list[bytes]:
+    try:
+        return (folder / QUESTIONS_NAME).read_bytes().splitlines()
+    except OSError:  # it isn't there, or isn't ours to read
+        return []
 
 
 def _read(line: bytes, chunk_names: Collection[str]) -> tuple[Example, bool] | None:
@@ -68,6 +85,6 @@ def _read(line: bytes, chunk_names: Collection[str]) -> tuple[Example, bool] | N
         kind = str(entry.get("kind") or DEFAULT_KIND)
         example = Example(str(entry["question"]), kind, tuple(entry["chunks"]), after)
         is_chosen = entry.get("example") is True
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return (example, is_chosen) if set(example.chunks) <= set(chunk_names) and example.chunks else None

@@ -3,7 +3,7 @@
 Times are the client's: taken where the bytes arrive. Token counts are the server's: from `usage`, and from the
 contender's request report where it keeps one. A figure that nobody reported is None, never 0. Also here: what
 became of the search for a similar earlier prompt, and what a turn on KV slots did, from the report to HTML. A worker
-tells the page of an answer in this order: FirstToken and Text, then Done or Failed.
+tells the page of an answer in this order: Sent, FirstToken and Text, then Done or Failed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from html import escape
 from typing import Any
 
 from kvarena.client import Usage
+from tokens import NO_SCORES, AnswerToken, TokenScores
+from waterfall import read_stages
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SimilarTask:
     num_matched_prompt_tokens: int | None = None
     checked_similarity: float | None = None
     check_agrees: bool = False
+    warning: str = ""
 
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> SimilarTask:
@@ -49,6 +52,7 @@ class SimilarTask:
             num_matched_prompt_tokens=report.get("num_matched_prompt_tokens"),
             checked_similarity=check.get("similarity"),
             check_agrees=check.get("agrees", False),
+            warning=report.get("warning") or "",
         )
 
     @property
@@ -66,7 +70,8 @@ def similar_task_html(task: SimilarTask) -> str:
         '<div class="ka-task" data-testid="similar-task" data-hit="true">'
         "Similar to an earlier prompt: cosine "
         f"{_task_number('similarity', task.similarity, f'{task.similarity:.5f}')}, "
-        f"threshold {_shown(task.similarity_threshold)}. {_skipped(task)}{_earlier_prompt(task)}</div>"
+        f"threshold {_shown(task.similarity_threshold)}. {_skipped(task)}{_earlier_prompt(task)}"
+        f"{f' <b>Beware: {escape(task.warning)}.</b>' if task.warning else ''}</div>"
     )
 
 
@@ -178,6 +183,7 @@ def _slot_number(key: str, value: float, text: str) -> str:
 
 SAME_SPEED_RATIO = 1.05
 MIN_DECODE_S = 0.001
+MIN_DECODE_TOKENS = 5
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,9 @@ class Figures:
 
     `num_prefix_tokens` is the part of `num_reused_tokens` that the server's own prefix cache supplied. `task` is what a
     contender that looks for similar prompts says of its search, `slot_turn` what one with KV slots says of its turn.
+    `misses`: how many chunks weren't reused, by reason. `stages`: where the time to the first token went, as far as the
+    server said. `recomputed`: the ranges of the prompt that were, None where the server doesn't say; `scores`: by
+    what they were chosen. `tokens` of the answer are there where their probabilities were asked for.
     """
 
     first_token_ms: float | None = None
@@ -209,9 +218,31 @@ class Figures:
     approximate: bool | None = None
     policy: str | None = None
     ratio: float | None = None
+    max_ttft_ms: float | None = None
     spans: tuple[Span, ...] = ()
+    misses: tuple[tuple[str, int], ...] = ()
+    stages: tuple[tuple[str, float], ...] = ()
+    recomputed: tuple[tuple[int, int], ...] | None = None
+    scores: TokenScores = NO_SCORES
+    tokens: tuple[AnswerToken, ...] = ()
     task: SimilarTask | None = None
     slot_turn: SlotTurn | None = None
+
+    @property
+    def setting(self) -> str:
+        """What was chosen of a contender: the policy and the share that it recomputes, or the time that it is given; or
+        the mode. Empty: nothing.
+        """
+        if self.task:
+            return self.task.mode
+        if self.policy and self.max_ttft_ms is not None:
+            return f"{self.policy} within {self.max_ttft_ms:,.4g} ms"
+        return (self.policy or "") + (f" {self.ratio:.0%}" if self.policy and self.ratio is not None else "")
+
+    @property
+    def num_moved_tokens(self) -> int | None:
+        """Reused, and not from the server's own prefix cache."""
+        return None if self.num_reused_tokens is None else self.num_reused_tokens - (self.num_prefix_tokens or 0)
 
 
 @dataclass(frozen=True)
@@ -233,13 +264,13 @@ class Stopwatch:
     def tokens_per_s(self, num_output_tokens: int | None) -> float | None:
         """Decode speed: the first token belongs to the prefill and is left out.
 
-        None for one token, and for tokens that came together: there is no time between them to divide by.
+        None for a few tokens, whose rate says little, and for tokens that came together.
         """
         if (
             self.first_token_s is None
             or self.last_token_s is None
             or num_output_tokens is None
-            or num_output_tokens < 2
+            or num_output_tokens < MIN_DECODE_TOKENS
             or self.last_token_s - self.first_token_s < MIN_DECODE_S
         ):
             return None
@@ -276,7 +307,14 @@ def with_report(figures: Figures, report: Mapping[str, Any], view: str = "") -> 
         approximate=report.get("approximate"),
         policy=report.get("policy"),
         ratio=report.get("ratio"),
+        max_ttft_ms=report.get("max_ttft_ms"),
         spans=tuple(Span(s["start"], s["end"], s["source"]) for s in report.get("spans") or ()),
+        misses=tuple((report.get("misses_by_reason") or {}).items()),
+        stages=read_stages(report),
+        recomputed=tuple((start, end) for start, end in report["recomputed_spans"])
+        if "recomputed_spans" in report
+        else None,
+        scores=TokenScores.read(report),
         task=SimilarTask.read(report) if view == "similar_task" else None,
         slot_turn=SlotTurn.read(report) if view == "slots" else None,
     )
@@ -292,6 +330,7 @@ def without_report(figures: Figures) -> Figures:
         num_prefix_tokens=None,
         approximate=None,
         spans=(),
+        stages=(),
     )
 
 
@@ -339,6 +378,13 @@ def _prefix_spans(num_prompt_tokens: int | None, num_cached_tokens: int | None) 
 
 
 @dataclass(frozen=True)
+class Sent:
+    """The body of the request, but for its messages."""
+
+    request: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class FirstToken:
     """The first token is there: `first_token_ms` after the request was sent."""
 
@@ -363,4 +409,4 @@ class Failed:
     message: str
 
 
-Event = FirstToken | Text | Done | Failed
+Event = Sent | FirstToken | Text | Done | Failed

@@ -5,15 +5,21 @@ The files are those of the results folder, newest first, then those that came wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 import settings
 import state
-from eval_results import EvalResult, read_result
+from eval_results import read_result
+
+SHIPPED = "docs/"
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,11 @@ class ResultFile:
     name: str
     shipped: bool
     modified_ns: int
+
+    @property
+    def link(self) -> str:
+        """Its name in the page's address."""
+        return f"{SHIPPED}{self.name}" if self.shipped else self.name
 
     @property
     def title(self) -> str:
@@ -47,68 +58,114 @@ def _files_of(folder: Path, shipped: bool) -> list[ResultFile]:
 
 
 COMMAND = ".venv/bin/kvarena eval"
-CHOICE, UPLOAD, UPLOADED = "result-file", "upload", ""
+MEASURED_AGE_S, MOST_MEASURED = 5.0, 64
+CHOICE, OTHER, UPLOAD, UPLOADED = "result-file", "other-file", "upload", "opened-here"
 
 
-def pick_result() -> EvalResult | None:
-    """None where there is none; the page then says what to do about it. Files that can't be read are named there."""
-    titles, results = _results_in_folders()
-    choice, opener = st.columns([5, 1], vertical_alignment="bottom")
+@dataclass(frozen=True)
+class Opened:
+    """A file of any kind that the project writes."""
+
+    title: str
+    result: Mapping[str, Any]
+
+    @property
+    def benchmark(self) -> str:
+        return str(self.result["settings"]["benchmark"])
+
+
+def pick_result() -> tuple[Opened, Opened | None] | None:
+    """One file, and another of its kind to compare it with; the page's address names both. None where there is none;
+    the page then says what to do about it. Files that can't be read are named there.
+    """
+    files = _results_in_folders()
+    choice, other, opener = st.columns([4, 3, 1.4], vertical_alignment="bottom")
     with opener, st.popover("Open a file", width="stretch"):
         uploaded = st.file_uploader(
             "A result file from elsewhere", type="json", key=UPLOAD, on_change=_choose_uploaded, max_upload_size=50
         )
-    if uploaded is not None and (result := _read(uploaded.name, uploaded.getvalue().decode(errors="replace"))):
-        titles = {UPLOADED: uploaded.name, **titles}
-        results[UPLOADED] = result
-    if not titles:
+    if uploaded is not None and (opened := _read(uploaded.name, uploaded.getvalue().decode(errors="replace"))):
+        files = {UPLOADED: opened, **files}
+    if not files:
         _draw_what_to_do()
         return None
-    if st.session_state.get(CHOICE) not in titles:
-        st.session_state.pop(CHOICE, None)
-    chosen = choice.selectbox(
-        "Result file", list(titles), format_func=lambda key: titles[key], key=CHOICE, persist_state="session"
+    chosen = files[_draw_choice(choice, "Result file", {key: file.title for key, file in files.items()}, CHOICE)]
+    same = {key: file.title for key, file in files.items() if file.benchmark == chosen.benchmark and file is not chosen}
+    if not same:
+        return chosen, None
+    compared = _draw_choice(other, "Compare with", {NOTHING: NOTHING, **same}, OTHER)
+    return chosen, None if compared == NOTHING else files[compared]
+
+
+NOTHING = "nothing"
+
+
+def _draw_choice(place: DeltaGenerator, label: str, titles: Mapping[str, str], key: str) -> str:
+    """The first one where what was chosen before is gone."""
+    state.choose_linked(key, titles, label)
+    if st.session_state.get(key) not in titles:
+        st.session_state.pop(key, None)
+    chosen = str(
+        place.selectbox(label, list(titles), format_func=lambda name: titles[name], key=key, persist_state="session")
     )
-    return results[chosen]
+    state.link(key, chosen)
+    return chosen
+
+
+def choose_file(path: Path) -> None:
+    """The file that the page opens with, which is one of the results folder's."""
+    st.session_state[CHOICE] = str(path.resolve().relative_to(state.page_settings().results_dir.resolve()))
+
+
+@st.cache_resource(ttl=MEASURED_AGE_S, show_spinner=False)
+def measured_results(benchmark: str) -> list[Mapping[str, Any]]:
+    """Of the results folder alone, the newest first; what can't be read is left out."""
+    found: list[Mapping[str, Any]] = []
+    try:
+        files = _files_of(state.page_settings().results_dir, shipped=False)[:MOST_MEASURED]
+    except OSError:  # a file has gone meanwhile
+        return []
+    for file in files:
+        with suppress(OSError, ValueError):
+            result = _read_file(file.path.resolve(), file.modified_ns)
+            if result["settings"].get("benchmark") == benchmark:
+                found.append(result)
+    return found
 
 
 def _choose_uploaded() -> None:
     st.session_state[CHOICE] = UPLOADED
 
 
-def _results_in_folders() -> tuple[dict[str, str], dict[str, EvalResult]]:
-    """Titles and results by path."""
-    titles, results = {}, {}
+def _results_in_folders() -> dict[str, Opened]:
+    """By their names in the page's address."""
+    found = {}
     for file in find_result_files(state.page_settings().results_dir, settings.SHIPPED_RESULTS_DIR):
         try:
             result = _read_file(file.path, file.modified_ns)
         except (OSError, ValueError) as error:
             _draw_broken(str(file.path), error)
             continue
-        if result is not None:
-            titles[str(file.path)] = file.title
-            results[str(file.path)] = result
-    return titles, results
+        opened = Opened(file.title, result)
+        found[file.link] = Opened(f"{file.title} · {opened.benchmark}", result)
+    return found
 
 
-@st.cache_resource(max_entries=64, show_spinner=False)
-def _read_file(path: Path, modified_ns: int) -> EvalResult | None:
+@st.cache_resource(max_entries=256, show_spinner=False)
+def _read_file(path: Path, modified_ns: int) -> dict[str, Any]:
     return read_result(path.read_text(encoding="utf-8"))
 
 
-def _read(name: str, text: str) -> EvalResult | None:
+def _read(name: str, text: str) -> Opened | None:
     try:
-        result = read_result(text)
-        if result is None:
-            raise ValueError("it holds something else")
+        return Opened(name, read_result(text))
     except ValueError as error:
         _draw_broken(name, error)
         return None
-    return result
 
 
 def _draw_broken(name: str, error: Exception) -> None:
-    st.warning(f"`{name}` can't be read as a result of `kvarena eval`: {error}")
+    st.warning(f"`{name}` can't be read as a result: {error}")
 
 
 def _draw_what_to_do() -> None:

@@ -2,10 +2,11 @@
 
 Every chosen contender answers a question, at the same time or one after the other. The workers put their events on
 one queue; whoever draws the page calls `advance`, which applies them to the turn's answers and, one after the other,
-asks the next contender. So a run that nobody watches starts nothing new. Several script runs may watch one run:
-`advance` and `stop` take a lock. All contenders get one request id, by which their logs tell of the same question.
-A chat's key is random and stands in the page's address (`?chat=...`). At most `MAX_CHATS` are kept, the longest
-unused one goes first; a restart of the page forgets them all.
+asks the next contender. So a run that nobody watches starts nothing new. Several pages may watch one run, which ends
+with the last of them: `advance` and `stop` take a lock. All contenders get one request id, by which their logs tell of
+the same question.
+A chat's key is random and stands in the page's address (`?chat=...`). At most `MAX_CHATS` are in memory, the longest
+unused one goes first; a `ChatFile` has those that were asked something.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from chat import Answer, Chat, Context, Turn
+from chat import Answer, Chat, Context, Draft, Turn, Vote
+from chat_file import ChatFile
 from chat_session import ChatSession
 from contender_api import Sampling
 from figures import Event
 
 
 class Run:
-    """Owns the futures of its answers; the turn belongs to the chat and outlives the run."""
+    """Owns the futures of its answers; the turn belongs to the chat and outlives the run. `watchers` names the pages
+    that look on.
+    """
 
     def __init__(
         self,
@@ -36,11 +40,12 @@ class Run:
         in_sequence: bool,
     ) -> None:
         self.turn = turn
+        self.watchers: set[str] = set()
         self._messages = messages
         self._sessions = sessions
         self._sampling = sampling
-        self._in_sequence = in_sequence
-        self._request_id = uuid.uuid4().hex
+        self._in_sequence = turn.in_sequence = in_sequence
+        self._request_id = turn.request_id = uuid.uuid4().hex
         self._events: queue.Queue[tuple[str, Event]] = queue.Queue()
         self._futures: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
@@ -57,7 +62,25 @@ class Run:
     ) -> Run:
         """Appends the turn to the chat; nothing is sent before the first `advance`."""
         messages = {name: chat.messages(name, context, question) for name in sessions}
-        turn = Turn.ask(question, context, [session.contender for session in sessions.values()])
+        turn = Turn.ask(question, context, [session.contender for session in sessions.values()], sampling)
+        chat.turns.append(turn)
+        return cls(turn, messages, sessions, sampling, in_sequence)
+
+    @classmethod
+    def of_repeat(
+        cls,
+        chat: Chat,
+        index: int,
+        context: Context,
+        sessions: Mapping[str, ChatSession],
+        sampling: Sampling,
+        in_sequence: bool = False,
+    ) -> Run:
+        """As `of_question`, with the question of an earlier turn and what that one followed on from."""
+        at = chat.origin(index)
+        earlier, question = chat.over(at, context), chat.turns[at].question
+        messages = {name: earlier.messages(name, context, question) for name in sessions}
+        turn = Turn.ask(question, context, [session.contender for session in sessions.values()], sampling, repeats=at)
         chat.turns.append(turn)
         return cls(turn, messages, sessions, sampling, in_sequence)
 
@@ -109,43 +132,97 @@ MAX_CHATS = 64
 
 @dataclass
 class OpenChat:
-    """A chat and the question that is under way in it, if any."""
+    """A chat and the question that is under way in it, if any. `keep` is told of each change that should last."""
 
     chat: Chat = field(default_factory=Chat)
     run: Run | None = None
+    keep: Callable[[Chat], None] = lambda chat: None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def busy(self) -> bool:
         return self.run is not None
 
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What a page draws of it; when it is another, another page has gone on with the chat."""
+        return self.busy, len(self.chat.turns), sum(turn.vote is not None for turn in self.chat.turns)
+
+    def begin(self, make_run: Callable[[], Run], draft: Draft | None = None) -> bool:
+        """Starts a run; False while another page's is under way. `draft`: where the page stands that asks."""
+        with self._lock:
+            if self.run is not None:
+                return False
+            self.run = make_run()
+            self.chat.draft = draft or self.chat.draft
+        self.keep(self.chat)
+        return True
+
+    def change(self, draft: Draft) -> None:
+        """Somebody has set the page otherwise."""
+        self.chat.draft = draft
+        self.keep(self.chat)
+
+    def end(self, run: Run) -> None:
+        """Call for a run that is over; only the first call does something."""
+        with self._lock:
+            if self.run is not run:
+                return
+            self.run = None
+        self.keep(self.chat)
+
+    def vote(self, index: int, vote: Vote) -> None:
+        """The first vote on a turn counts."""
+        with self._lock:
+            turn = self.chat.turns[index]
+            if not turn.can_vote:
+                return
+            turn.vote = vote
+        self.keep(self.chat)
+
+    def leave(self, watcher: str) -> None:
+        """A page is gone: the run ends with the last of those that watched it."""
+        if self.run is not None:
+            self.run.watchers.discard(watcher)
+            if not self.run.watchers:
+                self.stop()
+
     def stop(self) -> None:
         """Ends the run; partial answers stay in the chat, marked as interrupted."""
-        if self.run is not None:
-            self.run.stop()
-            self.run = None
+        if (run := self.run) is not None:
+            run.stop()
+            self.end(run)
 
 
 class ChatStore:
-    """Safe to use from several sessions at once. `make_chat` makes an empty chat."""
+    """Safe to use from several sessions at once. `kind` is that of its chats."""
 
-    def __init__(self, max_chats: int = MAX_CHATS, make_chat: Callable[[], Chat] = Chat) -> None:
-        self._make_chat = make_chat
+    def __init__(self, max_chats: int = MAX_CHATS, kind: type[Chat] = Chat, file: ChatFile | None = None) -> None:
+        self._kind, self._file = kind, file
         self._max_chats = max_chats
         self._chats: OrderedDict[str, OpenChat] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: str) -> OpenChat | None:
+        """The chat in memory, else that of the file."""
         with self._lock:
             if key in self._chats:
                 self._chats.move_to_end(key)
-            return self._chats.get(key)
+                return self._chats[key]
+            kept = self._file.load(key, self._kind) if self._file and key else None
+            return self._open(kept) if kept else None
 
     def new(self) -> OpenChat:
-        """An empty chat; the longest unused ones are stopped and forgotten to make room."""
-        opened = OpenChat(self._make_chat())
+        """An empty chat."""
         with self._lock:
-            self._chats[opened.chat.key] = opened
-            while len(self._chats) > self._max_chats:
-                _, forgotten = self._chats.popitem(last=False)
-                forgotten.stop()
+            return self._open(self._kind())
+
+    def _open(self, chat: Chat) -> OpenChat:
+        """The longest unused ones are stopped and leave the memory to make room."""
+        opened = self._chats[chat.key] = OpenChat(chat)
+        if self._file:
+            opened.keep = self._file.keep
+        while len(self._chats) > self._max_chats:
+            _, forgotten = self._chats.popitem(last=False)
+            forgotten.stop()
         return opened

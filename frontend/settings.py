@@ -4,11 +4,14 @@ The environment is read here and nowhere else in the frontend. Without any of th
 stack's default ports, the repository's `data/` and its `results/`.
 
     KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}, and what else a contender's spec says: "explanation",
-                         "approximate", and "report", which is how its reports are shown
+                         "approximate", "report", which is how its reports are shown, "icon" and
+                         "public_url", where people reach it at another address than the page
+    KVARENA_SERVICES     JSON list of {"name", "title", "url"} of the LMCache servers behind them
     KVARENA_DATA_DIR     folder of documents
     KVARENA_CHUNK_TOKENS longer documents are split into chunks of at most so many tokens
     KVARENA_TOKENIZER    the model's folder, or its repository in a hub cache, whose tokenizer.json counts them
     KVARENA_RESULTS_DIR  folder of result files
+    KVARENA_HOME         the stack's state folder, in which chats are kept
     KVARENA_NOTICE       what the stack wants said of what it serves
     KVARENA_SEPARATOR    between chunks, where no contender says what its own is
     KVARENA_API_KEY      sent to every contender as a bearer token
@@ -22,7 +25,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from kvarena.client import API_KEY_VARIABLE, TIMEOUT_S
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
@@ -30,6 +33,7 @@ from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = ROOT / "data"
 DEFAULT_RESULTS_DIR = ROOT / "results"
+DEFAULT_HOME = ROOT / ".kvarena"
 SHIPPED_RESULTS_DIR = ROOT / "docs" / "results"
 DEFAULT_SEPARATOR = " # # "
 REPORT_VIEWS = ("", "blend", "similar_task", "slots")
@@ -37,33 +41,72 @@ REPORT_VIEWS = ("", "blend", "similar_task", "slots")
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A server in the arena. `name` identifies it (letters, digits, - and _), `title` is what people read.
-
-    `explanation` is one line on what it reuses. `report` is how its request reports are shown, and what its requests
-    can choose; empty: by the counts that all have. `approximate` is what its answers are where it keeps no request
-    reports that say so. `service` is what the stack calls the server, where one server stands in the arena more than
-    once.
-    """
+class Service:
+    """A server of the stack. `name` identifies it (letters, digits, - and _), `title` is what people read."""
 
     name: str
     title: str
     url: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"a {self.kind}'s name is made of letters, digits, - and _, not {self.name!r}")
+        if not re.match(r"https?://[^/]", self.url):
+            raise ValueError(f"a {self.kind}'s url begins with http:// or https://, not {self.url!r}")
+
+    @property
+    def kind(self) -> str:
+        return "service"
+
+    @property
+    def log_name(self) -> str:
+        """What the stack calls it."""
+        return self.name
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> Self:
+        """Raises `ValueError`, `KeyError` and the like for another form."""
+        return cls(entry["name"], entry["title"], entry["url"].rstrip("/"))
+
+
+@dataclass(frozen=True)
+class Contender(Service):
+    """A server in the arena.
+
+    `explanation` is one line on what it reuses. `report` is how its request reports are shown, and what its requests
+    can choose; empty: by the counts that all have. `approximate` is what its answers are where it keeps no request
+    reports that say so. `service` is what the stack calls the server, where one server stands in the arena more than
+    once. `public_url` is its address for people, where the page itself uses another one. `icon` stands before its
+    title.
+    """
+
     explanation: str = ""
     approximate: bool = False
     report: str = ""
     service: str = ""
+    public_url: str = ""
+    icon: str = ""
+
+    @property
+    def address(self) -> str:
+        """For people."""
+        return self.public_url or self.url
+
+    @property
+    def kind(self) -> str:
+        return "contender"
+
+    @property
+    def log_name(self) -> str:
+        return self.service or self.name
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise ValueError(f"a contender's name is made of letters, digits, - and _, not {self.name!r}")
-        if not re.match(r"https?://[^/]", self.url):
-            raise ValueError(f"a contender's url begins with http:// or https://, not {self.url!r}")
+        super().__post_init__()
         if self.report not in REPORT_VIEWS:
             raise ValueError(f"a contender's report is one of {REPORT_VIEWS}, not {self.report!r}")
 
     @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> Contender:
+    def read(cls, entry: Mapping[str, Any]) -> Self:
         """Of KVARENA_CONTENDERS; raises `ValueError`, `KeyError` and the like for another form."""
         return cls(
             entry["name"],
@@ -72,6 +115,8 @@ class Contender:
             explanation=entry.get("explanation", ""),
             approximate=bool(entry.get("approximate", False)),
             report=entry.get("report", ""),
+            public_url=entry.get("public_url", "").rstrip("/"),
+            icon=entry.get("icon", ""),
         )
 
 
@@ -79,31 +124,37 @@ class Contender:
 DEFAULT_CONTENDERS = (
     Contender(
         name="blend",
-        title="vLLM with LMCache",
+        title="vLLM with LMCache (CacheBlend)",
         explanation="Reuses the KV of text chunks anywhere in the prompt, and recomputes some of their tokens.",
         url="http://127.0.0.1:8000",
         approximate=True,
         report="blend",
+        icon="🚀",
     ),
     Contender(
         name="plain",
         title="vLLM without LMCache",
-        explanation="Computes the whole prompt, but for the prefixes in vLLM's own cache.",
+        explanation="Computes the whole prompt except for prefixes in vLLM's own cache.",
         url="http://127.0.0.1:8001",
         approximate=False,
         report="",
+        icon="🐢",
     ),
 )
+DEFAULT_SERVICES = (Service("lmcache-server", "LMCache server", "http://127.0.0.1:8080"),)
+SLOTS_CONTENDER = "ai100"
 # <<< default contenders
 
 
 @dataclass(frozen=True)
 class Settings:
     contenders: tuple[Contender, ...] = DEFAULT_CONTENDERS
+    services: tuple[Service, ...] = DEFAULT_SERVICES
     data_dir: Path = DEFAULT_DATA_DIR
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     tokenizer: str = ""
     results_dir: Path = DEFAULT_RESULTS_DIR
+    home: Path = DEFAULT_HOME
     separator: str = DEFAULT_SEPARATOR
     notice: str = ""
     api_key: str = field(default="", repr=False)
@@ -112,12 +163,15 @@ class Settings:
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Raises `ValueError` that names the variable and what it should hold."""
+    contenders = environment.get("KVARENA_CONTENDERS", "")
     return Settings(
-        contenders=_contenders(environment.get("KVARENA_CONTENDERS", "")),
+        contenders=_contenders(contenders),
+        services=_services(environment.get("KVARENA_SERVICES", ""), by_default=not contenders.strip()),
         data_dir=Path(environment.get("KVARENA_DATA_DIR") or DEFAULT_DATA_DIR),
         chunk_tokens=_chunk_tokens(environment.get("KVARENA_CHUNK_TOKENS", "")),
         tokenizer=environment.get("KVARENA_TOKENIZER", ""),
         results_dir=Path(environment.get("KVARENA_RESULTS_DIR") or DEFAULT_RESULTS_DIR),
+        home=Path(environment.get("KVARENA_HOME") or DEFAULT_HOME).expanduser(),
         separator=environment.get("KVARENA_SEPARATOR", DEFAULT_SEPARATOR),
         notice=environment.get("KVARENA_NOTICE", ""),
         api_key=environment.get(API_KEY_VARIABLE, ""),
@@ -128,14 +182,31 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
 def _contenders(text: str) -> tuple[Contender, ...]:
     if not text.strip():
         return DEFAULT_CONTENDERS
-    try:
-        contenders = tuple(map(Contender.read, json.loads(text)))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f'KVARENA_CONTENDERS must be a JSON list of {{"name", "title", "url"}}: {error}') from error
-    names = [contender.name for contender in contenders]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"KVARENA_CONTENDERS needs at least one contender, each once; got {names}")
+    contenders = _servers("KVARENA_CONTENDERS", text, Contender)
+    if not contenders:
+        raise ValueError("KVARENA_CONTENDERS needs at least one contender")
     return contenders
+
+
+def _services(text: str, *, by_default: bool) -> tuple[Service, ...]:
+    """Those of the stack's default ports go with its contenders."""
+    if not text.strip():
+        return DEFAULT_SERVICES if by_default else ()
+    return _servers("KVARENA_SERVICES", text, Service)
+
+
+S = TypeVar("S", bound=Service)
+
+
+def _servers(variable: str, text: str, kind: type[S]) -> tuple[S, ...]:
+    try:
+        servers = tuple(map(kind.read, json.loads(text)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'{variable} must be a JSON list of {{"name", "title", "url"}}: {error}') from error
+    names = [server.name for server in servers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{variable} needs each name once; got {names}")
+    return servers
 
 
 def _chunk_tokens(text: str) -> int:

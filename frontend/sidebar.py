@@ -7,7 +7,7 @@ and how to ask.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,26 +15,30 @@ import streamlit as st
 from streamlit_sortables import sort_items  # type: ignore[import-untyped]
 
 import state
-from chat import Context
+from chat import Context, Draft, Turn
 from chat_session import ChatSession, SlotSession
 from contender_api import MAX_TTFT_MS, POLICY, BlendOffer, Parameter, Sampling
-from documents_view import draw_remarks, draw_uploads
+from documents_view import draw_new_in_folder, draw_remarks, draw_uploads, watch_folder
 from examples import opening_chunks
-from kvarena.documents import TextChunk
+from kvarena.documents import Document, TextChunk
 from question_box import draw_servers
 from runs import OpenChat
 from settings import Contender
-from slots import CACHED, MODES, UNCACHED, SlotContext
+from slots import CACHED, MODES, UNCACHED
+from uploads import Upload, upload_key
 
 NUM_DEFAULT_CHUNKS = 6
 DEFAULT_MAX_TTFT_MS = 500.0
 KEEP: Final = "session"  # what a widget holds outlives a look at another page
+LINK: Final = "query-params"  # and stands in the page's address, for a reload
 SORTABLE_STYLE = """
-.sortable-component.vertical .sortable-container { padding: 0; background: #f3f5f9; }
-.sortable-container-body { padding: 0; background: #f3f5f9; }
-.sortable-component .sortable-item, .sortable-component .sortable-item:hover { background: #fff; color: #172033;
-  border: 1px solid #c9d3e3; border-radius: 6px; margin: 0 0 4px; padding: 4px 10px; text-align: left;
-  font-family: "Source Sans", "Source Sans Pro", sans-serif; font-size: 13px; height: auto; }
+:root { color-scheme: light dark; }
+.sortable-component.vertical .sortable-container, .sortable-container-body { padding: 0;
+  background: light-dark(#f3f5f9, #1a202b); }
+.sortable-component .sortable-item, .sortable-component .sortable-item:hover { border-radius: 6px; margin: 0 0 4px;
+  color: light-dark(#172033, #e6eaf2); background: light-dark(#fff, #11151d);
+  border: 1px solid light-dark(#c9d3e3, #343d4d); padding: 4px 10px; text-align: left; height: auto;
+  font-family: "Source Sans", "Source Sans Pro", sans-serif; font-size: 13px; }
 """
 
 
@@ -44,18 +48,29 @@ class ArenaChoices:
     sampling: Sampling
     sessions: dict[str, ChatSession]
     in_sequence: bool
+    blind: bool
+    draft: Draft
 
 
 def draw_arena_sidebar(opened: OpenChat) -> ArenaChoices:
+    _begin_arena(opened, list(state.chunk_files()))
     uploaded = state.uploaded_chunks().values()
     chunks = state.chunk_files() | {chunk.name: chunk for named in uploaded for chunk in named}
-    _begin_arena(opened, list(chunks))
     with st.sidebar:
         st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened])
         sessions, in_sequence = _draw_contenders(opened.busy)
+        blind = st.toggle(
+            "Blind",
+            key="blind",
+            persist_state=KEEP,
+            bind=LINK,
+            help="Shuffles the answers and hides who gave them, and all figures, until you have voted.",
+        )
         context = _draw_arena_context(chunks, opened.busy)
         sampling = _draw_sampling()
-    return ArenaChoices(context, sampling, sessions, in_sequence)
+    draft = Draft(context, _controls(ARENA_CONTROLS, OF_ANY_CONTENDER))
+    _keep_draft(opened, draft)
+    return ArenaChoices(context, sampling, sessions, in_sequence, blind, draft)
 
 
 def choose_chunks(names: Sequence[str]) -> None:
@@ -64,21 +79,124 @@ def choose_chunks(names: Sequence[str]) -> None:
     st.session_state["order"] = st.session_state["dealt"] = list(names)
 
 
+ARENA_CONTROLS = (
+    POLICY,
+    "has-max-ttft",
+    "max-ttft-ms",
+    "mode",
+    "similarity-threshold",
+    "temperature",
+    "max-tokens",
+    "ignore-eos",
+    "probabilities",
+    "in-sequence",
+    "blind",
+    "fill-at-once",
+)
+CONVERSATION_CONTROLS = (
+    "modes",
+    "conversation-temperature",
+    "conversation-max-tokens",
+    "conversation-in-sequence",
+)
+
+
+OF_ANY_CONTENDER = ("run-", f"{POLICY}-")
+"""How the keys of the arena's other controls begin."""
+
+
+def _controls(names: Collection[str], beginnings: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What they are at now."""
+    keys = map(str, st.session_state)
+    return {key: st.session_state[key] for key in keys if key in names or key.startswith(beginnings)}
+
+
+def _keep_draft(opened: OpenChat, draft: Draft) -> None:
+    """For a reload. A chat in which nobody has set or asked anything isn't written to the file, and a page on which
+    nobody has set anything leaves another's draft as it is.
+    """
+    key = f"drawn-{type(opened.chat).__name__}"
+    chat_key, drawn = st.session_state.get(key, (opened.chat.key, draft))
+    if chat_key != opened.chat.key:
+        opened.chat.draft = opened.chat.draft or draft
+    elif is_set_otherwise(drawn, draft):
+        opened.change(draft)
+    st.session_state[key] = opened.chat.key, draft
+
+
+def is_set_otherwise(before: Draft, now: Draft) -> bool:
+    """Whether a person has set something. The chunks' texts, the separator, and which controls there are change by
+    themselves: a file is edited, a server comes up.
+    """
+    known = before.controls.keys() & now.controls.keys()
+    return _set_context(before) != _set_context(now) or any(before.controls[k] != now.controls[k] for k in known)
+
+
+def _set_context(draft: Draft) -> tuple[object, ...]:
+    context = draft.context
+    return context.system, context.notes, [chunk.name for chunk in context.chunks]
+
+
 def _begin_arena(opened: OpenChat, names: list[str]) -> None:
     """A page's first script run takes up where its chat stands; a new chat opens on the folder's examples."""
     if "chunks" in st.session_state:
         return
-    turns = opened.chat.turns
-    context = turns[-1].context if turns else None
-    before = [chunk.name for chunk in context.chunks if chunk.name in names] if context else None
-    st.session_state["system-prompt"] = context.system if context else state.folder_documents().system
-    opening = opening_chunks(state.page_settings().data_dir, names) or names[:NUM_DEFAULT_CHUNKS]
-    choose_chunks(opening if before is None else before)
+    if draft := opened.chat.draft or _draft_of(opened.chat.turns):
+        _take_up(draft, names)
+        return
+    st.session_state["system-prompt"] = state.folder_documents().system
+    choose_chunks(opening_chunks(state.page_settings().data_dir, names) or names[:NUM_DEFAULT_CHUNKS])
+
+
+def _take_up(draft: Draft, names: Collection[str]) -> None:
+    """Texts that the folder hasn't are brought along, as if they had been pasted."""
+    st.session_state["system-prompt"] = draft.context.system
+    choose_chunks([chunk.name for chunk in draft.context.chunks])
+    for chunk in draft.context.chunks:
+        if chunk.name not in names:
+            own = Document(f"{chunk.name}.txt", (chunk.text,))
+            state.uploads()[upload_key(own.path, chunk.text.encode("utf-8", "replace"))] = Upload(own)
+    _set_controls(draft.controls)
+
+
+def _set_controls(controls: Mapping[str, Any]) -> None:
+    """But for those that the page's address tells."""
+    told = {key: value for key, value in controls.items() if value is not None and key not in st.query_params}
+    st.session_state.update(told)
+
+
+def _draft_of(turns: Sequence[Turn]) -> Draft | None:
+    """Of a chat that was kept without one: where its last question was asked."""
+    if not turns:
+        return None
+    turn = turns[-1]
+    sampling, recomputing = turn.sampling, dict(turn.sampling.recomputing)
+    max_ttft_ms = recomputing.pop(MAX_TTFT_MS, None)
+    controls = {
+        **{f"run-{name}": name in turn.answers for name in state.chat_sessions()},
+        **{_parameter_key(name): value for name, value in recomputing.items()},
+        "has-max-ttft": max_ttft_ms is not None,
+        "max-ttft-ms": max_ttft_ms,
+        "mode": sampling.mode,
+        "similarity-threshold": sampling.similarity_threshold,
+        "temperature": sampling.temperature,
+        "max-tokens": sampling.max_tokens,
+        "ignore-eos": sampling.ignore_eos,
+        "probabilities": sampling.probabilities,
+        "in-sequence": turn.in_sequence,
+        "blind": bool(turn.order),
+    }
+    return Draft(turn.context, controls)
 
 
 def _start_new_chat(opened: OpenChat) -> None:
-    opened.stop()
+    _leave(opened)
     state.new_chat()
+
+
+def _leave(opened: OpenChat) -> None:
+    """Another tab may be watching what is under way."""
+    opened.leave(str(st.session_state.get("watcher", "")))
 
 
 def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
@@ -93,6 +211,7 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
             value=True,
             key=f"run-{name}",
             persist_state=KEEP,
+            bind=LINK,
             help=_explained(session.contender),
         )
     }
@@ -100,6 +219,7 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
         "One after the other",
         key="in-sequence",
         persist_state=KEEP,
+        bind=LINK,
         help="Off: both answer at the same time. On: the second is asked when the first is done, so that they don't "
         "slow each other down on a shared machine.",
     )
@@ -124,6 +244,8 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
         "New files appear by themselves.",
     )
     draw_remarks(state.folder_documents())
+    draw_new_in_folder(busy)
+    watch_folder(state.folder_documents(), busy)
     order = _draw_order(picked)
     draw_uploads(busy, choose_chunks)
     system = st.text_area("System prompt", key="system-prompt", height=80, persist_state=KEEP)
@@ -152,16 +274,34 @@ def _draw_sampling() -> Sampling:
     recomputing = _draw_blend()
     mode, similarity_threshold = _draw_simllm()
     st.subheader("Answer")
-    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state=KEEP)
-    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens", persist_state=KEEP)
+    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state=KEEP, bind=LINK)
+    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens", persist_state=KEEP, bind=LINK)
     ignore_eos = st.toggle(
         "Always max tokens",
         key="ignore-eos",
         persist_state=KEEP,
+        bind=LINK,
         help="Keep generating after the end of the answer (`ignore_eos`). Both sides then have the same length, "
         "which makes tokens per second comparable.",
     )
-    return Sampling(temperature, int(max_tokens), ignore_eos, recomputing, mode, similarity_threshold)
+    probabilities = st.toggle(
+        "Show probabilities",
+        key="probabilities",
+        persist_state=KEEP,
+        bind=LINK,
+        help="Colours each token of the answers by its probability; point at one for the five likeliest at its place. "
+        "The prompt's recomputed tokens then say by what score the policy chose them, and which chunk they lean on. "
+        "That takes a blend some time before its first token: turn it off to compare times.",
+    )
+    return Sampling(
+        temperature,
+        int(max_tokens),
+        ignore_eos,
+        recomputing,
+        mode,
+        similarity_threshold,
+        probabilities=probabilities,
+    )
 
 
 def _draw_blend() -> dict[str, Any]:
@@ -174,6 +314,8 @@ def _draw_blend() -> dict[str, Any]:
         return {}
     st.subheader("Reuse")
     policy = _draw_parameter(offer.policy)
+    if explanation := offer.policy.explanations.get(policy):
+        st.caption(explanation)
     timed = _draw_max_ttft(offer) if policy in offer.timed_policies else {}
     parameters = offer.parameters_of(policy, within_time=bool(timed))
     chosen = {one.name: _draw_parameter(one) for one in parameters[:1]}
@@ -190,23 +332,34 @@ def _draw_max_ttft(offer: BlendOffer) -> dict[str, float]:
         offer.max_ttft_ms is not None,
         key="has-max-ttft",
         persist_state=KEEP,
+        bind=LINK,
         help="Recompute as many tokens as fit into this time to first token. The server learns from earlier blends "
         "what a token costs.",
     ):
         return {}
     default_ms = offer.max_ttft_ms or DEFAULT_MAX_TTFT_MS
     time_ms = st.number_input(
-        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", persist_state=KEEP
+        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", persist_state=KEEP, bind=LINK
     )
     return {MAX_TTFT_MS: time_ms}
 
 
+def _parameter_key(name: str) -> str:
+    return name if name == POLICY else f"{POLICY}-{name}"
+
+
 def _draw_parameter(one: Parameter) -> Any:
-    """A slider for a share, a field for a number of things, a box for a word."""
+    """A slider for a share, a field for a number of things, a box for a word. What a chat brought along and this server
+    doesn't take is forgotten.
+    """
+    key = _parameter_key(one.name)
+    if key in st.session_state and not one.takes(st.session_state[key]):
+        del st.session_state[key]
     own: dict[str, Any] = {
-        "key": one.name if one.name == POLICY else f"{POLICY}-{one.name}",
+        "key": key,
         "help": one.help,
         "persist_state": KEEP,
+        "bind": LINK,
     }
     if one.choices:
         index = one.choices.index(one.default) if one.default in one.choices else 0
@@ -223,15 +376,19 @@ def _draw_simllm() -> tuple[str | None, float | None]:
     if not offer:
         return None, None
     st.subheader("Similar prompts")
+    if st.session_state.get("mode") not in (None, *offer.modes):
+        del st.session_state["mode"]
     mode = st.selectbox(
         "Mode",
         offer.modes,
         index=offer.modes.index(offer.mode),
         key="mode",
         persist_state=KEEP,
+        bind=LINK,
         help="What is reused from a similar earlier prompt. `aligned`: the KV of all layers, where both prompts have "
-        "the same text. `top_layer`: the KV of the last layer, as in the Sim-LLM paper. That is fast, but gives wrong "
-        "answers on a model that wasn't trained for it.",
+        "the same text. `top_layer`: the KV of the last layer, as in the Sim-LLM paper; `sandwich`: the same, with the "
+        "first and the last two layers run. Both are fast, but give wrong answers on a model that wasn't trained for "
+        "it.",
     )
     if offer.similarity_threshold is None:
         st.caption("The server finds its similarity threshold by itself.")
@@ -245,6 +402,7 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         format="%.4f",
         key="similarity-threshold",
         persist_state=KEEP,
+        bind=LINK,
         help="Minimum cosine similarity between the mean embeddings of two prompts. Prompts over the same long texts "
         "are all close to 1.",
     )
@@ -259,18 +417,21 @@ MODE_CHOICES = {BOTH: MODES, CACHED.title: (CACHED,), UNCACHED.title: (UNCACHED,
 class ConversationChoices:
     """`sessions` are those that answer the next message."""
 
-    context: SlotContext
+    context: Context
     sessions: dict[str, SlotSession]
     in_sequence: bool
     is_up: bool
     temperature: float
     max_tokens: int
+    draft: Draft
 
-    def sampling(self, conversation: str) -> Sampling:
-        return Sampling(self.temperature, self.max_tokens, user=conversation, notes=self.context.notes)
+    def sampling(self, conversation: str, topic: str) -> Sampling:
+        notes = self.context.notes
+        return Sampling(self.temperature, self.max_tokens, conversation=conversation, notes=notes, topic=topic)
 
 
 def draw_conversation_sidebar(opened: OpenChat) -> ConversationChoices:
+    _begin_conversation(opened)
     with st.sidebar:
         st.button("New conversation", key="new-chat", width="stretch", on_click=_start_new_conversation, args=[opened])
         sessions = state.slot_sessions()
@@ -278,10 +439,12 @@ def draw_conversation_sidebar(opened: OpenChat) -> ConversationChoices:
         if server:
             draw_servers(server, opened.busy)
         modes, in_sequence = _draw_modes()
-        context = _draw_conversation_context(opened)
+        context = _draw_conversation_context()
         st.subheader("Answer")
         temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="conversation-temperature", persist_state=KEEP)
         max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="conversation-max-tokens", persist_state=KEEP)
+    draft = Draft(context, _controls(CONVERSATION_CONTROLS))
+    _keep_draft(opened, draft)
     return ConversationChoices(
         context,
         {name: sessions[name] for name in modes if name in sessions},
@@ -289,6 +452,7 @@ def draw_conversation_sidebar(opened: OpenChat) -> ConversationChoices:
         bool(server) and all(session.up for session in server.values()),
         temperature,
         int(max_tokens),
+        draft,
     )
 
 
@@ -313,9 +477,8 @@ def _draw_modes() -> tuple[list[str], bool]:
     return [mode.name for mode in MODE_CHOICES[chosen or BOTH]], in_sequence
 
 
-def _draw_conversation_context(opened: OpenChat) -> SlotContext:
+def _draw_conversation_context() -> Context:
     """What every topic begins with: the system prompt, and notes that the server chooses for it."""
-    _begin_conversation(opened)
     st.subheader("What the model knows")
     notes = st.toggle(
         "Notes for each topic",
@@ -326,19 +489,36 @@ def _draw_conversation_context(opened: OpenChat) -> SlotContext:
     )
     draw_remarks(state.folder_documents())
     system = st.text_area("System prompt", key="conversation-system", height=80, persist_state=KEEP)
-    return SlotContext(system.strip(), notes=notes)
+    return Context(system.strip(), notes=notes)
 
 
 def _begin_conversation(opened: OpenChat) -> None:
     """A page's first script run takes up where its chat stands, or with the folder's system prompt and notes."""
     if "conversation-notes" in st.session_state:
         return
-    turns = opened.chat.turns
-    context = turns[-1].context if turns else None
-    st.session_state["conversation-system"] = context.system if context else state.folder_documents().system
-    st.session_state["conversation-notes"] = context.notes if isinstance(context, SlotContext) else True
+    draft = opened.chat.draft or _conversation_draft_of(opened.chat.turns)
+    if draft is None:
+        draft = Draft(Context(state.folder_documents().system, notes=True))
+    st.session_state["conversation-system"] = draft.context.system
+    st.session_state["conversation-notes"] = draft.context.notes
+    _set_controls(draft.controls)
+
+
+def _conversation_draft_of(turns: Sequence[Turn]) -> Draft | None:
+    """As `_draft_of`."""
+    if not turns:
+        return None
+    turn = turns[-1]
+    modes = [title for title, modes in MODE_CHOICES.items() if {mode.name for mode in modes} == turn.answers.keys()]
+    controls = {
+        "conversation-temperature": turn.sampling.temperature,
+        "conversation-max-tokens": turn.sampling.max_tokens,
+        "conversation-in-sequence": turn.in_sequence,
+        "modes": modes[0] if modes else BOTH,
+    }
+    return Draft(turn.context, controls)
 
 
 def _start_new_conversation(opened: OpenChat) -> None:
-    opened.stop()
+    _leave(opened)
     state.new_chat("conversation")

@@ -8,7 +8,8 @@ either history is both modes'.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +33,29 @@ class Slot:
     in_use: bool
     last_used: int
 
+    def told(self, own: Collection[str]) -> str | None:
+        """The topic's name, if it is of one of these conversations."""
+        return self.topic if self.topic is None or self.conversation in own else "a topic"
+
     @property
     def holds(self) -> tuple[str | None, str | None]:
         return self.conversation, self.topic
+
+
+MAX_TOPIC_CHARS = 80
+
+
+def topic_name(typed: str) -> str:
+    """As the server takes it; empty for a name of nothing but spaces."""
+    return " ".join(typed.split())[:MAX_TOPIC_CHARS].strip()
+
+
+@dataclass(frozen=True)
+class NextTopic:
+    """Where a message would go. `is_new`: nothing of the conversation was answered in this topic yet."""
+
+    name: str
+    is_new: bool
 
 
 @dataclass(frozen=True)
@@ -68,7 +89,9 @@ class SlotTable:
 
 @dataclass(frozen=True)
 class SlotChange:
-    """A slot that holds another topic, or another conversation's, than before; None: nothing."""
+    """A slot that holds another topic, or another conversation's, than before; None: nothing. Names stand only for
+    topics of the chat that is told.
+    """
 
     index: int
     before: str | None
@@ -82,12 +105,14 @@ class SlotChange:
         return f"replaced slot {self.index}: {self.before} → {self.after}"
 
 
-def changes(before: SlotTable, after: SlotTable) -> list[SlotChange]:
-    """Slot by slot. A table of another size is that of another server: nothing can be said."""
+def changes(before: SlotTable, after: SlotTable, own: Collection[str]) -> list[SlotChange]:
+    """Slot by slot. A table of another size is that of another server: nothing can be said. `own` are the conversations
+    of the chat; what lies in a slot of another's is not told.
+    """
     if len(before.slots) != len(after.slots):
         return []
     pairs = zip(before.slots, after.slots, strict=True)
-    return [SlotChange(old.index, old.topic, new.topic) for old, new in pairs if old.holds != new.holds]
+    return [SlotChange(old.index, old.told(own), new.told(own)) for old, new in pairs if old.holds != new.holds]
 
 
 @dataclass(frozen=True)
@@ -103,13 +128,6 @@ class Mode:
 CACHED = Mode("cached", "With slots", use_cache=True)
 UNCACHED = Mode("uncached", "Without", use_cache=False)
 MODES = (CACHED, UNCACHED)
-
-
-@dataclass(frozen=True)
-class SlotContext(Context):
-    """`notes`: the server adds those of its folder that fit a topic."""
-
-    notes: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,11 +158,15 @@ class SlotChat(Chat):
                 messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": said}]
         return [*messages, {"role": "user", "content": question}]
 
+    def missed(self, index: int) -> dict[str, int]:
+        return dict.fromkeys(self.turns[index].answers, 0)
+
     def name(self, context: Context) -> str:
         """Of the conversation that a question over `context` belongs to; one without answers yet has a new name."""
         answered = [turn for turn in self.conversation(context) if _said(turn)]
         first = next((at for at, turn in enumerate(self.turns) if answered and turn is answered[0]), len(self.turns))
-        return f"{self.key}-{first}"
+        public = hashlib.sha256(self.key.encode()).hexdigest()[:32]  # the key opens the chat, and servers write logs
+        return f"{public}-{first}"
 
     def saved(self) -> Saved:
         pairs = [_figures_of_both(turn) for turn in self.turns]
@@ -157,13 +179,24 @@ class SlotChat(Chat):
             num_tokens=sum((w.num_computed_tokens or 0) - (c.num_computed_tokens or 0) for c, w in both),
         )
 
+    def topics(self) -> list[str]:
+        """Of this chat, the latest first."""
+        turns = [a.figures.slot_turn for turn in reversed(self.turns) for a in turn.answers.values()]
+        return list(dict.fromkeys(turn.topic for turn in turns if turn))
+
+    def take_back(self) -> Turn:
+        """The last turn, which is to be asked anew: what changes in the slots next is still this chat's doing."""
+        turn = self.turns.pop()
+        self._num_noted = min(self._num_noted, len(self.turns))
+        return turn
+
     def note_slots(self, table: SlotTable) -> None:
         """Call between turns: says of every slot that changed since the last call who changed it."""
         is_after_turn = len(self.turns) > self._num_noted
         own = self._slot_of_last_turn() if is_after_turn else None
         if own is not None and (conversation := table.conversation_of(own)):
             self.conversations.add(conversation)
-        for change in changes(self._seen, table) if self._seen else ():
+        for change in changes(self._seen, table, self.conversations) if self._seen else ():
             is_own = is_after_turn and (own in (change.index, None) or change.after is None)
             who = f"turn {len(self.turns)}" if is_own else "another conversation"
             self.slot_history.append(f"{who} {change.text()}")

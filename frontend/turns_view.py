@@ -8,7 +8,8 @@ and `data-value` (empty: unknown).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -19,6 +20,9 @@ from streamlit.runtime.scriptrunner import StopException
 from chat import Answer, Chat, Turn
 from figures import Figures, Span, prefix_cache_note, similar_task_html, slot_turn_html, speed_line
 from runs import OpenChat, Run
+from tokens import answer_tokens_html, diff_html, first_difference, first_token_difference
+from verdict import exact_answer
+from waterfall import Row, waterfall_html
 
 
 @dataclass(frozen=True)
@@ -33,21 +37,19 @@ class Part:
 def token_parts(figures: Figures) -> list[Part]:
     """The prompt's tokens by cost, without the empty kinds; empty when the server didn't say."""
     counts = (
-        figures.num_reused_tokens,
-        figures.num_recomputed_tokens,
-        figures.num_computed_tokens,
+        ("prefix", "from prefix cache", figures.num_prefix_tokens or 0),
+        ("reused", _moved(figures), figures.num_moved_tokens),
+        ("recomputed", "recomputed", figures.num_recomputed_tokens),
+        ("computed", "computed", figures.num_computed_tokens),
     )
-    if any(count is None for count in counts):
+    if any(count is None for _, _, count in counts):
         return []
-    reused, recomputed, computed = (count or 0 for count in counts)
-    prefix = min(figures.num_prefix_tokens or 0, reused)
-    parts = [
-        Part("prefix", "prefix cache", prefix),
-        Part("reused", "reused", reused - prefix),
-        Part("recomputed", "recomputed", recomputed),
-        Part("computed", "computed", computed),
-    ]
-    return [part for part in parts if part.num_tokens > 0]
+    return [Part(kind, label, count) for kind, label, count in counts if count]
+
+
+def _moved(figures: Figures) -> str:
+    """What reused tokens are called that didn't come from a prefix cache."""
+    return "blended" if figures.policy else "reused"
 
 
 def token_bar(figures: Figures) -> str:
@@ -69,6 +71,24 @@ def token_bar(figures: Figures) -> str:
         f"{_strip(figures.spans)}"
         f'<div class="ka-legend">{legend}</div>'
     )
+
+
+MISS_REASONS = {
+    "never_seen": "never seen before",
+    "other_salt": "stored without this salt",
+    "other_model": "stored by another model",
+    "evicted": "no longer in the store",
+    "store_down": "the store didn't answer",
+    "boundary_inside_token": "begins or ends inside a token",
+    "too_short": "too short",
+    "mostly_new": "after too much new text",
+}
+
+
+def misses_line(figures: Figures) -> str:
+    """Why chunks weren't reused; empty where all were."""
+    told = ", ".join(f"{count:,} {MISS_REASONS.get(reason, reason)}" for reason, count in figures.misses)
+    return f'<div class="ka-misses" data-testid="misses">Chunks not reused: {escape(told)}</div>' if told else ""
 
 
 def _strip(spans: Sequence[Span]) -> str:
@@ -106,15 +126,32 @@ class Figure:
         return "–" if self.value is None else f"{self.value:,.{self.digits}f}{self.unit}"
 
 
-def answer_html(answer: Answer) -> str:
-    """The pane without its place on the page; changes whenever the answer does."""
-    name = escape(answer.contender.name)
+def answer_html(
+    answer: Answer, note: str = "", exact: Answer | None = None, as_row: bool = False, side: str = ""
+) -> str:
+    """The pane without its place on the page; changes whenever the answer does. `note` is about its prompt, `exact` the
+    answer that this one is compared with, `side` what it was called in a blind turn.
+    """
+    shown = answer_tokens_html(answer.figures.tokens) or escape(answer.text.lstrip())
+    name, difference = escape(answer.contender.name), difference_html(answer, exact) if exact else ""
+    named = f"{answer.contender.icon} {answer.contender.title}".strip()
+    row, title = " ka-row" if as_row else "", f"{side}: {named}" if side else named
     return (
-        f'<div class="ka-pane ka-state-{answer.state}" data-testid="pane-{name}" data-state="{answer.state}">'
-        f'<div class="ka-pane-head"><b>{escape(answer.contender.title)}</b>{_badges(answer)}</div>'
-        f'<div class="ka-answer ka-text" data-testid="answer-{name}">{escape(answer.text.lstrip())}'
+        f'<div class="ka-pane ka-state-{answer.state}{row}" data-testid="pane-{name}" data-state="{answer.state}">'
+        f'<div class="ka-pane-head"><b>{escape(title)}</b>{_badges(answer)}</div><div>'
+        f'<div class="ka-answer ka-text" data-testid="answer-{name}">{shown}'
         f"{'<i class=ka-cursor></i>' if answer.state == 'streaming' else ''}</div>"
-        f"{_notice(answer)}{_figures_html(answer)}</div>"
+        f"{difference}{_notice(answer)}{_note_html(note)}</div><div>{_figures_html(answer)}</div></div>"
+    )
+
+
+def blind_html(side: str, answer: Answer, can_vote: bool) -> str:
+    """A side of a blind turn: the text alone, and that only when all are there, for the first to come would tell."""
+    shown = escape(answer.text.strip()) or "<i>no text</i>"
+    return (
+        f'<div class="ka-pane" data-testid="pane-{side}" data-state="{"done" if can_vote else "waiting"}">'
+        f'<div class="ka-pane-head"><b>{side}</b></div>'
+        f'<div class="ka-answer ka-text" data-testid="answer-{side}">{shown if can_vote else "…"}</div></div>'
     )
 
 
@@ -133,7 +170,7 @@ def _way(figures: Figures) -> str:
     """How the contender reused, where there are several ways."""
     if figures.task and figures.task.similarity is not None:
         return f" · {figures.task.mode}"
-    if not figures.policy:
+    if not figures.policy or not figures.approximate:
         return ""
     return f" · {figures.policy}" + ("" if figures.ratio is None else f" {figures.ratio:.0%}")
 
@@ -156,6 +193,29 @@ def _notice(answer: Answer) -> str:
     return ""
 
 
+def difference_html(answer: Answer, exact: Answer) -> str:
+    """Whether this answer is the exact one, else from where on it isn't and how."""
+    if answer is exact or answer.state != "done":
+        return ""
+    name, title = escape(answer.contender.name), escape(exact.contender.title)
+    difference = first_difference(answer.text, exact.text)
+    if difference is None:
+        return f'<div class="ka-same" data-testid="difference-{name}">Same answer as {title}</div>'
+    number, ours, theirs = (escape(str(part)) for part in difference)
+    word = f"“{ours or '(end)'}” in place of “{theirs or '(end)'}”"
+    at = first_token_difference(answer.figures.tokens, exact.figures.tokens)
+    token = "" if at is None else f", token {at}"
+    return (
+        f'<div class="ka-differs" data-testid="difference-{name}">'
+        f"Differs from {title} from word {number}{token} on: {word}"
+        f'<div class="ka-text">{diff_html(answer.text.strip(), exact.text.strip())}</div></div>'
+    )
+
+
+def _note_html(note: str) -> str:
+    return f'<div class="ka-notice ka-prompt-note" data-testid="prompt-note">{escape(note)}</div>' if note else ""
+
+
 def _figures_html(answer: Answer) -> str:
     figures = answer.figures
     if figures.first_token_ms is None:
@@ -167,10 +227,10 @@ def _figures_html(answer: Answer) -> str:
     ]
     small = [
         Figure("num_prompt_tokens", "prompt tokens", figures.num_prompt_tokens),
-        Figure("num_reused_tokens", "reused", figures.num_reused_tokens),
+        Figure("num_prefix_tokens", "from prefix cache", figures.num_prefix_tokens),
+        Figure("num_moved_tokens", _moved(figures), figures.num_moved_tokens),
         Figure("num_recomputed_tokens", "recomputed", figures.num_recomputed_tokens),
         Figure("num_computed_tokens", "computed", figures.num_computed_tokens),
-        Figure("num_prefix_tokens", "prefix-cached", figures.num_prefix_tokens),
         Figure("num_output_tokens", "output tokens", figures.num_output_tokens),
     ]
     return (
@@ -179,6 +239,7 @@ def _figures_html(answer: Answer) -> str:
         f'<div class="ka-figures ka-large">{"".join(map(_figure_html, large))}</div>'
         f'<div class="ka-figures ka-small">{"".join(map(_figure_html, small))}</div>'
         f"{token_bar(figures)}"
+        f"{misses_line(figures)}"
     )
 
 
@@ -191,57 +252,117 @@ def _figure_html(figure: Figure) -> str:
 
 
 TICK_S = 0.08
+MAX_PANES = 3
+"""More contenders than these are drawn as rows."""
 
 
 class TurnView:
     """A turn's place on the page; `draw` brings it up to date."""
 
-    def __init__(self, turn: Turn, key: str) -> None:
-        self.turn = turn
+    def __init__(self, turn: Turn, key: str, notes: Mapping[str, str]) -> None:
+        """`notes` are on the contenders' prompts."""
+        self.turn, self._notes = turn, notes
+        self._as_rows = len(turn.answers) > MAX_PANES
         with st.container(key=key):
             self._speed = st.empty()
-            columns = st.columns(max(len(turn.answers), 1))
-            self._panes: list[DeltaGenerator] = [column.empty() for column in columns]
+            with st.container(key=f"panes-{key}"):
+                places = [st] * len(turn.answers) if self._as_rows else st.columns(max(len(turn.answers), 1))
+                self._panes: list[DeltaGenerator] = [place.empty() for place in places]
+            self._waterfall = st.empty()
 
     def draw(self, only_live: bool = False) -> None:
+        if self.turn.is_blind:
+            for pane, (side, answer) in zip(self._panes, self.turn.sides(), strict=True):
+                pane.html(blind_html(side, answer, self.turn.can_vote))
+            return
         if html := speed_html(self.turn):
             self._speed.html(html)
-        for pane, answer in zip(self._panes, self.turn.answers.values(), strict=False):
+        if html := waterfall_html(_rows(self.turn)):
+            self._waterfall.html(html)
+        for pane, (side, answer) in zip(self._panes, self.turn.sides(), strict=True):
             if not (only_live and answer.over):
-                pane.html(answer_html(answer))
+                note = self._notes.get(answer.contender.name, "")
+                pane.html(answer_html(answer, note, exact_answer(self.turn), self._as_rows, side))
 
 
-def draw_turns(opened: OpenChat) -> TurnView | None:
-    """Every turn of the chat; the view of the live one, if there is one."""
+def _rows(turn: Turn) -> list[Row]:
+    return [
+        Row(
+            one.contender.name,
+            one.contender.title,
+            one.figures.first_token_ms,
+            one.figures.total_ms or 0.0,
+            one.figures.stages,
+        )
+        for one in turn.answers.values()
+        if one.figures.first_token_ms is not None
+    ]
+
+
+NUM_DRAWN = 8
+"""Turns that are drawn unless all are wanted: a script run draws them anew, so a long chat would make clicks slow."""
+
+
+def draw_turns(
+    opened: OpenChat, below: Callable[[Chat, int], None] = lambda chat, index: None, below_live: bool = False
+) -> TurnView | None:
+    """The chat's last turns, or all where that is wanted; the view of the live one, if there is one. `below` draws what
+    stands under each of them, or each but the live one.
+    """
     chat, live = opened.chat, None
-    for index, turn in enumerate(chat.turns):
+    first = _first_drawn(chat)
+    for index, turn in enumerate(chat.turns[first:], start=first):
         if chat.begins_context(index):
             st.html(_divider_html(chat, index))
+        if turn.repeats is not None:
+            st.html(f'<div class="ka-divider" data-testid="again">{chat.again_text(index)}</div>')
         is_live = opened.run is not None and opened.run.turn is turn
         st.html(f'<div class="ka-question ka-text" data-testid="question">{escape(turn.question)}</div>')
-        view = TurnView(turn, f"turn-{index}")
+        view = TurnView(turn, f"turn-{index}", _prompt_notes(chat, index))
         view.draw()
         if is_live:
             live = view
+        if below_live or not is_live:
+            below(chat, index)
     return live
+
+
+def _first_drawn(chat: Chat) -> int:
+    num_earlier = len(chat.turns) - NUM_DRAWN
+    if num_earlier <= 0 or st.toggle(f"Show all {len(chat.turns)} turns", key=f"all-turns-{chat.key}"):
+        return 0
+    return num_earlier
+
+
+def _prompt_notes(chat: Chat, index: int) -> dict[str, str]:
+    """Says whose prompt lacks earlier turns that others' have."""
+    missed = chat.missed(index)
+    return {
+        name: f"Another prompt than the others': {count} earlier turn{'' if count == 1 else 's'} of this conversation "
+        f"{'is' if count == 1 else 'are'} not in it."
+        for name, count in missed.items()
+        if count
+    }
 
 
 def watch(opened: OpenChat, run: Run, view: TurnView, also: Callable[[], None] = lambda: None) -> None:
     """Draws a run until it is over, then the page anew; `also` draws whatever else changes meanwhile.
 
     A click elsewhere on the page ends this script run but not the answers: the next script run goes on watching.
-    When the page itself goes, its workers are stopped. Either reaches this loop as an exception out of `view.draw`.
+    When the last page that watches goes, its workers are stopped. Either reaches this loop as an exception out of
+    `view.draw`.
     """
+    watcher = str(st.session_state.setdefault("watcher", uuid.uuid4().hex))
+    run.watchers.add(watcher)
     try:
         while run.advance():
             view.draw(only_live=True)
             also()
             time.sleep(TICK_S)
     except StopException:
-        opened.stop()
+        opened.leave(watcher)
         raise
-    if opened.run is run:
-        opened.run = None
+    opened.end(run)
     st.rerun()
 
 
@@ -256,7 +377,7 @@ def speed_html(turn: Turn) -> str:
     small = f'<small data-testid="prefix-note">{escape(note)}</small>' if note else ""
     first = min(answers, key=lambda answer: answer.figures.first_token_ms or 0.0)
     return (
-        f'<div class="ka-speed" data-testid="speed-up" data-winner="{escape(first.contender.name)}">'
+        f'<div class="ka-one-sample" data-testid="speed-up" data-winner="{escape(first.contender.name)}">'
         f"{escape(line)}{small}</div>"
     )
 

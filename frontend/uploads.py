@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from chat_session import ChatSession
 from kvarena.client import ChunkOutcome
@@ -62,6 +63,24 @@ class Upload:
 def upload_key(name: str, data: bytes) -> str:
     """The same file dropped twice is one upload."""
     return hashlib.sha256(name.encode("utf-8", "surrogatepass") + b"\0" + data).hexdigest()[:16]
+
+
+def save_document(document: Document, folder: Path) -> Path:
+    """Writes its text into the data folder, under its own name with a number where there is such a file.
+
+    Raises `OSError`.
+    """
+    stem = PurePosixPath(document.path.replace("\\", "/")).stem.lstrip(".") or "document"
+    text = "\n\n".join(document.parts)
+    for number in itertools.count(1):
+        path = folder / f"{stem}{f' {number}' if number > 1 else ''}.txt"
+        try:
+            with path.open("x", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("numbers don't end")
 
 
 def read_upload(name: str, data: bytes, splitter: Splitter) -> Document:

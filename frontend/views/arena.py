@@ -5,19 +5,37 @@ A script run reads the choices, draws the context and the chat, and then watches
 
 from __future__ import annotations
 
+import dataclasses
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
 import streamlit as st
 
 import state
-from chat import Context
+from chat import Answer, Chat, Context, Turn
 from contender_api import ContenderError
-from context_view import TokenCount, context_html, summary
+from context_lengths import BENCHMARK as LENGTHS_BENCHMARK
+from context_lengths import note_of
+from context_view import TokenCount, context_html, num_fitting, summary
 from examples import Example, follow_ups, load_examples
-from question_box import asked_question, draw_question_box, put_question
+from export import draw_copies, draw_export
+from question_box import draw_notices, draw_question_box, literal, put_question, take_asked, waiting_question
+from result_picker import measured_results
 from runs import OpenChat, Run
+from servers_view import Watched, server_html
+from settings import Service
 from sidebar import ArenaChoices, choose_chunks, draw_arena_sidebar
+from tokens import Source, kinds_of, tokens_html
 from turns_view import draw_turns, watch
+from verdict import verdict_html
+from vote_view import draw_ballot, draw_tally, vote_text
 
 NUM_EXAMPLES = 4
+NUM_TOKEN_COLUMNS = 3
+ROOM_FOR_QUESTION = 64  # tokens
+WATCH_S = 1.0
 
 
 def main() -> None:
@@ -30,44 +48,153 @@ def main() -> None:
         st.stop()
     if notice := state.page_settings().notice:
         st.info(notice)
-    draw_context(choices.context)
+    draw_notices(opened)
+    verdict = st.container(key="verdict")
+    draw_context(opened.chat, choices)
     ask(opened, choices)
     if not opened.chat.turns:
-        draw_examples()
-    view = draw_turns(opened)
+        draw_examples(opened.chat)
+    else:
+        with st.container(horizontal=True):
+            draw_export(opened.chat)
+            draw_tally(opened.chat)
+    if html := verdict_html([turn for turn in opened.chat.turns if not turn.is_blind], measured_note):
+        verdict.html(html)
+    drawers: list[LiveDrawer] = []
+    view = draw_turns(opened, below=lambda _, index: draw_below(opened, index, drawers), below_live=True)
     draw_follow_ups(opened, choices)
     draw_input(opened, choices)
-    if opened.run and view:
-        watch(opened, opened.run, view)
+    if (run := opened.run) and view and view.turn is run.turn:
+        watch(opened, run, view, also=lambda: keep_up(drawers))
+
+
+def measured_note(answer: Answer) -> str:
+    """Of the newest measurement over context lengths that says something of its contender and setting."""
+    model = str(answer.request.get("model", ""))
+    notes = (note_of(result, answer.contender, answer.figures, model) for result in measured_results(LENGTHS_BENCHMARK))
+    return next((note for note in notes if note), "")
 
 
 def ask(opened: OpenChat, choices: ArenaChoices) -> None:
-    """Turns the question that was typed or clicked into a run, with the choices that are on the page now."""
-    question = asked_question()
-    if question and choices.sessions and not opened.busy:
-        opened.run = Run.of_question(
-            opened.chat,
-            choices.context,
-            question,
-            choices.sessions,
-            choices.sampling,
-            choices.in_sequence,
+    """Turns the question that was typed or clicked into a run, with the choices that are on the page now. What comes
+    while another is under way, in this tab or in another, waits for it.
+    """
+    if not choices.sessions or opened.busy:
+        return
+    if question := waiting_question(opened.chat):
+        take_asked(opened, lambda: _shuffled(_question(opened.chat, choices, question), choices), choices.draft)
+    elif waits_to_repeat(opened.chat):
+        _, index, kind = st.session_state[AGAIN]
+        if opened.begin(lambda: _shuffled(_repeat(opened.chat, choices, index, kind), choices)):
+            del st.session_state[AGAIN]
+
+
+def _shuffled(run: Run, choices: ArenaChoices) -> Run:
+    if choices.blind:
+        run.turn.shuffle()
+    return run
+
+
+def _question(chat: Chat, choices: ArenaChoices, question: str) -> Run:
+    return Run.of_question(chat, choices.context, question, choices.sessions, choices.sampling, choices.in_sequence)
+
+
+AGAIN = "again"
+REPEATS = {
+    "same": ("Ask again", "The same prompt and settings. A prefix cache has it now."),
+    "order": ("In a new order", "The same chunks, shuffled, so that a prefix cache no longer helps."),
+    "settings": ("With the settings on the left", "The same prompt, with the sidebar's current settings."),
+}
+
+
+def draw_again(chat: Chat, index: int) -> None:
+    for kind, (label, help_text) in REPEATS.items():
+        st.button(
+            label,
+            key=f"again-{kind}-{index}",
+            type="tertiary",
+            help=help_text,
+            disabled=kind == "order" and len(chat.turns[index].context.chunks) < 2,
+            on_click=_take_again,
+            args=[chat, index, kind],
         )
 
 
+def _take_again(chat: Chat, index: int, kind: str) -> None:
+    st.session_state[AGAIN] = (chat.key, index, kind)
+
+
+def waits_to_repeat(chat: Chat) -> bool:
+    """Whether a turn of this chat is to be asked again and isn't under way yet."""
+    return bool(st.session_state.get(AGAIN, ("",))[0] == chat.key)
+
+
+def _repeat(chat: Chat, choices: ArenaChoices, index: int, kind: str) -> Run:
+    turn = chat.turns[index]
+    context = shuffled(turn.context) if kind == "order" else turn.context
+    sampling = choices.sampling if kind == "settings" else turn.sampling
+    return Run.of_repeat(chat, index, context, choices.sessions, sampling, choices.in_sequence)
+
+
+def shuffled(context: Context) -> Context:
+    """Another order of its chunks, never the same one. Wants two different ones."""
+    while (other := tuple(random.sample(context.chunks, len(context.chunks)))) == context.chunks:
+        pass
+    return dataclasses.replace(context, chunks=other)
+
+
 def draw_input(opened: OpenChat, choices: ArenaChoices) -> None:
+    if waits_to_repeat(opened.chat):
+        st.caption("Next in line: a repeat")
     if opened.chat.turns and not opened.busy and not opened.chat.continues(choices.context):
         st.caption("The context has changed: the next question starts a new conversation over it.")
-    placeholder = "Ask about the chunks" if choices.sessions else "Choose a contender first"
+    asked = {0: "Choose a contender first", 1: "Ask a question...", 2: "Ask a question to both LLMs..."}
+    placeholder = asked.get(len(choices.sessions), "Ask a question to all LLMs...")
     draw_question_box(opened, placeholder, enabled=bool(choices.sessions))
 
 
-def draw_context(context: Context) -> None:
+def draw_context(chat: Chat, choices: ArenaChoices) -> None:
+    context = choices.context
     count, problem = _count(context)
+    if count:
+        _warn_of_length(chat, choices, count)
     with st.expander(summary(context, count), expanded=True, key="context-view"):
         st.html(context_html(context, count))
         if problem:
             st.caption(f"Tokens can't be counted now. {problem}")
+
+
+def _warn_of_length(chat: Chat, choices: ArenaChoices, count: TokenCount) -> None:
+    """Before the question: whose context is too short for it, and how many chunks would fit."""
+    said = _num_said(chat, choices.context)
+    total = max(count.total, said)
+    limits = {
+        session.contender.title: session.server.max_model_len
+        for session in choices.sessions.values()
+        if session.server and session.server.max_model_len
+    }
+    too_short = {title: limit for title, limit in limits.items() if total + ROOM_FOR_QUESTION > limit}
+    if not too_short:
+        return
+    told = ", ".join(f"{title} takes {limit:,}" for title, limit in too_short.items())
+    what = "conversation" if said > count.total else "context"
+    st.warning(f"The {what} has {total:,} tokens, and a question comes on top: {told}. It is refused there.")
+    fitting = num_fitting(count, min(too_short.values()) - ROOM_FOR_QUESTION)
+    num_chunks = len(choices.context.chunks)
+    if fitting < num_chunks:
+        st.button(
+            f"Drop the last {num_chunks - fitting} chunks" if num_chunks - fitting > 1 else "Drop the last chunk",
+            key="drop-chunks",
+            on_click=choose_chunks,
+            args=[[chunk.name for chunk in choices.context.chunks[:fitting]]],
+        )
+
+
+def _num_said(chat: Chat, context: Context) -> int:
+    """Tokens of the conversation that a question over this context goes on: the longest that a contender told."""
+    turns = chat.conversation(context)
+    figures = [answer.figures for answer in turns[-1].answers.values()] if turns else []
+    return max(((one.num_prompt_tokens or 0) + (one.num_output_tokens or 0) for one in figures), default=0)
 
 
 def _count(context: Context) -> tuple[TokenCount | None, str]:
@@ -82,7 +209,131 @@ def _count(context: Context) -> tuple[TokenCount | None, str]:
     return None, problem
 
 
-def draw_examples() -> None:
+def draw_below(opened: OpenChat, index: int, drawers: list[LiveDrawer]) -> None:
+    """The vote on a blind turn; then how to ask it again, and what is shown of it when it is wanted. While a turn is
+    under way that is the servers alone, at the place that they have afterwards; of a blind turn they would tell who is
+    who.
+    """
+    chat, turn = opened.chat, opened.chat.turns[index]
+    is_live = opened.run is not None and opened.run.turn is turn
+    if turn.is_blind:
+        if not is_live:
+            draw_ballot(opened, index)
+        return
+    if turn.vote:
+        st.caption(f"Your vote: {vote_text(turn, turn.vote)}")
+    with st.container(horizontal=True, key=f"again-{index}"):
+        if not is_live:
+            draw_again(chat, index)
+    known = [answer for name, answer in turn.answers.items() if name in state.chat_sessions() and not is_live]
+    answers = [answer for answer in known if answer.figures.num_prompt_tokens is not None]
+    with st.container(horizontal=True):
+        servers = st.toggle("See the servers", key=f"servers-{chat.key}-{index}")
+        tokens = bool(answers) and st.toggle("What was reused, token by token", key=f"tokens-{chat.key}-{index}")
+        copies = not is_live and draw_copy_switch(chat, index)
+    if servers:
+        draw_drawer(opened, index, drawers)
+    if tokens:
+        draw_tokens(chat, index, answers)
+    if copies:
+        draw_copies(chat, index)
+
+
+def draw_copy_switch(chat: Chat, index: int) -> bool:
+    return st.toggle("Copy", key=f"copy-{chat.key}-{index}", help="The answers and the requests, as text.")
+
+
+def draw_drawer(opened: OpenChat, index: int, drawers: list[LiveDrawer]) -> None:
+    """No fragment runs while a question is under way: whoever watches it keeps `drawers` up to date."""
+    chat = opened.chat
+    wanted = st.text_input("Only figures with", key=f"wanted-{chat.key}-{index}", placeholder="_ms")
+    if opened.busy:
+        drawers.append(LiveDrawer(chat.turns[index], wanted))
+    else:
+        draw_servers(chat.turns[index], wanted)
+
+
+def ask_servers(turn: Turn) -> list[tuple[Service, Future[Watched]]]:
+    """What the contenders of a turn do, and the LMCache server behind them."""
+    sessions = [session for name, session in state.chat_sessions().items() if name in turn.answers]
+    return [
+        *((session.contender, session.watch(turn.request_id)) for session in sessions),
+        *((session.server, session.watch()) for session in state.store_sessions()),
+    ]
+
+
+def servers_html(asked: Sequence[tuple[Service, Future[Watched]]], wanted: str) -> str:
+    """Waits for all of them. `wanted`: which of a line's figures are shown."""
+    cards = []
+    for server, future in asked:
+        watched, problem = None, ""
+        try:
+            watched = future.result()
+        except ContenderError as error:
+            problem = str(error)
+        cards.append(server_html(server.name, server.title, watched, problem, wanted))
+    return f'<div class="ka-servers">{"".join(cards)}</div>'
+
+
+@st.fragment(run_every=WATCH_S)
+def draw_servers(turn: Turn, wanted: str) -> None:
+    st.html(servers_html(ask_servers(turn), wanted))
+
+
+class LiveDrawer:
+    """The servers while a question is under way. It never waits: the answers go on."""
+
+    def __init__(self, turn: Turn, wanted: str) -> None:
+        self._turn, self._wanted = turn, wanted
+        self._place = st.empty()
+        self._ask()
+
+    def _ask(self) -> None:
+        self._asked, self._is_drawn = ask_servers(self._turn), False
+        self._due_s = time.monotonic() + WATCH_S
+
+    def keep_up(self) -> None:
+        """Draws what has come, and asks again when it is time."""
+        if not all(future.done() for _, future in self._asked):
+            return
+        if not self._is_drawn:
+            self._place.html(servers_html(self._asked, self._wanted))
+            self._is_drawn = True
+        if time.monotonic() > self._due_s:
+            self._ask()
+
+
+def keep_up(drawers: Sequence[LiveDrawer]) -> None:
+    for drawer in drawers:
+        drawer.keep_up()
+
+
+def draw_tokens(chat: Chat, index: int, answers: list[Answer]) -> None:
+    """Each contender's prompt of a turn, coloured by where its KV came from."""
+    for start in range(0, len(answers), NUM_TOKEN_COLUMNS):
+        for answer, column in zip(answers[start:], st.columns(min(len(answers), NUM_TOKEN_COLUMNS)), strict=False):
+            with column:
+                try:
+                    st.html(_tokens_html(chat, index, answer))
+                except ContenderError as error:
+                    st.caption(str(error))
+
+
+def _tokens_html(chat: Chat, index: int, answer: Answer) -> str:
+    """Raises `ContenderError`."""
+    turn, figures = chat.turns[index], answer.figures
+    session = state.chat_sessions()[answer.contender.name]
+    tokens = state.prompt_tokens(session, chat.asked(index, answer.contender.name))
+    places = []
+    for chunk, span in zip(turn.context.chunks, state.token_count(session, turn.context).spans, strict=True):
+        if span.start is not None and span.end is not None:
+            places += [(span.start, chunk.name), (span.end, "")]
+    sources = [Source(span.start, span.end, span.source) for span in figures.spans]
+    sources += [Source(start, end, "recomputed") for start, end in figures.recomputed or ()]
+    return tokens_html(answer.contender.title, tokens, kinds_of(len(tokens), sources), places, figures.scores)
+
+
+def draw_examples(chat: Chat) -> None:
     examples = load_examples(state.page_settings().data_dir, state.chunk_files().keys())
     if not examples:
         st.caption("Pick chunks on the left, then ask below.")
@@ -90,11 +341,11 @@ def draw_examples() -> None:
     st.caption("Pick chunks on the left and ask below, or begin with one of these; it brings its chunks along.")
     for index, (column, example) in enumerate(zip(st.columns(NUM_EXAMPLES), examples, strict=False)):
         column.button(
-            example.question,
+            literal(example.question),
             key=f"example-{index}",
             width="stretch",
             on_click=_take_example,
-            args=[example],
+            args=[chat, example],
         )
 
 
@@ -105,12 +356,18 @@ def draw_follow_ups(opened: OpenChat, choices: ArenaChoices) -> None:
     asked = [turn.question for turn in opened.chat.conversation(choices.context)]
     found = follow_ups(state.page_settings().data_dir, state.chunk_files().keys(), asked)[:NUM_EXAMPLES]
     for index, (column, question) in enumerate(zip(st.columns(NUM_EXAMPLES), found, strict=False)):
-        column.button(question, key=f"follow-up-{index}", width="stretch", on_click=put_question, args=[question])
+        column.button(
+            literal(question),
+            key=f"follow-up-{index}",
+            width="stretch",
+            on_click=put_question,
+            args=[opened.chat, question],
+        )
 
 
-def _take_example(example: Example) -> None:
+def _take_example(chat: Chat, example: Example) -> None:
     choose_chunks(example.chunks)
-    put_question(example.question)
+    put_question(chat, example.question)
 
 
 main()

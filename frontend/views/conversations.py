@@ -6,19 +6,27 @@ Draws only; `chat_session.py` does all HTTP.
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 
 import streamlit as st
 
 import state
-from question_box import asked_question, draw_question_box
+from contender_api import ContenderError
+from export import draw_export
+from question_box import draw_notices, draw_question_box, put_question, take_asked, waiting_question
 from runs import OpenChat, Run
+from settings import SLOTS_CONTENDER
 from sidebar import ConversationChoices, draw_conversation_sidebar
-from slots import CACHED, SlotChat
-from slots_view import SlotsView
+from slots import CACHED, NextTopic, SlotChat, topic_name
+from slots_view import FORETELL_S, SlotsView, foretold_topic, next_topic_html
 from turns_view import draw_turns, watch
 
-START_COMMAND = "./run-server.sh --contenders ai100"
+START_COMMAND = f"./run-server.sh --contenders {SLOTS_CONTENDER}"
 NUM_HISTORY_LINES = 3
+SERVER_CHOOSES = "The server finds it"
+FORCED, CHOSEN = "forced-topic", "chosen-topic"
+TOPIC_WIDTH_PX = 220
+typed_text = st.components.v2.component("typed_text", js=(Path(__file__).parent.parent / "typed.js").read_text())
 
 
 def main() -> None:
@@ -31,28 +39,130 @@ def main() -> None:
         st.stop()
     chat = opened.chat
     assert isinstance(chat, SlotChat)
+    draw_notices(opened)
     ask(opened, chat, choices)
     slots = draw_slots(opened, chat) if choices.is_up else None
     if slots is None:
         draw_not_running()
-    view = draw_turns(opened)
-    draw_question_box(opened, "Ask, change the topic, and come back to it", enabled=choices.is_up)
-    if opened.run and view:
-        watch(opened, opened.run, view, also=slots.follow if slots else lambda: None)
+    if chat.turns:
+        draw_export(chat, "conversation")
+    view = draw_turns(opened, below=lambda chat, index: draw_topic(opened, index))
+    message = _message_key(chat)
+    if choices.is_up and not opened.busy and not waiting_question(chat):
+        _carry_choice(chat, message)
+        with st.bottom:
+            draw_next_topic(chat, choices, message)
+    placeholder = "Ask, change the topic, and come back to it"
+    draw_question_box(opened, placeholder, enabled=choices.is_up, on_ask=lambda: _keep_choice(message))
+    if (run := opened.run) and view and view.turn is run.turn:
+        watch(opened, run, view, also=slots.follow if slots else lambda: None)
 
 
 def ask(opened: OpenChat, chat: SlotChat, choices: ConversationChoices) -> None:
-    question = asked_question()
+    question = waiting_question(chat)
     if question and choices.is_up and not opened.busy:
-        sampling = choices.sampling(chat.name(choices.context))
-        opened.run = Run.of_question(
-            chat,
-            choices.context,
-            question,
-            choices.sessions,
-            sampling,
-            choices.in_sequence,
+        sampling = choices.sampling(chat.name(choices.context), st.session_state.get(FORCED, ""))
+        context, sessions, in_sequence = choices.context, choices.sessions, choices.in_sequence
+
+        def make_run() -> Run:
+            return Run.of_question(chat, context, question, sessions, sampling, in_sequence)
+
+        if take_asked(opened, make_run, choices.draft):
+            st.session_state.pop(FORCED, None)
+
+
+@st.fragment(run_every=FORETELL_S)
+def draw_next_topic(chat: SlotChat, choices: ConversationChoices, message: str) -> None:
+    """Where the message that is being typed would go, and another topic in its place, if one is chosen."""
+    text = typed_text(key=f"typed-{message}", default={"text": ""}, on_text_change=lambda: None)["text"]
+    topics = chat.topics()
+    with st.container(horizontal=True, vertical_alignment="center", key="next-topic"):
+        place = st.empty()
+        st.selectbox(
+            "The next message's topic",
+            [SERVER_CHOOSES, *topics],
+            key=_choice_key(message),
+            accept_new_options=True,
+            label_visibility="collapsed",
+            width=TOPIC_WIDTH_PX,
+            help="Choose a topic of this conversation, or write a new one.",
         )
+        chosen = _chosen_topic(message)
+        st.session_state[CHOSEN] = chat.key, chosen
+        if chosen:
+            place.html(next_topic_html(NextTopic(chosen, chosen not in topics), is_chosen=True))
+        else:
+            place.html(_foretold_html(chat, choices, text))
+
+
+def _foretold_html(chat: SlotChat, choices: ConversationChoices, text: str) -> str:
+    if not text:
+        return next_topic_html(None)
+    session = next(iter(choices.sessions.values()))
+    messages = chat.messages(session.contender.name, choices.context, text)
+    try:
+        return next_topic_html(foretold_topic(session, messages, chat.name(choices.context)))
+    except ContenderError as error:
+        return next_topic_html(None, str(error))
+
+
+def _message_key(chat: SlotChat) -> str:
+    """Of the controls that are for one message: after each turn they begin anew. As they were drawn, for another page
+    may go on with the chat before the message is sent.
+    """
+    return f"{chat.key}-{chat.turns[-1].request_id if chat.turns else ''}"
+
+
+def _choice_key(message: str) -> str:
+    return f"next-topic-{message}"
+
+
+def _chosen_topic(message: str) -> str:
+    """Empty: the server finds it."""
+    wanted = st.session_state.get(_choice_key(message))
+    return "" if wanted in (None, SERVER_CHOOSES) else topic_name(wanted)
+
+
+def _carry_choice(chat: SlotChat, message: str) -> None:
+    """What is typed stays in the box when another page goes on with the chat, and so does the topic chosen for it."""
+    chat_key, chosen = st.session_state.get(CHOSEN, ("", ""))
+    if chosen and chat_key == chat.key:
+        st.session_state.setdefault(_choice_key(message), chosen)
+
+
+def _keep_choice(message: str) -> None:
+    """For the message that was just sent, which may have to wait."""
+    st.session_state[FORCED] = _chosen_topic(message)
+    st.session_state.pop(CHOSEN, None)
+
+
+def draw_topic(opened: OpenChat, index: int) -> None:
+    """The last message's topic, which can be corrected: the message is then asked again in the other one."""
+    chat = opened.chat
+    assert isinstance(chat, SlotChat)
+    turns = [answer.figures.slot_turn for answer in chat.turns[index].answers.values()]
+    topic = next((turn.topic for turn in turns if turn), None)
+    if topic is None or index + 1 < len(chat.turns):
+        return
+    key = f"topic-{chat.key}-{index}-{topic}"
+    topics = list(dict.fromkeys([topic, *chat.topics()]))
+    st.selectbox(
+        "Topic",
+        topics,
+        key=key,
+        accept_new_options=True,
+        on_change=_correct_topic,
+        args=[opened, chat, index, key],
+        help="Choose another one, or write a new one, and the message is asked again in it.",
+    )
+
+
+def _correct_topic(opened: OpenChat, chat: SlotChat, index: int, key: str) -> None:
+    """Of the last message only: another page may have gone on meanwhile."""
+    topic = topic_name(st.session_state[key] or "")
+    if topic and index + 1 == len(chat.turns) and not opened.busy:
+        st.session_state[FORCED] = topic
+        put_question(chat, chat.take_back().question)
 
 
 def draw_slots(opened: OpenChat, chat: SlotChat) -> SlotsView:
@@ -69,7 +179,7 @@ def draw_slots(opened: OpenChat, chat: SlotChat) -> SlotsView:
 
 def draw_not_running() -> None:
     st.info(
-        "This page needs the contender ai100, which isn't running. Start it alone, or name it beside others:",
+        f"This page needs the contender {SLOTS_CONTENDER}, which isn't running. Start it alone or with others:",
         icon=":material/power_off:",
     )
     st.code(START_COMMAND, language="sh")
@@ -81,9 +191,10 @@ def _saved_html(chat: SlotChat) -> str:
         return ""
     turns = f"{saved.num_turns} turn{'' if saved.num_turns == 1 else 's'}"
     attributes = f'data-ms="{saved.first_token_ms:.1f}" data-tokens="{saved.num_tokens}"'
-    effect = f"{'saved' if saved.first_token_ms >= 0 else 'cost'} {abs(saved.first_token_ms) / 1000:,.2f} s"
+    is_loss = saved.first_token_ms < 0
+    effect = f"{'cost' if is_loss else 'saved'} {abs(saved.first_token_ms) / 1000:,.2f} s"
     return (
-        f'<div class="ka-speed" data-testid="saved" {attributes}>Slots {effect} '
+        f'<div class="ka-speed{" ka-loss" if is_loss else ""}" data-testid="saved" {attributes}>Slots {effect} '
         f"until the first tokens of {turns}, and saved the prefill of {saved.num_tokens:,} tokens</div>"
     )
 

@@ -1,14 +1,25 @@
-"""Quality: how good the answers of each variant are, and how soon they begin. Draws result files, asks nobody."""
+"""Quality: how good the answers of each variant are, and how soon they begin; and what every other result file has.
+
+Draws result files, asks nobody.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from eval_charts import recomputed_chart, time_chart
-from eval_results import ALL_KINDS, ALL_QUESTIONS, EvalResult, Variant
-from eval_tables import Metric, answer_table, lines, metrics_of, points, problems, summary, table, variant_name
-from result_picker import pick_result
+import state
+from comparing import comparison
+from eval_results import ALL_KINDS, ALL_QUESTIONS, BENCHMARK, EvalResult, Variant, read_eval
+from eval_tables import Metric, answer_table, metrics_of, problems, summary, table, variant_name
+from kvarena import panels
+from panel_charts import draw_panels
+from question_box import literal
+from result_picker import UPLOADED, Opened, pick_result
 
 NUM_ANSWER_COLUMNS = 4
 SUBSET_TITLES = {ALL_QUESTIONS: "all", "answered": "full prefill right"}
@@ -42,28 +53,76 @@ HELP = {
 def main() -> None:
     st.html('<div class="ka-title">Quality<small>what reused KV costs in answers, and buys in time</small></div>')
     try:
-        result = pick_result()
+        picked = pick_result()
     except ValueError as error:  # of the settings
         st.error(str(error))
         st.stop()
-    if result is None:
+    if picked is None:
         st.stop()
+    place = st.empty()
+    chosen, other = picked
+    if chosen.benchmark == BENCHMARK:
+        draw_eval(chosen, other)
+    else:
+        st.caption(panels.summary(chosen.result))
+        if other:
+            draw_comparison(chosen, other)
+        draw_panels(panels.panels_of(chosen.result))
+        draw_rows(chosen.result)
+    state.send_links()
+    draw_unknown(place)
+
+
+def draw_unknown(place: DeltaGenerator) -> None:
+    """Of the page's address. A file from elsewhere doesn't outlast a reload."""
+    unknown = state.unknown_links()
+    told = ["The file from elsewhere has to be opened again." for one in unknown if one.linked == UPLOADED]
+    told += [
+        f"{one.label}: the page's address names {literal(one.linked)}, which isn't here."
+        for one in unknown
+        if one.linked != UPLOADED
+    ]
+    if told:
+        place.warning(" ".join(told), icon=":material/link_off:")
+
+
+def draw_eval(chosen: Opened, other: Opened | None) -> None:
+    result = read_eval(chosen.result)
     st.caption(summary(result))
     metric, kind, subset = choose_view(result)
-    draw_charts(result, metric, kind, subset)
+    if other:
+        draw_comparison(chosen, other, metric.key)
+    draw_charts(chosen, metric, kind, subset)
     draw_table(result, kind, subset)
     draw_answers(result, kind)
+
+
+def draw_comparison(chosen: Opened, other: Opened, metric: str = "") -> None:
+    st.caption(f"Compared with {other.title} · {panels.summary(other.result)}")
+    found = comparison(chosen.result, other.result, metric)
+    draw_panels(found)
+    if not found:
+        st.info("The two files have measured nothing in common.")
+
+
+def draw_rows(result: Mapping[str, Any]) -> None:
+    """As they are in the file, nested figures in columns of their own; a table for each `measure` where it has some."""
+    for measure, rows in panels.grouped(result["rows"], lambda row: str(row.get("measure", ""))).items():
+        st.markdown(f"**{measure.capitalize() or 'Figures'}**")
+        frame = pd.json_normalize(rows, sep=" ").dropna(axis="columns", how="all")
+        st.dataframe(frame, hide_index=True, placeholder="–", key=f"rows-{measure}")
 
 
 def choose_view(result: EvalResult) -> tuple[Metric, str, str]:
     metrics = metrics_of(result)
     subset: str | None = ALL_QUESTIONS
     for name, choices in (("metric", metrics), ("kind", result.kinds), ("subset", result.subsets)):
+        state.choose_linked(name, choices, name.capitalize())
         if st.session_state.get(name) not in choices:
             st.session_state[name] = next(iter(choices))
     left, right = st.columns(2)
     with left:
-        key = st.segmented_control(
+        key = st.pills(
             "Metric",
             list(metrics),
             format_func=lambda key: metrics[key].title,
@@ -72,34 +131,30 @@ def choose_view(result: EvalResult) -> tuple[Metric, str, str]:
             persist_state="session",
         )
     with right:
-        kind = st.segmented_control("Questions", result.kinds, required=True, key="kind", persist_state="session")
+        kind = st.pills("Questions", result.kinds, required=True, key="kind", persist_state="session")
         if len(result.subsets) > 1:
-            subset = st.segmented_control(
+            subset = st.pills(
                 "Of these",
                 result.subsets,
                 format_func=lambda subset: SUBSET_TITLES[subset],
                 required=True,
                 key="subset",
                 persist_state="session",
-                help="All, or those alone that full prefill answers right",
+                help="All questions, or only those that full prefill answers right",
             )
+    for name in ("metric", "kind", "subset"):
+        state.link(name, st.session_state[name])
     return metrics[key or next(iter(metrics))], kind or result.kinds[0], subset or ALL_QUESTIONS
 
 
-def draw_charts(result: EvalResult, metric: Metric, kind: str, subset: str) -> None:
-    records = points(result, kind, metric, subset)
-    if not records:
+def draw_charts(chosen: Opened, metric: Metric, kind: str, subset: str) -> None:
+    asked = [r for r in chosen.result["rows"] if (r["kind"], r.get("subset") or ALL_QUESTIONS) == (kind, subset)]
+    rows = panels.rows_with(asked, metric.key)
+    if not rows:
         st.info(f"This file has no figures of “{metric.title}” for these questions.")
         return
-    for column, title, chart in zip(
-        st.columns(2, gap="large"),
-        ("By what is recomputed", "By the time to the first token"),
-        (recomputed_chart(records, metric, lines(result)), time_chart(records, metric, lines(result))),
-        strict=True,
-    ):
-        with column:
-            st.markdown(f"**{title}**")
-            st.altair_chart(chart, width="stretch")
+    shown, colours = f"{kind} questions", panels.colours_in([chosen.result])
+    draw_panels([draw(rows, metric.key, shown, colours) for draw in (panels.share_panel, panels.time_panel)])
 
 
 def draw_table(result: EvalResult, kind: str, subset: str) -> None:

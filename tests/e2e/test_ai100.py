@@ -9,6 +9,7 @@ from playwright.sync_api import Page, expect
 
 from support.page_steps import answer_text, ask, expect_states, figures, pane
 from support.running_stack import Stack, started
+from support.verdicts import check_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -45,3 +46,8 @@ def test_follow_ups_prefill_their_own_tokens_and_slots_fill(page: Page) -> None:
     expect(page.get_by_test_id("slot-history")).to_contain_text("turn 2 filled slot 1: shops")
     saved = page.get_by_test_id("saved")
     assert float(saved.get_attribute("data-tokens") or 0) == sum(without - cached for cached, without in prefilled)
+
+
+def test_verdicts_are_those_of_the_table(stack: Stack) -> None:
+    with stack.client("ai100") as http:
+        check_server(http)

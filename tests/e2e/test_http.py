@@ -15,7 +15,13 @@ import psutil
 import pytest
 
 from kvarena.documents import build_messages, load_chunks, load_system_prompt
+from kvarena.policies.params import PARAMETERS, POLICIES
+from kvarena.policies.registry import REQUEST_KEYS
+from kvarena.synthetic_qa.facts import chunk_text
 from support.running_stack import Stack
+from support.salt_isolation import ask_over, assert_isolated
+from support.towns import small_town
+from support.verdicts import check_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"
@@ -57,22 +63,19 @@ def test_settings_are_told(stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"policy": "best"}, "kv_deviation, chunk_head, query_attention, random, none, all"),
+        ({"policy": "best"}, ", ".join(POLICIES)),
         ({"ratio": 1.5}, "from 0 to 1"),
         ({"ratio": "half"}, "from 0 to 1"),
         ({"check_layer": 99}, "from 0 to 5"),
         ({"run_tokens": 100_000_000}, "a number of tokens from 1 to 1024"),
-        ({"store": "yes"}, "true or false"),
+        ({"store": "yes"}, 'true, false, "all" or "scores"'),
         ({"chunks": "text"}, "list of strings"),
         ({"ratio": "auto"}, "needs max_ttft_ms"),
-        ({"policy": "auto"}, "kv_deviation, chunk_head, query_attention, random, none, all"),
+        ({"policy": "auto"}, ", ".join(POLICIES)),
         ({"max_ttft_ms": 0}, "a number above 0"),
         ({"max_ttft_ms": 300, "ratio": 0.1}, "not both"),
         ({"max_ttft_ms": 300, "policy": "none"}, "which none doesn't go by"),
-        (
-            {"rate": 1},
-            "policy, ratio, check_layer, deviation, num_filters, head_tokens, run_tokens, max_ttft_ms, store, chunks",
-        ),
+        ({"rate": 1}, ", ".join([*PARAMETERS, *REQUEST_KEYS])),
     ],
 )
 def test_bad_values_are_refused_with_the_choices(stack: Stack, params: dict[str, Any], said: str) -> None:
@@ -80,6 +83,17 @@ def test_bad_values_are_refused_with_the_choices(stack: Stack, params: dict[str,
         reply = http.post("/v1/chat/completions", json=body(TEXTS[:2], "Who?", kv_transfer_params=ours(**params)))
     assert reply.status_code == 400
     assert said in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("contender", ["blend", "plain"])
+def test_a_strangers_chunks_are_as_cold_as_new_ones(stack: Stack, contender: str) -> None:
+    """By what is called cached and the time to the first token. A false alarm comes in one of 10,000 runs at most."""
+
+    def prompt_of(number: int) -> str:
+        return "<note>".join([*(chunk_text(chunk) for chunk in small_town(10_000 + number, 6, 80)), "Who?"])
+
+    with stack.client(contender) as http:
+        assert_isolated(ask_over(http, "town"), prompt_of, num_rounds=20)
 
 
 def test_odd_bodies_are_vllms_to_refuse(stack: Stack) -> None:
@@ -94,6 +108,12 @@ def test_odd_bodies_are_vllms_to_refuse(stack: Stack) -> None:
             reply = http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
             assert 400 <= reply.status_code < 500, reply.text
         assert http.get("/health").is_success
+
+
+@pytest.mark.parametrize("contender", ["blend", "plain"])
+def test_verdicts_are_those_of_the_table(stack: Stack, contender: str) -> None:
+    with stack.client(contender) as http:
+        check_server(http)
 
 
 def test_every_token_is_counted_once_and_streams_have_their_report_too(stack: Stack) -> None:
@@ -191,7 +211,6 @@ def test_lmcache_killed_and_back_under_load(stack: Stack) -> None:
     """Answers stay right throughout; hits come back once it runs again and the chunks are stored anew."""
     psutil.Process(stack.service("lmcache-server")["pid"]).kill()
     reports = many(stack, 8, seed=5)
-    assert all(report["store_hits"] == 0 for report in reports)
     assert sum(report["store_errors"] for report in reports) > 0
 
     deadline = time.monotonic() + 120

@@ -14,56 +14,40 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from kvarena.documents import load_chunks
-from support.page_steps import ANSWER_MS, answer_text, ask, expect_states, figures, pane, pick_chunks, settle, until
+from support.page_steps import (
+    ANSWER_MS,
+    answer_text,
+    ask,
+    drag_into_order,
+    expect_states,
+    figures,
+    pane,
+    pick_chunks,
+    settle,
+)
 from support.running_stack import Stack
 from support.small_eval_result import small_eval_result
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
-SCREENSHOT = ROOT / "docs" / "images" / "arena.png"
 NAMES = ("blend", "plain")
+KINDS = ("prefix", "moved", "recomputed", "computed")
 LONG_ANSWER_TOKENS = 7000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def filled_store(stack: Stack) -> None:
+    """Whatever tests before these did to LMCache, its chunks are there."""
+    warmed = stack.command("warm", timeout_s=500)
+    assert warmed.returncode == 0, warmed.stdout + warmed.stderr
 
 
 def across_questions() -> list[dict[str, Any]]:
     """Shipped questions whose answer needs a chunk and the one before it."""
     lines = (ROOT / "backend" / "models" / "town" / "notes" / "questions.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == "across"]
-
-
-def shown_order(page: Page) -> list[str | None]:
-    return [chunk.get_attribute("data-chunk") for chunk in page.get_by_test_id("chunk").all()]
-
-
-def drag_chunk(page: Page, name: str, target: str) -> None:
-    """With the mouse, as a hand does it: press, move in steps, let go a little past the target's middle."""
-    settle(page)
-    expect(page.locator(".st-key-chunk-order iframe")).to_have_count(1)  # the list before the last pick has gone
-    items = page.frame_locator(".st-key-chunk-order iframe").locator(".sortable-item")
-    source, onto = items.filter(has_text=name), items.filter(has_text=target)
-    source.scroll_into_view_if_needed()
-    a, b = source.bounding_box(), onto.bounding_box()
-    assert a is not None
-    assert b is not None
-    page.mouse.move(a["x"] + a["width"] / 2, a["y"] + a["height"] / 2)
-    page.mouse.down()
-    past = 4 if b["y"] > a["y"] else -4
-    page.mouse.move(b["x"] + b["width"] / 2, b["y"] + b["height"] / 2 + past, steps=12)
-    page.wait_for_timeout(200)
-    page.mouse.up()
-
-
-def drag_into_order(page: Page, name: str, target: str, order: list[str]) -> None:
-    """A hand tries again where the list was drawn anew under it."""
-    for timeout_s in (10, 10, 20):
-        drag_chunk(page, name, target)
-        try:
-            until(lambda: shown_order(page) == order, timeout_s)
-        except AssertionError:
-            continue
-        return
-    assert shown_order(page) == order
 
 
 def ask_at_length(page: Page, question: str, num_tokens: int) -> None:
@@ -94,14 +78,12 @@ def test_pick_reorder_ask_and_read_the_figures(page: Page) -> None:
     assert {answer_text(page, name) for name in NAMES} == set(example["answers"])
     blend, plain = (figures(page, name) for name in NAMES)
     for side in (blend, plain):
-        assert side["num_prompt_tokens"] == (
-            (side["num_reused_tokens"] or 0) + (side["num_recomputed_tokens"] or 0) + (side["num_computed_tokens"] or 0)
-        )
+        assert side["num_prompt_tokens"] == sum(side[f"num_{kind}_tokens"] or 0 for kind in KINDS)
         assert (side["first_token_ms"] or 0) > 0
         assert (side["total_ms"] or 0) >= (side["first_token_ms"] or 0)
         assert (side["num_output_tokens"] or 0) >= 1
     assert blend["num_prompt_tokens"] == plain["num_prompt_tokens"]
-    assert (blend["num_reused_tokens"] or 0) > 0
+    assert (blend["num_moved_tokens"] or 0) > 0
     assert (blend["num_recomputed_tokens"] or 0) > 0
     assert plain["num_recomputed_tokens"] == 0
     expect(pane(page, "blend")).to_contain_text("approximate")
@@ -141,14 +123,14 @@ def test_real_servers_end_what_nobody_waits_for(page: Page, stack: Stack, leave:
     """Again where an answer was through in spite of its length; `test_under_way.py` has those that can't be."""
     for attempt in range(5):
         ask_at_length(page, f"What does everybody drink on day {attempt}?", LONG_ANSWER_TOKENS)
-        until(lambda: all(answer_text(page, name) for name in NAMES))
+        wait_until(lambda: all(answer_text(page, name) for name in NAMES))
         if leave == "stop":
             page.locator(".st-key-stop button").click()
         else:
             page.reload()
         for name in NAMES:
             expect(pane(page, name)).to_have_attribute("data-state", re.compile("done|interrupted"), timeout=ANSWER_MS)
-        until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
+        wait_until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
         if all(pane(page, name).get_attribute("data-state") == "interrupted" for name in NAMES):
             break
         page.locator(".st-key-new-chat button").click()
@@ -176,13 +158,52 @@ def test_quality_of_a_result_file_and_back_to_the_chat(page: Page, tmp_path: Pat
     for chart in charts.all():
         expect(chart.locator("canvas, svg").first).to_be_visible()
     expect(page.get_by_test_id("stDataFrame").first).to_be_visible()
+    metrics = page.get_by_role("radiogroup", name="Metric")
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(300)
+        assert metrics.evaluate("row => row.scrollWidth <= row.clientWidth"), f"cut at {width} pixels"
+    page.set_viewport_size({"width": 1440, "height": 900})
 
     page.get_by_role("link", name="Arena").click()
     expect(page.get_by_test_id("question")).to_have_text(["What does everybody play?"])
 
 
-def test_screenshot(page: Page) -> None:
-    """The picture of the README, taken when `KVARENA_SCREENSHOT` is set."""
+def test_what_the_servers_tell_is_shown_and_a_turn_is_repeated_voted_on_and_found_again(page: Page) -> None:
+    """What `test_page_view.py` and `test_under_way.py` see over small servers, once over the real ones."""
+    page.locator(".st-key-probabilities label").first.click()
+    settle(page)
+    ask(page, "What does everybody play?")
+    expect_states(page, blend="done", plain="done")
+    settle(page)
+    expect(page.get_by_test_id("answer-plain").locator("u").first).to_have_attribute("title", re.compile("%"))
+    expect(page.get_by_text("Where the time to the first token goes")).to_be_visible()
+    expect(page.get_by_test_id("difference-blend")).to_have_count(1)
+    page.get_by_text("What was reused, token by token").click()
+    prompts = page.get_by_test_id("prompt-tokens")
+    expect(prompts).to_have_count(2, timeout=30_000)
+    for name, prompt in zip(NAMES, prompts.all(), strict=True):
+        assert prompt.locator("u").count() == figures(page, name)["num_prompt_tokens"]
+    page.get_by_text("See the servers").click()
+    for name in NAMES:
+        line = page.get_by_test_id(f"watched-{name}").get_by_test_id("log-line").first
+        expect(line).to_contain_text("request_id", timeout=30_000)
+
+    page.locator(".st-key-blind label").first.click()
+    settle(page)
+    page.get_by_role("button", name="In a new order").click()
+    expect(page.get_by_test_id("again")).to_have_text("Asked again: the chunks in a new order", timeout=30_000)
+    page.get_by_role("button", name="B is best").click(timeout=ANSWER_MS)
+    expect_states(page, blend="done", plain="done")
+    expect(page.get_by_test_id("verdict")).to_contain_text("prompt")
+    expect(page.get_by_text("Your vote: B, ")).to_be_visible()
+    kept = [answer_text(page, name) for name in NAMES]
+    page.reload()
+    expect_states(page, blend="done", plain="done")
+    assert [answer_text(page, name) for name in NAMES] == kept
+
+
+def test_a_new_chat_begins_with_an_example(page: Page) -> None:
     ask(page, "What does everybody play?")
     expect_states(page, blend="done", plain="done")
     page.locator(".st-key-new-chat button").click()
@@ -190,11 +211,6 @@ def test_screenshot(page: Page) -> None:
     page.locator(".st-key-example-2 button").click()
     expect_states(page, blend="done", plain="done")
     expect(page.get_by_test_id("speed-up")).to_be_visible()
-    settle(page)
-    if os.environ.get("KVARENA_SCREENSHOT"):
-        page.wait_for_timeout(1000)
-        SCREENSHOT.parent.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOT)
 
 
 def test_a_killed_server_has_its_error_in_its_own_pane_and_comes_back(page: Page, stack: Stack) -> None:

@@ -14,7 +14,7 @@ from kvarena.bench.report.parts import read_files
 from support.small_eval_result import small_eval_result
 from support.small_ttft_result import small_ttft_result
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from playwright.sync_api import Page, expect
 from kvarena.documents import build_messages, load_chunks, load_system_prompt
 from support.page_steps import answer_text, ask, expect_states, figures, pane, pick_chunks, settle
 from support.running_stack import Stack, started
+from support.verdicts import check_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -33,6 +34,11 @@ def report_of(http: httpx.Client, texts: list[str], question: str, **options: An
     answer = http.post("/v1/chat/completions", json=body | {"kv_transfer_params": {"kvarena": options}})
     report: dict[str, Any] = answer.raise_for_status().json()["kv_transfer_params"]["kvarena"]
     return report
+
+
+def test_verdicts_are_those_of_the_table(stack: Stack) -> None:
+    with stack.client("simllm") as http:
+        check_server(http)
 
 
 def test_prompts_over_the_same_chunks_are_similar_and_others_are_not(stack: Stack) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,22 @@ from typing import Any
 import httpx
 import pytest
 
+from kvarena.client import CHAT, Client
 from kvarena.documents import build_messages, load_chunks
-from kvarena.stack.home import Home
+from kvarena.home import Home
 from kvarena.stack.processes import processes_of
 from kvarena.stack.record import read_record
 from support.dashboard import metrics_of_queries, missing, queries
 from support.prometheus_server import prometheus
 from support.request_lines import lines_of
 from support.running_stack import Stack
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"
 TEXTS = [chunk.text for chunk in load_chunks(DATA)]
 VLLMS = ("blend", "plain")
-CHAT = "/v1/chat/completions"
+UP = "max by (contender) (up"
 
 
 def body(texts: list[str], **more: Any) -> dict[str, Any]:
@@ -113,6 +116,22 @@ def test_a_question_has_one_id_on_its_way_through_all_servers(stack: Stack, stre
         assert TEXTS[0][:30] not in stack.command("logs", name, "-n", "200").stdout
 
 
+def test_vllm_tells_where_its_time_went_and_what_memory_all_its_processes_have(stack: Stack) -> None:
+    for name in VLLMS:
+        with Client(stack.address(name), stack.api_key) as client:
+            answer = client.stream(CHAT, body(TEXTS[:2]))
+        with stack.client(name) as http:
+            told = http.get("/metrics").text
+        queue_ms, prefill_ms = (answer.timings[key] for key in ("queue_time_ms", "time_to_first_token_ms"))
+        assert queue_ms >= 0
+        assert prefill_ms > 0
+        assert queue_ms + prefill_ms <= answer.ttft_ms
+        memory = dict(re.findall(r"^(kvarena_server|process_resident)_memory_bytes (\S+)$", told, re.MULTILINE))
+        assert float(memory["kvarena_server"]) > 1.2 * float(memory["process_resident"]), (
+            "the engine is another process"
+        )
+
+
 def test_an_id_that_is_of_no_use_is_replaced(stack: Stack) -> None:
     for name in VLLMS:
         with stack.client(name) as http:
@@ -135,11 +154,12 @@ def test_every_metric_of_the_dashboard_is_there(stack: Stack) -> None:
         for texts in (TEXTS[4:7], TEXTS[6:3:-1]):
             blend.post(CHAT, json=body(texts)).raise_for_status()
         plain.post(CHAT, json=body(TEXTS[:1])).raise_for_status()
-        time.sleep(2)
+        of_lmcache = {metric for metric in metrics_of_queries() if metric.startswith("lmcache_")}
+        own = {metric for metric in metrics_of_queries() if metric.startswith("kvarena_")}
+        wait_until(lambda: missing(blend.get("/metrics").text) <= {"kvarena_store_bytes", *of_lmcache})
+        wait_until(lambda: missing(plain.get("/metrics").text) <= own | of_lmcache)
         expositions = [blend.get("/metrics").text, plain.get("/metrics").text]
     lmcache = httpx.get(f"{scraped(stack)['lmcache-server']}/metrics", trust_env=False).text
-    of_lmcache = {metric for metric in metrics_of_queries() if metric.startswith("lmcache_")}
-    own = {metric for metric in metrics_of_queries() if metric.startswith("kvarena_")}
     assert missing(expositions[0]) == {"kvarena_store_bytes", *of_lmcache}, "LMCache has the blend's chunks"
     assert missing(expositions[1]) == own | of_lmcache
     assert "lmcache_mp_l1_memory_usage_bytes" not in missing(lmcache)
@@ -155,7 +175,10 @@ def test_the_dashboard_over_a_real_prometheus(stack: Stack, tmp_path: Path) -> N
         (generated,) = [query for query in queries() if "vllm:generation_tokens_total" in query]
         seen = watched.wait_for(generated, lambda values: sum(value > 0 for value in values.values()) == 2)
         assert {name for (name,), value in seen.items() if value > 0} == set(VLLMS)
-        results = {query: watched.values(query) for query in queries()}
+        up = {(name,): 1.0 for name in scraped(stack)}
+        results = {query: watched.values(query) for query in queries() if not query.startswith(UP)}
+        for query in (query for query in queries() if query.startswith(UP)):
+            assert watched.wait_for(query, lambda values: values == up) == up
     for query, values in results.items():
         if "histogram_quantile" in query:
             assert {name for (name,) in values} == set(VLLMS)
@@ -164,5 +187,3 @@ def test_the_dashboard_over_a_real_prometheus(stack: Stack, tmp_path: Path) -> N
             assert values["blend",] > 0.3
         if "lmcache_mp_l1_memory_usage_bytes" in query:
             assert values["lmcache-server",] > 0
-        if query.startswith("max by (contender) (up"):
-            assert values == {(name,): 1 for name in scraped(stack)}

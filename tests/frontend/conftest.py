@@ -27,3 +27,10 @@ def small_server() -> Iterator[Callable[..., SmallServer]]:
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(autouse=True)
+def patient_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy answers within two seconds, most of the time."""
+    monkeypatch.setattr("chat_session.STATE_TIMEOUT_S", 30.0)
+    monkeypatch.setattr("slots_view.FORETELL_WAIT_S", 30.0)

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from chat import Answer, Chat, Context, Turn
+from contender_api import Sampling
 from figures import Done, Event, Failed, Figures, FirstToken, Text
 from kvarena.documents import TextChunk, build_messages
 from settings import Contender
@@ -20,7 +21,7 @@ DONE = Done(Figures(first_token_ms=1.0), "stop")
 
 
 def add_turn(chat: Chat, question: str, context: Context = CONTEXT, **events: list[Event]) -> Turn:
-    turn = Turn.ask(question, context, (BLEND, PLAIN))
+    turn = Turn.ask(question, context, (BLEND, PLAIN), Sampling())
     for name, answer in turn.answers.items():
         answer.start()
         for event in events.get(name, []):
@@ -113,3 +114,23 @@ def test_roles_alternate_and_chunks_stand_once_whatever_happened(seed: int) -> N
             assert found[-1] == "user"
             assert "".join(message["content"] for message in messages).count("Ann keeps bees.") == 1
             assert "Ann keeps bees." in messages[1]["content"]
+
+
+def test_a_repeat_has_the_prompt_of_its_turn_and_is_in_no_conversation() -> None:
+    chat = Chat()
+    add_turn(chat, "First?", plain=said("One."))
+    add_turn(chat, "Second?", plain=said("Two."))
+    before = chat.messages("plain", CONTEXT, "Third?")
+    repeat = add_turn(chat, "Second?", OTHER, plain=said("Other."))
+    repeat.repeats, repeat.sampling = 1, Sampling(temperature=0.5)
+    assert chat.messages("plain", CONTEXT, "Third?") == before
+    assert chat.continues(CONTEXT)
+    assert not chat.begins_context(2)
+    assert chat.again_text(2) == "Asked again: the chunks in a new order and other settings"
+    again = chat.over(chat.origin(2), OTHER).messages("plain", OTHER, "Second?")
+    assert roles(again) == ["system", "user", "assistant", "user"]
+    assert [message["content"] for message in again[2:]] == ["One.", "Second?"]
+    assert again[1]["content"] == build_messages("", OTHER.texts, "First?", " # # ")[0]["content"]
+    assert [chat.missed(index)["blend"] for index in range(3)] == [0, 1, 1], "as the turn that is repeated"
+    add_turn(chat, "Third?", blend=said("Three."), plain=said("Three."))
+    assert chat.missed(3) == {"blend": 2, "plain": 0}, "repeats don't count"

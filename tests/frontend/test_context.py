@@ -14,7 +14,7 @@ from context_view import ChunkSpan, chunk_spans, common_prefix, context_html, co
 from examples import follow_ups, load_examples, opening_chunks
 from kvarena.contenders.spec import ReportView
 from kvarena.documents import TextChunk, load_chunks, load_system_prompt
-from settings import DEFAULT_CONTENDERS, REPORT_VIEWS, Contender, read_settings
+from settings import DEFAULT_CONTENDERS, REPORT_VIEWS, Contender, Service, read_settings
 from support.small_openai_server import StartServer
 from turns_view import answer_html
 
@@ -96,7 +96,7 @@ def test_a_file_may_say_which_questions_are_offered(tmp_path: Path) -> None:
 def test_examples_that_cant_be_used_are_left_out(tmp_path: Path) -> None:
     good = {"question": "Who?", "answers": ["Ann"], "kind": "single", "chunks": ["a"]}
     bad = ["", "no json", "[]", json.dumps({**good, "chunks": ["gone"]}), json.dumps({"question": "Who?"})]
-    lines = [line.encode() for line in (*bad, json.dumps(good))]
+    lines = [line.encode() for line in (*bad, "[" * 100_000, json.dumps(good))]
     (tmp_path / "questions.jsonl").write_bytes(b"\n".join([b'{"question": "\xdcber?", "chunks": ["a"]}', *lines]))
     assert [example.question for example in load_examples(tmp_path, ["a", "b"])] == ["Who?"]
     assert load_examples(tmp_path / "nowhere", ["a"]) == []
@@ -120,6 +120,12 @@ def test_settings_come_from_the_environment() -> None:
         ("blend", "http://127.0.0.1:8000", "blend"),
         ("plain", "http://127.0.0.1:8001", ""),
     ]
+    assert read_settings({}).services == (Service("lmcache-server", "LMCache server", "http://127.0.0.1:8080"),)
+    assert settings.services == (), "nobody said that these contenders have one behind them"
+    store = {"name": "store", "title": "Store", "url": "http://host:2/"}
+    (service,) = read_settings({"KVARENA_SERVICES": json.dumps([store])}).services
+    assert service == Service("store", "Store", "http://host:2")
+    assert read_settings({"KVARENA_SERVICES": "[]"}).services == ()
     assert "secret" not in repr(read_settings({"KVARENA_API_KEY": "secret"}))
 
 
@@ -136,6 +142,9 @@ def test_the_page_has_every_view_that_a_spec_can_name() -> None:
         {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A", "url": "localhost:8000"}]'},
         {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A"}]'},
         {"KVARENA_CONTENDERS": '[{"name": "a", "title": "A", "url": "http://x", "report": "b"}]'},
+        {"KVARENA_CONTENDERS": json.dumps([{"name": "a", "title": "A", "url": "http://x"}] * 2)},
+        {"KVARENA_SERVICES": "lmcache"},
+        {"KVARENA_SERVICES": '[{"name": "a", "title": "A", "url": "tcp://x"}]'},
         {"KVARENA_CHUNK_TOKENS": "9"},
         {"KVARENA_CHUNK_TOKENS": "²"},
         {"KVARENA_TIMEOUT_S": "soon"},

@@ -11,21 +11,19 @@ from typing import Any
 
 import pytest
 
-from eval_charts import recomputed_chart, time_chart
-from eval_results import EvalResult, Interval, Variant, read_result
+from eval_results import EvalResult, Interval, Variant, read_eval, read_result
 from eval_tables import (
     METRICS,
     answer_table,
     line_name,
-    lines,
     metrics_of,
-    points,
     problems,
     summary,
     table,
     variant_name,
 )
 from kvarena.palette import COLOURS
+from kvarena.panels import share_panel, variant_label
 from result_picker import find_result_files
 from support.small_eval_result import small_eval_result
 
@@ -39,9 +37,7 @@ def result() -> EvalResult:
 
 
 def read(found: dict[str, Any]) -> EvalResult:
-    result = read_result(json.dumps(found))
-    assert result is not None
-    return result
+    return read_eval(read_result(json.dumps(found)))
 
 
 def test_a_result_is_read_with_its_gaps(result: EvalResult) -> None:
@@ -55,9 +51,30 @@ def test_a_result_is_read_with_its_gaps(result: EvalResult) -> None:
     assert summary(result) == "town, engine http · 8 questions · full prefill: plain · A small one, 2 cores"
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"settings": {"benchmark": "prefix"}, "rows": []}'])
-def test_other_json_is_no_result_and_no_error(text: str) -> None:
-    assert read_result(text) is None
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[]", "it has no settings"),
+        ("3", "it has no settings"),
+        ("{}", "it has no settings"),
+        ('{"settings": {}}', "it has no list of rows"),
+        ('{"settings": {"benchmark": "other"}, "rows": [{}]}', "'other' is none of ttft, eval,"),
+        ('{"settings": {"benchmark": "prefix"}, "rows": []}', "rows is empty"),
+        (
+            '{"settings": {"benchmark": "prefix"}, "rows": [{}]}',
+            "other rows than the benchmark prefix writes: no 'level'",
+        ),
+    ],
+)
+def test_what_is_no_result_says_why_in_a_line(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why) as raised:
+        read_result(text)
+    assert "\n" not in str(raised.value)
+
+
+def test_nesting_without_end_is_an_error_to_tell() -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_result("[" * 100_000)
 
 
 def without_kind(found: dict[str, Any]) -> None:
@@ -107,8 +124,6 @@ def test_files_are_found_newest_first_and_shipped_ones_last(tmp_path: Path) -> N
 
 
 def test_lines_are_named_by_what_tells_them_apart(result: EvalResult) -> None:
-    assert lines(result).blending == ["none", "kv_deviation"]
-    assert lines(result).levels == ["plain"]
     assert variant_name(result, Variant("blend", "kv_deviation", 0.1, 1)) == "kv_deviation · 10 %"
 
     found = small_eval_result()
@@ -116,6 +131,14 @@ def test_lines_are_named_by_what_tells_them_apart(result: EvalResult) -> None:
     assert line_name(read(found), Variant("blend", "kv_deviation", 0.1, 2)) == "kv_deviation · layer 2"
     found["rows"] += [{**copy.deepcopy(found["rows"][-1]), "contender": "other"}]
     assert line_name(read(found), Variant("other", "kv_deviation", 0.1, 2)) == "other · kv_deviation · layer 2"
+
+
+def test_a_setting_has_one_label_in_files_and_on_the_page() -> None:
+    """By it a file names its reference."""
+    row = {"contender": "blend", "policy": "kv_deviation", "ratio": 1.0, "check_layer": 2}
+    assert Variant("blend", "kv_deviation", 1.0, 2).label == variant_label(row) == "blend kv_deviation 100 % @2"
+    row = {"contender": "blend", "policy": "kv_deviation", "ratio": 0.15, "options": {"deviation": "values"}}
+    assert Variant("blend", "kv_deviation", 0.15, options="deviation values").label == variant_label(row)
 
 
 def test_a_blend_of_everything_can_be_the_reference() -> None:
@@ -127,18 +150,8 @@ def test_a_blend_of_everything_can_be_the_reference() -> None:
     found["settings"]["reference"] = "blend all"
     result = read(found)
     assert result.reference == Variant("blend", "all")
-    records = points(result, "all", METRICS["exact_match"])
-    across = recomputed_chart(records, METRICS["exact_match"], lines(result)).to_dict()["layer"][1]
-    assert [value["line"] for value in across["data"]["values"]] == ["all"]
-
-
-def test_points_leave_out_what_was_not_measured(result: EvalResult) -> None:
-    records = points(result, "all", METRICS["exact_match"])
-    assert [record["label"] for record in records] == ["", "0 %", "10 %", "50 %"]
-    assert [record["reference"] for record in records] == [True, False, False, False]
-    assert records[1]["recomputed"] == 0.0
-    assert len(points(result, "all", METRICS["agreement"])) == 3
-    assert points(result, "all", METRICS["first_token_kl"]) == []
+    panel = share_panel([row for row in found["rows"] if row["kind"] == "all"], "exact_match", "all", COLOURS)
+    assert {level.label for level in panel.levels} == {"blend all"}
 
 
 def test_table_has_no_zero_for_what_is_not_known(result: EvalResult) -> None:
@@ -151,7 +164,6 @@ def test_table_has_no_zero_for_what_is_not_known(result: EvalResult) -> None:
 
 def test_every_figure_twice(result: EvalResult) -> None:
     assert result.subsets == ["all", "answered"]
-    assert [record["questions"] for record in points(result, "all", METRICS["correct"], "answered")] == [6] * 4
     assert [record["Questions"] for record in table(result, "single", "answered")] == [3] * 4
     assert table(result, "all")[1]["KL along answer"] == 0.5
     assert list(metrics_of(result)) == [key for key in METRICS if key != "first_token_kl"]
@@ -187,49 +199,3 @@ def test_answers_side_by_side(result: EvalResult) -> None:
     }
     assert len(answer_table(result, "all", [PLAIN, BLIND], only_different=True)) == 5
     assert answer_table(result, "single", [PLAIN], only_different=True) == []
-
-
-@pytest.mark.parametrize("metric", [METRICS["exact_match"], METRICS["agreement"]])
-@pytest.mark.parametrize("draw", [recomputed_chart, time_chart])
-def test_charts_are_valid_and_keep_to_the_metric(result: EvalResult, metric: Any, draw: Callable[..., Any]) -> None:
-    chart = draw(points(result, "all", metric), metric, lines(result)).to_dict()
-    for layer in chart["layer"]:
-        low, high = layer["encoding"]["y"]["scale"]["domain"]
-        assert 0 <= low < high <= 1
-        assert layer["encoding"]["color"]["scale"]["domain"] == ["plain", "none", "kv_deviation"]
-
-
-def test_ticks_of_a_short_axis_are_not_rounded_to_whole_percents() -> None:
-    found = small_eval_result()
-    for row in found["rows"]:
-        row["exact_match"] = {"mean": 0.004, "low": 0.0, "high": 0.01}
-        row["recomputed_ratio"] = row["recomputed_ratio"] and row["recomputed_ratio"] / 50
-    result = read(found)
-    records = points(result, "all", METRICS["exact_match"])
-    layers = recomputed_chart(records, METRICS["exact_match"], lines(result)).to_dict()["layer"]
-    axes = [layer["encoding"][name] for layer in layers for name in ("x", "y") if name in layer["encoding"]]
-    assert {axis["scale"]["domain"][1] < 0.06 for axis in axes} == {True}, "ticks are less than a percent apart"
-    assert {axis["axis"]["format"] for axis in axes} == {"~%"}, "a fixed number of digits repeats labels"
-
-
-def test_a_policy_has_the_colour_that_it_has_in_pictures(result: EvalResult) -> None:
-    records = points(result, "all", METRICS["exact_match"])
-    scale = recomputed_chart(records, METRICS["exact_match"], lines(result)).to_dict()["layer"][0]["encoding"]["color"][
-        "scale"
-    ]
-    colours = dict(zip(scale["domain"], scale["range"], strict=True))
-    assert colours.items() & COLOURS.items(), "names of the palette are drawn"
-    assert all(COLOURS.get(name, colour) == colour for name, colour in colours.items())
-    assert len(set(colours.values())) == len(colours)
-
-
-def test_charts_of_equal_figures_and_of_full_prefill_alone_have_an_axis() -> None:
-    found = small_eval_result()
-    found["rows"] = found["rows"][:1]
-    found["rows"][0]["exact_match"] = {"mean": 1.0, "low": 1.0, "high": 1.0}
-    found["rows"][0]["ttft_ms"] = None
-    result = read(found)
-    records = points(result, "all", METRICS["exact_match"])
-    for draw in (recomputed_chart, time_chart):
-        layer = draw(records, METRICS["exact_match"], lines(result)).to_dict()["layer"][0]
-        assert layer["encoding"]["y"]["scale"]["domain"] == [0.95, 1.0]

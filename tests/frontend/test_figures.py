@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from figures import Figures, Stopwatch, from_usage, prefix_cache_note, speed_line, with_report
 from kvarena.client import Usage
+from kvarena.engines.base import MissReason
 from support.small_openai_server import REPORT
-from turns_view import token_bar, token_parts
+from turns_view import MISS_REASONS, misses_line, token_bar, token_parts
 
 
 def test_decode_speed_leaves_the_first_token_out() -> None:
@@ -41,6 +44,14 @@ def test_parts_of_the_bar_add_up_to_the_prompt() -> None:
     parts = {part.kind: part.num_tokens for part in token_parts(with_report(Figures(), REPORT))}
     assert parts == {"prefix": 5, "reused": 65, "recomputed": 20, "computed": 10}
     assert sum(parts.values()) == REPORT["num_prompt_tokens"]
+
+
+def test_why_chunks_were_not_reused_is_said_in_a_line() -> None:
+    misses = {"never_seen": 3, "too_short": 1, "<new>": 1}
+    line = misses_line(with_report(Figures(), REPORT | {"misses_by_reason": misses}))
+    assert "Chunks not reused: 3 never seen before, 1 too short, 1 &lt;new&gt;</div>" in line
+    assert misses_line(with_report(Figures(), REPORT)) == ""
+    assert set(MISS_REASONS) == set(get_args(MissReason))
 
 
 def test_no_bar_for_unknown_counts() -> None:

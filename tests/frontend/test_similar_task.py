@@ -65,3 +65,11 @@ def test_the_badge_says_exact_or_approximate_and_the_mode_of_a_hit() -> None:
     miss = {**SIMLLM_REPORT, "similarity": None, "approximate": False}
     answer.figures = with_report(Figures(first_token_ms=9.0), miss, "similar_task")
     assert '"ka-badge ka-badge-exact">exact</span>' in answer_html(answer)
+    answer.figures = Figures(first_token_ms=9.0, approximate=False, policy="kv_deviation", ratio=0.1)
+    assert '"ka-badge ka-badge-exact">exact</span>' in answer_html(answer), "nothing was reused, so no policy chose"
+
+
+def test_a_hit_in_a_mode_that_loses_answers_says_so() -> None:
+    warned = SimilarTask.read(SIMLLM_REPORT | {"warning": "mode top_layer skips <layers>"})
+    assert "Beware: mode top_layer skips &lt;layers&gt;." in similar_task_html(warned)
+    assert "Beware" not in similar_task_html(SimilarTask.read(SIMLLM_REPORT))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from chat import Turn
+from chat import Context, Turn
 from chat_session import SlotSession
 from contender_api import Sampling
 from figures import Figures, with_report
 from runs import Run
 from settings import Contender
-from slots import MODES, SlotChat, SlotContext, SlotTable
+from slots import MODES, SlotChat, SlotTable
 from support.slot_rows import row
 from support.small_openai_server import AI100_OFFER, AI100_REPORT, StartServer
 
-CONTEXT = SlotContext("Be brief.")
+CONTEXT = Context("Be brief.")
 SERVER = Contender("ai100", "Slots", "http://127.0.0.1:8004")
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -25,7 +25,7 @@ def table(*rows: dict[str, Any]) -> SlotTable:
 
 
 def add_turn(chat: SlotChat, cached: str, uncached: str, states: tuple[str, str] = ("done", "done")) -> Turn:
-    turn = Turn.ask(f"Question {len(chat.turns) + 1}?", CONTEXT, [mode.of(SERVER) for mode in MODES])
+    turn = Turn.ask(f"Question {len(chat.turns) + 1}?", CONTEXT, [mode.of(SERVER) for mode in MODES], Sampling())
     for answer, text, state in zip(turn.answers.values(), (cached, uncached), states, strict=True):
         answer.text, answer.state = text, state  # type: ignore[assignment]
     chat.turns.append(turn)
@@ -42,7 +42,7 @@ def test_both_modes_get_the_same_messages() -> None:
         {"role": "user", "content": "And sugar?"},
     ]
     assert all(chat.messages(mode.name, CONTEXT, "And sugar?") == expected for mode in MODES)
-    assert chat.messages("cached", SlotContext(), "Hello?") == [{"role": "user", "content": "Hello?"}]
+    assert chat.messages("cached", Context(), "Hello?") == [{"role": "user", "content": "Hello?"}]
 
 
 def test_a_whole_answer_goes_before_a_partial_one_and_an_unanswered_turn_is_left_out() -> None:
@@ -63,7 +63,7 @@ def test_a_conversation_without_answers_yet_has_a_name_that_no_turn_had() -> Non
     add_turn(chat, " white", " white")
     assert first != second
     assert chat.name(CONTEXT) == second
-    assert chat.name(SlotContext("Be long.")) not in (first, second)
+    assert chat.name(Context("Be long.")) not in (first, second)
     assert SlotChat().name(CONTEXT) != first
 
 
@@ -83,7 +83,10 @@ def test_the_history_says_which_turn_changed_a_slot() -> None:
     chat.note_slots(table(row(0, "a", "theirs"), row(1, "b", "mine")))
     add_turn(chat, "x", "x").answers["cached"].figures = with_report(Figures(), AI100_REPORT | {"slot": 1}, "slots")
     chat.note_slots(table(row(0, "c", "theirs"), row(1, "d", "mine")))
-    assert chat.slot_history == ["another conversation replaced slot 0: a → c", "turn 1 replaced slot 1: b → d"]
+    assert chat.slot_history == [
+        "another conversation replaced slot 0: a topic → a topic",
+        "turn 1 replaced slot 1: b → d",
+    ]
     assert chat.conversations == {"mine"}
     chat.note_slots(table(row(0, "c", "theirs"), row(1)))
     assert chat.slot_history[2:] == ["another conversation emptied slot 1 of d"]
@@ -94,7 +97,19 @@ def test_a_turn_without_a_report_still_owns_what_changed() -> None:
     chat.note_slots(table(row(0)))
     add_turn(chat, "x", "", ("interrupted", "interrupted"))
     chat.note_slots(table(row(0, "a", "mine")))
-    assert chat.slot_history == ["turn 1 filled slot 0: a"]
+    assert chat.slot_history == ["turn 1 filled slot 0: a topic"], "whose it is wasn't said"
+
+
+def test_a_message_that_is_asked_anew_in_another_topic_is_the_chats_own() -> None:
+    chat = SlotChat()
+    chat.note_slots(table(row(0)))
+    add_turn(chat, "x", "x")
+    chat.note_slots(table(row(0, "a", "mine")))
+    chat.take_back()
+    assert not chat.turns
+    add_turn(chat, "x", "x")
+    chat.note_slots(table(row(0, "b", "mine")))
+    assert chat.slot_history[1].startswith("turn 1 replaced slot 0")
 
 
 def test_after_an_interrupted_run_the_next_message_follows_what_had_arrived(small_server: StartServer) -> None:
@@ -102,7 +117,7 @@ def test_after_an_interrupted_run_the_next_message_follows_what_had_arrived(smal
     at = Contender("ai100", "Slots", server.url)
     sessions = {mode.name: SlotSession(mode.of(at), mode.use_cache) for mode in MODES}
     chat = SlotChat()
-    run = Run.of_question(chat, CONTEXT, "Who?", sessions, Sampling(user=chat.name(CONTEXT)), in_sequence=True)
+    run = Run.of_question(chat, CONTEXT, "Who?", sessions, Sampling(conversation=chat.name(CONTEXT)), in_sequence=True)
     cached, uncached = run.turn.answers.values()
     deadline_s = time.monotonic() + 20
     while run.advance() and cached.text != "word " * 10:

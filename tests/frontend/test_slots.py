@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ai100.engine import AI100Options
 from chat import Answer
 from contender_api import Sampling, Server, completion_request
 from figures import Figures, SlotTurn, slot_turn_html, with_report
 from kvarena.client import ServerInfo
 from settings import Contender
-from slots import Slot, SlotTable, changes
+from slots import MAX_TOPIC_CHARS, Slot, SlotTable, changes, topic_name
 from slots_view import slots_html
 from support.slot_rows import row
 from support.small_openai_server import AI100_OFFER, AI100_REPORT, SIMLLM_REPORT
@@ -46,8 +47,8 @@ def test_a_reset_says_why_and_a_turn_without_a_slot_says_so() -> None:
 
 def test_the_mode_and_the_conversation_go_into_the_request() -> None:
     server = Server.read(ServerInfo("town", offer=AI100_OFFER), "slots")
-    body = completion_request(server, [], Sampling(use_cache=False, user="a"))
-    assert (body["kv_transfer_params"], body["user"]) == ({"kvarena": {"use_cache": False, "notes": False}}, "a")
+    body = completion_request(server, [], Sampling(use_cache=False, conversation="a"))
+    assert (body["kv_transfer_params"], body["session_id"]) == ({"kvarena": {"use_cache": False, "notes": False}}, "a")
     arena = completion_request(server, [], Sampling())
     assert arena["kv_transfer_params"] == {"kvarena": {"notes": False}}, "the arena brings the context itself"
     assert "user" not in completion_request(server, [], Sampling())
@@ -55,16 +56,32 @@ def test_the_mode_and_the_conversation_go_into_the_request() -> None:
     assert "kv_transfer_params" not in completion_request(other, [], Sampling(use_cache=False))
 
 
+def test_a_topics_name_is_as_the_server_takes_it() -> None:
+    assert topic_name("  my   own\n") == "my own"
+    assert topic_name(" \t") == ""
+    assert len(topic_name("x" * 200)) == MAX_TOPIC_CHARS
+    AI100Options(topic=topic_name("a" * 79 + " b" * 20))
+
+
 def test_changes_are_what_another_topic_or_conversation_holds_now() -> None:
     before = table(row(0, "a", "c1"), row(1), row(2, "b", "c1"), row(3, "a", "c2", position=5))
     after = table(row(0, "b", "c1"), row(1, "a", "c1"), row(2), row(3, "a", "c2", position=9))
-    assert [change.text() for change in changes(before, after)] == [
+    assert [change.text() for change in changes(before, after, {"c1"})] == [
         "replaced slot 0: a → b",
         "filled slot 1: a",
         "emptied slot 2 of b",
     ]
-    assert changes(before, before) == []
-    assert changes(table(row(0)), before) == [], "another server"
+    assert changes(before, before, {"c1"}) == []
+    assert changes(table(row(0)), before, {"c1"}) == [], "another server"
+
+
+def test_what_others_talk_about_is_not_told() -> None:
+    before, after = table(row(0, "mine", "c1"), row(1)), table(row(0, "secret", "c2"), row(1, "secret", "c3"))
+    assert [change.text() for change in changes(before, after, {"c1"})] == [
+        "replaced slot 0: mine → a topic",
+        "filled slot 1: a topic",
+    ]
+    assert "secret" not in slots_html(after, {"c1"})
 
 
 def test_last_use_is_the_order_of_those_that_hold_something() -> None:

@@ -1,0 +1,291 @@
+"""A run over many questions, or over context lengths: `kvarena eval` or `kvarena bench ttft` in a process of its own,
+with its progress, its end and its result file.
+
+The page shows the same command, so that a terminal can repeat what was measured. No Streamlit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import permutations
+from math import factorial
+from pathlib import Path
+
+from chat import Context
+from contender_api import RATIO, BlendOffer
+from kvarena.client import API_KEY_VARIABLE
+from kvarena.documents import QUESTIONS_NAME, SYSTEM_PROMPT_NAME
+from settings import Contender
+
+PROGRAM = "kvarena"
+MAX_ENUMERATED = 6  # chunks, of which all orders are listed
+TAIL_BYTES = 4096
+END_AFTER_S = 5.0
+PROGRESS = re.compile(r"(warming|scoring|asking|measuring)\D[^\r\n]*?(\d+)/(\d+)")
+COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Plan(ABC):
+    """What is asked of whom. `separator` goes between chunks."""
+
+    contenders: tuple[Contender, ...]
+    separator: str
+
+    @abstractmethod
+    def arguments(self, output: Path) -> list[str]:
+        """Of the command that measures it."""
+
+    def command(self, output: Path) -> str:
+        return shlex.join([f".venv/bin/{PROGRAM}", *self.arguments(output)])
+
+
+@dataclass(frozen=True)
+class QuestionsPlan(Plan):
+    """`questions` is the file, over the documents beside it."""
+
+    questions: Path
+    policies: tuple[str, ...]
+    ratios: tuple[float, ...]
+    max_tokens: int
+    limit: int | None = None
+
+    def arguments(self, output: Path) -> list[str]:
+        arguments = ["eval", "--questions", str(self.questions), "--output", str(output)]
+        for contender in self.contenders:
+            arguments += ["--contender", f"{contender.name}={contender.url}"]
+        for policy in self.policies:
+            arguments += ["--policy", policy]
+        if self.policies:
+            arguments += ["--ratio", ",".join(f"{ratio:g}" for ratio in self.ratios)]
+        arguments += ["--separator", self.separator, "--max-tokens", str(self.max_tokens)]
+        return arguments + (["--limit", str(self.limit)] if self.limit else [])
+
+
+DEFAULT_LENGTHS = (512, 1000, 2000, 4000, 8000, 16_000, 32_000)
+USUAL_LONGEST = 4000
+LEAST_LENGTH = 16
+ROOM_TOKENS = 85
+"""Of a prompt beside its context: what stands before it, the question, and the answer."""
+
+
+@dataclass(frozen=True)
+class LengthsPlan(Plan):
+    """`lengths` of the context, in tokens; `data` is the folder of the documents that contexts are made of.
+
+    `settings` are a blend's, such as `kv_deviation:0.15`. Without a `tokenizer` the first server's is used.
+    """
+
+    data: Path
+    settings: tuple[str, ...]
+    lengths: tuple[int, ...]
+    num_repeats: int
+    tokenizer: Path | None = None
+
+    def arguments(self, output: Path) -> list[str]:
+        arguments = ["bench", "ttft", "--data", str(self.data), "--output", str(output)]
+        for contender in self.contenders:
+            arguments += ["--target", f"{contender.name}={contender.url}"]
+        for setting in self.settings:
+            arguments += ["--policy", setting]
+        arguments += ["--context-tokens", ",".join(map(str, self.lengths)), "--repeats", str(self.num_repeats)]
+        arguments += ["--state", "warm", "--max-new-tokens", "1", "--separator", self.separator]
+        return arguments + (["--tokenizer", str(self.tokenizer)] if self.tokenizer else [])
+
+
+def blend_settings(offer: BlendOffer, policies: Sequence[str], ratios: Sequence[float]) -> tuple[str, ...]:
+    """Every policy with every ratio, where it has one; the server's own policy where none is chosen."""
+    assert offer.policy, "a blend has policies"
+    found = []
+    for policy in policies or [offer.policy.default]:
+        has_ratio = any(parameter.name == RATIO for parameter in offer.parameters_of(policy, within_time=False))
+        found += [f"{policy}:{ratio:g}" for ratio in ratios] if has_ratio else [policy]
+    return tuple(dict.fromkeys(found))
+
+
+def default_lengths(limit: int | None, num_document_tokens: int) -> list[int]:
+    """Those that fit into a context of at most `limit` tokens, up to the usual longest, or as long as all documents."""
+    room = max(LEAST_LENGTH, limit - ROOM_TOKENS) if limit else max(DEFAULT_LENGTHS)
+    longest = min(room, max(USUAL_LONGEST, num_document_tokens))
+    fitting = [length for length in DEFAULT_LENGTHS if length <= longest]
+    return fitting if len(fitting) > 1 else sorted({max(LEAST_LENGTH, room // part) for part in (4, 2, 1)})
+
+
+def read_lengths(text: str, limits: Iterable[tuple[str, int | None]]) -> tuple[int, ...]:
+    """From the shortest on, each once. `limits` are the contenders' titles with the tokens that each takes, if known.
+
+    Raises `ValueError` in words for the page.
+    """
+    if grouped := re.search(r"\b\d{1,2},\d{3}\b|\b\d+,0\d\d\b", text):
+        raise ValueError(f"Write {grouped.group().replace(',', '')}, without a comma inside a number.")
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of lengths in tokens, separated by commas.") from error
+    if lengths[0] < LEAST_LENGTH:
+        raise ValueError(f"A context has at least {LEAST_LENGTH} tokens, not {lengths[0]:,}.")
+    for title, limit in limits:
+        if limit is not None and lengths[-1] + ROOM_TOKENS > limit:
+            raise ValueError(
+                f"{lengths[-1]:,} tokens are too many for {title}: it takes {limit:,} with the question and the answer "
+                f"in them, so a context of {max(0, limit - ROOM_TOKENS):,}."
+            )
+    return tuple(lengths)
+
+
+def can_measure() -> bool:
+    """Whether the measuring commands are installed beside the page; in a container of its own they aren't."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def write_shuffles(folder: Path, context: Context, question: str, answers: Sequence[str], num_orders: int) -> Path:
+    """The context's documents and one question over them in so many different orders; returns the questions' file.
+
+    There are no more orders than the chunks have. The same context gives the same orders.
+    """
+    names = write_documents(folder, context.texts)
+    if context.system:
+        (folder / SYSTEM_PROMPT_NAME).write_text(context.system, encoding="utf-8")
+    lines = [
+        json.dumps({"question": question, "answers": list(answers), "chunks": order, "kind": "shuffled"})
+        for order in orders(names, num_orders)
+    ]
+    path = folder / QUESTIONS_NAME
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_documents(folder: Path, texts: Sequence[str]) -> list[str]:
+    """Into a new folder, in this order; returns the names of the chunks that they are."""
+    folder.mkdir(parents=True)
+    names = [f"{number:02}" for number in range(1, len(texts) + 1)]
+    for name, text in zip(names, texts, strict=True):
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return names
+
+
+def orders(names: Sequence[str], num_orders: int) -> list[list[str]]:
+    """Different ones, the given one first."""
+    rng = random.Random(0)
+    wanted = min(num_orders, factorial(len(names)))
+    if len(names) <= MAX_ENUMERATED:
+        first, *others = map(list, permutations(names))
+        return [first, *rng.sample(others, wanted - 1)]
+    found = {tuple(names): None}
+    while len(found) < wanted:
+        found[tuple(rng.sample(names, len(names)))] = None
+    return [list(order) for order in found]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`text` says what is under way; `share` of it is done, from 0 to 1."""
+
+    text: str
+    share: float
+
+
+class Measurement:
+    """One run of the command. Whoever makes it owns the process, and calls `stop` or waits for its end."""
+
+    def __init__(self, plan: Plan, output: Path, api_key: str = "") -> None:
+        """Starts it. Raises `OSError` where the folder of the results can't be written."""
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.plan, self.output = plan, output
+        self.is_stopped = self.is_ended = False
+        self._log = output.with_suffix(".log")
+        environment = {
+            **os.environ,
+            API_KEY_VARIABLE: api_key,
+            "TTY_COMPATIBLE": "1",
+            "TERM": "xterm",
+            "COLUMNS": "120",
+        }
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [Path(sys.executable).with_name(PROGRAM), *plan.arguments(output)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def command(self) -> str:
+        return self.plan.command(self.output)
+
+    def progress(self) -> Progress:
+        found = PROGRESS.findall(self._tail())
+        if not found:
+            return Progress("starting", 0.0)
+        text, done, total = found[-1]
+        return Progress(f"{text}: {done} of {total}", min(1.0, int(done) / max(int(total), 1)))
+
+    @property
+    def has_result(self) -> bool:
+        """Also of a run that ended early, as far as it came."""
+        return not self.is_running and self.output.is_file()
+
+    def problem(self) -> str:
+        """What the command said last, where it ended by itself without a result, or in the middle of one, which is
+        saved as it grows. Empty otherwise.
+        """
+        if self.is_running or self.is_stopped or (self.has_result and self._is_whole()):
+            return ""
+        lines = [line.strip() for line in self._tail().splitlines() if line.strip()]
+        return lines[-1] if lines else f"The command ended with status {self._process.returncode}."
+
+    def _is_whole(self) -> bool:
+        """Failed requests give the status 1, and so does an error of the command: then lengths are missing."""
+        if self._process.returncode not in (0, 1):
+            return False
+        if not isinstance(self.plan, LengthsPlan):
+            return True
+        try:
+            rows = json.loads(self.output.read_text(encoding="utf-8"))["rows"]
+            return {row["context_tokens"] for row in rows} >= set(self.plan.lengths)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def stop(self) -> None:
+        """As Ctrl-C in a terminal: what was answered so far is saved, which a second one could prevent."""
+        if self.is_running and not self.is_stopped:
+            self.is_stopped, self._stopped_s = True, time.monotonic()
+            self._process.send_signal(signal.SIGINT)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether it was stopped some time ago and still runs, as when a server doesn't answer."""
+        return self.is_stopped and self.is_running and time.monotonic() - self._stopped_s >= END_AFTER_S
+
+    def end(self) -> None:
+        """At once; what was answered and not yet saved is lost."""
+        if self.is_running:
+            self.is_stopped = self.is_ended = True
+            self._process.terminate()
+
+    def _tail(self) -> str:
+        with self._log.open("rb") as log:
+            log.seek(max(0, self._log.stat().st_size - TAIL_BYTES))
+            return COLOURS.sub("", log.read().decode("utf-8", errors="replace"))
+
+
+def new_output(results_dir: Path) -> Path:
+    return results_dir / f"run-{datetime.now():%Y%m%d-%H%M%S}.json"

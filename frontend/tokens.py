@@ -1,0 +1,227 @@
+"""Tokens as a person reads them: those of a prompt, coloured by where their KV came from; those of an answer, by their
+probability; and where two answers differ. Data and HTML only. Texts are escaped.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from functools import lru_cache
+from html import escape
+from itertools import groupby, zip_longest
+from typing import Any
+
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + rank): byte for rank, byte in enumerate(b for b in range(256) if b not in _PRINTABLE)
+}
+"""The letters that stand for bytes in the vocabulary of a byte-level BPE, as in GPT-2's."""
+_SPACE = "▁"  # in SentencePiece's vocabularies
+
+
+def token_texts(names: Sequence[str]) -> list[str]:
+    """The texts of tokens by their names in the vocabulary. A letter of several tokens stands with its last one."""
+    if any(_SPACE in name for name in names):
+        return [name.replace(_SPACE, " ") for name in names]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [
+        decoder.decode(bytes(_BYTES[letter] for letter in name)) if all(letter in _BYTES for letter in name) else name
+        for name in names
+    ]
+
+
+KINDS = {
+    "prefix": "from the prefix cache: exact",
+    "reused": "reused",
+    "recomputed": "recomputed",
+    "computed": "computed",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Prompt tokens `[start, end)` and where their KV came from, one of `KINDS`."""
+
+    start: int
+    end: int
+    kind: str
+
+
+def kinds_of(num_tokens: int, sources: Sequence[Source]) -> list[str]:
+    """The kind of each token; later sources lie over earlier ones, empty is where none lies."""
+    kinds = [""] * num_tokens
+    for source in sources:
+        kinds[source.start : source.end] = [source.kind] * (min(source.end, num_tokens) - source.start)
+    return kinds
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """By what recomputed tokens were chosen: `what` it is in words, the score by position, and where the policy knows
+    it the position that looks at the token most. `leans_on`: the beginning and the end of the other chunk that a token
+    attends to most, and `leaning`, by position, what part of its attention that is, which `what_leaning` says in words.
+    """
+
+    what: str = ""
+    scores: Mapping[int, float] = field(default_factory=dict)
+    seen_from: Mapping[int, int] = field(default_factory=dict)
+    what_leaning: str = ""
+    leans_on: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    leaning: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, report: Mapping[str, Any]) -> TokenScores:
+        told, leans_on = report.get("token_scores") or {}, report.get("leans_on") or {}
+        tokens, leaning = told.get("tokens") or (), leans_on.get("tokens") or ()
+        return cls(
+            told.get("what") or "",
+            {at: score for at, score, *_ in tokens},
+            {at: source for at, _, *sources in tokens for source in sources},
+            leans_on.get("what") or "",
+            {at: (start, end) for at, start, end, _ in leaning},
+            {at: share for at, *_, share in leaning},
+        )
+
+    def told(self, at: int, tokens: Sequence[str], name_of: Callable[[int], str]) -> str:
+        """In a line or two; empty where nothing is known. `name_of` has the name of the chunk at a position, if any."""
+        lines = []
+        if at in self.scores:
+            source = self.seen_from.get(at)
+            looked = f", most from “{tokens[source].strip()}”" if source is not None and source < len(tokens) else ""
+            lines.append(f"{self.what}: {self.scores[at]:.4g}{looked}")
+        if at in self.leans_on:
+            start, end = self.leans_on[at]
+            name = name_of((start + end) // 2) or f"tokens {start:,} to {end:,}"
+            lines.append(f"leans on {name}: {self.leaning[at]:.1%}, {self.what_leaning}")
+        return "".join(f"\n{line}" for line in lines)
+
+
+NO_SCORES = TokenScores()
+
+
+def tokens_html(
+    title: str,
+    tokens: Sequence[str],
+    kinds: Sequence[str],
+    chunks: Sequence[tuple[int, str]],
+    scores: TokenScores = NO_SCORES,
+) -> str:
+    """A prompt's text. `chunks`: the positions at which each begins and ends, ascending, with its name and nothing.
+
+    What is known of a token is told when it is pointed at or clicked.
+    """
+    starts = [start for start, _ in chunks]
+
+    def name_of(at: int) -> str:
+        return chunks[index][1] if (index := bisect_right(starts, at) - 1) >= 0 else ""
+
+    def told(at: int) -> str:
+        kind = ", ".join(filter(None, (KINDS.get(kinds[at]), name_of(at))))
+        return f"{at} {kind}{scores.told(at, tokens, name_of)}"
+
+    runs = []
+    for kind, members in groupby(range(len(tokens)), key=lambda at: kinds[at]):
+        cells = "".join(f'<u tabindex="-1" title="{escape(told(at))}">{_shown(tokens[at])}</u>' for at in members)
+        runs.append(f'<span class="ka-token-{kind}" data-kind="{kind}">{cells}</span>')
+    legend = "".join(
+        f'<span class="ka-key"><i class="ka-{kind}"></i>{kinds.count(kind):,} {label}</span>'
+        for kind, label in KINDS.items()
+        if kind in kinds
+    )
+    return (
+        f'<b>{escape(title)}</b><div class="ka-legend">{legend}</div>'
+        f'<div class="ka-tokens ka-text" data-testid="prompt-tokens">{"".join(runs)}</div>'
+    )
+
+
+def _shown(token: str) -> str:
+    return escape(token).replace("\n", "↵\n")
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """`alternatives`: the likeliest tokens at its place with their probabilities, this one among them as a rule."""
+
+    text: str
+    probability: float
+    alternatives: tuple[tuple[str, float], ...] = ()
+
+
+def read_answer_tokens(text: str, logprobs: Sequence[Mapping[str, Any]]) -> tuple[AnswerToken, ...]:
+    """OpenAI's entries, aligned with the answer's `text`: servers leave out white space before a token. Tokens behind
+    the text, such as the end of the sequence, are left out.
+    """
+    return tuple(_aligned(text, logprobs))
+
+
+def _aligned(text: str, logprobs: Sequence[Mapping[str, Any]]) -> Iterator[AnswerToken]:
+    at = 0
+    for entry in logprobs:
+        found = re.match(r"\s*" + re.escape(entry["token"]), text[at:])
+        if not found and not text[at:].strip():
+            return
+        shown = found.group() if found else entry["token"]
+        at += len(shown) if found else 0
+        others = tuple((one["token"], math.exp(one["logprob"])) for one in entry.get("top_logprobs") or ())
+        yield AnswerToken(shown, math.exp(entry["logprob"]), others)
+
+
+def answer_tokens_html(tokens: Sequence[AnswerToken]) -> str:
+    """Each token on a ground that is the stronger, the less probable it was."""
+    return "".join(
+        f'<u class="ka-p" style="--p:{1 - token.probability:.3f}" data-probability="{token.probability:.4f}" '
+        f'title="{escape(_alternatives(token))}">{escape(token.text.lstrip() if index == 0 else token.text)}</u>'
+        for index, token in enumerate(tokens)
+    )
+
+
+def _alternatives(token: AnswerToken) -> str:
+    others = "".join(f"\n{probability:.1%} {text!r}" for text, probability in token.alternatives)
+    return f"{token.probability:.1%}{others}"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\S+", text)
+
+
+def first_difference(text: str, exact: str) -> tuple[int, str, str] | None:
+    """The number, from 1, of the first word that differs, and both words; None: all are the same."""
+    ours, theirs = _words(text), _words(exact)
+    for index in range(max(len(ours), len(theirs))):
+        pair = [words[index] if index < len(words) else "" for words in (ours, theirs)]
+        if pair[0] != pair[1]:
+            return index + 1, pair[0], pair[1]
+    return None
+
+
+def first_token_difference(tokens: Sequence[AnswerToken], exact: Sequence[AnswerToken]) -> int | None:
+    """The number, from 1, of the first token that differs; None where none does, or tokens aren't known."""
+    if not tokens or not exact:
+        return None
+    pairs = enumerate(zip_longest((t.text for t in tokens), (t.text for t in exact)), start=1)
+    return next((number for number, (ours, theirs) in pairs if ours != theirs), None)
+
+
+@lru_cache(maxsize=256)
+def diff_html(text: str, exact: str) -> str:
+    """The text, with the words that the exact answer hasn't marked, and those that only it has struck out. Blanks go
+    with the word before them, and don't differ.
+    """
+    ours, theirs = re.findall(r"\S+\s*", text), re.findall(r"\S+\s*", exact)
+    matcher = SequenceMatcher(None, _words(exact), _words(text), autojunk=False)
+    parts = []
+    for kind, a, b, c, d in matcher.get_opcodes():
+        gone, own = escape("".join(theirs[a:b])), escape("".join(ours[c:d]))
+        if kind == "equal":
+            parts.append(own)
+        else:
+            parts.append((f"<del>{gone}</del>" if gone else "") + (f"<ins>{own}</ins>" if own else ""))
+    return "".join(parts)

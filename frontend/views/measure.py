@@ -1,0 +1,330 @@
+"""Measure: many questions, or one over many orders of its chunks, or contexts of several lengths, to the chosen
+contenders and settings.
+
+One measurement at a time, for all tabs alike: two would slow each other down. It goes on when the page is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+import state
+from chat import Context
+from chat_session import ChatSession
+from contender_api import BlendOffer
+from context_lengths import BENCHMARK as LENGTHS_BENCHMARK
+from context_lengths import LEAST_PAIRS, REFERENCE, failures, length_verdicts, lengths_table, verdicts_html
+from eval_results import ALL_KINDS, read_eval, read_result
+from eval_tables import measured_table, times
+from examples import gold_answers
+from kvarena import panels
+from kvarena.documents import QUESTIONS_NAME, TextChunk
+from kvarena.splitting import ESTIMATED_BYTES_PER_TOKEN
+from measuring import (
+    LengthsPlan,
+    Measurement,
+    Plan,
+    QuestionsPlan,
+    blend_settings,
+    can_measure,
+    default_lengths,
+    new_output,
+    read_lengths,
+    write_documents,
+    write_shuffles,
+)
+from panel_charts import draw_panels, ttft_chart
+from result_picker import choose_file
+from settings import Contender
+from sidebar import KEEP
+
+POLL_S = 0.5
+QUESTIONS, SHUFFLES, LENGTHS = "Questions of the folder", "Shuffles of one question", "Context lengths"
+DEFAULT_RATIOS = "0, 0.15"
+DEFAULT_REPEATS = 6
+STOPPING = "Stopping: saving what was answered"
+NO_FIGURES = "Stopped before the first answer: there are no figures."
+NOT_SAVED = "Ended before the answers were saved: there are no figures."
+SPEEDUP_HELP = {
+    "Speedup": "Plain's time to first token divided by this one's, prompt by prompt; the median",
+    "Low": "Where that median may begin: its 95 % interval, or with fewer than six repetitions the least of all",
+    "High": "Where it may end",
+}
+
+
+@st.cache_resource(show_spinner=False)
+def _measurements() -> list[Measurement]:
+    """The latest one last."""
+    return []
+
+
+def main() -> None:
+    st.html('<div class="ka-title">Measure<small>many questions, so that one sample decides nothing</small></div>')
+    try:
+        sessions = state.chat_sessions()
+        state.refresh_servers(sessions)
+        draw_choices(list(sessions.values()))
+    except ValueError as error:
+        st.error(str(error))
+        st.stop()
+    if _measurements():
+        draw_measurement(_measurements()[-1])
+
+
+# Given the result's file, beside which it may write what is to be asked; raises `OSError`. Streamlit would draw a
+# docstring here.
+MakePlan = Callable[[Path], Plan]
+
+
+def draw_choices(sessions: Sequence[ChatSession]) -> None:
+    titles = {session.contender: session.contender.title for session in sessions}
+    contenders = st.multiselect(
+        "Contenders",
+        list(titles),
+        default=list(titles),
+        format_func=lambda contender: titles[contender],
+        key="measured",
+        persist_state=KEEP,
+    )
+    questions = state.page_settings().data_dir / QUESTIONS_NAME
+    offered = [QUESTIONS, SHUFFLES, LENGTHS] if questions.is_file() else [SHUFFLES, LENGTHS]
+    what = st.segmented_control(
+        "Ask", offered, default=offered[0], required=True, key=f"measure-what-{len(offered)}", persist_state=KEEP
+    )
+    if what != LENGTHS and not questions.is_file():
+        st.info(
+            f"There is no {questions}. A question of your own can be asked over many orders of the arena's chunks; how "
+            "often the answers are full prefill's is measured without knowing what is right."
+        )
+    if what == LENGTHS:
+        make_plan = _draw_lengths(tuple(contenders), [one for one in sessions if one.contender in contenders])
+    else:
+        make_plan = _draw_questions(tuple(contenders), questions if what == QUESTIONS else None)
+    if not can_measure():
+        command = "kvarena bench ttft" if what == LENGTHS else "kvarena eval"
+        st.info(f"The measuring commands are not installed beside this page. Run `{command}` where the stack is.")
+        return
+    running = bool(_measurements()) and _measurements()[-1].is_running
+    ready = bool(contenders) and make_plan is not None
+    if st.button("Start", key="measure-start", type="primary", disabled=running or not ready) and make_plan:
+        try:
+            output = new_output(state.page_settings().results_dir).resolve()
+            measurement = Measurement(make_plan(output), output, state.page_settings().api_key)
+        except OSError as error:
+            st.error(f"The results can't be written: {error}")
+            return
+        _measurements().append(measurement)
+        st.rerun()
+
+
+def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -> MakePlan | None:
+    """Those of this file, or a question of one's own in many orders. None while something is missing."""
+    left, middle, right = st.columns(3)
+    number = int(left.number_input("How many", 1, 1000, 12, key="measure-number", persist_state=KEEP))
+    max_tokens = int(middle.number_input("Max tokens", 1, 4096, 32, key="measure-max-tokens", persist_state=KEEP))
+    policies, ratios = _draw_settings(state.blend_offer(), right)
+    question, gold = ("", "") if questions else _draw_question()
+    if not ratios or not (questions or (question and _context().chunks)):
+        return None
+
+    def make_plan(output: Path) -> Plan:
+        asked = questions or write_shuffles(output.with_suffix(""), _context(), question, [gold] * bool(gold), number)
+        return QuestionsPlan(
+            contenders, state.separator(), asked.resolve(), tuple(policies), ratios, max_tokens, limit=number
+        )
+
+    return make_plan
+
+
+def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSession]) -> MakePlan | None:
+    """Contexts of the loaded chunks. None while something is missing."""
+    chunks = _loaded_chunks()
+    num_tokens = sum(len(chunk.text.encode("utf-8", "replace")) for chunk in chunks.values())
+    num_tokens //= ESTIMATED_BYTES_PER_TOKEN
+    limits = {session.contender: session.server.max_model_len for session in sessions if session.server}
+    usual = default_lengths(min((limit for limit in limits.values() if limit), default=None), num_tokens)
+    left, middle, right = st.columns(3)
+    typed = left.text_input(
+        "Context lengths (tokens)", ", ".join(map(str, usual)), key="measure-lengths", persist_state=KEEP
+    )
+    num_repeats = middle.number_input(
+        "Repetitions",
+        LEAST_PAIRS,
+        100,
+        DEFAULT_REPEATS,
+        key="measure-repeats",
+        persist_state=KEEP,
+        help="Of each length, with the chunks in another order. From six on there is a 95 % interval of the median; "
+        "with fewer the whole range stands for it.",
+    )
+    offer = state.blend_offer()
+    policies, ratios = _draw_settings(offer, right)
+    if not chunks:
+        st.info("There is no chunk that a context could be made of. Put documents into the data folder.")
+        return None
+    st.caption(
+        f"Contexts are made of all {len(chunks):,} loaded chunks, about {num_tokens:,} tokens; longer ones repeat "
+        "them. A blend has them in its cache before. Every repetition brings them in another order, so that no prefix "
+        "cache answers."
+    )
+    if not any(contender.name == REFERENCE for contender in contenders):
+        st.info(f"Without the contender `{REFERENCE}` there are times, but nothing to compare them with.")
+    try:
+        lengths = read_lengths(typed, [(contender.title, limit) for contender, limit in limits.items()])
+    except ValueError as error:
+        st.warning(str(error))
+        return None
+    if not ratios:
+        return None
+
+    def make_plan(output: Path) -> Plan:
+        data = state.page_settings().data_dir
+        if state.uploads():
+            data = output.with_suffix("")
+            write_documents(data, [chunk.text for chunk in chunks.values()])
+        tokenizer = state.splitter().tokenizer_file
+        return LengthsPlan(
+            contenders,
+            state.separator(),
+            data.resolve(),
+            blend_settings(offer, policies, ratios) if offer and offer.policy else (),
+            lengths,
+            int(num_repeats),
+            tokenizer.absolute().parent if tokenizer else None,
+        )
+
+    return make_plan
+
+
+def _draw_settings(
+    offer: BlendOffer | None, ratio_place: st.delta_generator.DeltaGenerator
+) -> tuple[list[str], tuple[float, ...]]:
+    """Policies and ratios; every policy with every ratio."""
+    if not offer or not offer.policy:
+        return [], (0.0,)
+    typed = ratio_place.text_input("Shares to recompute", DEFAULT_RATIOS, key="measure-ratios", persist_state=KEEP)
+    policies = st.multiselect(
+        "Policies", offer.policy.choices, default=[offer.policy.default], key="measure-policies", persist_state=KEEP
+    )
+    try:
+        ratios = tuple(float(part) for part in typed.split(","))
+    except ValueError:
+        ratios = ()
+    if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
+        st.warning(f"{typed!r} is no list of shares from 0 to 1, separated by commas.")
+        return policies, ()
+    return policies, ratios
+
+
+def _loaded_chunks() -> dict[str, TextChunk]:
+    """The data folder's and the uploaded ones, by name."""
+    return state.chunk_files() | {c.name: c for named in state.uploaded_chunks().values() for c in named}
+
+
+def _context() -> Context:
+    """The arena's."""
+    chunks = _loaded_chunks()
+    names = st.session_state.get("order") or list(chunks)
+    system = st.session_state.get("system-prompt", state.folder_documents().system)
+    return Context(system.strip(), tuple(chunks[name] for name in names if name in chunks), state.separator())
+
+
+def _draw_question() -> tuple[str, str]:
+    turns = state.open_chat().chat.turns
+    st.caption(f"Over the {len(_context().chunks)} chunks of the arena, each time in another order.")
+    question = st.text_input(
+        "Question", turns[-1].question if turns else "", key="measure-question", persist_state=KEEP
+    )
+    known = gold_answers(state.page_settings().data_dir, question)
+    gold = st.text_input(
+        "Right answer", known, key=f"measure-gold-{question}", placeholder="Optional: what counts as right"
+    )
+    return question.strip(), gold.strip()
+
+
+@st.fragment(run_every=POLL_S)
+def draw_progress(measurement: Measurement) -> None:
+    if not measurement.is_running:
+        st.rerun()
+    progress = measurement.progress()
+    if not measurement.is_stopped:
+        st.progress(progress.share, progress.text)
+        st.button("Stop", key="measure-stop", on_click=measurement.stop, help="What was answered so far is kept.")
+        return
+    st.progress(progress.share, STOPPING)
+    if measurement.may_end:
+        st.button(
+            "End now", key="measure-end", on_click=measurement.end, help="What was answered and not yet saved is lost."
+        )
+
+
+def draw_measurement(measurement: Measurement) -> None:
+    if measurement.is_running:
+        draw_progress(measurement)
+    elif measurement.has_result:
+        if problem := measurement.problem():
+            st.warning(f"The run ended early, with {problem!r}: not all of it was measured.")
+        draw_result(measurement)
+    elif problem := measurement.problem():
+        st.error(problem)
+    else:
+        st.info(NOT_SAVED if measurement.is_ended else NO_FIGURES)
+    with st.expander("The same from a terminal"):
+        st.code(measurement.command, language="sh", wrap_lines=True)
+
+
+def draw_result(measurement: Measurement) -> None:
+    path = measurement.output
+    text = path.read_text(encoding="utf-8")
+    try:
+        result = read_result(text)
+    except ValueError as error:
+        if measurement.is_stopped:
+            st.info(NOT_SAVED if measurement.is_ended else NO_FIGURES)
+        else:
+            st.error(f"{path.name} can't be read as a result: {error}")
+        return
+    with st.container(horizontal=True):
+        if st.button("Open in Quality", key="open-in-quality"):
+            choose_file(path)
+            st.switch_page("views/quality.py")
+        st.download_button("Download the JSON", text, path.name, "application/json", key="measure-download")
+    draw = draw_lengths if result["settings"]["benchmark"] == LENGTHS_BENCHMARK else draw_questions
+    draw(result)
+
+
+def draw_questions(found: Mapping[str, Any]) -> None:
+    result = read_eval(found)
+    if result.settings.get("is_interrupted"):
+        st.warning("Stopped: the figures are of the questions until then.")
+    if records := times(result):
+        st.markdown("**Time to first token, every answer**")
+        st.altair_chart(ttft_chart(records), width="stretch")
+    _draw_table(measured_table(result, ALL_KINDS), shares=("Agreement", "Right"))
+
+
+def draw_lengths(result: Mapping[str, Any]) -> None:
+    if result["settings"].get("is_interrupted"):
+        st.warning("Stopped: the figures are of the lengths and repetitions until then.")
+    for failure in failures(result):
+        st.warning(failure)
+    if verdicts := length_verdicts(result):
+        st.html(verdicts_html(verdicts))
+    draw_panels(panels.ttft_panels(result, panels.colours_in([result])))
+    _draw_table(lengths_table(result), shares=("Reused", "Recomputed"))
+
+
+def _draw_table(records: Sequence[Mapping[str, Any]], shares: Sequence[str]) -> None:
+    columns = {name: st.column_config.NumberColumn(format="percent") for name in shares}
+    columns |= {name: st.column_config.NumberColumn(format="%.0f ms") for name in ("TTFT median", "TTFT p95")}
+    columns |= {name: st.column_config.NumberColumn(format="%.2fx", help=text) for name, text in SPEEDUP_HELP.items()}
+    columns["Context"] = st.column_config.NumberColumn(format="localized", help="Tokens of the chunks")
+    st.dataframe(pd.DataFrame(records), hide_index=True, column_config=columns, placeholder="–", key="measured-figures")
+
+
+main()

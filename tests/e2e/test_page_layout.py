@@ -1,0 +1,137 @@
+"""How the page looks in a real browser, over small servers: nothing overlaps or is cut, at any width."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from support.page_steps import (
+    ask,
+    expect_states,
+    overlapping,
+    pane,
+    settle,
+)
+from support.small_page import NAMES, OpenPage, choose, small_servers
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
+
+WIDTHS = (1920, 1440, 1280, 390)
+TURN = ", ".join(
+    (
+        ".ka-question, .ka-one-sample, [class*=st-key-again-] button p, [data-testid=stCheckbox] p",
+        ".ka-pane-head b, .ka-badge, .ka-answer, .ka-same, .ka-figure span, .ka-figure b, .ka-legend .ka-key",
+        ".ka-waterfall > b, .ka-lane > b, .ka-lane > span, .ka-ticks span",
+        ".ka-watched > b, .ka-watched small, .ka-log dt, .ka-log dd",
+    )
+)
+
+
+SIDEBAR = "[data-testid=stSidebar] [data-testid=stElementContainer]"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_nothing_overlaps_at_any_width(open_page: OpenPage, count: int) -> None:
+    servers = small_servers(count)
+    times = {"fetch_ms": 0.3, "move_ms": 0.4, "select_ms": 0.2, "recompute_ms": 0.5}
+    servers[0].report |= times
+    for server in servers[1:]:
+        server.timings = {"queue_time_ms": 0.2, "time_to_first_token_ms": 0.8}
+    page = open_page(*servers)
+    ask(page, "Who is the mayor?")
+    expect_states(page, **dict.fromkeys(NAMES[:count], "done"))
+    page.get_by_text("See the servers").click()
+    for name in NAMES[:count]:
+        expect(page.get_by_test_id(f"watched-{name}").get_by_test_id("log-line")).to_be_visible()
+    main, verdict = page.get_by_test_id("stMainBlockContainer"), page.get_by_test_id("verdict")
+    expect(verdict).to_have_count(count - 1)
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        settle(page)
+        assert main.locator(TURN).count() >= 30 * count
+        assert page.locator(SIDEBAR).count() >= 20
+        for what, elements in (
+            ("turn", main.locator(TURN)),
+            ("verdict", verdict.locator("b, small")),
+            ("sidebar", page.locator(SIDEBAR)),
+        ):
+            assert overlapping(elements) == [], f"{what} at {width} pixels"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_more_than_three_contenders_are_rows_and_a_phone_swipes_panes_below_the_bars(open_page: OpenPage) -> None:
+    page = open_page(*small_servers(4))
+    ask(page, "Who is the mayor?")
+    expect_states(page, **dict.fromkeys(NAMES[:4], "done"))
+    boxes = [pane(page, name).bounding_box() for name in NAMES[:4]]
+    assert len({box["x"] for box in boxes if box}) == 1, "one under the other"
+    page.locator(".st-key-run-third label").first.click()
+    page.locator(".st-key-run-fourth label").first.click()
+    ask(page, "And what does she keep?")
+    expect_states(page, blend="done", plain="done")
+    page.set_viewport_size({"width": 390, "height": 844})
+    settle(page)
+    bars, blend, plain = (
+        found.bounding_box()
+        for found in (page.get_by_test_id("waterfall").last, pane(page, "blend"), pane(page, "plain"))
+    )
+    assert bars
+    assert blend
+    assert plain
+    assert bars["y"] + bars["height"] <= blend["y"]
+    assert blend["y"] == plain["y"]
+    assert blend["x"] + blend["width"] <= 390 < plain["x"] + plain["width"]
+
+
+def test_results_of_other_kinds_are_drawn_and_two_are_compared(open_page: OpenPage) -> None:
+    page = open_page(*small_servers(1))
+    page.get_by_role("link", name="Quality").click()
+    charts, keys = page.get_by_test_id("stVegaLiteChart"), page.locator(".ka-key, .ka-bars b, .ka-bars .ka-lane > span")
+    for name, num_charts in (("calibrate-smollm2", 4), ("ttft-180m-native-cold", 0)):
+        choose(page, "Result file", f"{name}.json")
+        expect(charts).to_have_count(num_charts)
+        assert keys.count() >= 2
+        for width in WIDTHS:
+            page.set_viewport_size({"width": width, "height": 900})
+            assert overlapping(keys) == [], f"{name} at {width} pixels"
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.set_viewport_size({"width": 1440, "height": 900})
+    choose(page, "Result file", "eval-smollm2.json")
+    choose(page, "Compare with", "eval-smollm2-seed7.json")
+    expect(charts).to_have_count(3)
+    expect(page.get_by_text("Correct: the second file less the first, over 24 questions in both")).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_light_or_dark_as_the_system_is(open_page: OpenPage, scheme: Any) -> None:
+    page = open_page(*small_servers(2))
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
+    ask(page, "Who is the mayor?")
+    expect_states(page, blend="done", plain="done")
+    for place in (".stApp", ".ka-question", ".ka-chunk"):
+        assert (brightness(page, place, "backgroundColor") < 0.5) == (scheme == "dark"), place
+        assert (brightness(page, place, "color") > 0.5) == (scheme == "dark"), place
+
+
+def brightness(page: Page, place: str, of: str) -> float:
+    """From 0, black, to 1, white."""
+    colour = page.locator(place).first.evaluate(f"element => getComputedStyle(element).{of}")
+    return sum(int(value) for value in re.findall(r"\d+", colour)[:3]) / 3 / 255
+
+
+def test_a_big_screen_has_large_type_also_after_a_reload(open_page: OpenPage) -> None:
+    page = open_page(*small_servers(2))
+    settle(page)
+    page.locator(".st-key-big-screen label").first.click()
+    page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '24px'")
+    page.reload()
+    page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '24px'")
+    ask(page, "Who is the mayor?")
+    expect_states(page, blend="done", plain="done")
+    page.set_viewport_size({"width": 1920, "height": 1080})
+    settle(page)
+    assert overlapping(page.locator(".ka-figure span, .ka-figure b")) == []

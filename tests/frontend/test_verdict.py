@@ -1,0 +1,160 @@
+"""The verdict over a chat's turns: what it says is what was measured, and no more."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from chat import Context, Turn
+from contender_api import Sampling
+from figures import Done, Figures, FirstToken, Text
+from settings import Contender
+from verdict import verdict_html, verdicts
+
+BLEND = Contender("blend", "Blend", "http://127.0.0.1:1", approximate=True)
+PLAIN = Contender("plain", "Plain", "http://127.0.0.1:2")
+
+
+def turn(
+    blend_ms: float,
+    plain_ms: float,
+    agrees: bool = True,
+    num_tokens: int = 1000,
+    cached: int = 0,
+    temperature: float = 0,
+    **of_blend: Any,
+) -> Turn:
+    asked = Turn.ask("Who?", Context(), (BLEND, PLAIN), Sampling(temperature))
+    reports: dict[str, dict[str, Any]] = {
+        "blend": {"policy": "kv_deviation", "ratio": 0.1, "approximate": True} | of_blend,
+        "plain": {"num_prefix_tokens": cached, "approximate": False},
+    }
+    texts = {"blend": "Ann" if agrees else "Ben", "plain": "Ann"}
+    for name, ms in (("blend", blend_ms), ("plain", plain_ms)):
+        figures = Figures(first_token_ms=ms, num_prompt_tokens=num_tokens, **reports[name])
+        for event in (FirstToken(ms), Text(texts[name]), Done(figures, "stop")):
+            asked.answers[name].apply(event)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("blend_ms", "tone", "words"),
+    [
+        (50, "gain", "first token 2.0 times sooner than Plain"),
+        (96, "tie", "equally fast"),
+        (104, "tie", "equally fast"),
+        (200, "loss", "first token 2.0 times later than Plain"),
+    ],
+)
+def test_a_small_gain_is_a_tie_and_one_sample_says_so(blend_ms: float, tone: str, words: str) -> None:
+    (verdict,) = verdicts([turn(blend_ms, 100)])
+    assert verdict.tone == tone
+    assert words in verdict.speed_text()
+    assert "one prompt only" in verdict.speed_text()
+
+
+def test_the_median_over_prompts_and_the_answers_that_differ() -> None:
+    turns = [turn(50, 100), turn(10, 100, agrees=False), turn(100, 100)]
+    (verdict,) = verdicts(turns)
+    assert verdict.speedup == 2.0
+    assert "median of 3 prompts" in verdict.speed_text()
+    assert verdict.agreement_text() == "the answers differ: 2 of 3 agree"
+    html = verdict_html(turns)
+    assert html.index("ka-tone-gain") < html.index("ka-tone-differs")
+
+
+def test_a_measurement_over_context_lengths_stands_in_place_of_the_lengths_asked() -> None:
+    turns = [turn(200, 100, num_tokens=500), turn(50, 100, num_tokens=2000)]
+    (by_turns,) = verdicts(turns)
+    assert by_turns.notes() == ["It pays from 2,000 tokens on, of the lengths asked, 500 to 2,000 tokens."]
+    (measured,) = verdicts(turns, lambda answer: f"Measured of {answer.contender.name}, {answer.figures.setting}.")
+    assert measured.notes() == ["Measured of blend, kv_deviation 10%."]
+    assert "Measured of blend" in verdict_html(turns, lambda answer: f"Measured of {answer.contender.name}.")
+
+
+def test_a_prompt_that_the_prefix_cache_had_is_not_timed_beside_fresh_ones() -> None:
+    repeated = turn(50, 20, cached=900)
+    (verdict,) = verdicts([turn(50, 100), repeated])
+    assert verdict.speedup == 2.0
+    assert verdict.notes() == ["1 repeated prompt not timed: most was in a prefix cache."]
+    (alone,) = verdicts([repeated])
+    assert (alone.tone, alone.colour) == ("loss", "tie")
+    assert "Not a fresh prompt" in alone.notes()[0]
+
+
+def test_a_gain_out_of_the_blends_own_prefix_cache_is_none() -> None:
+    """It was asked before, and the exact contender wasn't."""
+    (verdict,) = verdicts([turn(50, 100, num_prefix_tokens=900)])
+    assert verdict.colour == "tie"
+    assert "Not a fresh prompt" in verdict.notes()[0]
+
+
+def test_drawn_answers_are_not_compared() -> None:
+    (verdict,) = verdicts([turn(50, 100, agrees=False, temperature=0.7)])
+    assert not verdict.differs
+    assert verdict.agreement_text() == "answers drawn at a temperature aren't compared"
+
+
+def test_white_space_is_no_difference_as_in_the_panes() -> None:
+    asked = turn(50, 100)
+    asked.answers["blend"].text, asked.answers["plain"].text = "Ann\n\nBell", "Ann Bell"
+    (verdict,) = verdicts([asked])
+    assert verdict.agreement_text() == "the answers agree"
+
+
+def test_blends_in_a_time_are_one_setting_whatever_they_came_to() -> None:
+    (verdict,) = verdicts([turn(50, 100, ratio=0.1234, max_ttft_ms=500), turn(40, 100, ratio=0.2, max_ttft_ms=500)])
+    assert verdict.title == "Blend, kv_deviation within 500 ms"
+    assert "median of 2 prompts" in verdict.speed_text()
+
+
+@pytest.mark.parametrize(
+    ("speedups", "told"),
+    [
+        ({1000: 2, 1100: 2}, ""),
+        ({1000: 2, 4000: 3}, "pays at all of the lengths asked, 1,000 to 4,000"),
+        ({1000: 0.8, 2000: 1.2, 4000: 3}, "pays from 2,000 tokens on, of the lengths asked, 1,000 to 4,000"),
+        ({1000: 2, 2000: 1.0, 4000: 3}, "pays from 4,000 tokens on"),
+        ({1000: 2, 4000: 1.0}, "doesn't pay at the longest"),
+    ],
+)
+def test_from_what_length_it_pays(speedups: dict[int, float], told: str) -> None:
+    (verdict,) = verdicts([turn(100 / factor, 100, num_tokens=length) for length, factor in speedups.items()])
+    assert told in verdict.length_text()
+    assert bool(told) == bool(verdict.length_text())
+
+
+def test_other_settings_are_not_mixed_in() -> None:
+    found = verdicts([turn(50, 100), turn(25, 100, ratio=0.5)])
+    assert [(one.title, one.speedup) for one in found] == [
+        ("Blend, kv_deviation 10%", 2.0),
+        ("Blend, kv_deviation 50%", 4.0),
+    ]
+
+
+def test_nothing_is_said_without_an_exact_contender_or_a_time() -> None:
+    alone = Turn.ask("Who?", Context(), (BLEND,), Sampling())
+    alone.answers["blend"].apply(FirstToken(1.0))
+    assert verdict_html([alone, Turn.ask("Who?", Context(), (BLEND, PLAIN), Sampling())]) == ""
+
+
+def test_a_blend_that_had_nothing_to_reuse_is_not_what_others_are_compared_with() -> None:
+    asked = turn(50, 100)
+    blend, plain = asked.answers.values()
+    blend.figures = dataclasses.replace(blend.figures, approximate=False)
+    (verdict,) = verdicts([asked])
+    assert verdict.reference == "Plain"
+    plain.state = "interrupted"
+    assert verdicts([asked]) == []
+
+
+def test_answers_under_way_are_not_compared() -> None:
+    asked = Turn.ask("Who?", Context(), (BLEND, PLAIN), Sampling())
+    for answer in asked.answers.values():
+        answer.apply(FirstToken(5.0))
+    asked.answers["plain"].apply(Done(Figures(first_token_ms=5.0, approximate=False), "stop"))
+    (verdict,) = verdicts([asked])
+    assert verdict.agreement_text() == "no whole answers to compare"
+    assert 'data-agreement="tie"' in verdict_html([asked])
