@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,9 +28,13 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):
         longest = longest_first(items)
-        items.sort(key=lambda item: ("e2e" in item.keywords, "slow" not in item.keywords, longest.index(item.path)))
+        items.sort(key=lambda item: (has_browser(item), "slow" not in item.keywords, longest.index(item.path)))
     else:
-        items.sort(key=lambda item: ("e2e" in item.keywords, "slow" in item.keywords))
+        items.sort(key=lambda item: (has_browser(item), "slow" in item.keywords))
+
+
+def has_browser(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("browser", "e2e"))
 
 
 def longest_first(items: list[pytest.Item]) -> list[Path]:

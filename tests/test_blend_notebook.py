@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib import pyplot
 
-from kvarena.stack.home import project_root
+from kvarena.home import project_root
 
 NOTEBOOK = project_root() / "docs" / "blend-notebook.ipynb"
 RIGHT = "Oakbank"

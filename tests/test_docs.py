@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from kvarena.stack.home import project_root
+from kvarena.home import project_root
 
 ROOT = project_root()
 DOCUMENTS = sorted(

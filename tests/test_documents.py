@@ -7,24 +7,35 @@ import os
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from ai100.notes import load_notes
+from kvarena.core.matching import Segmenter
+from kvarena.core.plan import as_token_ids
 from kvarena.documents import (
+    WORD_JOINER,
     Document,
     DocumentCache,
     Remark,
     TextChunk,
+    build_messages,
+    join_chunks,
     load_chunks,
     load_documents,
     load_system_prompt,
     name_chunks,
     read_document,
+    without_separators,
 )
-from kvarena.splitting import Splitter
+from kvarena.policies.profile import read_model_profile
+from kvarena.splitting import Splitter, find_splitter
 from support.pdf_files import encrypted, pdf_of
+from support.tiny_models import tiny_tokenizer
 
 GERMAN = "Die Straße führt über den Fluß nach Köln. Grüße an alle Bürger und Gäste, schöne Tage!"
 SENTENCES = [f"Sentence number {number} is about the sea." for number in range(60)]
@@ -252,3 +263,59 @@ def test_the_kind_of_an_upload_is_its_suffix() -> None:
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no folder of chunk files at"):
         load_documents(tmp_path / "nowhere")
+
+
+MODELS = Path(__file__).parents[1]
+TOKENIZERS = [MODELS / "backend/models/town", MODELS / ".kvarena/models/SmolLM2-135M-Instruct"]
+"""The second is there where the default model was set up."""
+
+
+@pytest.mark.parametrize("model", TOKENIZERS, ids=lambda path: path.name)
+def test_special_tokens_in_a_document_are_text(model: Path, tmp_path: Path) -> None:
+    if not model.is_dir():
+        pytest.skip("the default model isn't set up here")
+    splitter = find_splitter(str(model))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert {"</s>", "<note>"} <= set(splitter.special_tokens) or "<|im_end|>" in splitter.special_tokens
+    text = (
+        "A start. " + " and ".join(splitter.special_tokens) + " end. " + "".join(splitter.special_tokens) + ". <s<s>>"
+    )
+    (tmp_path / "a.txt").write_text(text)
+    (chunk,) = load_chunks(tmp_path, splitter)
+    (note, *_) = load_notes(tmp_path, tokenizer, 4096, "\n\n").notes
+    for found in (chunk.text, note.text):
+        assert not set(tokenizer.encode(found, add_special_tokens=False)) & set(tokenizer.all_special_ids)
+        assert found.replace(WORD_JOINER, "") == text
+    separator = str(read_model_profile(str(MODELS / "backend/models" / model.name)).get("separator", "\n\n* * *\n\n"))
+    messages = build_messages("", [chunk.text] * 2, "Who?", separator)
+    plain = build_messages("", ["A start. And an end."] * 2, "Who?", separator)
+    special = [num_special(tokenizer, chat) for chat in (messages, plain)]
+    assert special[0] == special[1], "a document has ended a turn, or begun a chunk"
+
+
+def num_special(tokenizer: Any, chat: list[dict[str, str]]) -> int:
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return sum(token in tokenizer.all_special_ids for token in ids)
+
+
+@pytest.mark.parametrize("separator", [" # # ", "\n\n* * *\n\n", "<note>", " # ", "##"])
+def test_separators_in_a_chunk_do_not_cut_it(separator: str) -> None:
+    core = separator.strip()
+    tokenizer = tiny_tokenizer()
+    texts = [
+        f"seven goats{separator}old cat",
+        f"{core} Heading\n{core} green tea",
+        f"under the hill {core[0]}",
+        f"{core} {separator * 3}road",
+        "## part # two",
+    ]
+    ids = as_token_ids(tokenizer.encode("Be brief." + join_chunks(texts, separator) + "who?"))
+    segments = Segmenter(tokenizer, separator).segments(ids)
+    found = [tokenizer.decode(ids[start:end]).replace(WORD_JOINER, "").strip() for start, end in segments]
+    assert found == ["Be brief.", *(f"{separator}{text}".strip() for text in texts)]
+
+
+@pytest.mark.parametrize("separator", ["", "\n\n", " # # ", "<note>"])
+def test_a_chunk_without_separators_stays_as_it_is(separator: str) -> None:
+    text = "# Title\n\n## Part # one\n\na## #b, C# #d <notes> #"
+    assert without_separators(text + "x", separator) == text + "x"

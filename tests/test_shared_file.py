@@ -19,7 +19,7 @@ def opened(path: Path) -> SharedFile:
 
 
 def words(file: SharedFile) -> list[str]:
-    return [word for (word,) in file.read("SELECT word FROM words ORDER BY id")]
+    return [word for (word,) in file.read("SELECT word FROM words ORDER BY id") or ()]
 
 
 def test_what_one_writes_the_other_sees_and_hears_of(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_damaged_file_is_given_up_with_a_warning(tmp_path: Path, caplog: pytes
     path.write_bytes(b"not a database" * 100)
     with caplog.at_level(logging.WARNING):
         file = opened(path)
-    assert "words can't be kept" in caplog.text
+    assert f"words are no longer kept in {path}" in caplog.text
     file.write("INSERT INTO words (word) VALUES (?)", [("tea",)])
     assert (file.has_changed(), words(file)) == (False, [])
 
@@ -63,6 +63,7 @@ def test_a_folder_that_cant_be_made(tmp_path: Path) -> None:
 def test_a_file_that_is_locked_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One busy time-out used to end it for good."""
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(sqlite, "PAUSE_S", 0.0)
     path = tmp_path / "words.sqlite"
     file = opened(path)
     other = sqlite3.connect(path, isolation_level=None)
@@ -76,8 +77,44 @@ def test_a_file_that_is_locked_is_written_later(tmp_path: Path, monkeypatch: pyt
     assert words(opened(path)) == ["tea", "rain", "hill"]
 
 
+def test_a_locked_file_is_waited_for_once_in_a_while_and_not_for_each_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scheduler with 200 new chunks waited 200 times."""
+    monkeypatch.setattr(sqlite, "PAUSE_S", 60.0)
+    path = tmp_path / "words.sqlite"
+    file = opened(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with caplog.at_level(logging.WARNING):
+        for number in range(200):
+            file.write("INSERT INTO words (word) VALUES (?)", [(f"word {number}",)])
+            assert file.read("SELECT word FROM words") is None, "it isn't empty: it can't be read now"
+    assert len(caplog.records) == 1
+    other.execute("ROLLBACK")
+    monkeypatch.setattr(file, "_paused_until_s", 0.0)
+    file.write("INSERT INTO words (word) VALUES (?)", [("last",)])
+    assert len(words(opened(path))) == 201
+
+
+def test_a_file_that_was_locked_at_first_is_opened_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(sqlite, "PAUSE_S", 0.0)
+    path = tmp_path / "words.sqlite"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    file = opened(path)
+    assert not file.has_changed()
+    other.execute("ROLLBACK")
+    other.close()
+    file.write("INSERT INTO words (word) VALUES (?)", [("tea",)])
+    assert file.has_changed()
+    assert words(file) == ["tea"]
+
+
 def test_what_waits_for_a_locked_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(sqlite, "PAUSE_S", 0.0)
     monkeypatch.setattr(sqlite, "MAX_WAITING_ROWS", 3)
     path = tmp_path / "words.sqlite"
     file = opened(path)

@@ -96,7 +96,7 @@ class AI100:
         *,
         sampling: Sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0),  # noqa: B008 - frozen
         salt: str = "",
-        **options: bool,
+        **options: Any,
     ) -> AI100Generation:
         request = GenerationRequest(
             "test",
@@ -121,10 +121,10 @@ class AI100:
 
 
 def read(generation: AI100Generation, engine: AI100Engine) -> Answer:
-    """To the end, as the server does."""
+    """To the end, as the server does; the end-of-sequence token is left out."""
     from kvarena.server.detokenizer import Detokenizer
 
-    tokens = [token.token_id for token in generation]
+    tokens = [token.token_id for token in generation if not token.is_end]
     text = Detokenizer(engine.tokenizer, generation.prompt_token_ids)
     return Answer(
         list(generation.prompt_token_ids),

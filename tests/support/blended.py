@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvarena.core.store import ChunkStore
+from kvarena.core.report import BlendReport
+from kvarena.core.store import ScoredStore
 from kvarena.engines.hf.blend import BlendedPrefill, HFBlender
 from kvarena.engines.hf.model import HFModel
 from kvarena.policies.params import BlendParams
@@ -34,10 +36,12 @@ def make_prompts(seed: int, count: int, *, first_words: int = 3) -> list[str]:
 class Blended:
     model: HFModel
     reference: Any
-    store: ChunkStore = field(default_factory=lambda: MemoryStore(1 << 28))
+    store: ScoredStore = field(default_factory=lambda: MemoryStore(1 << 28))
+    sink: Sequence[int] = (0,)
+    """What chunks must be computed after; the tiny models' beginning-of-text token where nobody says otherwise."""
 
     def __post_init__(self) -> None:
-        self.blender = HFBlender(self.model, self.store, separator=SEPARATOR)
+        self.blender = HFBlender(self.model, self.store, separator=SEPARATOR, sink_tokens=len(self.sink))
 
     @classmethod
     def load(cls, folder: Path, **settings: Any) -> Blended:
@@ -55,7 +59,7 @@ class Blended:
         assert min(report.num_reused_tokens, report.num_recomputed_tokens, report.num_computed_tokens) >= 0
         in_spans = sum(end - start for start, end in report.spans)
         assert in_spans == report.num_reused_tokens + report.num_recomputed_tokens
-        assert all(left[1] <= right[0] for left, right in itertools.pairwise(report.spans))
+        assert all(left[1] <= right[0] for left, right in itertools.pairwise(chunk_spans(report)))
         assert result.kv.length == len(ids)
         return result
 
@@ -75,12 +79,23 @@ class Blended:
 
     @torch.inference_mode()
     def blind(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Naive reuse, as one stock forward in which spans attend to themselves only: KV `(L, 2, H_kv, T, D)` and the
-        last logits. Rotary distances inside a span are the same wherever it stands, so nothing needs moving.
+        """Naive reuse, as one stock forward in which spans attend to themselves only, and to a sink of their own: KV
+        `(L, 2, H_kv, T, D)` and the last logits. Rotary distances inside a span are the same wherever it stands, so
+        nothing needs moving.
         """
         cache = DynamicCache()
-        output = self.reference(torch.tensor([ids]), attention_mask=blind_mask(ids, spans), past_key_values=cache)
-        return cached_kv(cache), output.logits[0, -1]
+        output = self._blind_forward(ids, spans, past_key_values=cache)
+        return cached_kv(cache)[:, :, :, -len(ids) :], output.logits[0, -1]
+
+    def _blind_forward(self, ids: list[int], spans: list[tuple[int, int]], **arguments: Any) -> Any:
+        """Over a sink for each span, one after the other, and then the prompt."""
+        mask = blind_mask(ids, spans, len(self.sink))
+        before = [torch.arange(start - len(self.sink), start) for start, _ in spans]
+        positions = torch.cat([*before, torch.arange(len(ids))])[None]
+        if arguments.get("output_attentions"):
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        input_ids = torch.tensor([[*self.sink] * len(spans) + ids])
+        return self.reference(input_ids, attention_mask=mask, position_ids=positions, **arguments)
 
     @torch.inference_mode()
     def attention_of_question(self, ids: list[int], spans: list[tuple[int, int]], layer: int) -> torch.Tensor:
@@ -89,21 +104,33 @@ class Blended:
         """
         self.reference.set_attn_implementation("eager")
         try:
-            mask = torch.zeros(1, 1, len(ids), len(ids)).masked_fill_(~blind_mask(ids, spans), float("-inf"))
-            output = self.reference(torch.tensor([ids]), attention_mask=mask, output_attentions=True)
+            output = self._blind_forward(ids, spans, output_attentions=True)
         finally:
             self.reference.set_attn_implementation("sdpa")
-        reused = torch.cat([torch.arange(start, end) for start, end in spans])
-        weights = output.attentions[layer][0, :, spans[-1][1] : -1, reused]  # (H, T_q, T_reused)
+        sinks = len(spans) * len(self.sink)
+        reused = sinks + torch.cat([torch.arange(start, end) for start, end in spans])
+        weights = output.attentions[layer][0, :, sinks + spans[-1][1] : -1, reused]  # (H, T_q, T_reused)
         mean: torch.Tensor = (weights / weights.sum(dim=-1, keepdim=True)).mean(dim=(0, 1))
         return mean
 
 
-def blind_mask(ids: list[int], spans: list[tuple[int, int]]) -> torch.Tensor:
-    """`(1, 1, T, T)`: causal, and a span's tokens see nothing before it."""
-    mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-    for start, end in spans:
-        mask[start:end, :start] = False
+def chunk_spans(report: BlendReport) -> list[tuple[int, int]]:
+    """What came from chunks: out of the store, or computed alone."""
+    return sorted(report.spans + report.computed_spans)
+
+
+def blind_mask(ids: list[int], spans: list[tuple[int, int]], sink_tokens: int) -> torch.Tensor:
+    """`(1, 1, T, T)` of a sink for each span and the prompt: causal, a span's tokens see nothing before it but its
+    sink, and nobody else sees that.
+    """
+    sinks = len(spans) * sink_tokens
+    mask = torch.ones(sinks + len(ids), sinks + len(ids), dtype=torch.bool).tril()
+    mask[sinks:, :sinks] = False
+    for number, (start, end) in enumerate(spans):
+        own = slice(number * sink_tokens, (number + 1) * sink_tokens)
+        mask[own, : own.start] = False
+        mask[sinks + start : sinks + end, : sinks + start] = False
+        mask[sinks + start : sinks + end, own] = True
     return mask[None, None]
 
 

@@ -2,7 +2,8 @@
 
     fake_docker.py FOLDER ARGUMENT ...
 
-FOLDER has `ports.json`, container names with the port of each one's health address, and `dies` where they shall die.
+FOLDER has `ports.json`, container names with the port of each one's health address, and, where they shall die, `dies`
+with the state that they are in then.
 It keeps `calls.jsonl` there, a line of arguments and environment for each call, and `NAME.json`, a container's state.
 """
 
@@ -57,7 +58,8 @@ def look_at(path: Path) -> dict[str, Any]:
     """A container's description; one whose process has ended is `exited`."""
     found: dict[str, Any] = json.loads(path.read_text())
     if found["State"]["Pid"] and not psutil.pid_exists(found["State"]["Pid"]):
-        found["State"] |= {"Status": "exited", "Pid": 0}
+        dies = path.parent / "dies"
+        found["State"] |= {"Status": dies.read_text() if dies.exists() else "exited", "Pid": 0}
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,3 +128,96 @@ def be_forgotten(_worker: Any) -> None:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     get_kv_transfer_group().worker_adapter.transfer_ctx.unregister().result(10)
+
+
+@dataclass
+class AbortedLoad:
+    """`was_held`: whether the blocks of a request that was aborted were kept as long as they were written to."""
+
+    answers: list[Answer]
+    was_held: bool
+    num_left: int
+
+
+def abort_while_loading(model: str, transfer: dict[str, Any], prompt: str, when: str) -> AbortedLoad:
+    """A prompt is asked, asked again and aborted, and asked once more. The second time is answered from the server, so
+    it is aborted "before" its load has ended, or "in" the step in which the worker says that it has.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.request import RequestStatus
+
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to ask workers by function
+    llm = make_engine(model, None, kv_transfer_config=transfer, block_size=32, distributed_executor_backend="mp")
+    core: Any = llm.llm_engine.engine_core.engine_core
+    scheduler, requests = core.scheduler, core.scheduler.requests
+    answers = [ask_one(llm, prompt)]
+    until(llm.reset_prefix_cache, core)
+
+    updated = scheduler.update_from_output
+
+    def update_from_output(scheduled: Any, output: Any) -> Any:
+        """What was aborted during a step is known before its output is."""
+        transferred = output.kv_connector_output
+        if when == "in" and transferred and transferred.finished_recving:
+            scheduler.finish_requests(list(transferred.finished_recving), RequestStatus.FINISHED_ABORTED)
+            scheduler.update_from_output = updated
+        return updated(scheduled, output)
+
+    scheduler.update_from_output = update_from_output
+    if when == "before":
+        llm.collective_rpc(hold_loads)
+    llm.llm_engine.add_request("again", prompt, SamplingParams(temperature=0, max_tokens=NUM_TOKENS))
+    (name,) = requests
+    was_held = True
+    if when == "before":
+        until(lambda: requests[name].status == RequestStatus.WAITING_FOR_REMOTE_KVS, core)
+        scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        for _ in range(5):
+            core.step_fn()
+            was_held = was_held and name in requests
+        llm.collective_rpc(let_loads_end)
+    until(lambda: name not in requests, core)
+    for _ in range(5):
+        core.step_fn()
+    llm.llm_engine.abort_request(["again"])
+    answers.append(ask_one(llm, prompt))
+    until(lambda: not requests, core)
+    return AbortedLoad(answers, was_held, len(requests))
+
+
+def hold_loads(_worker: Any) -> None:
+    """None of them has an answer until `let_loads_end`."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    connector = get_kv_transfer_group()
+    original = connector.get_finished
+
+    def get_finished(finished: set[str]) -> Any:
+        futures = [future for future, _ in connector.worker_adapter.retrieve_futures.values()]
+        for future in futures:
+            future.query = lambda: False
+        result = original(finished)
+        for future in futures:
+            del future.query
+        return result
+
+    connector.get_finished = get_finished
+
+
+def let_loads_end(_worker: Any) -> None:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    del get_kv_transfer_group().get_finished
+
+
+def ask_one(llm: Any, prompt: str) -> Answer:
+    (output,) = generate(llm, [prompt], NUM_TOKENS)
+    return tokens_of([output])[0], output.num_cached_tokens
+
+
+def until(is_so: Callable[[], Any], core: Any) -> None:
+    stops_by = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < stops_by
+        core.step_fn()
+        time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import socket
@@ -17,6 +18,9 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+import numpy as np
+
+from kvarena.stack.lmcache_l2 import CHUNK_FILES
 
 
 def free_port() -> int:
@@ -62,7 +66,7 @@ class LMCacheServer:
         while not self._is_healthy():
             assert self._process.poll() is None, self.log.read_text()[-2000:]
             assert time.monotonic() < deadline, self.log.read_text()[-2000:]
-            time.sleep(0.3)
+            time.sleep(0.1)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -79,6 +83,16 @@ class LMCacheServer:
         finally:
             os.kill(self.pid, signal.SIGCONT)
 
+    @contextmanager
+    def memory(self) -> Iterator[mmap.mmap]:
+        """What it keeps, to be read and written; it doesn't notice."""
+        with self.memory_path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            yield memory
+
+    @property
+    def memory_path(self) -> Path:
+        return Path(f"/dev/shm/lmcache_l1_pool_{self._shm_name}")
+
     def _is_healthy(self) -> bool:
         try:
             return httpx.get(f"{self.http_url}/config", timeout=2).is_success
@@ -93,4 +107,21 @@ class LMCacheServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
-        Path(f"/dev/shm/lmcache_l1_pool_{self._shm_name}").unlink(missing_ok=True)
+        self.memory_path.unlink(missing_ok=True)
+
+
+def flip_bits(file: Path) -> None:
+    """One in every byte."""
+    content = np.memmap(file, np.uint8, "r+")
+    content[:] = content ^ 1
+
+
+def flip_files(folder: Path, http_url: str, number: int) -> None:
+    """Of the second tier, once they are written; the first one has nothing any more."""
+    deadline = time.monotonic() + 60
+    while len(files := list(folder.rglob(CHUNK_FILES))) < number or len({path.stat().st_size for path in files}) > 1:
+        assert time.monotonic() < deadline, len(files)
+        time.sleep(0.2)
+    for path in files:
+        flip_bits(path)
+    httpx.post(f"{http_url}/cache/clear").raise_for_status()

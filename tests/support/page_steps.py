@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from support.lmcache_server import free_port
+from support.waiting import wait_until
+
+FRONTEND = Path(__file__).resolve().parents[2] / "frontend"
 ANSWER_MS = 120_000
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+@contextmanager
+def page_over(
+    contenders: Sequence[Mapping[str, Any]], data_dir: Path, services: Sequence[Mapping[str, str]] = ()
+) -> Iterator[str]:
+    """The address of the page, in a process of its own, over these contenders, services behind them and documents."""
+    port = free_port()
+    settings = {"KVARENA_CONTENDERS": json.dumps(contenders), "KVARENA_DATA_DIR": str(data_dir)}
+    settings |= {"KVARENA_SERVICES": json.dumps(services)}
+    command = [sys.executable, "-m", "streamlit", "run", str(FRONTEND / "app.py"), "--server.headless", "true"]
+    command += ["--server.address", "127.0.0.1", "--server.port", str(port), "--browser.gatherUsageStats", "false"]
+    with subprocess.Popen(command, cwd=FRONTEND, env=os.environ | settings) as process:
+        try:
+            wait_until(lambda: _answers(f"http://127.0.0.1:{port}/_stcore/health"))
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False, timeout=5).is_success
+    except httpx.TransportError:
+        return False
 
 
 @contextmanager
@@ -46,6 +81,40 @@ def pick_chunks(page: Page, names: list[str]) -> None:
     page.keyboard.press("Escape")
 
 
+def shown_order(page: Page) -> list[str | None]:
+    return [chunk.get_attribute("data-chunk") for chunk in page.get_by_test_id("chunk").all()]
+
+
+def drag_chunk(page: Page, name: str, target: str) -> None:
+    """With the mouse, as a hand does it: press, move in steps, let go a little past the target's middle."""
+    settle(page)
+    expect(page.locator(".st-key-chunk-order iframe")).to_have_count(1)  # the list before the last pick has gone
+    items = page.frame_locator(".st-key-chunk-order iframe").locator(".sortable-item")
+    source, onto = items.filter(has_text=name), items.filter(has_text=target)
+    source.scroll_into_view_if_needed()
+    a, b = source.bounding_box(), onto.bounding_box()
+    assert a is not None
+    assert b is not None
+    page.mouse.move(a["x"] + a["width"] / 2, a["y"] + a["height"] / 2)
+    page.mouse.down()
+    past = 4 if b["y"] > a["y"] else -4
+    page.mouse.move(b["x"] + b["width"] / 2, b["y"] + b["height"] / 2 + past, steps=12)
+    page.wait_for_timeout(200)
+    page.mouse.up()
+
+
+def drag_into_order(page: Page, name: str, target: str, order: list[str]) -> None:
+    """A hand tries again where the list was drawn anew under it."""
+    for timeout_s in (10, 10, 20):
+        drag_chunk(page, name, target)
+        try:
+            wait_until(lambda: shown_order(page) == order, timeout_s=timeout_s)
+        except AssertionError:
+            continue
+        return
+    assert shown_order(page) == order
+
+
 def ask(page: Page, question: str) -> None:
     box = page.get_by_test_id("stChatInputTextArea")
     expect(box).to_be_enabled(timeout=ANSWER_MS)
@@ -57,9 +126,49 @@ def ask(page: Page, question: str) -> None:
 
 
 def settle(page: Page) -> None:
-    """Until the page has drawn what the last click led to; the click takes a moment to reach the script."""
-    page.wait_for_timeout(500)
-    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning", timeout=30_000)
+    """Until the page has drawn what the last click led to; the click takes a moment to reach the script, which may be
+    run once more right after.
+    """
+    for _ in range(2):
+        page.wait_for_timeout(250)
+        expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning", timeout=30_000)
+
+
+def overlapping(elements: Locator) -> list[str]:
+    """Texts of which a part lies over another's, or sticks out of its element or of the window. Of a part that scrolls
+    what is in sight counts, of a control its whole box.
+    """
+    found: list[str] = elements.evaluate_all(
+        """elements => {
+            const seen = (e, box) => {
+                let {left, right, top, bottom} = box;
+                for (let at = e.parentElement; at; at = at.parentElement) {
+                    const style = getComputedStyle(at), clip = at.getBoundingClientRect();
+                    if (style.overflowX !== 'visible') {
+                        left = Math.max(left, clip.left); right = Math.min(right, clip.right);
+                    }
+                    if (style.overflowY !== 'visible') {
+                        top = Math.max(top, clip.top); bottom = Math.min(bottom, clip.bottom);
+                    }
+                }
+                return {left, right, top, bottom};
+            };
+            const boxes = elements.filter(e => e.checkVisibility()).map(e => {
+                const range = document.createRange(); range.selectNodeContents(e);
+                const own = e.getBoundingClientRect();
+                const whole = e.dataset.testid === 'stElementContainer' ? own : range.getBoundingClientRect();
+                return {e, text: e.innerText || e.className, whole, own, box: seen(e, whole)};
+            }).filter(b => b.box.right > b.box.left && b.box.bottom > b.box.top);
+            const bad = boxes.filter(b => b.whole.right > b.own.right + 1 || b.box.right > innerWidth + 1);
+            for (const [i, a] of boxes.entries()) for (const b of boxes.slice(i + 1)) {
+                if (a.box.left < b.box.right - 1 && b.box.left < a.box.right - 1
+                    && a.box.top < b.box.bottom - 6 && b.box.top < a.box.bottom - 6
+                    && !a.e.contains(b.e) && !b.e.contains(a.e)) bad.push(a, b);
+            }
+            return bad.map(b => b.text);
+        }"""
+    )
+    return found
 
 
 def pane(page: Page, name: str) -> Locator:
@@ -81,8 +190,5 @@ def figures(page: Page, name: str) -> dict[str, float | None]:
     return {key: float(value) if value else None for key, value in pairs}
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "condition not met in time"
-        time.sleep(0.05)
+def num_reused(figures: Mapping[str, float | None]) -> float:
+    return (figures["num_prefix_tokens"] or 0) + (figures["num_moved_tokens"] or 0)

@@ -1,7 +1,8 @@
-"""A Llama's layers in plain torch operations on its weights, and what a hit in mode "top_layer" is over them."""
+"""A Llama's layers in plain torch operations on its weights, and over them a hit in mode "top_layer" or "sandwich"."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ class PlainLlama:
     def new_kv(self) -> list[LayerKV]:
         return [LayerKV() for _ in range(self.num_layers)]
 
-    def step(self, token: int, position: int, kv: list[LayerKV], layers: range) -> torch.Tensor:
+    def step(self, token: int, position: int, kv: list[LayerKV], layers: Sequence[int]) -> torch.Tensor:
         """A token through these layers, from its input embedding; the logits `(V,)` behind the last of them."""
         hidden = self.weights["model.embed_tokens.weight"][token]
         for layer in layers:
@@ -40,17 +41,22 @@ class PlainLlama:
         normed = self._norm(hidden, "model.norm.weight")
         return self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"]) @ normed
 
-    def answer_of_a_hit(self, earlier: list[int], prompt: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
-        """The earlier prompt in full; the new one behind it in the last layer alone; the answer through all layers,
-        the lower of which hold nothing but the answer. Greedy tokens, and the logits of each `(num_tokens, V)`.
+    def answer_of_a_hit(
+        self, earlier: list[int], prompt: list[int], num_tokens: int, num_end_layers: tuple[int, int] = (0, 1)
+    ) -> tuple[list[int], torch.Tensor]:
+        """The earlier prompt in full; the new one after it in so many of the first and the last layers; the answer
+        through all layers, some of which hold nothing but the answer. Greedy tokens, and the logits of each
+        `(num_tokens, V)`.
         """
         in_full = self.new_kv()
         for position, token in enumerate(earlier):
             self.step(token, position, in_full, range(self.num_layers))
         kv = self.new_kv()
         kv[-1] = in_full[-1]
+        first, last = num_end_layers
+        ends = [*range(first), *range(self.num_layers - last, self.num_layers)]
         for number, token in enumerate(prompt):
-            logits = self.step(token, len(earlier) + number, kv, range(self.num_layers - 1, self.num_layers))
+            logits = self.step(token, len(earlier) + number, kv, ends)
         return self._greedy(logits, len(earlier) + len(prompt), kv, num_tokens)
 
     def answer(self, prompt: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.home import Home
 from kvarena.stack import machine
-from kvarena.stack.home import Home
 from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services

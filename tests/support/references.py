@@ -10,12 +10,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
+def is_chunk(span: dict[str, Any]) -> bool:
+    """Of a report: a chunk out of the store, or a new one that was computed alone."""
+    return span["source"] == "reused" or "alone" in span
+
+
 class NaiveReuse:
-    """Chunks computed alone, keys turned to their place, laid side by side; the rest computed over them in order."""
+    """Chunks computed after the sink alone, keys turned to their place, laid side by side; the rest computed over them
+    in order. The tiny models' sink is their beginning-of-text token.
+    """
 
     def __init__(self, model: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.sink = torch.tensor([[self.tokenizer.bos_token_id]])
 
     @torch.inference_mode()
     def generate(self, prompt: str, spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
@@ -24,7 +32,7 @@ class NaiveReuse:
         logits = torch.empty(0)
         for span in spans:
             piece = ids[:, span["start"] : span["end"]]
-            if span["source"] == "reused":
+            if is_chunk(span):
                 self._append_alone(cache, piece, span["start"])
             else:
                 logits = self._forward(cache, piece, span["start"])
@@ -41,13 +49,15 @@ class NaiveReuse:
         return logits
 
     def _append_alone(self, cache: Any, ids: torch.Tensor, start: int) -> None:
-        """Computed with the positions it has in the prompt, and nothing before it: RoPE makes that the moved KV."""
+        """Computed at its positions in the prompt with only the sink before it: RoPE makes that the moved KV."""
         alone = DynamicCache()
-        positions = torch.arange(start, start + ids.shape[1])[None]
-        mask = torch.ones(1, ids.shape[1], dtype=torch.long)
-        self.model(ids, past_key_values=alone, position_ids=positions, attention_mask=mask, use_cache=True)
+        num_before = self.sink.shape[1]
+        positions = torch.arange(start - num_before, start + ids.shape[1])[None]
+        mask = torch.ones(1, positions.shape[1], dtype=torch.long)
+        text = torch.cat([self.sink, ids], dim=1)
+        self.model(text, past_key_values=alone, position_ids=positions, attention_mask=mask, use_cache=True)
         for layer, entry in enumerate(alone.layers):
-            cache.update(entry.keys, entry.values, layer)
+            cache.update(entry.keys[:, :, num_before:], entry.values[:, :, num_before:], layer)
 
 
 class CacheBlend(NaiveReuse):
@@ -64,7 +74,7 @@ class CacheBlend(NaiveReuse):
     @torch.inference_mode()
     def generate(self, prompt: str, spans: list[dict[str, Any]], num_tokens: int) -> list[int]:
         ids = torch.tensor([self.tokenizer.encode(prompt)])
-        reused = [span for span in spans if span["source"] == "reused"]
+        reused = [span for span in spans if is_chunk(span)]
         end = reused[-1]["end"]
         cache = self.blended_kv(ids[:, :end], reused)
         logits = self._forward(cache, ids[:, end:], end)

@@ -28,15 +28,20 @@ API_KEY = "sesame-of-the-tests"
 
 @dataclass(frozen=True)
 class Stack:
-    """`api_key`: what its servers ask for, where they do."""
+    """`api_key`: what its servers ask for, where they do. Unless it `compiles`, vLLM finds no compiler, and compiles
+    nothing: that takes longer than the rest of its start.
+    """
 
     home: Path
     api_key: str = ""
+    compiles: bool = False
 
     def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         environment = {
             "LMCACHE_L2": "none",
+            "LMCACHE_TIMEOUT_S": "10",
             **os.environ,
+            **({} if self.compiles else {"CXX": "none"}),
             "KVARENA_HOME": str(self.home),
             "KVARENA_API_KEY": self.api_key,
         }
@@ -59,9 +64,9 @@ class Stack:
 
 
 @contextmanager
-def started(home: Path, *arguments: str) -> Iterator[Stack]:
+def started(home: Path, *arguments: str, compiles: bool = False) -> Iterator[Stack]:
     """As a user starts and stops it: `kvarena up` with these arguments, on free ports, with an API key."""
-    stack = Stack(home, API_KEY)
+    stack = Stack(home, API_KEY, compiles)
     try:
         up = stack.command(
             "up", "--model", "town", "--port-base", str(free_port_base()), *arguments, timeout_s=UP_TIMEOUT_S

@@ -11,14 +11,22 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerFast
 
-from kvarena.engines.base import EngineUnavailable, FinishReason, GeneratedToken, GenerationRequest, Report
+from kvarena.engines.base import (
+    EngineUnavailable,
+    FinishReason,
+    GeneratedToken,
+    GenerationRequest,
+    Report,
+    check_in_vocabulary,
+    num_tokens_to_generate,
+)
 from support.tiny_models import tiny_tokenizer
 
 MAX_MODEL_LEN = 4096
@@ -68,6 +76,7 @@ class ScriptedEngine:
     contender: str = "scripted"
     model_name: str = "tiny"
     max_model_len: int = MAX_MODEL_LEN
+    vocab_size: int = field(default_factory=lambda: len(tokenizer()))
     options_model: type[BaseModel] | None = ScriptedOptions
     pace: Pace | None = None
     tokenizer: PreTrainedTokenizerFast = field(default_factory=tokenizer)
@@ -83,12 +92,12 @@ class ScriptedEngine:
             ids = self.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
         else:
             ids = prompt
-        if not ids:
-            raise ValueError("the prompt is empty; it must have at least one token")
-        if len(ids) >= self.max_model_len:
-            raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_model_len - 1} fit")
+        check_in_vocabulary(list(ids), self.vocab_size)
+        max_tokens = num_tokens_to_generate(len(ids), request.sampling.max_tokens, self)
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(list(ids))
-        return ScriptedGeneration(self, request, list(ids), text.rstrip("\n").rpartition("\n")[2].strip("\r"))
+        return ScriptedGeneration(
+            self, request, list(ids), max_tokens, text.rstrip("\n").rpartition("\n")[2].strip("\r")
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"modes": ["fast", "slow"]}
@@ -98,13 +107,16 @@ class ScriptedEngine:
 
 
 class ScriptedGeneration:
-    def __init__(self, engine: ScriptedEngine, request: GenerationRequest, ids: Sequence[int], script: str) -> None:
+    def __init__(
+        self, engine: ScriptedEngine, request: GenerationRequest, ids: Sequence[int], max_tokens: int, script: str
+    ) -> None:
         reused = len(ids) // 2
         self.report = Report(False, len(ids), reused, 0, len(ids) - reused, {"lookup_ms": 0.5, "hit": True})
         self.finish_reason: FinishReason | None = None
         self.prompt_token_ids = ids
         self._engine = engine
         self._sampling = request.sampling
+        self._max_tokens = max_tokens
         self._script = script
         self._closed = threading.Event()
         engine.open.add(id(self))
@@ -117,7 +129,8 @@ class ScriptedGeneration:
         if self._engine.pace:
             words = self._engine.tokenizer.encode(" tea", add_special_tokens=False)
             yield from (self._token(words[at % len(words)]) for at in self._engine.pace.positions(self._closed))
-            self.finish_reason = None if self._closed.is_set() else "stop"
+            if not self._closed.is_set():
+                yield from self._end()
             return
         word, _, rest = self._script.partition(" ")
         if word == "refuse":
@@ -128,17 +141,20 @@ class ScriptedGeneration:
             raise EngineUnavailable("the device is gone; try again in a minute")
         if word == "block":
             self._closed.wait(30)
-        limit = self._sampling.max_tokens or self._engine.max_model_len - len(self.prompt_token_ids)
-        for count, token_id in enumerate(self._tokens(word, rest)):
-            if count == limit:
-                self.finish_reason = "length"
-                return
+        for count, token_id in enumerate(self._tokens(word, rest), 1):
             if self._closed.wait(self._engine.delay_s) if self._engine.delay_s else self._closed.is_set():
                 return
             yield self._token(token_id)
-            if word == "break" and count == 2:
+            if word == "break" and count == 3:
                 raise RuntimeError("device lost")
+            if count == self._max_tokens:
+                self.finish_reason = "length"
+                return
+        yield from self._end()
+
+    def _end(self) -> Iterator[GeneratedToken]:
         self.finish_reason = "stop"
+        yield replace(self._token(self._engine.tokenizer.eos_token_id), is_end=True)
 
     def _tokens(self, word: str, rest: str) -> Iterator[int]:
         if word == "ids":

@@ -29,7 +29,7 @@ class Served:
         ids = prompt if isinstance(prompt, str) else tuple(prompt)
         request = GenerationRequest("test", ids, sampling, cache_salt=salt, options=SimLLMOptions(**options))
         generation = self.engine.generate(request)
-        tokens = tuple(token.token_id for token in generation)
+        tokens = tuple(token.token_id for token in generation if not token.is_end)
         report = generation.report
         assert report.num_prompt_tokens == len(generation.prompt_token_ids)
         assert sum(span["end"] - span["start"] for span in report.details["spans"]) == report.num_prompt_tokens

@@ -83,14 +83,20 @@ REPORT = {
 
 @dataclass
 class SmallServer:
-    """`offer` None makes it a plain contender; `slots`: what `GET /slots` answers. `cut_after` pieces of text,
-    the connection is closed. `hold_after` pieces, an answer waits for `go_on`, or until its client has gone.
+    """`offer` None makes it a plain contender; `slots`, `metrics`: what `GET /slots` and `/metrics` answer, `timings`
+    vLLM's of a request; `topics`: the first of these words in a message is what `POST /topic` answers, else it is a new
+    one. `cut_after` pieces of text, the connection is closed. `hold_after` pieces, an answer waits for `go_on`, or
+    until its client has gone; with `hold_topics`, so does a topic.
     """
 
     pieces: list[str] = field(default_factory=lambda: ["Hello", ", ", "world"])
     offer: dict[str, Any] | None = None
     report: dict[str, Any] = field(default_factory=lambda: dict(REPORT))
     slots: dict[str, Any] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    metrics: str = "vllm:num_requests_running 0.0\nprocess_resident_memory_bytes 1.048576e+06\n"
+    topics: tuple[str, ...] = ()
+    hold_topics: bool = False
     num_missing_reports: int = 0
     cached_tokens: int = 0
     delay_s: float = 0.0
@@ -102,6 +108,7 @@ class SmallServer:
     stream_error: str = ""
     health: tuple[int, dict[str, Any]] = (200, {})
     requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
     num_open_streams: int = 0
     num_broken_streams: int = 0
 
@@ -129,6 +136,10 @@ class SmallServer:
     def completions(self) -> list[dict[str, Any]]:
         return [body for path, body, _ in self.requests if path == "/v1/chat/completions"]
 
+    def prompts(self) -> list[list[int]]:
+        """The token ids of every completion that was asked for as a stream."""
+        return [body["prompt"] for path, body, _ in self.requests if path == "/v1/completions" and body.get("stream")]
+
     def tokens(self, text: str) -> list[int]:
         return [self.words.setdefault(word, len(self.words)) for word in text.split()]
 
@@ -154,6 +165,11 @@ class SmallServer:
                     self._reply(200, {"data": [{"id": "small", "max_model_len": 4096}]})
                 elif self.path == "/kvarena" and server.offer:
                     self._reply(200, server.offer)
+                elif self.path == "/metrics":
+                    self._reply_text(server.metrics)
+                elif self.path.startswith("/kvarena/log/"):
+                    line = {"request_id": self.path.rsplit("/")[-1], "total_ms": 12.5, "details": {"fetch_ms": 1.5}}
+                    self._reply(200, {"lines": [json.dumps(line)]})
                 elif self.path == "/slots" and server.slots:
                     self._reply(200, server.slots)
                 elif self.path == f"/kvarena/requests/{REQUEST_ID}" and server.offer:
@@ -166,14 +182,25 @@ class SmallServer:
                 self._record(body)
                 if self.path == "/tokenize":
                     text = body.get("prompt") or prompt_text(body["messages"])
-                    self._reply(200, {"tokens": server.tokens(text)})
+                    names = ["Ġ" + word for word in text.split()]
+                    self._reply(200, {"tokens": server.tokens(text), "token_strs": names})
                 elif server.error:
                     status, message = server.error
                     self._reply(status, {"error": {"message": message, "type": "BadRequestError", "code": status}})
-                elif self.path == "/v1/completions":
-                    self._reply(200, {"kv_transfer_params": {"kvarena": {"store_misses": 1}}})
+                elif self.path == "/topic":
+                    if server.hold_topics:
+                        server.go_on.wait(60)
+                    said = body["messages"][-1]["content"]
+                    known = next((topic for topic in server.topics if topic in said), None)
+                    self._reply(200, {"topic": known or said[:20], "is_new": known is None})
+                elif self.path == "/kvarena/chunks":
+                    is_held = body["prompt"] in server.held
+                    self._reply(200, {"chunks": [{"held": is_held, **({} if is_held else {"reason": "not_stored"})}]})
+                elif self.path == "/v1/completions" and not body.get("stream"):
+                    server.held.add(body["prompt"])
+                    self._reply(200, {})
                 else:
-                    self._stream()
+                    self._stream(with_logprobs=body.get("logprobs", False))
 
             def _record(self, body: dict[str, Any]) -> None:
                 headers = {name.lower(): value for name, value in self.headers.items()}
@@ -187,24 +214,29 @@ class SmallServer:
                     self._reply(200, server.report)
 
             def _reply(self, status: int, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
+                self._send(status, "application/json", json.dumps(body).encode())
+
+            def _reply_text(self, text: str) -> None:
+                self._send(200, "text/plain", text.encode())
+
+            def _send(self, status: int, kind: str, data: bytes) -> None:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
 
-            def _stream(self) -> None:
+            def _stream(self, with_logprobs: bool) -> None:
                 server.num_open_streams += 1
                 try:
-                    self._write_stream()
+                    self._write_stream(with_logprobs)
                 except OSError:
                     server.num_broken_streams += 1
                     self.close_connection = True
                 finally:
                     server.num_open_streams -= 1
 
-            def _write_stream(self) -> None:
+            def _write_stream(self, with_logprobs: bool) -> None:
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Transfer-Encoding", "chunked")
@@ -216,14 +248,18 @@ class SmallServer:
                         self.close_connection = True
                         self.connection.shutdown(socket.SHUT_RDWR)
                         return
-                    self._event({"choices": [{"delta": {"content": piece}}]})
+                    likely = {"token": piece.strip(), "logprob": -0.25}
+                    entry = {**likely, "top_logprobs": [likely, {"token": "<other>", "logprob": -2.0}]}
+                    logprobs = {"logprobs": {"content": [entry]}} if with_logprobs else {}
+                    self._event({"choices": [{"delta": {"content": piece}, **logprobs}]})
                     if index + 1 == server.hold_after:
                         self._hold()
                     time.sleep(server.delay_s)
                 if server.stream_error:
                     self._event({"error": {"message": server.stream_error}})
                 self._event({"choices": [{"delta": {}, "finish_reason": "stop"}]})
-                self._event({"choices": [], "usage": self._usage()})
+                timings = {"metrics": server.timings} if server.timings else {}
+                self._event({"choices": [], "usage": self._usage(), **timings})
                 self._chunk(b"data: [DONE]\n\n")
                 self._chunk(b"")
 

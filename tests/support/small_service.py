@@ -1,8 +1,9 @@
 """A real service in miniature: answers its health address, has a child process, and can be told to fail.
 
-    python small_service.py PORT [--healthy-after S] [--die-after S] [--ignore-sigterm]
+    python small_service.py PORT [--healthy-after S] [--die-after S] [--ignore-sigterm] [--segment]
 
-The child sleeps for ever, and renames its own command line as servers do.
+The child sleeps for ever, and renames its own command line as servers do. With `--segment` it has shared memory, as
+vLLM's engines do, and leaves it when it is stopped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ import sys
 import threading
 import time
 
+SEGMENT = (
+    "from multiprocessing import resource_tracker, shared_memory; "
+    "segment = shared_memory.SharedMemory(create=True, size=4096); "
+    "resource_tracker.unregister(segment._name, 'shared_memory'); "
+    "print('segment', segment.name, flush=True)"
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -23,10 +31,13 @@ def main() -> None:
     parser.add_argument("--healthy-after", type=float, default=0.0)
     parser.add_argument("--die-after", type=float)
     parser.add_argument("--ignore-sigterm", action="store_true")
+    parser.add_argument("--segment", action="store_true")
     options = parser.parse_args()
     if options.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = "import setproctitle, time; setproctitle.setproctitle('small::child'); time.sleep(3600)"
+    if options.segment:
+        child = f"{SEGMENT}; {child}"
     subprocess.Popen([sys.executable, "-c", child])
     print(f"listening on {options.port}", flush=True)
     if options.die_after is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -76,6 +79,22 @@ def save_tiny_model(
     model = AutoModelForCausalLM.from_config(FAMILIES[family](**(settings | config)))
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, seed: int) -> Path:
+    """A LoRA adapter for `save_tiny_model`'s attention, with random weights, as PEFT writes it."""
+    folder.mkdir(parents=True)
+    rank, width, widths = 8, SHAPE["hidden_size"], {"q_proj": 128, "k_proj": 64, "v_proj": 64}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": list(widths), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer, (name, out) in itertools.product(range(SHAPE["num_hidden_layers"]), widths.items()):
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+        weights[f"{prefix}.lora_A.weight"] = 0.2 * torch.randn(rank, width, generator=generator)
+        weights[f"{prefix}.lora_B.weight"] = 0.2 * torch.randn(out, rank, generator=generator)
+    save_file(weights, folder / "adapter_model.safetensors")
     return folder
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from kvarena.cli import run
 from kvarena.contenders.servers import COMMON_ENVIRONMENT
+from kvarena.home import Home
 from kvarena.stack import lifecycle
-from kvarena.stack.home import Home
 from kvarena.stack.record import Record
 from kvarena.stack.service import Service
 

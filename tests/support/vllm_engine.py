@@ -7,11 +7,13 @@ imported vLLM, which takes longer than a tiny engine's start.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models import registry
 
 from kvarena.engines.vllm.config import BlendConfig, kv_transfer_config
+from kvarena.engines.vllm.messages import report_log
 from kvarena.engines.vllm.plugin import loaded_model
 
 Result = TypeVar("Result")
@@ -42,6 +45,7 @@ ENVIRONMENT = {
 }
 
 IMPORTED = ["vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"]
+IMPORTED += ["vllm.model_executor.layers.quantization.online.base", "vllm.model_executor.models.llama"]
 
 
 def run_in_engine(function: Callable[..., Result], *args: Any, **settings: Any) -> Result:
@@ -64,6 +68,7 @@ def make_engine(model: str, config: BlendConfig | None, **settings: Any) -> Any:
         "enforce_eager": True,
         "max_model_len": 2048,
         "disable_log_stats": False,
+        "num_gpu_blocks_override": 512,  # of 128 tokens; a gibibyte takes longer to clear than a tiny engine to start
     }
     return LLM(model, **(defaults | settings))
 
@@ -90,10 +95,37 @@ def plain_tokens(model: str, prompts: list[str], max_tokens: int, **settings: An
     return tokens_of(generate(make_engine(model, None, **settings), prompts, max_tokens))
 
 
+def seeded_tokens(model: str, config: BlendConfig | None, prompts: list[str], **settings: Any) -> list[list[int]]:
+    """Drawn at random, each prompt with a seed of its own; all are sent together."""
+    from vllm import SamplingParams
+
+    seeds = [SamplingParams(temperature=1, seed=seed, max_tokens=24) for seed in range(len(prompts))]
+    return tokens_of(make_engine(model, config, **settings).generate(prompts, seeds, use_tqdm=False))
+
+
+def adapted_tokens(
+    model: str, config: BlendConfig | None, prompts: list[str], adapters: list[tuple[str, str] | None]
+) -> tuple[list[list[list[int]]], list[dict[str, Any]]]:
+    """Twice with each adapter, named by name and folder, and what was reported with the blend."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llm = make_engine(model, config, enable_lora=True, max_lora_rank=8)
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    tokens, reports = [], []
+    for number, adapter in enumerate(adapters):
+        lora = LoRARequest(adapter[0], number, adapter[1]) if adapter else None
+        rounds = [llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False) for _ in range(2)]
+        assert tokens_of(rounds[0]) == tokens_of(rounds[1])
+        tokens.append(tokens_of(rounds[0]))
+        reports += [report_of(output) for outputs in rounds for output in outputs] if config else []
+    return tokens, reports
+
+
 @dataclass(frozen=True)
 class Step:
     """Prompts that are sent together. `abort_after`: engine steps after which the first half of them is aborted.
-    `kill_pid`: a process that is killed before.
+    `kill_pid`: a process that is killed before. `damage`: what else is done before.
     """
 
     prompts: list[str]
@@ -102,16 +134,23 @@ class Step:
     salt: str | None = None
     abort_after: int = 0
     kill_pid: int = 0
+    damage: Callable[[], None] | None = None
 
 
 @dataclass
 class Outcome:
-    """Of one step: tokens, reports and cached tokens by prompt; what of the connector's state was left behind."""
+    """Of one step: tokens and reports by prompt; what of the connector's state and of vLLM's blocks was left behind.
+    `arrivals`: in which step of the engine each token of each prompt came. `aborted_reports`: of the aborted ones, None
+    where nothing was counted.
+    """
 
     tokens: list[list[int]]
     reports: list[dict[str, Any]]
+    num_cached_tokens: list[int]
     num_left_behind: int
     num_preemptions: int
+    arrivals: list[list[int]]
+    aborted_reports: list[dict[str, Any] | None]
 
 
 def run_steps(model: str, config: BlendConfig, steps: list[Step], settings: dict[str, Any]) -> list[Outcome]:
@@ -144,29 +183,103 @@ def _run_step(llm: Any, step: Step) -> Outcome:
     engine, scheduler = llm.llm_engine, llm.llm_engine.engine_core.engine_core.scheduler
     if step.kill_pid:
         os.kill(step.kill_pid, signal.SIGKILL)
+    if step.damage:
+        step.damage()
     names = [f"r{i}" for i in range(len(step.prompts))]
     for name, prompt in zip(names, step.prompts, strict=True):
         engine.add_request(name, {"prompt": prompt, **({"cache_salt": step.salt} if step.salt else {})}, sampling)
     finished: dict[str, Any] = {}
+    arrivals: dict[str, list[int]] = {name: [] for name in names}
     preemptions = 0
     for count in itertools.count(1):
-        finished |= {output.request_id: output for output in engine.step() if output.finished}
+        outputs = engine.step()
+        finished |= {output.request_id: output for output in outputs if output.finished}
+        for output in outputs:
+            so_far = arrivals[output.request_id]
+            so_far += [count] * (len(output.outputs[0].token_ids) - len(so_far))
         preemptions = max(preemptions, sum(r.num_preemptions for r in scheduler.requests.values()))
         if count == step.abort_after:
             engine.abort_request(names[: len(names) // 2])
         if not engine.has_unfinished_requests():
             break
-    half = scheduler.connector._scheduler
+    half, pool = scheduler.connector._scheduler, scheduler.kv_cache_manager.block_pool
+    num_used_blocks = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    under_way = half._turns.long_one is not None
     outputs = [finished[name] for name in names if name in finished]
     return Outcome(
         tokens_of(outputs),
         [report_of(output) for output in outputs],
-        len(half._tracked) + len(half._jobs) + len(half._finished) + len(scheduler.requests),
+        [output.num_cached_tokens for output in outputs],
+        len(half._tracked)
+        + len(half._jobs)
+        + len(half._finished)
+        + len(scheduler.requests)
+        + num_used_blocks
+        + under_way,
         preemptions,
+        [arrivals[name] for name in names if name in finished],
+        [report_log.get(name) for name in names if name not in finished],
     )
 
 
+def run_session(model: str, config: BlendConfig | None, texts: list[str]) -> tuple[list[int], list[dict[str, Any]]]:
+    """A streaming-input session in which each text is answered before the next comes, and blocks are lost meanwhile.
+
+    Returns all tokens, and the reports of its end.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.request import RequestStatus
+
+    engine = make_engine(model, config).llm_engine
+    core = engine.engine_core.engine_core
+    extra = {"kv_transfer_params": {"kvarena": {"ratio": 1}}}
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=extra)
+    tokens: list[int] = []
+    reports: list[dict[str, Any]] = []
+
+    def step() -> bool:
+        """Whether an answer ended."""
+        ended = False
+        for outputs in (core.step_fn()[0] or {}).values():
+            for output in outputs.outputs:
+                tokens.extend(output.new_token_ids)
+                ended |= output.finish_reason is not None
+            if outputs.scheduler_stats and (stats := outputs.scheduler_stats.kv_connector_stats):
+                reports.extend(stats["requests"])
+        return ended
+
+    for text in texts:
+        tasks = engine.get_supported_tasks()
+        request = engine.input_processor.process_inputs("session", {"prompt": text}, sampling, tasks, resumable=True)
+        core.add_request(*core.preprocess_add_request(request))
+        for _ in range(4):
+            step()
+        core.scheduler.reset_prefix_cache(reset_running_requests=True)
+        while not step():
+            pass
+    core.scheduler.finish_requests("session", RequestStatus.FINISHED_ABORTED)
+    step()
+    return tokens, reports
+
+
+def ratios_in_a_queue(model: str, config: BlendConfig, prompts: list[str]) -> list[float]:
+    """Of prompts that come together and have half as long as all of them took with every token recomputed."""
+    llm = make_engine(model, config)
+    passed_ms: list[float] = []
+    for _ in range(4):
+        start_s = time.perf_counter()
+        generate(llm, prompts, 1, {"max_ttft_ms": 60_000})
+        passed_ms.append(1e3 * (time.perf_counter() - start_s))
+        llm.reset_prefix_cache()
+    outputs = generate(llm, prompts, 1, {"max_ttft_ms": min(passed_ms) / 2})
+    return [report_of(output)["ratio"] for output in outputs]
+
+
 def _prepare() -> None:
-    """vLLM looks at a model's class in a process of its own, lest CUDA is initialised; a tiny model doesn't wait."""
+    """vLLM looks at a model's class in a process of its own, lest CUDA is initialised; a tiny model doesn't wait.
+
+    Nor does it for the garbage collector, which vLLM calls several times, to look at all that was imported.
+    """
+    gc.freeze()
     os.environ.update(ENVIRONMENT)
     registry._run_in_subprocess = lambda look: look()
