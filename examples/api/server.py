@@ -1,0 +1,21 @@
+"""`uvicorn --app-dir examples api.server:app`: the contender `prefix`, under the name of the original's server.
+
+MODEL is a folder, a name on the Hugging Face hub, or town; without it, the stack's default. PREFIX_MIN_TOKENS is the
+least number of tokens that are reused (20).
+"""
+
+import os
+
+from kvarena.contenders.prefix.cache import CAPACITY_BYTES, MIN_TOKENS
+from kvarena.contenders.prefix.engine import PrefixEngine
+from kvarena.contenders.prefix.http import router
+from kvarena.engines.hf.model import HFModel
+from kvarena.engines.store_metrics import StoreCollector
+from kvarena.model import find_model
+from kvarena.server.app import create_app
+from kvarena.server.state import ApiConfig
+
+found = find_model(os.environ.get("MODEL"), "cpu")
+min_tokens = int(os.environ.get("PREFIX_MIN_TOKENS", MIN_TOKENS))
+engine = PrefixEngine(HFModel.load(found.name), found.served_name, cache_bytes=CAPACITY_BYTES, min_tokens=min_tokens)
+app = create_app(engine, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
