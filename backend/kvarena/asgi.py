@@ -4,6 +4,7 @@ OpenAI's form.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ _TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
@@ -36,12 +38,18 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
     return json_response(error_body(status, message), status, headers)
 
 
-async def read_body(receive: Receive, max_bytes: int | None = None) -> list[Message] | None:
-    """The messages of the body, or up to the client's going away; `None` for one that is too large."""
+async def read_body(
+    receive: Receive, max_bytes: int | None = None, timeout_s: float | None = None
+) -> list[Message] | None:
+    """The messages of the body, or up to the client's going away; `None` for one that is too large.
+
+    Raises `TimeoutError` where nothing more of it comes for `timeout_s`.
+    """
     messages: list[Message] = []
     num_bytes = 0
     while not messages or messages[-1].get("more_body", False):
-        messages.append(await receive())
+        async with asyncio.timeout(timeout_s):
+            messages.append(await receive())
         num_bytes += len(messages[-1].get("body", b""))
         if max_bytes is not None and num_bytes > max_bytes:
             return None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from typing import Any
 
 import httpx
 import pytest
 
+from kvarena.server import middleware
 from support.real_server import RealServer
 from support.request_lines import request_lines
 from support.scripted_engine import ScriptedEngine
@@ -154,6 +156,20 @@ def test_a_large_body(http: httpx.Client) -> None:
     parts = (body[at : at + 65536] for at in range(0, len(body), 65536))
     refusal(http.post(TEXT, content=parts, headers=JSON), 413)
     assert http.post(TEXT, json={"prompt": "say " + "a" * 3000}).is_success
+
+
+def test_a_body_that_stops_halfway_is_given_up(
+    real: RealServer[ScriptedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold its connection for ever."""
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 0.2)
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    address = httpx.URL(real.url)
+    with socket.create_connection((address.host, address.port), timeout=30) as connection:
+        connection.sendall(head.encode() + b'{"prompt": "say')
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"nothing of the body came for 0.2 s" in answer
 
 
 @pytest.mark.parametrize(

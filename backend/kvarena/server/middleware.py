@@ -4,7 +4,7 @@ nothing of an engine is imported here.
 Every request has an id, its client's (`X-Request-Id`) or a new one, and every answer carries it. An id that could not
 stand in a path or a log line is replaced by a new one, also for whoever reads the header later. Where a key is set,
 everything but health and metrics asks for it as a bearer token. A body that is too large for any prompt is answered
-with 413 before anybody parses it.
+with 413 before anybody parses it, one that is never sent to its end with 408.
 """
 
 from __future__ import annotations
@@ -97,9 +97,13 @@ def max_body_bytes(max_model_len: int) -> int:
     return max(4 << 20, 16 * max_model_len)
 
 
+BODY_TIMEOUT_S = 60.0
+"""For the next piece of a body. uvicorn itself waits for ever, with a connection and what came so far."""
+
+
 class BodyLimitMiddleware:
-    """Answers 413 to a larger body: by the length that its client says, else as soon as so much has come. Goes inside
-    of `RequestIds`.
+    """Answers 413 to a larger body: by the length that its client says, else as soon as so much has come; and 408 to
+    one that doesn't go on. Goes inside of `RequestIds`.
     """
 
     def __init__(self, app: ASGIApp, contender: str, max_bytes: int) -> None:
@@ -111,7 +115,14 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        read = None if self._is_said_to_be_larger(scope) else await read_body(receive, self._max_bytes)
+        try:
+            read = (
+                None if self._is_said_to_be_larger(scope) else await read_body(receive, self._max_bytes, BODY_TIMEOUT_S)
+            )
+        except TimeoutError:
+            message = f"nothing of the body came for {BODY_TIMEOUT_S:g} s"
+            await _refusal(scope, self._contender, 408, message, {"connection": "close"})(scope, receive, send)
+            return
         if read is None:
             message = f"the body is larger than {self._max_bytes} bytes"
             await _refusal(scope, self._contender, 413, message)(scope, receive, send)

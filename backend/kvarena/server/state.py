@@ -90,6 +90,7 @@ _ERROR = {"model": ErrorAnswer}
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {**_ERROR, "description": "A field has a bad value, or the body isn't JSON by its content or by its header"},
     404: {**_ERROR, "description": "Unknown model"},
+    408: {**_ERROR, "description": "Nothing more of the body came"},
     413: {**_ERROR, "description": "The body is too large"},
     "default": {**_ERROR, "description": "Any other error"},
 }

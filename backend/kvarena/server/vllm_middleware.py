@@ -6,7 +6,7 @@ Named last on vLLM's command line, so that it is the outermost. From the outside
 |---|---|---|
 | request id | any `X-Request-Id` is taken | a valid one is taken; every answer has one |
 | API key | for `/v1` and few others: `/invocations` generates without | for all but health and metrics |
-| body | of any size | at most as large as the arena's other servers take it, else 413 |
+| body | of any size, awaited for ever | at most as large as the other servers take it, else 413; if it stops, 408 |
 | memory at `/metrics` | of the API's process | of all of the server's processes too |
 | log | uvicorn's access log | one line per completion, as the arena's other servers write it |
 | errors | objects, but for FastAPI's own; of a too long prompt with its status as code | objects, with OpenAI's code |
