@@ -17,11 +17,16 @@ settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test works on the state of the stack that a developer runs, or on the model that was converted for it."""
+def empty_home(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
+    """No test works on the state of the stack that a developer runs, or on the model that was converted for it.
+
+    What vLLM finds out about a model's class is kept for all tests: each time takes another import of vLLM.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if "KVARENA_HOME" not in os.environ:
             patch.setenv("KVARENA_HOME", str(tmp_path_factory.mktemp("home")))
+        if "VLLM_CACHE_ROOT" not in os.environ:
+            patch.setenv("VLLM_CACHE_ROOT", str(pytestconfig.rootpath / ".pytest_cache" / "vllm"))
         yield
 
 

@@ -172,6 +172,15 @@ def test_without_a_compiler_nothing_is_compiled(home: Home, tmp_path: Path, monk
             assert ("TORCHDYNAMO_DISABLE" in services[name].environment) == (not found)
 
 
+def test_vllm_caches_in_the_home_unless_the_user_has_a_place_for_it(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, expected in (("", home.cache / "vllm"), ("/caches/vllm", Path("/caches/vllm"))):
+        monkeypatch.setenv("VLLM_CACHE_ROOT", place)
+        _, services = make(home, tmp_path)
+        assert {services[name].environment["VLLM_CACHE_ROOT"] for name in ("blend", "plain")} == {str(expected)}
+
+
 def test_the_page_knows_its_contenders(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path, data_dir=tmp_path, results_dir=tmp_path / "results")
     environment = services["page"].environment

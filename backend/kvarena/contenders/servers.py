@@ -56,6 +56,7 @@ class Launch:
     data_dir: Path | None = None
     hf_home: Path | None = None
     cache_dir: Path = Path()
+    vllm_cache_dir: Path = Path()
     blend: BlendConfig = field(default_factory=BlendConfig)
     blend_engine: str = "kvarena"
     lmcache_gb: float = 1.0
@@ -118,7 +119,7 @@ class VLLMServer:
     def environment(self, launch: Launch) -> dict[str, str]:
         environment = {
             **COMMON_ENVIRONMENT,
-            "VLLM_CACHE_ROOT": str(launch.cache_dir / "vllm"),
+            "VLLM_CACHE_ROOT": str(launch.vllm_cache_dir),
             "TORCHINDUCTOR_CACHE_DIR": str(launch.cache_dir / "inductor"),
             **_hub_environment(launch),
             CONTENDER_VARIABLE: launch.name,

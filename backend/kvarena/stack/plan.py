@@ -7,6 +7,7 @@ what nobody set, and divides cores or GPUs between the servers.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -50,6 +51,7 @@ class Plan:
     results_dir: Path
     hf_home: Path | None
     cache_dir: Path
+    vllm_cache_dir: Path
     lmcache_gb: float
     lmcache_l2: dict[str, Any] | None
     of_contenders: Mapping[str, Any]
@@ -117,6 +119,7 @@ class Plan:
             data_dir=self.data_dir if self.data_dir.is_dir() else None,
             hf_home=self.hf_home,
             cache_dir=self.cache_dir,
+            vllm_cache_dir=self.vllm_cache_dir,
             blend=self.blend,
             blend_engine=self.blend_engine,
             lmcache_gb=self.lmcache_gb,
@@ -157,6 +160,7 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
         results_dir=settings.results_dir,
         hf_home=settings.local_hf_home,
         cache_dir=home.cache,
+        vllm_cache_dir=Path(os.environ.get("VLLM_CACHE_ROOT") or home.cache / "vllm"),
         lmcache_gb=settings.lmcache_gb,
         lmcache_l2=_second_tier(settings, home),
         of_contenders={name: _own_settings(settings, name) for name in SPECS},
