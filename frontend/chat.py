@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from contender_api import Sampling
 from figures import Done, Event, Failed, Figures, FirstToken, Sent, Text
-from kvarena.documents import TextChunk, build_messages
+from kvarena.documents import Document, TextChunk, build_messages
 from settings import Contender
 
 State = Literal["waiting", "streaming", "done", "interrupted", "failed"]
@@ -150,10 +150,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a chat's page is set to, asked or not: the next question's context, and the controls by their keys."""
+    """What a chat's page is set to, asked or not: the next question's context, the controls by their keys, and the
+    documents that were brought along, picked or not.
+    """
 
     context: Context
     controls: dict[str, Any] = field(default_factory=dict)
+    documents: tuple[Document, ...] = ()
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from html import escape
 
@@ -10,7 +10,16 @@ import streamlit as st
 
 import state
 from kvarena.documents import DOCUMENT_SUFFIXES, Document, Documents, Remark, TextChunk, without_special_tokens
-from uploads import MAX_UPLOAD_MB, Filling, Upload, read_upload, save_document, upload_key
+from uploads import (
+    MAX_KEPT_BYTES,
+    MAX_UPLOAD_MB,
+    Filling,
+    Upload,
+    document_key,
+    read_upload,
+    save_document,
+    upload_key,
+)
 
 POLL_S = 0.5
 FOLDER_POLL_S = 4.0
@@ -32,7 +41,7 @@ def watch_folder(drawn: Documents, busy: bool) -> None:
     seen, st.session_state[_SEEN] = st.session_state.get(_SEEN, texts), texts
     if new := [chunk for chunk in now.chunks if (chunk.name, chunk.text) not in seen]:
         found = st.session_state[_NEW] = Upload(Document("New in the data folder", tuple(chunk.text for chunk in new)))
-        if st.session_state.get("fill-at-once", True) and (session := state.blending_session()):
+        if _fills_at_once() and (session := state.blending_session()):
             found.filling = Filling.start(new, session)
     if new or now != drawn:
         state.folder_documents.clear()
@@ -65,8 +74,8 @@ def draw_uploads(busy: bool, choose: Callable[[Sequence[str]], None]) -> None:
         f"Drop your documents: {', '.join(DOCUMENT_SUFFIXES)}, up to {MAX_UPLOAD_MB} MB each",
         accept_multiple_files=True,
         key=f"documents-{number}",
-        help="They are split like the files of the data folder, and forgotten when this page is closed or reloaded, "
-        "unless you save them into that folder; what was asked about comes back with its chat.",
+        help="They are split like the files of the data folder, and come back with this chat's link, up to "
+        f"{MAX_KEPT_BYTES >> 20} MB of text. Save them into that folder to keep them for every chat.",
     )
     with st.expander("Paste a text", key="paste"):
         name = st.text_input("Name", "pasted", key="paste-name")
@@ -107,10 +116,22 @@ def _take_pasted(name: str) -> None:
         st.session_state["paste-text"] = ""
 
 
+def bring_back(documents: Iterable[Document]) -> None:
+    """Of a chat that is opened again. Chunks whose KV is still there are only looked up."""
+    for document in documents:
+        _add(document_key(document), document)
+
+
 def _add(key: str, document: Document) -> None:
     state.uploads()[key] = Upload(document)
-    if st.session_state.get("fill-at-once", True):
+    if _fills_at_once():
         _fill(key)
+
+
+def _fills_at_once() -> bool:
+    """Also before the switch is drawn: the page's address has what isn't the default."""
+    linked = st.query_params.get("fill-at-once", "true").lower() == "true"
+    return bool(st.session_state.get("fill-at-once", linked))
 
 
 def _edit(key: str, index: int) -> None:

@@ -18,14 +18,14 @@ import state
 from chat import Context, Draft, Turn
 from chat_session import ChatSession, SlotSession
 from contender_api import MAX_TTFT_MS, POLICY, BlendOffer, Parameter, Sampling
-from documents_view import draw_new_in_folder, draw_remarks, draw_uploads, watch_folder
+from documents_view import bring_back, draw_new_in_folder, draw_remarks, draw_uploads, watch_folder
 from examples import opening_chunks
 from kvarena.documents import Document, TextChunk
 from question_box import draw_servers
 from runs import OpenChat
 from settings import Contender
 from slots import CACHED, MODES, UNCACHED
-from uploads import Upload, upload_key
+from uploads import kept_documents
 
 NUM_DEFAULT_CHUNKS = 6
 DEFAULT_MAX_TTFT_MS = 500.0
@@ -68,7 +68,8 @@ def draw_arena_sidebar(opened: OpenChat) -> ArenaChoices:
         )
         context = _draw_arena_context(chunks, opened.busy)
         sampling = _draw_sampling()
-    draft = Draft(context, _controls(ARENA_CONTROLS, OF_ANY_CONTENDER))
+    controls = _controls(ARENA_CONTROLS, OF_ANY_CONTENDER)
+    draft = Draft(context, controls, kept_documents(state.uploads().values()))
     _keep_draft(opened, draft)
     return ArenaChoices(context, sampling, sessions, in_sequence, blind, draft)
 
@@ -134,7 +135,7 @@ def is_set_otherwise(before: Draft, now: Draft) -> bool:
 
 def _set_context(draft: Draft) -> tuple[object, ...]:
     context = draft.context
-    return context.system, context.notes, [chunk.name for chunk in context.chunks]
+    return context.system, context.notes, [chunk.name for chunk in context.chunks], draft.documents
 
 
 def _begin_arena(opened: OpenChat, names: list[str]) -> None:
@@ -149,14 +150,14 @@ def _begin_arena(opened: OpenChat, names: list[str]) -> None:
 
 
 def _take_up(draft: Draft, names: Collection[str]) -> None:
-    """Texts that the folder hasn't are brought along, as if they had been pasted."""
+    """Texts that neither the folder nor the chat's documents have are brought along, as if they had been pasted."""
+    _set_controls(draft.controls)
     st.session_state["system-prompt"] = draft.context.system
     choose_chunks([chunk.name for chunk in draft.context.chunks])
-    for chunk in draft.context.chunks:
-        if chunk.name not in names:
-            own = Document(f"{chunk.name}.txt", (chunk.text,))
-            state.uploads()[upload_key(own.path, chunk.text.encode("utf-8", "replace"))] = Upload(own)
-    _set_controls(draft.controls)
+    bring_back(draft.documents)
+    known = {*names, *(chunk.name for named in state.uploaded_chunks().values() for chunk in named)}
+    lost = [chunk for chunk in draft.context.chunks if chunk.name not in known]
+    bring_back(Document(f"{chunk.name}.txt", (chunk.text,)) for chunk in lost)
 
 
 def _set_controls(controls: Mapping[str, Any]) -> None:

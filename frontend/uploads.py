@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -15,6 +15,8 @@ from kvarena.documents import DOCUMENT_SUFFIXES, Document, TextChunk, printable,
 from kvarena.splitting import Splitter
 
 MAX_UPLOAD_MB = 20
+MAX_KEPT_BYTES = 4 << 20
+"""Of a page's own documents, that come back with its chat."""
 
 
 @dataclass
@@ -63,6 +65,22 @@ class Upload:
 def upload_key(name: str, data: bytes) -> str:
     """The same file dropped twice is one upload."""
     return hashlib.sha256(name.encode("utf-8", "surrogatepass") + b"\0" + data).hexdigest()[:16]
+
+
+def document_key(document: Document) -> str:
+    """Of one whose file is gone: its text's."""
+    return upload_key(document.path, "\0".join(document.parts).encode("utf-8", "replace"))
+
+
+def kept_documents(uploads: Iterable[Upload]) -> tuple[Document, ...]:
+    """Those that come back with the chat: in their order, as many as there is room for."""
+    kept, room = [], MAX_KEPT_BYTES
+    for document in (upload.document for upload in uploads if upload.document.parts):
+        num_bytes = sum(len(part.encode("utf-8", "replace")) for part in document.parts)
+        if num_bytes <= room:
+            kept.append(document)
+            room -= num_bytes
+    return tuple(kept)
 
 
 def save_document(document: Document, folder: Path) -> Path:

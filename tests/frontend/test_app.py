@@ -661,6 +661,9 @@ def test_a_reload_keeps_what_was_set_before_anything_was_asked(small_server: Sta
     page.text_input(key="paste-name").set_value("mine").run()
     page.text_area(key="paste-text").set_value("Ann <b>keeps</b> *bees*.").run()
     page.button(key="paste-add").click().run()
+    page.text_input(key="paste-name").set_value("not picked").run()
+    page.text_area(key="paste-text").set_value("Bert keeps goats.").run()
+    page.button(key="paste-add").click().run()
     page.multiselect(key="chunks").set_value(["three", "mine"]).run()
     page.text_area(key="system-prompt").set_value("Be long.").run()
     page.slider(key="policy-ratio").set_value(0.4).run()
@@ -669,6 +672,8 @@ def test_a_reload_keeps_what_was_set_before_anything_was_asked(small_server: Sta
     for again in (reloaded(page.query_params["chat"]), restarted(page.query_params["chat"])):
         assert not again.warning
         assert again.multiselect(key="chunks").value == ["three", "mine"]
+        assert again.multiselect(key="chunks").options == ["one", "three", "two", "mine", "not picked"]
+        assert html(again).count('data-testid="upload"') == 2
         assert "Ann &lt;b&gt;keeps&lt;/b&gt; *bees*." in html(again)
         assert again.text_area(key="system-prompt").value == "Be long."
         assert again.slider(key="policy-ratio").value == 0.4
