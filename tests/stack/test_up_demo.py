@@ -335,9 +335,6 @@ def test_lmcache_comes_back_after_it_was_killed(module_home: Home, port_base: in
 
 
 def test_vllms_own_command_line(module_home: Home) -> None:
-    version = kvarena(module_home, "vllm", "--version")
-    assert version.returncode == 0, version.stderr
-    assert version.stdout.split()[-1][0].isdigit()
     bench = kvarena(module_home, "vllm", "bench", "serve", "--help")
     assert bench.returncode == 0
     assert "Benchmark the online serving throughput" in bench.stdout

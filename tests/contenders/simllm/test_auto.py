@@ -205,15 +205,16 @@ def test_on_the_demo_model(mode: str) -> None:
         text: str = simllm.model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return text
 
-    for question in exam.questions[:30]:
+    for question in exam.questions[: 30 if mode == "aligned" else 12]:
         texts = [chunk.text for chunk in question.chunks[:3]]
         simllm.answer([prompt_of(question.question, rng.sample(texts, 3))], 1)
         prompt = prompt_of(question.question, texts)
         (answer,) = simllm.answer([prompt], 1)
-        (expected,) = simllm.answer([prompt], 1, enable_kv_reuse=False)
         checks += answer.outcome.check is not None
-        num_hits += answer.outcome.is_hit
-        num_agreeing += answer.outcome.is_hit and answer.token_ids == expected.token_ids
+        if answer.outcome.is_hit:
+            (expected,) = simllm.answer([prompt], 1, enable_kv_reuse=False)
+            num_hits += 1
+            num_agreeing += answer.token_ids == expected.token_ids
     found = simllm.get_statistics()["auto_threshold"]
     print(mode, found, f"{num_hits} hits, of which {num_agreeing} agree; {checks} checks")
     assert found["num_samples"] >= checks > 0
