@@ -5,6 +5,7 @@ Side by side the slow ones come first, and of these the longest, so that no core
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (has_browser(item), "slow" not in item.keywords, longest.index(item.path)))
     else:
         items.sort(key=lambda item: (has_browser(item), "slow" in item.keywords))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage, and much to look through."""
+    gc.collect()
+    gc.freeze()
 
 
 def has_browser(item: pytest.Item) -> bool:

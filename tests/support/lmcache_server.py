@@ -7,12 +7,12 @@ import mmap
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 
 from kvarena.stack.lmcache_l2 import CHUNK_FILES
+from support.forks import ENVIRONMENT, fork_context
 
 
 def free_port() -> int:
@@ -44,34 +45,34 @@ class LMCacheServer:
         self.url = f"tcp://127.0.0.1:{self.port}"
         self.http_url = f"http://127.0.0.1:{self.http_port}"
         self._shm_name = f"kvarena_test_{uuid.uuid4().hex[:8]}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: BaseProcess | None = None
 
     @property
     def pid(self) -> int:
         assert self._process is not None
+        assert self._process.pid is not None
         return self._process.pid
 
     def start(self) -> None:
-        command = [str(Path(sys.executable).with_name("lmcache")), "server", "--l1-size-gb", f"{self.l1_gb:g}"]
+        command = ["server", "--l1-size-gb", f"{self.l1_gb:g}"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
         command += ["--eviction-policy", "LRU", "--chunk-size", "32"]
         command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name, *self._options]
         if self._l2 is not None:
             command += ["--l2-adapter", json.dumps(self._l2), "--l2-prefetch-policy", "retain"]
-        settings = {"PYTHONHASHSEED": "0", "LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
+        self._process = fork_context().Process(target=_serve, args=(command, self.log, os.environ | ENVIRONMENT))
+        self._process.start()
         deadline = time.monotonic() + 120
         while not self._is_healthy():
-            assert self._process.poll() is None, self.log.read_text()[-2000:]
+            assert self._process.is_alive(), self.log.read_text()[-2000:]
             assert time.monotonic() < deadline, self.log.read_text()[-2000:]
             time.sleep(0.1)
 
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.join()
         self._process = None
 
     @contextmanager
@@ -108,6 +109,18 @@ class LMCacheServer:
     ) -> None:
         self.kill()
         self.memory_path.unlink(missing_ok=True)
+
+
+def _serve(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    """`lmcache` with these words, in a process of its own."""
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("ab") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    from lmcache.cli.main import main
+
+    main(command)
 
 
 def flip_bits(file: Path) -> None:

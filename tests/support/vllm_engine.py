@@ -2,58 +2,39 @@
 
 `run_in_engine(function, ...)` calls a module-level function there and returns its result. In the process the engine's
 core runs in place, so that a test may reach the connector and the model. The processes are forks of one that has only
-imported vLLM, which takes longer than a tiny engine's start.
+imported vLLM.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from importlib import import_module
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models import registry
 
 from kvarena.engines.vllm.config import BlendConfig, kv_transfer_config
 from kvarena.engines.vllm.messages import report_log
 from kvarena.engines.vllm.plugin import loaded_model
+from support.forks import ENVIRONMENT, IMPORTS, fork_context
 
 Result = TypeVar("Result")
 
 MEMORY = BlendConfig(store="memory", store_bytes=64 << 20)
 PIECES: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 4}
 """Settings with which prompts are prefilled in pieces."""
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONHASHSEED": "0",
-    "LMCACHE_TRACK_USAGE": "false",
-}
-
-IMPORTED = ["vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker"]
-IMPORTED += ["vllm.model_executor.layers.quantization.online.base", "vllm.model_executor.models.llama"]
 
 
 def run_in_engine(function: Callable[..., Result], *args: Any, **settings: Any) -> Result:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    with patch.dict(os.environ, ENVIRONMENT):
-        forkserver.ensure_running()
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare) as pool:
+    with ProcessPoolExecutor(1, mp_context=fork_context(), initializer=_prepare) as pool:
         return pool.submit(function, *args, **settings).result()
 
 
@@ -276,10 +257,5 @@ def ratios_in_a_queue(model: str, config: BlendConfig, prompts: list[str]) -> li
 
 
 def _prepare() -> None:
-    """vLLM looks at a model's class in a process of its own, lest CUDA is initialised; a tiny model doesn't wait.
-
-    Nor does it for the garbage collector, which vLLM calls several times, to look at all that was imported.
-    """
-    gc.freeze()
     os.environ.update(ENVIRONMENT)
-    registry._run_in_subprocess = lambda look: look()
+    import_module(IMPORTS)  # a fork has it already

@@ -14,8 +14,8 @@ import httpx
 
 from kvarena.contenders.servers import WORKER_IN_ENGINE
 from kvarena.engines.vllm.config import BlendConfig, kv_transfer_config
+from support.forks import ENVIRONMENT
 from support.lmcache_server import free_port
-from support.vllm_engine import ENVIRONMENT
 
 
 @contextmanager
