@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from support.ai100_engine import AI100, make_ai100
 from support.page_steps import ask, expect_states, opened, page_over, pane, settle
 from support.real_server import serving
 from support.tiny_models import save_tiny_model
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -111,10 +113,7 @@ def test_the_topic_shows_while_a_question_is_typed_and_can_be_changed(open_page:
         page.set_viewport_size({"width": width, "height": 844})
         settle(page)
         parts = [page.get_by_test_id("next-topic"), page.locator(".st-key-next-topic input"), box(page)]
-        places = [place(part) for part in parts]
-        assert all(left >= 0 and right <= width for left, _, right, _ in places), width
-        assert not any(overlap(a, b) for a, b in itertools.combinations(places, 2)), width
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        wait_until(partial(are_apart, page, parts, width), f"they overlap at {width}")
     box(page).press("Enter")
     expect(pane(page, "cached").get_by_test_id("slot-turn")).to_contain_text("<b>*mine*</b>", timeout=60_000)
     expect_states(page, cached="done", uncached="done")
@@ -129,6 +128,13 @@ def place(part: Locator) -> Place:
     found = part.bounding_box()
     assert found is not None
     return found["x"], found["y"], found["x"] + found["width"], found["y"] + found["height"]
+
+
+def are_apart(page: Page, parts: Sequence[Locator], width: int) -> bool:
+    places = [place(part) for part in parts]
+    is_within = all(left >= 0 and right <= width for left, _, right, _ in places)
+    is_clear = not any(overlap(a, b) for a, b in itertools.combinations(places, 2))
+    return is_within and is_clear and bool(page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
 
 
 def overlap(a: Place, b: Place) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from support.page_steps import ANSWER_MS, ask, expect_states, opened, overlapping, page_over, settle
+from support.page_steps import ANSWER_MS, ask, expect_apart, expect_states, opened, page_over, settle
 from support.small_openai_server import OFFER, REPORT, SmallServer, report_of
 from support.tiny_models import tiny_tokenizer
 from support.waiting import wait_until
@@ -173,8 +173,7 @@ def test_context_lengths_are_measured_drawn_and_quoted_in_the_arena(
         settle(page)
         shown = page.locator(".ka-verdict b, .ka-verdict small, .ka-key, [data-testid=stWidgetLabel] p")
         assert shown.count() > 5
-        assert overlapping(shown) == [], f"at {width} pixels"
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        expect_apart(shown, f"at {width} pixels")
     page.get_by_role("button", name="Open in Quality").scroll_into_view_if_needed()
     open_in_quality(page, name)
     expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=ANSWER_MS)

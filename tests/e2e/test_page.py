@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,8 @@ def test_quality_of_a_result_file_and_back_to_the_chat(page: Page, tmp_path: Pat
     metrics = page.get_by_role("radiogroup", name="Metric")
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 900})
-        page.wait_for_timeout(300)
-        assert metrics.evaluate("row => row.scrollWidth <= row.clientWidth"), f"cut at {width} pixels"
+        is_whole = partial(metrics.evaluate, "row => row.scrollWidth <= row.clientWidth")
+        wait_until(is_whole, f"cut at {width} pixels", timeout_s=15)
     page.set_viewport_size({"width": 1440, "height": 900})
 
     page.get_by_role("link", name="Arena").click()

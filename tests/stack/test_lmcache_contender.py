@@ -81,8 +81,11 @@ def long_answer(http: httpx.Client, prompt: str, under_way: Callable[[], object]
 
 
 def restart_vllm(stack: Stack) -> None:
+    before = stack.service("lmcache")
     restarted = stack.command("restart", "lmcache", timeout_s=600)
     assert restarted.returncode == 0, restarted.stderr
+    after = stack.service("lmcache")
+    assert (after["state"], after["pid"] != before["pid"]) == ("healthy", True)
 
 
 def forget_prefixes(lmcache: httpx.Client) -> None:

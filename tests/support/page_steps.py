@@ -171,6 +171,17 @@ def overlapping(elements: Locator) -> list[str]:
     return found
 
 
+def expect_apart(elements: Locator, what: str) -> None:
+    """Once the layout has come to rest, none of them lies over another, and the page is no wider than its window."""
+    for _ in range(60):
+        found, page = overlapping(elements), elements.page
+        is_wider = page.evaluate("document.documentElement.scrollWidth > innerWidth")
+        if not found and not is_wider:
+            return
+        page.wait_for_timeout(250)
+    raise AssertionError(f"{what}: {found or 'wider than the window'}")
+
+
 def pane(page: Page, name: str) -> Locator:
     return page.get_by_test_id(f"pane-{name}").last
 

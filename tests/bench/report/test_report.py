@@ -31,10 +31,18 @@ def page_of(*results: str) -> HTMLPage:
     return HTMLPage.parse(render(read_files(results)))
 
 
+def shipped_files() -> list[Path]:
+    """The smallest file of each benchmark under `docs/results`."""
+    smallest: dict[str, Path] = {}
+    files = (project_root() / "docs" / "results").glob("*.json")
+    for path in sorted(files, key=lambda path: -path.stat().st_size):
+        smallest[json.loads(path.read_text())["settings"]["benchmark"]] = path
+    return list(smallest.values())
+
+
 @cache
 def shipped_page() -> HTMLPage:
-    """Of the files under `docs/results`."""
-    return page_of(str(project_root() / "docs" / "results"))
+    return page_of(*map(str, shipped_files()))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +56,8 @@ def ttft_page(tmp_path_factory: pytest.TempPathFactory) -> HTMLPage:
 
 
 def test_each_file_has_its_sections() -> None:
-    files = {path.name for path in (project_root() / "docs" / "results").glob("*.json")}
-    assert {"eval-town.json", "prefix-180m.json", "simllm.json", "ai100-town.json", "tasks.json"} <= files
+    files = {path.name for path in shipped_files()}
+    assert len(files) >= 8
     page = shipped_page()
     assert {"quality", "others", "settings"} <= set(page.sections)
     assert {Path(name.split()[0]).name for name in page.sections["settings"].headings} == files

@@ -21,7 +21,7 @@ LONGEST_TOKENS = 300
 NOISE_BYTES = 24 * MIB
 
 
-def test_resident_size_over_a_thousand_prompts(tmp_path: Path) -> None:
+def test_resident_size_over_hundreds_of_prompts(tmp_path: Path) -> None:
     """In a process of its own, which has freed nothing before."""
     much_kv: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
     much_kv |= {"num_hidden_layers": 2, "num_key_value_heads": 4}
@@ -36,7 +36,7 @@ def test_resident_size_over_a_thousand_prompts(tmp_path: Path) -> None:
     )
     assert process.returncode == 0, process.stderr
     growth_bytes, one_request_bytes, num_evictions = map(int, process.stdout.split()[-3:])
-    assert num_evictions > 300
+    assert num_evictions > 150
     assert growth_bytes < BUDGET_BYTES + one_request_bytes + NOISE_BYTES
 
 
@@ -53,7 +53,7 @@ def measure(folder: str) -> None:
         ask(rng.randint(30, LONGEST_TOKENS))
     engine.cache.clear()
     before, most = resident().rss, 0
-    for _ in range(1000):
+    for _ in range(500):
         ask(rng.randint(30, LONGEST_TOKENS))
         most = max(most, resident().rss)
     print(most - before, model.kv_shape.empty(LONGEST_TOKENS).nbytes, engine.cache.stats().evictions)
