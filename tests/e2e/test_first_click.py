@@ -79,15 +79,18 @@ def test_the_first_click(real_page: Page) -> None:
     follow_up.click()
     expect(real_page.get_by_test_id("question").last).to_have_text(asked, timeout=60_000)
     expect_states(real_page, blend="done", plain="done")
+    (gold,) = (example["answers"] for example in follow_ups_of(first) if example["question"] == asked)
+    wrong = [name for name in NAMES if not contains_answer(answer_text(real_page, name), gold)]
+    assert len(wrong) <= 1, wrong
 
 
-def test_the_examples_are_answered_right_by_both(real_stack: Stack) -> None:
+def test_the_other_examples_are_answered_right_by_both(real_stack: Stack) -> None:
     """Turn by turn, each contender over its own answers, as on the page. One miss is forgiven: processors round."""
     documents = load_documents(DATA)
     texts = {chunk.name: chunk.text for chunk in documents.chunks}
     with real_stack.client("blend") as http:
         separator = http.get("/kvarena").json()["separator"]
-    openers = [example for example in examples() if not example.get("history")]
+    _, *openers = [example for example in examples() if not example.get("history")]
 
     def wrong_of(name: str) -> list[str]:
         wrong = []
@@ -100,7 +103,7 @@ def test_the_examples_are_answered_right_by_both(real_stack: Stack) -> None:
                 wrong += [] if answers_right(real_stack, name, messages, follow_up) else [follow_up["question"]]
         return wrong
 
-    assert len(openers) >= 4
+    assert len(openers) >= 3
     with ThreadPoolExecutor(len(NAMES)) as pool:
         for name, wrong in zip(NAMES, pool.map(wrong_of, NAMES), strict=True):
             assert len(wrong) <= 1, (name, wrong)
