@@ -45,6 +45,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries tell at the end what they think has leaked
+
+
 def has_browser(item: pytest.Item) -> bool:
     return any(item.get_closest_marker(name) for name in ("browser", "e2e"))
 

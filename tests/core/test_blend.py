@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from kvarena.policies.chunk_head import ChunkHead
 from kvarena.policies.kv_deviation import KVDeviation
 from kvarena.policies.query_attention import QueryAttention
 from kvarena.stores.memory import MemoryStore
+from kvarena.stores.tensor_parallel import TensorParallelStore
+from support.thread_ranks import ThreadRanks
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 2, 4
 ROTATION = Rotation(torch.tensor([0.5, 0.1]))
@@ -405,6 +408,28 @@ def test_after_a_failure_the_whole_range_is_computed_and_nothing_counts_as_reuse
     store.fails = None
     store.put(MISSING, kv_of(MISSING.token_ids))
     assert counts(blended(store, model, deviation(0.2))) == (12, 3, 5), "the next one isn't harmed"
+
+
+@pytest.mark.parametrize("group_tokens", [1, 100])
+def test_a_rank_that_fails_to_write_takes_the_others_with_it_and_none_waits(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, group_tokens: int
+) -> None:
+    """Each compares with the others what was fetched, group after group, and what it chooses."""
+    monkeypatch.setattr(placement, "GROUP_TOKENS", group_tokens)
+    ranks, models = ThreadRanks(2), [FakeModel(END), FakeModel(END)]
+    models[0].fails = {"write": 1}
+
+    def run(model: FakeModel) -> BlendReport:
+        model.ranks = ranks
+        blender = Blender(TensorParallelStore(store, ranks))
+        with closing(blender):
+            return blender.blend(model, BlendTask(PLAN, 0, END, deviation(0.2), keeps=lambda _: False))
+
+    with ThreadPoolExecutor(2) as executor:
+        reports = list(executor.map(run, models))
+    for model, report in zip(models, reports, strict=True):
+        assert (report.blend_failures, counts(report)) == (1, (0, 0, END))
+        assert model.computed == [list(range(END))]
 
 
 def test_where_the_prompt_cant_be_computed_either_the_failure_goes_on(store: FakeStore, model: FakeModel) -> None:

@@ -8,11 +8,13 @@ from typing import cast
 import pytest
 import torch
 
-from kvarena.core.placement import GROUP_TOKENS, KVWriter, groups_of, part_of
+from kvarena.core import placement
+from kvarena.core.placement import GROUP_TOKENS, ChunkSource, KVWriter, groups_of, parts_of
 from kvarena.core.plan import Chunk, Span, as_token_ids
 from kvarena.core.prefilled_model import PrefilledModel
 from kvarena.core.report import BlendReport
 from kvarena.core.rope import Rotation
+from kvarena.core.store import FoundKV
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 2, 8
 ROTATIONS = [Rotation(torch.tensor([0.7, 0.2, 0.01])), None, Rotation(torch.tensor([1.0, 0.3]), is_neox=False)]
@@ -87,16 +89,52 @@ def test_pieces_of_several_devices_meet_on_the_models() -> None:
     assert written[0].shape == (NUM_LAYERS, 20, NUM_HEADS, HEAD_SIZE)
 
 
+def test_what_goes_to_a_device_goes_whole_and_is_cut_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a piece isn't contiguous: it would be copied on the CPU first, into memory that isn't pinned."""
+    sent: list[torch.Tensor] = []
+    to = torch.Tensor.to
+
+    def noted(tensor: torch.Tensor, *where: object, **how: object) -> torch.Tensor:
+        if tensor.dim() == 4:
+            sent.append(tensor)
+        return to(tensor, *where, **how)  # type: ignore[call-overload,no-any-return]
+
+    class Elsewhere(Cache):
+        device = torch.device("meta")
+
+        def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+            assert keys.shape[1] == len(positions)
+
+    pieces = [kv_of(8) for _ in range(3)]
+    span = Span(30, 46, Chunk(as_token_ids(range(24))), 3)
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    KVWriter(cast("PrefilledModel", Elsewhere(50)), (), BlendReport()).write([(span, pieces)])
+    assert [id(tensor) for tensor in sent] == [id(piece) for piece in pieces]
+
+
+def test_much_computed_kv_waits_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = kv_of(10)
+    monkeypatch.setattr(placement, "MAX_DEVICE_BYTES", 2 * kv.nbytes)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))
+    chunks = [Chunk(as_token_ids([number] * 10)) for number in range(4)]
+    source = ChunkSource(chunks, FoundKV([None] * 4))
+    kept = [source.add(chunk, kv.to("meta")) for chunk in chunks[:3]]
+    assert [own.device.type for own in kept] == ["meta", "meta", "cpu"]
+    assert source.add(chunks[3], kv) is kv
+    spans = [Span(10 * number, 10 * number + 10, chunk) for number, chunk in enumerate(chunks)]
+    assert [pieces[0].device for _, pieces in source.take(spans)] == [own.device for own in [*kept, kv]]
+
+
 def test_a_part_of_pieces_is_the_part_of_the_whole() -> None:
     rng = random.Random(1)
     for _ in range(50):
         kv = kv_of(rng.randint(5, 60))
         start = rng.randrange(kv.shape[2])
         num_tokens = rng.randint(1, kv.shape[2] - start)
-        parts = list(part_of(cut(kv, rng), start, num_tokens))
+        parts = [piece[:, :, part] for piece, part in parts_of(cut(kv, rng), start, num_tokens)]
         assert torch.equal(torch.cat(parts, dim=2), kv[:, :, start : start + num_tokens])
         with pytest.raises(ValueError, match="not the"):
-            list(part_of(cut(kv, rng), start, kv.shape[2] - start + 1))
+            list(parts_of(cut(kv, rng), start, kv.shape[2] - start + 1))
 
 
 def test_groups_keep_order_and_are_no_larger_than_they_need() -> None:

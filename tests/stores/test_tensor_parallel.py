@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,32 +12,9 @@ from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.store import FoundKV
 from kvarena.stores.memory import MemoryStore
 from kvarena.stores.tensor_parallel import TensorParallelStore
+from support.thread_ranks import ThreadRanks
 
 CHUNKS = [Chunk(as_token_ids([number] * 4)) for number in range(4)]
-
-
-class ThreadRanks:
-    """Ranks in threads, which wait for each other at every question."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self._barrier = threading.Barrier(num_ranks, timeout=10)
-        self._said: list[Sequence[bool]] = []
-
-    def all(self, flags: Sequence[bool]) -> list[bool]:
-        if self._barrier.wait() == 0:
-            self._said = []
-        self._barrier.wait()
-        self._said.append(list(flags))
-        self._barrier.wait()
-        return [all(said) for said in zip(*self._said, strict=True)]
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        if self._barrier.wait() == 0:
-            self._added: list[torch.Tensor] = []
-        self._barrier.wait()
-        self._added.append(x)
-        self._barrier.wait()
-        return torch.stack(self._added).sum(dim=0)
 
 
 class RaisingStore(MemoryStore):

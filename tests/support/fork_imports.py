@@ -6,6 +6,7 @@ garbage, though vLLM has it searched several times at each end of an engine.
 
 from __future__ import annotations
 
+import atexit
 import gc
 from importlib import import_module
 
@@ -36,4 +37,5 @@ for name in (
     import_module(f"lmcache.{name}")
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)  # else libraries tell at the end what they think has leaked
 gc.unfreeze = lambda: None

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from vllm.model_executor.layers.attention import Attention
 
+from kvarena.engines.vllm import model as vllm_model
 from kvarena.engines.vllm.config import BlendConfig, kv_transfer_config
 from kvarena.engines.vllm.messages import report_log
 from kvarena.engines.vllm.plugin import loaded_model
@@ -241,6 +242,11 @@ def run_session(model: str, config: BlendConfig | None, texts: list[str]) -> tup
     core.scheduler.finish_requests("session", RequestStatus.FINISHED_ABORTED)
     step()
     return tokens, reports
+
+
+def take_memory() -> None:
+    """For chunks that are computed by themselves; `damage` of a step."""
+    vllm_model._empty_kv = lambda engine, num_tokens: None
 
 
 def ratios_in_a_queue(model: str, config: BlendConfig, prompts: list[str]) -> list[float]:

@@ -319,11 +319,16 @@ class _Run:
             writer = KVWriter(self.model, watched, report)
             written: list[Span] = []
             fetched = one_ahead(self.blender.fetches, source.take, groups_of(wanted.spans))
+            failure: Exception | None = None
             for group in report.timed_each("fetch_ms", fetched):
-                if group:
-                    writer.write(group)
+                if group and failure is None:
+                    try:
+                        writer.write(group)
+                    except Exception as error:
+                        failure = error  # the other ranks' fetches wait for this one's
                 written += [span for span, _ in group]
             writer.finish()  # the store's memory may be another's once its retrieval ends
+        self._agree(failure)
         report.store_hits, report.store_misses = source.num_hits, len(chunks) - source.num_hits
         report.spans = [(span.start, span.end) for span in written if span.chunk not in source.added]
         report.computed_spans = [(span.start, span.end) for span in written if span.chunk in source.added]
@@ -344,10 +349,15 @@ class _Run:
             for chunk, kv, usable in zip(piece, computed, is_usable, strict=True):
                 if kv is None or not usable:
                     continue
-                source.add(chunk, kv)
+                kept = source.add(chunk, kv)
                 if self.task.keeps(chunk):
-                    self.blender.puts.put(chunk, kv)
+                    self.blender.puts.put(chunk, kept)
             yield
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Raises where the KV couldn't be written on a rank, for want of memory say: all of them compute the prompt."""
+        if not self.model.ranks.all([failure is None])[0]:
+            raise failure or RuntimeError("another rank failed to write the chunks' KV")
 
     def _timed(self, stage: str, pieces: InPieces[Result]) -> InPieces[Result]:
         """The time of each piece, not that between them."""

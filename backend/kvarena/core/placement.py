@@ -26,6 +26,9 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+MAX_DEVICE_BYTES = 256 << 20
+
+
 class ChunkSource:
     """Over one retrieval of these chunks, and no longer than that lasts."""
 
@@ -36,14 +39,22 @@ class ChunkSource:
         self.added: set[Chunk] = set()
         self.scores: dict[Chunk, torch.Tensor] = {}
         self.num_hits = 0
+        self._device_bytes = 0
 
     def __contains__(self, chunk: Chunk) -> bool:
         """Whether there is something to take, unless the store loses it."""
         return chunk in self._indices or chunk in self._kv
 
-    def add(self, chunk: Chunk, kv: torch.Tensor) -> None:
+    def add(self, chunk: Chunk, kv: torch.Tensor) -> torch.Tensor:
+        """KV that was computed, in main memory from `MAX_DEVICE_BYTES` on: what a device has left is little, and the
+        store wants it there anyway. Returns where it is now.
+        """
+        if kv.device.type != "cpu":
+            self._device_bytes += kv.nbytes
+            kv = kv.cpu() if self._device_bytes > MAX_DEVICE_BYTES else kv
         self._kv[chunk] = (kv,)
         self.added.add(chunk)
+        return kv
 
     def missing(self, chunk: Chunk) -> Missing | None:
         """Why the store gave nothing of a chunk; None if it did. To be asked when all has been taken."""
@@ -84,9 +95,13 @@ class KVWriter:
         """Spans with their chunks' KV. Raises `ValueError` for a chunk whose KV doesn't reach to the span's end."""
         spans = [span for span, _ in group]
         with self.stopwatch.timed("move_ms"):
-            pieces = [piece for span, kv in group for piece in part_of(kv, span.offset, len(span))]
-            # All layers at once, each piece by itself to the model's device: some may have been computed there.
-            here = [piece.to(self.model.device, non_blocking=True) for piece in pieces]
+            # All layers at once, each piece by itself to the model's device: some may have been computed there. Cut
+            # there: a part of a piece would be copied once more on its way, out of pinned memory.
+            here = [
+                piece.to(self.model.device, non_blocking=True)[:, :, part]
+                for span, kv in group
+                for piece, part in parts_of(kv, span.offset, len(span))
+            ]
             shape = (*here[0].shape[:2], sum(piece.shape[2] for piece in here), here[0].shape[3])
             joined = torch.cat(here, dim=2, out=self._scratch.empty("joined", shape, here[0].dtype, self.model.device))
             keys, values = joined.unflatten(3, (-1, self.model.head_size)).unbind()
@@ -128,14 +143,14 @@ def positions_of(spans: Sequence[Span]) -> torch.Tensor:
     return torch.cat([torch.arange(span.start, span.end) for span in spans])
 
 
-def part_of(kv: Pieces, start: int, num_tokens: int) -> Iterator[torch.Tensor]:
-    """`[start, start + num_tokens)` of a chunk's KV, cut where that is cut."""
+def parts_of(kv: Pieces, start: int, num_tokens: int) -> Iterator[tuple[torch.Tensor, slice]]:
+    """`[start, start + num_tokens)` of a chunk's KV: each piece that has some of it, and which of its tokens."""
     end = start + num_tokens
     at = 0
     for piece in kv:
         low, high = max(start - at, 0), min(end - at, piece.shape[2])
         if low < high:
-            yield piece[:, :, low:high]
+            yield piece, slice(low, high)
         at += piece.shape[2]
     if at < end:
         raise ValueError(f"a chunk's KV has {at} tokens, not the {end} that are asked for")

@@ -19,7 +19,7 @@ from kvarena.policies.params import BlendParams
 from support.blended import Blended
 from support.references import CacheBlend, NaiveReuse
 from support.tiny_models import random_text, save_tiny_model
-from support.vllm_engine import MEMORY, Step, plain_tokens, prefill_kv, run_in_engine, run_steps
+from support.vllm_engine import MEMORY, Step, plain_tokens, prefill_kv, run_in_engine, run_steps, take_memory
 
 pytestmark = pytest.mark.slow
 SEPARATOR = " # # "
@@ -196,6 +196,18 @@ def test_ranks_of_a_spread_model_pick_the_same_tokens(model: str) -> None:
         for count in ("num_recomputed_tokens", "num_reused_tokens", "store_hits", "store_errors"):
             assert ours.reports[0][count] == theirs.reports[0][count]
     assert sum(outcome.reports[0]["store_hits"] for outcome in two) > 20
+
+
+def test_without_memory_for_its_chunks_a_prompt_is_computed_as_usual(model: str) -> None:
+    prompts = make_prompts(7, 3, all_separated=True)
+    expected = run_in_engine(plain_tokens, model, prompts, NUM_TOKENS)
+    (outcome,) = run_in_engine(run_steps, model, MEMORY, [Step(prompts, NUM_TOKENS, damage=take_memory)], {})
+    assert outcome.tokens == expected
+    for report in outcome.reports:
+        assert_counts(report)
+        assert report["num_computed_tokens"] == report["num_prompt_tokens"]
+        assert report["blend_failures"] == 0
+        assert report["store_misses"] >= 1
 
 
 def test_ratio_one_leaves_plain_vllms_kv(bf16_model: str) -> None:

@@ -198,7 +198,8 @@ def _copied(x: Any) -> Any:
 def prefill_chunks(
     engine: VllmModel, chunks: Sequence[Chunk], scratch: torch.Tensor, piece_tokens: int
 ) -> InPieces[list[torch.Tensor | None]]:
-    """The KV `(2, L, T, H_kv * D)` of each chunk, read as it passes; None for one that has no room even by itself.
+    """The KV `(2, L, T, H_kv * D)` of each chunk, read as it passes; None for one that has no room even by itself, or
+    on some rank no memory.
 
     `scratch` `(G, N)` are the blocks, in each group of layers.
     """
@@ -206,9 +207,15 @@ def prefill_chunks(
     num_blocks = [-(-len(text) // engine.block_size) for text in texts]
     computed: list[torch.Tensor | None] = [None] * len(texts)
     is_begun = False
-    for numbers in _fitting_groups(num_blocks, room=scratch.shape[1]):
+    for fitting in _fitting_groups(num_blocks, room=scratch.shape[1]):
+        memory = {number: _empty_kv(engine, len(texts[number])) for number in fitting}
+        room = {number: empty for number, empty in memory.items() if empty is not None}
+        everywhere = engine.ranks.all([number in room for number in fitting])
+        numbers = [number for number, has_room in zip(fitting, everywhere, strict=True) if has_room]
+        if not numbers:
+            continue
         own = [torch.from_numpy(texts[number]).long() for number in numbers]
-        kv = [_empty_kv(engine, len(text)) for text in own]
+        kv = [room[number] for number in numbers]
         starts = accumulate((num_blocks[number] for number in numbers), initial=0)
         blocks = [scratch[:, start:end] for start, end in pairwise(starts)]
         for batch in Batch.of_whole(own, blocks).split(min(engine.max_batch_tokens, piece_tokens)):
@@ -239,9 +246,12 @@ def _fitting_groups(sizes: Sequence[int], room: int) -> Iterator[list[int]]:
         yield group
 
 
-def _empty_kv(engine: VllmModel, num_tokens: int) -> torch.Tensor:
+def _empty_kv(engine: VllmModel, num_tokens: int) -> torch.Tensor | None:
+    """None without memory: forwards that one rank alone begins would wait for the others."""
     shape = (2, len(engine.layers), num_tokens, engine.num_kv_heads * engine.head_size)
-    return torch.empty(shape, dtype=engine.dtype, device=engine.device)
+    with suppress(torch.OutOfMemoryError):
+        return torch.empty(shape, dtype=engine.dtype, device=engine.device)
+    return None
 
 
 def _keep(pieces: Sequence[torch.Tensor], layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
