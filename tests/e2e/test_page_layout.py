@@ -128,6 +128,7 @@ def test_a_big_screen_has_large_type_also_after_a_reload(open_page: OpenPage) ->
     settle(page)
     page.locator(".st-key-big-screen label").first.click()
     page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '24px'")
+    expect(page).to_have_url(re.compile("big-screen=true"))
     page.reload()
     page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '24px'")
     ask(page, "Who is the mayor?")

@@ -41,7 +41,7 @@ def test_a_reload_keeps_the_settings_and_a_lost_link_is_named(open_page: OpenPag
     page.locator(".st-key-max-tokens input").fill("9")
     page.locator(".st-key-max-tokens input").press("Enter")
     page.locator(".st-key-run-plain label").first.click()
-    settle(page)
+    expect(page).to_have_url(re.compile("run-plain=false"))
     page.reload()
     expect(page.locator(".st-key-max-tokens input")).to_have_value("9")
     expect(page.locator(".st-key-run-plain input")).not_to_be_checked()
@@ -61,6 +61,7 @@ def test_a_reload_keeps_the_chunks_their_order_and_the_system_prompt(open_page: 
     prompt = page.locator(".st-key-system-prompt textarea")
     prompt.fill("Be <b>*brief*</b>.")
     prompt.press("Control+Enter")
+    expect(page.get_by_test_id("context")).to_contain_text("Be <b>*brief*</b>.")
     settle(page)
     for number in (1, 2):
         page.reload()

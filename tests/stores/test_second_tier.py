@@ -11,7 +11,7 @@ import torch
 from kvarena.core.plan import Chunk
 from kvarena.core.store import get
 from kvarena.stack.lmcache_l2 import CHUNK_FILES, l2_adapter
-from kvarena.stores import lmcache
+from kvarena.stores import lmcache, lmcache_context
 from kvarena.stores.lmcache import LMCacheStore
 from support.chunk_kv import GEOMETRY, chunk_of, kv_of
 from support.lmcache_server import LMCacheServer
@@ -34,6 +34,7 @@ def holds(store: LMCacheStore, num_tokens: int) -> bool:
 def test_two_servers_share_what_lies_in_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_RESP_PASSWORD", "secret")
     monkeypatch.setattr(lmcache, "_PING_S", 600.0)
+    monkeypatch.setattr(lmcache_context, "_RESTART_CHECK_S", 0.0)  # this server is back within a second
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:
         folder.mkdir()
