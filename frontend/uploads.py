@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from chat_session import ChatSession
@@ -53,6 +54,11 @@ class Upload:
     document: Document
     filling: Filling | None = None
 
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of its text: looked at whenever the page is drawn."""
+        return sum(len(part.encode("utf-8", "replace")) for part in self.document.parts)
+
     @property
     def is_filling(self) -> bool:
         return self.filling is not None and not self.filling.is_over
@@ -75,11 +81,10 @@ def document_key(document: Document) -> str:
 def kept_documents(uploads: Iterable[Upload]) -> tuple[Document, ...]:
     """Those that come back with the chat: in their order, as many as there is room for."""
     kept, room = [], MAX_KEPT_BYTES
-    for document in (upload.document for upload in uploads if upload.document.parts):
-        num_bytes = sum(len(part.encode("utf-8", "replace")) for part in document.parts)
-        if num_bytes <= room:
-            kept.append(document)
-            room -= num_bytes
+    for upload in uploads:
+        if upload.document.parts and upload.num_bytes <= room:
+            kept.append(upload.document)
+            room -= upload.num_bytes
     return tuple(kept)
 
 
