@@ -32,6 +32,12 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test of real servers or a real browser is tried once more: it waits for other processes, and now and then for
+    a moment that a busy machine skips. What failed first and then passed is listed at the end of the run.
+    """
+    for item in items:
+        if has_browser(item) or "slow" in item.keywords:
+            item.add_marker(pytest.mark.flaky(reruns=1))
     if hasattr(config, "workerinput"):
         longest = longest_first(items)
         items.sort(key=lambda item: (has_browser(item), "slow" not in item.keywords, longest.index(item.path)))

@@ -94,8 +94,8 @@ def choose_lengths(page: Page, lengths: str, num_repeats: int) -> None:
 def stop_amid(page: Page, server: SmallServer, num_asked: Callable[[], int], enough: int) -> None:
     """Once so many were asked of a server, it holds the next answers until the run has been stopped."""
     wait_until(lambda: num_asked() >= enough, timeout_s=RUN_MS / 1000)
-    asked, server.hold_after = num_asked(), 1  # in this order: the next one may be held before it can be counted
-    wait_until(lambda: num_asked() > asked and server.num_open_streams > 0, timeout_s=RUN_MS / 1000)
+    server.hold_after = 1
+    wait_until(lambda: server.num_held, timeout_s=RUN_MS / 1000)
     expect(page.get_by_text(re.compile(r"^(asking|measuring): [1-9]\d* of \d+$"))).to_be_visible(timeout=ANSWER_MS)
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.get_by_role("button", name="Open in Quality")).to_be_visible(timeout=RUN_MS)

@@ -110,6 +110,7 @@ class SmallServer:
     requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
     num_open_streams: int = 0
+    num_held: int = 0
     num_broken_streams: int = 0
 
     def __post_init__(self) -> None:
@@ -265,6 +266,7 @@ class SmallServer:
 
             def _hold(self) -> None:
                 """Raises `ConnectionError` once the client has gone."""
+                server.num_held += 1
                 while not server.go_on.wait(0.01):
                     with contextlib.suppress(BlockingIOError):
                         if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
