@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -214,10 +215,107 @@ def test_who_gives_up_lets_the_others_go_on() -> None:
     assert found == [0]
 
 
-@pytest.mark.parametrize(("capacity", "min_tokens"), [(-1, 20), (0, 0)])
-def test_bad_settings_are_refused(capacity: int, min_tokens: int) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"capacity_bytes": -1}, {"min_tokens": 0}, {"max_entries": 0}, {"max_age_seconds": 0}]
+)
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
-        Cache(capacity, min_tokens)
+        Cache(**settings)
+
+
+def test_the_number_of_whole_prefixes_is_bounded() -> None:
+    cache = Cache(10_000, min_tokens=4, max_entries=3)
+    for start in (0, 100, 200):
+        ask(cache, ids(start, 10))
+    assert ask(cache, ids(0, 10)) == 10, "now 100 is the one that wasn't used for longest"
+    ask(cache, ids(300, 10))
+    assert [ask(cache, ids(start, 10)) for start in (0, 200, 300)] == [10, 10, 10]
+    assert (cache.stats().cache_size, cache.stats().evictions) == (3, 1)
+    assert cache.num_bytes == 3 * (10 * BYTES_PER_TOKEN + TAIL_BYTES), "nothing is left of what was dropped"
+    assert cache.get(ids(100, 10)) is None
+
+
+def test_a_prefix_that_others_go_on_from_loses_its_tail_alone() -> None:
+    cache = Cache(10_000, min_tokens=4, max_entries=1)
+    ask(cache, ids(0, 10))
+    assert ask(cache, ids(0, 20)) == 10
+    assert cache.stats().cache_size == 1
+    assert ask(cache, ids(0, 20)) == 20
+    assert cache.num_bytes == 20 * BYTES_PER_TOKEN + TAIL_BYTES
+    ask(cache, ids(100, 10))
+    assert cache.num_bytes == 10 * BYTES_PER_TOKEN + TAIL_BYTES, "with the last of a branch all of it goes"
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_what_is_too_old_is_a_miss_however_often_it_was_used() -> None:
+    clock = Clock()
+    cache = Cache(10_000, min_tokens=4, max_age_seconds=2, clock=clock)
+    ask(cache, ids(0, 10))
+    ask(cache, ids(100, 10))
+    for clock.now_s in (1.0, 2.0):
+        assert ask(cache, ids(0, 10)) == 10
+    clock.now_s = 2.5
+    assert cache.get(ids(0, 10)) is None
+    assert ask(cache, ids(0, 10)) == 0
+    assert ask(cache, ids(0, 10)) == 10, "it was kept anew"
+    assert (cache.stats().expirations, cache.stats().evictions, cache.stats().cache_size) == (1, 0, 2)
+    assert ask(cache, ids(100, 10)) == 0
+    assert cache.stats().expirations == 2
+
+
+def test_what_goes_on_from_a_prefix_keeps_it_young() -> None:
+    clock = Clock()
+    cache = Cache(10_000, min_tokens=4, max_age_seconds=2, clock=clock)
+    ask(cache, ids(0, 10))
+    clock.now_s = 1.5
+    assert ask(cache, ids(0, 20)) == 10
+    ask(cache, ids(0, 5) + ids(500, 5))  # splits it
+    clock.now_s = 3.0
+    assert ask(cache, ids(0, 20)) == 20
+    clock.now_s = 4.0
+    assert ask(cache, ids(0, 20)) == 0
+    assert cache.stats().num_nodes == 1, "the others went with it"
+
+
+def test_what_is_too_old_and_in_use_is_a_miss_for_others() -> None:
+    clock = Clock()
+    cache = Cache(10_000, min_tokens=4, max_age_seconds=2, clock=clock)
+    ask(cache, ids(0, 10))
+    with cache.acquire(ids(0, 20)) as lease:
+        assert lease.insert(Tokens(ids(10, 10)), Behind(ids(0, 20)))
+        clock.now_s = 3.0
+        other = cache.acquire(ids(0, 10))
+        assert other.num_tokens == 0
+        check_lease(lease, ids(0, 20))
+        assert finish(other)
+    assert ask(cache, ids(0, 20)) == 10, "nothing stood on the rest"
+    assert cache.stats().expirations == 1
+
+
+def test_the_counts_under_the_originals_names() -> None:
+    clock = Clock()
+    cache = Cache(min_tokens=20, max_entries=1, max_age_seconds=2, clock=clock)
+    for length in (30, 30):
+        ask(cache, ids(0, length))
+    ask(cache, ids(100, 30))
+    clock.now_s = 3.0
+    ask(cache, ids(100, 30))
+    assert cache.get_stats() == {
+        "size": 1,
+        "hits": 1,
+        "misses": 3,
+        "hit_rate": 0.25,
+        "total_requests": 4,
+        "evictions_lru": 1,
+        "evictions_ttl": 1,
+        "cached_tokens_reused": 30,
+    }
 
 
 class RandomRequests(RuleBasedStateMachine):
@@ -227,9 +325,19 @@ class RandomRequests(RuleBasedStateMachine):
         super().__init__()
         self.open: list[Lease[Tokens, Behind]] = []
 
-    @initialize(capacity=st.integers(0, 600), min_tokens=st.integers(1, 5))
-    def make(self, capacity: int, min_tokens: int) -> None:
-        self.cache = Cache(capacity, min_tokens)
+    @initialize(
+        capacity=st.integers(0, 600),
+        min_tokens=st.integers(1, 5),
+        max_entries=st.none() | st.integers(1, 4),
+        max_age=st.none() | st.integers(1, 10),
+    )
+    def make(self, capacity: int, min_tokens: int, max_entries: int | None, max_age: int | None) -> None:
+        self.clock = Clock()
+        self.cache = Cache(capacity, min_tokens, max_entries=max_entries, max_age_seconds=max_age, clock=self.clock)
+
+    @rule(seconds=st.integers(1, 5))
+    def wait(self, seconds: int) -> None:
+        self.clock.now_s += seconds
 
     sequences = st.lists(st.integers(0, 2), min_size=1, max_size=14).map(tuple)
     salts = st.sampled_from(["", "a"])

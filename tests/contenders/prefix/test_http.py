@@ -55,10 +55,24 @@ def test_generate_and_the_caches_figures(http: httpx.Client) -> None:
     assert stats["tokens_saved"] == warm["num_prompt_tokens"]
     assert isinstance(warm["timings"]["prefix_tokens_saved"], int)
     dropped = {name: stats[name] for name in ("cache_size", "num_bytes")}
-    assert http.post("/cache/clear").json() == {"cleared": True, **dropped}
+    assert http.post("/cache/clear").json() == {"status": "success", "cleared": True, **dropped}
     cleared = http.get("/cache/stats").json()
     assert cleared == stats | {"cache_size": 0, "num_nodes": 0, "num_bytes": 0}, "the counts go on"
     assert not http.post("/generate", json=body).json()["prefix_cache_hit"]
+
+
+def test_prefixes_that_are_too_old_are_computed_anew(model_folders: dict[str, Path]) -> None:
+    engine = make_prefix(model_folders["llama"], max_age_s=0.5, max_entries=1).engine
+    body = {"prompt": TEXT, "max_new_tokens": 2}
+    with serving(engine, routers=[router]) as server, server.client() as http:
+        answers = [http.post("/generate", json=body).json()]
+        time.sleep(1)
+        answers.append(http.post("/generate", json=body).json())
+        stats = http.get("/cache/stats").json()
+    assert [answer["prefix_cache_hit"] for answer in answers] == [False, False]
+    assert answers[0]["text"] == answers[1]["text"]
+    assert (stats["evictions_ttl"], stats["expirations"], stats["cache_size"]) == (1, 1, 1)
+    assert engine.describe()["max_age_s"] == 0.5
 
 
 def test_the_answer_says_why_nothing_was_reused(http: httpx.Client) -> None:

@@ -38,6 +38,8 @@ def main(
         cache_bytes=int(settings.cache_gb * 2**30),
         storage=settings.storage,
         min_tokens=settings.min_tokens,
+        max_entries=settings.max_entries,
+        max_age_s=settings.max_age_s,
     )
     serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
 

@@ -8,6 +8,8 @@ lease.close()
 ```
 
 Least recently used leaves go first; what a lease stands on stays. A prefix shorter than `min_tokens` counts as a miss.
+With `max_entries` or `max_age_seconds` the number of whole prefixes and their age are bounded, too, as in the
+demonstration that this contender began with; KV doesn't go stale, so by default it is memory alone that ends it.
 Tenants are told apart by their salt: each has a tree of its own, all share the budget. The tree itself knows no locks,
 budget or eviction, and its payloads are generic, so that it can be tested without tensors.
 """
@@ -17,7 +19,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -60,7 +63,8 @@ T = TypeVar("T", bound=Tail)
 class Node(Generic[S, T]):
     """The tokens of the edge from its parent, what is kept for them, and for the place after them.
 
-    `num_pins` counts the leases on this node or on one below it; only a node without any may be evicted.
+    `num_pins` counts the leases on this node or on one below it; only a node without any may be evicted. `kept_s` is
+    when something was kept here or below, by the cache's clock, so that nothing is older than what it stands on.
     """
 
     tokens: TokenIds = ()
@@ -70,6 +74,7 @@ class Node(Generic[S, T]):
     children: dict[int, Node[S, T]] = field(default_factory=dict)
     num_pins: int = 0
     last_used: int = 0
+    kept_s: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -159,6 +164,7 @@ def split(node: Node[S, T], at: int) -> Node[S, T]:
         children={node.tokens[at]: node},
         num_pins=node.num_pins,
         last_used=node.last_used,
+        kept_s=node.kept_s,
     )
     node.parent.children[node.tokens[0]] = upper
     node.segment = node.segment.slice(at, len(node.tokens)).copy()
@@ -197,7 +203,9 @@ class PrefixEntry(Generic[S, T]):
 
 @dataclass(frozen=True)
 class PrefixCacheStats:
-    """Counts since the cache was made; `cache_size` is the number of places whose tail is kept: whole prefixes."""
+    """Counts since the cache was made; `cache_size` is the number of places whose tail is kept: whole prefixes.
+    `evictions` made room, `expirations` were too old.
+    """
 
     cache_size: int
     num_nodes: int
@@ -206,6 +214,7 @@ class PrefixCacheStats:
     hits: int
     misses: int
     evictions: int
+    expirations: int
     tokens_saved: int
     waits: int
 
@@ -251,15 +260,34 @@ class Lease(Generic[S, T]):
 
 
 class PrefixCache(Generic[S, T]):
-    """Thread-safe. `num_bytes` never exceeds `capacity_bytes`; tensors that a lease still holds may outlive that."""
+    """Thread-safe. `num_bytes` never exceeds `capacity_bytes`; tensors that a lease still holds may outlive that.
 
-    def __init__(self, capacity_bytes: int = CAPACITY_BYTES, min_tokens: int = MIN_TOKENS) -> None:
+    `max_entries` bounds the number of whole prefixes, `max_age_seconds` the time from keeping a prefix, or one that
+    goes on from it, to its last use; neither is bounded by default. `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int = CAPACITY_BYTES,
+        min_tokens: int = MIN_TOKENS,
+        *,
+        max_entries: int | None = None,
+        max_age_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if capacity_bytes < 0:
             raise ValueError(f"capacity_bytes is {capacity_bytes}; it must be 0 or more")
         if min_tokens < 1:
             raise ValueError(f"min_tokens is {min_tokens}; it must be 1 or more")
+        if max_entries is not None and max_entries < 1:
+            raise ValueError(f"max_entries is {max_entries}; it must be 1 or more")
+        if max_age_seconds is not None and max_age_seconds <= 0:
+            raise ValueError(f"max_age_seconds is {max_age_seconds}; it must be more than 0")
         self.capacity_bytes = capacity_bytes
         self.min_tokens = min_tokens
+        self.max_entries = max_entries
+        self.max_age_seconds = max_age_seconds
+        self._now_s = clock
         self.num_bytes = 0
         self._roots: dict[str, Root[S, T]] = {}
         self._computing: list[Lease[S, T]] = []
@@ -267,7 +295,7 @@ class PrefixCache(Generic[S, T]):
         self._clock = itertools.count(1)
         self._leaves: list[tuple[int, int, Node[S, T]]] = []  # a heap by last use; stale entries stay until popped
         self._most_entries = 64
-        self._hits = self._misses = self._evictions = self._tokens_saved = self._waits = 0
+        self._hits = self._misses = self._evictions = self._expirations = self._tokens_saved = self._waits = 0
 
     # -- for requests ----------------------------------------------------------------------------------------------
 
@@ -279,6 +307,7 @@ class PrefixCache(Generic[S, T]):
         """
         tokens = tuple(token_ids)
         with self._changed:
+            self._drop_expired(tokens, salt)
             if self._is_being_computed(tokens, salt):
                 self._waits += 1
                 self._changed.wait_for(lambda: not self._is_being_computed(tokens, salt))
@@ -326,6 +355,7 @@ class PrefixCache(Generic[S, T]):
         What the entry holds stays valid after an eviction.
         """
         with self._changed:
+            self._drop_expired(tuple(token_ids), salt)
             match = self._match(tuple(token_ids), salt)
             if match.num_tokens < self.min_tokens:
                 return None
@@ -355,9 +385,24 @@ class PrefixCache(Generic[S, T]):
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._evictions,
+                expirations=self._expirations,
                 tokens_saved=self._tokens_saved,
                 waits=self._waits,
             )
+
+    def get_stats(self) -> dict[str, float]:
+        """The counts under the names that the original demonstration's cache gives them."""
+        stats = self.stats()
+        return {
+            "size": stats.cache_size,
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "hit_rate": stats.hit_rate,
+            "total_requests": stats.total_requests,
+            "evictions_lru": stats.evictions,
+            "evictions_ttl": stats.expirations,
+            "cached_tokens_reused": stats.tokens_saved,
+        }
 
     def check_integrity(self) -> None:
         """Compare every derived figure with the tree itself. Raises `AssertionError`."""
@@ -373,9 +418,11 @@ class PrefixCache(Generic[S, T]):
                 assert node.parent.children[node.tokens[0]] is node
                 assert node.num_pins >= sum(child.num_pins for child in node.children.values())
                 assert all(child.last_used <= node.last_used for child in node.children.values())
+                assert all(child.kept_s <= node.kept_s for child in node.children.values())
                 assert node.children or (node.last_used, id(node)) in in_heap, "a leaf that could never be evicted"
             assert all(root.children for root in self._roots.values()), "an empty tree"
             assert len(self._leaves) <= self._most_entries
+            assert self.max_entries is None or sum(node.tail is not None for node in nodes) <= self.max_entries
 
     # -- under the lock --------------------------------------------------------------------------------------------
 
@@ -389,7 +436,33 @@ class PrefixCache(Generic[S, T]):
             return Match(Node(), 0, 0)
         match = find_longest(root, tokens)
         is_whole = match.num_tokens == len(tokens)
-        return find_longest(root, tokens[:-1]) if is_whole and match.tail is None else match
+        return self._young(find_longest(root, tokens[:-1]) if is_whole and match.tail is None else match)
+
+    def _young(self, match: Match[S, T]) -> Match[S, T]:
+        """Without the part that is too old; such a part is still in the tree if a request stands on it."""
+        old = [node for node in match.node.path() if self._is_old(node)] if self.max_age_seconds is not None else []
+        if not old:
+            return match
+        parent = old[-1].parent
+        assert parent is not None
+        num_tokens = sum(len(node.tokens) for node in parent.path())
+        return Match(parent, len(parent.tokens), num_tokens)
+
+    def _is_old(self, node: Node[S, T]) -> bool:
+        return self.max_age_seconds is not None and self._now_s() - node.kept_s > self.max_age_seconds
+
+    def _drop_expired(self, tokens: TokenIds, salt: str) -> None:
+        """What is too old on the way of these tokens, with all that goes on from it, as far as no request uses it."""
+        root = self._roots.get(salt)
+        if self.max_age_seconds is None or root is None:
+            return
+        old = [node for node in find_longest(root, tokens).node.path() if self._is_old(node)]
+        if not old:
+            return
+        for node in reversed([old[-1], *old[-1].below()]):  # those below come after those above them
+            if not node.num_pins and not node.children:
+                self._expirations += node.tail is not None
+                self._remove(node)
 
     def _is_being_computed(self, tokens: TokenIds, salt: str) -> bool:
         num_worth_waiting = self._match(tokens, salt).num_tokens + self.min_tokens
@@ -423,9 +496,13 @@ class PrefixCache(Generic[S, T]):
             if new_tail is not None:
                 node.tail = new_tail.copy()
             self.num_bytes += num_new_bytes
+            if start < len(tokens):  # else it was all taken over, and is as old as it was
+                for kept in node.path():
+                    kept.kept_s = self._now_s()
             return True
         finally:
             self._touch(node)
+            self._bound_entries(keep=node)
             self._drop_if_empty(root)
 
     def _touch(self, node: Node[S, T]) -> None:
@@ -474,12 +551,34 @@ class PrefixCache(Generic[S, T]):
             for entry in pinned:
                 heapq.heappush(self._leaves, entry)
 
+    def _bound_entries(self, keep: Node[S, T]) -> None:
+        """Drops whole prefixes, least recently used first, until there are as many as may be. What others go on from
+        loses its tail alone.
+        """
+        if self.max_entries is None:
+            return
+        entries = sorted((n for n in self._nodes() if n.tail is not None), key=lambda n: n.last_used)
+        num_too_many = len(entries) - self.max_entries
+        for node in [node for node in entries if node is not keep][: max(0, num_too_many)]:
+            assert node.tail is not None
+            self.num_bytes -= node.tail.num_bytes
+            node.tail = None
+            self._evictions += 1
+            left: Node[S, T] | None = node
+            while left is not None and left.parent and not (left.children or left.num_pins or left.tail):
+                above = left.parent
+                self._remove(left)
+                left = above
+
     def _evict(self, node: Node[S, T]) -> None:
+        self._remove(node)
+        self._evictions += 1
+
+    def _remove(self, node: Node[S, T]) -> None:
         parent = node.parent
         assert parent is not None
         remove_leaf(node)
         self.num_bytes -= node.num_bytes
-        self._evictions += 1
         self._remember_leaf(parent)
         if isinstance(parent, Root):
             self._drop_if_empty(parent)

@@ -116,6 +116,8 @@ class PrefixEngine:
         cache_bytes: int,
         storage: str = "cpu",
         min_tokens: int = MIN_TOKENS,
+        max_entries: int | None = None,
+        max_age_s: float | None = None,
     ) -> None:
         if storage not in ("cpu", "device"):
             raise ValueError(f"storage is {storage!r}; it is cpu or device")
@@ -124,9 +126,15 @@ class PrefixEngine:
         self.max_model_len = model.max_model_len
         self.tokenizer = model.tokenizer
         self.storage = torch.device("cpu") if storage == "cpu" else model.kv_shape.device
-        self.cache: Cache = PrefixCache(cache_bytes, min_tokens)
+        self.cache: Cache = PrefixCache(cache_bytes, min_tokens, max_entries=max_entries, max_age_seconds=max_age_s)
         self.num_store_errors = 0
-        self._settings = {"storage": storage, "cache_bytes": cache_bytes, "min_tokens": min_tokens}
+        self._settings = {
+            "storage": storage,
+            "cache_bytes": cache_bytes,
+            "min_tokens": min_tokens,
+            "max_entries": max_entries,
+            "max_age_s": max_age_s,
+        }
 
     def generate(self, request: GenerationRequest) -> PrefixGeneration:
         return PrefixGeneration(self, request)
@@ -136,7 +144,7 @@ class PrefixEngine:
 
     def store_figures(self) -> StoreFigures:
         stats = self.cache.stats()
-        counts = (stats.hits, stats.misses, stats.evictions, stats.cache_size)
+        counts = (stats.hits, stats.misses, stats.evictions + stats.expirations, stats.cache_size)
         return StoreFigures(*counts, num_bytes=stats.num_bytes, num_errors=self.num_store_errors)
 
     def close(self) -> None:

@@ -55,7 +55,8 @@ class GenerateAnswer(BaseModel):
 class CacheStats(BaseModel):
     """`cache_size`: whole prefixes, with their logits; `num_bytes` is what they and all between them take.
 
-    `evictions_lru` and `cached_tokens_reused` are `evictions` and `tokens_saved` under names that clients may expect.
+    `evictions_lru`, `evictions_ttl` and `cached_tokens_reused` are `evictions`, `expirations` and `tokens_saved` under
+    names that clients may expect.
     """
 
     cache_size: int
@@ -67,10 +68,12 @@ class CacheStats(BaseModel):
     hit_rate: float
     total_requests: int
     evictions: int
+    expirations: int
     tokens_saved: int
     waits: int
     store_errors: int
     evictions_lru: int
+    evictions_ttl: int
     cached_tokens_reused: int
 
 
@@ -129,6 +132,7 @@ async def cache_stats(engine: EngineDep) -> CacheStats:
         total_requests=stats.total_requests,
         store_errors=engine.num_store_errors,
         evictions_lru=stats.evictions,
+        evictions_ttl=stats.expirations,
         cached_tokens_reused=stats.tokens_saved,
     )
 
@@ -137,4 +141,4 @@ async def cache_stats(engine: EngineDep) -> CacheStats:
 async def clear_cache(engine: EngineDep) -> dict[str, Any]:
     """Forgets all prefixes, and says how much that was. The counts go on: they are since the start."""
     dropped = engine.cache.clear()
-    return {"cleared": True, "cache_size": dropped.cache_size, "num_bytes": dropped.num_bytes}
+    return {"status": "success", "cleared": True, "cache_size": dropped.cache_size, "num_bytes": dropped.num_bytes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from kvarena.contenders.servers import EngineServer, Launch, Options, own_options
 from kvarena.contenders.spec import ContenderSpec, setting
@@ -18,6 +18,12 @@ class PrefixSettings:
         "cpu", "Where prefixes are kept: cpu (main memory), or device (beside the model)."
     )
     min_tokens: Annotated[int, Ge(1)] = setting(20, "Minimum length of a reused prefix, in tokens.")
+    max_entries: Annotated[int, Ge(1)] | None = setting(
+        None, "Maximum number of whole prefixes; without it memory is the only limit.", shown=16
+    )
+    max_age_s: Annotated[float, Gt(0)] | None = setting(
+        None, "Seconds until a prefix is dropped; without it none is too old, for KV doesn't go stale.", shown=1200
+    )
 
 
 def _options(launch: Launch) -> Options:
