@@ -73,6 +73,7 @@ class FakeModel:
         self.calls: list[Any] = []
         self.computed: list[list[int]] = []
         self.fails: dict[str, int] = {}
+        self.failure: type[Exception] = RuntimeError
         self.has_room = True
         self.scale = 1.0
         self.clock = clock or Clock()
@@ -131,7 +132,16 @@ class FakeModel:
         self.calls.append((name, *what))
         if self.fails.get(name, 0):
             self.fails[name] -= 1
-            raise RuntimeError(f"{name} failed")
+            raise self.failure(f"{name} failed")
+
+
+class TwoAlike(OneRank):
+    """Two ranks, of which the other says the same."""
+
+    num_ranks = 2
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x.float().cpu()
 
 
 @dataclass(frozen=True)
@@ -417,7 +427,7 @@ def test_a_rank_that_fails_to_write_takes_the_others_with_it_and_none_waits(
     """Each compares with the others what was fetched, group after group, and what it chooses."""
     monkeypatch.setattr(placement, "GROUP_TOKENS", group_tokens)
     ranks, models = ThreadRanks(2), [FakeModel(END), FakeModel(END)]
-    models[0].fails = {"write": 1}
+    models[0].fails, models[0].failure = {"write": 1}, torch.OutOfMemoryError
 
     def run(model: FakeModel) -> BlendReport:
         model.ranks = ranks
@@ -430,6 +440,17 @@ def test_a_rank_that_fails_to_write_takes_the_others_with_it_and_none_waits(
     for model, report in zip(models, reports, strict=True):
         assert (report.blend_failures, counts(report)) == (1, (0, 0, END))
         assert model.computed == [list(range(END))]
+
+
+def test_a_rank_without_memory_for_a_forward_runs_nothing_else(store: FakeStore, model: FakeModel) -> None:
+    """The others are in that forward, and would take the next one's collectives for its."""
+    model.fails, model.failure = {"forward": 1}, torch.OutOfMemoryError
+    assert blended(store, model, deviation(0.2)).blend_failures == 1, "alone it computes the prompt"
+    model.fails = {"forward": 1}
+    model.ranks, num_calls = TwoAlike(), len(model.calls)
+    with pytest.raises(torch.OutOfMemoryError):
+        blended(store, model, deviation(0.2))
+    assert [call[0] for call in model.calls[num_calls:]].count("forward") == 1
 
 
 def test_where_the_prompt_cant_be_computed_either_the_failure_goes_on(store: FakeStore, model: FakeModel) -> None:

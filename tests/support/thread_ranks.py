@@ -12,6 +12,7 @@ class ThreadRanks:
     """Ranks in threads, which wait for each other at every question."""
 
     def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
         self._barrier = threading.Barrier(num_ranks, timeout=10)
         self._said: list[Sequence[bool]] = []
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from vllm.model_executor.layers.attention import Attention
 
@@ -247,6 +248,30 @@ def run_session(model: str, config: BlendConfig | None, texts: list[str]) -> tup
 def take_memory() -> None:
     """For chunks that are computed by themselves; `damage` of a step."""
     vllm_model._empty_kv = lambda engine, num_tokens: None
+
+
+def run_steps_and_lose_a_rank(
+    model: str, config: BlendConfig, steps: list[Step], settings: dict[str, Any]
+) -> tuple[list[Outcome], float]:
+    """`run_steps`, and how many seconds after its last rank had no memory for a blend's forward the engine ends."""
+    llm = make_engine(model, config, **settings)
+    outcomes = [_run_step(llm, step) for step in steps]
+    llm.collective_rpc(forget_memory)
+    start_s = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"cancelled|died"):
+        generate(llm, [" # # ".join(steps[0].prompts)], 1, {"ratio": 1.0})
+    return outcomes, time.monotonic() - start_s
+
+
+def forget_memory(worker: Any) -> None:
+    """The last rank's, for the next forward of a blend."""
+    if worker.rank == 0:
+        return
+
+    def no_memory(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    vllm_model.PagedPrompt.forward = no_memory  # type: ignore[method-assign,assignment]
 
 
 def ratios_in_a_queue(model: str, config: BlendConfig, prompts: list[str]) -> list[float]:

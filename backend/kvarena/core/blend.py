@@ -179,6 +179,9 @@ class Blender:
     def blend(self, model: PrefilledModel, task: BlendTask) -> BlendReport:
         """Whatever the store loses or the model has no room for is computed as part of the prompt. After an unexpected
         failure the whole range is computed, so the answer is right in every case.
+
+        Raises `torch.OutOfMemoryError` where one of several ranks has no memory for a forward: the others wait in it,
+        and would take what this one runs next for their own.
         """
         report = BlendReport()
         with report.timed("blend_ms"):
@@ -198,7 +201,9 @@ class Blender:
         run = _Run(self, model, task, report, max(1, piece_tokens))
         try:
             yield from run.score() if task.is_scored else run.blend()
-        except Exception:
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and model.ranks.num_ranks > 1:
+                raise
             logger.exception("blend failed; computing all of the prompt's tokens %d to %d", task.start, task.end)
             report.blend_failures += 1
             report.spans, report.computed_spans = [], []
@@ -357,7 +362,7 @@ class _Run:
     def _agree(self, failure: Exception | None) -> None:
         """Raises where the KV couldn't be written on a rank, for want of memory say: all of them compute the prompt."""
         if not self.model.ranks.all([failure is None])[0]:
-            raise failure or RuntimeError("another rank failed to write the chunks' KV")
+            raise RuntimeError("the chunks' KV couldn't be written on every rank") from failure
 
     def _timed(self, stage: str, pieces: InPieces[Result]) -> InPieces[Result]:
         """The time of each piece, not that between them."""

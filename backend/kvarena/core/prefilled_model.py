@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # what names a `TokenFilter` runs where there is no torch, to
 
 
 class Ranks(Protocol):
+    @property
+    def num_ranks(self) -> int: ...
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, the same on each, on the CPU in fp32."""
         ...
@@ -32,6 +35,8 @@ class Ranks(Protocol):
 
 class OneRank:
     """A model in one worker."""
+
+    num_ranks = 1
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         return x.float().cpu()

@@ -41,6 +41,7 @@ class TensorParallelRanks:
     """Over the group's CPU side: what is agreed on is small, and decisions are made there."""
 
     def __init__(self) -> None:
+        self.num_ranks = get_tp_group().world_size
         self._group = get_tp_group().cpu_group
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:

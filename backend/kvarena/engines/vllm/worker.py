@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -109,7 +110,20 @@ class WorkerConnector:
         logger.info("blending %d layers over the %s store", len(self._engine.layers), self._config.store)
 
     def blend(self, work: BlendJobs) -> None:
-        """The jobs of one step, then a piece of the one that goes over several."""
+        """The jobs of one step, then a piece of the one that goes over several.
+
+        Raises `SystemExit` where this rank alone has no memory to go on: the others wait for it in a collective, and
+        vLLM keeps the exceptions of all workers but one to itself. When a worker ends, it ends the engine at once.
+        """
+        try:
+            self._blend(work)
+        except torch.OutOfMemoryError as error:
+            if self._engine is None or self._engine.ranks.num_ranks == 1:
+                raise
+            logger.exception("no memory left for a blend on this rank; ending it, for the others can't go on without")
+            raise SystemExit(1) from error
+
+    def _blend(self, work: BlendJobs) -> None:
         start_s = time.perf_counter()
         for job in sorted(work.jobs, key=lambda job: job.piece_tokens is not None):
             begun = self._begin(job, start_s)
