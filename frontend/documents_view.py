@@ -105,8 +105,12 @@ def _take(files: Sequence[tuple[str, bytes]]) -> None:
     uploads = state.uploads()
     for name, data in files:
         key = upload_key(name, data)
-        if key not in uploads:
-            _add(key, read_upload(name, data, state.splitter()))
+        if key in uploads:
+            continue
+        document = read_upload(name, data, state.splitter())
+        known = {document_key(upload.document) for upload in uploads.values() if upload.document.parts}
+        if document_key(document) not in known:  # it may have come back with the chat, without its file
+            _add(key, document)
 
 
 def _take_pasted(name: str) -> None:

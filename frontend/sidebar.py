@@ -53,7 +53,7 @@ class ArenaChoices:
 
 
 def draw_arena_sidebar(opened: OpenChat) -> ArenaChoices:
-    _begin_arena(opened, list(state.chunk_files()))
+    begin_arena(opened, list(state.chunk_files()))
     uploaded = state.uploaded_chunks().values()
     chunks = state.chunk_files() | {chunk.name: chunk for named in uploaded for chunk in named}
     with st.sidebar:
@@ -138,7 +138,7 @@ def _set_context(draft: Draft) -> tuple[object, ...]:
     return context.system, context.notes, [chunk.name for chunk in context.chunks], draft.documents
 
 
-def _begin_arena(opened: OpenChat, names: list[str]) -> None:
+def begin_arena(opened: OpenChat, names: list[str]) -> None:
     """A page's first script run takes up where its chat stands; a new chat opens on the folder's examples."""
     if "chunks" in st.session_state:
         return

@@ -41,7 +41,7 @@ from measuring import (
 from panel_charts import draw_panels, ttft_chart
 from result_picker import choose_file
 from settings import Contender
-from sidebar import KEEP
+from sidebar import KEEP, begin_arena
 
 POLL_S = 0.5
 QUESTIONS, SHUFFLES, LENGTHS = "Questions of the folder", "Shuffles of one question", "Context lengths"
@@ -227,16 +227,19 @@ def _loaded_chunks() -> dict[str, TextChunk]:
 
 
 def _context() -> Context:
-    """The arena's."""
+    """The arena's, also where this page was opened first."""
+    begin_arena(state.open_chat(), list(state.chunk_files()))
     chunks = _loaded_chunks()
-    names = st.session_state.get("order") or list(chunks)
+    names: list[str] = st.session_state["order"]
     system = st.session_state.get("system-prompt", state.folder_documents().system)
     return Context(system.strip(), tuple(chunks[name] for name in names if name in chunks), state.separator())
 
 
 def _draw_question() -> tuple[str, str]:
     turns = state.open_chat().chat.turns
-    st.caption(f"Over the {len(_context().chunks)} chunks of the arena, each time in another order.")
+    num_chunks = len(_context().chunks)
+    what = "chunk of the arena" if num_chunks == 1 else f"{num_chunks} chunks of the arena, each time in another order"
+    st.caption(f"Over the {what}.")
     question = st.text_input(
         "Question", turns[-1].question if turns else "", key="measure-question", persist_state=KEEP
     )

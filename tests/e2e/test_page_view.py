@@ -79,6 +79,24 @@ def test_a_reload_keeps_the_chunks_their_order_and_the_system_prompt(open_page: 
     expect(page.get_by_test_id("question")).to_have_count(1, timeout=30_000)
     settle(page)
     assert shown_order(page) == ["two"]
+    page.goto(page.url.replace("/?", "/measure?"))
+    expect(page.get_by_text("Over the chunk of the arena.")).to_be_visible(timeout=30_000)
+
+
+def test_a_document_that_is_dropped_again_after_a_reload_is_there_once(open_page: OpenPage, tmp_path: Path) -> None:
+    page = open_page(*small_servers(1))
+    document = tmp_path / "lamp.txt"
+    document.write_bytes(b"The lamp in the hall is green.\r\n")  # not what its chunk has
+    uploads = page.get_by_role("button", name="Remove", exact=True)
+    for _ in range(2):
+        page.locator('[data-testid="stFileUploader"] input[type="file"]').set_input_files([document])
+        expect(page.get_by_text("lamp.txt").first).to_be_visible(timeout=30_000)
+        settle(page)
+        expect(uploads).to_have_count(1)
+        expect(page).to_have_url(re.compile("chat="))
+        page.reload()
+        expect(uploads).to_have_count(1, timeout=30_000)
+        settle(page)
 
 
 def test_settings_of_the_address_that_are_none_are_named(open_page: OpenPage) -> None:
