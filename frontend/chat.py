@@ -183,9 +183,14 @@ class Chat:
 
     def over(self, index: int, context: Context) -> Chat:
         """What a turn, or the one that it repeats, followed on from, as if that had been over another context."""
+        return dataclasses.replace(
+            self, turns=[dataclasses.replace(turn, context=context) for turn in self.followed(index)]
+        )
+
+    def followed(self, index: int) -> list[Turn]:
+        """The turns that a turn, or the one that it repeats, follows on from."""
         at = self.origin(index)
-        earlier = self.before(at).conversation(self.turns[at].context)
-        return dataclasses.replace(self, turns=[dataclasses.replace(turn, context=context) for turn in earlier])
+        return self.before(at).conversation(self.turns[at].context)
 
     @property
     def told(self) -> list[Turn]:

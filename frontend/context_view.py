@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,8 @@ from chat_session import ChatSession
 from kvarena.documents import build_messages, without_separators
 
 MAX_EDGE = 3
+MAX_ROLE_WORDS = 3
+"""A template without a system prompt has the names of roles, and no more."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +79,33 @@ NUM_SHADES = 6
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Of a context without a question. `spans` has one entry per chunk."""
+    """Of a context without a question. `spans` has one entry per chunk. `template`: the system prompt that the model's
+    chat template brings where the context has none, in the template's own words; empty where it brings none.
+    """
 
     total: int
     spans: tuple[ChunkSpan, ...]
+    template: str = ""
 
 
 def count_context(session: ChatSession, context: Context) -> TokenCount:
     """Counts with the contender's own tokenizer. Raises `ContenderError`."""
     prompt = session.prompt_ids(build_messages(context.system, context.texts, "", context.separator))
+    template = "" if context.system else _own_system_prompt(session)
     if not context.chunks:
-        return TokenCount(len(prompt), ())
+        return TokenCount(len(prompt), (), template)
     bare = session.prompt_ids(build_messages(context.system, [], "", ""))
     chunks = [session.text_ids(without_separators(text, context.separator)) for text in context.texts]
     spans = chunk_spans(prompt, chunks, start=common_prefix(prompt, bare))
-    return TokenCount(len(prompt), tuple(spans))
+    return TokenCount(len(prompt), tuple(spans), template)
+
+
+def _own_system_prompt(session: ChatSession) -> str:
+    """What stands before the first message, if it has words."""
+    questions = [[{"role": "user", "content": text}] for text in ("", "?")]
+    num_tokens = common_prefix(*map(session.prompt_ids, questions))
+    head = "".join(session.prompt_tokens(questions[1])[:num_tokens]).strip()
+    return head if len(re.sub(r"<[^>]*>", " ", head).split()) > MAX_ROLE_WORDS else ""
 
 
 def num_fitting(count: TokenCount, limit: int) -> int:
@@ -115,9 +130,11 @@ def context_html(context: Context, count: TokenCount | None) -> str:
     ]
     separator = f'<div class="ka-separator">{escape(_visible(context.separator))}</div>'
     body = separator + separator.join(blocks) + separator if blocks else ""
-    system = f'<div class="ka-system"><b>system</b>{escape(context.system)}</div>'
+    system = f'<div class="ka-system"><b>system</b>{escape(context.system)}</div>' if context.system else ""
+    if count and count.template:
+        system = f'<div class="ka-system"><b>the model\'s own system prompt</b>{escape(count.template)}</div>'
     question = '<div class="ka-system"><b>user</b><i>your question comes here</i></div>'
-    return f'<div class="ka-context" data-testid="context">{system if context.system else ""}{body}{question}</div>'
+    return f'<div class="ka-context" data-testid="context">{system}{body}{question}</div>'
 
 
 def _chunk_html(index: int, name: str, text: str, span: ChunkSpan | None) -> str:

@@ -182,6 +182,7 @@ def _slot_number(key: str, value: float, text: str) -> str:
 
 
 SAME_SPEED_RATIO = 1.05
+CACHED_RATIO = 0.5
 MIN_DECODE_S = 0.001
 MIN_DECODE_TOKENS = 5
 
@@ -238,6 +239,11 @@ class Figures:
         if self.policy and self.max_ttft_ms is not None:
             return f"{self.policy} within {self.max_ttft_ms:,.4g} ms"
         return (self.policy or "") + (f" {self.ratio:.0%}" if self.policy and self.ratio is not None else "")
+
+    @property
+    def is_mostly_cached(self) -> bool:
+        """Most of the prompt was in the server's own prefix cache."""
+        return (self.num_prefix_tokens or 0) > CACHED_RATIO * (self.num_prompt_tokens or 0)
 
     @property
     def num_moved_tokens(self) -> int | None:
@@ -360,13 +366,14 @@ def format_factor(factor: float) -> str:
 
 
 def prefix_cache_note(answers: Sequence[tuple[str, Figures]]) -> str:
-    """Says whose prompt was partly in its prefix cache already: a repeated prompt is no fair race."""
+    """Says whose prompt was partly in its prefix cache already. If most of it was, it is no fair race."""
     notes = [
         f"{title} had {figures.num_prefix_tokens:,} of {figures.num_prompt_tokens:,} prompt tokens"
         for title, figures in answers
         if figures.num_prefix_tokens and figures.num_prompt_tokens
     ]
-    return f"Not a fresh prompt: {'; '.join(notes)} in its prefix cache." if notes else ""
+    lead = "Not a fresh prompt: " if any(figures.is_mostly_cached for _, figures in answers) else ""
+    return f"{lead}{'; '.join(notes)} in its prefix cache." if notes else ""
 
 
 def _prefix_spans(num_prompt_tokens: int | None, num_cached_tokens: int | None) -> tuple[Span, ...]:

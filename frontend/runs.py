@@ -4,7 +4,7 @@ Every chosen contender answers a question, at the same time or one after the oth
 one queue; whoever draws the page calls `advance`, which applies them to the turn's answers and, one after the other,
 asks the next contender. So a run that nobody watches starts nothing new. Several pages may watch one run, which ends
 with the last of them: `advance` and `stop` take a lock. All contenders get one request id, by which their logs tell of
-the same question.
+the same question. A page that is loaded again goes on watching.
 A chat's key is random and stands in the page's address (`?chat=...`). At most `MAX_CHATS` are in memory, the longest
 unused one goes first; a `ChatFile` has those that were asked something.
 """
@@ -128,6 +128,8 @@ class Run:
 
 
 MAX_CHATS = 64
+RELOAD_S = 20.0
+"""A page is loaded again within this time, also on a slow machine."""
 
 
 @dataclass
@@ -180,12 +182,21 @@ class OpenChat:
             turn.vote = vote
         self.keep(self.chat)
 
-    def leave(self, watcher: str) -> None:
-        """A page is gone: the run ends with the last of those that watched it."""
-        if self.run is not None:
-            self.run.watchers.discard(watcher)
-            if not self.run.watchers:
-                self.stop()
+    def leave(self, watcher: str, within_s: float = 0) -> None:
+        """A page is gone: the run ends with the last of those that watched it, unless one comes within so long."""
+        if (run := self.run) is None:
+            return
+        run.watchers.discard(watcher)
+        if within_s:
+            timer = threading.Timer(within_s, self._end_unwatched, [run])
+            timer.daemon = True
+            timer.start()
+        else:
+            self._end_unwatched(run)
+
+    def _end_unwatched(self, run: Run) -> None:
+        if self.run is run and not run.watchers:
+            self.stop()
 
     def stop(self) -> None:
         """Ends the run; partial answers stay in the chat, marked as interrupted."""

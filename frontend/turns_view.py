@@ -19,7 +19,7 @@ from streamlit.runtime.scriptrunner import StopException
 
 from chat import Answer, Chat, Turn
 from figures import Figures, Span, prefix_cache_note, similar_task_html, slot_turn_html, speed_line
-from runs import OpenChat, Run
+from runs import RELOAD_S, OpenChat, Run
 from tokens import answer_tokens_html, diff_html, first_difference, first_token_difference
 from verdict import exact_answer
 from waterfall import Row, waterfall_html
@@ -349,8 +349,8 @@ def watch(opened: OpenChat, run: Run, view: TurnView, also: Callable[[], None] =
     """Draws a run until it is over, then the page anew; `also` draws whatever else changes meanwhile.
 
     A click elsewhere on the page ends this script run but not the answers: the next script run goes on watching.
-    When the last page that watches goes, its workers are stopped. Either reaches this loop as an exception out of
-    `view.draw`.
+    When the last page that watches goes and none comes for a while, its workers are stopped. Either reaches this loop
+    as an exception out of `view.draw`.
     """
     watcher = str(st.session_state.setdefault("watcher", uuid.uuid4().hex))
     run.watchers.add(watcher)
@@ -360,7 +360,7 @@ def watch(opened: OpenChat, run: Run, view: TurnView, also: Callable[[], None] =
             also()
             time.sleep(TICK_S)
     except StopException:
-        opened.leave(watcher)
+        opened.leave(watcher, RELOAD_S)
         raise
     opened.end(run)
     st.rerun()

@@ -1,7 +1,8 @@
 """What a chat's turns say together: how much sooner first tokens came, and how often the answers agreed.
 
-Each contender is compared with the exact one, turn by turn. A repeated prompt is no fair race: where the exact
-contender or the other had most of it in vLLM's prefix cache, the turn's times are left out, unless there are no others.
+Each contender is compared with the exact one, turn by turn. Times are left out where they say nothing of reuse: most of
+the prompt was in vLLM's prefix cache, with the exact contender or the other, as for a follow-up; or nothing was reused,
+and it was sooner all the same. Answers are left out where they follow on from earlier ones that differ.
 """
 
 from __future__ import annotations
@@ -12,35 +13,42 @@ from html import escape
 from statistics import median
 from typing import Literal
 
-from chat import Answer, Turn
+from chat import Answer, Chat, Turn
 from figures import format_factor
 from tokens import first_difference
 
 Tone = Literal["gain", "tie", "loss"]
 MIN_GAIN = 1.1
 """Smaller gains than this are a tie: they come and go from one run to the next."""
-CACHED_RATIO = 0.5
 FindMeasured = Callable[[Answer], str]
 """What was measured over context lengths with an answer's contender and setting; empty: nothing."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One turn, of two contenders. `speedup` is the exact one's time to first token by the other's. `is_drawn`: at a
-    temperature, where equal ways give different answers, too.
+    """One turn, of two contenders. `speedup` is the exact one's time to first token by the other's. `is_cached`: most
+    of the prompt was in a prefix cache. `is_drawn`: at a temperature, where equal ways give different answers, too.
+    `follows_others`: the earlier answers that it follows on from differ. `is_late`: after the time that it was given.
     """
 
     num_tokens: int
     speedup: float
     agrees: bool | None
-    is_fresh: bool
+    is_cached: bool = False
+    reuses: bool = True
     is_drawn: bool = False
+    follows_others: bool = False
+    is_late: bool = False
+
+    @property
+    def is_timed(self) -> bool:
+        return not self.is_cached and (self.reuses or self.speedup < MIN_GAIN)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Of one contender against `reference`; `samples` has at least one. `agrees` None: an answer was cut short, or the
-    answers are drawn. `measured` says from what length on it pays, if that was measured.
+    answers are drawn, or had other histories. `measured` says from what length on it pays, if that was measured.
     """
 
     title: str
@@ -50,19 +58,17 @@ class Verdict:
 
     @property
     def timed(self) -> list[Sample]:
-        return [sample for sample in self.samples if sample.is_fresh] or list(self.samples)
+        return [sample for sample in self.samples if sample.is_timed]
 
     @property
-    def speedup(self) -> float:
-        return median(sample.speedup for sample in self.timed)
-
-    @property
-    def colour(self) -> Tone:
-        """Grey too where no prompt was fresh: a repeated one proves nothing."""
-        return self.tone if any(sample.is_fresh for sample in self.samples) else "tie"
+    def speedup(self) -> float | None:
+        """None where no time says anything."""
+        return median(sample.speedup for sample in self.timed) if self.timed else None
 
     @property
     def tone(self) -> Tone:
+        if self.speedup is None:
+            return "tie"
         return "gain" if self.speedup >= MIN_GAIN else "loss" if self.speedup <= 1 / MIN_GAIN else "tie"
 
     @property
@@ -75,20 +81,25 @@ class Verdict:
 
     def speed_text(self) -> str:
         timed = self.timed
+        if self.speedup is None:
+            return f"{self.title}: no first token that could be compared with {self.reference}'s"
         prompts = "one prompt only" if len(timed) == 1 else f"median of {len(timed)} prompts"
         if self.tone == "tie":
             speed = f"{self.title} and {self.reference} are equally fast to the first token"
         elif self.tone == "gain":
             speed = f"{self.title}: first token {format_factor(self.speedup)} times sooner than {self.reference}"
         else:
-            speed = f"{self.title}: first token {format_factor(1 / self.speedup)} times later than {self.reference}"
+            times = format_factor(1 / self.speedup)
+            speed = f"{self.title}: {times} times as long to the first token as {self.reference}"
         return f"{speed} ({prompts})"
 
     def agreement_text(self) -> str:
         compared = self.compared
         if not compared:
-            drawn = any(sample.is_drawn for sample in self.samples)
-            return "answers drawn at a temperature aren't compared" if drawn else "no whole answers to compare"
+            if any(sample.is_drawn for sample in self.samples):
+                return "answers drawn at a temperature aren't compared"
+            follows = any(sample.follows_others for sample in self.samples)
+            return "answers to different histories aren't compared" if follows else "no whole answers to compare"
         if len(compared) == 1:
             return "the answers differ" if self.differs else "the answers agree"
         if not self.differs:
@@ -97,18 +108,26 @@ class Verdict:
 
     def notes(self) -> list[str]:
         """From what length on it pays, and what the times don't count."""
-        repeated = sum(not sample.is_fresh for sample in self.samples)
-        measured = [self.measured] if self.measured else []
-        if repeated == len(self.samples):
-            return [*measured, "Not a fresh prompt: most of it was in a prefix cache."]
-        told = measured or ([length] if (length := self.length_text()) else [])
-        if repeated:
-            told.append(f"{repeated} repeated prompt{'s' * (repeated > 1)} not timed: most was in a prefix cache.")
+        told = [self.measured] if self.measured else [length] if (length := self.length_text()) else []
+        late = sum(sample.is_late for sample in self.samples)
+        if late:
+            told.append(f"{late} of {len(self.samples)} first tokens came after the time that was given.")
+        cached = sum(sample.is_cached for sample in self.samples)
+        if cached:
+            told.append(f"{_prompts(cached)} not timed: most was in a prefix cache, as for a follow-up.")
+        unused = sum(not sample.is_timed and not sample.is_cached for sample in self.samples)
+        if unused:
+            told.append(f"{_prompts(unused)} not timed: nothing was reused, so other work made the difference.")
+        followed = sum(sample.follows_others for sample in self.samples)
+        if followed and self.compared:
+            told.append(f"{followed} answer{'s' * (followed > 1)} not compared: earlier answers already differed.")
         return told
 
     def length_text(self) -> str:
         """By the prompts that were asked; empty while all of them are about as long."""
         by_length = sorted(self.timed, key=lambda sample: sample.num_tokens)
+        if not by_length:
+            return ""
         shortest, longest = by_length[0].num_tokens, by_length[-1].num_tokens
         if longest < 1.5 * shortest:
             return ""
@@ -127,12 +146,14 @@ def verdicts(turns: Sequence[Turn], measured: FindMeasured = lambda answer: "") 
     """One for each contender and its settings that was asked together with an exact one, in the order of asking."""
     found: dict[tuple[str, str, str], list[Sample]] = {}
     latest: dict[tuple[str, str, str], Answer] = {}
-    for turn in turns:
+    chat = Chat(turns=list(turns))
+    for index, turn in enumerate(turns):
         reference = exact_answer(turn)
-        if not reference or reference.contender.approximate:
+        if turn.is_blind or not reference or reference.contender.approximate:
             continue
+        earlier = chat.followed(index)
         for answer in turn.answers.values():
-            if answer is not reference and (sample := _sample(answer, reference, turn.sampling.temperature > 0)):
+            if answer is not reference and (sample := _sample(answer, reference, turn, earlier)):
                 key = (answer.contender.title, answer.figures.setting, reference.contender.title)
                 found.setdefault(key, []).append(sample)
                 latest[key] = answer
@@ -150,24 +171,34 @@ def exact_answer(turn: Turn) -> Answer | None:
     return min(exact, key=lambda answer: answer.contender.approximate, default=None)
 
 
-def _sample(answer: Answer, reference: Answer, is_drawn: bool) -> Sample | None:
+def _sample(answer: Answer, reference: Answer, turn: Turn, earlier: Sequence[Turn]) -> Sample | None:
+    """`earlier`: the turns that this one follows on from."""
     ours, theirs = answer.figures, reference.figures
     if ours.first_token_ms is None or theirs.first_token_ms is None:
         return None
-    whole = answer.state == reference.state == "done"
-    num_tokens = theirs.num_prompt_tokens or 0
+    is_drawn = turn.sampling.temperature > 0
+    follows_others = any(_said(one, answer) != _said(one, reference) for one in earlier)
+    is_comparable = answer.state == reference.state == "done" and not is_drawn and not follows_others
     return Sample(
-        num_tokens,
+        theirs.num_prompt_tokens or 0,
         theirs.first_token_ms / max(ours.first_token_ms, 1e-9),
-        first_difference(answer.text, reference.text) is None if whole and not is_drawn else None,
-        is_fresh=not _had_it_cached(reference) and not (answer.contender.approximate and _had_it_cached(answer)),
+        first_difference(answer.text, reference.text) is None if is_comparable else None,
+        is_cached=theirs.is_mostly_cached or (answer.contender.approximate and ours.is_mostly_cached),
+        reuses=not answer.contender.approximate or ours.num_moved_tokens != 0,
         is_drawn=is_drawn,
+        follows_others=follows_others,
+        is_late=ours.max_ttft_ms is not None and ours.first_token_ms > ours.max_ttft_ms,
     )
 
 
-def _had_it_cached(answer: Answer) -> bool:
-    """Most of the prompt, in vLLM's own prefix cache."""
-    return (answer.figures.num_prefix_tokens or 0) > CACHED_RATIO * (answer.figures.num_prompt_tokens or 0)
+def _said(turn: Turn, answer: Answer) -> list[str]:
+    """The words that the answer's contender answered in an earlier turn."""
+    earlier = turn.answers.get(answer.contender.name)
+    return earlier.text.split() if earlier else []
+
+
+def _prompts(number: int) -> str:
+    return f"{number} prompt{'s' * (number > 1)}"
 
 
 def verdict_html(turns: Sequence[Turn], measured: FindMeasured = lambda answer: "") -> str:
@@ -179,8 +210,8 @@ def _line_html(verdict: Verdict) -> str:
     notes = "".join(f"<small>{escape(note)}</small>" for note in verdict.notes())
     agreement = "differs" if verdict.differs else "agrees" if verdict.compared else "tie"
     return (
-        f'<div class="ka-verdict" data-testid="verdict" data-tone="{verdict.colour}" '
-        f'data-speedup="{verdict.speedup:.4f}" data-agreement="{agreement}">'
-        f'<b class="ka-tone-{verdict.colour}">{escape(verdict.speed_text())}</b>'
+        f'<div class="ka-verdict" data-testid="verdict" data-tone="{verdict.tone}" '
+        f'data-speedup="{verdict.speedup or 0:.4f}" data-agreement="{agreement}">'
+        f'<b class="ka-tone-{verdict.tone}">{escape(verdict.speed_text())}</b>'
         f'<b class="ka-tone-{agreement}">{escape(verdict.agreement_text())}</b>{notes}</div>'
     )

@@ -58,7 +58,7 @@ def main() -> None:
         with st.container(horizontal=True):
             draw_export(opened.chat)
             draw_tally(opened.chat)
-    if html := verdict_html([turn for turn in opened.chat.turns if not turn.is_blind], measured_note):
+    if html := verdict_html(opened.chat.turns, measured_note):
         verdict.html(html)
     drawers: list[LiveDrawer] = []
     view = draw_turns(opened, below=lambda _, index: draw_below(opened, index, drawers), below_live=True)

@@ -6,6 +6,7 @@ the tokens come as the test lets them, so that an answer is under way for as lon
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -99,15 +100,22 @@ def test_stop_keeps_what_had_arrived_and_the_chat_goes_on(page: Page, engines: E
         assert page.get_by_test_id(f"answer-{name}").first.inner_text().strip() == kept[name]
 
 
-def test_reload_in_the_middle_keeps_the_partial_turn(page: Page, engines: Engines) -> None:
+def test_an_answer_goes_on_after_a_reload_and_ends_with_the_last_page(page: Page, engines: Engines) -> None:
     ask(page, "What does everybody collect?")
-    let(engines, 50)
+    let(engines, 20)
     seen = until_longer(page, dict.fromkeys(NAMES, ""))
+    expect(page).to_have_url(re.compile("chat="))
     page.reload()
+    expect_states(page, a="streaming", b="streaming")
+    let(engines, 20)
+    seen = until_longer(page, seen)
+    url = page.url
+    page.goto("about:blank")
+    wait_until(lambda: not any(engine.open for engine in engines.values()))
+    page.goto(url)
     expect_states(page, a="interrupted", b="interrupted")
     expect(page.get_by_test_id("question")).to_have_text(["What does everybody collect?"])
     assert all(text.startswith(seen[name]) for name, text in texts(page).items())
-    wait_until(lambda: not any(engine.open for engine in engines.values()))
 
 
 @pytest.mark.timeout(600)

@@ -54,6 +54,17 @@ def test_tokens_are_counted_by_the_contender(small_server: StartServer) -> None:
     assert [(span.start, span.end) for span in count.spans] == [(5, 8), (9, 11)]
 
 
+def test_a_system_prompt_of_the_models_template_is_shown_where_the_context_has_none(small_server: StartServer) -> None:
+    own = "You are a <b>helpful</b> assistant"
+    chunks = (TextChunk("a", "Ann keeps bees"),)
+    for own_system_prompt, system in ((own, ""), (own, "Be brief"), ("", "")):
+        session = ChatSession(Contender("c", "C", small_server(own_system_prompt=own_system_prompt).url))
+        context = Context(system, chunks, " <sep> ")
+        html = context_html(context, count_context(session, context))
+        session.close()
+        assert ("You are a &lt;b&gt;helpful&lt;/b&gt; assistant" in html) == (own_system_prompt == own and not system)
+
+
 def test_texts_are_shown_letter_for_letter() -> None:
     context = Context(HOSTILE, (TextChunk(HOSTILE, HOSTILE),), HOSTILE)
     answer = Answer(Contender("c", HOSTILE, "http://x"), text=HOSTILE, state="failed", error=HOSTILE)

@@ -157,8 +157,13 @@ def test_a_run_ends_with_the_last_page_that_watches_it(small_server: StartServer
     opened.run.watchers.update(("here", "there"))
     opened.leave("here")
     assert opened.busy
-    opened.leave("there")
-    assert not opened.busy
+    opened.leave("there", within_s=0.05)
+    opened.run.watchers.add("reloaded")
+    time.sleep(0.2)
+    assert opened.busy
+    opened.leave("reloaded", within_s=0.05)
+    assert opened.busy
+    wait_until(lambda: not opened.busy)
     assert opened.chat.turns[0].answers["a"].state == "interrupted"
 
 

@@ -45,7 +45,7 @@ def turn(
         (50, "gain", "first token 2.0 times sooner than Plain"),
         (96, "tie", "equally fast"),
         (104, "tie", "equally fast"),
-        (200, "loss", "first token 2.0 times later than Plain"),
+        (200, "loss", "2.0 times as long to the first token as Plain"),
     ],
 )
 def test_a_small_gain_is_a_tie_and_one_sample_says_so(blend_ms: float, tone: str, words: str) -> None:
@@ -57,6 +57,8 @@ def test_a_small_gain_is_a_tie_and_one_sample_says_so(blend_ms: float, tone: str
 
 def test_the_median_over_prompts_and_the_answers_that_differ() -> None:
     turns = [turn(50, 100), turn(10, 100, agrees=False), turn(100, 100)]
+    for number, asked in enumerate(turns):
+        asked.context = Context(f"system prompt {number}")
     (verdict,) = verdicts(turns)
     assert verdict.speedup == 2.0
     assert "median of 3 prompts" in verdict.speed_text()
@@ -78,17 +80,51 @@ def test_a_prompt_that_the_prefix_cache_had_is_not_timed_beside_fresh_ones() -> 
     repeated = turn(50, 20, cached=900)
     (verdict,) = verdicts([turn(50, 100), repeated])
     assert verdict.speedup == 2.0
-    assert verdict.notes() == ["1 repeated prompt not timed: most was in a prefix cache."]
+    assert verdict.notes() == ["1 prompt not timed: most was in a prefix cache, as for a follow-up."]
     (alone,) = verdicts([repeated])
-    assert (alone.tone, alone.colour) == ("loss", "tie")
-    assert "Not a fresh prompt" in alone.notes()[0]
+    assert (alone.tone, alone.speedup) == ("tie", None)
+    assert "no first token that could be compared" in alone.speed_text()
+    assert alone.notes() == verdict.notes()
 
 
 def test_a_gain_out_of_the_blends_own_prefix_cache_is_none() -> None:
     """It was asked before, and the exact contender wasn't."""
     (verdict,) = verdicts([turn(50, 100, num_prefix_tokens=900)])
-    assert verdict.colour == "tie"
-    assert "Not a fresh prompt" in verdict.notes()[0]
+    assert verdict.tone == "tie"
+    assert "most was in a prefix cache" in verdict.notes()[0]
+
+
+def test_a_gain_where_nothing_was_reused_is_none_and_a_loss_is_one() -> None:
+    """All recomputed, or no chunk in the prompt: the other server had something else to do."""
+    nothing: dict[str, Any] = {"num_reused_tokens": 0, "num_recomputed_tokens": 1000}
+    (verdict,) = verdicts([turn(50, 100, **nothing)])
+    assert (verdict.tone, verdict.speedup) == ("tie", None)
+    assert verdict.notes() == ["1 prompt not timed: nothing was reused, so other work made the difference."]
+    (loss,) = verdicts([turn(200, 100, **nothing)])
+    assert (loss.tone, loss.notes()) == ("loss", [])
+
+
+def test_answers_to_different_histories_are_not_compared() -> None:
+    """Each contender goes on from its own earlier answers, also when such a turn is asked again."""
+    turns = [turn(50, 100, agrees=False), turn(50, 100), turn(50, 100)]
+    turns[2].repeats = 1
+    (verdict,) = verdicts(turns)
+    assert verdict.agreement_text() == "the answers differ"
+    assert verdict.notes() == ["2 answers not compared: earlier answers already differed."]
+    alike = [turn(50, 100), turn(50, 100, agrees=False)]
+    (verdict,) = verdicts(alike)
+    assert verdict.agreement_text() == "the answers differ: 1 of 2 agree"
+    alike[0].shuffle()
+    assert not verdicts(alike[:1]), "blind"
+    elsewhere = turn(50, 100)
+    elsewhere.context = Context("another system prompt")
+    (verdict,) = verdicts([turns[0], elsewhere])
+    assert verdict.agreement_text() == "the answers differ: 1 of 2 agree"
+
+
+def test_first_tokens_after_the_time_that_was_given_are_told() -> None:
+    (verdict,) = verdicts([turn(600, 900, max_ttft_ms=500), turn(400, 900, max_ttft_ms=500)])
+    assert verdict.notes() == ["1 of 2 first tokens came after the time that was given."]
 
 
 def test_drawn_answers_are_not_compared() -> None:

@@ -97,6 +97,7 @@ class SmallServer:
     metrics: str = "vllm:num_requests_running 0.0\nprocess_resident_memory_bytes 1.048576e+06\n"
     topics: tuple[str, ...] = ()
     hold_topics: bool = False
+    own_system_prompt: str = ""
     num_missing_reports: int = 0
     cached_tokens: int = 0
     delay_s: float = 0.0
@@ -182,7 +183,7 @@ class SmallServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 self._record(body)
                 if self.path == "/tokenize":
-                    text = body.get("prompt") or prompt_text(body["messages"])
+                    text = body.get("prompt") or prompt_text(body["messages"], server.own_system_prompt)
                     names = ["Ġ" + word for word in text.split()]
                     self._reply(200, {"tokens": server.tokens(text), "token_strs": names})
                 elif server.error:
@@ -290,8 +291,10 @@ class SmallServer:
         return Handler
 
 
-def prompt_text(messages: list[dict[str, str]]) -> str:
+def prompt_text(messages: list[dict[str, str]], own_system_prompt: str = "") -> str:
     """A chat template: every message after its role, then the assistant's turn."""
+    if own_system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": own_system_prompt}, *messages]
     return " ".join(f"[{message['role']}] {message['content']}" for message in messages) + " [assistant]"
 
 
