@@ -115,7 +115,41 @@ def test_another_encoding_is_read_where_it_is_certain(tmp_path: Path) -> None:
     assert [chunk.text for chunk in found.chunks] == [GERMAN, GERMAN]
     assert not found.problems
     assert [note.file for note in found.notes] == ["western.txt", "wide.txt"]
-    assert found.notes[0].text.startswith("not UTF-8; read as cp125")
+    assert found.notes[0].text == "not UTF-8; read as cp1252"
+
+
+IN_CODE_PAGES = [
+    ("cp1252", "Mireille Duchêne tient la boulangerie. Le pain de seigle coûte 3 € — « le meilleur », dit l’aîné."),
+    (
+        "cp1252",
+        "Le soir, le vieux pêcheur rentra chez lui, à l’île, et raconta la tempête. C’était la fête, et l’on dîna.",
+    ),
+    (
+        "cp1252",
+        "Mireille Duchêne keeps the bakery in the high street — she opens at six, “even on Sundays”, says the clerk. "
+        "A croissant costs €1.20 or £1, and the café next door buys forty of them each day.",
+    ),
+    ("cp1252", "Maria wohnt in München und fährt täglich mit dem Rad. Die Großmutter kocht sonntags „schön“ für 12 €."),
+    ("cp1252", "¿Dónde está el niño? María vive en Madrid y su hermano lleva una pequeña librería detrás del jardín."),
+    ("cp1252", "La sera il vecchio pescatore tornò a casa e raccontò della tempesta. Perché è così? Un dì si saprà."),
+    ("cp1252", "A Maria mora em Lisboa. O irmão dela tem uma livraria na praça, e as condições são boas para a avó."),
+    ("cp1250", "Wieczorem stary rybak wrócił do domu i opowiedział żonie o wielkiej burzy. Źródło leży w górach."),
+    ("cp1250", "Večer se starý rybář vrátil domů a vyprávěl své ženě o veliké bouři. Pramen řeky leží v horách."),
+    ("cp1250", "Este az öreg halász hazatért, és elmesélte a nagy vihart. A folyó forrása hűvös erdőben van."),
+    ("cp1250", "Seara bătrânul pescar s-a întors acasă şi i-a povestit soţiei despre furtună. Izvorul e în munţi."),
+    ("cp1250", "U nedjelju se svi sastaju kod bake na ručku. Livada iza kuće puna je cvijeća, a potok teče kroz šumu."),
+    ("cp1254", "Akşam yaşlı balıkçı eve döndü ve karısına büyük fırtınayı anlattı. İstanbul'da ağabeyi kitapçı."),
+    ("cp1251", "Вечером старый рыбак вернулся домой и рассказал жене о большой буре. Исток реки лежит высоко в горах."),
+    ("koi8_r", "Мария живёт в Москве и каждый день ездит на работу на велосипеде. Её брат держит книжный магазин."),
+    ("cp1253", "Το βράδυ ο γέρος ψαράς γύρισε στο σπίτι και διηγήθηκε στη γυναίκα του τη μεγάλη καταιγίδα."),
+]
+
+
+@pytest.mark.parametrize(("encoding", "text"), IN_CODE_PAGES)
+def test_a_code_page_is_known_by_its_languages(encoding: str, text: str) -> None:
+    document = read_document("notes.txt", text.encode(encoding), Splitter(4096))
+    assert "".join(document.parts) == text
+    assert document.note == f"not UTF-8; read as {encoding}"
 
 
 def test_files_of_one_stem_keep_their_suffix(tmp_path: Path) -> None:

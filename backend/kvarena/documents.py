@@ -20,8 +20,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from kvarena.splitting import Splitter
+
+if TYPE_CHECKING:
+    from charset_normalizer import CharsetMatch
 
 DOCUMENT_SUFFIXES = (".txt", ".md", ".pdf")
 SYSTEM_PROMPT_NAME = "sys_prompt.txt"
@@ -37,6 +41,32 @@ LIKELY_ENCODINGS = (
 )
 MIN_LANGUAGE_COHERENCE_PERCENT = 40.0
 """From here on a guessed encoding makes a known language of the text; short texts don't reach it."""
+LATIN_ALPHABETS = {
+    "cp1252": {
+        "English": "àáâäçèéêëíîïñóôöûü",  # in names and loan words
+        "French": "àâçèéêëîïñôöœùûü",
+        "German": "àäèéöüß",
+        "Spanish": "áçéíñóúü¿",
+        "Portuguese": "àáâãçéêíóôõúü",
+        "Italian": "àèéìíîòóù",
+        "Catalan": "àçèéíïòóúü",
+        "Dutch": "äçèéêëïóöü",
+        "Danish": "äåæèéòôöøü",
+    },
+    "cp1250": {
+        "Polish": "óąćęłńśźż",
+        "Czech": "áéíóúýčďěňřšťůž",
+        "Slovak": "áäéíóôúýčďĺľňŕšťž",
+        "Slovene": "čšž",
+        "Croatian": "ćčđšž",
+        "Hungarian": "áéíóöúüőű",
+        "Romanian": "âîăşţ",
+    },
+    "cp1254": {"Turkish": "âçîöüğış" + "İ".lower()},
+}
+"""Code pages that are taken for each other, the likeliest first, and the letters beyond ASCII of their languages."""
+MAX_COHERENCE_LOSS, MAX_ADDED_CHAOS = 0.15, 0.05
+"""How much worse than its guess charset-normalizer may find an encoding that is taken instead."""
 
 
 @dataclass(frozen=True)
@@ -325,12 +355,45 @@ def _guessed(data: bytes, error: UnicodeDecodeError) -> tuple[str, str]:
     num_bad = mended.count("\N{REPLACEMENT CHARACTER}")
     if sum(not character.isascii() for character in mended) > 2 * num_bad:
         raise ValueError(f"broken UTF-8 at byte {error.start}") from error
-    guess = from_bytes(data, cp_isolation=list(LIKELY_ENCODINGS)).best()
+    matches = from_bytes(data, cp_isolation=list(LIKELY_ENCODINGS))
+    guess = matches.best()
     if guess is None or guess.percent_coherence < MIN_LANGUAGE_COHERENCE_PERCENT:
         raise ValueError(
             f"not UTF-8 (byte {error.start}), and no other encoding is certain; save it as UTF-8"
         ) from error
-    return _clean(str(guess)), f"not UTF-8; read as {guess.encoding}"
+    encoding = _latin_encoding(data, guess, matches) or guess.encoding
+    return _clean(data.decode(encoding)), f"not UTF-8; read as {encoding}"
+
+
+def _latin_encoding(data: bytes, guess: CharsetMatch, matches: Iterable[CharsetMatch]) -> str:
+    """The code page in which a text has the letters of one language and that fits about as well as the guess. Empty
+    where there is none, where the guess has the letters of the language that it seems to be, or isn't Latin.
+    """
+    if guess.encoding not in (*LATIN_ALPHABETS, "mac_roman"):
+        return ""
+    letters, alphabet = _letters(str(guess)), LATIN_ALPHABETS.get(guess.encoding, {}).get(guess.language, "")
+    if letters and letters <= set(alphabet) and "cp1252" not in guess.could_be_from_charset:
+        return ""
+    fitting = {
+        encoding: match
+        for match in matches
+        if guess.coherence - match.coherence <= MAX_COHERENCE_LOSS and match.chaos - guess.chaos <= MAX_ADDED_CHAOS
+        for encoding in match.could_be_from_charset
+    }
+    for encoding, alphabets in LATIN_ALPHABETS.items():
+        if encoding in fitting:
+            letters = _letters(str(fitting[encoding]))
+            if any(letters <= set(alphabet) for alphabet in alphabets.values()):
+                return encoding
+    return ""
+
+
+def _letters(text: str) -> set[str]:
+    """What is beyond ASCII in words: letters, and what a wrong code page made of them. Quotation marks are the same in
+    all these code pages.
+    """
+    found = re.findall(r"(?<=[^\W\d_])[^\x00-\x7f‘’“”–—…]|[^\x00-\x7f‘’“”„–—…](?=[^\W\d_])", text)
+    return set("".join(found).lower())
 
 
 def _pdf_text(data: bytes) -> tuple[str, str]:
