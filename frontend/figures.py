@@ -9,6 +9,7 @@ tells the page of an answer in this order: Sent, FirstToken and Text, then Done 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -202,9 +203,10 @@ class Figures:
 
     `num_prefix_tokens` is the part of `num_reused_tokens` that the server's own prefix cache supplied. `task` is what a
     contender that looks for similar prompts says of its search, `slot_turn` what one with KV slots says of its turn.
-    `misses`: how many chunks weren't reused, by reason. `stages`: where the time to the first token went, as far as the
-    server said. `recomputed`: the ranges of the prompt that were, None where the server doesn't say; `scores`: by
-    what they were chosen. `tokens` of the answer are there where their probabilities were asked for.
+    `misses`: how many chunks weren't reused, by reason; `system_miss`: why the system prompt wasn't. `stages`: where
+    the time to the first token went, as far as the server said. `recomputed`: the ranges of the prompt that were, None
+    where the server doesn't say; `scores`: by what they were chosen. `tokens` of the answer are there where their
+    probabilities were asked for.
     """
 
     first_token_ms: float | None = None
@@ -222,6 +224,7 @@ class Figures:
     max_ttft_ms: float | None = None
     spans: tuple[Span, ...] = ()
     misses: tuple[tuple[str, int], ...] = ()
+    system_miss: str = ""
     stages: tuple[tuple[str, float], ...] = ()
     recomputed: tuple[tuple[int, int], ...] | None = None
     scores: TokenScores = NO_SCORES
@@ -303,6 +306,9 @@ def from_usage(stopwatch: Stopwatch, usage: Usage, approximate: bool = False) ->
 
 def with_report(figures: Figures, report: Mapping[str, Any], view: str = "") -> Figures:
     """The same figures with the counts and spans of the contender's own request report, and what its view shows."""
+    system_miss = _system_miss(report)
+    misses = Counter(report.get("misses_by_reason") or {})
+    misses.subtract([system_miss] if system_miss else [])
     return dataclasses.replace(
         figures,
         num_prompt_tokens=report.get("num_prompt_tokens", figures.num_prompt_tokens),
@@ -315,7 +321,8 @@ def with_report(figures: Figures, report: Mapping[str, Any], view: str = "") -> 
         ratio=report.get("ratio"),
         max_ttft_ms=report.get("max_ttft_ms"),
         spans=tuple(Span(s["start"], s["end"], s["source"]) for s in report.get("spans") or ()),
-        misses=tuple((report.get("misses_by_reason") or {}).items()),
+        misses=tuple((+misses).items()),
+        system_miss=system_miss,
         stages=read_stages(report),
         recomputed=tuple((start, end) for start, end in report["recomputed_spans"])
         if "recomputed_spans" in report
@@ -324,6 +331,13 @@ def with_report(figures: Figures, report: Mapping[str, Any], view: str = "") -> 
         task=SimilarTask.read(report) if view == "similar_task" else None,
         slot_turn=SlotTurn.read(report) if view == "slots" else None,
     )
+
+
+def _system_miss(report: Mapping[str, Any]) -> str:
+    """Why the text before the first chunk wasn't reused: in a chat, nothing else begins with the prompt. Empty where it
+    was, and where it isn't known: of one that the prefix cache has begun, the report has the rest as any chunk.
+    """
+    return next((miss["reason"] for miss in report.get("misses") or () if miss["start"] == 0), "")
 
 
 def without_report(figures: Figures) -> Figures:

@@ -86,9 +86,11 @@ MISS_REASONS = {
 
 
 def misses_line(figures: Figures) -> str:
-    """Why chunks weren't reused; empty where all were."""
-    told = ", ".join(f"{count:,} {MISS_REASONS.get(reason, reason)}" for reason, count in figures.misses)
-    return f'<div class="ka-misses" data-testid="misses">Chunks not reused: {escape(told)}</div>' if told else ""
+    """Why chunks and the system prompt weren't reused; empty where all was."""
+    chunks = ", ".join(f"{count:,} {MISS_REASONS.get(reason, reason)}" for reason, count in figures.misses)
+    system = MISS_REASONS.get(figures.system_miss, figures.system_miss)
+    told = [f"{what} not reused: {why}" for what, why in (("Chunks", chunks), ("System prompt", system)) if why]
+    return f'<div class="ka-misses" data-testid="misses">{escape(". ".join(told))}</div>' if told else ""
 
 
 def _strip(spans: Sequence[Span]) -> str:

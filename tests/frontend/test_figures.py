@@ -54,6 +54,19 @@ def test_why_chunks_were_not_reused_is_said_in_a_line() -> None:
     assert set(MISS_REASONS) == set(get_args(MissReason))
 
 
+@pytest.mark.parametrize(("by_reason", "told"), [({"never_seen": 1}, ""), ({"never_seen": 3, "evicted": 1}, "2 never")])
+def test_the_system_prompt_is_no_chunk_that_was_not_reused(by_reason: dict[str, int], told: str) -> None:
+    misses = [{"start": 0, "end": 40, "reason": "never_seen"}, {"start": 60, "end": 90, "reason": "never_seen"}]
+    report = REPORT | {"misses_by_reason": by_reason, "misses": misses[: sum(by_reason.values())]}
+    line = misses_line(with_report(Figures(), report))
+    assert "System prompt not reused: never seen before</div>" in line
+    assert ("Chunks not reused" in line) == bool(told)
+    assert told in line
+    begun = [{"start": 16, "end": 40, "reason": "never_seen"}]
+    line = misses_line(with_report(Figures(), REPORT | {"misses_by_reason": {"never_seen": 1}, "misses": begun}))
+    assert "Chunks not reused: 1 never seen before</div>" in line
+
+
 def test_no_bar_for_unknown_counts() -> None:
     assert token_bar(Figures(num_prompt_tokens=7)) == ""
 
