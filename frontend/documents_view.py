@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from html import escape
@@ -56,9 +57,8 @@ def draw_new_in_folder(busy: bool) -> None:
 
 def draw_remarks(documents: Documents) -> None:
     """Every file of the folder that can't be used, and how those were read that had to be guessed."""
-    count = len(documents.problems)
     parts = [
-        _remarks_html(f"{count} file{'' if count == 1 else 's'} can't be used", documents.problems, "problems"),
+        _remarks_html(f"{_count(len(documents.problems), 'file')} can't be used", documents.problems, "problems"),
         _remarks_html("Notes on files", documents.notes, "notes"),
     ]
     if html := "".join(parts):
@@ -67,8 +67,10 @@ def draw_remarks(documents: Documents) -> None:
         st.caption("Sizes of chunks are estimated at 4 bytes a token: the model's tokenizer.json isn't here.")
 
 
-def draw_uploads(busy: bool, choose: Callable[[Sequence[str]], None]) -> None:
-    """The place to drop documents, and those that were. `choose` gets the names of one's chunks when it is picked."""
+def draw_uploads(busy: bool, chosen: Sequence[str], choose: Callable[[Sequence[str]], None]) -> None:
+    """The place to drop documents, and those that were. `chosen`: the names of the context's chunks; `choose` gets
+    those that take their place.
+    """
     number = st.session_state.setdefault("num-dropped", 0)
     files = st.file_uploader(
         f"Drop your documents: {', '.join(DOCUMENT_SUFFIXES)}, up to {MAX_UPLOAD_MB} MB each",
@@ -95,10 +97,14 @@ def draw_uploads(busy: bool, choose: Callable[[Sequence[str]], None]) -> None:
             _take([(file.name, file.getvalue()) for file in files])
         st.session_state["num-dropped"] = number + 1  # an empty uploader: what came is listed below it
         st.rerun()
+    _draw_total()
     chunks = state.uploaded_chunks()
+    usable = [[chunk.name for chunk in named] for named in chunks.values() if named]
+    if len(usable) > 1:
+        st.button("Use all my documents", key="use-all", on_click=choose, args=[list(itertools.chain(*usable))])
     for key, upload in list(state.uploads().items()):
         with st.container(key=f"upload-{key}"):
-            _draw_upload(key, upload, chunks[key], busy, choose)
+            _draw_upload(key, upload, chunks[key], busy, chosen, choose)
 
 
 def _take(files: Sequence[tuple[str, bytes]]) -> None:
@@ -173,7 +179,12 @@ def _remove(key: str) -> None:
 
 
 def _draw_upload(
-    key: str, upload: Upload, chunks: Sequence[TextChunk], busy: bool, choose: Callable[[Sequence[str]], None]
+    key: str,
+    upload: Upload,
+    chunks: Sequence[TextChunk],
+    busy: bool,
+    chosen: Sequence[str],
+    choose: Callable[[Sequence[str]], None],
 ) -> None:
     st.fragment(_draw_status, run_every=POLL_S if upload.is_filling else None)(upload, upload.is_filling, busy)
     with st.container(horizontal=True, key=f"upload-buttons-{key}"):
@@ -185,6 +196,15 @@ def _draw_upload(
                 on_click=choose,
                 args=[names],
                 help="Select the chunks of this document, and no others.",
+            )
+            new = [name for name in names if name not in chosen]
+            st.button(
+                "Add",
+                key=f"add-{key}",
+                on_click=choose,
+                args=[[*chosen, *new]],
+                disabled=not new,
+                help="Put the chunks of this document after those selected.",
             )
             _draw_edit(key, chunks)
             st.button(
@@ -209,6 +229,24 @@ def _draw_edit(key: str, chunks: Sequence[TextChunk]) -> None:
         st.button("Keep", key=f"keep-{key}", on_click=_edit, args=[key, index], help="Its KV is computed anew.")
 
 
+_FILLING = "filled-together"
+
+
+def _draw_total() -> None:
+    """Of the documents that are filled together: all since none was."""
+    uploads = state.uploads()
+    filling = {key for key, upload in uploads.items() if upload.is_filling}
+    together: set[str] = (filling | st.session_state.get(_FILLING, set())) & uploads.keys() if filling else set()
+    st.session_state[_FILLING] = together
+    fillings = [upload.filling for key, upload in uploads.items() if key in together and upload.filling]
+    if len(fillings) > 1:
+        st.fragment(_draw_filling, run_every=POLL_S)(fillings)
+
+
+def _draw_filling(fillings: Sequence[Filling]) -> None:
+    st.html(total_html(fillings))
+
+
 def _draw_status(upload: Upload, was_filling: bool, busy: bool) -> None:
     """Draws the page anew when the filling has ended."""
     if was_filling and not upload.is_filling and not busy:
@@ -220,26 +258,42 @@ def upload_html(upload: Upload) -> str:
     document, filling = upload.document, upload.filling
     status, text, bar = "problem", document.problem, ""
     if document.parts:
-        count = len(document.parts)
         cold = "" if filling else ", cold: KV not filled"
-        status, text = "split", f"{count} chunk{'' if count == 1 else 's'}{cold}"
-    if filling and filling.failures:
-        first = filling.failures[0]
-        status = "failed"
-        text += f"; the KV of {len(filling.failures)} isn't there. {first.name}: {first.reason}"
-    elif filling and filling.is_over:
+        status, text = "split", f"{_count(len(document.parts), 'chunk')}{cold}"
+    if filling and not filling.is_over:
+        status, text, bar = "filling", _filled_text([filling]), _bar_html([filling])
+    elif filling and not filling.failures:
         status = "filled"
         too_short = sum(outcome.outcome == "too_short" for outcome in filling.outcomes)
         text += f", KV filled{f', {too_short} too short to be kept' if too_short else ''}"
-    if filling and not filling.is_over:
-        status, done = "filling", len(filling.outcomes)
-        text += f", KV of {done} filled"
-        bar = f'<progress value="{done}" max="{filling.num_chunks}"></progress>'
+    if filling and (failures := filling.failures):
+        status = "failed" if filling.is_over else status
+        text += f"; the KV of {len(failures)} isn't there. {failures[0].name}: {failures[0].reason}"
     detail = escape("; ".join(filter(None, (text, document.note))))
     return (
         f'<div class="ka-upload" data-testid="upload" data-document="{escape(document.path)}" data-state="{status}">'
         f"<b>{escape(document.path)}</b><small>{detail}</small>{bar}</div>"
     )
+
+
+def total_html(fillings: Sequence[Filling]) -> str:
+    """How far several documents are, in one line."""
+    text = f"{_filled_text(fillings)}, {_count(len(fillings), 'document')}"
+    return f'<div class="ka-upload" data-testid="uploads-total"><small>{text}</small>{_bar_html(fillings)}</div>'
+
+
+def _filled_text(fillings: Sequence[Filling]) -> str:
+    num_filled = sum(len(filling.outcomes) - len(filling.failures) for filling in fillings)
+    return f"KV of {num_filled} of {_count(sum(filling.num_chunks for filling in fillings), 'chunk')} filled"
+
+
+def _bar_html(fillings: Sequence[Filling]) -> str:
+    num_done = sum(len(filling.outcomes) for filling in fillings)
+    return f'<progress value="{num_done}" max="{sum(filling.num_chunks for filling in fillings)}"></progress>'
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _remarks_html(title: str, remarks: Sequence[Remark], kind: str) -> str:

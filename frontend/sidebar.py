@@ -248,7 +248,7 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
     draw_new_in_folder(busy)
     watch_folder(state.folder_documents(), busy)
     order = _draw_order(picked)
-    draw_uploads(busy, choose_chunks)
+    draw_uploads(busy, order, choose_chunks)
     system = st.text_area("System prompt", key="system-prompt", height=80, persist_state=KEEP)
     return Context(system.strip(), tuple(chunks[name] for name in order), state.separator())
 

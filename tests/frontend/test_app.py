@@ -513,6 +513,27 @@ def test_dropped_documents_are_split_filled_picked_and_removed(small_server: Sta
     assert page.multiselect(key="chunks").value == []
 
 
+def test_all_documents_are_used_at_once_or_one_added_to_those_chosen(
+    small_server: StartServer, open_page: Open
+) -> None:
+    page = open_page(small_server(offer=OFFER), small_server())
+    drop(page, ("bees.txt", LONG.encode()), ("broken.pdf", b"no pdf"))
+    assert "use-all" not in [button.key for button in page.button], "one document is picked"
+    drop(page, ("apes.md", b"# Apes"))
+    page.multiselect(key="chunks").set_value(["two"]).run()
+    bees = [name for name in page.multiselect(key="chunks").options if name.startswith("bees")]
+    adds = [button for button in page.button if (button.key or "").startswith("add-")]
+    adds[1].click().run()
+    assert page.multiselect(key="chunks").value == ["two", "apes"]
+    added = [button.disabled for button in page.button if (button.key or "").startswith("add-")]
+    assert added == [False, True], "its chunks are all there"
+    page.button(key="use-all").click().run()
+    assert page.multiselect(key="chunks").value == [*bees, "apes"]
+    page.multiselect(key="chunks").set_value([bees[1], "one"]).run()
+    next(button for button in page.button if (button.key or "").startswith("add-")).click().run()
+    assert page.multiselect(key="chunks").value == [bees[1], "one", bees[0], *bees[2:]]
+
+
 def test_a_filling_that_fails_is_shown_and_can_be_tried_again(small_server: StartServer, open_page: Open) -> None:
     blend = small_server(offer=OFFER)
     blend.error = (400, "too many tokens")
