@@ -234,7 +234,7 @@ def _explained(contender: Contender) -> str | None:
 
 def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
     st.subheader("Context")
-    st.session_state["chunks"] = [n for n in st.session_state["chunks"] if n in chunks]
+    st.session_state["chunks"] = [name for name in _in_order(st.session_state["chunks"]) if name in chunks]
     picked = st.multiselect(
         "Chunks",
         list(chunks),
@@ -253,22 +253,32 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
     return Context(system.strip(), tuple(chunks[name] for name in order), state.separator())
 
 
+def _in_order(picked: list[str]) -> list[str]:
+    """As the chunks were dragged since the page was drawn, if they were."""
+    containers = st.session_state.get(_order_key())
+    if not containers or (order := containers[0]["items"]) == st.session_state["order"]:
+        return picked
+    st.session_state["order"] = order
+    return sorted(picked, key=lambda name: order.index(name) if name in order else len(order))
+
+
 def _draw_order(picked: list[str]) -> list[str]:
-    """Drag and drop. `dealt` is the order that the widget was given, `order` what was made of it by hand."""
-    order: list[str] = st.session_state["order"]
-    if set(order) != set(picked):
-        order = [name for name in order if name in picked]
-        order += [name for name in picked if name not in order]
-        st.session_state["order"] = st.session_state["dealt"] = order
-    if len(order) < 2:
-        return order
-    st.caption("Order: drag to change it")
-    dealt: list[str] = st.session_state["dealt"]
-    key = "order-" + hashlib.sha256("\0".join(dealt).encode()).hexdigest()[:16]
+    """By hand. `dealt` is the order that the widget was given, `order` what was made of it."""
+    if picked != st.session_state["order"] or _order_key() not in st.session_state:
+        st.session_state["order"] = st.session_state["dealt"] = picked
+    if len(picked) < 2:
+        return picked
+    st.caption("Order: drag, or Space and the arrow keys")
     with st.container(key="chunk-order"):
-        order = sort_items(dealt, direction="vertical", custom_style=SORTABLE_STYLE, key=key)
+        order: list[str] = sort_items(
+            st.session_state["dealt"], direction="vertical", custom_style=SORTABLE_STYLE, key=_order_key()
+        )
     st.session_state["order"] = order
     return order
+
+
+def _order_key() -> str:
+    return "order-" + hashlib.sha256("\0".join(st.session_state["dealt"]).encode()).hexdigest()[:16]
 
 
 def _draw_sampling() -> Sampling:

@@ -19,6 +19,7 @@ from support.page_steps import (
 )
 from support.small_openai_server import OFFER, REPORT, SmallServer, prompt_text
 from support.small_page import ANSWER, NAMES, OpenPage, choose, small_servers
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -81,6 +82,28 @@ def test_a_reload_keeps_the_chunks_their_order_and_the_system_prompt(open_page: 
     assert shown_order(page) == ["two"]
     page.goto(page.url.replace("/?", "/measure?"))
     expect(page.get_by_text("Over the chunk of the arena.")).to_be_visible(timeout=30_000)
+
+
+def test_the_picked_chunks_stand_in_the_order_that_was_dragged_or_typed(open_page: OpenPage) -> None:
+    page = open_page(*small_servers(1))
+    pick_chunks(page, ["one", "two", "three"])
+    drag_into_order(page, "three", "one", ["three", "one", "two"])
+    tags = page.locator(".st-key-chunks :not(template) > [data-rac] [data-tag]")
+    expect(tags).to_have_text(["three", "one", "two"])
+    items = page.frame_locator(".st-key-chunk-order iframe").locator(".sortable-item")
+    items.filter(has_text="two").focus()
+    for key in ("Space", "ArrowUp", "Space"):
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
+    wait_until(lambda: shown_order(page) == ["three", "two", "one"])
+    expect(tags).to_have_text(["three", "two", "one"])
+    pick_chunks(page, ["two", "one"])
+    assert shown_order(page) == ["two", "one"]
+    page.get_by_role("link", name="Quality").click()
+    expect(page.get_by_test_id("context")).to_have_count(0)
+    page.get_by_role("link", name="Arena").click()
+    expect(page.get_by_test_id("chunk")).to_have_count(2)
+    assert shown_order(page) == ["two", "one"]
 
 
 def test_a_document_that_is_dropped_again_after_a_reload_is_there_once(open_page: OpenPage, tmp_path: Path) -> None:
