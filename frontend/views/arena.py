@@ -50,7 +50,7 @@ def main() -> None:
         st.info(notice)
     draw_notices(opened)
     verdict = st.container(key="verdict")
-    draw_context(opened.chat, choices)
+    count = draw_context(choices.context)
     ask(opened, choices)
     if not opened.chat.turns:
         draw_examples(opened.chat)
@@ -63,7 +63,7 @@ def main() -> None:
     drawers: list[LiveDrawer] = []
     view = draw_turns(opened, below=lambda _, index: draw_below(opened, index, drawers), below_live=True)
     draw_follow_ups(opened, choices)
-    draw_input(opened, choices)
+    draw_input(opened, choices, count)
     if (run := opened.run) and view and view.turn is run.turn:
         watch(opened, run, view, also=lambda: keep_up(drawers))
 
@@ -143,25 +143,27 @@ def shuffled(context: Context) -> Context:
     return dataclasses.replace(context, chunks=other)
 
 
-def draw_input(opened: OpenChat, choices: ArenaChoices) -> None:
+def draw_input(opened: OpenChat, choices: ArenaChoices, count: TokenCount | None) -> None:
     if waits_to_repeat(opened.chat):
         st.caption("Next in line: a repeat")
     if opened.chat.turns and not opened.busy and not opened.chat.continues(choices.context):
         st.caption("The context has changed: the next question starts a new conversation over it.")
+    if count and not opened.busy:
+        with st.bottom:  # in sight wherever the page is scrolled to
+            _warn_of_length(opened.chat, choices, count)
     asked = {0: "Choose a contender first", 1: "Ask a question...", 2: "Ask a question to both LLMs..."}
     placeholder = asked.get(len(choices.sessions), "Ask a question to all LLMs...")
     draw_question_box(opened, placeholder, enabled=bool(choices.sessions))
 
 
-def draw_context(chat: Chat, choices: ArenaChoices) -> None:
-    context = choices.context
+def draw_context(context: Context) -> TokenCount | None:
+    """With its tokens, where a contender that is up has counted them."""
     count, problem = _count(context)
-    if count:
-        _warn_of_length(chat, choices, count)
     with st.expander(summary(context, count), expanded=True, key="context-view"):
         st.html(context_html(context, count))
         if problem:
             st.caption(f"Tokens can't be counted now. {problem}")
+    return count
 
 
 def _warn_of_length(chat: Chat, choices: ArenaChoices, count: TokenCount) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import FilePayload, Page, expect
 
 from support.page_steps import (
     ask,
@@ -104,6 +104,38 @@ def test_the_picked_chunks_stand_in_the_order_that_was_dragged_or_typed(open_pag
     page.get_by_role("link", name="Arena").click()
     expect(page.get_by_test_id("chunk")).to_have_count(2)
     assert shown_order(page) == ["two", "one"]
+
+
+def test_all_documents_are_used_and_the_way_out_of_too_many_is_beside_the_question(open_page: OpenPage) -> None:
+    page = open_page(*small_servers(2))
+    for _ in range(2):
+        ask(page, "Who is the mayor?")
+        expect_states(page, blend="done", plain="done")
+    settle(page)
+    long = "\n\n".join("The lamp in the hall is green. " * 20 for _ in range(80)).encode()
+    files: list[FilePayload] = [
+        {"name": f"{name} of a document with a long name.txt", "mimeType": "text/plain", "buffer": data}
+        for name, data in (("the lamp", long), ("the hall", b"The hall is long."))
+    ]
+    page.locator('[data-testid="stFileUploader"] input[type="file"]').set_input_files(files)
+    expect(page.locator('[data-testid="upload"][data-state="filled"]')).to_have_count(2, timeout=60_000)
+    settle(page)
+    page.get_by_role("button", name="Use all my documents").click()
+    expect(page.get_by_test_id("chunk").last).to_have_attribute("data-chunk", re.compile("the hall"), timeout=30_000)
+    drop = page.get_by_role("button", name=re.compile("^Drop the last"))
+    expect(drop).to_be_in_viewport(timeout=30_000)
+    box, warning = page.get_by_test_id("stChatInput").bounding_box(), page.get_by_test_id("stAlert").bounding_box()
+    assert box
+    assert warning
+    assert 0 < box["y"] - warning["y"] < 250
+    page.set_viewport_size({"width": 390, "height": 844})
+    settle(page)
+    expect_apart(page.locator("[data-testid=stSidebar] [data-testid=stElementContainer]"), "sidebar")
+    expect(drop).to_be_in_viewport()
+    page.set_viewport_size({"width": 1440, "height": 900})
+    settle(page)
+    drop.click()
+    expect(drop).to_have_count(0, timeout=30_000)
 
 
 def test_a_document_that_is_dropped_again_after_a_reload_is_there_once(open_page: OpenPage, tmp_path: Path) -> None:
