@@ -17,7 +17,7 @@ from typing import Any
 
 from kvarena.client import Usage
 from tokens import NO_SCORES, AnswerToken, TokenScores
-from waterfall import read_stages
+from waterfall import read_stages, shown_ms
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def slot_turn_html(turn: SlotTurn) -> str:
 
 def _times(turn: SlotTurn) -> str:
     times = {"prefill": turn.prefill_ms, "decode": turn.decode_ms, "total": turn.total_ms}
-    return ", ".join(f"{name} {_slot_number(f'{name}_ms', ms, f'{ms:,.1f} ms')}" for name, ms in times.items())
+    return ", ".join(f"{name} {_slot_number(f'{name}_ms', ms, shown_ms(ms))}" for name, ms in times.items())
 
 
 def _slot_number(key: str, value: float, text: str) -> str:

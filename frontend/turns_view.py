@@ -22,7 +22,7 @@ from figures import Figures, Span, prefix_cache_note, similar_task_html, slot_tu
 from runs import RELOAD_S, OpenChat, Run
 from tokens import answer_tokens_html, diff_html, first_difference, first_token_difference
 from verdict import exact_answer
-from waterfall import Row, waterfall_html
+from waterfall import Row, shown_ms, waterfall_html
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,13 @@ def token_parts(figures: Figures) -> list[Part]:
     """The prompt's tokens by cost, without the empty kinds; empty when the server didn't say."""
     counts = (
         ("prefix", "from prefix cache", figures.num_prefix_tokens or 0),
-        ("reused", _moved(figures), figures.num_moved_tokens),
+        ("reused", "reused", figures.num_moved_tokens),
         ("recomputed", "recomputed", figures.num_recomputed_tokens),
         ("computed", "computed", figures.num_computed_tokens),
     )
     if any(count is None for _, _, count in counts):
         return []
     return [Part(kind, label, count) for kind, label, count in counts if count]
-
-
-def _moved(figures: Figures) -> str:
-    """What reused tokens are called that didn't come from a prefix cache."""
-    return "blended" if figures.policy else "reused"
 
 
 def token_bar(figures: Figures) -> str:
@@ -121,11 +116,10 @@ class Figure:
     key: str
     label: str
     value: float | None
-    digits: int = 0
-    unit: str = ""
+    show: Callable[[float], str] = "{:,.0f}".format
 
     def text(self) -> str:
-        return "–" if self.value is None else f"{self.value:,.{self.digits}f}{self.unit}"
+        return "–" if self.value is None else self.show(self.value)
 
 
 def answer_html(
@@ -223,14 +217,14 @@ def _figures_html(answer: Answer) -> str:
     if figures.first_token_ms is None:
         return ""
     large = [
-        Figure("first_token_ms", "time to first token", figures.first_token_ms, 1, " ms"),
-        Figure("tokens_per_s", "tokens per second", figures.tokens_per_s, 1),
-        Figure("total_ms", "total time", figures.total_ms, 0, " ms"),
+        Figure("first_token_ms", "time to first token", figures.first_token_ms, shown_ms),
+        Figure("tokens_per_s", "tokens per second", figures.tokens_per_s, "{:,.1f}".format),
+        Figure("total_ms", "total time", figures.total_ms, "{:,.0f} ms".format),
     ]
     small = [
         Figure("num_prompt_tokens", "prompt tokens", figures.num_prompt_tokens),
         Figure("num_prefix_tokens", "from prefix cache", figures.num_prefix_tokens),
-        Figure("num_moved_tokens", _moved(figures), figures.num_moved_tokens),
+        Figure("num_moved_tokens", "reused", figures.num_moved_tokens),
         Figure("num_recomputed_tokens", "recomputed", figures.num_recomputed_tokens),
         Figure("num_computed_tokens", "computed", figures.num_computed_tokens),
         Figure("num_output_tokens", "output tokens", figures.num_output_tokens),
@@ -289,13 +283,7 @@ class TurnView:
 
 def _rows(turn: Turn) -> list[Row]:
     return [
-        Row(
-            one.contender.name,
-            one.contender.title,
-            one.figures.first_token_ms,
-            one.figures.total_ms or 0.0,
-            one.figures.stages,
-        )
+        Row(one.contender.name, one.contender.title, one.figures.first_token_ms, one.figures.stages)
         for one in turn.answers.values()
         if one.figures.first_token_ms is not None
     ]

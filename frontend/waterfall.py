@@ -1,4 +1,4 @@
-"""Where the time of answers went: a lane for each contender, all on one time axis, from the request to the last token.
+"""Where the time to the first token went: a lane for each contender, all on one time axis that begins at the request.
 
 A server's report names the stages that it measured; vLLM without one tells its queue and its prefill with the answer.
 What lies between their sum and the first token, which the client measured, is a stage too. Data and HTML only.
@@ -33,27 +33,27 @@ LABELS = {
     "queue": "queue",
     "lookup": "look-up",
     "fetch": "fetch",
-    "chunks": "new chunks",
+    "chunks": "prefill of new chunks",
     "move": "move and write",
     "select": "choose",
     "recompute": "recompute",
+    "question": "HTTP and the question's prefill",
     "prefill": "prefill",
-    "rest": "HTTP, queue and prefill, not told apart",
-    "decode": "decode",
+    "rest": "HTTP, queue and prefill together",
 }
-QUESTION = "the question's prefill, HTTP"
-ROOM_FOR_DECODE = 1.25  # of the longest time to a first token; a long decode would leave nothing to see of it
+"""Of the stages in a chart; `question` and `rest` are what a server didn't tell apart."""
 MIN_SHOWN_MS = 0.05
+MAX_STEPS = 5
+WHOLE_MS = 10_000  # a tenth of so long a time says nothing
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's answer. `total_ms` is 0 before its end."""
+    """One contender's answer."""
 
     name: str
     title: str
     first_token_ms: float
-    total_ms: float
     stages: Stages
 
 
@@ -63,8 +63,8 @@ def read_stages(report: Mapping[str, Any]) -> Stages:
     return tuple((stage, ms) for stage, ms in sums.items() if ms >= MIN_SHOWN_MS)
 
 
-def bars(row: Row) -> list[tuple[str, str, float, float]]:
-    """Stage, label, begin and end in ms; they end with the first token, and with decode after it.
+def bars(row: Row) -> list[tuple[str, float, float]]:
+    """Stage, begin and end in ms; the last one ends with the first token.
 
     A stage that has no room before the first token came after it, as the transfer of a prefix whose logits are kept
     does. What the server didn't measure is the question's prefill after a blend, and the way there and back; of an
@@ -77,15 +77,11 @@ def bars(row: Row) -> list[tuple[str, str, float, float]]:
             rest_ms -= ms
     if "prefill" in stages:
         stages = {"http": stages.pop("http", 0.0) + rest_ms, **stages}
-        rest_ms = 0.0
-    parts = [(stage, LABELS[stage], ms) for stage, ms in stages.items()]
-    if rest_ms >= MIN_SHOWN_MS:
-        parts.append(("prefill", QUESTION, rest_ms) if stages else ("rest", LABELS["rest"], rest_ms))
-    if row.total_ms > row.first_token_ms:
-        parts.append(("decode", LABELS["decode"], row.total_ms - row.first_token_ms))
+    elif rest_ms >= MIN_SHOWN_MS:
+        stages["question" if stages else "rest"] = rest_ms
     placed, at_ms = [], 0.0
-    for stage, label, ms in parts:
-        placed.append((stage, label, at_ms, at_ms + ms))
+    for stage, ms in stages.items():
+        placed.append((stage, at_ms, at_ms + ms))
         at_ms += ms
     return placed
 
@@ -94,11 +90,13 @@ def waterfall_html(rows: Sequence[Row]) -> str:
     """Empty without a first token."""
     if not rows:
         return ""
-    axis_ms = ROOM_FOR_DECODE * max(row.first_token_ms for row in rows)
+    axis_ms = max(row.first_token_ms for row in rows)
     lanes = "".join(_lane_html(row, axis_ms) for row in rows)
-    used = {label: stage for row in rows for stage, label, _, _ in bars(row)}
+    used = {stage for row in rows for stage, _, _ in bars(row)}
     legend = "".join(
-        f'<span class="ka-key"><i class="ka-stage-{stage}"></i>{escape(label)}</span>' for label, stage in used.items()
+        f'<span class="ka-key"><i class="ka-stage-{stage}"></i>{escape(label)}</span>'
+        for stage, label in LABELS.items()
+        if stage in used
     )
     return (
         '<div class="ka-waterfall" data-testid="waterfall"><b>Where the time to the first token goes</b>'
@@ -111,22 +109,27 @@ def _lane_html(row: Row, axis_ms: float) -> str:
     cells = "".join(
         f'<i class="ka-stage-{stage}" data-stage="{stage}" data-ms="{end - begin:.2f}" '
         f'style="left:{100 * begin / axis_ms:.3f}%;width:{100 * (end - begin) / axis_ms:.3f}%" '
-        f'title="{escape(label)}: {_shown(end - begin)}"></i>'
-        for stage, label, begin, end in bars(row)
+        f'title="{escape(LABELS[stage])}: {shown_ms(end - begin)}"></i>'
+        for stage, begin, end in bars(row)
     )
     return (
         f'<div class="ka-lane" data-testid="lane-{escape(row.name)}" data-ms="{row.first_token_ms:.2f}">'
-        f'<b>{escape(row.title)}</b><div class="ka-track">{cells}</div><span>{_shown(row.first_token_ms)}</span></div>'
+        f'<b>{escape(row.title)}</b><div class="ka-track">{cells}</div>'
+        f"<span>{shown_ms(row.first_token_ms)}</span></div>"
     )
 
 
 def _ticks_html(axis_ms: float) -> str:
-    """At most five, at round times; none so far right that it would be cut."""
+    """From 0 on, at round times; the last one has the unit."""
     step = 10.0 ** math.floor(math.log10(axis_ms))
-    step = next(s for s in (step / 5, step / 2, step, 2 * step) if axis_ms / s <= 5.5)
-    times = [step * count for count in range(1, 6) if step * count < 0.95 * axis_ms]
-    return "".join(f'<span style="left:{100 * ms / axis_ms:.2f}%">{_shown(ms)}</span>' for ms in times)
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if axis_ms / s <= MAX_STEPS)
+    last = math.floor(axis_ms / step)
+    return "".join(
+        f'<span style="left:{100 * count * step / axis_ms:.2f}%">{count * step:,.10g}{" ms" * (count == last)}</span>'
+        for count in range(last + 1)
+    )
 
 
-def _shown(ms: float) -> str:
-    return f"{ms / 1000:,.2f} s" if ms >= 1000 else f"{ms:,.0f} ms" if ms >= 10 else f"{ms:.1f} ms"
+def shown_ms(ms: float) -> str:
+    """A time on the page, in a pane as in the chart."""
+    return f"{ms:,.{0 if round(ms, 1) >= WHOLE_MS else 1}f} ms"
