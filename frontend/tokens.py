@@ -165,7 +165,7 @@ def read_answer_tokens(text: str, logprobs: Sequence[Mapping[str, Any]]) -> tupl
 def _aligned(text: str, logprobs: Sequence[Mapping[str, Any]]) -> Iterator[AnswerToken]:
     at = 0
     for entry in logprobs:
-        found = re.match(r"\s*" + re.escape(entry["token"]), text[at:])
+        found = re.match(r"\s*?" + re.escape(entry["token"]), text[at:])
         if not found and not text[at:].strip():
             return
         shown = found.group() if found else entry["token"]
@@ -175,11 +175,14 @@ def _aligned(text: str, logprobs: Sequence[Mapping[str, Any]]) -> Iterator[Answe
 
 
 def answer_tokens_html(tokens: Sequence[AnswerToken]) -> str:
-    """Each token on a ground that is the stronger, the less probable it was."""
+    """Each token on a ground that is the stronger, the less probable it was. Without the white space that they begin
+    with.
+    """
+    first = next((index for index, token in enumerate(tokens) if token.text.strip()), 0)
     return "".join(
         f'<u class="ka-p" style="--p:{1 - token.probability:.3f}" data-probability="{token.probability:.4f}" '
-        f'title="{escape(_alternatives(token))}">{escape(token.text.lstrip() if index == 0 else token.text)}</u>'
-        for index, token in enumerate(tokens)
+        f'title="{escape(_alternatives(token))}">{escape(token.text if index else token.text.lstrip())}</u>'
+        for index, token in enumerate(tokens[first:])
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -10,6 +12,7 @@ from support.small_openai_server import REPORT
 from tokens import (
     AnswerToken,
     Source,
+    answer_tokens_html,
     diff_html,
     first_difference,
     first_token_difference,
@@ -80,6 +83,14 @@ def test_tokens_of_an_answer_keep_its_white_space() -> None:
     entries = [{"token": token, "logprob": 0.0} for token in ("The", "mayor", "\ufffd", "!", "</s>")]
     tokens = read_answer_tokens(" The  mayor!", entries)
     assert [token.text for token in tokens] == [" The", "  mayor", "\ufffd", "!"]
+
+
+def test_a_paragraph_that_ends_with_two_tokens_has_one_blank_line_after_it() -> None:
+    text = "\n\nAnn.\n\nBen\n \n."
+    entries = [{"token": token, "logprob": 0.0} for token in ("\n", "\n", "Ann.", "\n", "\n", "Ben", "\n", "\n", ".")]
+    tokens = read_answer_tokens(text, entries)
+    assert "".join(token.text for token in tokens) == text
+    assert re.sub("<[^>]+>", "", answer_tokens_html(tokens)) == text.lstrip()
 
 
 @pytest.mark.parametrize(
