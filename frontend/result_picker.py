@@ -17,9 +17,11 @@ from streamlit.delta_generator import DeltaGenerator
 
 import settings
 import state
+from eval_results import BENCHMARK as EVAL
 from eval_results import read_result
 
 SHIPPED = "docs/"
+TTFT = "ttft"
 
 
 @dataclass(frozen=True)
@@ -89,24 +91,40 @@ def pick_result() -> tuple[Opened, Opened | None] | None:
     if not files:
         _draw_what_to_do()
         return None
-    chosen = files[_draw_choice(choice, "Result file", {key: file.title for key, file in files.items()}, CHOICE)]
+    titles = {key: file.title for key, file in files.items()}
+    chosen = files[_draw_choice(choice, "Result file", titles, CHOICE, opened_first(files))]
     same = {key: file.title for key, file in files.items() if file.benchmark == chosen.benchmark and file is not chosen}
     if not same:
         return chosen, None
-    compared = _draw_choice(other, "Compare with", {NOTHING: NOTHING, **same}, OTHER)
+    compared = _draw_choice(other, "Compare with", {NOTHING: NOTHING, **same}, OTHER, NOTHING)
     return chosen, None if compared == NOTHING else files[compared]
 
 
 NOTHING = "nothing"
 
 
-def _draw_choice(place: DeltaGenerator, label: str, titles: Mapping[str, str], key: str) -> str:
-    """The first one where what was chosen before is gone."""
+def opened_first(files: Mapping[str, Opened]) -> str:
+    """The newest that was measured here of quality or time to first token, else a shipped eval, else any."""
+    own = [key for key, file in files.items() if not key.startswith(SHIPPED) and file.benchmark in (EVAL, TTFT)]
+    evals = [key for key, file in files.items() if key.startswith(SHIPPED) and file.benchmark == EVAL]
+    return next(iter([*own, *evals, *files]))
+
+
+def _draw_choice(place: DeltaGenerator, label: str, titles: Mapping[str, str], key: str, default: str) -> str:
+    """The default where what was chosen before is gone."""
     state.choose_linked(key, titles, label)
     if st.session_state.get(key) not in titles:
         st.session_state.pop(key, None)
+    names = list(titles)
     chosen = str(
-        place.selectbox(label, list(titles), format_func=lambda name: titles[name], key=key, persist_state="session")
+        place.selectbox(
+            label,
+            names,
+            index=names.index(default),
+            format_func=lambda name: titles[name],
+            key=key,
+            persist_state="session",
+        )
     )
     state.link(key, chosen)
     return chosen

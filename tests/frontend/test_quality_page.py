@@ -118,6 +118,19 @@ def test_a_file_of_another_kind_has_its_panels_and_rows_and_is_compared_with_its
     assert not [box for box in page.selectbox if box.key == "other-file"], "there is no other eval"
 
 
+def test_the_page_opens_on_quality_or_time_to_first_token(open_page: Open, tmp_path: Path) -> None:
+    soak = (Path(__file__).resolve().parents[2] / "docs" / "results" / "soak-town.json").read_text()
+    (tmp_path / "shipped").mkdir()
+    ttft, quality = json.dumps(small_ttft_result()), json.dumps(small_eval_result())
+    for name, text in (("a-soak", soak), ("b-ttft", ttft), ("c-eval", quality)):
+        (tmp_path / "shipped" / f"{name}.json").write_text(text)
+    page = open_page(newest=soak)
+    assert page.selectbox(key="result-file").value == "docs/c-eval.json"
+    page = open_page(own=ttft, newest=soak)
+    assert page.selectbox(key="result-file").value == "own.json"
+    assert len(page.selectbox(key="result-file").options) == 5
+
+
 def test_a_broken_file_is_named_and_the_others_work(open_page: Open) -> None:
     page = open_page(half='{"settings": {', run=json.dumps(small_eval_result()))
     assert "half.json" in page.warning[0].value
