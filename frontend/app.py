@@ -10,7 +10,7 @@ from pathlib import Path
 import streamlit as st
 from streamlit.delta_generator_singletons import context_dg_stack, get_default_dg_stack_value
 
-BIG_SCREEN_PX = 24
+import state
 
 
 def main() -> None:
@@ -19,6 +19,8 @@ def main() -> None:
     context_dg_stack.set(get_default_dg_stack_value())
     st.set_page_config(page_title="KV Arena", page_icon="⚔️", layout="wide")
     st.html(Path(__file__).with_name("style.css"))
+    if state.is_big_screen():
+        st.html(Path(__file__).with_name("big_screen.css"))
     st.html(f"<script>{Path(__file__).with_name('keys.js').read_text()}</script>", unsafe_allow_javascript=True)
     arena = st.Page("views/arena.py", title="Arena", icon=":material/swords:", default=True)
     quality = st.Page("views/quality.py", title="Quality", icon=":material/monitoring:")
@@ -26,14 +28,13 @@ def main() -> None:
     measure = st.Page("views/measure.py", title="Measure", icon=":material/timer:")
     st.navigation([arena, measure, conversations, quality], position="top").run()
     with st.sidebar:
-        if st.toggle(
+        st.toggle(
             "Big screen",
-            key="big-screen",
+            key=state.BIG_SCREEN,
             persist_state="session",
             bind="query-params",
             help="Large type, readable from the back of a room.",
-        ):
-            st.html(f"<style>:root {{ font-size: {BIG_SCREEN_PX}px !important; }}</style>")
+        )
 
 
 main()

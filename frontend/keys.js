@@ -1,6 +1,7 @@
 // Keys of the page: "/" and the skip link go to the question box, which has the focus again when an answer is over; F1
 // shows the help of the control that has the focus, and `aria-keyshortcuts` says so. Out of the Tab order are the help
-// buttons, for they double the stops, and a collapsed sidebar, for nobody sees where the focus is. Runs once per page.
+// buttons, for they double the stops, and a collapsed sidebar, for nobody sees where the focus is. What is typed in the
+// box stays when the big screen brings another one. Runs once per page.
 if (!window.kvArenaKeys) {
   window.kvArenaKeys = true;
   const TO_BOX = "Skip to the question", TO_MAIN = "Skip to main content";
@@ -8,7 +9,8 @@ if (!window.kvArenaKeys) {
   const CONTROLS = 'input, textarea, button, [role="slider"], [role="combobox"]';
   const box = () => document.querySelector('[data-testid="stChatInputTextArea"]');
   const skipLink = () => document.querySelector('[data-testid="stSkipToContent"]');
-  let asked = false;
+  const size = () => getComputedStyle(document.documentElement).fontSize;
+  let asked = false, seen = null, seenSize = "";
 
   document.addEventListener("keydown", (event) => {
     const at = document.activeElement;
@@ -48,9 +50,18 @@ if (!window.kvArenaKeys) {
     const label = skipLink()?.firstChild, text = box() && !box().disabled ? TO_BOX : TO_MAIN;
     if (label && label.nodeValue !== text) label.nodeValue = text;
   };
+  const carry = (found) => {
+    if (!found || found === seen) return;
+    if (seen?.value && !found.value && size() !== seenSize) {
+      Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, "value").set.call(found, seen.value);
+      found.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+    [seen, seenSize] = [found, size()];
+  };
   new MutationObserver(() => {
     order();
     const found = box();
+    carry(found);
     if (asked && found && !found.disabled && document.activeElement === document.body) found.focus();
   }).observe(document.body, { subtree: true, childList: true, attributeFilter: ["disabled", "data-collapsed"] });
   order();

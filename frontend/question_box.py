@@ -103,15 +103,17 @@ def draw_question_box(
     if opened.busy:
         with st.bottom:
             st.button("Stop", key="stop", type="primary", on_click=opened.stop)
+    # Another box for another size of the letters: Streamlit's measures its height in pixels, once.
+    key = "question-big" if state.is_big_screen() else "question"
     st.chat_input(
         "Answering" if opened.busy else placeholder,
-        key="question",
+        key=key,
         disabled=opened.busy or not enabled,
         on_submit=_take_typed,
-        args=[opened.chat, on_ask],
+        args=[key, opened.chat, on_ask],
     )
 
 
-def _take_typed(chat: Chat, on_ask: Callable[[], None]) -> None:
-    put_question(chat, (st.session_state["question"] or "").strip())
+def _take_typed(key: str, chat: Chat, on_ask: Callable[[], None]) -> None:
+    put_question(chat, (st.session_state[key] or "").strip())
     on_ask()

@@ -40,6 +40,7 @@ SORTABLE_STYLE = """
   border: 1px solid light-dark(#c9d3e3, #343d4d); padding: 4px 10px; text-align: left; height: auto;
   font-family: "Source Sans", "Source Sans Pro", sans-serif; font-size: 13px; }
 """
+LARGE_SORTABLE_STYLE = SORTABLE_STYLE.replace("13px", "24px")  # the page's own letters are in another document
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,10 @@ def _draw_order(picked: list[str]) -> list[str]:
     if len(picked) < 2:
         return picked
     st.caption("Order: drag, or Space and the arrow keys")
+    style = LARGE_SORTABLE_STYLE if state.is_big_screen() else SORTABLE_STYLE
     with st.container(key="chunk-order"):
         order: list[str] = sort_items(
-            st.session_state["dealt"], direction="vertical", custom_style=SORTABLE_STYLE, key=_order_key()
+            st.session_state["dealt"], direction="vertical", custom_style=style, key=_order_key()
         )
     st.session_state["order"] = order
     return order

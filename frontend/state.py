@@ -31,7 +31,8 @@ _LOST = "lost-link"
 _LINKED = "linked-settings"
 _REFUSED = "refused-settings"
 _CHOSEN = "chosen-links"
-NO_SETTINGS = ("chat", "conversation", "big-screen")
+BIG_SCREEN = "big-screen"
+NO_SETTINGS = ("chat", "conversation", BIG_SCREEN)
 OF_BLEND = ("policy", "has-max-ttft", "max-ttft-ms")
 OF_SIMLLM = ("mode", "similarity-threshold")
 
@@ -43,6 +44,11 @@ class UnknownLink:
     label: str
     linked: str
     instead: str = ""
+
+
+def is_big_screen() -> bool:
+    """Also before its switch is drawn, which is the last thing that a script run does."""
+    return bool(st.session_state.get(BIG_SCREEN, st.query_params.get(BIG_SCREEN) == "true"))
 
 
 @st.cache_resource(show_spinner=False)
