@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import FloatRect, Page, expect
 
+from support.contrast import faint_texts
 from support.page_steps import (
     ask,
     expect_apart,
@@ -15,7 +18,8 @@ from support.page_steps import (
     pane,
     settle,
 )
-from support.small_page import NAMES, OpenPage, choose, small_servers
+from support.small_openai_server import OFFER, SmallServer
+from support.small_page import ANSWER, NAMES, OpenPage, choose, small_servers
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -123,16 +127,79 @@ def brightness(page: Page, place: str, of: str) -> float:
     return sum(int(value) for value in re.findall(r"\d+", colour)[:3]) / 3 / 255
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_from_their_ground(open_page: OpenPage, scheme: Any) -> None:
+    page = open_page(SmallServer(pieces=[*ANSWER[:3], " Ben", *ANSWER[4:]], offer=OFFER), SmallServer(pieces=ANSWER))
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
+    ask(page, "Who is the mayor?")
+    expect_states(page, blend="done", plain="done")
+    page.get_by_text("See the servers").click()
+    page.get_by_text("What was reused, token by token").click()
+    expect(page.get_by_test_id("prompt-tokens")).to_have_count(2)
+    settle(page)
+    wait_until(lambda: not faint_texts(page), timeout_s=5)
+    for name in ("Measure", "Conversations", "Quality"):
+        page.get_by_role("link", name=name).click()
+        expect(page.locator(".ka-title")).to_contain_text(name)
+        settle(page)
+        assert not faint_texts(page), name
+
+
+def test_an_example_is_read_whole_and_the_box_is_as_wide_as_the_content(open_page: OpenPage, tmp_path: Path) -> None:
+    question = "Who is the mayor of the town between the rivers, and what does she keep in the garden behind her hall?"
+    entry = {"question": question, "answers": ["Ann"], "chunks": ["one"], "example": True}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(entry))
+    page = open_page(*small_servers(2))
+    example = page.locator(".st-key-example-0 button p")
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        settle(page)
+        expect(example).to_be_visible()
+        wait_until(lambda: example.evaluate("p => p.scrollWidth <= p.closest('button').clientWidth"), timeout_s=5)
+        places = page.get_by_test_id("stChatInput"), page.locator(".st-key-context-view")
+        edges = [place.bounding_box() for place in places]
+        assert len({(box["x"], box["width"]) for box in edges if box}) == 1, f"{edges} at {width} pixels"
+
+
 def test_a_big_screen_has_large_type_also_after_a_reload(open_page: OpenPage) -> None:
     page = open_page(*small_servers(2))
     settle(page)
-    page.locator(".st-key-big-screen label").first.click()
+    before = sizes(page)
+    page.get_by_test_id("stChatInputTextArea").fill("Who")
+    big = page.locator(".st-key-big-screen label").first
+    big.click()
     page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '24px'")
     expect(page).to_have_url(re.compile("big-screen=true"))
-    page.reload()
-    page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '24px'")
+    expect(page.get_by_test_id("stChatInputTextArea")).to_have_value("Who")
     ask(page, "Who is the mayor?")
     expect_states(page, blend="done", plain="done")
-    page.set_viewport_size({"width": 1920, "height": 1080})
     settle(page)
-    expect_apart(page.locator(".ka-figure span, .ka-figure b"), "on a big screen")
+    switched = sizes(page)
+    page.reload()
+    page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '24px'")
+    expect(page.get_by_test_id("pane-plain")).to_be_visible(timeout=30_000)
+    settle(page)
+    assert sizes(page) == switched
+    page.get_by_text("See the servers").click()
+    expect(page.get_by_test_id("watched-plain").get_by_test_id("log-line")).to_be_visible()
+    for width, height in ((1920, 1080), (1280, 720)):
+        page.set_viewport_size({"width": width, "height": height})
+        settle(page)
+        expect_apart(page.get_by_test_id("stMainBlockContainer").locator(TURN), f"on a big screen of {width} pixels")
+    assert page.locator(f"{TURN}, .ka-chunk-head, .ka-server small").evaluate_all(SMALL, 22) == []
+    big.click()
+    page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '15px'")
+    settle(page)
+    assert sizes(page) == before
+
+
+SMALL = """(elements, least) => elements.filter((e) => parseFloat(getComputedStyle(e).fontSize) < least && e.className)
+    .map((e) => e.outerHTML.slice(0, 100))"""
+
+
+def sizes(page: Page) -> tuple[float, float]:
+    """Of a help icon and of the empty question box."""
+    places = page.locator("[data-testid=stTooltipIcon] svg").first, page.get_by_test_id("stChatInput")
+    icon, box = (place.evaluate("element => element.getBoundingClientRect().height") for place in places)
+    return icon, box
