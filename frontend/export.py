@@ -20,6 +20,7 @@ from chat import Answer, Chat, Turn
 from chat_file import chat_form
 from kvarena.client import API_KEY_VARIABLE, CHAT, streamed
 from votes import ballots_of, standings
+from waterfall import shown_ms
 
 FORMAT = "kvarena-chat"
 _KEPT_BACK = {"key", "draft", "conversations", "_seen", "_num_noted"}
@@ -132,7 +133,7 @@ def _figures(answer: Answer) -> dict[str, str | None]:
     return {
         "state": answer.state + (f" ({_line(answer.error)})" if answer.error else ""),
         "answer": kind if kind is None or not figures.policy else f"{kind}, {figures.policy}",
-        "time to first token": None if first_ms is None else f"{first_ms:,.1f} ms",
+        "time to first token": None if first_ms is None else shown_ms(first_ms),
         "total time": None if figures.total_ms is None else f"{figures.total_ms:,.0f} ms",
         "prompt tokens": None if figures.num_prompt_tokens is None else f"{figures.num_prompt_tokens:,}",
         "reused, recomputed": None if None in counts else ", ".join(f"{count:,}" for count in counts),
