@@ -25,12 +25,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from kvarena.home import Home, StackError, project_root
 from kvarena.policies.profile import read_model_profile
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOWN = "town"
 SHIPPED_MODELS = {TOWN: "backend/models/town"}
@@ -140,6 +143,24 @@ def hub_folder(name: str, hf_home: Path | None) -> Path:
     if hf_home is None:
         cache = Path(os.environ.get("HF_HUB_CACHE", cache))
     return cache / f"models--{name.replace('/', '--')}"
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Of a model's folder, or of a hub name, from which `tokenizer.json` is downloaded unless it is in the cache.
+
+    Raises `OSError` or `ValueError` where there is none.
+    """
+    from huggingface_hub import hf_hub_download
+    from tokenizers import Tokenizer
+
+    folder = Path(name)
+    if folder.is_absolute() or folder.is_dir():
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"there is no {path}; name a folder that has one, or a model on the hub")
+    else:
+        path = Path(hf_hub_download(name, "tokenizer.json"))
+    return Tokenizer.from_file(str(path))
 
 
 def default_hf_home() -> Path:

@@ -147,7 +147,7 @@ class _Device:
         self._model = HFModel.load(str(path), workload.device, workload.dtype, random=True)
         self._store = MemoryStore(1 << 40)
         self._blender = HFBlender(self._model, self._store, separator=SEPARATOR)
-        self._vocabulary = Vocabulary.of(self._model.tokenizer, SEPARATOR)
+        self._vocabulary = Vocabulary.of(self._model.tokenizer.backend_tokenizer, SEPARATOR)
         self._rng = random.Random(workload.seed)
         self._context = ContextOfChunks(self._vocabulary, workload.question_tokens, self._rng)
 

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,15 @@ def machine() -> dict[str, Any]:
         "num_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
+    if gpus := _gpu_names():
+        found["gpus"] = gpus
+    return found
+
+
+def _gpu_names() -> list[str]:
+    """Those that torch sees; where it isn't installed, only servers are measured, and none are seen."""
+    if find_spec("torch") is None:
+        return []
     import torch
 
-    if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return found
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvarena.bench.quality.asking import (
     Answer,
@@ -52,6 +54,21 @@ def test_squad_scores(text: str, answers: list[str], exact: float, f1: float) ->
     score = squad_score(text, answers)
     assert score.exact_match == exact
     assert score.f1 == pytest.approx(f1)
+
+
+WORDS = st.lists(st.sampled_from(["the", "A", "lute", "Lute.", "harp", "an-", "O'Neill", "É", "", " ", "#", "1,000"]))
+TEXTS = WORDS.map(" ".join) | st.text(max_size=20)
+
+
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3))
+def test_squad_scores_are_torchmetrics(text: str, answers: list[str]) -> None:
+    from torchmetrics.functional.text import squad
+
+    gold = {"answers": {"text": answers, "answer_start": [0] * len(answers)}, "id": ""}
+    theirs = squad([{"prediction_text": text, "id": ""}], [gold])
+    ours = squad_score(text, answers)
+    assert ours.exact_match == float(theirs["exact_match"]) / 100
+    assert ours.f1 == pytest.approx(float(theirs["f1"]) / 100, abs=1e-6)
 
 
 def test_same_answer_goes_by_the_same_normalisation() -> None:

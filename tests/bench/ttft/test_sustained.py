@@ -17,7 +17,7 @@ from support.tiny_models import tiny_tokenizer
 
 from .test_workload import chunks_of
 
-VOCABULARY = Vocabulary.of(tiny_tokenizer(), " # # ")
+VOCABULARY = Vocabulary.of(tiny_tokenizer().backend_tokenizer, " # # ")
 WORKLOAD = SustainedWorkload(50, 20, 4, 1, chunk_tokens=32)
 
 

@@ -6,8 +6,10 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from kvarena.bench.ttft.workload import (
     FIXED_OPENING_TOKENS,
@@ -22,11 +24,13 @@ from kvarena.bench.ttft.workload import (
 )
 from kvarena.core.matching import ChunkIndex, Planner, Segmenter
 from kvarena.core.plan import as_token_ids
+from kvarena.home import project_root
+from kvarena.model import SHIPPED_MODELS, TOWN, load_tokenizer
 from support.tiny_models import tiny_tokenizer
 
 SEPARATOR = " # # "
 TOKENIZER = tiny_tokenizer()
-VOCABULARY = Vocabulary.of(TOKENIZER, SEPARATOR)
+VOCABULARY = Vocabulary.of(TOKENIZER.backend_tokenizer, SEPARATOR)
 WORKLOAD = Workload(chunk_tokens=64, question_tokens=20)
 CONTEXT_TOKENS = 64 * 5 + 30
 
@@ -39,6 +43,20 @@ def chunks_of(prompt: Sequence[int]) -> list[tuple[int, ...]]:
     """Every chunk with the separator before it; the question is left out."""
     found = Segmenter(TOKENIZER, SEPARATOR).segments(as_token_ids(prompt))
     return [tuple(prompt[start:end]) for start, end in found if start]
+
+
+@pytest.mark.parametrize("folder", [None, SHIPPED_MODELS[TOWN]])
+def test_the_vocabulary_is_that_of_the_tokenizer_that_servers_load(folder: str | None, tmp_path: Path) -> None:
+    if folder is None:
+        tiny_tokenizer().save_pretrained(tmp_path)
+    place = str(project_root() / folder) if folder else str(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(place)
+    own = Vocabulary.of(load_tokenizer(place), SEPARATOR)
+    words = {token for token in range(len(theirs)) if theirs.decode([token]).strip().isalpha()}
+    words = {token for token in words if theirs.decode([token]).isascii()} - set(theirs.all_special_ids)
+    assert own.words == sorted(words)
+    assert own.separator == theirs.encode(SEPARATOR, add_special_tokens=False)
+    assert [*own.special, *theirs.encode("a", add_special_tokens=False)] == theirs.encode("a")[: len(own.special) + 1]
 
 
 @pytest.mark.parametrize("state", STATES)

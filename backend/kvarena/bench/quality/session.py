@@ -1,201 +1,28 @@
 """The contenders of one measurement: found, warmed, asked with progress, and closed.
 
-They are servers by address, services of the running stack by name, or engines in this process on a Hugging Face
-model: `plain` prefills every prompt whole, `blend` blends chunks.
+They are servers by address, services of the running stack by name, or engines in this process (`hf_answerer`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
-import torch
 from rich.console import Console
 
 from kvarena.bench.console import counted_progress, progress
-from kvarena.bench.quality.asking import Answer, Answerer, Asking, Attempt, Messages, NoAnswer, Reuse, ask_all
+from kvarena.bench.quality.asking import Answerer, Asking, Attempt, NoAnswer, ask_all
 from kvarena.bench.quality.http_answerer import HTTPAnswerer
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant, blend_variants, find_reference, reads_scores
-from kvarena.documents import FALLBACK_SEPARATOR, TextChunk, contexts_for_scores, join_chunks
-from kvarena.engines.hf.blend import HFBlender
-from kvarena.engines.hf.model import HFModel
-from kvarena.engines.hf.sequence_kv import SequenceKV
-from kvarena.engines.vllm.config import BlendConfig
+from kvarena.documents import FALLBACK_SEPARATOR
 from kvarena.home import Home
-from kvarena.model import Model, find_model
-from kvarena.policies.params import BlendParams
-from kvarena.policies.profile import read_blend_profile
+from kvarena.model import find_model
 from kvarena.stack.record import read_record
 from kvarena.stack.settings import CONTENDERS as STACK_CONTENDERS
 from kvarena.stack.settings import shown_api_key
-from kvarena.stores.memory import MemoryStore
-
-CONTENDERS = ("plain", "blend")
-
-
-class PlainAnswerer:
-    """Full prefill and greedy decoding."""
-
-    is_blend = False
-
-    def __init__(self, name: str, model: HFModel, source: Model, separator: str | None) -> None:
-        self.name, self.separator = name, separator
-        self.num_layers: int | None = model.kv_shape.num_layers
-        self.model_folder = Path(source.name) if source.is_local else None
-        self.sinks: Sequence[int] = ()
-        self._model, self._model_name = model, source.served_name
-
-    def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
-        """Keeps nothing."""
-
-    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
-        """Chooses nothing."""
-
-    def answer(
-        self,
-        messages: Messages,
-        variant: Variant,
-        max_tokens: int,
-        full: Answer | None = None,
-        compares_only: bool = False,
-    ) -> Answer:
-        """Where full prefill's answer is given, its tokens are fed first, all in one forward.
-
-        That gives the distributions to compare by, and this answer itself up to the first other token, from which it is
-        decoded on.
-        """
-        started_s = perf_counter()
-        token_ids = self._model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        capacity, longest = len(token_ids) + max_tokens, self._model.max_model_len
-        if capacity > longest:
-            raise NoAnswer(f"{len(token_ids)} tokens and an answer of {max_tokens} are more than the model's {longest}")
-        kv, logits, reuse = self._prefill(token_ids, variant, capacity)
-        first = int(logits.argmax())  # on a GPU this waits for it
-        ttft_ms = 1000 * (perf_counter() - started_s)
-        if full is None:
-            answer = self._greedy(kv, logits, [], max_tokens)
-            forced = self._forced(kv, len(token_ids), logits, answer)
-        else:
-            forced = self._forced(kv, len(token_ids), logits, full.token_ids)
-            likeliest = [first, *forced[1:].argmax(-1).tolist()]
-            num_same = _common_prefix(likeliest, full.token_ids)
-            answer = list(full.token_ids[:num_same])
-            if num_same < len(full.token_ids) and not compares_only:
-                kv.truncate(len(token_ids) + num_same)
-                answer = self._greedy(kv, forced[num_same], answer, max_tokens)
-        is_complete = bool(answer) and answer[-1] in self._model.eos_token_ids
-        text = self._model.tokenizer.decode(answer[:-1] if is_complete else answer, skip_special_tokens=True)
-        log_probabilities = forced.float().log_softmax(-1)
-        return Answer(text, is_complete, ttft_ms, reuse, token_ids=tuple(answer), forced_logprobs=log_probabilities)
-
-    def _greedy(self, kv: SequenceKV, logits: torch.Tensor, begun: list[int], max_tokens: int) -> list[int]:
-        """An answer from its beginning, which `kv` holds, to its end token or to its `max_tokens`-th."""
-        answer = list(begun)
-        while True:
-            answer.append(int(logits.argmax()))
-            if answer[-1] in self._model.eos_token_ids or len(answer) >= max_tokens:
-                return answer
-            logits = self._model.decode(kv, answer[-1])
-
-    def _forced(
-        self, kv: SequenceKV, num_prompt_tokens: int, logits: torch.Tensor, answer: Sequence[int]
-    ) -> torch.Tensor:
-        """The logits `(T, V)` of each of an answer's `T` tokens behind the prompt, whose own are `logits` `(V,)`."""
-        kv.truncate(num_prompt_tokens)
-        if len(answer) == 1:
-            return logits[None]
-        return torch.cat([logits[None], self._model.run_through(kv, answer[:-1])])
-
-    def describe(self) -> dict[str, object]:
-        shape = self._model.kv_shape
-        device, dtype = str(shape.device), str(shape.dtype).removeprefix("torch.")
-        return {"model": self._model_name, "num_threads": torch.get_num_threads(), "device": device, "dtype": dtype}
-
-    def close(self) -> None:
-        self._model.close()
-
-    def _prefill(
-        self, token_ids: Sequence[int], variant: Variant, capacity: int
-    ) -> tuple[SequenceKV, torch.Tensor, Reuse]:
-        kv = self._model.new_kv(capacity)
-        return kv, self._model.prefill(kv, token_ids, lambda: False), Reuse(len(token_ids), 0)
-
-
-def _common_prefix(tokens: Sequence[int], others: Sequence[int]) -> int:
-    pairs = zip(tokens, others, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-class BlendAnswerer(PlainAnswerer):
-    """Blends over stores in main memory, one for each of the sinks that chunks are computed after."""
-
-    is_blend = True
-
-    def __init__(
-        self,
-        name: str,
-        model: HFModel,
-        source: Model,
-        config: BlendConfig,
-        store_bytes: int,
-        more_sinks: Sequence[int] = (),
-    ) -> None:
-        super().__init__(name, model, source, config.separator)
-        self._defaults = config.params
-        self._blenders: dict[int, HFBlender] = {}
-        for num_tokens in (config.sink_tokens, *more_sinks):
-            checked = replace(config, sink_tokens=num_tokens)
-            store = MemoryStore(store_bytes)
-            blender = HFBlender(model, store, separator=config.separator, sink_tokens=checked.sink_tokens)
-            self._blenders.setdefault(len(blender.sink), blender)
-        self.sinks = tuple(self._blenders)
-
-    def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
-        for chunk in chunks:
-            token_ids = self._joined([chunk], separator)
-            if len(token_ids) > self._model.max_model_len:
-                raise NoAnswer(f"chunk {chunk.name} has {len(token_ids)} tokens, more than the model's contexts")
-            for blender in self._blenders.values():
-                blender.prefill(token_ids, BlendParams("none"), len(token_ids))
-            on_chunk()
-
-    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
-        contexts = contexts_for_scores(chunks, [chunk.name for chunk in chunks], self._model.max_model_len)
-        for number, context in enumerate(contexts, start=1):
-            for blender in self._blenders.values():
-                blender.score(self._chat_over(context, separator))
-            on_prompt(number, len(contexts))
-
-    def _chat_over(self, chunks: Sequence[TextChunk], separator: str) -> list[int]:
-        text = join_chunks([chunk.text for chunk in chunks], separator)
-        messages = [{"role": "user", "content": text}]
-        token_ids: list[int] = self._model.tokenizer.apply_chat_template(messages, return_dict=False)
-        return token_ids
-
-    def _joined(self, chunks: Sequence[TextChunk], separator: str) -> list[int]:
-        text = join_chunks([chunk.text for chunk in chunks], separator)
-        token_ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False)
-        return token_ids
-
-    def _prefill(
-        self, token_ids: Sequence[int], variant: Variant, capacity: int
-    ) -> tuple[SequenceKV, torch.Tensor, Reuse]:
-        params = BlendParams(**(vars(self._defaults) | variant.choices))
-        sink = self.sinks[0] if variant.sink_tokens is None else variant.sink_tokens
-        blended = self._blenders[sink].prefill(token_ids, params, capacity)
-        report = blended.report
-        reuse = Reuse(
-            len(token_ids),
-            report.num_reused_tokens,
-            report.num_recomputed_tokens,
-            unscored_chunks=report.unscored_chunks,
-        )
-        return blended.kv, blended.logits, reuse
 
 
 def servers(wanted: Sequence[str], timeout_s: float, has_logprobs: bool) -> dict[str, Answerer]:
@@ -222,25 +49,6 @@ def default_data_dir(engine: str, model: str | None) -> Path:
     """The documents to ask about where nobody names any: the running stack's, or those that go with the model."""
     record = read_record(Home.find()) if engine == "http" else None
     return Path(record.data_dir) if record else find_model(model, "cpu").data_dir
-
-
-def engines(
-    wanted: Sequence[str], model: str | None, separator: str | None, store_gb: float, more_sinks: Sequence[int] = ()
-) -> dict[str, Answerer]:
-    """`plain`, `blend` or both on a model in this process; they share its weights. Raises `ValueError`, `OSError`."""
-    if unknown := [name for name in wanted if name not in CONTENDERS]:
-        raise ValueError(f"in this process there are {', '.join(CONTENDERS)}, not {unknown[0]!r}")
-    found = find_model(model, "cpu")
-    profile = read_blend_profile(found.name)
-    config = BlendConfig(**(profile | ({"separator": separator} if separator is not None else {})))
-    shared = HFModel.load(found.name), found
-    store_bytes = int(store_gb * 2**30)
-    return {
-        name: BlendAnswerer(name, *shared, config, store_bytes, more_sinks)
-        if name == "blend"
-        else PlainAnswerer(name, *shared, config.separator)
-        for name in wanted or CONTENDERS
-    }
 
 
 def _address(given: str, running: dict[str, str]) -> tuple[str, str]:
@@ -274,6 +82,8 @@ class ContenderOptions:
     def find(self) -> dict[str, Answerer]:
         """Raises `ValueError` or `OSError` for what isn't there."""
         if self.engine == "hf":
+            from kvarena.bench.quality.hf_answerer import engines
+
             return engines(self.contenders, self.model, self.separator, self.store_gb, self.more_sinks)
         if self.engine != "http":
             raise ValueError(f"engine is {self.engine!r}; it is http or hf")

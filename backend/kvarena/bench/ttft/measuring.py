@@ -18,13 +18,14 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 from kvarena.bench.results import Row, median_interval, ratio_spread, shown_path, spread
 from kvarena.bench.ttft.client import Burst, Contender, Timed
 from kvarena.bench.ttft.workload import Cell, Prompts, Vocabulary, Workload
 from kvarena.bench.variants import Variant, reads_scores
 from kvarena.documents import FALLBACK_SEPARATOR, load_chunks, without_separators
+from kvarena.model import load_tokenizer
 from kvarena.splitting import find_splitter
 
 DIGITS = 4
@@ -244,7 +245,7 @@ class Bench:
         known = [separator, *(contender.server.separator for contender in contenders), FALLBACK_SEPARATOR]
         chosen = next(one for one in known if one is not None)
         name = tokenizer or contenders[0].server.root or contenders[0].server.model
-        found = AutoTokenizer.from_pretrained(name)
+        found = load_tokenizer(name)
         vocabulary = Vocabulary.of(found, chosen)
         text = _document_ids(data, found, name, chosen) if data else ()
         blends = {b.name: [replace(one, contender=b.name) for one in policies] for b in contenders if b.is_blend}
@@ -334,11 +335,11 @@ class Bench:
                 on_step()
 
 
-def _document_ids(folder: Path, tokenizer: Any, tokenizer_name: str, separator: str) -> list[int]:
+def _document_ids(folder: Path, tokenizer: Tokenizer, tokenizer_name: str, separator: str) -> list[int]:
     """All documents' tokens. Raises `ValueError` where the folder has none."""
     texts = [chunk.text for chunk in load_chunks(folder, find_splitter(tokenizer_name))]
     whole = "\n\n".join(without_separators(text, separator) for text in texts)
-    ids: list[int] = tokenizer.encode(whole, add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(whole, add_special_tokens=False).ids
     if not ids:
         raise ValueError(f"{folder} has no documents")
     return ids

@@ -13,9 +13,12 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kvarena.bench.console import choice_among
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 STATES = ("warm", "half", "cold", "none")
 """Which chunks were seen before: all, every second one, none; `none` has no chunks at all, one text of that length.
@@ -87,16 +90,18 @@ class Vocabulary:
     special: Sequence[int]
 
     @classmethod
-    def of(cls, tokenizer: Any, separator: str) -> Vocabulary:
+    def of(cls, tokenizer: Tokenizer, separator: str) -> Vocabulary:
         """Words are tokens of letters only. Raises `ValueError` for a tokenizer with next to none."""
-        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        every = [[token] for token in range(tokenizer.get_vocab_size())]
+        texts = tokenizer.decode_batch(every, skip_special_tokens=False)
         words = [token for token, text in enumerate(texts) if text.strip().isascii() and text.strip().isalpha()]
-        words = sorted(set(words) - set(tokenizer.all_special_ids))
+        special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        words = sorted(set(words) - special)
         if len(words) < LEAST_VOCABULARY:
             raise ValueError(f"the tokenizer has {len(words)} tokens that are words; {LEAST_VOCABULARY} are needed")
-        alone = tokenizer.encode("a", add_special_tokens=False)
-        whole = tokenizer.encode("a")
-        separator_ids = tokenizer.encode(separator, add_special_tokens=False)
+        alone = tokenizer.encode("a", add_special_tokens=False).ids
+        whole = tokenizer.encode("a").ids
+        separator_ids = tokenizer.encode(separator, add_special_tokens=False).ids
         return cls(words, separator_ids, whole[: whole.index(alone[0])])
 
 
