@@ -162,7 +162,7 @@ install() {
     local profile=$1 other=vllm
     local -a options=(-c "$root/constraints/${profile/containers/cpu}.txt")
     if [[ $profile == containers ]]; then
-        step "Installing what starts containers" install_packages "${options[@]}" -e "$root"
+        step "Installing what starts and measures containers" install_packages "${options[@]}" -e "${root}[bench]"
         return
     fi
     if [[ $profile == gpu ]]; then

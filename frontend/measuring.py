@@ -17,8 +17,8 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import permutations
 from math import factorial
@@ -28,9 +28,11 @@ from chat import Context
 from contender_api import RATIO, BlendOffer
 from kvarena.client import API_KEY_VARIABLE
 from kvarena.documents import QUESTIONS_NAME, SYSTEM_PROMPT_NAME
-from settings import Contender
+from kvarena.splitting import Splitter
+from settings import ROOT, Contender
 
 PROGRAM = "kvarena"
+PACKAGES = ("matplotlib", "scipy")
 MAX_ENUMERATED = 6  # chunks, of which all orders are listed
 TAIL_BYTES = 4096
 END_AFTER_S = 5.0
@@ -49,19 +51,24 @@ class Plan(ABC):
     def arguments(self, output: Path) -> list[str]:
         """Of the command that measures it."""
 
-    def command(self, output: Path) -> str:
-        return shlex.join([f".venv/bin/{PROGRAM}", *self.arguments(output)])
+    def command(self, output: Path, on_the_host: Callable[[Path], Path] = Path) -> str:
+        """For a terminal: with the contenders' addresses for people, and with the host's paths."""
+        addresses = {f"{one.name}={one.url}": f"{one.name}={one.address}" for one in self.contenders}
+        words = [addresses.get(word, word) for word in self.arguments(output)]
+        words = [str(on_the_host(Path(word))) if word.startswith("/") else word for word in words]
+        return shlex.join([f".venv/bin/{PROGRAM}", *words])
 
 
 @dataclass(frozen=True)
 class QuestionsPlan(Plan):
-    """`questions` is the file, over the documents beside it."""
+    """`questions` is the file, over the documents beside it, which are split as the page does."""
 
     questions: Path
     policies: tuple[str, ...]
     ratios: tuple[float, ...]
     max_tokens: int
     limit: int | None = None
+    splitter: Splitter = field(default_factory=Splitter)
 
     def arguments(self, output: Path) -> list[str]:
         arguments = ["eval", "--questions", str(self.questions), "--output", str(output)]
@@ -72,6 +79,9 @@ class QuestionsPlan(Plan):
         if self.policies:
             arguments += ["--ratio", ",".join(f"{ratio:g}" for ratio in self.ratios)]
         arguments += ["--separator", self.separator, "--max-tokens", str(self.max_tokens)]
+        arguments += ["--chunk-tokens", str(self.splitter.chunk_tokens)]
+        if self.splitter.tokenizer_file:
+            arguments += ["--tokenizer", str(self.splitter.tokenizer_file.absolute().parent)]
         return arguments + (["--limit", str(self.limit)] if self.limit else [])
 
 
@@ -146,9 +156,34 @@ def read_lengths(text: str, limits: Iterable[tuple[str, int | None]]) -> tuple[i
     return tuple(lengths)
 
 
-def can_measure() -> bool:
-    """Whether the measuring commands are installed beside the page; in a container of its own they aren't."""
-    return importlib.util.find_spec("torch") is not None
+def missing_for_measuring() -> list[str]:
+    """What the command needs of the extra `bench` and isn't installed beside the page. The servers are asked by HTTP,
+    so torch isn't needed.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return missing if _program().is_file() else [PROGRAM, *missing]
+
+
+def install_command() -> str:
+    return shlex.join([sys.executable, "-m", "pip", "install", f"{ROOT}[bench]"])
+
+
+def folder_for_results(wanted: Path, own: Path) -> Path:
+    """`wanted` where this user can write there, else `own`. Raises `OSError` where neither can be made."""
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        can_write = False
+    else:
+        can_write = os.access(wanted, os.W_OK | os.X_OK)
+    if can_write:
+        return wanted
+    own.mkdir(parents=True, exist_ok=True)
+    return own
+
+
+def _program() -> Path:
+    return Path(sys.executable).with_name(PROGRAM)
 
 
 def write_shuffles(folder: Path, context: Context, question: str, answers: Sequence[str], num_orders: int) -> Path:
@@ -216,7 +251,7 @@ class Measurement:
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [Path(sys.executable).with_name(PROGRAM), *plan.arguments(output)],
+                [_program(), *plan.arguments(output)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -226,10 +261,6 @@ class Measurement:
     @property
     def is_running(self) -> bool:
         return self._process.poll() is None
-
-    @property
-    def command(self) -> str:
-        return self.plan.command(self.output)
 
     def progress(self) -> Progress:
         found = PROGRESS.findall(self._tail())

@@ -1,6 +1,6 @@
 """Which result is looked at: one of the files in the folders, or one that is opened from elsewhere.
 
-The files are those of the results folder, newest first, then those that came with the project.
+The files are those of the results folder and of the page's own, newest first, then those that came with the project.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import state
 from eval_results import BENCHMARK as EVAL
 from eval_results import read_result
 
-SHIPPED = "docs/"
+SHIPPED, OWN = "docs/", "page/"
 TTFT = "ttft"
 
 
@@ -30,32 +30,39 @@ class ResultFile:
 
     path: Path
     name: str
-    shipped: bool
     modified_ns: int
+    folder: str = ""
+    """Which one it is in, as the page's address has it: `SHIPPED`, `OWN`, or empty for the results folder."""
 
     @property
     def link(self) -> str:
         """Its name in the page's address."""
-        return f"{SHIPPED}{self.name}" if self.shipped else self.name
+        return f"{self.folder}{self.name}"
 
     @property
     def title(self) -> str:
-        if self.shipped:
+        if self.folder == SHIPPED:
             return f"{self.name} · came with the project"
         return f"{self.name} · {datetime.fromtimestamp(self.modified_ns / 1e9):%Y-%m-%d %H:%M}"
 
 
-def find_result_files(results_dir: Path, shipped_dir: Path) -> list[ResultFile]:
-    """Every JSON file of the two folders and theirs, each once; whose it is, its content must say."""
-    files = [*_files_of(results_dir, shipped=False), *_files_of(shipped_dir, shipped=True)]
+def find_result_files(results_dir: Path, shipped_dir: Path, own_dir: Path | None = None) -> list[ResultFile]:
+    """Every JSON file of these folders and theirs, each once; whose it is, its content must say."""
+    files = [*measured_files(results_dir, own_dir), *_newest_first(_files_of(shipped_dir, SHIPPED))]
     return list({file.path: file for file in reversed(files)}.values())[::-1]
 
 
-def _files_of(folder: Path, shipped: bool) -> list[ResultFile]:
-    paths = [path for path in folder.rglob("*.json") if path.is_file()]
-    files = [
-        ResultFile(path.resolve(), str(path.relative_to(folder)), shipped, path.stat().st_mtime_ns) for path in paths
-    ]
+def measured_files(results_dir: Path, own_dir: Path | None) -> list[ResultFile]:
+    own = _files_of(own_dir, OWN) if own_dir else []
+    return _newest_first([*_files_of(results_dir), *own])
+
+
+def _files_of(place: Path, folder: str = "") -> list[ResultFile]:
+    paths = [path for path in place.rglob("*.json") if path.is_file()]
+    return [ResultFile(path.resolve(), str(path.relative_to(place)), path.stat().st_mtime_ns, folder) for path in paths]
+
+
+def _newest_first(files: list[ResultFile]) -> list[ResultFile]:
     return sorted(files, key=lambda file: (-file.modified_ns, file.name))
 
 
@@ -131,16 +138,21 @@ def _draw_choice(place: DeltaGenerator, label: str, titles: Mapping[str, str], k
 
 
 def choose_file(path: Path) -> None:
-    """The file that the page opens with, which is one of the results folder's."""
-    st.session_state[CHOICE] = str(path.resolve().relative_to(state.page_settings().results_dir.resolve()))
+    """The file that the page opens with, which is one that was measured here."""
+    st.session_state[CHOICE] = next(file.link for file in _measured_files() if file.path == path.resolve())
+
+
+def _measured_files() -> list[ResultFile]:
+    own = state.page_settings()
+    return measured_files(own.results_dir, own.own_results_dir)
 
 
 @st.cache_resource(ttl=MEASURED_AGE_S, show_spinner=False)
 def measured_results(benchmark: str) -> list[Mapping[str, Any]]:
-    """Of the results folder alone, the newest first; what can't be read is left out."""
+    """Without those that came with the project, the newest first; what can't be read is left out."""
     found: list[Mapping[str, Any]] = []
     try:
-        files = _files_of(state.page_settings().results_dir, shipped=False)[:MOST_MEASURED]
+        files = _measured_files()[:MOST_MEASURED]
     except OSError:  # a file has gone meanwhile
         return []
     for file in files:
@@ -158,7 +170,8 @@ def _choose_uploaded() -> None:
 def _results_in_folders() -> dict[str, Opened]:
     """By their names in the page's address."""
     found = {}
-    for file in find_result_files(state.page_settings().results_dir, settings.SHIPPED_RESULTS_DIR):
+    own = state.page_settings()
+    for file in find_result_files(own.results_dir, settings.SHIPPED_RESULTS_DIR, own.own_results_dir):
         try:
             result = _read_file(file.path, file.modified_ns)
         except (OSError, ValueError) as error:

@@ -6,11 +6,13 @@ stack's default ports, the repository's `data/` and its `results/`.
     KVARENA_CONTENDERS   JSON list of {"name", "title", "url"}, and what else a contender's spec says: "explanation",
                          "approximate", "report", which is how its reports are shown, "icon" and
                          "public_url", where people reach it at another address than the page
+    KVARENA_PUBLIC_URLS  JSON object of public URLs by a contender's name, which go before those
     KVARENA_SERVICES     JSON list of {"name", "title", "url"} of the LMCache servers behind them
     KVARENA_DATA_DIR     folder of documents
     KVARENA_CHUNK_TOKENS longer documents are split into chunks of at most so many tokens
     KVARENA_TOKENIZER    the model's folder, or its repository in a hub cache, whose tokenizer.json counts them
     KVARENA_RESULTS_DIR  folder of result files
+    KVARENA_HOST_FOLDERS in a container, JSON object of its folders that are the host's, with the host's paths
     KVARENA_HOME         the stack's state folder, in which chats are kept
     KVARENA_NOTICE       what the stack wants said of what it serves
     KVARENA_SEPARATOR    between chunks, where no contender says what its own is
@@ -23,7 +25,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -155,23 +157,39 @@ class Settings:
     tokenizer: str = ""
     results_dir: Path = DEFAULT_RESULTS_DIR
     home: Path = DEFAULT_HOME
+    host_folders: Mapping[Path, Path] = field(default_factory=dict)
     separator: str = DEFAULT_SEPARATOR
     notice: str = ""
     api_key: str = field(default="", repr=False)
     timeout_s: float = TIMEOUT_S
+
+    @property
+    def own_results_dir(self) -> Path:
+        """The page's own folder, for where it can't write into `results_dir`."""
+        return self.home / "results"
+
+    def on_the_host(self, path: Path) -> Path:
+        """Where a terminal finds it; the path itself where the page runs in no container."""
+        for folder, on_host in self.host_folders.items():
+            if path.is_relative_to(folder):
+                return on_host / path.relative_to(folder)
+        return path
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Raises `ValueError` that names the variable and what it should hold."""
     contenders = environment.get("KVARENA_CONTENDERS", "")
     return Settings(
-        contenders=_contenders(contenders),
+        contenders=_contenders(contenders, _texts("KVARENA_PUBLIC_URLS", environment)),
         services=_services(environment.get("KVARENA_SERVICES", ""), by_default=not contenders.strip()),
         data_dir=Path(environment.get("KVARENA_DATA_DIR") or DEFAULT_DATA_DIR),
         chunk_tokens=_chunk_tokens(environment.get("KVARENA_CHUNK_TOKENS", "")),
         tokenizer=environment.get("KVARENA_TOKENIZER", ""),
         results_dir=Path(environment.get("KVARENA_RESULTS_DIR") or DEFAULT_RESULTS_DIR),
         home=Path(environment.get("KVARENA_HOME") or DEFAULT_HOME).expanduser(),
+        host_folders={
+            Path(folder): Path(on_host) for folder, on_host in _texts("KVARENA_HOST_FOLDERS", environment).items()
+        },
         separator=environment.get("KVARENA_SEPARATOR", DEFAULT_SEPARATOR),
         notice=environment.get("KVARENA_NOTICE", ""),
         api_key=environment.get(API_KEY_VARIABLE, ""),
@@ -179,13 +197,25 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     )
 
 
-def _contenders(text: str) -> tuple[Contender, ...]:
+def _contenders(text: str, public_urls: Mapping[str, str]) -> tuple[Contender, ...]:
     if not text.strip():
         return DEFAULT_CONTENDERS
     contenders = _servers("KVARENA_CONTENDERS", text, Contender)
     if not contenders:
         raise ValueError("KVARENA_CONTENDERS needs at least one contender")
-    return contenders
+    return tuple(replace(one, public_url=public_urls.get(one.name, one.public_url)) for one in contenders)
+
+
+def _texts(variable: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Of a JSON object."""
+    text = environment.get(variable, "")
+    try:
+        found = json.loads(text) if text.strip() else {}
+    except ValueError as error:
+        raise ValueError(f"{variable} must be a JSON object of texts: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"{variable} must be a JSON object of texts, not {text!r}")
+    return found
 
 
 def _services(text: str, *, by_default: bool) -> tuple[Service, ...]:

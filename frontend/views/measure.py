@@ -6,6 +6,7 @@ One measurement at a time, for all tabs alike: two would slow each other down. I
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from measuring import (
     Plan,
     QuestionsPlan,
     blend_settings,
-    can_measure,
     default_lengths,
+    folder_for_results,
+    install_command,
+    missing_for_measuring,
     new_output,
     read_lengths,
     write_documents,
@@ -44,6 +47,7 @@ from settings import Contender
 from sidebar import KEEP, begin_arena
 
 POLL_S = 0.5
+CONTAINER = "kvarena-page"  # as compose.yaml calls it
 QUESTIONS, SHUFFLES, LENGTHS = "Questions of the folder", "Shuffles of one question", "Context lengths"
 DEFAULT_RATIOS = "0, 0.15"
 DEFAULT_REPEATS = 6
@@ -65,6 +69,13 @@ def _measurements() -> list[Measurement]:
 
 def main() -> None:
     st.html('<div class="ka-title">Measure<small>many questions, so that one sample decides nothing</small></div>')
+    if missing := missing_for_measuring():
+        st.warning(
+            f"Measuring needs packages that are not installed beside this page: {', '.join(missing)}. This command "
+            "installs them; then reload the page."
+        )
+        st.code(install_command(), language="sh", wrap_lines=True)
+        return
     try:
         sessions = state.chat_sessions()
         state.refresh_servers(sessions)
@@ -105,21 +116,40 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
         make_plan = _draw_lengths(tuple(contenders), [one for one in sessions if one.contender in contenders])
     else:
         make_plan = _draw_questions(tuple(contenders), questions if what == QUESTIONS else None)
-    if not can_measure():
-        command = "kvarena bench ttft" if what == LENGTHS else "kvarena eval"
-        st.info(f"The measuring commands are not installed beside this page. Run `{command}` where the stack is.")
-        return
     running = bool(_measurements()) and _measurements()[-1].is_running
     ready = bool(contenders) and make_plan is not None
     if st.button("Start", key="measure-start", type="primary", disabled=running or not ready) and make_plan:
         try:
-            output = new_output(state.page_settings().results_dir).resolve()
+            output = new_output(_results_folder()).resolve()
             measurement = Measurement(make_plan(output), output, state.page_settings().api_key)
         except OSError as error:
             st.error(f"The results can't be written: {error}")
             return
         _measurements().append(measurement)
         st.rerun()
+    _draw_where_results_go()
+
+
+def _results_folder() -> Path:
+    """Raises `OSError` where there is none to write into."""
+    settings = state.page_settings()
+    return folder_for_results(settings.results_dir, settings.own_results_dir)
+
+
+def _draw_where_results_go() -> None:
+    """Only where it isn't the folder of the results."""
+    settings = state.page_settings()
+    try:
+        folder = _results_folder()
+    except OSError:
+        return  # said when a measurement is to be started
+    if folder == settings.own_results_dir:
+        on_host = settings.on_the_host(settings.results_dir)
+        st.caption(
+            f"The results are saved in {folder}: the page's user ({os.getuid()}) can't write into "
+            f"{settings.results_dir}. Quality shows those of both folders. To have them in {on_host}: "
+            f"`sudo chown -R {os.getuid()} {on_host}`"
+        )
 
 
 def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -> MakePlan | None:
@@ -135,7 +165,14 @@ def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -
     def make_plan(output: Path) -> Plan:
         asked = questions or write_shuffles(output.with_suffix(""), _context(), question, [gold] * bool(gold), number)
         return QuestionsPlan(
-            contenders, state.separator(), asked.resolve(), tuple(policies), ratios, max_tokens, limit=number
+            contenders,
+            state.separator(),
+            asked.resolve(),
+            tuple(policies),
+            ratios,
+            max_tokens,
+            limit=number,
+            splitter=state.splitter(),
         )
 
     return make_plan
@@ -278,7 +315,19 @@ def draw_measurement(measurement: Measurement) -> None:
     else:
         st.info(NOT_SAVED if measurement.is_ended else NO_FIGURES)
     with st.expander("The same from a terminal"):
-        st.code(measurement.command, language="sh", wrap_lines=True)
+        draw_command(measurement)
+
+
+def draw_command(measurement: Measurement) -> None:
+    settings, output = state.page_settings(), measurement.output
+    written = output.with_suffix("")
+    if settings.host_folders and written.is_dir() and written.is_relative_to(settings.own_results_dir):
+        st.caption("What was asked is in the page's container. This copies it:")
+        on_host = settings.on_the_host(written)
+        st.code(f"mkdir -p {on_host.parent} && docker cp {CONTAINER}:{written} {on_host}", language="sh")
+    if settings.host_folders:
+        st.caption("In the project's folder on the host:")
+    st.code(measurement.plan.command(output, settings.on_the_host), language="sh", wrap_lines=True)
 
 
 def draw_result(measurement: Measurement) -> None:

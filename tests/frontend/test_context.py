@@ -126,6 +126,12 @@ def test_settings_come_from_the_environment() -> None:
     assert (settings.data_dir, settings.results_dir) == (Path("/tmp/chunks"), Path("/tmp/results"))
     sized = read_settings({"KVARENA_CHUNK_TOKENS": "256", "KVARENA_TOKENIZER": "/tmp/model"})
     assert (sized.chunk_tokens, sized.tokenizer) == (256, "/tmp/model")
+    inside = {"KVARENA_PUBLIC_URLS": json.dumps({"mine": "http://127.0.0.1:9", "other": "http://127.0.0.1:8"})}
+    inside |= {"KVARENA_HOST_FOLDERS": json.dumps({"/in/data": "texts"})}
+    contained = read_settings({"KVARENA_CONTENDERS": json.dumps([entry])} | inside)
+    assert [one.address for one in contained.contenders] == ["http://127.0.0.1:9"]
+    assert contained.on_the_host(Path("/in/data/a.txt")) == Path("texts/a.txt")
+    assert contained.on_the_host(Path("/in/other")) == Path("/in/other")
     assert read_settings({}).contenders == DEFAULT_CONTENDERS
     assert [(one.name, one.url, one.report) for one in DEFAULT_CONTENDERS] == [
         ("blend", "http://127.0.0.1:8000", "blend"),

@@ -120,6 +120,8 @@ def test_files_are_found_newest_first_and_shipped_ones_last(tmp_path: Path) -> N
     assert [file.name for file in files] == ["new.json", "deep/er/old.json", "ours.json"]
     assert files[2].title == "ours.json · came with the project"
     assert len(find_result_files(shipped, shipped)) == 1
+    own = find_result_files(tmp_path / "results" / "deep", tmp_path / "nowhere", shipped)
+    assert [file.link for file in own] == ["er/old.json", "page/ours.json"]
     assert find_result_files(tmp_path / "nowhere", tmp_path / "nor-here") == []
 
 

@@ -18,10 +18,11 @@ from typer.main import get_command
 
 from chat import Context
 from contender_api import BlendOffer
-from kvarena.bench.quality.questions import load_questions
+from kvarena.bench.quality.questions import load_questions, stack_splitter
 from kvarena.bench.ttft.workload import LEAST_CHUNK_TOKENS, Workload
 from kvarena.cli import app as command_line
-from kvarena.documents import TextChunk
+from kvarena.documents import TextChunk, load_chunks
+from kvarena.splitting import find_splitter
 from measuring import (
     LEAST_LENGTH,
     ROOM_TOKENS,
@@ -30,11 +31,12 @@ from measuring import (
     QuestionsPlan,
     blend_settings,
     default_lengths,
+    folder_for_results,
     orders,
     read_lengths,
     write_shuffles,
 )
-from settings import Contender
+from settings import Contender, Settings
 from support.small_openai_server import OFFER, REPORT, SmallServer, StartServer, report_of
 from support.tiny_models import tiny_tokenizer
 
@@ -70,6 +72,43 @@ def test_the_shown_command_is_the_one_that_runs(tmp_path: Path) -> None:
     assert shlex.split(command)[1:] == plan.arguments(tmp_path / "out.json")
     assert "--separator '<note> '" in command
     assert "--ratio 0,0.15" in command
+
+
+def test_the_shown_command_is_for_the_host_where_the_page_runs_in_a_container() -> None:
+    plain = Contender("plain", "Plain", "http://plain:8001", public_url="http://127.0.0.1:9001")
+    settings = Settings(host_folders={Path("/kvarena/data"): Path("my notes"), Path("/kvarena/results"): Path("/out")})
+    plan = QuestionsPlan((plain,), " # # ", Path("/kvarena/data/questions.jsonl"), (), (), 9)
+    output = Path("/kvarena/results/run-1.json")
+    words = shlex.split(plan.command(output, settings.on_the_host))
+    assert words[:4] == [".venv/bin/kvarena", "eval", "--questions", "my notes/questions.jsonl"]
+    assert words[words.index("--output") + 1] == "/out/run-1.json"
+    assert words[words.index("--contender") + 1] == "plain=http://127.0.0.1:9001"
+    assert "plain=http://plain:8001" in plan.arguments(output), "what runs here"
+
+
+def test_the_command_cuts_documents_as_the_page_does(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    splitter = find_splitter(str(tmp_path / "model"), 64)
+    (tmp_path / "long.txt").write_text("The lamp is old. " * 200)
+    names = [chunk.name for chunk in load_chunks(tmp_path, splitter)]
+    assert len(names) > 2
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": "Who?", "answers": ["Ann"], "chunks": names[::-1]}))
+    words = QuestionsPlan((), " # # ", questions, (), (), 9, splitter=splitter).arguments(tmp_path / "out.json")
+    given = get_command(command_line).commands["eval"].make_context("eval", words[1:]).params  # type: ignore[attr-defined]
+    read = load_questions(questions, splitter=stack_splitter(given["chunk_tokens"], given["tokenizer"]))
+    assert [chunk.name for chunk in read.questions[0].chunks] == names[::-1]
+
+
+def test_results_go_where_the_page_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, own = tmp_path / "results", tmp_path / "home" / "results"
+    assert folder_for_results(wanted, own) == wanted
+    assert not own.exists()
+    (tmp_path / "file").write_text("")
+    assert folder_for_results(tmp_path / "file" / "results", own) == own, "it can't be made"
+    monkeypatch.setattr("measuring.os.access", lambda folder, mode: folder != wanted)
+    assert folder_for_results(wanted, own) == own, "another user's"
+    assert own.is_dir()
 
 
 def lengths_plan(tmp_path: Path, *contenders: Contender) -> LengthsPlan:
@@ -249,6 +288,32 @@ def test_the_page_measures_shuffles_of_a_question_and_draws_the_result(
     page.switch_page("views/measure.py").run()
     assert page.number_input(key="measure-number").value == 4, "kept while another page was looked at"
     assert page.text_input(key="measure-question").value == "Who?"
+
+
+@pytest.mark.timeout(400)
+def test_results_that_the_page_keeps_itself_are_opened_in_quality(
+    small_server: StartServer, open_measure: OpenMeasure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, where the folder of the results is another user's."""
+    own = tmp_path / "home" / "results"
+    monkeypatch.setenv("KVARENA_HOME", str(own.parent))
+    monkeypatch.setenv("KVARENA_HOST_FOLDERS", json.dumps({str(own): "results", str(tmp_path / "results"): "results"}))
+    (tmp_path / "results").write_text("in the way")
+    page = open_measure(small_server())
+    said = [caption.value for caption in page.caption if caption.value.startswith("The results are saved in ")]
+    assert [str(own) in text and "sudo chown" in text for text in said] == [True]
+    page.text_input(key="measure-question").set_value("Who?").run()
+    page.number_input(key="measure-number").set_value(2).run()
+    page.button(key="measure-start").click().run()
+    measured(page)
+    (result,) = own.glob("run-*.json")
+    copy, command = (code.value for code in page.code)
+    assert copy == f"mkdir -p results && docker cp kvarena-page:{result.with_suffix('')} results/{result.stem}"
+    assert f"--questions results/{result.stem}/questions.jsonl" in command
+    page.button(key="open-in-quality").click().run()
+    page.switch_page("views/quality.py").run()
+    assert not page.exception, page.exception
+    assert page.selectbox(key="result-file").value == f"page/{result.name}"
 
 
 @pytest.mark.timeout(400)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from kvarena.stack.plan import make_plan
 from kvarena.stack.serve import service_of_this_container
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
-from kvarena.stack.settings import SECRETS, Settings, load_settings
+from kvarena.stack.settings import SECRETS, SPECS, Settings, load_settings
 
 PROFILES: tuple[ComposeProfile, ...] = ("cpu", "gpu")
 OF_THE_HOST = {"run_in", "ui", "container_memory_gb", "models_dir", "local_hf_home", "data_dir", "results_dir"}
@@ -179,6 +180,19 @@ def test_vllms_that_share_a_gpu_start_one_after_the_other() -> None:
     assert together["plain-gpu"]["depends_on"] == {"blend-gpu": after}
     assert together["ai100-gpu"]["depends_on"] == {"blend-gpu": after, "plain-gpu": after}
     assert [environment_of(together[name])["GPU_SHARE"] for name in ("blend-gpu", "plain-gpu")] == ["true", "true"]
+
+
+def test_the_page_writes_results_and_knows_what_the_host_calls_things() -> None:
+    page = services_of("cpu")["page"]
+    mounts = {mount["target"]: mount for mount in page["volumes"] if isinstance(mount, dict)}
+    assert not mounts["/kvarena/results"].get("read_only")
+    environment = environment_of(page)
+    assert json.loads(environment["KVARENA_PUBLIC_URLS"]) == {
+        name: f"http://127.0.0.1:{spec.port}" for name, spec in SPECS.items()
+    }
+    folders = json.loads(environment["KVARENA_HOST_FOLDERS"])
+    sources = {target: mount["source"] for target, mount in mounts.items()}
+    assert folders == sources | {"/var/lib/kvarena/results": sources["/kvarena/results"]}
 
 
 def test_prometheus_and_grafana_are_reached_on_the_loopback_only_and_pinned() -> None:

@@ -199,7 +199,7 @@ def test_the_profile_decides_what_is_installed(
         (("--run-in=containers", "--profile", "cpu"), {"RUN_IN": "processes"}),
     ],
 )
-def test_for_containers_only_what_starts_them_is_installed(
+def test_for_containers_only_what_starts_and_measures_them_is_installed(
     checkout: Checkout, arguments: tuple[str, ...], environment: dict[str, str]
 ) -> None:
     checkout.add_python()
@@ -207,7 +207,7 @@ def test_for_containers_only_what_starts_them_is_installed(
     assert checkout.run(*arguments, **environment).returncode == 0
     venv, install = checkout.pip_calls
     assert venv == "venv"
-    assert install.endswith(f"-c {checkout.folder}/constraints/cpu.txt -e {checkout.folder}")
+    assert install.endswith(f"-c {checkout.folder}/constraints/cpu.txt -e {checkout.folder}[bench]")
 
 
 @pytest.mark.parametrize("has_docker", [True, False])

@@ -92,8 +92,9 @@ class Deployment:
     def start(self, home: Home, record: Record, secrets: Mapping[str, str]) -> Containers:
         """Makes the containers. Secrets go into files that only this user can reach, and the containers are given."""
         environment = {**self.environment, **_write_secrets(home, secrets)}
-        for key in ("RESULTS_DIR", "LOCAL_HF_HOME"):  # the engine would make them, for root
-            Path(environment[key]).mkdir(parents=True, exist_ok=True)
+        # The engine would make them, for root.
+        Path(environment["LOCAL_HF_HOME"]).mkdir(parents=True, exist_ok=True)
+        _make_results_folder(Path(environment["RESULTS_DIR"]))
         create_containers(record.compose, self.compose_services, environment)
         return Containers(record)
 
@@ -202,6 +203,13 @@ def check_download_folder(folder: Path) -> None:
             f"the model is downloaded into {folder}, and user {USER_ID}, whom containers run as, can't write there; "
             f"let that user (sudo chown -R {USER_ID} {folder}), or name another folder in LOCAL_HF_HOME"
         )
+
+
+def _make_results_folder(folder: Path) -> None:
+    """The page writes into it. Root gives it to the page's user as long as nothing is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() == 0 and not any(folder.iterdir()):
+        os.chown(folder, USER_ID, USER_ID)
 
 
 def _can_be_written(folder: Path) -> bool:

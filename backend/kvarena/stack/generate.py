@@ -21,6 +21,7 @@ from kvarena.home import project_root
 from kvarena.policies.params import OPTIONS, PARAMETERS, POLICY, REGISTRY
 from kvarena.policies.registry import summary_of
 from kvarena.stack.containers import compose_service, contenders_of, optional_profile
+from kvarena.stack.service import HOST
 from kvarena.stack.services import TITLES
 from kvarena.stack.settings import BLEND_PREFIX, DEFAULT_PORTS, PORT_OFFSETS, SPECS
 
@@ -130,6 +131,15 @@ def _template(spec: ContenderSpec) -> Lines:
     yield f"  healthcheck: &{spec.name}-healthcheck"
     yield "    <<: *healthcheck"
     yield f'    test: [CMD, python3, -m, kvarena.stack.health, "http://127.0.0.1:{spec.port}{spec.health_path}"]'
+
+
+def compose_public_urls() -> Lines:
+    """Where people reach the contenders, as JSON over several lines."""
+    urls = [f'"{name}": "http://{HOST}:${{{name.upper()}_PORT:-{spec.port}}}"' for name, spec in SPECS.items()]
+    yield "KVARENA_PUBLIC_URLS: >-"
+    yield f"  {{{urls[0]},"
+    yield from (f"  {url}," for url in urls[1:-1])
+    yield f"  {urls[-1]}}}"
 
 
 def compose_services(profile: ComposeProfile) -> Lines:
@@ -251,6 +261,7 @@ SECTIONS = (
     Section("compose.yaml", "contenders", compose_templates),
     Section("compose.yaml", "services of cpu", lambda: compose_services("cpu")),
     Section("compose.yaml", "services of gpu", lambda: compose_services("gpu")),
+    Section("compose.yaml", "public addresses", compose_public_urls),
     Section(".env.example", "policies", env_policies),
     Section("compose.yaml", "policies", compose_policies),
     Section("compose.gpu-share.yaml", "services", gpu_share_services),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvarena.bench.console import INTERRUPTED, AsJson, PlottedFile, ResultFile, decimals, explained, integers, tell
+from kvarena.splitting import MIN_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +78,16 @@ def evaluate(
     logprobs: Annotated[bool, typer.Option(help="Compare the token probabilities of the servers.")] = True,
     warm: Annotated[bool, typer.Option(help="Fill the chunk cache before the first question.")] = True,
     store_gb: Annotated[float, typer.Option(min=0, help="With --engine hf: memory for chunks, in GiB.")] = 2.0,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=MIN_CHUNK_TOKENS,
+            help="Documents are split into chunks of at most this many tokens. [default: as the stack does]",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The model's folder, whose tokenizer.json counts them. [default: the stack's]")
+    ] = None,
     output: PlottedFile = Path("results/eval.json"),
     as_json: AsJson = False,
 ) -> None:
@@ -88,7 +99,7 @@ def evaluate(
     from rich.markup import escape
 
     from kvarena.bench.plotting import save_picture
-    from kvarena.bench.quality.questions import Redraw, load_questions
+    from kvarena.bench.quality.questions import Redraw, load_questions, stack_splitter
     from kvarena.bench.quality.scoring import ScoreSheet, show_rows
     from kvarena.bench.quality.session import (
         ContenderOptions,
@@ -107,7 +118,8 @@ def evaluate(
     with explained():
         check_writable(output)
         path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
-        question_set = load_questions(path, data, limit, Redraw.of(seed, num_chunks))
+        splitter = stack_splitter(chunk_tokens, tokenizer)
+        question_set = load_questions(path, data, limit, Redraw.of(seed, num_chunks), splitter)
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
         show_problems(question_set.problems, console)
         with session(wanted, console) as asked:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvarena.documents import DEFAULT_KIND, Documents, Remark, TextChunk, load_documents, read_text
-from kvarena.splitting import Splitter
+from kvarena.splitting import Splitter, find_splitter
 from kvarena.synthetic_qa.questions import AnsweredQuestion, messages
 
 
@@ -92,18 +92,26 @@ class Redraw:
         return context
 
 
-def stack_splitter() -> Splitter:
-    """Cuts documents as the stack that was started last does, so that its chunk cache knows them."""
+def stack_splitter(chunk_tokens: int | None = None, tokenizer: str | None = None) -> Splitter:
+    """Cuts documents as the stack that was started last does, so that its chunk cache knows them, but for what is
+    given: a size, and a model's folder with the `tokenizer.json` that counts.
+    """
     from kvarena.home import Home
     from kvarena.stack.record import read_record
     from kvarena.stack.settings import load_settings
 
     record = read_record(Home.find())
-    return record.splitter if record else Splitter(load_settings().chunk_tokens)
+    stack = record.splitter if record else Splitter(load_settings().chunk_tokens)
+    size = chunk_tokens or stack.chunk_tokens
+    return find_splitter(tokenizer, size) if tokenizer else replace(stack, chunk_tokens=size)
 
 
 def load_questions(
-    path: Path, folder: Path | None = None, limit: int | None = None, redraw: Redraw | None = None
+    path: Path,
+    folder: Path | None = None,
+    limit: int | None = None,
+    redraw: Redraw | None = None,
+    splitter: Splitter | None = None,
 ) -> QuestionSet:
     """The questions of a JSONL file over the chunks of a folder, by default the one that the file is in.
 
@@ -111,10 +119,11 @@ def load_questions(
     so the answers are compared with full prefill's alone); `chunks` are names of chunks in the
     order of the context, all chunks of the folder where it's left out; `kind`, `detail`, `history` (a list of
     `question` and `answer`) and `needs` (some of the chunks) are optional. With `limit`, so many of them, always the
-    same. `redraw` gives each another context, and wants `needs`. Raises `ValueError` that names the file and the line.
+    same. `redraw` gives each another context, and wants `needs`. `splitter` cuts long documents, by default as the
+    stack does. Raises `ValueError` that names the file and the line.
     """
     folder = folder or path.parent
-    documents = load_documents(folder, stack_splitter())
+    documents = load_documents(folder, splitter or stack_splitter())
     if not documents.chunks:
         reasons = "; ".join(map(str, documents.problems))
         raise ValueError(f"there are no .txt, .md or .pdf files in {folder} to ask about{reasons and f': {reasons}'}")
