@@ -21,7 +21,14 @@ from rich.console import Console
 from kvarena.home import Home, StackError, project_root
 from kvarena.model import DEFAULT_CPU_MODEL, default_model_folder
 from kvarena.stack import lifecycle, machine
-from kvarena.stack.containers import USER_ID, are_wanted, check_download_folder, compose_environment, plan_deployment
+from kvarena.stack.containers import (
+    USER_ID,
+    are_wanted,
+    check_download_folder,
+    compose_environment,
+    make_results_folder,
+    plan_deployment,
+)
 from kvarena.stack.doctor import diagnose
 from kvarena.stack.record import read_record
 from kvarena.stack.service import ServiceFailedError
@@ -301,6 +308,16 @@ def test_a_local_model_is_mounted_wherever_it_is(home: Home, tmp_path: Path) -> 
     environment = plan_deployment(settings(tmp_path, profile="cpu", model=str(model)), home).environment
     assert environment["MODELS_DIR"] == str(model.parent)
     assert environment["MODEL"] == "backend/models/mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_root_gives_an_empty_folder_of_results_to_the_page(tmp_path: Path) -> None:
+    make_results_folder(tmp_path / "results")
+    assert (tmp_path / "results").stat().st_uid == USER_ID
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "eval.json").write_text("{}")
+    make_results_folder(tmp_path / "mine")
+    assert (tmp_path / "mine").stat().st_uid == 0
 
 
 @pytest.mark.slow

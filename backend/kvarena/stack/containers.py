@@ -94,7 +94,7 @@ class Deployment:
         environment = {**self.environment, **_write_secrets(home, secrets)}
         # The engine would make them, for root.
         Path(environment["LOCAL_HF_HOME"]).mkdir(parents=True, exist_ok=True)
-        _make_results_folder(Path(environment["RESULTS_DIR"]))
+        make_results_folder(Path(environment["RESULTS_DIR"]))
         create_containers(record.compose, self.compose_services, environment)
         return Containers(record)
 
@@ -205,7 +205,7 @@ def check_download_folder(folder: Path) -> None:
         )
 
 
-def _make_results_folder(folder: Path) -> None:
+def make_results_folder(folder: Path) -> None:
     """The page writes into it. Root gives it to the page's user as long as nothing is in it."""
     folder.mkdir(parents=True, exist_ok=True)
     if os.geteuid() == 0 and not any(folder.iterdir()):
