@@ -104,9 +104,10 @@ def test_a_card_runs_beside_the_others(profile: ComposeProfile) -> None:
 def test_the_host_s_cache_of_models_is_mounted_by_default() -> None:
     raw = yaml.safe_load((project_root() / "compose.yaml").read_text())
     for name, service in raw["services"].items():
-        mounted = [str(one) for one in service.get("volumes", []) if str(one).endswith(":/var/cache/huggingface")]
-        expected = ["${LOCAL_HF_HOME:-${HF_HOME:-~/.cache/huggingface}}:/var/cache/huggingface"]
-        assert mounted == (expected if "hf_token" in service.get("secrets", []) else []), name
+        mounted = [str(one) for one in service.get("volumes", []) if ":/var/cache/huggingface" in str(one)]
+        place = "${LOCAL_HF_HOME:-${HF_HOME:-~/.cache/huggingface}}:/var/cache/huggingface"
+        expected = [f"{place}:ro" if name == "page" else place]
+        assert mounted == ([] if name in ("prometheus", "grafana") else expected), name
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -192,7 +193,9 @@ def test_the_page_writes_results_and_knows_what_the_host_calls_things() -> None:
     }
     folders = json.loads(environment["KVARENA_HOST_FOLDERS"])
     sources = {target: mount["source"] for target, mount in mounts.items()}
-    assert folders == sources | {"/var/lib/kvarena/results": sources["/kvarena/results"]}
+    assert folders.pop("/var/lib/kvarena/results") == sources["/kvarena/results"]
+    assert folders.pop("/var/cache/huggingface").endswith("/.cache/huggingface")
+    assert folders == sources
 
 
 def test_prometheus_and_grafana_are_reached_on_the_loopback_only_and_pinned() -> None:

@@ -125,7 +125,7 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
             has_api_key=bool(settings.api_key),
             notice=plan.notice,
             chunk_tokens=plan.chunk_tokens,
-            tokenizer_place=plan.tokenizer_place if plan.model.is_local else "",  # the page's container has no hub
+            tokenizer_place=plan.tokenizer_place,
             compose=(*compose, *_profile_options(profile, plan)),
             containers=containers,
         ),
