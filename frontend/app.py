@@ -21,7 +21,8 @@ def main() -> None:
     st.html(Path(__file__).with_name("style.css"))
     if state.is_big_screen():
         st.html(Path(__file__).with_name("big_screen.css"))
-    st.html(f"<script>{Path(__file__).with_name('keys.js').read_text()}</script>", unsafe_allow_javascript=True)
+    for name in ("keys.js", "follow.js"):
+        st.html(f"<script>{Path(__file__).with_name(name).read_text()}</script>", unsafe_allow_javascript=True)
     arena = st.Page("views/arena.py", title="Arena", icon=":material/swords:", default=True)
     quality = st.Page("views/quality.py", title="Quality", icon=":material/monitoring:")
     conversations = st.Page("views/conversations.py", title="Conversations", icon=":material/forum:")

@@ -100,18 +100,18 @@ def draw_question_box(
     _follow(opened, opened.state)
     if waiting := waiting_question(opened.chat):
         st.caption(f"Next in line: {literal(waiting)}")
-    if opened.busy:
-        with st.bottom:
+    with st.bottom:  # said so, for a page whose box Streamlit puts there follows its own end
+        if opened.busy:
             st.button("Stop", key="stop", type="primary", on_click=opened.stop)
-    # Another box for another size of the letters: Streamlit's measures its height in pixels, once.
-    key = "question-big" if state.is_big_screen() else "question"
-    st.chat_input(
-        "Answering" if opened.busy else placeholder,
-        key=key,
-        disabled=opened.busy or not enabled,
-        on_submit=_take_typed,
-        args=[key, opened.chat, on_ask],
-    )
+        # Another box for another size of the letters: Streamlit's measures its height in pixels, once.
+        key = "question-big" if state.is_big_screen() else "question"
+        st.chat_input(
+            "Answering" if opened.busy else placeholder,
+            key=key,
+            disabled=opened.busy or not enabled,
+            on_submit=_take_typed,
+            args=[key, opened.chat, on_ask],
+        )
 
 
 def _take_typed(key: str, chat: Chat, on_ask: Callable[[], None]) -> None:
