@@ -93,6 +93,15 @@ class Verdict:
             speed = f"{self.title}: {times} times as long to the first token as {self.reference}"
         return f"{speed} ({prompts})"
 
+    def short_speed_text(self) -> str:
+        if self.speedup is None:
+            return f"{self.title}: not timed"
+        if self.tone == "tie":
+            return f"{self.title}: equally fast"
+        if self.tone == "gain":
+            return f"{self.title}: {format_factor(self.speedup)} times sooner"
+        return f"{self.title}: {format_factor(1 / self.speedup)} times as long"
+
     def agreement_text(self) -> str:
         compared = self.compared
         if not compared:
@@ -208,10 +217,12 @@ def verdict_html(turns: Sequence[Turn], measured: FindMeasured = lambda answer: 
 
 def _line_html(verdict: Verdict) -> str:
     notes = "".join(f"<small>{escape(note)}</small>" for note in verdict.notes())
+    speed, told = escape(verdict.speed_text()), escape(" ".join([verdict.speed_text(), *verdict.notes()]))
     agreement = "differs" if verdict.differs else "agrees" if verdict.compared else "tie"
     return (
         f'<div class="ka-verdict" data-testid="verdict" data-tone="{verdict.tone}" '
         f'data-speedup="{verdict.speedup or 0:.4f}" data-agreement="{agreement}">'
-        f'<b class="ka-tone-{verdict.tone}">{escape(verdict.speed_text())}</b>'
+        f'<b class="ka-tone-{verdict.tone}" title="{told}"><span class="ka-long">{speed}</span>'
+        f'<span class="ka-short">{escape(verdict.short_speed_text())}</span></b>'
         f'<b class="ka-tone-{agreement}">{escape(verdict.agreement_text())}</b>{notes}</div>'
     )
