@@ -229,6 +229,8 @@ def _figures_html(answer: Answer) -> str:
         Figure("num_computed_tokens", "computed", figures.num_computed_tokens),
         Figure("num_output_tokens", "output tokens", figures.num_output_tokens),
     ]
+    if not answer.over:  # the words have the room until there are more figures
+        large, small = ([one for one in group if one.value is not None] for group in (large, small))
     return (
         f"{similar_task_html(figures.task) if figures.task else ''}"
         f"{slot_turn_html(figures.slot_turn) if figures.slot_turn else ''}"
