@@ -14,7 +14,7 @@ if (!window.kvArenaFollow) {
 
   // The turn's first line: the question, or the divider that stands directly above it.
   const headOf = () => {
-    const question = all('[data-testid="question"]').at(-1)?.closest('[data-testid="stElementContainer"]');
+    const question = all(".ka-question").at(-1)?.closest('[data-testid="stElementContainer"]');
     const above = question?.previousElementSibling;
     return above?.querySelector(".ka-divider") ? [above, question] : [question, question];
   };
