@@ -41,7 +41,7 @@ def scroll_up(page: Page) -> None:
     """As a reader does, with the wheel."""
     page.mouse.move(800, 300)
     page.mouse.wheel(0, -20_000)
-    wait_until(lambda: page.get_by_test_id("stMain").evaluate("main => main.scrollTop") == 0)
+    wait_until(lambda: page.locator(".stMain").evaluate("main => main.scrollTop") == 0)
 
 
 def expect_in_sight(question: Locator) -> None:
@@ -60,7 +60,7 @@ def test_a_tokens_bubble_stands_beside_it_and_leaves_the_page_where_it_is(open_p
     ask(page, "Who is the mayor?")
     expect_states(page, blend="done", plain="done")
     page.get_by_text("What was reused, token by token").click()
-    tokens, main = page.get_by_test_id("prompt-tokens").first, page.get_by_test_id("stMain")
+    tokens, main = page.get_by_test_id("prompt-tokens").first, page.locator(".stMain")
     expect(tokens).to_be_visible()
     page.set_viewport_size({"width": width, "height": 844})
     settle(page)
@@ -119,7 +119,7 @@ def test_the_newest_words_stay_in_sight_until_the_reader_scrolls_up(open_page: O
     page = open_page(*servers)
     page.set_viewport_size({"width": 1280, "height": 720})
     ask(page, "Who is the mayor?")
-    main = page.get_by_test_id("stMain")
+    main = page.locator(".stMain")
     wait_until(lambda: bool(page.get_by_test_id("question").evaluate(CLEAR_OF_VERDICT)))
     wait_until(lambda: page.evaluate(ROOM_BELOW_WORDS)[1] > 700, timeout_s=60)
     for _ in range(4):
