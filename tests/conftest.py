@@ -6,6 +6,7 @@ Side by side the slow ones come first, and of these the longest, so that no core
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,15 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
         if "VLLM_CACHE_ROOT" not in os.environ:
             patch.setenv("VLLM_CACHE_ROOT", str(pytestconfig.rootpath / ".pytest_cache" / "vllm"))
         yield
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """With our loggers on: a library that configures logging, in a test before this one, turns the others' off."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in ("kvarena", "ai100"):
+            logger.disabled = False
+    return caplog
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
