@@ -118,8 +118,10 @@ def choose_view(result: EvalResult) -> tuple[Metric, str, str]:
     subset: str | None = ALL_QUESTIONS
     for name, choices in (("metric", metrics), ("kind", result.kinds), ("subset", result.subsets)):
         state.choose_linked(name, choices, name.capitalize())
-        if st.session_state.get(name) not in choices:
-            st.session_state[name] = next(iter(choices))
+        usual, before = next(iter(choices)), st.session_state.get(f"usual-{name}")
+        if st.session_state.get(name) not in choices or st.session_state[name] == before:
+            st.session_state[name] = usual  # nobody chose what another file began with
+        st.session_state[f"usual-{name}"] = usual
     left, right = st.columns(2)
     with left:
         key = st.pills(
