@@ -119,16 +119,12 @@ def test_context_shows_boundaries_that_add_up(page: Page) -> None:
     assert places[-1][2] < total
 
 
-@pytest.mark.parametrize("leave", ["stop", "reload"])
-def test_real_servers_end_what_nobody_waits_for(page: Page, stack: Stack, leave: str) -> None:
+def test_real_servers_end_what_was_stopped(page: Page, stack: Stack) -> None:
     """Again where an answer was through in spite of its length; `test_under_way.py` has those that can't be."""
     for attempt in range(5):
         ask_at_length(page, f"What does everybody drink on day {attempt}?", LONG_ANSWER_TOKENS)
         wait_until(lambda: all(answer_text(page, name) for name in NAMES))
-        if leave == "stop":
-            page.locator(".st-key-stop button").click()
-        else:
-            page.reload()
+        page.locator(".st-key-stop button").click()
         for name in NAMES:
             expect(pane(page, name)).to_have_attribute("data-state", re.compile("done|interrupted"), timeout=ANSWER_MS)
         wait_until(lambda: all(stack.num_running_requests(name) == 0 for name in NAMES))
@@ -141,6 +137,15 @@ def test_real_servers_end_what_nobody_waits_for(page: Page, stack: Stack, leave:
 
     ask_at_length(page, "And what does nobody drink?", 8)
     expect_states(page, blend="done", plain="done")
+
+
+def test_an_answer_of_a_real_server_goes_on_over_a_reload(page: Page) -> None:
+    ask_at_length(page, "What does everybody sow?", 2000)
+    wait_until(lambda: all(answer_text(page, name) for name in NAMES))
+    page.reload()
+    for name in NAMES:
+        expect(pane(page, name)).to_have_attribute("data-state", "done", timeout=2 * ANSWER_MS)
+        assert figures(page, name)["num_output_tokens"] == 2000
 
 
 def test_quality_of_a_result_file_and_back_to_the_chat(page: Page, tmp_path: Path) -> None:
