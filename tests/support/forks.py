@@ -7,8 +7,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Mapping
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from unittest.mock import patch
 
 IMPORTS = "support.fork_imports"
@@ -22,6 +24,15 @@ ENVIRONMENT = {
     "LMCACHE_TRACK_USAGE": "false",
     "LMCACHE_DISABLE_BANNER": "1",
 }
+
+
+def become_service(log: Path, environment: Mapping[str, str]) -> None:
+    """In a fork: another environment, and all that is printed into a file."""
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("ab") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
 
 
 def fork_context() -> ForkServerContext:

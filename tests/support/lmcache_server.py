@@ -7,7 +7,6 @@ import mmap
 import os
 import signal
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import httpx
 import numpy as np
 
 from kvarena.stack.lmcache_l2 import CHUNK_FILES
-from support.forks import ENVIRONMENT, fork_context
+from support.forks import ENVIRONMENT, become_service, fork_context
 
 
 def free_port() -> int:
@@ -113,11 +112,7 @@ class LMCacheServer:
 
 def _serve(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
     """`lmcache` with these words, in a process of its own."""
-    os.environ.clear()
-    os.environ.update(environment)
-    with log.open("ab") as output:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(output.fileno(), stream.fileno())
+    become_service(log, environment)
     from lmcache.cli.main import main
 
     main(command)

@@ -21,7 +21,7 @@ import psutil
 
 from kvarena.contenders.servers import WORKER_IN_ENGINE
 from kvarena.engines.vllm.config import BlendConfig, kv_transfer_config
-from support.forks import ENVIRONMENT, fork_context
+from support.forks import ENVIRONMENT, become_service, fork_context
 from support.lmcache_server import free_port
 
 
@@ -95,11 +95,7 @@ class ApiServer:
 
 
 def _serve(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    with log.open("ab") as output:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(output.fileno(), stream.fileno())
+    become_service(log, environment)
     from vllm.v1.engine import utils
 
     # For CPUs vLLM wants engines to import all of it once more. Nothing runs in other threads here before.

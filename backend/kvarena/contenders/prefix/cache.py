@@ -64,7 +64,7 @@ class Node(Generic[S, T]):
     """The tokens of the edge from its parent, what is kept for them, and for the place after them.
 
     `num_pins` counts the leases on this node or on one below it; only a node without any may be evicted. `kept_s` is
-    when something was kept here or below, by the cache's clock, so that nothing is older than what it stands on.
+    when something was kept here or below, by the cache's clock, so that nothing stands on what is older.
     """
 
     tokens: TokenIds = ()
@@ -440,7 +440,7 @@ class PrefixCache(Generic[S, T]):
 
     def _young(self, match: Match[S, T]) -> Match[S, T]:
         """Without the part that is too old; such a part is still in the tree if a request stands on it."""
-        old = [node for node in match.node.path() if self._is_old(node)] if self.max_age_seconds is not None else []
+        old = self._old_on(match.node)
         if not old:
             return match
         parent = old[-1].parent
@@ -448,15 +448,19 @@ class PrefixCache(Generic[S, T]):
         num_tokens = sum(len(node.tokens) for node in parent.path())
         return Match(parent, len(parent.tokens), num_tokens)
 
-    def _is_old(self, node: Node[S, T]) -> bool:
-        return self.max_age_seconds is not None and self._now_s() - node.kept_s > self.max_age_seconds
+    def _old_on(self, node: Node[S, T]) -> list[Node[S, T]]:
+        """What is too old on the way to a node, the node itself first: what is above was kept no earlier."""
+        if self.max_age_seconds is None:
+            return []
+        oldest_s = self._now_s() - self.max_age_seconds
+        return [one for one in node.path() if one.kept_s < oldest_s]
 
     def _drop_expired(self, tokens: TokenIds, salt: str) -> None:
         """What is too old on the way of these tokens, with all that goes on from it, as far as no request uses it."""
         root = self._roots.get(salt)
         if self.max_age_seconds is None or root is None:
             return
-        old = [node for node in find_longest(root, tokens).node.path() if self._is_old(node)]
+        old = self._old_on(find_longest(root, tokens).node)
         if not old:
             return
         for node in reversed([old[-1], *old[-1].below()]):  # those below come after those above them
