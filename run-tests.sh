@@ -98,8 +98,8 @@ if has_one_of shellcheck; then
 fi
 
 echo '== tests'
-# With the tests that passed only at the second try, which tests/conftest.py gives to some.
-pytest=(-m pytest --durations=15 -rfER)
+# With how tests failed that tests/conftest.py tries again.
+pytest=(-m pytest --durations=15 -rfER --rerun-show-tracebacks)
 # Side by side, one file at a time for each core, and one thread for each model there.
 side_by_side=(-n logical --dist loadfile --no-loadscope-reorder)
 status=0

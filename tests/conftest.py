@@ -8,11 +8,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+HAS_FAILED = pytest.StashKey[bool]()
 
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
@@ -46,13 +48,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     a moment that a busy machine skips. What failed first and then passed is listed at the end of the run.
     """
     for item in items:
-        if has_browser(item) or "slow" in item.keywords:
+        if config.getoption("reruns", 0) is None and (has_browser(item) or "slow" in item.keywords):
             item.add_marker(pytest.mark.flaky(reruns=1))
     if hasattr(config, "workerinput"):
         longest = longest_first(items)
         items.sort(key=lambda item: (has_browser(item), "slow" not in item.keywords, longest.index(item.path)))
     else:
         items.sort(key=lambda item: (has_browser(item), "slow" in item.keywords))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What comes after a failure begins with new servers, also its second try: the old ones remember what was asked.
+
+    Before pytest-rerunfailures, which would keep them. There is no public way to end wider fixtures early.
+    """
+    if item.stash.get(HAS_FAILED, False):
+        item.session._setupstate.teardown_exact(None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "setup":
+        item.stash[HAS_FAILED] = False
+    if report.failed and item.get_closest_marker("flaky"):
+        item.stash[HAS_FAILED] = True
+    return report
 
 
 def pytest_collection_finish() -> None:
