@@ -19,6 +19,7 @@ import streamlit as st
 from chat import Answer, Chat, Turn
 from chat_file import chat_form
 from kvarena.client import API_KEY_VARIABLE, CHAT, streamed
+from verdict import Verdict, verdicts
 from votes import ballots_of, standings
 from waterfall import shown_ms
 
@@ -28,14 +29,20 @@ _END = "END_OF_BODY"
 
 
 def as_json(chat: Chat) -> str:
-    """All of it but the messages, which the turns' contexts, questions and answers make; and what its votes say."""
+    """All of it but the messages, which the turns' contexts, questions and answers make; and what all of it says of
+    speed, agreement and votes.
+    """
     told = chat_form(type(chat)).dump_python(chat, mode="json", exclude=_KEPT_BACK)
     votes = [asdict(one) for group in standings(ballots_of(chat)) for one in group]
-    return json.dumps({"format": FORMAT, "version": 1, **told, "votes": votes}, indent=1)
+    said = [_verdict_json(verdict) for verdict in verdicts(chat.turns)]
+    return json.dumps({"format": FORMAT, "version": 1, **told, "verdicts": said, "votes": votes}, indent=1)
 
 
 def as_markdown(chat: Chat) -> str:
-    """To read: questions, settings, answers with their figures, and the texts at the end."""
+    """To read: what it says of speed and agreement, then questions, settings, answers with their figures, and the texts
+    at the end.
+    """
+    said = [f"- {_line(' · '.join(_verdict_parts(verdict)))}" for verdict in verdicts(chat.turns)]
     turns = [part for index in range(len(chat.turns)) for part in _turn_parts(chat, index)]
     texts = {(chunk.name, chunk.text): None for turn in chat.turns for chunk in turn.context.chunks}
     told = [part for name, text in texts for part in (f"### {_line(name)}", _fenced(text))]
@@ -45,7 +52,8 @@ def as_markdown(chat: Chat) -> str:
         for group in standings(ballots_of(chat))
         for one in group
     ]
-    parts = [*turns, *(["## Votes", "\n".join(votes)] if votes else []), *(["## Texts", *told] if told else [])]
+    parts = ["\n".join(said)] if said else []
+    parts += [*turns, *(["## Votes", "\n".join(votes)] if votes else []), *(["## Texts", *told] if told else [])]
     return "\n\n".join(["# KV Arena: a chat", *parts]) + "\n"
 
 
@@ -98,6 +106,22 @@ def draw_copies(chat: Chat, index: int) -> None:
         st.caption(f"{answer.contender.title}: the answer, and the request")
         st.code(answer.text.strip(), language=None, wrap_lines=True)
         st.code(curl_command(chat, index, name) or "# nothing was sent", language="sh")
+
+
+def _verdict_parts(verdict: Verdict) -> list[str]:
+    return [verdict.speed_text(), verdict.agreement_text(), *verdict.notes()]
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, object]:
+    """`speedup`: the median of the prompts that are timed; `agrees`: of each answer that is compared."""
+    return {
+        "contender": verdict.title,
+        "reference": verdict.reference,
+        "speedup": verdict.speedup,
+        "num_timed": len(verdict.timed),
+        "agrees": verdict.compared,
+        "text": _verdict_parts(verdict),
+    }
 
 
 def _turn_parts(chat: Chat, index: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import altair as alt
 import streamlit as st
 
+import state
 from kvarena.panels import Axis, Bar, Panel, Series
 
 Record = dict[str, Any]
@@ -21,6 +22,7 @@ DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 4), (2, 3), (8, 3, 2, 3))
 MIN_SPAN = 10.0  # of an axis of percents: equal figures shall look equal
 NARROW_PX = (300, 250)  # a chart's field on a phone
 NOTE_PX = (36, 13)
+BIG_LETTERS_PX = 22
 IN_THOUSANDS = "datum.value >= 1000 ? format(datum.value / 1000, '.3~g') + 'k' : format(datum.value, '.3~g')"
 
 
@@ -33,8 +35,16 @@ def draw_panels(drawn: Sequence[Panel]) -> None:
                 if panel.bars:
                     st.html(bars_html(panel.bars) + legend_html(panel))
                 else:
-                    st.altair_chart(panel_chart(panel), width="stretch")
+                    draw_chart(panel_chart(panel))
                     st.html(legend_html(panel))
+
+
+def draw_chart(chart: alt.LayerChart) -> None:
+    """As wide as there is room, with letters that the back of a room reads where the screen is big."""
+    if state.is_big_screen():
+        chart = chart.configure_axis(labelFontSize=BIG_LETTERS_PX, titleFontSize=BIG_LETTERS_PX)
+        chart = chart.configure_text(fontSize=BIG_LETTERS_PX)
+    st.altair_chart(chart, width="stretch")
 
 
 def panel_chart(panel: Panel) -> alt.LayerChart:
@@ -62,7 +72,7 @@ def panel_chart(panel: Panel) -> alt.LayerChart:
             points.transform_filter("!datum.is_mark").mark_point(size=60, filled=True, opacity=1),
             points.transform_filter("datum.is_mark").mark_point(size=320, strokeWidth=3, filled=False, opacity=1),
             alt.Chart(alt.Data(values=noted))
-            .mark_text(fontSize=11, dx=5, dy=-8, align="left")
+            .mark_text(dx=5, dy=-8, align="left")
             .encode(x=x, y=y, color=colour, text="note:N"),
         ]
     ).properties(height=HEIGHT)

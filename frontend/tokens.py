@@ -213,18 +213,33 @@ def first_token_difference(tokens: Sequence[AnswerToken], exact: Sequence[Answer
     return next((number for number, (ours, theirs) in pairs if ours != theirs), None)
 
 
+MIN_ALIKE = 0.5
+"""Of texts that share fewer words, those in common stand among the others by chance."""
+
+
 @lru_cache(maxsize=256)
 def diff_html(text: str, exact: str) -> str:
     """The text, with the words that the exact answer hasn't marked, and those that only it has struck out. Blanks go
-    with the word before them, and don't differ.
+    with the word before them, and don't differ. Texts that go different ways are told apart as wholes from the first
+    other word on.
     """
     ours, theirs = re.findall(r"\S+\s*", text), re.findall(r"\S+\s*", exact)
-    matcher = SequenceMatcher(None, _words(exact), _words(text), autojunk=False)
     parts = []
-    for kind, a, b, c, d in matcher.get_opcodes():
+    for kind, a, b, c, d in _opcodes(_words(exact), _words(text)):
         gone, own = escape("".join(theirs[a:b])), escape("".join(ours[c:d]))
         if kind == "equal":
             parts.append(own)
         else:
             parts.append((f"<del>{gone}</del>" if gone else "") + (f"<ins>{own}</ins>" if own else ""))
     return "".join(parts)
+
+
+def _opcodes(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
+    """As of `SequenceMatcher`."""
+    pairs = enumerate(zip(theirs, ours, strict=False))
+    same = next((at for at, (one, other) in pairs if one != other), min(len(theirs), len(ours)))
+    rest = SequenceMatcher(None, theirs[same:], ours[same:], autojunk=False)
+    if rest.ratio() < MIN_ALIKE:
+        return [("equal", 0, same, 0, same), ("replace", same, len(theirs), same, len(ours))]
+    after = [(kind, a + same, b + same, c + same, d + same) for kind, a, b, c, d in rest.get_opcodes()]
+    return [("equal", 0, same, 0, same), *after]

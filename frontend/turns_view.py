@@ -61,10 +61,10 @@ def token_bar(figures: Figures) -> str:
     legend = "".join(
         f'<span class="ka-key"><i class="ka-{part.kind}"></i>{part.num_tokens:,} {part.label}</span>' for part in parts
     )
+    strip = _strip(figures.spans)
+    where = '<span class="ka-key">below: where in the prompt</span>' if strip else ""
     return (
-        f'<div class="ka-bar" data-testid="token-bar">{cells}</div>'
-        f"{_strip(figures.spans)}"
-        f'<div class="ka-legend">{legend}</div>'
+        f'<div class="ka-bar" data-testid="token-bar">{cells}</div>{strip}<div class="ka-legend">{legend}{where}</div>'
     )
 
 

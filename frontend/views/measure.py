@@ -41,7 +41,7 @@ from measuring import (
     write_documents,
     write_shuffles,
 )
-from panel_charts import draw_panels, ttft_chart
+from panel_charts import draw_chart, draw_panels, ttft_chart
 from result_picker import choose_file
 from settings import Contender
 from sidebar import KEEP, begin_arena
@@ -356,7 +356,7 @@ def draw_questions(found: Mapping[str, Any]) -> None:
         st.warning("Stopped: the figures are of the questions until then.")
     if records := times(result):
         st.markdown("**Time to first token, every answer**")
-        st.altair_chart(ttft_chart(records), width="stretch")
+        draw_chart(ttft_chart(records))
     _draw_table(measured_table(result, ALL_KINDS), shares=("Agreement", "Right"))
 
 

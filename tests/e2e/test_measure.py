@@ -15,7 +15,19 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from support.page_steps import ANSWER_MS, ask, expect_apart, expect_states, opened, page_over, settle
+from support.page_steps import (
+    ANSWER_MS,
+    RUN_MS,
+    ask,
+    expect_apart,
+    expect_states,
+    fill,
+    measure_button,
+    open_in_quality,
+    opened,
+    page_over,
+    settle,
+)
 from support.small_openai_server import OFFER, REPORT, SmallServer, report_of
 from support.tiny_models import tiny_tokenizer
 from support.waiting import wait_until
@@ -24,7 +36,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
 
 WIDTHS = (1280, 390)
 NAMES = ("plain", "blend")
-RUN_MS = 4 * ANSWER_MS
 SETTING = "blend kv_deviation 15 %"
 ONE_PIECE = ["Ann"]
 
@@ -66,21 +77,9 @@ def page(
         url = parts.enter_context(page_over(contenders, data))
         page = parts.enter_context(opened(browser, url))
         page.get_by_role("link", name="Measure").click()
-        expect(start_button(page)).to_be_enabled(timeout=ANSWER_MS)
+        expect(measure_button(page)).to_be_enabled(timeout=ANSWER_MS)
         settle(page)
         yield page
-
-
-def start_button(page: Page) -> Any:
-    return page.get_by_role("button", name="Start", exact=True)
-
-
-def fill(page: Page, key: str, value: str) -> None:
-    box = page.locator(f".st-key-{key} input")
-    box.fill(value)
-    box.press("Enter")
-    settle(page)
-    expect(box).to_have_value(value, timeout=ANSWER_MS)
 
 
 def choose_lengths(page: Page, lengths: str, num_repeats: int) -> None:
@@ -106,18 +105,10 @@ def only_result(tmp_path: Path) -> tuple[str, dict[str, Any]]:
     return path.name, json.loads(path.read_text())
 
 
-def open_in_quality(page: Page, name: str) -> None:
-    page.get_by_role("button", name="Open in Quality").click()
-    expect(page.get_by_text("what reused KV costs in answers")).to_be_visible(timeout=ANSWER_MS)
-    chosen = page.get_by_role("combobox", name="Result file")
-    expect(chosen).to_have_value(re.compile(re.escape(name)), timeout=ANSWER_MS)
-    expect(page.get_by_test_id("stException")).to_have_count(0, timeout=ANSWER_MS)
-
-
 def test_questions_are_measured_to_the_end_and_opened_in_quality(page: Page, tmp_path: Path) -> None:
     fill(page, "measure-number", "3")
     fill(page, "measure-ratios", "0.15")
-    start_button(page).click()
+    measure_button(page).click()
     expect(page.get_by_role("button", name="Open in Quality")).to_be_visible(timeout=RUN_MS)
     expect(page.get_by_text("Time to first token, every answer")).to_be_visible(timeout=ANSWER_MS)
     expect(page.get_by_test_id("stVegaLiteChart")).to_have_count(1, timeout=ANSWER_MS)
@@ -134,7 +125,7 @@ def test_a_stopped_run_over_questions_keeps_what_was_answered(
 ) -> None:
     plain, _ = servers
     fill(page, "measure-number", "40")
-    start_button(page).click()
+    measure_button(page).click()
     stop_amid(page, plain, lambda: len(plain.completions()), enough=3)
     expect(page.get_by_text("Stopped: the figures are of the questions until then.")).to_be_visible(timeout=ANSWER_MS)
     name, result = only_result(tmp_path)
@@ -148,10 +139,10 @@ def test_context_lengths_are_measured_drawn_and_quoted_in_the_arena(
 ) -> None:
     choose_lengths(page, "300, 9000", 3)
     expect(page.get_by_text("9,000 tokens are too many for Plain")).to_be_visible(timeout=ANSWER_MS)
-    expect(start_button(page)).to_be_disabled(timeout=ANSWER_MS)
+    expect(measure_button(page)).to_be_disabled(timeout=ANSWER_MS)
     fill(page, "measure-lengths", "300, 600")
-    expect(start_button(page)).to_be_enabled(timeout=ANSWER_MS)
-    start_button(page).click()
+    expect(measure_button(page)).to_be_enabled(timeout=ANSWER_MS)
+    measure_button(page).click()
     page.get_by_role("link", name="Arena").click()  # it goes on meanwhile
     page.get_by_test_id("context").wait_for(timeout=ANSWER_MS)
     page.get_by_role("link", name="Measure").click()
@@ -189,7 +180,7 @@ def test_a_stopped_run_over_context_lengths_keeps_the_repetitions_so_far(
 ) -> None:
     plain, _ = servers
     choose_lengths(page, "300", 100)
-    start_button(page).click()
+    measure_button(page).click()
     stop_amid(page, plain, lambda: len(plain.prompts()), enough=6)
     expect(page.get_by_text("Stopped: the figures are of the lengths and repetitions until then.")).to_be_visible(
         timeout=ANSWER_MS

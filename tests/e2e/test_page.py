@@ -17,11 +17,15 @@ from playwright.sync_api import Page, expect
 from kvarena.documents import load_chunks
 from support.page_steps import (
     ANSWER_MS,
+    RUN_MS,
     answer_text,
     ask,
     drag_into_order,
     expect_states,
     figures,
+    fill,
+    measure_button,
+    open_in_quality,
     pane,
     pick_chunks,
     settle,
@@ -207,6 +211,36 @@ def test_what_the_servers_tell_is_shown_and_a_turn_is_repeated_voted_on_and_foun
     page.reload()
     expect_states(page, blend="done", plain="done")
     assert [answer_text(page, name) for name in NAMES] == kept
+
+    page.locator(".st-key-share button").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="JSON", exact=True).click()
+    told = json.loads(download.value.path().read_text())
+    assert [turn["answers"]["blend"]["text"].strip() for turn in told["turns"]][-1] == kept[0]
+    assert [one["num_timed"] + len(one["agrees"]) > 0 for one in told["verdicts"]] == [True]
+    assert told["votes"]
+
+
+@pytest.mark.parametrize("over", ["Questions of the folder", "Context lengths"])
+def test_real_servers_are_measured_and_the_result_is_opened(page: Page, over: str) -> None:
+    """What `test_measure.py` sees over small servers, once over the real ones."""
+    page.get_by_role("link", name="Measure").click()
+    expect(measure_button(page)).to_be_enabled(timeout=ANSWER_MS)
+    settle(page)
+    if over == "Context lengths":
+        page.get_by_role("radio", name=over).or_(page.get_by_role("button", name=over)).click()
+        settle(page)
+        fill(page, "measure-lengths", "300, 900")
+        fill(page, "measure-repeats", "3")
+    else:
+        fill(page, "measure-number", "3")
+    fill(page, "measure-ratios", "0.15")
+    measure_button(page).click()
+    expect(page.get_by_role("button", name="Open in Quality")).to_be_visible(timeout=RUN_MS)
+    told = page.get_by_test_id("length-verdict") if over == "Context lengths" else page.get_by_text("every answer")
+    expect(told.first).to_be_visible(timeout=ANSWER_MS)
+    open_in_quality(page)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=ANSWER_MS)
 
 
 def test_a_new_chat_begins_with_an_example(page: Page) -> None:

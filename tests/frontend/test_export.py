@@ -20,6 +20,7 @@ from kvarena.documents import TextChunk
 from runs import Run
 from settings import Contender
 from support.small_openai_server import OFFER, SmallServer, StartServer
+from verdict import verdicts
 
 NASTY = 'Who\'s $HOME `id` "there"? \\ END_OF_BODY\nEND_OF_BODY\n# **No** <b>heading</b>\n```\n'
 CONTEXT = Context("Be 'brief'.", (TextChunk("own *notes*", "Ann keeps bees.\n````\nÜ 🐝"),), " # # ")
@@ -92,6 +93,8 @@ def test_json_has_all_of_the_chat(asked: Asked) -> None:
     assert answer["figures"]["first_token_ms"] > 0
     assert answer["request"]["kv_transfer_params"]["kvarena"] == SAMPLING.recomputing
     assert told["turns"][0]["context"]["chunks"] == [{"name": "own *notes*", "text": CONTEXT.chunks[0].text}]
+    said = {(one["contender"], one["reference"]) for one in told["verdicts"]}
+    assert said == {(verdict.title, verdict.reference) for verdict in verdicts(asked.chat.turns)} != set()
 
 
 def test_markdown_shows_texts_letter_for_letter(asked: Asked) -> None:
@@ -103,6 +106,8 @@ def test_markdown_shows_texts_letter_for_letter(asked: Asked) -> None:
     assert "### The blend one" in told
     assert "- recomputing: policy kv_deviation, ratio 0.4" in told
     assert "- time to first token: " in told
+    (verdict, *_) = verdicts(asked.chat.turns)
+    assert told.index(verdict.agreement_text()) < told.index("## 1. Question"), "first what it says"
     assert "- state: failed (Nothing answers at " in told
 
 

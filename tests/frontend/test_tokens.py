@@ -108,6 +108,10 @@ def test_the_first_word_that_differs(text: str, exact: str, difference: tuple[in
 
 def test_a_diff_has_all_words_of_both_answers_and_no_markup_of_theirs() -> None:
     assert diff_html("Ann keeps <b>owls", "Ann keeps bees") == "Ann keeps <del>bees</del><ins>&lt;b&gt;owls</ins>"
+    assert diff_html("Ann keeps no bees now", "Ann keeps bees now") == "Ann keeps <ins>no </ins>bees now"
+    assert diff_html("Ann, of the town", "Ann keeps bees, and one of them is the queen") == (
+        "<del>Ann keeps bees, and one of them is the queen</del><ins>Ann, of the town</ins>"
+    ), "not word by word where few are shared"
     ours, theirs = (tuple(AnswerToken(text, 1.0) for text in texts) for texts in (("a", "b"), ("a", "b", "c")))
     assert first_token_difference(ours, theirs) == 3
     assert first_token_difference(ours, ours) is None

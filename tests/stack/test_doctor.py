@@ -43,6 +43,7 @@ def test_this_machine(home: Home, tmp_path: Path, console: Console) -> None:
     assert found.is_ready, problems(found)
     assert machine.cpu_name() in found.facts["processor"]
     assert f"of {psutil.virtual_memory().total / GIB:.1f} GiB" in found.facts["memory"]
+    assert found.facts["stack"] == "doesn't run"
     assert found.facts["hub"] == "http://127.0.0.1:9 can't be reached (ConnectError)"
     assert set(found.versions) >= {"python", "kvarena", "torch", "transformers", "lmcache"}
     assert len(found.ports) == len(DEFAULT_PORTS)

@@ -108,6 +108,8 @@ def test_from_up_to_down(module_home: Home, port_base: int) -> None:
     (plain,) = json.loads(status.stdout)["services"]
     assert (plain["name"], plain["state"], plain["address"]) == ("plain", "healthy", url)
     _check_worker(plain["pid"])
+    doctor = kvarena(home, "doctor", "--json")
+    assert json.loads(doctor.stdout)["facts"]["stack"] == "processes: plain running"
 
     again = up_plain(home, port_base)
     assert again.returncode == 0

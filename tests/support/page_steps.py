@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from support.waiting import wait_until
 
 FRONTEND = Path(__file__).resolve().parents[2] / "frontend"
 ANSWER_MS = 120_000
+RUN_MS = 4 * ANSWER_MS
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -203,3 +205,27 @@ def figures(page: Page, name: str) -> dict[str, float | None]:
 
 def num_reused(figures: Mapping[str, float | None]) -> float:
     return (figures["num_prefix_tokens"] or 0) + (figures["num_moved_tokens"] or 0)
+
+
+# -- Measure -----------------------------------------------------------------------------------------------------------
+
+
+def measure_button(page: Page) -> Locator:
+    return page.get_by_role("button", name="Start", exact=True)
+
+
+def fill(page: Page, key: str, value: str) -> None:
+    box = page.locator(f".st-key-{key} input")
+    box.fill(value)
+    box.press("Enter")
+    settle(page)
+    expect(box).to_have_value(value, timeout=ANSWER_MS)
+
+
+def open_in_quality(page: Page, name: str = "run-") -> None:
+    """The result of the run that has ended; `name` is part of its file's."""
+    page.get_by_role("button", name="Open in Quality").click()
+    expect(page.get_by_text("what reused KV costs in answers")).to_be_visible(timeout=ANSWER_MS)
+    chosen = page.get_by_role("combobox", name="Result file")
+    expect(chosen).to_have_value(re.compile(re.escape(name)), timeout=ANSWER_MS)
+    expect(page.get_by_test_id("stException")).to_have_count(0, timeout=ANSWER_MS)

@@ -40,6 +40,7 @@ class Stack:
         environment = {
             "LMCACHE_L2": "none",
             "LMCACHE_TIMEOUT_S": "10",
+            "KVARENA_RESULTS_DIR": str(self.home / "results"),
             **os.environ,
             **({} if self.compiles else {"CXX": "none"}),
             "KVARENA_HOME": str(self.home),

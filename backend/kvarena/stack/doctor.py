@@ -34,6 +34,7 @@ from kvarena.stack.preflight import (
     is_free,
 )
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
+from kvarena.stack.service import SupervisorGoneError
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import SPECS, Settings
 from kvarena.stack.supervisord import running_supervisor
@@ -77,13 +78,13 @@ def diagnose(load: Callable[[], Settings], home: Home) -> Diagnosis:
     try:
         settings = load()
     except StackError as error:
-        return Diagnosis(_facts(None), gpus, machine.versions(), checks=(Verdict("settings", str(error)),))
+        return Diagnosis(_facts(None, home), gpus, machine.versions(), checks=(Verdict("settings", str(error)),))
     try:
         wanted, checks = _what_up_does(settings, home)
     except StackError as error:
         wanted, checks = {}, (Verdict("plan", str(error)),)
     return Diagnosis(
-        facts=_facts(settings),
+        facts=_facts(settings, home),
         gpus=gpus,
         versions=machine.versions(),
         ports=_ports(settings),
@@ -156,7 +157,20 @@ def _ports(settings: Settings) -> dict[str, str]:
     }
 
 
-def _facts(settings: Settings | None) -> dict[str, str]:
+def _running(home: Home) -> str:
+    """What runs of the instance, as whatever keeps it running sees it."""
+    try:
+        record, runner = running_supervisor(home)
+        services = runner.processes() if runner else {}
+    except SupervisorGoneError as error:
+        return f"doesn't answer: {error}"
+    if not record or not services:
+        return "doesn't run"
+    states = ", ".join(f"{name} {service.state.lower()}" for name, service in services.items())
+    return f"{'containers' if record.compose else 'processes'}: {states}"
+
+
+def _facts(settings: Settings | None, home: Home) -> dict[str, str]:
     memory = psutil.virtual_memory()
     lacking = "; ".join(card.missing())
     cards = ", ".join(map(str, machine.cards())) or "none"
@@ -168,6 +182,7 @@ def _facts(settings: Settings | None) -> dict[str, str]:
         "shared memory": f"{shutil.disk_usage(SHARED_MEMORY).free / GIB:.1f} GiB free in {SHARED_MEMORY}",
         "AI 100 cards": f"{cards}{f' (missing for it: {lacking})' if machine.cards() and lacking else ''}",
         "Docker": _engine(),
+        "stack": _running(home),
         "C++ compiler": "yes" if machine.has_compiler() else "no: models run without compiled kernels",
         "hub": _hub(),
         "token": _token(settings),
