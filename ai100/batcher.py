@@ -231,7 +231,7 @@ class Batcher:
             turn.end(None, None)
 
     def _admit(self) -> None:
-        """A turn whose topic is busy waits; those behind it need not."""
+        """A turn whose topic is busy waits; those after it need not."""
         if self._waiting and self._is_lost and not self._reopened():
             return
         busy = {turn.key for turn in self._running}
@@ -317,9 +317,9 @@ class Batcher:
             for turn in turns:
                 self._decode_a_token([turn])
             return
-        for turn, row, behind in zip(turns, rows, logits, strict=True):
+        for turn, row, next_logits in zip(turns, rows, logits, strict=True):
             self.slots.extend(_held(turn), [row.token_id])
-            self._advance(turn, behind)
+            self._advance(turn, next_logits)
 
     def _advance(self, turn: BatchedRequest, logits: Logits) -> None:
         """The next token `(V,)` is drawn: it is pending now, and may be the last."""

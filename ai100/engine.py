@@ -260,7 +260,7 @@ class AI100Generation:
         self._engine.memory.remember(planned.begun, turn.prompt, "".join(map(text.push, said)), said)
 
     def _fill_report(self, planned: _Planned) -> None:
-        assert self._turn is not None, "a report is filled behind its turn"
+        assert self._turn is not None, "a report is filled after its turn"
         figures, report = self._turn.figures, self.report
         report.num_prompt_tokens = figures.num_prompt_tokens
         report.num_reused_tokens = figures.num_reused_tokens

@@ -84,7 +84,7 @@ class Runtime(Protocol):
 
     Every call checks its arguments and raises `ValueError` naming the value and the bounds before it touches a slot
     (a slot that doesn't exist, a slot twice in one batch, no tokens or too many, ids outside of the vocabulary,
-    positions behind what the slot holds or past `ctx_len`); `DeviceLost` when the device is gone, or closed.
+    positions after what the slot holds or past `ctx_len`); `DeviceLost` when the device is gone, or closed.
     """
 
     name: str
@@ -166,7 +166,7 @@ class FilledSlots:
             self._num_touched[written.slot] = max(written.end, self._num_touched[written.slot])
 
     def fill(self, ranges: Iterable[SlotRange]) -> None:
-        """These were written; what was behind them is undefined now."""
+        """These were written; what was after them is undefined now."""
         for written in ranges:
             self._num_tokens[written.slot] = written.end
 

@@ -485,8 +485,8 @@ def contexts_for_scores(
                 if size + len(waiting[-1].text) > max_characters:
                     break
                 middle.append(waiting.pop())
-            before, behind = rng.sample([chunk for chunk in chunks if chunk not in middle], 2)
-            contexts.append([before, *middle, behind])
+            before, after = rng.sample([chunk for chunk in chunks if chunk not in middle], 2)
+            contexts.append([before, *middle, after])
     return contexts
 
 

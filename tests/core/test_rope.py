@@ -95,17 +95,19 @@ def test_the_rotation_of_each_layer_shows_in_one_tokens_keys() -> None:
     torch.manual_seed(0)
     slow, fast = (Rotation(base ** (-torch.arange(16) / 16)) for base in (1e6, 1e4))
     neighbours = Rotation(fast.inv_freq, is_neox=False)
-    own = [fast, None, slow, neighbours]
+    rotations = [fast, None, slow, neighbours]
     here = torch.randn(4, 2, 32)
-    there = torch.stack([keys if turn is None else turn.move(keys, 700) for turn, keys in zip(own, here, strict=True)])
-    assert fitting_rotations([slow, fast, neighbours], here, there.bfloat16(), 700) == own
-    with pytest.raises(ValueError, match="keys of layer 0 don't turn"):
+    there = torch.stack(
+        [keys if own is None else own.move(keys, 700) for own, keys in zip(rotations, here, strict=True)]
+    )
+    assert fitting_rotations([slow, fast, neighbours], here, there.bfloat16(), 700) == rotations
+    with pytest.raises(ValueError, match="keys of layer 0 don't rotate"):
         fitting_rotations([slow, neighbours], here, there, 700)
-    with pytest.raises(ValueError, match="don't turn with their positions"):
+    with pytest.raises(ValueError, match="don't rotate with their positions"):
         fitting_rotations([slow, fast], here, here, 700)
 
 
 def test_keys_that_were_never_seen_fit_no_rotation() -> None:
     unseen = torch.full((1, 2, 32), float("nan"))
-    with pytest.raises(ValueError, match="keys of layer 0 don't turn"):
+    with pytest.raises(ValueError, match="keys of layer 0 don't rotate"):
         fitting_rotations([Rotation(torch.ones(16))], unseen, unseen, 700)

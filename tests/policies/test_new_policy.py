@@ -20,6 +20,7 @@ from pathlib import Path
 from kvarena.bench.variants import read_policy
 from kvarena.engines.vllm.config import BlendConfig, read_request_params
 from kvarena.policies.params import PARAMETERS, POLICIES, BlendParams
+from kvarena.policies.registry import calibrated_policies
 from kvarena.stack.generate import generated
 from kvarena.home import Home
 from kvarena.stack.plan import make_plan
@@ -45,6 +46,7 @@ print(json.dumps({
     "config": json.loads(services["blend"].command[services["blend"].command.index("--kv-transfer-config") + 1]),
     "simllm": services["simllm"].command,
     "variant": read_policy("chunk_tail:0.1,skip_tokens=4", "blend").label,
+    "calibrated": calibrated_policies(),
     "supported": BlendConfig(policy="chunk_tail", skip_tokens=2).to_extra_config(),
     "generated": {path.name: text for path, text in generated(Path(sys.argv[2]).parents[2]).items()},
     "torch": "torch" in sys.modules,
@@ -128,11 +130,22 @@ def test_the_benchmark_names_it(found: dict[str, Any]) -> None:
     assert found["variant"] == "blend chunk_tail (skip_tokens 4) 10 %"
 
 
+def test_calibration_tries_it(found: dict[str, Any]) -> None:
+    assert found["calibrated"] == [
+        "kv_deviation",
+        "kv_deviation,deviation=values",
+        "chunk_head",
+        "chunk_tail",
+        "query_attention",
+        "stored_deviation",
+    ]
+
+
 def test_it_is_in_the_generated_files(found: dict[str, Any]) -> None:
     example = found["generated"][".env.example"]
     assert "\n#   chunk_tail: The last tokens of each chunk.\n" in example
     assert (
-        "\n# chunk_tail: So many tokens at a chunk's end are left out. From 0 to 1024.\n#BLEND_SKIP_TOKENS=0\n"
+        "\n# chunk_tail: Number of tokens to skip at the end of each chunk. From 0 to 1024.\n#BLEND_SKIP_TOKENS=0\n"
         in example
     )
     assert "\n  BLEND_SKIP_TOKENS:\n" in found["generated"]["compose.yaml"]
@@ -148,7 +161,7 @@ def test_it_selects(copy: Path) -> None:
 
 def test_simllm_has_an_option_for_it(copy: Path) -> None:
     said = " ".join(re.sub(r"[│╭╰─]", " ", run_in(copy, "-m", "kvarena.contenders.simllm", "--help")).split())
-    assert "--skip-tokens <int> So many tokens at a chunk's end are left out. From 0 to 1024." in said
+    assert "--skip-tokens <int> Number of tokens to skip at the end of each chunk. From 0 to 1024." in said
     assert "chunk_head, chunk_tail, query_attention" in said
 
 
@@ -163,7 +176,7 @@ def test_the_server_describes_it(copy: Path) -> None:
         "at_least": 0,
         "at_most": 1024,
         "default": 0,
-        "help": "So many tokens at a chunk's end are left out.",
+        "help": "Number of tokens to skip at the end of each chunk.",
         "policies": ["chunk_tail"],
     }
     assert "chunk_tail" in told["parameters"]["ratio"]["policies"]

@@ -138,6 +138,7 @@ def find_reference(variants: Sequence[Variant]) -> Variant | None:
 
 
 DEFAULT_POLICIES = ("kv_deviation:0.15", "chunk_head:0.05", "query_attention:0.05", "none")
+"""What `kvarena bench ttft` measures unless it is told others: few, for each is asked at every length."""
 SYNTAX = re.compile(r"(?P<policy>[a-z_]+)(:((?P<ms>[\d.]+)ms|(?P<ratio>[^@]+)))?(@(?P<check_layer>\d+))?")
 
 

@@ -86,7 +86,7 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class VLLMServer:
-    """vLLM. `options` come behind those that every vLLM here has; `has_plugin`: our plugin is loaded.
+    """vLLM. `options` come after those that every vLLM here has; `has_plugin`: our plugin is loaded.
 
     On a CPU, vLLM runs its worker in a process of its own, only to bind OpenMP's threads by its environment. Where they
     aren't bound, the engine's process runs the worker, as on one GPU: that saves a third of the start, and 700 MiB.
@@ -159,7 +159,7 @@ def own_options(launch: Launch) -> Options:
 
 @dataclass(frozen=True)
 class EngineServer:
-    """A server over `kvarena.server`, started as `python -m MODULE`. `options` are its own, behind the common ones."""
+    """A server over `kvarena.server`, started as `python -m MODULE`. `options` are its own, after the common ones."""
 
     module: str
     options: Callable[[Launch], Options] = own_options

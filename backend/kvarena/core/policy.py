@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from kvarena.core.plan import ReusePlan
 from kvarena.core.prefilled_model import TokenFilter
@@ -85,6 +85,9 @@ class SelectionPolicy(ABC):
     the share of reused tokens. Policies with equal fields select alike.
     """
 
+    calibrated_options: ClassVar[Sequence[Sequence[str]]] = ((),)
+    """With which of its options `kvarena calibrate` tries it, such as `(("deviation=values",),)`; empty: not at all."""
+
     @property
     def ratio(self) -> float | None:
         """None for a policy without one."""
@@ -131,6 +134,7 @@ class SelectionPolicy(ABC):
 class RecomputeAll(SelectionPolicy):
     """Every token, as if nothing was reused: full prefill through the blend's own path."""
 
+    calibrated_options = ()
     recomputes_all = True
 
     def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
@@ -141,6 +145,7 @@ class RecomputeAll(SelectionPolicy):
 class RecomputeNone(SelectionPolicy):
     """No token: each chunk's KV is used as it was computed, blind to what is before it."""
 
+    calibrated_options = ()
     recomputes_none = True
 
     def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:

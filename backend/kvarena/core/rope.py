@@ -171,10 +171,10 @@ def fitting_rotations(
         errors = [((_moved(near, rotation, distance) - far).norm(), rotation) for rotation in (*candidates, None)]
         error, best = min(errors, key=lambda tried: float(tried[0]))
         if not error <= _TOLERANCE * far.norm():
-            raise ValueError(f"the keys of layer {layer} don't turn as its rotary embedding says")
+            raise ValueError(f"the keys of layer {layer} don't rotate as its rotary embedding says")
         rotations.append(best)
     if not any(rotations):
-        raise ValueError("its keys don't turn with their positions")
+        raise ValueError("its keys don't rotate with their positions")
     return rotations
 
 

@@ -1,11 +1,11 @@
 """Scores of a chunk's tokens: how much each needs its context, known before any request.
 
 A prompt of several chunks is computed whole. It shows of each token of a chunk in its middle how far its values lie
-from those that the chunk has by itself, and how much attention what comes behind pays to it. Both are nearly properties
-of the chunk: a few such prompts say as much as a look at the request itself. A token's score is its deviation (squared
-distance, each layer divided by its mean over the chunk, averaged over the layers but for the first, whose values come
-before any attention) times the square root of its
-attention (alike): a token that moves and is never looked at needs no repair. docs/quality.md has what else was tried.
+from those that the chunk has by itself, and how much attention it gets from the text after the chunk. Both are nearly
+properties of the chunk: a few such prompts say as much as a look at the request itself. A token's score is its
+deviation (squared distance, each layer divided by its mean over the chunk, averaged over the layers but for the first,
+whose values come before any attention) times the square root of its attention (alike): a token that moves and is never
+looked at needs no repair. docs/quality.md has what else was tried.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvarena.core.plan import Chunk, ReusePlan, Span
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
 
 MIN_CONTEXT_TOKENS = 64
-"""Before a chunk and behind it, for a prompt to show something of it."""
+"""Before a chunk and after it, for a prompt to show something of it."""
 MAX_SCORED_TOKENS = 8192
 """A longer prompt isn't used: all of its KV is held beside the cache."""
 QUERY_STRIDE = 8
@@ -72,11 +72,11 @@ class ChunkScorer:
         }
 
     def _has_context(self, span: Span) -> bool:
-        before, behind = span.start, len(self._places) - span.end
-        return span.is_whole_chunk and not span.is_exact and min(before, behind) >= MIN_CONTEXT_TOKENS
+        before, after = span.start, len(self._places) - span.end
+        return span.is_whole_chunk and not span.is_exact and min(before, after) >= MIN_CONTEXT_TOKENS
 
     def _received(self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """The attention `(T,)` that each token of a span gets from those of these tokens that stand behind the span.
+        """The attention `(T,)` that each token of a span gets from those of these tokens that come after the span.
 
         `keys` `(T, H_kv, D)` are fp32.
         """
@@ -86,8 +86,8 @@ class ChunkScorer:
         own, all_positions = positions.to(keys.device)[:, None], torch.arange(len(keys), device=keys.device)
         weights = weights.masked_fill_(all_positions > own, -torch.inf).softmax(dim=-1)
         ends = self._ends[: len(keys)].to(keys.device)
-        from_behind = (ends > 0) & (ends <= own)
-        return (weights * from_behind).sum(dim=(0, 1, 2)).cpu()
+        from_after = (ends > 0) & (ends <= own)
+        return (weights * from_after).sum(dim=(0, 1, 2)).cpu()
 
 
 def _relative(by_layer: torch.Tensor) -> torch.Tensor:

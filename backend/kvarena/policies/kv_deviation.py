@@ -42,6 +42,8 @@ class KVDeviation(SelectionPolicy):
     )
     run_tokens: int = run_tokens_parameter()
 
+    calibrated_options = ((), ("deviation=values",))
+
     def watched_layers(self, num_layers: int) -> Sequence[int]:
         first = min(self.check_layer, num_layers - 1)
         return range(first, min(first + self.num_filters, num_layers))

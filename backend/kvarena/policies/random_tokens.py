@@ -20,6 +20,8 @@ class RandomTokens(SelectionPolicy):
     ratio: float = ratio_parameter()
     seed: int = 0
 
+    calibrated_options = ()
+
     def select(self, plan: ReusePlan, context: SelectionContext) -> Selection:
         import torch
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import kvarena.policies
-from kvarena.core.policy import SelectionPolicy
+from kvarena.core.policy import RecomputeAll, RecomputeNone, SelectionPolicy
 
 Value = float | int | str
 PolicyClass = TypeVar("PolicyClass", bound=type[SelectionPolicy])
@@ -131,7 +131,7 @@ def run_tokens_parameter() -> Any:
     )
 
 
-_registered: dict[str, type[SelectionPolicy]] = {}
+_registered: dict[str, type[SelectionPolicy]] = {"none": RecomputeNone, "all": RecomputeAll}
 
 
 def policy(name: str) -> Callable[[PolicyClass], PolicyClass]:
@@ -178,6 +178,13 @@ def registered_policies() -> Mapping[str, type[SelectionPolicy]]:
         return name != DEFAULT_POLICY, not parameters_of(cls), cls.__module__
 
     return {name: _registered[name] for name in sorted(_registered, key=place)}
+
+
+def calibrated_policies() -> list[str]:
+    """The policies with their options, as they are typed, that `kvarena calibrate` tries unless it is told others."""
+    return [
+        ",".join([name, *options]) for name, cls in registered_policies().items() for options in cls.calibrated_options
+    ]
 
 
 def all_parameters() -> list[Parameter]:

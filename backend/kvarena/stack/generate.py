@@ -220,7 +220,7 @@ def compose_policies() -> Lines:
 
 
 def tried_services() -> Lines:
-    """Which services the images have, and what comes behind `PORT_BASE` in the address of their health."""
+    """Which services the images have, and what comes after `PORT_BASE` in the address of their health."""
     images: dict[str, list[str]] = {}
     for spec in SPECS.values():
         images.setdefault(spec.container.image, []).append(spec.name)

@@ -363,7 +363,7 @@ def test_what_cant_be_blended_is_refused(kind: str, settings: dict[str, Any], re
 def test_keys_that_turn_otherwise_than_their_table_says_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k * cos[:, None]))
-    with pytest.raises(UnsupportedModel, match="keys of layer 0 don't turn"):
+    with pytest.raises(UnsupportedModel, match="keys of layer 0 don't rotate"):
         BlendableModel(model)
     model.close()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvarena.bench.console import INTERRUPTED, AsJson, PlottedFile, ResultFile, decimals, explained, integers, tell
+from kvarena.policies.registry import DEFAULT_POLICY, calibrated_policies
 from kvarena.splitting import MIN_CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from kvarena.bench.variants import Variant
 
 
-DEFAULT_POLICY = "kv_deviation"
 HFModelName = Annotated[
     str | None,
     typer.Option(help="With --engine hf: a local folder or a Hugging Face model name. [default: the town model]"),
@@ -49,14 +49,15 @@ def evaluate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Policy of a blend, such as kv_deviation,deviation=values; repeatable. [default: kv_deviation]"
+            help=f"Policy of a blend, such as kv_deviation,deviation=values; repeatable. [default: {DEFAULT_POLICY}]"
         ),
     ] = None,
     ratio: Annotated[
         str, typer.Option(help="Shares of the reused tokens to recompute, separated by commas.")
     ] = "0,0.05,0.1,0.15,0.3",
     check_layer: Annotated[
-        str | None, typer.Option(help="Check layers of kv_deviation, separated by commas. [default: the model's]")
+        str | None,
+        typer.Option(help="Check layers, for policies that have one, separated by commas. [default: the model's]"),
     ] = None,
     questions: Annotated[
         Path | None, typer.Option(help="JSONL with question, answers, optional chunks. [default: the documents']")
@@ -171,13 +172,6 @@ def _exit(attempts: Sequence[Attempt], is_interrupted: bool, console: Console) -
         raise typer.Exit(1)
 
 
-DEFAULT_POLICIES = (
-    "kv_deviation",
-    "kv_deviation,deviation=values",
-    "chunk_head",
-    "query_attention",
-    "stored_deviation",
-)
 ENOUGH_QUESTIONS = 30
 ROUND_QUESTIONS = 6
 
@@ -198,7 +192,7 @@ def calibrate(
         list[str] | None,
         typer.Option(
             help="A policy to try, with options if wanted: kv_deviation,deviation=values,num_filters=2; repeatable. "
-            f"[default: {' '.join(DEFAULT_POLICIES)}]"
+            f"[default: {' '.join(calibrated_policies())}]"
         ),
     ] = None,
     check_layer: Annotated[
@@ -270,7 +264,7 @@ def calibrate(
             if not blend.is_blend:
                 raise ValueError(f"{blend.name} doesn't blend; there is nothing to calibrate")
             layers = integers(check_layer) if check_layer else calibration.check_layers(blend.num_layers)
-            settings_to_try = blend_variants(blend.name, policy or DEFAULT_POLICIES, decimals(ratio), layers)
+            settings_to_try = blend_variants(blend.name, policy or calibrated_policies(), decimals(ratio), layers)
             if not check_layer:  # by stored scores it looks at a layer only where there are none
                 settings_to_try = [
                     one

@@ -95,7 +95,7 @@ class PlainAnswerer:
     def _forced(
         self, kv: SequenceKV, num_prompt_tokens: int, logits: torch.Tensor, answer: Sequence[int]
     ) -> torch.Tensor:
-        """The logits `(T, V)` of each of an answer's `T` tokens behind the prompt, whose own are `logits` `(V,)`."""
+        """The logits `(T, V)` of each of an answer's `T` tokens after the prompt, whose own are `logits` `(V,)`."""
         kv.truncate(num_prompt_tokens)
         if len(answer) == 1:
             return logits[None]

@@ -307,7 +307,7 @@ class StreamSettings:
 
 @dataclass(frozen=True)
 class ContenderRun:
-    """`answers` are in the stream's order; `task_bytes` is the KV kept of tasks behind the last one."""
+    """`answers` are in the stream's order; `task_bytes` is the KV kept of tasks after the last one."""
 
     variant: SimLLMVariant
     answers: Sequence[TaskAnswer]

@@ -38,7 +38,7 @@ class Timed:
 
     @property
     def tpot_ms(self) -> float | None:
-        """Time for each token behind the first; None for an answer of one."""
+        """Time for each token after the first; None for an answer of one."""
         more = self.num_answer_tokens - 1
         return 1000 * (self.ended_s - self.first_s) / more if more > 0 else None
 

@@ -132,7 +132,7 @@ def _token_shares(answered: Sequence[Timed]) -> dict[str, Any]:
 
 def _stages(answered: Sequence[Timed]) -> dict[str, float] | None:
     """Medians of a request's parts: those of the blend by its own report, what was before the first token beside
-    them (waiting included), and behind it."""
+    them (waiting included), and after it."""
     split = [_split(one) for one in answered]
     names = dict.fromkeys(name for stages in split for name in stages)
     return {name: round(float(np.median([s.get(name, 0.0) for s in split])), 3) for name in names} or None
