@@ -187,7 +187,7 @@ def _run_step(llm: Any, step: Step) -> Outcome:
             break
     half, pool = scheduler.connector._scheduler, scheduler.kv_cache_manager.block_pool
     num_used_blocks = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    under_way = half._turns.long_one is not None
+    under_way = half._budget.long_one is not None
     outputs = [finished[name] for name in names if name in finished]
     return Outcome(
         tokens_of(outputs),

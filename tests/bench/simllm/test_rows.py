@@ -15,7 +15,7 @@ from kvarena.bench.quality.questions import EvalQuestion
 from kvarena.bench.results import Row, load_results, save_results
 from kvarena.bench.simllm.demo import cosines, differing_bits
 from kvarena.bench.simllm.measuring import answer_rows, make_rows, show_quality, show_speed
-from kvarena.bench.simllm.running import ContenderRun, SimLLMVariant, StreamTask, TaskAnswer
+from kvarena.bench.simllm.running import ContenderRun, MeasuredAnswer, SimLLMVariant, StreamTask
 from kvarena.engines.base import Report
 from kvarena.panels import speed_and_quality
 
@@ -24,7 +24,9 @@ TASKS = [StreamTask(QUESTION, "new"), StreamTask(QUESTION, "new"), StreamTask(QU
 REUSE = SimLLMVariant("aligned", 0.9)
 
 
-def answer(text: str, total_ms: float, num_layer_passes: int, *, hit: bool = False, rise: int | None = 5) -> TaskAnswer:
+def answer(
+    text: str, total_ms: float, num_layer_passes: int, *, hit: bool = False, rise: int | None = 5
+) -> MeasuredAnswer:
     details = {
         "hit": hit,
         "similarity": 0.95 if hit else None,
@@ -32,7 +34,7 @@ def answer(text: str, total_ms: float, num_layer_passes: int, *, hit: bool = Fal
         "num_layer_passes_without_reuse": 400,
     }
     ids = tuple(map(ord, text))
-    return TaskAnswer(
+    return MeasuredAnswer(
         ids, text, total_ms / 2, total_ms, total_ms / 4, rise, Report(num_prompt_tokens=100, details=details)
     )
 

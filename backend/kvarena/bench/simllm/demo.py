@@ -13,10 +13,10 @@ from rich.table import Table
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet
 from kvarena.bench.simllm.running import (
     Contender,
+    MeasuredAnswer,
     SharedModel,
     SimLLMVariant,
     StreamSettings,
-    TaskAnswer,
     is_answered_by,
     warm_up,
 )
@@ -39,8 +39,8 @@ class ShownAnswer:
     """One step with reuse beside the same without."""
 
     step: Step
-    answer: TaskAnswer
-    without_reuse: TaskAnswer
+    answer: MeasuredAnswer
+    without_reuse: MeasuredAnswer
 
 
 @dataclass(frozen=True)

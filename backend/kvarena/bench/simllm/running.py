@@ -63,7 +63,7 @@ class SimLLMVariant:
 
 
 @dataclass(frozen=True)
-class TaskAnswer:
+class MeasuredAnswer:
     """One answer as the caller of the engine sees it. `token_ids` and `text` end before the end-of-sequence token.
 
     `cpu_ms` is the process's time on all cores, which other work on the machine changes less. `peak_rise_bytes`: how
@@ -87,7 +87,7 @@ class Contender:
     engine: SimLLMEngine
     _memory: PeakMemory = field(default_factory=PeakMemory)
 
-    def answer(self, prompt: Sequence[int], num_steps: int) -> TaskAnswer:
+    def answer(self, prompt: Sequence[int], num_steps: int) -> MeasuredAnswer:
         """So many tokens are generated, also where the answer ends earlier."""
         sampling = Sampling(max_tokens=num_steps, temperature=0.0, ignore_eos=True)
         options = SimLLMOptions(reuse=self.variant.mode is not None)
@@ -101,7 +101,7 @@ class Contender:
             first_s = first_s or perf_counter()
         ended_s = perf_counter()
         token_ids = list(takewhile(lambda token_id: token_id not in self.engine.model.eos_token_ids, token_ids))
-        return TaskAnswer(
+        return MeasuredAnswer(
             tuple(token_ids),
             self.engine.tokenizer.decode(token_ids, skip_special_tokens=True),
             1000 * ((first_s or ended_s) - started_s),
@@ -310,7 +310,7 @@ class ContenderRun:
     """`answers` are in the stream's order; `task_bytes` is the KV kept of tasks after the last one."""
 
     variant: SimLLMVariant
-    answers: Sequence[TaskAnswer]
+    answers: Sequence[MeasuredAnswer]
     task_bytes: int
 
 
@@ -323,7 +323,7 @@ def run_stream(
 ) -> list[ContenderRun]:
     """A run for each variant. Raises `ValueError` for a prompt that has no room in the model's context."""
     contenders = [network.contender(variant, asking) for variant in variants]
-    answers: list[list[TaskAnswer]] = [[] for _ in contenders]
+    answers: list[list[MeasuredAnswer]] = [[] for _ in contenders]
     try:
         for contender in contenders:
             warm_up(contender, network, asking)

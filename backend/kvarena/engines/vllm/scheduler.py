@@ -61,39 +61,39 @@ class TTFTBudget:
 
 
 @dataclass
-class BlendTurns:
-    """Whose turn it is: one step has about `step_tokens` of blends that are done in it, at least one of them, and one
-    piece of a blend with more than that. Each of the two kinds goes first come, first served, and a step of the one
-    waits for none of the other.
+class BlendBudget:
+    """What one step may blend: about `step_tokens` of blends that are done in it, at least one of them, and one piece
+    of a longer blend. Each of the two kinds goes first come, first served, and neither waits for the other.
     """
 
     step_tokens: int
-    num_taken: int = 0
-    is_full: bool = False
+    num_spent_tokens: int = 0
+    is_spent: bool = False
     long_one: _TrackedRequest | None = None
 
-    def is_its(self, num_tokens: int) -> bool:
-        """Whether a blend that runs so many tokens may go in this step."""
+    def allows(self, num_tokens: int) -> bool:
+        """Whether a blend that runs so many tokens may begin in this step. Once a short one may not, no later one may."""
         if self.is_long(num_tokens):
             return self.long_one is None
-        self.is_full |= self.num_taken > 0 and self.num_taken + num_tokens > self.step_tokens
-        return not self.is_full
+        self.is_spent |= self.num_spent_tokens > 0 and self.num_spent_tokens + num_tokens > self.step_tokens
+        return not self.is_spent
 
     def is_long(self, num_tokens: int) -> bool:
         return num_tokens > self.step_tokens
 
-    def take(self, tracked: _TrackedRequest) -> None:
+    def spend(self, tracked: _TrackedRequest) -> None:
+        """On a blend that begins in this step."""
         if self.is_long(tracked.num_tokens_to_run):
             self.long_one = tracked
         else:
-            self.num_taken += tracked.num_tokens_to_run
+            self.num_spent_tokens += tracked.num_tokens_to_run
 
-    def end(self, tracked: _TrackedRequest) -> None:
+    def end_blend(self, tracked: _TrackedRequest) -> None:
         if self.long_one is tracked:
             self.long_one = None
 
     def end_step(self) -> None:
-        self.num_taken, self.is_full = 0, False
+        self.num_spent_tokens, self.is_spent = 0, False
 
 
 @dataclass
@@ -192,7 +192,7 @@ class SchedulerConnector:
         self._segmenter = Segmenter(tokenizer, config.separator)
         self._tracked: dict[str, _TrackedRequest] = {}
         self._jobs: list[BlendJob] = []
-        self._turns = BlendTurns(config.step_tokens or max_step_tokens)
+        self._budget = BlendBudget(config.step_tokens or max_step_tokens)
         self._time_left = {is_long: TTFTBudget() for is_long in (False, True)}
         self._trusts_store = True
         self._admission = Admission()
@@ -233,9 +233,9 @@ class SchedulerConnector:
         if end <= num_local_tokens:
             return 0, False
         num_tokens = tracked.num_tokens_to_run = self._num_tokens_to_run(tracked, num_local_tokens, end)
-        if not self._turns.is_its(num_tokens):
+        if not self._budget.allows(num_tokens):
             return None, False
-        return end - num_local_tokens, self._turns.is_long(num_tokens)
+        return end - num_local_tokens, self._budget.is_long(num_tokens)
 
     def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         tracked = self._tracked[request.request_id]
@@ -257,7 +257,7 @@ class SchedulerConnector:
         if tracked.report.blend is None:
             tracked.wanted, tracked.known = plan, known
         passing = self._take_in(tracked.params, plan) if tracked.params.store_new else frozenset()
-        self._turns.take(tracked)
+        self._budget.spend(tracked)
         tracked.is_blending = True
         tracked.allocated_s = time.perf_counter()
         blend, budget_ms = self._ratio_or_budget(tracked)
@@ -272,7 +272,7 @@ class SchedulerConnector:
                 blend,
                 tracked.params.store_new,
                 budget_ms,
-                self._turns.step_tokens if self._is_long(tracked) else None,
+                self._budget.step_tokens if self._is_long(tracked) else None,
                 tracked.params.store_scores,
                 passing,
                 tracked.params.token_scores,
@@ -288,7 +288,7 @@ class SchedulerConnector:
 
     def take_jobs(self) -> BlendJobs:
         jobs, self._jobs = self._jobs, []
-        self._turns.end_step()
+        self._budget.end_step()
         return BlendJobs(jobs)
 
     def on_reports(self, reports: BlendReports) -> None:
@@ -298,7 +298,7 @@ class SchedulerConnector:
         known = {tracked: blend for tracked, blend in blended.items() if tracked}
         for tracked, blend in known.items():
             tracked.is_blending = False
-            self._turns.end(tracked)
+            self._budget.end_blend(tracked)
             if blend.store_hits or blend.store_misses:
                 self._trusts_store = blend.store_misses <= tracked.num_unknown_chunks
             if tracked.report.blend is None:
@@ -365,7 +365,7 @@ class SchedulerConnector:
         return blend, self._time_left[self._is_long(tracked)].budget_ms(tracked.request, max_ttft_ms)
 
     def _is_long(self, tracked: _TrackedRequest) -> bool:
-        return self._turns.is_long(tracked.num_tokens_to_run)
+        return self._budget.is_long(tracked.num_tokens_to_run)
 
     def _num_tokens_to_run(self, tracked: _TrackedRequest, start: int, end: int) -> int:
         """How many tokens a blend runs through the model, about: those of no chunk, those of chunks that aren't stored
