@@ -21,6 +21,8 @@ Ends = tuple[float, float, float]
 """A figure's middle, and where its whiskers end."""
 Group = TypeVar("Group", bound=Hashable)
 
+REFERENCE = "plain"
+"""The contender that the others are compared with."""
 ALL_KINDS = "all"
 """The `kind` of a row about questions of every kind."""
 NO_REUSE = "no reuse"
@@ -201,12 +203,12 @@ def ttft_bars(rows: Sequence[Row], colours: Colours) -> list[Bar]:
 
 
 def speedup(row: Row) -> Ends | None:
-    ratio = row["speedup_vs_plain"] if row["contender"] != "plain" else None
+    ratio = row["speedup_vs_plain"] if row["contender"] != REFERENCE else None
     return (ratio["median"], ratio["low"], ratio["high"]) if ratio else None
 
 
 CONTEXT = Axis("context (tokens)", is_log=True, at_points=True)
-AS_PLAIN = Level("plain", "plain", 1.0, 1.0, 1.0)
+AS_PLAIN = Level(REFERENCE, REFERENCE, 1.0, 1.0, 1.0)
 
 
 def _over_context(rows: Sequence[Row], condition: str, colours: Colours) -> list[Panel]:
@@ -257,7 +259,7 @@ def throughput_bars(rows: Sequence[Row], colours: Colours) -> list[Bar]:
 
 def _throughput_note(row: Row) -> str:
     rate, times = f"{_middle(row['requests_per_s']):.3g}/s", row.get("throughput_vs_plain")
-    return f"{rate} ({_middle(times):.3g}x)" if times and row["contender"] != "plain" else rate
+    return f"{rate} ({_middle(times):.3g}x)" if times and row["contender"] != REFERENCE else rate
 
 
 def _middle(figure: float | dict[str, float]) -> float:
@@ -346,7 +348,7 @@ def sustained_panels(result: Result, colours: Colours) -> list[Panel]:
     rows = [
         row | {"middle": row["first_request"] + row["num_requests"] / 2}
         for row in result["rows"]
-        if row["contender"] != "plain"
+        if row["contender"] != REFERENCE
     ]
 
     def ratio(row: Row) -> Ends | None:

@@ -13,14 +13,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kvarena.cli import app
+from kvarena.contenders.servers import GIB
 from kvarena.home import Home
 from kvarena.model import DEFAULT_CPU_MODEL
 from kvarena.stack import doctor, machine, preflight
 from kvarena.stack.doctor import Diagnosis, diagnose, show_diagnosis
 from kvarena.stack.settings import CONTENDERS, DEFAULT_PORTS, load_settings
 from support.running_stack import free_port_base
-
-GIB = 1 << 30
 
 
 @pytest.fixture(autouse=True)

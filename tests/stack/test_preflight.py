@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.contenders.servers import GIB
 from kvarena.home import Home, StackError
 from kvarena.model import Model, find_model
 from kvarena.stack import machine, preflight
 from kvarena.stack.lmcache_l2 import l2_adapter
 from kvarena.stack.plan import Plan, make_plan
-from kvarena.stack.preflight import GIB, MemoryNeed
+from kvarena.stack.preflight import MemoryNeed
 from kvarena.stack.service import Service
 from kvarena.stack.settings import SPECS, load_settings
 

@@ -348,9 +348,9 @@ def sustained(
     """
     from rich.console import Console
 
-    from kvarena.bench.results import check_writable, save_results
+    from kvarena.bench.results import REFERENCE, check_writable, save_results
     from kvarena.bench.ttft import sustained as measuring
-    from kvarena.bench.ttft.measuring import REFERENCE, Bench
+    from kvarena.bench.ttft.measuring import Bench
     from kvarena.bench.ttft.servers import OwnServers, ServerOptions
     from kvarena.bench.ttft.workload import Workload
     from kvarena.bench.variants import Variant
@@ -566,10 +566,11 @@ def _prefix_target(
 
 def _prefix_engine(folder: str, model: str | None, shape: str | None, cache_gb: float, storage: str) -> PrefixEngine:
     from kvarena.contenders.prefix.engine import PrefixEngine
+    from kvarena.contenders.servers import GIB
     from kvarena.engines.hf.model import HFModel
 
     loaded = HFModel.load(folder, random=shape is not None)
-    return PrefixEngine(loaded, shape or model or "town", cache_bytes=int(cache_gb * 2**30), storage=storage)
+    return PrefixEngine(loaded, shape or model or "town", cache_bytes=int(cache_gb * GIB), storage=storage)
 
 
 def _show_prefix(rows: list[Row], console: Console) -> None:

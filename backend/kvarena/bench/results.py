@@ -21,6 +21,7 @@ import psutil
 from kvarena.home import project_root
 from kvarena.panels import ALL_KINDS as ALL_KINDS
 from kvarena.panels import NO_REUSE as NO_REUSE
+from kvarena.panels import REFERENCE as REFERENCE
 from kvarena.panels import Row as Row
 from kvarena.stack.machine import cpu_name, versions
 

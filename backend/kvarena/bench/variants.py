@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvarena.client import ServerInfo
+from kvarena.contenders.spec import contender_specs
 from kvarena.panels import policy_label, variant_label
 from kvarena.policies.params import OPTIONS, PARAMETERS, BlendParams, check_max_ttft_ms, make_policy
 from kvarena.policies.registry import Value
@@ -114,6 +116,12 @@ def blend_variants(
     for variant in variants:
         variant.check()
     return list(dict.fromkeys(variants))
+
+
+def is_blend(server: ServerInfo) -> bool:
+    """Whether a policy can be chosen: a server names its contender, and those that keep chunks blend them."""
+    spec = contender_specs().get(server.contender)
+    return spec is not None and spec.has_chunk_cache
 
 
 def reads_scores(policy: str | None) -> bool:

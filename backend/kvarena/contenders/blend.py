@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from kvarena.contenders.plain import prefix_caching
-from kvarena.contenders.servers import Launch, VLLMServer
+from kvarena.contenders.servers import GIB, Launch, VLLMServer
 from kvarena.contenders.spec import LMCACHE_SERVER, Container, ContenderSpec
 from kvarena.engines.vllm.config import kv_transfer_config
 from kvarena.engines.vllm.lmcache_config import lmcache_blend_options
-
-GIB = 1 << 30
 
 
 def _options(launch: Launch) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from kvarena.engines.vllm.config import CONTENDER_VARIABLE, BlendConfig
 
+GIB = 1 << 30
 Options = Mapping[str, object]
 """Of a command line; those whose value is `None` are left out."""
 GPU_MEMORY_RATIO = 0.9
@@ -191,7 +192,7 @@ def _gpu_memory(launch: Launch) -> list[str]:
     if launch.profile == "cpu":
         return []
     if launch.kv_cache_gb is not None:
-        return ["--kv-cache-memory-bytes", str(launch.kv_cache_gb << 30)]
+        return ["--kv-cache-memory-bytes", str(launch.kv_cache_gb * GIB)]
     return ["--gpu-memory-utilization", f"{GPU_MEMORY_RATIO / launch.servers_per_gpu:.2f}"]
 
 

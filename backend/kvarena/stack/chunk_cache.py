@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.client import API_KEY_VARIABLE, ChunkOutcome, Client, ClientError, Outcome, Refused
+from kvarena.contenders.servers import GIB
 from kvarena.contenders.spec import LMCACHE_SERVER
 from kvarena.documents import Remark, TextChunk
 from kvarena.home import Home, StackError
@@ -117,7 +118,7 @@ class OnDisk:
     bound_bytes: int
 
     def as_text(self) -> str:
-        bound = f" of at most {self.bound_bytes / 2**30:.3g} GiB" if self.bound_bytes else ""
+        bound = f" of at most {self.bound_bytes / GIB:.3g} GiB" if self.bound_bytes else ""
         return f"Chunks on disk: {self.size_bytes / 2**20:.0f} MiB{bound} in {self.folder}"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from kvarena.contenders.servers import GIB
 from kvarena.contenders.spec import STARTED_BY_DEFAULT, ComposeProfile
 from kvarena.home import Home, StackError
 from kvarena.model import DEFAULT_CPU_MODEL, cached_snapshot, default_hf_home
@@ -32,7 +33,6 @@ CARD_SERVICE = "ai100-card"
 CARD_PROFILE = "ai100"
 USER_ID = 1000
 """Of the servers in the images."""
-GIB = 1 << 30
 SPARE_BYTES = 2 * GIB
 
 

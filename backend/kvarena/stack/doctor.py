@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ai100.runtimes import card
+from kvarena.contenders.servers import GIB
 from kvarena.home import Home, StackError
 from kvarena.model import DEFAULT_CPU_MODEL
 from kvarena.stack import containers, machine
@@ -39,7 +40,6 @@ from kvarena.stack.services import build_services
 from kvarena.stack.settings import SPECS, Settings
 from kvarena.stack.supervisord import running_supervisor
 
-GIB = 1 << 30
 HUB_TIMEOUT_S = 5.0
 
 
@@ -119,7 +119,7 @@ def _as_lines(plan: Plan, kind: str) -> dict[str, str]:
         launch = plan.launch_on_its_share(name)
         cores = ",".join(map(str, launch.omp_cpus))
         place = "the card" if name not in plan.sharing else f"GPU {launch.gpu}" if launch.gpu else f"cores {cores}"
-        how = f"; {blend.policy}, ratio {blend.ratio:g}, by {plan.blend_engine}" if name == "blend" else ""
+        how = f"; {blend.policy}, ratio {blend.ratio:g}, by {plan.blend_engine}" if SPECS[name].has_chunk_cache else ""
         lines[name] = f"{place}, port {launch.port}{how}"
     if plan.notice:
         lines["notice"] = f"{DEFAULT_CPU_MODEL} is fetched first; {plan.model.served_name} is served if it can't be"

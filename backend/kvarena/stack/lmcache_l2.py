@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from kvarena.contenders.servers import GIB
+
 REDIS_PORT = 6379
 L2_OPTION = "--l2-adapter"
 NO_L2 = "none"
@@ -88,7 +90,7 @@ def adapter_of(command: Sequence[str]) -> dict[str, Any] | None:
 
 def bound_bytes(adapter: Mapping[str, Any]) -> int:
     """Of a folder: what earlier runs left and what this one writes."""
-    return int(2 * float(adapter.get("max_capacity_gb") or 0) * 2**30)
+    return int(2 * float(adapter.get("max_capacity_gb") or 0) * GIB)
 
 
 def size_bytes(folder: Path) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.client import Client, ClientError, Refused
+from kvarena.contenders.servers import GIB
 from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
 from kvarena.home import StackError
 from kvarena.model import check_hub_access
@@ -29,7 +30,6 @@ from kvarena.stack.service import HOST, Service
 from kvarena.stack.settings import CONTENDERS
 
 REQUEST_TIMEOUT_S = 5.0
-GIB = 1 << 30
 SERVER_OVERHEAD_BYTES = 3 * GIB // 2
 LMCACHE_OVERHEAD_BYTES = GIB // 2
 PAGE_BYTES = GIB // 4

@@ -27,6 +27,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from kvarena.client import API_KEY_VARIABLE
 from kvarena.contenders.spec import FIRST_PORT, STARTED_BY_DEFAULT, contender_specs
 from kvarena.core.matching import MAX_SINK_TOKENS
+from kvarena.engines.vllm.config import Unsupported
 from kvarena.home import StackError, project_root
 from kvarena.policies.params import PARAMETERS
 from kvarena.policies.registry import Parameter
@@ -35,7 +36,6 @@ from kvarena.stack.lmcache_l2 import NO_L2, l2_adapter
 
 ProfileName = Literal["auto", "cpu", "gpu", "ai100"]
 RunIn = Literal["auto", "processes", "containers"]
-BlendUnsupported = Literal["refuse", "plain"]
 BlendEngine = Literal["kvarena", "lmcache"]
 SPECS = contender_specs()
 CONTENDERS = tuple(SPECS)
@@ -146,7 +146,7 @@ class Settings(DerivedSettings):
     separator: str | None = None
     sink_tokens: Annotated[int, Field(ge=0, le=MAX_SINK_TOKENS)] | None = None
     blend_max_ttft_ms: Annotated[float, Field(gt=0)] | None = None
-    blend_unsupported: BlendUnsupported = "refuse"
+    blend_unsupported: Unsupported = "refuse"
     blend_engine: BlendEngine = "kvarena"
 
     @field_validator("contenders", mode="before")

@@ -15,6 +15,7 @@ import torch
 
 from kvarena.bench.quality.asking import Answer, Answerer, Messages, NoAnswer, Reuse
 from kvarena.bench.variants import Variant
+from kvarena.contenders.servers import GIB
 from kvarena.documents import TextChunk, contexts_for_scores, join_chunks
 from kvarena.engines.hf.blend import HFBlender
 from kvarena.engines.hf.model import HFModel
@@ -198,7 +199,7 @@ def engines(
     profile = read_blend_profile(found.name)
     config = BlendConfig(**(profile | ({"separator": separator} if separator is not None else {})))
     shared = HFModel.load(found.name), found
-    store_bytes = int(store_gb * 2**30)
+    store_bytes = int(store_gb * GIB)
     return {
         name: BlendAnswerer(name, *shared, config, store_bytes, more_sinks)
         if name == "blend"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.bench.quality.asking import NUM_LOGPROBS, Answer, Messages, NoAnswer, Reuse, TokenLogprobs
-from kvarena.bench.variants import Variant
+from kvarena.bench.variants import Variant, is_blend
 from kvarena.client import CHAT, ClientError, StreamedAnswer, Usage, connect
 from kvarena.documents import TextChunk
 from kvarena.policies.profile import read_model_profile
@@ -24,7 +24,7 @@ class HTTPAnswerer:
         self._has_logprobs = has_logprobs
         self._api_key = api_key
         self._client, self._server = connect(name, url, api_key, timeout_s)
-        self.is_blend = self._server.contender == "blend"
+        self.is_blend = is_blend(self._server)
         offer = self._server.offer or {}
         self.num_layers: int | None = offer.get("num_layers")
         self.sinks: Sequence[int] = (offer["sink_tokens"],) if "sink_tokens" in offer else ()

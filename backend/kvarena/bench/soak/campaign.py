@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvarena.bench.results import Row, spread
+from kvarena.bench.results import REFERENCE, Row, spread
 from kvarena.bench.soak import checks
 from kvarena.bench.soak.checks import Check
 from kvarena.bench.soak.faults import Faults, Struck
@@ -27,7 +27,6 @@ from kvarena.home import Home
 from kvarena.stack.record import Record
 from kvarena.stack.service import Runner
 
-REFERENCE = "plain"
 REHEARSAL_RATIO = 0.2
 LONGEST_REHEARSAL_S = 60.0
 FINDS_AGAIN_S = 60.0

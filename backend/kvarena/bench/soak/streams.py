@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kvarena.bench.soak.prompts import Prompt
+from kvarena.bench.variants import is_blend
 from kvarena.client import CHAT, AsyncClient, ClientError, Refused, ServerInfo, StreamedAnswer, Token, bearer
 
 Verdict = Literal["equal", "tie", "different"]
@@ -115,7 +116,7 @@ class Target:
 
     @property
     def is_blend(self) -> bool:
-        return self.info.contender == "blend"
+        return is_blend(self.info)
 
     @property
     def has_reports(self) -> bool:

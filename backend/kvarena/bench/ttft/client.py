@@ -10,7 +10,7 @@ from typing import Any
 from kvarena.bench.memory import PeakMemory
 from kvarena.bench.quality.asking import Reuse
 from kvarena.bench.quality.http_answerer import cached_tokens
-from kvarena.bench.variants import Variant
+from kvarena.bench.variants import Variant, is_blend
 from kvarena.client import COMPLETIONS, Client, ClientError, ServerInfo, Usage
 
 
@@ -84,7 +84,7 @@ class Contender:
     ) -> None:
         self.name, self.server = name, server
         self._client, self._options = client, options
-        self.is_blend = server.contender == "blend"
+        self.is_blend = is_blend(server)
         self.is_told = self.is_blend or not is_target
         self._extras: dict[str, Any] = {"ignore_eos": True} if _can_tokenize(client, server) else {}
         self._memory = PeakMemory(pid, with_children=True) if pid else None

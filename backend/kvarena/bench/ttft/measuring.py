@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from kvarena.bench.results import Row, median_interval, ratio_spread, shown_path, spread
+from kvarena.bench.results import REFERENCE, Row, median_interval, ratio_spread, shown_path, spread
 from kvarena.bench.ttft.client import Burst, Contender, Timed
 from kvarena.bench.ttft.workload import Cell, Prompts, Vocabulary, Workload
 from kvarena.bench.variants import Variant, reads_scores
@@ -208,9 +208,6 @@ def _ratio(ratio: Mapping[str, float] | None) -> str:
 
 def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
-
-
-REFERENCE = "plain"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from kvarena.client import connect
 from kvarena.contenders.blend import SPEC as BLEND
 from kvarena.contenders.plain import SPEC as PLAIN
 from kvarena.contenders.prefix.spec import SPEC as BASE_OF_HF
+from kvarena.contenders.servers import GIB
 from kvarena.engines.vllm.config import STORES
 from kvarena.home import Home
 from kvarena.stack import machine
@@ -102,7 +103,7 @@ class OwnServers:
             ),
             home,
         )
-        blend = replace(plan.blend, store=self.store, store_bytes=int(self.store_gb * 2**30), index_path="")
+        blend = replace(plan.blend, store=self.store, store_bytes=int(self.store_gb * GIB), index_path="")
         own = plan.of_contenders
         return replace(
             plan,

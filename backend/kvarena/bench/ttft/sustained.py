@@ -18,9 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvarena.bench.results import Row, ratio_spread, spread
+from kvarena.bench.results import REFERENCE, Row, ratio_spread, spread
 from kvarena.bench.ttft.client import Contender, Timed
-from kvarena.bench.ttft.measuring import REFERENCE
 from kvarena.bench.ttft.workload import ContextOfChunks, Vocabulary
 from kvarena.bench.variants import Variant
 

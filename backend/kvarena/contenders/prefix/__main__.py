@@ -10,6 +10,7 @@ from kvarena.contenders import command_line
 from kvarena.contenders.prefix.engine import PrefixEngine
 from kvarena.contenders.prefix.http import router
 from kvarena.contenders.prefix.spec import SPEC, PrefixSettings
+from kvarena.contenders.servers import GIB
 from kvarena.engines.hf.model import PREFILL_PIECE_TOKENS, HFModel
 from kvarena.engines.store_metrics import StoreCollector
 from kvarena.server.app import serve
@@ -35,7 +36,7 @@ def main(
     engine = PrefixEngine(
         loaded,
         served_model_name or model,
-        cache_bytes=int(settings.cache_gb * 2**30),
+        cache_bytes=int(settings.cache_gb * GIB),
         storage=settings.storage,
         min_tokens=settings.min_tokens,
         max_entries=settings.max_entries,

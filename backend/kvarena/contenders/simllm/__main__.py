@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from kvarena.contenders import command_line
+from kvarena.contenders.servers import GIB
 from kvarena.contenders.simllm.engine import SimLLMEngine
 from kvarena.contenders.simllm.http import router
 from kvarena.contenders.simllm.inference import load_simllm
@@ -54,7 +55,7 @@ def main(
         settings.similarity_threshold,
         settings.num_hyperplanes,
         AlignedParams(blend=profiled_params(model, **blend)),
-        max_cache_bytes=int(settings.cache_gb * 2**30),
+        max_cache_bytes=int(settings.cache_gb * GIB),
     )
     loaded = load_simllm(
         model, params, device=device, dtype=dtype, max_model_len=max_model_len, random=load_format == "dummy"

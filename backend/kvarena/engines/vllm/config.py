@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from kvarena.core.matching import DEFAULT_SINK_TOKENS, MAX_SINK_TOKENS
 from kvarena.policies.params import PARAMETERS, BlendParams, check_max_ttft_ms
@@ -22,7 +22,7 @@ CONNECTOR = "KVArenaConnector"
 CONTENDER_VARIABLE = "KVARENA_CONTENDER"
 """Names a vLLM server in its log."""
 STORES = ("lmcache", "memory")
-UNSUPPORTED = ("refuse", "plain")
+Unsupported = Literal["refuse", "plain"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class BlendConfig(BlendParams):
             check_max_ttft_ms(self.max_ttft_ms, self.params)
         if self.store not in STORES:
             raise ValueError(f"store must be one of {', '.join(STORES)}, not {self.store!r}")
-        if self.unsupported not in UNSUPPORTED:
-            raise ValueError(f"unsupported must be one of {', '.join(UNSUPPORTED)}, not {self.unsupported!r}")
+        if self.unsupported not in get_args(Unsupported):
+            raise ValueError(f"unsupported must be one of {', '.join(get_args(Unsupported))}, not {self.unsupported!r}")
         if not self.separator.isascii():
             raise ValueError(f"separator must be ASCII, not {self.separator!r}")
         if self.min_chunk_tokens < 1:

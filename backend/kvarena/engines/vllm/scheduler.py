@@ -72,7 +72,7 @@ class BlendBudget:
     long_one: _TrackedRequest | None = None
 
     def allows(self, num_tokens: int) -> bool:
-        """Whether a blend that runs so many tokens may begin in this step. Once a short one may not, no later one may."""
+        """Whether a blend that runs so many tokens may begin in this step. After a short one that may not, none may."""
         if self.is_long(num_tokens):
             return self.long_one is None
         self.is_spent |= self.num_spent_tokens > 0 and self.num_spent_tokens + num_tokens > self.step_tokens
