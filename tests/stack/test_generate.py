@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import yaml
 
 from kvarena.home import project_root
+from kvarena.stack import generate
 from kvarena.stack.generate import COMMAND, SECTIONS, generated
+from kvarena.stack.settings import SPECS
 from support.project_copy import copy_project, example_of, run_in
 
 SERVICES = """
@@ -40,6 +43,12 @@ def test_no_two_things_have_one_anchor() -> None:
 def test_a_section_that_was_lost_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"compose.yaml has no section between '# >>> contenders: \.\.\.' and"):
         next(section for section in SECTIONS if section.name == "contenders").in_text("services:\n")
+
+
+def test_of_two_contenders_with_slots_the_page_is_told_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = dataclasses.replace(SPECS["ai100"], name="other", port=8090)
+    monkeypatch.setattr(generate, "SPECS", {**SPECS, "other": other})
+    assert list(generate.page_defaults())[-1] == 'SLOTS_CONTENDER = "ai100"'
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,9 @@ def tried_services() -> Lines:
 
 
 def page_defaults() -> Lines:
-    """What the page expects where nobody tells it."""
+    """What the page expects where nobody tells it; and of the contenders with slots the first, which it says how to
+    start.
+    """
     yield "DEFAULT_CONTENDERS = ("
     for spec in map(SPECS.__getitem__, STARTED_BY_DEFAULT):
         yield "    Contender("
@@ -247,8 +249,8 @@ def page_defaults() -> Lines:
     yield ")"
     address = f"http://127.0.0.1:{DEFAULT_PORTS['lmcache_http']}"
     yield f'DEFAULT_SERVICES = (Service("{LMCACHE_SERVER}", "{TITLES[LMCACHE_SERVER]}", "{address}"),)'
-    (slots,) = (spec.name for spec in SPECS.values() if spec.report == "slots")
-    yield f'SLOTS_CONTENDER = "{slots}"'
+    slots = [spec.name for spec in SPECS.values() if spec.report == "slots"]
+    yield f'SLOTS_CONTENDER = "{slots[0]}"'
 
 
 SECTIONS = (
