@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvarena.engines.base import Engine
+from support import engine_commands
 from support.ai100_engine import make_ai100
 from support.prefix_engine import make_prefix
 from support.real_server import serving
@@ -46,6 +47,10 @@ ENGINES: dict[str, tuple[Callable[[Path], Engine], int]] = {
     "simllm-top-layer": (lambda folder: served(folder, "top_layer").engine, 600),
     "ai100": (lambda folder: make_ai100(folder).engine, 150),
 }
+
+
+def test_no_server_of_ours_is_left_out() -> None:
+    assert {name.partition("-")[0] for name in ENGINES} == {spec.name for spec in engine_commands.ENGINES}
 
 
 @pytest.mark.slow
