@@ -49,8 +49,8 @@ def _make_settings(
     comp_ctx_lengths: Annotated[
         list[int] | None,
         typer.Option(
-            help="Card: attention runs over the least context length that suffices, of these (once for each) and "
-            "--ctx-len. [default: always all of --ctx-len]"
+            help="Card: context lengths to compile besides --ctx-len (repeatable). Attention uses the shortest that is "
+            "long enough. [default: always all of --ctx-len]"
         ),
     ] = None,
     data: Annotated[

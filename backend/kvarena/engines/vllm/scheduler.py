@@ -442,7 +442,7 @@ def _is_filling_one_of(other: Request, blocks: Sequence[bytes], block_size: int)
 
 
 def _tell_reused(tracked: _TrackedRequest, num_reused_tokens: int) -> None:
-    """vLLM takes all that a connector supplies for cached, and makes the answer's `cached_tokens` of it; a blend
+    """vLLM takes all that a connector gives for cached, and makes the answer's `cached_tokens` of it; a blend
     computes most of a new prompt. What it reused is known after the step, before the answer's first token is sent.
     """
     stats = tracked.prefill_stats
