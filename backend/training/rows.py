@@ -69,7 +69,7 @@ class TextCoder:
         return [BOS_ID, *self._encode(system), USER_ID, *self._encode(shared.rstrip(" "))]
 
     def question(self, text: str, separator: str) -> tuple[int, ...]:
-        """The first question: behind nothing at all its first word lacks the space it has elsewhere."""
+        """The first question: after nothing at all its first word lacks the space it has elsewhere."""
         return self.encode(f".{text}")[len(self.encode(".")) :] if separator == "" else self.encode(text)
 
     def branch(self, question: Question, separator: str) -> tuple[list[int], list[int]]:

@@ -53,7 +53,7 @@ Scores = Mapping[Chunk, torch.Tensor]
 @dataclass
 class Seen:
     """What probe prompts showed of a chunk, added up: by layer `(L, T)` how far its values and keys lay from those that
-    it has by itself (squared) and the attention from behind it, and the values themselves `(L, T, H_kv * D)`.
+    it has by itself (squared) and the attention from after it, and the values themselves `(L, T, H_kv * D)`.
     """
 
     values: torch.Tensor
@@ -320,8 +320,8 @@ def contexts(
         order = rng.sample(chunks, len(chunks))
         for at in range(0, len(order), size - 2):
             middle = order[at : at + size - 2]
-            before, behind = rng.sample(others or [chunk for chunk in chunks if chunk not in middle], 2)
-            found.append([before, *middle, behind])
+            before, after = rng.sample(others or [chunk for chunk in chunks if chunk not in middle], 2)
+            found.append([before, *middle, after])
     return found
 
 

@@ -203,7 +203,7 @@ def test_clear_leaves_nothing_of_the_text(subject: Subject) -> None:
     left, old = [], []
     for _ in range(2):
         subject.fill(1, tokens(rng, 13))
-        subject.prefill(1, tokens(rng, 2), position=4)  # what stood behind goes too
+        subject.prefill(1, tokens(rng, 2), position=4)  # what came after goes too
         old.append(subject.kv(1)[..., :13, :])
         subject.clear(1)
         left.append(subject.kv(1))

@@ -32,7 +32,7 @@ def test_pieces_are_the_text_and_never_a_part_of_a_character(text: str, prompt: 
 
 @given(st.lists(st.integers(0, len(tokenizer()) - 1), max_size=40), st.lists(st.integers(0, 300), max_size=5))
 def test_any_tokens_have_a_text(token_ids: list[int], prompt: list[int]) -> None:
-    """Also those that are no text, behind prompts that end within a character; nothing of the prompt comes along."""
+    """Also those that are no text, after prompts that end within a character; nothing of the prompt comes along."""
     detokenizer = Detokenizer(tokenizer(), prompt)
     out = "".join(detokenizer.push(token_id) for token_id in token_ids)
     known = [token_id for token_id in token_ids if token_id > 1]

@@ -99,7 +99,7 @@ class Blended:
 
     @torch.inference_mode()
     def attention_of_question(self, ids: list[int], spans: list[tuple[int, int]], layer: int) -> torch.Tensor:
-        """What the reused tokens `(T_reused,)` get at a layer of the attention of the tokens behind the last span but
+        """What the reused tokens `(T_reused,)` get at a layer of the attention of the tokens after the last span but
         for the last token, among themselves: averaged over heads, from stock eager attention's own weights.
         """
         self.reference.set_attn_implementation("eager")

@@ -34,7 +34,7 @@ class PlainLlama:
         return [LayerKV() for _ in range(self.num_layers)]
 
     def step(self, token: int, position: int, kv: list[LayerKV], layers: Sequence[int]) -> torch.Tensor:
-        """A token through these layers, from its input embedding; the logits `(V,)` behind the last of them."""
+        """A token through these layers, from its input embedding; the logits `(V,)` after the last of them."""
         hidden = self.weights["model.embed_tokens.weight"][token]
         for layer in layers:
             hidden = self._layer(layer, hidden, position, kv[layer])

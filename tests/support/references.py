@@ -86,7 +86,7 @@ class CacheBlend(NaiveReuse):
 
     @torch.inference_mode()
     def blended_kv(self, ids: torch.Tensor, reused: list[dict[str, Any]]) -> Any:
-        """The cache of `ids` `(1, T)`, behind whose last token no span ends."""
+        """The cache of `ids` `(1, T)`, after whose last token no span ends."""
         return self._recomputed(ids, reused, torch.arange(ids.shape[1]))
 
     @torch.inference_mode()

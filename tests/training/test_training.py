@@ -109,7 +109,7 @@ def test_the_export_computes_what_was_trained(tmp_path: Path, tokenizer_folder: 
 
 
 def test_branches_do_not_see_each_other(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """A branch in a row has the logits of the same question asked alone behind the same context."""
+    """A branch in a row has the logits of the same question asked alone after the same context."""
     from curriculum import SHORT, STAGES
     from rows import make_batch
 

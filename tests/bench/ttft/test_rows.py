@@ -19,7 +19,7 @@ CELL = Cell(1000, "warm", 1)
 
 
 def timed(ttft_s: float, *, sent_s: float = 0.0, num_tokens: int = 5, **more: Any) -> Timed:
-    """Tokens behind the first take 0.1 s each."""
+    """Tokens after the first take 0.1 s each."""
     return Timed(sent_s, sent_s + ttft_s, sent_s + ttft_s + 0.1 * (num_tokens - 1), num_tokens, **more)
 
 

@@ -40,8 +40,8 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Behind:
-    """A tail that knows what it stands behind."""
+class TailAfter:
+    """A tail that knows what it comes after."""
 
     ids: tuple[int, ...]
 
@@ -49,11 +49,11 @@ class Behind:
     def num_bytes(self) -> int:
         return TAIL_BYTES
 
-    def copy(self) -> Behind:
+    def copy(self) -> TailAfter:
         return self
 
 
-Cache = PrefixCache[Tokens, Behind]
+Cache = PrefixCache[Tokens, TailAfter]
 
 
 def test_get_looks_without_counting() -> None:
@@ -62,7 +62,7 @@ def test_get_looks_without_counting() -> None:
     assert cache.get(ids) is None
     finish(cache.acquire(ids))
     whole, longer = cache.get(ids), cache.get((*ids, 99))
-    assert whole == longer == PrefixEntry(40, (Tokens(ids),), Behind(ids))
+    assert whole == longer == PrefixEntry(40, (Tokens(ids),), TailAfter(ids))
     part = cache.get((*ids[:25], 99))
     assert part == PrefixEntry(25, (Tokens(ids[:25]),), None)
     assert cache.get(ids[:19]) is cache.get(ids, salt="other") is None
@@ -71,9 +71,9 @@ def test_get_looks_without_counting() -> None:
     assert cache.get(ids) is None
 
 
-def finish(lease: Lease[Tokens, Behind]) -> bool:
+def finish(lease: Lease[Tokens, TailAfter]) -> bool:
     """As a request would: computes what isn't known and keeps it."""
-    kept = lease.insert(Tokens(lease.token_ids[lease.num_tokens :]), Behind(lease.token_ids))
+    kept = lease.insert(Tokens(lease.token_ids[lease.num_tokens :]), TailAfter(lease.token_ids))
     lease.close()
     return kept
 
@@ -88,7 +88,7 @@ def ask(cache: Cache, ids: tuple[int, ...], salt: str = "") -> int:
     return num_known
 
 
-def check_lease(lease: Lease[Tokens, Behind], ids: tuple[int, ...]) -> None:
+def check_lease(lease: Lease[Tokens, TailAfter], ids: tuple[int, ...]) -> None:
     assert tuple(token for segment in lease.segments for token in segment.ids) == ids[: lease.num_tokens]
     if lease.tail is not None:
         assert lease.tail.ids == ids[: lease.num_tokens]
@@ -288,7 +288,7 @@ def test_what_is_too_old_and_in_use_is_a_miss_for_others() -> None:
     cache = Cache(10_000, min_tokens=4, max_age_seconds=2, clock=clock)
     ask(cache, ids(0, 10))
     with cache.acquire(ids(0, 20)) as lease:
-        assert lease.insert(Tokens(ids(10, 10)), Behind(ids(0, 20)))
+        assert lease.insert(Tokens(ids(10, 10)), TailAfter(ids(0, 20)))
         clock.now_s = 3.0
         other = cache.acquire(ids(0, 10))
         assert other.num_tokens == 0
@@ -323,7 +323,7 @@ class RandomRequests(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.open: list[Lease[Tokens, Behind]] = []
+        self.open: list[Lease[Tokens, TailAfter]] = []
 
     @initialize(
         capacity=st.integers(0, 600),
@@ -361,7 +361,7 @@ class RandomRequests(RuleBasedStateMachine):
 
     @rule(tokens=sequences, more=st.lists(st.integers(0, 2), min_size=1, max_size=5).map(tuple), salt=salts)
     def extend(self, tokens: tuple[int, ...], more: tuple[int, ...], salt: str) -> None:
-        self.cache.insert(tokens + more, len(tokens), Tokens(more), Behind(tokens + more), salt)
+        self.cache.insert(tokens + more, len(tokens), Tokens(more), TailAfter(tokens + more), salt)
 
     @rule()
     def clear(self) -> None:
@@ -389,7 +389,7 @@ def test_many_threads_and_a_small_budget() -> None:
             lease = cache.acquire(tokens, rng.choice(["", "a"]))
             check_lease(lease, tokens)
             if rng.random() < 0.8:
-                lease.insert(Tokens(tokens[lease.num_tokens :]), Behind(tokens))
+                lease.insert(Tokens(tokens[lease.num_tokens :]), TailAfter(tokens))
             lease.close()
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]

@@ -49,7 +49,7 @@ def begin(tasks: Tasks, prompt: str, reuse: bool = True) -> TaskAnswer:
 
 @dataclass
 class Reusing:
-    """What reuse gives for a prompt behind an earlier one, whatever their similarity."""
+    """What reuse gives for a prompt after an earlier one, whatever their similarity."""
 
     tasks: Tasks
 
@@ -145,7 +145,7 @@ def test_it_ends_above_the_similarity_below_which_reuse_disagrees(folder: Path) 
 
 
 def test_where_reuse_disagrees_at_any_similarity_nothing_is_reused(folder: Path) -> None:
-    """The last layer of a model with random weights, even behind the very same prompt."""
+    """The last layer of a model with random weights, even after the very same prompt."""
     tasks = load(folder, "top_layer")
     rng = random.Random(0)
     for _ in range(30):

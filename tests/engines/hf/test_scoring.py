@@ -73,8 +73,8 @@ def written_out(blended: Blended, ids: list[int], start: int, chunk: Chunk) -> t
         moved = (in_prompt - by_itself).square().sum(dim=(0, 2))
         if layer:
             deviation.append(moved / moved.mean())
-        behind = [row for row in range(0, len(ids) - 1, QUERY_STRIDE) if row >= end]
-        received = weights[0, :, behind, start:end].sum(dim=(0, 1))
+        after = [row for row in range(0, len(ids) - 1, QUERY_STRIDE) if row >= end]
+        received = weights[0, :, after, start:end].sum(dim=(0, 1))
         attention.append(received / received.mean())
     return torch.stack(deviation).mean(0) * torch.stack(attention).mean(0).sqrt()
 
@@ -87,7 +87,7 @@ def test_scores_are_deviation_times_root_of_attention(blended: Blended) -> None:
     for start, chunk in chunks_of(blended, ids):
         found = stored_scores(blended, chunk)
         if start < MIN_CONTEXT_TOKENS or len(ids) - 1 - start - len(chunk) < MIN_CONTEXT_TOKENS:
-            assert found is None, "too little stands before or behind it"
+            assert found is None, "too little comes before or after it"
         else:
             assert found is not None
             torch.testing.assert_close(found, written_out(blended, ids, start, chunk), rtol=1e-3, atol=1e-3)
