@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvarena.bench.variants import DEFAULT_POLICIES, Variant, read_policies, read_policy
+from kvarena.bench.variants import DEFAULT_POLICIES, Variant, is_blend, read_policies, read_policy
+from kvarena.client import ServerInfo
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,16 @@ def test_a_time_is_sent_named_and_written_down() -> None:
 def test_bad_policies(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         read_policy(text, "blend")
+
+
+@pytest.mark.parametrize(
+    ("offer", "blends"),
+    [
+        ({"contender": "blend"}, True),
+        ({"contender": "simllm", "policies": ["kv_deviation"]}, False),
+        ({"contender": "nobody's"}, False),
+        (None, False),
+    ],
+)
+def test_a_server_that_keeps_chunks_takes_a_policy(offer: dict[str, object] | None, blends: bool) -> None:
+    assert is_blend(ServerInfo("town", offer=offer)) == blends
