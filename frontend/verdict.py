@@ -72,6 +72,11 @@ class Verdict:
         return "gain" if self.speedup >= MIN_GAIN else "loss" if self.speedup <= 1 / MIN_GAIN else "tie"
 
     @property
+    def leaves_lengths_open(self) -> bool:
+        """Whether times were compared, but of prompts that are all about as long, and nothing else was measured."""
+        return bool(self.timed) and not self.measured and not self.length_text()
+
+    @property
     def compared(self) -> list[bool]:
         return [sample.agrees for sample in self.samples if sample.agrees is not None]
 
@@ -83,7 +88,7 @@ class Verdict:
         timed = self.timed
         if self.speedup is None:
             return f"{self.title}: no first token that could be compared with {self.reference}'s"
-        prompts = "one prompt only" if len(timed) == 1 else f"median of {len(timed)} prompts"
+        prompts = "one prompt only" if len(timed) == 1 else f"median of {_prompts(len(timed))}"
         if self.tone == "tie":
             speed = f"{self.title} and {self.reference} are equally fast to the first token"
         elif self.tone == "gain":
@@ -97,10 +102,12 @@ class Verdict:
         if self.speedup is None:
             return f"{self.title}: not timed"
         if self.tone == "tie":
-            return f"{self.title}: equally fast"
-        if self.tone == "gain":
-            return f"{self.title}: {format_factor(self.speedup)} times sooner"
-        return f"{self.title}: {format_factor(1 / self.speedup)} times as long"
+            speed = "equally fast"
+        elif self.tone == "gain":
+            speed = f"{format_factor(self.speedup)} times sooner"
+        else:
+            speed = f"{format_factor(1 / self.speedup)} times as long"
+        return f"{self.title}: {speed} ({_prompts(len(self.timed))})"
 
     def agreement_text(self) -> str:
         compared = self.compared
@@ -210,9 +217,16 @@ def _prompts(number: int) -> str:
     return f"{number} prompt{'s' * (number > 1)}"
 
 
+LENGTHS_OPEN = "To find out from what length on reuse pays, measure it: Measure, Context lengths."
+
+
 def verdict_html(turns: Sequence[Turn], measured: FindMeasured = lambda answer: "") -> str:
     """Speed and agreement in letters of one size: neither is read without the other."""
-    return "".join(_line_html(verdict) for verdict in verdicts(turns, measured))
+    found = verdicts(turns, measured)
+    lines = "".join(map(_line_html, found))
+    if any(verdict.leaves_lengths_open for verdict in found):
+        lines += f'<div class="ka-verdict"><small data-testid="lengths-open">{LENGTHS_OPEN}</small></div>'
+    return lines
 
 
 def _line_html(verdict: Verdict) -> str:

@@ -11,7 +11,7 @@ from chat import Context, Turn
 from contender_api import Sampling
 from figures import Done, Figures, FirstToken, Text
 from settings import Contender
-from verdict import verdict_html, verdicts
+from verdict import LENGTHS_OPEN, verdict_html, verdicts
 
 BLEND = Contender("blend", "Blend", "http://127.0.0.1:1", approximate=True)
 PLAIN = Contender("plain", "Plain", "http://127.0.0.1:2")
@@ -53,6 +53,20 @@ def test_a_small_gain_is_a_tie_and_one_sample_says_so(blend_ms: float, tone: str
     assert verdict.tone == tone
     assert words in verdict.speed_text()
     assert "one prompt only" in verdict.speed_text()
+
+
+@pytest.mark.parametrize(
+    ("blend_ms", "words"),
+    [(50, "2.0 times sooner"), (96, "equally fast"), (200, "2.0 times as long")],
+)
+def test_the_short_form_says_how_many_prompts_it_stands_on(blend_ms: float, words: str) -> None:
+    (one,) = verdicts([turn(blend_ms, 100)])
+    assert one.short_speed_text() == f"Blend, kv_deviation 10%: {words} (1 prompt)"
+    (five,) = verdicts([turn(blend_ms, 100), turn(blend_ms, 100, cached=900)] + [turn(blend_ms, 100)] * 4)
+    assert five.short_speed_text() == f"Blend, kv_deviation 10%: {words} (5 prompts)"
+    assert f'<span class="ka-short">{one.short_speed_text()}</span>' in verdict_html([turn(blend_ms, 100)])
+    (untimed,) = verdicts([turn(blend_ms, 100, cached=900)])
+    assert untimed.short_speed_text() == "Blend, kv_deviation 10%: not timed"
 
 
 def test_the_median_over_prompts_and_the_answers_that_differ() -> None:
@@ -160,6 +174,15 @@ def test_from_what_length_it_pays(speedups: dict[int, float], told: str) -> None
     (verdict,) = verdicts([turn(100 / factor, 100, num_tokens=length) for length, factor in speedups.items()])
     assert told in verdict.length_text()
     assert bool(told) == bool(verdict.length_text())
+
+
+def test_where_to_find_out_from_what_length_it_pays_is_said_once_while_it_is_open() -> None:
+    alike, other, longer = turn(50, 100), turn(25, 100, ratio=0.5), turn(50, 100, num_tokens=4000)
+    assert verdict_html([alike, other]).count(LENGTHS_OPEN) == 1
+    assert verdict_html([alike, other]).endswith(f"{LENGTHS_OPEN}</small></div>")
+    assert LENGTHS_OPEN not in verdict_html([alike, longer]), "told by the lengths asked"
+    assert LENGTHS_OPEN not in verdict_html([alike], lambda answer: "Measured."), "told by a measurement"
+    assert LENGTHS_OPEN not in verdict_html([turn(50, 100, cached=900)]), "no times were compared"
 
 
 def test_other_settings_are_not_mixed_in() -> None:
