@@ -151,11 +151,14 @@ logger = logging.getLogger(__name__)
 
 
 class Batcher:
-    """Owns the runtime and closes it. `slots` are for its thread to change, and for others to look at."""
+    """Owns the runtime and closes it. `slots` are for its thread to change, and for others to look at; `sets_aside` is
+    theirs.
+    """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, *, sets_aside: bool = True) -> None:
         self.runtime = runtime
-        self.slots = SlotTable(runtime.shapes.kv_cache_batch_size, runtime.shapes.ctx_len)
+        shapes = runtime.shapes
+        self.slots = SlotTable(shapes.kv_cache_batch_size, shapes.ctx_len, sets_aside=sets_aside)
         self._arrived: list[BatchedRequest] = []
         self._waiting: list[BatchedRequest] = []
         self._running: list[BatchedRequest] = []

@@ -56,7 +56,7 @@ def chat(
     console = Console(stderr=as_json)
     try:
         _check_mode(messages or [], batch=batch, as_json=as_json, no_cache=no_cache, compare=compare)
-        settings = make_settings()
+        settings = make_settings(sets_aside=compare)  # without --compare all turns are alike: topics have all slots
         if settings.max_context is None:
             settings = replace(settings, max_context=MAX_CONTEXT)
         engine = open_engine(settings)

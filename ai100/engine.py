@@ -56,7 +56,10 @@ PLAIN_TEXT = "text"
 
 
 class AI100Engine:
-    """Implements `kvarena.engines.base.Engine`. Owns the runtime. `max_context` `None`: what a slot holds."""
+    """Implements `kvarena.engines.base.Engine`. Owns the runtime. `max_context` `None`: what a slot holds.
+
+    `sets_aside`: a slot is kept for turns without the cache, so that they push out no topic.
+    """
 
     contender = "ai100"
     options_model: type[BaseModel] | None = AI100Options
@@ -71,6 +74,7 @@ class AI100Engine:
         gen_len: int = GEN_LEN,
         use_cache: bool = True,
         notes: Notes = NO_NOTES,
+        sets_aside: bool = True,
     ) -> None:
         self.model_name = model_name
         self.max_model_len = runtime.shapes.ctx_len
@@ -87,7 +91,7 @@ class AI100Engine:
         )
         self.notes = notes
         self.memory = ConversationMemory(topics, question_in=notes.question_in)
-        self.batcher = Batcher(runtime)
+        self.batcher = Batcher(runtime, sets_aside=sets_aside)
         self._topics = type(topics).__name__
 
     def generate(self, request: GenerationRequest) -> AI100Generation:
@@ -130,6 +134,7 @@ class AI100Engine:
                 "has_pending_token": slot.pending is not None,
                 "in_use": slot.in_use,
                 "last_used": slot.last_used,
+                "is_aside": slot.is_aside,
             }
             for slot in self.batcher.slots.rows()
         ]

@@ -32,7 +32,9 @@ EngineDep = Annotated[AI100Engine, Depends(engine_of(AI100Engine))]
 
 
 class SlotRow(BaseModel):
-    """`position` tokens have their KV in the slot; the larger `last_used`, the later."""
+    """`position` tokens have their KV in the slot; the larger `last_used`, the later. `is_aside`: no topic gets it, for
+    it is kept for turns without slots.
+    """
 
     slot: int
     topic: str | None
@@ -41,6 +43,7 @@ class SlotRow(BaseModel):
     has_pending_token: bool
     in_use: bool
     last_used: int
+    is_aside: bool
 
 
 class SlotRows(BaseModel):

@@ -26,6 +26,7 @@ class AI100Settings:
     """`model` `None` is `DEFAULT_CARD_MODEL` on the card and the stack's default elsewhere. `device`, `dtype` and
     `random_weights` are the host's. `sentence_model`: a folder or hub name whose files are here, for topics by
     embedding. `data` `None` is the folder that goes with the model, where there is one; `separator` `None` the model's.
+    `sets_aside`: a slot is kept for turns without the cache.
 
     Raises `StackError` for a model that isn't there, `ValueError` for a bad profile of it.
     """
@@ -44,6 +45,7 @@ class AI100Settings:
     max_context: int | None = None
     gen_len: int = GEN_LEN
     use_cache: bool = True
+    sets_aside: bool = True
     served_model_name: str | None = None
     data: Path | None = None
     notes_tokens: int = NOTES_TOKENS
@@ -99,6 +101,7 @@ def open_engine(settings: AI100Settings) -> AI100Engine:
             gen_len=settings.gen_len,
             use_cache=settings.use_cache,
             notes=notes,
+            sets_aside=settings.sets_aside,
         )
     except BaseException:
         runtime.close()

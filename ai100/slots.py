@@ -9,12 +9,15 @@ Holds token ids only; what runs them is told by its caller, who does to the devi
 
 A slot belongs to one topic of one conversation under one cache salt, or to a single turn that keeps nothing, and no
 other ever reads it. While a turn holds it, it is given to nobody.
+
+Where turns that keep nothing are to be expected, the last slot is theirs from the start, and topics never get it: once
+all slots held topics, such a turn could only push one out, or wait for ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -39,9 +42,10 @@ class SlotKey:
 
 @dataclass
 class Slot:
-    """Written by `SlotTable` alone. `last_used` counts takings; larger is later."""
+    """Written by `SlotTable` alone. `last_used` counts takings; larger is later. `is_aside`: no topic gets it."""
 
     index: int
+    is_aside: bool = False
     key: SlotKey | None = None
     token_ids: list[int] = field(default_factory=list)
     pending: int | None = None
@@ -67,14 +71,15 @@ class SlotTable:
     far: slots that were taken from a topic for another, and turns that found tokens of theirs in their slot, or none.
     """
 
-    def __init__(self, num_slots: int, ctx_len: int) -> None:
+    def __init__(self, num_slots: int, ctx_len: int, *, sets_aside: bool = True) -> None:
+        """`sets_aside`: the last slot, for turns that keep nothing. A single slot serves both."""
         self.ctx_len = ctx_len
         self.slots = [Slot(index) for index in range(num_slots)]
+        self.slots[-1].is_aside = sets_aside and num_slots > 1
         self.num_evictions = 0
         self.num_hits = 0
         self.num_misses = 0
         self._clock = 0
-        self._aside: Slot | None = None
 
     def has_room(self, key: SlotKey | None) -> bool:
         """Whether `take` would give a slot now."""
@@ -83,14 +88,12 @@ class SlotTable:
     def take(self, key: SlotKey | None) -> Taken | None:
         """The topic's own slot, else an empty one, else the least recently used.
 
-        Without a key one that nothing will be kept in: the first such turn sets a slot aside, which no topic gets any
-        more, so that later ones push none out. `None`: wait, for the topic's slot is in use, or all are.
+        Without a key one that nothing will be kept in: the slot that is set aside, else an empty one. Where none is set
+        aside, it is as for a new topic. `None`: wait, for the topic's slot is in use, or all are.
         """
         slot = self._slot_for(key)
         if slot is None:
             return None
-        if key is None and self._aside is None and len(self.slots) > 1:
-            self._aside = slot
         is_own = key is not None and slot.key == key
         if not is_own:
             self.num_evictions += slot.key is not None
@@ -143,16 +146,13 @@ class SlotTable:
 
     def rows(self) -> list[Slot]:
         """Copies. From any thread: a row is read while it may change, so it is a picture and no basis for decisions."""
-        return [
-            Slot(slot.index, slot.key, list(slot.token_ids), slot.pending, slot.in_use, slot.last_used)
-            for slot in self.slots
-        ]
+        return [replace(slot, token_ids=list(slot.token_ids)) for slot in self.slots]
 
     def check_integrity(self) -> None:
         """Raises `AssertionError` where the table contradicts itself."""
         keys = [slot.key for slot in self.slots if slot.key is not None]
         assert len(set(keys)) == len(keys), "a topic has two slots"
-        assert self._aside is None or self._aside.key is None, "a topic has the slot that was set aside"
+        assert not any(slot.is_aside and slot.key for slot in self.slots), "a topic has the slot that is set aside"
         assert [slot.index for slot in self.slots] == list(range(len(self.slots))), "a slot moved"
         takings = [slot.last_used for slot in self.slots if slot.last_used]
         assert len(set(takings)) == len(takings), "two slots were taken at one time"
@@ -167,13 +167,11 @@ class SlotTable:
         if own := next((slot for slot in self.slots if key and slot.key == key), None):
             return None if own.in_use else own
         idle = [slot for slot in self.slots if not slot.in_use]
-        if key is None and self._aside is not None:
-            idle = [slot for slot in idle if slot.key is None]
-            return min(idle, key=lambda slot: slot is not self._aside, default=None)
-        if key is None and (empty := [slot for slot in idle if slot.key is None]):
-            return empty[-1]  # topics have the first ones, whoever comes first
-        mine = [slot for slot in idle if slot is not self._aside]
-        return min(mine, key=lambda slot: (slot.key is not None, slot.last_used), default=None)
+        if key is None and self.slots[-1].is_aside:
+            empty = [slot for slot in idle if slot.key is None]
+            return min(empty, key=lambda slot: not slot.is_aside, default=None)
+        topics = [slot for slot in idle if not slot.is_aside]
+        return min(topics, key=lambda slot: (slot.key is not None, slot.last_used), default=None)
 
     def _empty(self, slot: Slot) -> None:
         slot.key, slot.token_ids, slot.pending, slot.in_use, slot.last_used = None, [], None, False, 0

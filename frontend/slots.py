@@ -22,7 +22,7 @@ from settings import Contender
 class Slot:
     """`num_tokens` of the slot have their KV; a pending token comes behind them. An empty one has no `topic`.
 
-    The larger `last_used`, the later; 0: never.
+    The larger `last_used`, the later; 0: never. `is_aside`: it is kept for turns without slots.
     """
 
     index: int
@@ -32,6 +32,7 @@ class Slot:
     has_pending_token: bool
     in_use: bool
     last_used: int
+    is_aside: bool = False
 
     def told(self, own: Collection[str]) -> str | None:
         """The topic's name, if it is of one of these conversations."""
@@ -74,6 +75,7 @@ class SlotTable:
                 has_pending_token=row["has_pending_token"],
                 in_use=row["in_use"],
                 last_used=row["last_used"],
+                is_aside=row.get("is_aside", False),
             )
             for row in table["slots"]
         )

@@ -62,9 +62,10 @@ def _slot_html(slot: Slot, ctx_len: int, ranks: dict[int, int], topics: list[str
     topic = slot.told(own)
     attributes = f'data-testid="slot-{slot.index}" data-topic="{escape(topic or "")}" data-tokens="{slot.num_tokens}"'
     if topic is None:
+        free_for = "kept for answers without slots" if slot.is_aside else "free for the next topic"
         return (
             f'<div class="ka-slot" {attributes}><div class="ka-slot-head"><b>Slot {slot.index}</b>'
-            '<span>empty</span></div><div class="ka-bar"></div><small>free for the next topic</small></div>'
+            f'<span>empty</span></div><div class="ka-bar"></div><small>{free_for}</small></div>'
         )
     whose = "this chat" if slot.conversation in own else "another conversation"
     pending = " and the pending one" if slot.has_pending_token else ""

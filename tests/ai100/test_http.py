@@ -189,11 +189,12 @@ def test_the_table_of_slots_and_the_settings(http: httpx.Client) -> None:
     for text in ("river", "bread"):
         http.post(CHAT, json=body(text, session_id="me"))
     table = http.get("/slots").json()
-    assert [row["topic"] for row in table["slots"]] == ["water", "food", None]
+    assert [row["topic"] for row in table["slots"]] == ["water", "food", None, None]
+    assert [row["is_aside"] for row in table["slots"]] == [False, False, False, True]
     assert all(row["position"] > 0 and row["has_pending_token"] for row in table["slots"][:2])
     assert (table["ctx_len"], table["num_evictions"]) == (512, 0)
     told = http.get("/kvarena").json()
-    assert (told["contender"], told["runtime"], told["kv_cache_batch_size"]) == ("ai100", "host", 3)
+    assert (told["contender"], told["runtime"], told["kv_cache_batch_size"]) == ("ai100", "host", 4)
     assert told["defaults"] == {"use_cache": True}
     metrics = http.get("/metrics").text
     assert 'kvarena_prompt_tokens_total{engine="0",model_name="llama",origin="computed"}' in metrics

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ai100.slots import Slot, SlotKey, SlotTable
 
 NUM_SLOTS, CTX_LEN = 3, 12
+NUM_SHARED = ASIDE = NUM_SLOTS - 1
 KEYS = [SlotKey(salt, conversation, topic) for salt in ("", "s") for conversation in "ab" for topic in "xy"]
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=CTX_LEN)
 
@@ -21,8 +22,8 @@ def taken(table: SlotTable, key: SlotKey | None) -> Slot:
 
 
 class AnyUse(RuleBasedStateMachine):
-    """`kept`: what each topic left behind; `order`: keys by their last taking, the least recent first; `aside`: the
-    slot for turns without a topic, once there was one.
+    """`kept`: what each topic left behind; `order`: keys by their last taking, the least recent first. The last slot is
+    set aside for turns without a topic.
     """
 
     def __init__(self) -> None:
@@ -31,16 +32,11 @@ class AnyUse(RuleBasedStateMachine):
         self.held: list[Slot] = []
         self.kept: dict[SlotKey, list[int]] = {}
         self.order: list[SlotKey] = []
-        self.aside: int | None = None
 
     @property
     def num_full(self) -> int:
         """Of the slots that topics share: those with a topic, or in use for a turn without one."""
-        return len(self.kept) + sum(slot.key is None and slot.index != self.aside for slot in self.held)
-
-    @property
-    def num_shared(self) -> int:
-        return NUM_SLOTS - (self.aside is not None)
+        return len(self.kept) + sum(slot.key is None and slot.index != ASIDE for slot in self.held)
 
     def push_out_the_oldest(self) -> None:
         oldest = next(key for key in self.order if key not in [slot.key for slot in self.held])
@@ -51,14 +47,14 @@ class AnyUse(RuleBasedStateMachine):
     def take(self, key: SlotKey) -> None:
         held = [slot.key for slot in self.held]
         found = self.table.take(key)
-        in_use = [slot for slot in self.held if slot.index != self.aside]
-        if key in held or (key not in self.kept and len(in_use) == self.num_shared):
+        in_use = [slot for slot in self.held if slot.index != ASIDE]
+        if key in held or (key not in self.kept and len(in_use) == NUM_SHARED):
             assert found is None
             return
         assert found is not None
         assert found.is_new == (key not in self.kept)
-        assert found.slot.index != self.aside
-        if found.is_new and self.num_full == self.num_shared:
+        assert found.slot.index != ASIDE
+        if found.is_new and self.num_full == NUM_SHARED:
             self.push_out_the_oldest()
         assert found.slot.token_ids == self.kept.setdefault(key, [])
         self.order = [*(other for other in self.order if other != key), key]
@@ -66,24 +62,18 @@ class AnyUse(RuleBasedStateMachine):
 
     @rule()
     def take_for_one_turn(self) -> None:
-        has_room = self.table.has_room(None)
+        has_room, num_evictions = self.table.has_room(None), self.table.num_evictions
         found = self.table.take(None)
         assert has_room == (found is not None)
-        if self.aside is None:
-            is_full = len(self.held) == NUM_SLOTS
-        else:
-            is_aside_in_use = self.aside in [slot.index for slot in self.held]
-            is_full = is_aside_in_use and self.num_full == self.num_shared
-        if is_full:
+        assert self.table.num_evictions == num_evictions, "it pushes out no topic"
+        is_aside_in_use = ASIDE in [slot.index for slot in self.held]
+        if is_aside_in_use and self.num_full == NUM_SHARED:
             assert found is None
             return
         assert found is not None
         assert found.is_new
         assert found.slot.token_ids == []
-        if self.aside is None:
-            if self.num_full == NUM_SLOTS:
-                self.push_out_the_oldest()
-            self.aside = found.slot.index
+        assert is_aside_in_use == (found.slot.index != ASIDE)
         self.held.append(found.slot)
 
     @precondition(lambda self: self.held)
@@ -131,7 +121,7 @@ TestAnyUse.settings = settings(max_examples=60, stateful_step_count=40, deadline
 
 
 def test_a_slot_in_use_is_never_given_away() -> None:
-    table = SlotTable(2, CTX_LEN)
+    table = SlotTable(3, CTX_LEN)
     first, _ = taken(table, KEYS[0]), taken(table, KEYS[1])
     assert table.take(KEYS[2]) is None
     assert table.take(KEYS[0]) is None, "its own turn waits too"
@@ -141,7 +131,7 @@ def test_a_slot_in_use_is_never_given_away() -> None:
 
 
 def test_the_least_recently_used_goes_first_and_empty_slots_before_it() -> None:
-    table = SlotTable(2, CTX_LEN)
+    table = SlotTable(2, CTX_LEN, sets_aside=False)
     for key in KEYS[:2]:
         table.give_back(taken(table, key))
     table.give_back(taken(table, KEYS[0]))
@@ -163,6 +153,35 @@ def test_turns_without_a_slot_of_their_own_push_out_no_topic() -> None:
     assert table.take(None) is None, "it waits, for the topics' slots are full"
     table.give_back(first)
     assert taken(table, None).index == first.index
+
+
+def test_the_first_turn_without_a_slot_of_its_own_pushes_out_no_topic_of_a_full_table() -> None:
+    table = SlotTable(3, CTX_LEN)
+    for key in KEYS[:2]:
+        slot = taken(table, key)
+        table.extend(slot, [1, 2])
+        table.give_back(slot)
+    assert [row.key for row in table.rows()] == [*KEYS[:2], None]
+    first = taken(table, None)
+    assert first.is_aside
+    assert not table.has_room(None), "the next one waits"
+    assert table.has_room(KEYS[2]), "topics go on"
+    table.give_back(first)
+    assert [row.key for row in table.rows()] == [*KEYS[:2], None]
+    assert table.num_evictions == 0
+    assert [table.reuse(taken(table, key), [1, 2, 3]) for key in KEYS[:2]] == [2, 2], "nothing of theirs is lost"
+
+
+def test_without_a_slot_that_is_set_aside_topics_have_all() -> None:
+    """As in a chat that has no other turns; and a single slot serves both."""
+    table = SlotTable(3, CTX_LEN, sets_aside=False)
+    for key in KEYS[:3]:
+        table.give_back(taken(table, key))
+    assert [row.key for row in table.rows()] == KEYS[:3]
+    single = SlotTable(1, CTX_LEN)
+    for held in (KEYS[0], None, KEYS[0]):
+        single.give_back(taken(single, held))
+    assert single.rows()[0].key == KEYS[0]
 
 
 def test_nothing_of_the_context_is_passed() -> None:
@@ -190,6 +209,7 @@ def test_a_slot_that_nobody_holds_is_nobodys_to_change() -> None:
         (lambda t: t.slots[0].token_ids.extend([1] * 20), "longer"),
         (lambda t: setattr(t.slots[0], "last_used", 99), "future"),
         (lambda t: t.slots.reverse(), "moved"),
+        (lambda t: setattr(t.slots[2], "key", KEYS[3]), "set aside"),
     ],
 )
 def test_check_integrity_really_checks(damage: object, says: str) -> None:

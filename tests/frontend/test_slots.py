@@ -99,3 +99,4 @@ def test_the_picture_shows_fill_owner_and_last_use() -> None:
     assert "50 of 200 tokens and the pending one<br>this chat, used last" in html
     assert "200 of 200 tokens<br>another conversation, used longest ago" in html
     assert "free for the next topic" in html
+    assert "kept for answers without slots" in slots_html(table(row(0, is_aside=True)), set())

@@ -21,7 +21,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 LISTS = {"water": ["river", "rain"], "food": ["bread", "tea"], "land": ["hill", "stone"], "beasts": ["goat", "cat"]}
-SHAPES = StaticShapes(prefill_seq_len=16, ctx_len=512, full_batch_size=2, kv_cache_batch_size=3)
+SHAPES = StaticShapes(prefill_seq_len=16, ctx_len=512, full_batch_size=2, kv_cache_batch_size=4)
+"""Three slots for topics, and one that is set aside."""
 MAX_TOKENS = 8
 
 
