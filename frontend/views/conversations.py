@@ -190,12 +190,12 @@ def _saved_html(chat: SlotChat) -> str:
     if not saved.num_turns:
         return ""
     turns = f"{saved.num_turns} turn{'' if saved.num_turns == 1 else 's'}"
-    attributes = f'data-ms="{saved.first_token_ms:.1f}" data-tokens="{saved.num_tokens}"'
-    is_loss = saved.first_token_ms < 0
-    effect = f"{'cost' if is_loss else 'saved'} {abs(saved.first_token_ms) / 1000:,.2f} s"
+    attributes = f'data-ms="{saved.first_token_ms:.1f}" data-tokens="{saved.num_tokens}" data-tone="{saved.tone}"'
+    seconds = f"{abs(saved.first_token_ms) / 1000:,.2f} s"
+    effects = {"gain": f"saved {seconds} until", "tie": "made no difference to", "loss": f"cost {seconds} until"}
     return (
-        f'<div class="ka-speed{" ka-loss" if is_loss else ""}" data-testid="saved" {attributes}>Slots {effect} '
-        f"until the first tokens of {turns}, and saved the prefill of {saved.num_tokens:,} tokens</div>"
+        f'<div class="ka-speed ka-tone-{saved.tone}" data-testid="saved" {attributes}>Slots {effects[saved.tone]} '
+        f"the first tokens of {turns}, and saved the prefill of {saved.num_tokens:,} tokens</div>"
     )
 
 

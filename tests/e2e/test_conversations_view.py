@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -13,14 +14,16 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from ai100.server import router
 from support.ai100_engine import AI100, make_ai100
-from support.page_steps import ask, expect_states, opened, page_over, pane, settle
+from support.page_steps import ask, expect_apart, expect_states, opened, page_over, pane, settle
 from support.real_server import serving
 from support.tiny_models import save_tiny_model
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
 
-WIDTHS = (1280, 390)
+WIDTHS = (1920, 1440, 1280, 390)
+HEIGHT = 844
+MOST_OF_HEIGHT = 0.35
 OpenPage = Callable[[], Page]
 
 
@@ -110,7 +113,7 @@ def test_the_topic_shows_while_a_question_is_typed_and_can_be_changed(open_page:
     expect_topic(page, "<b>*mine*</b>", "Begins the topic <b>*mine*</b>, as you chose")
     expect(box(page)).to_have_value("And why?")
     for width in WIDTHS:
-        page.set_viewport_size({"width": width, "height": 844})
+        page.set_viewport_size({"width": width, "height": HEIGHT})
         settle(page)
         parts = [page.get_by_test_id("next-topic"), page.locator(".st-key-next-topic input"), box(page)]
         wait_until(partial(are_apart, page, parts, width), f"they overlap at {width}")
@@ -139,6 +142,21 @@ def are_apart(page: Page, parts: Sequence[Locator], width: int) -> bool:
 
 def overlap(a: Place, b: Place) -> bool:
     return a[0] < b[2] - 1 and b[0] < a[2] - 1 and a[1] < b[3] - 1 and b[1] < a[3] - 1
+
+
+def test_the_slots_leave_most_of_the_window_to_the_chat(open_page: OpenPage) -> None:
+    page = open_page()
+    for question in ("river", "bread", "hill", "goat"):
+        ask_and_wait(page, question)
+    expect(page.get_by_test_id("slot-history")).to_contain_text("replaced slot", timeout=30_000)
+    expect(page.get_by_test_id("saved")).to_have_attribute("data-tone", re.compile("gain|tie|loss"))
+    texts = page.locator(".ka-slot-head > *, .ka-slot small, [data-testid=slot-history], [data-testid=saved]")
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": HEIGHT})
+        settle(page)
+        _, top, _, bottom = place(page.locator(":has(> .st-key-slots)"))
+        assert bottom - top <= MOST_OF_HEIGHT * HEIGHT, f"at {width} pixels"
+        expect_apart(texts, f"at {width} pixels")
 
 
 def test_two_tabs_on_a_conversation_see_where_the_next_message_goes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -63,6 +64,29 @@ def test_a_message_goes_to_both_modes_with_the_same_messages(small_server: Start
     assert all(f'data-testid="pane-{name}" data-state="done"' in body for name in ("cached", "uncached"))
     assert body.count('data-testid="slot-turn"') == 2
     assert 'data-testid="saved"' in body
+
+
+@pytest.mark.parametrize(
+    ("cached_ms", "tone", "told"),
+    [
+        (500.0, "gain", "Slots saved 0.50 s until the first tokens of 1 turn, and saved the prefill of "),
+        (950.0, "tie", "Slots made no difference to the first tokens of 1 turn, and saved the prefill of "),
+        (1500.0, "loss", "Slots cost 0.50 s until the first tokens of 1 turn, and saved the prefill of "),
+    ],
+)
+def test_what_the_slots_saved_is_a_gain_a_tie_or_a_loss(
+    small_server: StartServer, open_page: Open, cached_ms: float, tone: str, told: str
+) -> None:
+    page = open_page(slot_server(small_server))
+    page.chat_input[0].set_value("Who?").run()
+    link = page.query_params["conversation"]
+    opened = state.chat_store("conversation").get(link if isinstance(link, str) else link[0])
+    assert opened is not None
+    for answer, ms in zip(opened.chat.turns[0].answers.values(), (cached_ms, 1000.0), strict=True):
+        answer.figures = dataclasses.replace(answer.figures, first_token_ms=ms)
+    body = html(page.run())
+    assert f'class="ka-speed ka-tone-{tone}" data-testid="saved"' in body
+    assert f'data-tone="{tone}">{told}' in body
 
 
 def test_a_follow_up_goes_on_with_the_conversation_letter_for_letter(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from chat import Context, Turn
 from chat_session import SlotSession
 from contender_api import Sampling
@@ -76,6 +78,19 @@ def test_saved_is_the_sum_of_uncached_minus_cached_over_turns_that_both_answered
     add_turn(chat, "a", "", ("done", "interrupted")).answers["cached"].figures = Figures(first_token_ms=1.0)
     saved = chat.saved()
     assert (saved.num_turns, saved.first_token_ms, saved.num_tokens) == (2, 90.0 + 30.0, 2 * 91)
+    assert saved.uncached_ms == 150.0
+
+
+@pytest.mark.parametrize(
+    ("cached_ms", "tone"),
+    [(50.0, "gain"), (90.0, "gain"), (91.0, "tie"), (100.0, "tie"), (109.0, "tie"), (110.0, "loss"), (200.0, "loss")],
+)
+def test_less_than_a_tenth_saved_or_lost_is_a_tie(cached_ms: float, tone: str) -> None:
+    chat = SlotChat()
+    turn = add_turn(chat, "a", "a")
+    for answer, ms in zip(turn.answers.values(), (cached_ms, 100.0), strict=True):
+        answer.figures = Figures(first_token_ms=ms)
+    assert chat.saved().tone == tone
 
 
 def test_the_history_says_which_turn_changed_a_slot() -> None:
