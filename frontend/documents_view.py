@@ -17,6 +17,7 @@ from uploads import (
     Filling,
     Upload,
     document_key,
+    kept_documents,
     read_upload,
     save_document,
     upload_key,
@@ -52,7 +53,7 @@ def watch_folder(drawn: Documents, busy: bool) -> None:
 def draw_new_in_folder(busy: bool) -> None:
     """What came into the folder while the page was open, and whether its KV is there."""
     if found := st.session_state.get(_NEW):
-        st.fragment(_draw_status, run_every=POLL_S if found.is_filling else None)(found, found.is_filling, busy)
+        st.fragment(_draw_status, run_every=POLL_S if found.is_filling else None)(found, found.is_filling, busy, None)
 
 
 def draw_remarks(documents: Documents) -> None:
@@ -102,9 +103,10 @@ def draw_uploads(busy: bool, chosen: Sequence[str], choose: Callable[[Sequence[s
     usable = [[chunk.name for chunk in named] for named in chunks.values() if named]
     if len(usable) > 1:
         st.button("Use all my documents", key="use-all", on_click=choose, args=[list(itertools.chain(*usable))])
+    kept = kept_documents(state.uploads().values())
     for key, upload in list(state.uploads().items()):
         with st.container(key=f"upload-{key}"):
-            _draw_upload(key, upload, chunks[key], busy, chosen, choose)
+            _draw_upload(key, upload, chunks[key], busy, chosen, choose, upload.document in kept)
 
 
 def _take(files: Sequence[tuple[str, bytes]]) -> None:
@@ -185,8 +187,9 @@ def _draw_upload(
     busy: bool,
     chosen: Sequence[str],
     choose: Callable[[Sequence[str]], None],
+    is_kept: bool,
 ) -> None:
-    st.fragment(_draw_status, run_every=POLL_S if upload.is_filling else None)(upload, upload.is_filling, busy)
+    st.fragment(_draw_status, run_every=POLL_S if upload.is_filling else None)(upload, upload.is_filling, busy, is_kept)
     with st.container(horizontal=True, key=f"upload-buttons-{key}"):
         if chunks:
             names = [chunk.name for chunk in chunks]
@@ -247,14 +250,15 @@ def _draw_filling(fillings: Sequence[Filling]) -> None:
     st.html(total_html(fillings))
 
 
-def _draw_status(upload: Upload, was_filling: bool, busy: bool) -> None:
+def _draw_status(upload: Upload, was_filling: bool, busy: bool, is_kept: bool | None) -> None:
     """Draws the page anew when the filling has ended."""
     if was_filling and not upload.is_filling and not busy:
         st.rerun()
-    st.html(upload_html(upload))
+    st.html(upload_html(upload, is_kept))
 
 
-def upload_html(upload: Upload) -> str:
+def upload_html(upload: Upload, is_kept: bool | None = None) -> str:
+    """`is_kept`: whether it comes back with the chat; None: it is the data folder's."""
     document, filling = upload.document, upload.filling
     status, text, bar = "problem", document.problem, ""
     if document.parts:
@@ -272,8 +276,20 @@ def upload_html(upload: Upload) -> str:
     detail = escape("; ".join(filter(None, (text, document.note))))
     return (
         f'<div class="ka-upload" data-testid="upload" data-document="{escape(document.path)}" data-state="{status}">'
-        f"<b>{escape(document.path)}</b><small>{detail}</small>{bar}</div>"
+        f"<b>{escape(document.path)}</b><small>{detail}</small>{bar}{_kept_html(document, is_kept)}</div>"
     )
+
+
+def _kept_html(document: Document, is_kept: bool | None) -> str:
+    if is_kept is None or not document.parts:
+        return ""
+    told = "Kept with this chat: it comes back after a reload"
+    if not is_kept:
+        told = (
+            f"Too large to come back after a reload: a chat keeps {MAX_KEPT_BYTES >> 20} MB of documents. Save it into "
+            "the data folder to have it then"
+        )
+    return f'<small data-kept="{str(is_kept).lower()}">{told}</small>'
 
 
 def total_html(fillings: Sequence[Filling]) -> str:

@@ -548,6 +548,22 @@ def test_a_filling_that_fails_is_shown_and_can_be_tried_again(small_server: Star
     assert 'data-document="notes.md" data-state="filled"' in html(page)
 
 
+def test_documents_say_which_of_them_come_back_with_the_chat(
+    small_server: StartServer, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("uploads.MAX_KEPT_BYTES", 100)
+    page = open_page(small_server(offer=OFFER), small_server())
+    drop(page, ("long.txt", b"The sea is wide. " * 9), ("short.txt", b"The sea."), ("scan.pdf", b"no pdf"))
+    shown = {name: html(page).partition(f'data-document="{name}"')[2] for name in ("long.txt", "short.txt", "scan.pdf")}
+    told = {name: body.partition("</div>")[0] for name, body in shown.items()}
+    assert "Too large to come back after a reload" in told["long.txt"]
+    assert "Kept with this chat" in told["short.txt"]
+    assert "data-kept" not in told["scan.pdf"]
+    again = reloaded(page.query_params["chat"])
+    assert 'data-document="short.txt"' in html(again)
+    assert 'data-document="long.txt"' not in html(again)
+
+
 def test_a_document_that_is_too_large_says_so(
     small_server: StartServer, open_page: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,15 @@ def test_documents_come_back_up_to_a_size_and_without_those_that_could_not_be_re
     assert [kept.path for kept in kept_documents(map(Upload, documents))] == ["a.txt", "c.txt"]
 
 
+def test_a_document_says_whether_it_comes_back_after_a_reload() -> None:
+    upload, problem = Upload(Document("a.txt", ("one",))), Upload(Document("broken.pdf", problem="a broken PDF"))
+    assert "Kept with this chat: it comes back after a reload" in upload_html(upload, is_kept=True)
+    lost = upload_html(upload, is_kept=False)
+    assert '<small data-kept="false">Too large to come back after a reload: a chat keeps 4 MB of documents.' in lost
+    assert "Save it into the data folder" in lost
+    assert "data-kept" not in upload_html(upload) + upload_html(problem, is_kept=False)
+
+
 def test_the_key_of_a_document_is_its_names_and_its_texts() -> None:
     documents = [Document("a.txt", ("one", "two")), Document("a.txt", ("onetwo",)), Document("b.txt", ("one", "two"))]
     assert len({document_key(document) for document in documents}) == 3
