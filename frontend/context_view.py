@@ -117,9 +117,19 @@ def num_fitting(count: TokenCount, limit: int) -> int:
     return len(sizes) - dropped
 
 
-def summary(context: Context, count: TokenCount | None) -> str:
-    chunks = f"{len(context.chunks)} chunk{'' if len(context.chunks) == 1 else 's'}"
-    return f"Context: {chunks}, {count.total:,} tokens" if count else f"Context: {chunks}"
+def summary(context: Context, count: TokenCount | None, ratio: float | None = None) -> str:
+    """`ratio`: the share of the chunks' tokens that is recomputed, where one was chosen."""
+    chunks = f"Context: {len(context.chunks)} chunk{'' if len(context.chunks) == 1 else 's'}"
+    if not count:
+        return chunks
+    recomputed = "" if ratio is None or not count.spans else f"; {_recomputed(count, ratio)}"
+    return f"{chunks}, {count.total:,} tokens{recomputed}"
+
+
+def _recomputed(count: TokenCount, ratio: float) -> str:
+    total = sum(span.num_tokens for span in count.spans)
+    told = {0.0: "none", 1.0: "all"}.get(ratio, f"about {ratio * total:,.0f}")
+    return f"{told} of the chunks' {total:,} recomputed"
 
 
 def context_html(context: Context, count: TokenCount | None) -> str:

@@ -15,7 +15,7 @@ import streamlit as st
 
 import state
 from chat import Answer, Chat, Context, Turn
-from contender_api import ContenderError
+from contender_api import RATIO, ContenderError
 from context_lengths import BENCHMARK as LENGTHS_BENCHMARK
 from context_lengths import note_of
 from context_view import TokenCount, context_html, num_fitting, summary
@@ -50,7 +50,7 @@ def main() -> None:
         st.info(notice)
     draw_notices(opened)
     verdict = st.container(key="verdict")
-    count = draw_context(choices.context)
+    count = draw_context(choices)
     ask(opened, choices)
     if not opened.chat.turns:
         draw_examples(opened.chat)
@@ -156,14 +156,21 @@ def draw_input(opened: OpenChat, choices: ArenaChoices, count: TokenCount | None
     draw_question_box(opened, placeholder, enabled=bool(choices.sessions))
 
 
-def draw_context(context: Context) -> TokenCount | None:
+def draw_context(choices: ArenaChoices) -> TokenCount | None:
     """With its tokens, where a contender that is up has counted them."""
-    count, problem = _count(context)
-    with st.expander(summary(context, count), expanded=True, key="context-view"):
-        st.html(context_html(context, count))
+    count, problem = _count(choices.context)
+    with st.expander(summary(choices.context, count, _ratio(choices)), expanded=True, key="context-view"):
+        st.html(context_html(choices.context, count))
         if problem:
             st.caption(f"Tokens can't be counted now. {problem}")
     return count
+
+
+def _ratio(choices: ArenaChoices) -> float | None:
+    """Of the chunks' tokens that are recomputed; None where nobody does, or no share was chosen."""
+    blends = any(session.server and session.server.blend for session in choices.sessions.values())
+    ratio: float | None = choices.sampling.recomputing.get(RATIO) if blends else None
+    return ratio
 
 
 def _warn_of_length(chat: Chat, choices: ArenaChoices, count: TokenCount) -> None:

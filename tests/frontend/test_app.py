@@ -57,7 +57,27 @@ def test_page_shows_servers_context_and_its_tokens(small_server: StartServer, op
     assert body.count('data-testid="chunk"') == 3
     assert page.selectbox(key="policy").options == OFFER["policies"]
     assert page.slider(key="policy-ratio").value == 0.15
-    assert page.expander[0].label == "Context: 3 chunks, 18 tokens"
+    assert page.slider(key="policy-ratio").label == "Recompute share (0 fastest, 1 exact)"
+    explained = OFFER["parameters"]["policy"]["explanations"]
+    for policy in ("kv_deviation", "chunk_head", "all"):
+        page.selectbox(key="policy").set_value(policy).run()
+        assert [caption.value for caption in page.caption if caption.value in explained.values()] == [explained[policy]]
+
+
+def test_the_contexts_header_counts_what_the_recompute_share_comes_to(
+    small_server: StartServer, open_page: Open
+) -> None:
+    """As the slider is moved; of the chunks, and not of what stands around them."""
+    page = open_page(small_server(offer=OFFER), small_server())
+    begins = "Context: 3 chunks, 18 tokens"
+    for ratio, told in ((0.15, "about 1"), (0.5, "about 4"), (0.0, "none"), (1.0, "all")):
+        page.slider(key="policy-ratio").set_value(ratio).run()
+        assert page.expander[0].label == f"{begins}; {told} of the chunks' 9 recomputed"
+    page.selectbox(key="policy").set_value("none").run()
+    assert page.expander[0].label == begins, "there is no share to choose"
+    page.selectbox(key="policy").set_value("kv_deviation").run()
+    page.checkbox(key="run-blend").uncheck().run()
+    assert page.expander[0].label == begins, "nobody recomputes"
 
 
 def test_a_time_in_place_of_the_ratio(small_server: StartServer, open_page: Open) -> None:
