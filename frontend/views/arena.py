@@ -317,8 +317,16 @@ def keep_up(drawers: Sequence[LiveDrawer]) -> None:
         drawer.keep_up()
 
 
+SCORES_HINT = (
+    "Recomputed tokens also tell by what score the policy chose them, where it goes by one, and which chunk they lean "
+    "on: switch on *Show probabilities* on the left, and ask again *With the settings on the left*."
+)
+
+
 def draw_tokens(chat: Chat, index: int, answers: list[Answer]) -> None:
     """Each contender's prompt of a turn, coloured by where its KV came from."""
+    if any(_keeps_scores_back(chat.turns[index], answer) for answer in answers):
+        st.caption(SCORES_HINT)
     for start in range(0, len(answers), NUM_TOKEN_COLUMNS):
         for answer, column in zip(answers[start:], st.columns(min(len(answers), NUM_TOKEN_COLUMNS)), strict=False):
             with column:
@@ -326,6 +334,13 @@ def draw_tokens(chat: Chat, index: int, answers: list[Answer]) -> None:
                     st.html(_tokens_html(chat, index, answer))
                 except ContenderError as error:
                     st.caption(str(error))
+
+
+def _keeps_scores_back(turn: Turn, answer: Answer) -> bool:
+    """Whether nobody asked by what it chose the tokens that it recomputed."""
+    server = state.chat_sessions()[answer.contender.name].server
+    tells_scores = server is not None and server.blend is not None and server.blend.tells_scores
+    return tells_scores and bool(answer.figures.recomputed) and not turn.sampling.probabilities
 
 
 def _tokens_html(chat: Chat, index: int, answer: Answer) -> str:

@@ -145,6 +145,32 @@ def test_question_goes_to_both_with_the_choices_on_the_page(small_server: StartS
     assert to_blend["max_tokens"] == to_plain["max_tokens"] == 9
 
 
+def test_recomputed_tokens_without_scores_say_how_to_get_them(small_server: StartServer, open_page: Open) -> None:
+    report = REPORT | {"recomputed_spans": [[7, 9]]}
+    scores = {"token_scores": {"what": "share of attention", "tokens": [[7, 0.25], [8, 0.5]]}}
+    blend = small_server(offer=OFFER | {"token_scores": True}, report=report)
+    page = open_page(blend, small_server())
+    page.chat_input[0].set_value("Who?").run()
+    reused = [toggle for toggle in page.toggle if toggle.label.startswith("What was reused")]
+    reused[0].set_value(True).run()
+    (hint,) = hints(page)
+    assert f"*{page.toggle(key='probabilities').label}*" in hint
+    assert f"*{page.button(key='again-settings-0').label}*" in hint
+    reused[0].set_value(False).run()
+    page.toggle(key="probabilities").set_value(True).run()
+    blend.report = report | scores
+    page.button(key="again-settings-0").click().run()
+    assert blend.completions()[1]["kv_transfer_params"]["kvarena"]["token_scores"] is True
+    reused = [toggle for toggle in page.toggle if toggle.label.startswith("What was reused")]
+    reused[1].set_value(True).run()
+    assert "share of attention: 0.25" in html(page)
+    assert not hints(page)
+
+
+def hints(page: AppTest) -> list[str]:
+    return [caption.value for caption in page.caption if "by what score" in caption.value]
+
+
 def test_simllm_has_knobs_of_its_own_and_shows_the_earlier_prompt(small_server: StartServer, open_page: Open) -> None:
     simllm, plain = small_server(offer=SIMLLM_OFFER, report=SIMLLM_REPORT), small_server()
     page = open_page(simllm, plain)
