@@ -1,15 +1,16 @@
-"""What the page Quality shows of an eval beside its charts: its table, and the answers side by side.
+"""What the pages show of an eval beside Quality's charts: tables, the answers side by side, and what Measure draws.
 
 Rows become plain records, one object per line of a table; what draws them is elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eval_results import ALL_KINDS, ALL_QUESTIONS, EvalAnswer, EvalResult, Interval, Row, Variant
+from kvarena import panels
 
 Record = dict[str, Any]
 NEW_COLUMNS = ("Right", "vs. full prefill", "Tokens", "KL along answer")
@@ -89,6 +90,22 @@ def measured_table(result: EvalResult, kind: str) -> list[Record]:
         shown = {name: figures[name] for name in MEASURED_COLUMNS}
         records.append({"Variant": variant_name(result, row.variant), **shown})
     return records
+
+
+MEASURED_METRICS = ("agreement", "correct")
+
+
+def measured_panels(found: Mapping[str, Any]) -> list[panels.Panel]:
+    """How often the answers were full prefill's, and right, with intervals; as far as the result file has it."""
+    of_all = [
+        row for row in found["rows"] if (row["kind"], row.get("subset") or ALL_QUESTIONS) == (ALL_KINDS, ALL_QUESTIONS)
+    ]
+    colours = panels.colours_in([found])
+    return [
+        panels.share_panel(rows, metric, "all questions", colours)
+        for metric in MEASURED_METRICS
+        if (rows := panels.rows_with(of_all, metric))
+    ]
 
 
 def times(result: EvalResult) -> list[Record]:

@@ -33,6 +33,8 @@ _REFUSED = "refused-settings"
 _CHOSEN = "chosen-links"
 BIG_SCREEN = "big-screen"
 NO_SETTINGS = ("chat", "conversation", BIG_SCREEN)
+OF_MEASURE = "measure"
+"""How the keys of Measure's controls begin."""
 OF_BLEND = ("policy", "has-max-ttft", "max-ttft-ms")
 OF_SIMLLM = ("mode", "similarity-threshold")
 
@@ -257,7 +259,9 @@ def refused_settings(opened: OpenChat) -> dict[str, str]:
     """
     if _REFUSED not in st.session_state:
         linked: dict[str, str] = st.session_state.get(_LINKED, {})
-        settings = {key: value for key, value in linked.items() if key not in NO_SETTINGS}
+        settings = {
+            key: value for key, value in linked.items() if key not in NO_SETTINGS and not key.startswith(OF_MEASURE)
+        }
         st.session_state[_REFUSED] = settings, opened.chat.key, len(opened.chat.turns)
     settings, *asked_of = st.session_state[_REFUSED]
     if asked_of != [opened.chat.key, len(opened.chat.turns)]:

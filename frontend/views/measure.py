@@ -6,6 +6,7 @@ One measurement at a time, for all tabs alike: two would slow each other down. I
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from contender_api import BlendOffer
 from context_lengths import BENCHMARK as LENGTHS_BENCHMARK
 from context_lengths import LEAST_PAIRS, REFERENCE, failures, length_verdicts, lengths_table, verdicts_html
 from eval_results import ALL_KINDS, read_eval, read_result
-from eval_tables import measured_table, times
+from eval_tables import measured_panels, measured_table, times
 from examples import gold_answers
 from kvarena import panels
 from kvarena.documents import QUESTIONS_NAME, TextChunk
@@ -44,7 +45,7 @@ from measuring import (
 from panel_charts import draw_chart, draw_panels, ttft_chart
 from result_picker import choose_file
 from settings import Contender
-from sidebar import KEEP, begin_arena
+from sidebar import KEEP, LINK, begin_arena
 
 POLL_S = 0.5
 CONTAINER = "kvarena-page"  # as compose.yaml calls it
@@ -101,11 +102,18 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
         format_func=lambda contender: titles[contender],
         key="measured",
         persist_state=KEEP,
+        bind=LINK,
     )
     questions = state.page_settings().data_dir / QUESTIONS_NAME
     offered = [QUESTIONS, SHUFFLES, LENGTHS] if questions.is_file() else [SHUFFLES, LENGTHS]
     what = st.segmented_control(
-        "Ask", offered, default=offered[0], required=True, key=f"measure-what-{len(offered)}", persist_state=KEEP
+        "Ask",
+        offered,
+        default=offered[0],
+        required=True,
+        key=f"measure-what-{len(offered)}",
+        persist_state=KEEP,
+        bind=LINK,
     )
     if what != LENGTHS and not questions.is_file():
         st.info(
@@ -155,8 +163,10 @@ def _draw_where_results_go() -> None:
 def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -> MakePlan | None:
     """Those of this file, or a question of one's own in many orders. None while something is missing."""
     left, middle, right = st.columns(3)
-    number = int(left.number_input("How many", 1, 1000, 12, key="measure-number", persist_state=KEEP))
-    max_tokens = int(middle.number_input("Max tokens", 1, 4096, 32, key="measure-max-tokens", persist_state=KEEP))
+    number = int(left.number_input("How many", 1, 1000, 12, key="measure-number", persist_state=KEEP, bind=LINK))
+    max_tokens = int(
+        middle.number_input("Max tokens", 1, 4096, 32, key="measure-max-tokens", persist_state=KEEP, bind=LINK)
+    )
     policies, ratios = _draw_settings(state.blend_offer(), right)
     question, gold = ("", "") if questions else _draw_question()
     if not ratios or not (questions or (question and _context().chunks)):
@@ -187,7 +197,7 @@ def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSess
     usual = default_lengths(min((limit for limit in limits.values() if limit), default=None), num_tokens)
     left, middle, right = st.columns(3)
     typed = left.text_input(
-        "Context lengths (tokens)", ", ".join(map(str, usual)), key="measure-lengths", persist_state=KEEP
+        "Context lengths (tokens)", ", ".join(map(str, usual)), key="measure-lengths", persist_state=KEEP, bind=LINK
     )
     num_repeats = middle.number_input(
         "Repetitions",
@@ -196,6 +206,7 @@ def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSess
         DEFAULT_REPEATS,
         key="measure-repeats",
         persist_state=KEEP,
+        bind=LINK,
         help="Of each length, with the chunks in another order. From six on there is a 95 % interval of the median; "
         "with fewer the whole range stands for it.",
     )
@@ -244,9 +255,16 @@ def _draw_settings(
     """Policies and ratios; every policy with every ratio."""
     if not offer or not offer.policy:
         return [], (0.0,)
-    typed = ratio_place.text_input("Shares to recompute", DEFAULT_RATIOS, key="measure-ratios", persist_state=KEEP)
+    typed = ratio_place.text_input(
+        "Shares to recompute", DEFAULT_RATIOS, key="measure-ratios", persist_state=KEEP, bind=LINK
+    )
     policies = st.multiselect(
-        "Policies", offer.policy.choices, default=[offer.policy.default], key="measure-policies", persist_state=KEEP
+        "Policies",
+        offer.policy.choices,
+        default=[offer.policy.default],
+        key="measure-policies",
+        persist_state=KEEP,
+        bind=LINK,
     )
     try:
         ratios = tuple(float(part) for part in typed.split(","))
@@ -278,11 +296,12 @@ def _draw_question() -> tuple[str, str]:
     what = "chunk of the arena" if num_chunks == 1 else f"{num_chunks} chunks of the arena, each time in another order"
     st.caption(f"Over the {what}.")
     question = st.text_input(
-        "Question", turns[-1].question if turns else "", key="measure-question", persist_state=KEEP
+        "Question", turns[-1].question if turns else "", key="measure-question", persist_state=KEEP, bind=LINK
     )
     known = gold_answers(state.page_settings().data_dir, question)
+    key = f"measure-gold-{hashlib.sha256(question.encode()).hexdigest()[:8]}"  # another question's is another
     gold = st.text_input(
-        "Right answer", known, key=f"measure-gold-{question}", placeholder="Optional: what counts as right"
+        "Right answer", known, key=key, placeholder="Optional: what counts as right", persist_state=KEEP, bind=LINK
     )
     return question.strip(), gold.strip()
 
@@ -357,6 +376,7 @@ def draw_questions(found: Mapping[str, Any]) -> None:
     if records := times(result):
         st.markdown("**Time to first token, every answer**")
         draw_chart(ttft_chart(records))
+    draw_panels(measured_panels(found))
     _draw_table(measured_table(result, ALL_KINDS), shares=("Agreement", "Right"))
 
 

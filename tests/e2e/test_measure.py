@@ -34,7 +34,7 @@ from support.waiting import wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(900)]
 
-WIDTHS = (1280, 390)
+WIDTHS = (1920, 1440, 1280, 390)
 NAMES = ("plain", "blend")
 SETTING = "blend kv_deviation 15 %"
 ONE_PIECE = ["Ann"]
@@ -82,9 +82,13 @@ def page(
         yield page
 
 
-def choose_lengths(page: Page, lengths: str, num_repeats: int) -> None:
-    page.get_by_role("radio", name="Context lengths").or_(page.get_by_role("button", name="Context lengths")).click()
+def choose_kind(page: Page, name: str) -> None:
+    page.get_by_role("radio", name=name).or_(page.get_by_role("button", name=name)).click()
     settle(page)
+
+
+def choose_lengths(page: Page, lengths: str, num_repeats: int) -> None:
+    choose_kind(page, "Context lengths")
     fill(page, "measure-lengths", lengths)
     fill(page, "measure-repeats", str(num_repeats))
     fill(page, "measure-ratios", "0.15")
@@ -110,14 +114,56 @@ def test_questions_are_measured_to_the_end_and_opened_in_quality(page: Page, tmp
     fill(page, "measure-ratios", "0.15")
     measure_button(page).click()
     expect(page.get_by_role("button", name="Open in Quality")).to_be_visible(timeout=RUN_MS)
-    expect(page.get_by_text("Time to first token, every answer")).to_be_visible(timeout=ANSWER_MS)
-    expect(page.get_by_test_id("stVegaLiteChart")).to_have_count(1, timeout=ANSWER_MS)
+    for title in ("Time to first token, every answer", "Agreement (all questions)", "Right answers (all questions)"):
+        expect(page.get_by_text(title)).to_be_visible(timeout=ANSWER_MS)
+    expect(page.get_by_test_id("stVegaLiteChart")).to_have_count(3, timeout=ANSWER_MS)
     name, result = only_result(tmp_path)
     assert not result["settings"]["is_interrupted"]
     assert len(result["answers"]) == 2 * 3
     page.get_by_text("The same from a terminal").click()
     expect(page.get_by_text(f".venv/bin/kvarena eval --questions {tmp_path}")).to_be_visible(timeout=ANSWER_MS)
     open_in_quality(page, name)
+
+
+def test_a_reload_keeps_the_settings_of_every_kind_of_measurement(page: Page) -> None:
+    """And the Arena doesn't take them for settings of its own."""
+    measured = page.locator(".st-key-measured")
+    measured.get_by_role("button", name="Clear all").click()
+    settle(page)
+    measured.locator("input").fill("Blend")
+    page.get_by_role("option", name="Blend", exact=True).click()
+    page.keyboard.press("Escape")
+    settle(page)
+    fill(page, "measure-number", "7")
+    fill(page, "measure-max-tokens", "9")
+    fill(page, "measure-ratios", "0.3")
+    choose_kind(page, "Shuffles of one question")
+    fill(page, "measure-question", "Whose is a <b>*lamp*</b>?")
+    gold = page.locator('[class*="st-key-measure-gold-"] input')
+    gold.fill("Ann's & Ben's")
+    gold.press("Enter")
+    settle(page)
+    reload_measure(page)
+    expect(page.locator(".st-key-measure-question input")).to_have_value("Whose is a <b>*lamp*</b>?", timeout=ANSWER_MS)
+    expect(gold).to_have_value("Ann's & Ben's", timeout=ANSWER_MS)
+    for key, value in (("number", "7"), ("max-tokens", "9"), ("ratios", "0.3")):
+        expect(page.locator(f".st-key-measure-{key} input")).to_have_value(value, timeout=ANSWER_MS)
+    expect(measured).to_contain_text("Blend", timeout=ANSWER_MS)
+    expect(measured).not_to_contain_text("Plain", timeout=ANSWER_MS)
+    choose_lengths(page, "300", 4)
+    reload_measure(page)
+    expect(page.locator(".st-key-measure-lengths input")).to_have_value("300", timeout=ANSWER_MS)
+    expect(page.locator(".st-key-measure-repeats input")).to_have_value("4", timeout=ANSWER_MS)
+    page.get_by_role("link", name="Arena").click()
+    page.get_by_test_id("context").wait_for(timeout=ANSWER_MS)
+    settle(page)
+    expect(page.get_by_text("settings that nothing here takes")).to_have_count(0)
+
+
+def reload_measure(page: Page) -> None:
+    page.reload()
+    expect(measure_button(page)).to_be_visible(timeout=ANSWER_MS)
+    settle(page)
 
 
 def test_a_stopped_run_over_questions_keeps_what_was_answered(

@@ -838,6 +838,7 @@ def test_settings_of_the_address_that_nothing_takes_are_named(small_server: Star
     page = AppTest.from_file(str(APP), default_timeout=60)
     asked = {"max-tokens": "abc", "temperature": "9", "policy": "nonsense", "run-gone": "false", "*foo*": "<b>"}
     taken = {"run-plain": "false", "policy-ratio": "0.40", "in-sequence": "true", "ignore-eos": "false"}
+    taken |= {"measured": "Plain", "measure-lengths": "300"}  # by Measure
     for name, value in (asked | taken).items():
         page.query_params[name] = value
     page.run()

@@ -16,6 +16,7 @@ from eval_tables import (
     METRICS,
     answer_table,
     line_name,
+    measured_panels,
     metrics_of,
     problems,
     summary,
@@ -201,3 +202,19 @@ def test_answers_side_by_side(result: EvalResult) -> None:
     }
     assert len(answer_table(result, "all", [PLAIN, BLIND], only_different=True)) == 5
     assert answer_table(result, "single", [PLAIN], only_different=True) == []
+
+
+def test_measure_draws_agreement_and_right_answers_with_intervals_as_far_as_they_are_known() -> None:
+    found = small_eval_result()
+    agreement, right = measured_panels(found)
+    assert agreement.title.startswith("Agreement (all questions) against the share of recomputed tokens")
+    assert right.title.startswith("Right answers (all questions)")
+    (line,) = (series for series in right.series if "kv_deviation" in series.label)
+    assert [(list(ends)) for ends in (line.x, line.y)] == [[10, 50], [90, 90]]
+    assert list(line.low) == pytest.approx([80, 80])
+    assert list(line.high) == pytest.approx([100, 100])
+    assert [(level.name, level.y) for level in agreement.levels] == [("plain", 100)], "full prefill"
+    for row in found["rows"]:
+        row["correct"] = None  # nobody said what is right
+    (panel,) = measured_panels(found)
+    assert panel.title == agreement.title
