@@ -285,10 +285,16 @@ class TurnView:
 
 def _rows(turn: Turn) -> list[Row]:
     return [
-        Row(one.contender.name, one.contender.title, one.figures.first_token_ms, one.figures.stages)
+        Row(one.contender.name, one.contender.title, one.figures.first_token_ms, one.figures.stages, _decode_ms(one))
         for one in turn.answers.values()
         if one.figures.first_token_ms is not None
     ]
+
+
+def _decode_ms(answer: Answer) -> float | None:
+    """None for an answer without an end."""
+    first_ms, total_ms = answer.figures.first_token_ms, answer.figures.total_ms
+    return None if answer.state != "done" or first_ms is None or total_ms is None else total_ms - first_ms
 
 
 NUM_DRAWN = 8

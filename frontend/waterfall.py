@@ -1,7 +1,8 @@
 """Where the time to the first token went: a lane for each contender, all on one time axis that begins at the request.
 
 A server's report names the stages that it measured; vLLM without one tells its queue and its prefill with the answer.
-What lies between their sum and the first token, which the client measured, is a stage too. Data and HTML only.
+What lies between their sum and the first token, which the client measured, is a stage too. What the rest of the answer
+took stands beside it in words: on the axis it would leave the bars no room. Data and HTML only.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ WHOLE_MS = 10_000  # a tenth of so long a time says nothing
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's answer."""
+    """One contender's answer. `decode_ms`: from the first token to the end, None until then."""
 
     name: str
     title: str
     first_token_ms: float
     stages: Stages
+    decode_ms: float | None = None
 
 
 def read_stages(report: Mapping[str, Any]) -> Stages:
@@ -115,8 +117,15 @@ def _lane_html(row: Row, axis_ms: float) -> str:
     return (
         f'<div class="ka-lane" data-testid="lane-{escape(row.name)}" data-ms="{row.first_token_ms:.2f}">'
         f'<b>{escape(row.title)}</b><div class="ka-track">{cells}</div>'
-        f"<span>{shown_ms(row.first_token_ms)}</span></div>"
+        f"<span>{shown_ms(row.first_token_ms)}{_decode_html(row)}</span></div>"
     )
+
+
+def _decode_html(row: Row) -> str:
+    if row.decode_ms is None:
+        return ""
+    title = "What the rest of the answer took, after its first token"
+    return f'<small data-decode="{row.decode_ms:.2f}" title="{title}">+ {shown_ms(row.decode_ms)} decode</small>'
 
 
 def _ticks_html(axis_ms: float) -> str:

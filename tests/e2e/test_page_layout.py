@@ -28,8 +28,9 @@ WIDTHS = (1920, 1440, 1280, 390)
 TURN = ", ".join(
     (
         ".ka-question, .ka-one-sample, [class*=st-key-again-] button p, [data-testid=stCheckbox] p",
-        ".ka-pane-head b, .ka-badge, .ka-answer, .ka-same, .ka-figure span, .ka-figure b, .ka-legend .ka-key",
-        ".ka-waterfall > b, .ka-lane > b, .ka-lane > span, .ka-ticks span",
+        ".ka-pane-head b, .ka-badge, .ka-answer, .ka-same, .ka-differs, .ka-legend .ka-key",
+        ".ka-figure span, .ka-figure b",
+        ".ka-waterfall > b, .ka-lane > b, .ka-lane > span, .ka-lane small, .ka-ticks span",
         ".ka-watched > b, .ka-watched small, .ka-log dt, .ka-log dd",
     )
 )
@@ -40,14 +41,21 @@ SIDEBAR = "[data-testid=stSidebar] [data-testid=stElementContainer]"
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_nothing_overlaps_at_any_width(open_page: OpenPage, count: int) -> None:
+    """Of a turn whose first answer differs from the exact ones, with probabilities."""
     servers = small_servers(count)
+    servers[0].pieces = [*ANSWER[:3], " Ben", *ANSWER[4:]]
     times = {"fetch_ms": 0.3, "move_ms": 0.4, "select_ms": 0.2, "recompute_ms": 0.5}
     servers[0].report |= times
     for server in servers[1:]:
         server.timings = {"queue_time_ms": 0.2, "time_to_first_token_ms": 0.8}
     page = open_page(*servers)
+    page.locator(".st-key-probabilities label").first.click()
+    settle(page)
     ask(page, "Who is the mayor?")
     expect_states(page, **dict.fromkeys(NAMES[:count], "done"))
+    expect(page.locator(".ka-p").first).to_be_visible()
+    expect(page.locator(".ka-differs")).to_have_count(min(count - 1, 1))
+    expect(page.locator("[data-decode]")).to_have_count(count)
     page.get_by_text("See the servers").click()
     for name in NAMES[:count]:
         expect(page.get_by_test_id(f"watched-{name}").get_by_test_id("log-line")).to_be_visible()
@@ -188,6 +196,14 @@ def test_a_big_screen_has_large_type_also_after_a_reload(open_page: OpenPage) ->
         settle(page)
         expect_apart(page.get_by_test_id("stMainBlockContainer").locator(TURN), f"on a big screen of {width} pixels")
     assert page.locator(f"{TURN}, .ka-chunk-head, .ka-server small").evaluate_all(SMALL, 22) == []
+    verdict = page.get_by_test_id("verdict").locator("b")
+    assert verdict.evaluate_all(SMALL, 24) == []
+    page.set_viewport_size({"width": 720, "height": 400})
+    expect(page.locator("html")).to_have_attribute("data-verdict", re.compile("compact"))
+    expect(verdict.locator(".ka-short")).to_be_visible()
+    assert verdict.evaluate_all(SMALL, 24) == [], "shortened, too"
+    page.set_viewport_size({"width": 1280, "height": 720})
+    settle(page)
     big.click()
     page.wait_for_function("getComputedStyle(document.documentElement).fontSize === '15px'")
     settle(page)

@@ -137,6 +137,7 @@ def test_question_goes_to_both_with_the_choices_on_the_page(small_server: StartS
         assert f'data-testid="pane-{name}" data-state="done"' in body
     assert "Hello, world" in body
     assert 'data-testid="speed-up"' in body
+    assert body.count("data-decode=") == 2
     (to_blend,), (to_plain,) = blend.completions(), plain.completions()
     assert to_blend["messages"] == to_plain["messages"]
     separator = OFFER["separator"]

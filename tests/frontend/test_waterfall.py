@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from itertools import combinations
@@ -56,6 +57,15 @@ def test_a_server_without_reports_tells_nothing_apart() -> None:
     assert 'left:0.000%;width:100.000%" title="HTTP, queue and prefill together: 100.0 ms"' in html
     assert "<span>100.0 ms</span>" in html
     assert waterfall_html([]) == ""
+
+
+def test_the_rest_of_the_answer_stands_beside_the_time_and_not_on_the_axis() -> None:
+    row = Row("plain", "Plain", 100.0, ())
+    before, after = waterfall_html([row]), waterfall_html([dataclasses.replace(row, decode_ms=1234.56)])
+    told = '<small data-decode="1234.56" title="What the rest of the answer took, after its first token">'
+    assert f"<span>100.0 ms{told}+ 1,234.6 ms decode</small></span>" in after
+    assert "data-decode" not in before
+    assert re.findall(r"(?:left|width):[\d.]+%", before) == re.findall(r"(?:left|width):[\d.]+%", after)
 
 
 @pytest.mark.parametrize("first_token_ms", [0.6, 1.0, 8.01, 10.0, 99.9, 4000.0, 86_000.0])
