@@ -101,7 +101,7 @@ def test_a_time_in_place_of_the_ratio(small_server: StartServer, open_page: Open
 def test_a_policy_has_the_controls_that_the_server_describes(small_server: StartServer, open_page: Open) -> None:
     """Also those of a policy that nobody here knows."""
     drift = {"type": "number", "at_least": 0, "at_most": 5, "default": 2.5, "help": "How far.", "policies": ["mine"]}
-    names = ["kv_deviation", "none", "mine"]
+    names = ["kv_deviation", "none", "all", "mine"]
     parameters = {**OFFER["parameters"], "drift": drift}
     parameters["policy"] = {**parameters["policy"], "choices": names, "policies": names}
     blend = small_server(offer=OFFER | {"policies": names, "parameters": parameters})
@@ -120,8 +120,9 @@ def test_a_policy_has_the_controls_that_the_server_describes(small_server: Start
     page.selectbox(key="policy").set_value("mine").run()
     assert [slider.key for slider in page.slider] == ["policy-drift", "temperature"]
     assert (page.slider(key="policy-drift").value, page.slider(key="policy-drift").help) == (2.5, "How far.")
-    page.selectbox(key="policy").set_value("none").run()
-    assert [slider.key for slider in page.slider] == ["temperature"]
+    for policy in ("none", "all"):
+        page.selectbox(key="policy").set_value(policy).run()
+        assert [slider.key for slider in page.slider] == ["temperature"], policy
 
 
 def test_question_goes_to_both_with_the_choices_on_the_page(small_server: StartServer, open_page: Open) -> None:

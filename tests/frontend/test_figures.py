@@ -20,9 +20,14 @@ def test_decode_speed_leaves_the_first_token_out() -> None:
     assert watch.tokens_per_s(21) == 10.0
 
 
-@pytest.mark.parametrize(("last_s", "num_tokens"), [(11.0, 2), (11.0001, 2), (12.0, 1), (12.0, None), (None, 5)])
+@pytest.mark.parametrize(("last_s", "num_tokens"), [(11.0, 5), (11.0001, 5), (12.0, 1), (12.0, None), (None, 5)])
 def test_decode_speed_is_unknown_without_a_time_between_tokens(last_s: float | None, num_tokens: int | None) -> None:
     assert Stopwatch(10.0, 11.0, last_s).tokens_per_s(num_tokens) is None
+
+
+@pytest.mark.parametrize(("num_tokens", "speed"), [(2, None), (3, None), (4, None), (5, 2.0)])
+def test_the_decode_speed_of_a_few_tokens_says_little(num_tokens: int, speed: float | None) -> None:
+    assert Stopwatch(10.0, 11.0, 13.0).tokens_per_s(num_tokens) == speed
 
 
 def test_usage_that_is_missing_leaves_counts_unknown() -> None:

@@ -13,7 +13,16 @@ from comparing import comparison
 from eval_results import read_result
 from kvarena.palette import COLOURS
 from kvarena.panels import PANELS, Axis, Bar, Panel, Series, panels_of, share_panel, time_panel
-from panel_charts import MIN_SPAN, bars_html, legend_html, panel_chart, y_domain
+from panel_charts import (
+    BIG_LETTERS_PX,
+    MIN_SPAN,
+    bars_html,
+    draw_chart,
+    legend_html,
+    panel_chart,
+    ttft_chart,
+    y_domain,
+)
 from support.small_eval_result import small_eval_result
 from support.small_ttft_result import small_ttft_result
 
@@ -137,6 +146,21 @@ def test_notes_that_would_lie_over_one_another_are_left_to_the_tooltip() -> None
     near = Series("plain", "a", [100, 101, 300], [50, 50, 90], [50, 50, 90], [50, 50, 90], notes=["1 %", "2 %", "9 %"])
     chart = panel_chart(Panel("", Axis("x"), Axis("y", limits=(0, 100)), [near])).to_dict()
     assert [record["note"] for record in chart["layer"][-1]["data"]["values"]] == ["1 %", "9 %"]
+
+
+@pytest.mark.parametrize("is_big", [True, False])
+def test_letters_of_a_chart_are_large_on_a_big_screen(monkeypatch: pytest.MonkeyPatch, is_big: bool) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("panel_charts.state.is_big_screen", lambda: is_big)
+    monkeypatch.setattr("panel_charts.st.altair_chart", lambda chart, width: shown.append(chart.to_dict()))
+    series = Series("plain", "a", [1.0, 2.0], [50.0, 60.0], [50.0, 60.0], [50.0, 60.0])
+    draw_chart(panel_chart(Panel("", Axis("x"), Axis("y", limits=(0, 100)), [series], colours=COLOURS)))
+    draw_chart(ttft_chart([{"variant": "plain", "ttft_ms": 9.0, "question": "Who?"}]))
+    for chart in shown:
+        sizes = [chart["config"].get("axis", {}).get(name) for name in ("labelFontSize", "titleFontSize")]
+        sizes.append(chart["config"].get("text", {}).get("fontSize"))
+        assert sizes == [BIG_LETTERS_PX if is_big else None] * 3
+    assert len(shown) == 2
 
 
 def test_names_from_files_stay_text() -> None:
