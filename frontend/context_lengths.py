@@ -13,12 +13,10 @@ from html import escape
 from typing import Any, Literal
 
 from figures import Figures
-from kvarena.panels import grouped, variant_label
+from kvarena.panels import REFERENCE, grouped, variant_label
 from settings import Contender
 
 BENCHMARK = "ttft"
-REFERENCE = "plain"
-"""Whom the benchmark compares all others with."""
 STATE = "warm"
 LEAST_PAIRS = 3
 """Fewer say nothing of a median."""

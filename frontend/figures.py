@@ -201,7 +201,7 @@ class Span:
 class Figures:
     """`num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`.
 
-    `num_prefix_tokens` is the part of `num_reused_tokens` that the server's own prefix cache supplied. `task` is what a
+    `num_prefix_tokens` is the part of `num_reused_tokens` from the server's own prefix cache. `task` is what a
     contender that looks for similar prompts says of its search, `slot_turn` what one with KV slots says of its turn.
     `misses`: how many chunks weren't reused, by reason; `system_miss`: why the system prompt wasn't. `stages`: where
     the time to the first token went, as far as the server said. `recomputed`: the ranges of the prompt that were, None

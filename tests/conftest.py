@@ -36,10 +36,12 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
 
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """With our loggers on: a library that configures logging, in a test before this one, turns the others' off."""
+    """With our loggers on and heard: a library that configures logging, in a test before this one, turns the others'
+    off, and a server's own log keeps its lines to itself.
+    """
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.partition(".")[0] in ("kvarena", "ai100"):
-            logger.disabled = False
+            logger.disabled, logger.propagate = False, True
     return caplog
 
 
