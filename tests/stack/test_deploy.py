@@ -21,6 +21,7 @@ import yaml
 
 from kvarena.contenders.lmcache import LMCACHE_CHUNK_TOKENS
 from kvarena.engines.vllm.config import BlendConfig
+from support.command_lines import shared_memory
 
 VALUES_FILE = Path(__file__).parents[2] / "deploy" / "production-stack.yaml"
 VALUES: dict[str, Any] = yaml.safe_load(VALUES_FILE.read_text())
@@ -62,7 +63,7 @@ def test_vllm_takes_the_flags() -> None:
 
 
 @pytest.mark.slow
-def test_lmcache_takes_its_command() -> None:
+def test_lmcache_takes_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     from lmcache.cli.commands.server import ServerCommand
     from lmcache.v1.distributed.l2_adapters.resp_l2_adapter import RESPL2AdapterConfig
 
@@ -72,6 +73,7 @@ def test_lmcache_takes_its_command() -> None:
     (ports,) = (container["ports"] for container in pods()["kvarena-lmcache"]["spec"]["containers"])
     assert [parsed.port, parsed.http_port] == [port["containerPort"] for port in ports]
     assert parsed.chunk_size == LMCACHE_CHUNK_TOKENS
+    assert shared_memory(vars(parsed), monkeypatch) == "lmcache_l1_pool_kvarena"
     second_tier = RESPL2AdapterConfig.from_dict(json.loads(lmcache_command()[-1]))
     service = objects("Service")[second_tier.host]
     assert second_tier.port == service["spec"]["ports"][0]["port"]

@@ -13,7 +13,7 @@ import pytest
 from kvarena.home import Home, StackError, project_root
 from kvarena.stack.lmcache_l2 import bound_bytes, clear_folder, l2_adapter, prune, size_bytes
 from kvarena.stack.services import build_services
-from support.command_lines import parsed
+from support.command_lines import parsed, shared_memory
 from support.planned_services import extra_config, make, with_gpus
 
 
@@ -36,6 +36,17 @@ def test_lmcaches_own_connector_is_stock_vllm_on_the_same_server(home: Home, tmp
     assert f"{settings['lmcache.mp.host']}:{settings['lmcache.mp.port']}" == server.address
     assert parsed(server)["chunk_size"] % options["block_size"] == 0
     assert {name for name in stock if options[name] != stock[name]} == {"port", "kv_transfer_config", "block_size"}
+
+
+def test_the_server_shares_its_memory_on_a_gpu_too(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default LMCache takes memory bit by bit where it can be pinned. That isn't shared: all KV would be pickled."""
+    with_gpus(monkeypatch, "0")
+    _, services = make(home, tmp_path, profile="gpu")
+    options = parsed(services["lmcache-server"])
+    assert shared_memory(options, monkeypatch) == f"lmcache_l1_pool_{home.shm_name}"
+    assert shared_memory(options | {"l1_use_lazy": True}, monkeypatch) == ""
 
 
 def test_on_a_gpu_lmcaches_connector_takes_vllms_own_blocks(

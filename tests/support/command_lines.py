@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from kvarena.contenders.servers import EngineServer
 from kvarena.stack.service import Service
@@ -50,6 +53,18 @@ def _lmcache_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     ServerCommand().add_arguments(parser)
     return parser
+
+
+def shared_memory(options: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What an LMCache server with these options shares with its clients, on a machine that can pin memory; empty where
+    it shares none, and pickles what they ask for.
+    """
+    from lmcache.v1.distributed import config
+    from lmcache.v1.multiprocess.engine_context import MPCacheServerContext
+
+    monkeypatch.setattr(config, "current_device_spec", SimpleNamespace(is_pin_supported=True))
+    storage = config.parse_args_to_config(argparse.Namespace(**options))
+    return str(MPCacheServerContext._compute_shm_pool_info(storage)["shm_name"])
 
 
 def _page_options(words: Sequence[str]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class LMCacheServer:
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
         command += ["--eviction-policy", "LRU", "--chunk-size", "32"]
-        command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name, *self._options]
+        command += ["--supported-transfer-mode", "auto", "--shm-name", self._shm_name, "--no-l1-use-lazy"]
+        command += self._options
         if self._l2 is not None:
             command += ["--l2-adapter", json.dumps(self._l2), "--l2-prefetch-policy", "retain"]
         self._process = fork_context().Process(target=_serve, args=(command, self.log, os.environ | ENVIRONMENT))

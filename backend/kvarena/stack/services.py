@@ -44,7 +44,8 @@ def _lmcache_server(plan: Plan, home: Home) -> Service:
     command += ["--http-host", plan.network.listen, "--http-port", str(ports["lmcache_http"])]
     command += ["--l1-size-gb", f"{plan.lmcache_gb:g}", "--eviction-policy", "LRU"]
     command += ["--chunk-size", str(LMCACHE_CHUNK_TOKENS), "--supported-transfer-mode", "auto"]
-    command += ["--shm-name", home.shm_name]
+    # Where memory can be pinned LMCache would take it bit by bit, and then shares none of it: chunks would be pickled.
+    command += ["--shm-name", home.shm_name, "--no-l1-use-lazy"]
     if plan.lmcache_l2 is not None:
         command += [L2_OPTION, json.dumps(plan.lmcache_l2), "--l2-prefetch-policy", "retain"]  # chunks come again
     return Service(
