@@ -245,6 +245,21 @@ def run_session(model: str, config: BlendConfig | None, texts: list[str]) -> tup
     return tokens, reports
 
 
+def run_steps_and_watch_batches(
+    model: str, config: BlendConfig, steps: list[Step], settings: dict[str, Any]
+) -> tuple[list[Outcome], int]:
+    """`run_steps`, and how many tokens the largest batch of the blends' own forwards had, at any layer."""
+    sizes: list[int] = []
+    attention_metadata = vllm_model.VllmModel.attention_metadata
+
+    def watched(engine: vllm_model.VllmModel, batch: vllm_model.Batch) -> Any:
+        sizes.append(len(batch))
+        return attention_metadata(engine, batch)
+
+    vllm_model.VllmModel.attention_metadata = watched  # type: ignore[method-assign]
+    return run_steps(model, config, steps, settings), max(sizes)
+
+
 def take_memory() -> None:
     """For chunks that are computed by themselves; `damage` of a step."""
     vllm_model._empty_kv = lambda engine, num_tokens: None

@@ -27,6 +27,7 @@ from support.vllm_engine import (
     run_in_engine,
     run_steps,
     run_steps_and_lose_a_rank,
+    run_steps_and_watch_batches,
     take_memory,
 )
 
@@ -186,6 +187,23 @@ def test_a_blend_in_pieces_is_the_same_for_every_policy(model: str) -> None:
     in_pieces = run_in_engine(run_steps, model, replace(MEMORY, step_tokens=20), steps, {})
     assert max(outcome.arrivals[0][0] for outcome in in_pieces) > 10
     for ours, theirs in zip(in_pieces, at_once, strict=True):
+        assert ours.tokens == theirs.tokens
+        for count in ("num_recomputed_tokens", "num_reused_tokens", "store_hits", "store_misses", "spans"):
+            assert ours.reports[0][count] == theirs.reports[0][count]
+
+
+def test_what_a_filter_leaves_is_no_more_than_a_batch_has_room_for(model: str) -> None:
+    """The metadata's buffers have so many rows, and the model's so many tokens, also where a blend is not in pieces."""
+    prompts = make_prompts(9, 4, all_separated=True)
+    policies = [{"ratio": 0.4, "num_filters": 2}, {"ratio": 0.9, "num_filters": 1}]
+    steps = [Step([prompt], NUM_TOKENS, policy) for prompt in prompts for policy in ({"ratio": 0.0}, *policies)]
+    whole, largest = run_in_engine(run_steps_and_watch_batches, model, MEMORY, steps, {})
+    assert largest > 128
+    small = {"max_num_batched_tokens": 128, "max_num_seqs": 4}
+    at_once = replace(MEMORY, step_tokens=4000)
+    bounded, largest = run_in_engine(run_steps_and_watch_batches, model, at_once, steps, small)
+    assert largest <= 128
+    for ours, theirs in zip(bounded, whole, strict=True):
         assert ours.tokens == theirs.tokens
         for count in ("num_recomputed_tokens", "num_reused_tokens", "store_hits", "store_misses", "spans"):
             assert ours.reports[0][count] == theirs.reports[0][count]

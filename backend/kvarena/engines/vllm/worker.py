@@ -162,7 +162,9 @@ class WorkerConnector:
             scores=job.scores,
         )
         prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
-        pieces = self._blender.in_pieces(prompt, task, report, job.piece_tokens or job.end - job.start)
+        # What a filter leaves is one batch, also of a blend that is done in this step.
+        max_tokens = self._engine.max_batch_tokens
+        pieces = self._blender.in_pieces(prompt, task, report, min(job.piece_tokens or max_tokens, max_tokens))
         return _BlendUnderWay(job.request_id, report, pieces)
 
     def _end_pieces(self, ended: _BlendUnderWay) -> None:
