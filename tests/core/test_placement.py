@@ -14,7 +14,7 @@ from kvarena.core.plan import Chunk, Span, as_token_ids
 from kvarena.core.prefilled_model import PrefilledModel
 from kvarena.core.report import BlendReport
 from kvarena.core.rope import Rotation
-from kvarena.core.store import FoundKV
+from kvarena.core.store import FoundKV, Piece
 
 NUM_LAYERS, NUM_HEADS, HEAD_SIZE = 3, 2, 8
 ROTATIONS = [Rotation(torch.tensor([0.7, 0.2, 0.01])), None, Rotation(torch.tensor([1.0, 0.3]), is_neox=False)]
@@ -39,9 +39,15 @@ def kv_of(num_tokens: int) -> torch.Tensor:
     return torch.randn(2, NUM_LAYERS, num_tokens, NUM_HEADS * HEAD_SIZE)
 
 
-def cut(kv: torch.Tensor, rng: random.Random) -> list[torch.Tensor]:
+def cut(kv: torch.Tensor, rng: random.Random) -> list[Piece]:
+    """Into pieces that each end with a row or two that is no token's."""
     edges = sorted(rng.sample(range(1, kv.shape[2]), 3))
-    return list(kv.tensor_split(edges, dim=2))
+    return [slot_of(part, rng.randint(1, 2)) for part in kv.tensor_split(edges, dim=2)]
+
+
+def slot_of(kv: torch.Tensor, num_rows: int) -> Piece:
+    own = kv.new_full((*kv.shape[:2], num_rows, kv.shape[3]), torch.nan)
+    return Piece(torch.cat((kv, own), dim=2), kv.shape[2])
 
 
 def test_together_is_one_by_one() -> None:
@@ -84,13 +90,14 @@ def test_pieces_of_several_devices_meet_on_the_models() -> None:
     chunks = [Chunk(as_token_ids([number] * 10)) for number in range(2)]
     spans = [Span(0, 10, chunks[0]), Span(10, 20, chunks[1])]
     writer = KVWriter(cast("PrefilledModel", Elsewhere(20)), (), BlendReport())
-    writer.write([(spans[0], [first]), (spans[1], [second])])
+    writer.write([(spans[0], [Piece.whole(first)]), (spans[1], [Piece.whole(second)])])
     assert [own.device.type for own in written] == ["meta", "meta"]
     assert written[0].shape == (NUM_LAYERS, 20, NUM_HEADS, HEAD_SIZE)
 
 
 def test_what_goes_to_a_device_goes_whole_and_is_cut_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of a piece isn't contiguous: it would be copied on the CPU first, into memory that isn't pinned."""
+    """A part of a piece isn't contiguous: it would be copied on the CPU first, into memory that isn't pinned. So is a
+    piece without the row that LMCache's checksum has."""
     sent: list[torch.Tensor] = []
     to = torch.Tensor.to
 
@@ -105,11 +112,11 @@ def test_what_goes_to_a_device_goes_whole_and_is_cut_there(monkeypatch: pytest.M
         def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
             assert keys.shape[1] == len(positions)
 
-    pieces = [kv_of(8) for _ in range(3)]
+    pieces = [slot_of(kv_of(8), 1) for _ in range(3)]
     span = Span(30, 46, Chunk(as_token_ids(range(24))), 3)
     monkeypatch.setattr(torch.Tensor, "to", noted)
     KVWriter(cast("PrefilledModel", Elsewhere(50)), (), BlendReport()).write([(span, pieces)])
-    assert [id(tensor) for tensor in sent] == [id(piece) for piece in pieces]
+    assert [id(tensor) for tensor in sent] == [id(piece.kv) for piece in pieces]
 
 
 def test_much_computed_kv_waits_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +129,7 @@ def test_much_computed_kv_waits_in_main_memory(monkeypatch: pytest.MonkeyPatch) 
     assert [own.device.type for own in kept] == ["meta", "meta", "cpu"]
     assert source.add(chunks[3], kv) is kv
     spans = [Span(10 * number, 10 * number + 10, chunk) for number, chunk in enumerate(chunks)]
-    assert [pieces[0].device for _, pieces in source.take(spans)] == [own.device for own in [*kept, kv]]
+    assert [pieces[0].kv.device for _, pieces in source.take(spans)] == [own.device for own in [*kept, kv]]
 
 
 def test_a_part_of_pieces_is_the_part_of_the_whole() -> None:
@@ -131,7 +138,7 @@ def test_a_part_of_pieces_is_the_part_of_the_whole() -> None:
         kv = kv_of(rng.randint(5, 60))
         start = rng.randrange(kv.shape[2])
         num_tokens = rng.randint(1, kv.shape[2] - start)
-        parts = [piece[:, :, part] for piece, part in parts_of(cut(kv, rng), start, num_tokens)]
+        parts = [piece.kv[:, :, part] for piece, part in parts_of(cut(kv, rng), start, num_tokens)]
         assert torch.equal(torch.cat(parts, dim=2), kv[:, :, start : start + num_tokens])
         with pytest.raises(ValueError, match="not the"):
             list(parts_of(cut(kv, rng), start, kv.shape[2] - start + 1))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvarena.core.plan import Chunk, as_token_ids
-from kvarena.core.store import get
+from kvarena.core.store import get, joined
 from kvarena.stores import lmcache
 from kvarena.stores.lmcache import KVGeometry, LMCacheStore
 from kvarena.stores.lmcache_context import AtServer, LMCacheContext, Lookup
@@ -59,7 +59,8 @@ def test_what_went_in_comes_out_and_a_dead_server_has_nothing(tmp_path: Path) ->
             others = retrieval.take([0, 1])
             for length, pieces in zip((33, 5, 32), (first[0], *others), strict=True):
                 assert pieces is not None
-                assert torch.equal(torch.cat(tuple(pieces), dim=2), kv_of(length))
+                assert torch.equal(joined(pieces), kv_of(length))
+                assert all(piece.kv.is_contiguous() for piece in pieces), "a GPU takes each in one copy"
         assert (store.stats.hits, store.stats.misses, store.stats.errors) == (3, 1, 0)
         assert retrieval.take([0]) == [None], "it has ended"
         store._releases.submit(lambda: None).result()
@@ -70,7 +71,7 @@ def test_what_went_in_comes_out_and_a_dead_server_has_nothing(tmp_path: Path) ->
             assert retrieval.take([1]) == [None]
             assert store.stats.errors == 1
             assert pieces is not None
-            assert torch.equal(torch.cat(tuple(pieces), dim=2), kv_of(33)), "its memory is still there"
+            assert torch.equal(joined(pieces), kv_of(33)), "its memory is still there"
         assert get(store, chunk_of(33)) is None
         server.start()
         while not store.put(chunk_of(5), kv_of(5)):
@@ -168,7 +169,7 @@ def test_scores_are_kept_with_the_kv_and_come_back_with_it(tmp_path: Path) -> No
         with store.retrieval([chunk_of(length)]) as retrieval:
             (pieces,) = retrieval.take([0])
             assert pieces is not None
-            assert torch.equal(torch.cat(tuple(pieces), dim=2), kv_of(length))
+            assert torch.equal(joined(pieces), kv_of(length))
             return retrieval.scores(0)
 
     with LMCacheServer(tmp_path) as server:

@@ -252,7 +252,9 @@ def run_steps_and_watch_batches(
     sizes: list[int] = []
     attention_metadata = vllm_model.VllmModel.attention_metadata
 
-    def watched(engine: vllm_model.VllmModel, batch: vllm_model.Batch) -> Any:
+    def watched(
+        engine: vllm_model.VllmModel, batch: vllm_model.Batch
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         sizes.append(len(batch))
         return attention_metadata(engine, batch)
 

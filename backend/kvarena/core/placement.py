@@ -17,7 +17,7 @@ from kvarena.core.plan import Chunk, Span
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
 from kvarena.core.report import Stopwatch
 from kvarena.core.rope import Rerotation, Rotation, Scratch
-from kvarena.core.store import Missing, Pieces, Retrieval
+from kvarena.core.store import Missing, Piece, Pieces, Retrieval
 
 
 def wait_for(device: torch.device) -> None:
@@ -52,7 +52,7 @@ class ChunkSource:
         if kv.device.type != "cpu":
             self._device_bytes += kv.nbytes
             kv = kv.cpu() if self._device_bytes > MAX_DEVICE_BYTES else kv
-        self._kv[chunk] = (kv,)
+        self._kv[chunk] = (Piece.whole(kv),)
         self.added.add(chunk)
         return kv
 
@@ -96,13 +96,13 @@ class KVWriter:
         spans = [span for span, _ in group]
         with self.stopwatch.timed("move_ms"):
             # All layers at once, each piece by itself to the model's device: some may have been computed there. Cut
-            # there: a part of a piece would be copied once more on its way, out of pinned memory.
+            # there: a part of a piece isn't contiguous, and would be copied into memory that isn't pinned first.
             here = [
-                piece.to(self.model.device, non_blocking=True)[:, :, part]
-                for span, kv in group
-                for piece, part in parts_of(kv, span.offset, len(span))
+                piece.kv.to(self.model.device, non_blocking=True)[:, :, part]
+                for span, pieces in group
+                for piece, part in parts_of(pieces, span.offset, len(span))
             ]
-            shape = (*here[0].shape[:2], sum(piece.shape[2] for piece in here), here[0].shape[3])
+            shape = (*here[0].shape[:2], sum(part.shape[2] for part in here), here[0].shape[3])
             joined = torch.cat(here, dim=2, out=self._scratch.empty("joined", shape, here[0].dtype, self.model.device))
             keys, values = joined.unflatten(3, (-1, self.model.head_size)).unbind()
             rerotations = self._rerotations(spans)
@@ -143,15 +143,15 @@ def positions_of(spans: Sequence[Span]) -> torch.Tensor:
     return torch.cat([torch.arange(span.start, span.end) for span in spans])
 
 
-def parts_of(kv: Pieces, start: int, num_tokens: int) -> Iterator[tuple[torch.Tensor, slice]]:
+def parts_of(pieces: Pieces, start: int, num_tokens: int) -> Iterator[tuple[Piece, slice]]:
     """`[start, start + num_tokens)` of a chunk's KV: each piece that has some of it, and which of its tokens."""
     end = start + num_tokens
     at = 0
-    for piece in kv:
-        low, high = max(start - at, 0), min(end - at, piece.shape[2])
+    for piece in pieces:
+        low, high = max(start - at, 0), min(end - at, piece.num_tokens)
         if low < high:
             yield piece, slice(low, high)
-        at += piece.shape[2]
+        at += piece.num_tokens
     if at < end:
         raise ValueError(f"a chunk's KV has {at} tokens, not the {end} that are asked for")
 

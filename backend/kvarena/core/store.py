@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -58,8 +58,28 @@ Missing = Literal["not_stored", "store_down"]
 """Why a store doesn't give a chunk: it doesn't have it, or it failed."""
 Lacking = Literal[Missing, "not_scored"]
 """Why a chunk isn't there, or that it is there without the scores of its tokens."""
-Pieces = Sequence[torch.Tensor]
-"""A chunk's KV, cut along its tokens: `(2, L, t, H_kv * D)` each."""
+
+
+class Piece(NamedTuple):
+    """KV of some neighbouring tokens of a chunk: the first `num_tokens` of `kv` `(2, L, t, H_kv * D)`. What lies after
+    them is the store's own. `kv` is contiguous, so that it goes to a device in one copy.
+    """
+
+    kv: torch.Tensor
+    num_tokens: int
+
+    @classmethod
+    def whole(cls, kv: torch.Tensor) -> Piece:
+        return cls(kv, kv.shape[2])
+
+
+Pieces = Sequence[Piece]
+"""A chunk's KV, cut along its tokens."""
+
+
+def joined(pieces: Pieces) -> torch.Tensor:
+    """A copy of a chunk's KV `(2, L, T, H_kv * D)`."""
+    return torch.cat([piece.kv[:, :, : piece.num_tokens] for piece in pieces], dim=2)
 
 
 class Retrieval(Protocol):
@@ -122,7 +142,7 @@ def get(store: ChunkStore, chunk: Chunk) -> torch.Tensor | None:
     """A copy of one chunk's KV."""
     with store.retrieval([chunk]) as retrieval:
         (pieces,) = retrieval.take([0])
-        return None if pieces is None else torch.cat(tuple(pieces), dim=2)
+        return None if pieces is None else joined(pieces)
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,7 @@ class FoundKV:
 
     def take(self, indices: Sequence[int]) -> list[Pieces | None]:
         taken = (self.found[index] for index in indices)
-        return [None if kv is None else (kv,) for kv in taken]
+        return [None if kv is None else (Piece.whole(kv),) for kv in taken]
 
     def scores(self, index: int) -> torch.Tensor | None:
         scores = self.all_scores[index] if self.all_scores else None

@@ -36,7 +36,7 @@ from lmcache.v1.multiprocess.token_hasher import TokenHasher
 from lmcache.v1.multiprocess.transfer_context.worker_transfer import create_transfer_context
 
 from kvarena.core.plan import Chunk
-from kvarena.core.store import Pieces, Scores, spread_thread
+from kvarena.core.store import Piece, Pieces, Scores, joined, spread_thread
 from kvarena.stores.checksums import PieceChecksum, piece_names
 
 _FILLER_TOKEN = 0x7FFFFFFF
@@ -257,7 +257,7 @@ class LMCacheContext(LMCacheSDKContext):
         if len(known) == len(slots):
             least = min(own.num_prompts for own in known)
             at_server.scores[lookup.chunk] = Scores(torch.cat([own.mean for own in known]), least)
-        return [slot[:, :, :size] for slot, size in zip(slots, sizes, strict=True)]
+        return [Piece(slot, size) for slot, size in zip(slots, sizes, strict=True)]
 
     def release(self, at_server: AtServer) -> None:
         """The server may drop what was taken, and what was only looked up: the end of a session alone frees no lock.
@@ -355,7 +355,7 @@ class LMCacheContext(LMCacheSDKContext):
             (pieces,) = self.take([lookup], at_server)
             if pieces is None:
                 return False
-            kv = torch.cat(tuple(pieces), dim=2)
+            kv = joined(pieces)
             known = Scores.with_one_more(at_server.scores.get(chunk), scores)
             at_server.corrupt.append((lookup, list(range(len(pieces)))))
         finally:
