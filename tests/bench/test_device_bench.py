@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from kvarena.bench import shapes
+from kvarena.bench import device_bench, shapes
 from kvarena.bench.command import app
+from kvarena.bench.device_bench import DeviceWorkload
+from kvarena.engines.hf.model import HFModel, load_module
+from kvarena.home import project_root
+from kvarena.model import SHIPPED_MODELS, TOWN
 from kvarena.policies.params import POLICIES, BlendParams
 
 TOY = {
@@ -65,3 +72,34 @@ def test_bad_options_say_so(tmp_path: Path, options: tuple[str, ...], said: str)
     done = measured(tmp_path / "device.json", *options)
     assert done.exit_code == 1
     assert said in done.output.replace("\n", " ")
+
+
+def test_the_last_model_is_gone_before_the_next_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them may not have room on a device."""
+    models: list[weakref.ref[Any]] = []
+    load = HFModel.load
+
+    def noted(*args: Any, **options: Any) -> Any:
+        assert not any(model() for model in models)
+        model = load(*args, **options)
+        models.append(weakref.ref(model.module))
+        return model
+
+    monkeypatch.setattr(HFModel, "load", noted)
+    workload = DeviceWorkload(("toy",), (300,), (), chunk_tokens=100, num_repeats=1, dtype="float32", device="cpu")
+    assert list(device_bench.run(workload, tmp_path, project_root() / SHIPPED_MODELS[TOWN], lambda: None))
+    assert len(models) == 3
+
+
+def test_random_weights_are_made_on_the_device(tmp_path: Path) -> None:
+    LlamaConfig(**TOY, vocab_size=32).save_pretrained(tmp_path)
+    places: list[torch.device] = []
+
+    class Network:
+        @staticmethod
+        def _from_config(*_: object, **__: object) -> torch.nn.Module:
+            places.append(torch.empty(1).device)
+            return torch.nn.Linear(1, 1)
+
+    load_module(str(tmp_path), device="meta", random=True, kind=Network)
+    assert places == [torch.device("meta")]

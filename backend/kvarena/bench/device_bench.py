@@ -8,6 +8,7 @@ rate of a large matrix product here, and the bytes of KV that are moved at the r
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -155,8 +156,12 @@ class _Device:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """The next model is loaded while this object is still there."""
+        is_cuda = self._is_cuda
         self._model.close()
-        if self._is_cuda:
+        del self._model, self._blender, self._store
+        gc.collect()
+        if is_cuda:
             torch.cuda.empty_cache()
 
     def check(self) -> Row:

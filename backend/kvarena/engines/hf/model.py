@@ -42,7 +42,8 @@ def load_module(
         config = AutoConfig.from_pretrained(path)
         torch_dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
         from_config = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
-        module = from_config(config, dtype=torch_dtype, attn_implementation=attention.NAME)
+        with torch.device(device):  # a CPU takes minutes for the random numbers of some billion weights
+            module = from_config(config, dtype=torch_dtype, attn_implementation=attention.NAME)
     else:
         module = kind.from_pretrained(path, dtype=dtype, attn_implementation=attention.NAME)
     return module.to(device).eval()
