@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from kvarena.home import Home
 from kvarena.model import DEFAULT_CPU_MODEL
 from kvarena.stack import doctor, machine, preflight
 from kvarena.stack.doctor import Diagnosis, diagnose, show_diagnosis
+from kvarena.stack.plan import Plan
 from kvarena.stack.settings import CONTENDERS, DEFAULT_PORTS, load_settings
 from support.running_stack import free_port_base
 
@@ -98,6 +100,36 @@ def test_a_machine_with_gpus(home: Home, tmp_path: Path, monkeypatch: pytest.Mon
         "GPU 0                NVIDIA H100 80GB HBM3, 80987 of 81559 MiB free, driver 580.95.05, compute capability 9.0"
     )
     assert line in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "weight_gib", "chosen", "problem"),
+    [
+        (23_000, 1, {}, ""),
+        (20_000, 1, {}, r"GPU 0 .* has 19.5 GiB of 24.0 GiB free, and blend and plain would take 21.6 GiB"),
+        (20_000, 1, {"kv_cache_gb": 8}, ""),
+        (20_000, 2, {"kv_cache_gb": 8}, "would take 20.0 GiB .weights 2.0 GiB each"),
+        (23_000, 14, {}, "a server's share is 10.8 GiB: less than the model's weights of 14.0 GiB"),
+    ],
+)
+def test_what_doesnt_fit_into_a_gpu_is_told(
+    free_mib: int,
+    weight_gib: int,
+    chosen: dict[str, object],
+    problem: str,
+    home: Home,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = machine.GPU(0, "NVIDIA L4", 24 * 1024, free_mib, "580.95.05", "8.9")
+    monkeypatch.setattr(machine, "gpus", lambda: [gpu])
+    monkeypatch.setattr(machine, "visible_gpus", lambda: ["0"])
+    monkeypatch.setattr(Plan, "weight_bytes", weight_gib * GIB)
+    found = diagnosis(
+        home, tmp_path, profile="gpu", run_in="processes", model="town", contenders="blend,plain", **chosen
+    )
+    told = problems(found).get("GPU memory", "")
+    assert re.search(problem, told) if problem else told == ""
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,7 @@ def test_lmcaches_own_connector_is_stock_vllm_on_the_same_server(home: Home, tmp
     assert {name for name in stock if options[name] != stock[name]} == {"port", "kv_transfer_config", "block_size"}
 
 
-def test_the_server_shares_its_memory_on_a_gpu_too(
-    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_shares_its_memory_on_a_gpu_too(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default LMCache takes memory bit by bit where it can be pinned. That isn't shared: all KV would be pickled."""
     with_gpus(monkeypatch, "0")
     _, services = make(home, tmp_path, profile="gpu")

@@ -84,6 +84,9 @@ class Server(Protocol):
     def kv_cache_gb(self, launch: Launch) -> float:
         """Main memory for the KV of running requests that is taken whether it is needed or not."""
 
+    def gpu_bytes(self, launch: Launch, weight_bytes: int, total_bytes: int) -> int:
+        """What it takes of a GPU with so much memory as it starts, the weights included."""
+
 
 @dataclass(frozen=True)
 class VLLMServer:
@@ -145,6 +148,11 @@ class VLLMServer:
     def kv_cache_gb(self, launch: Launch) -> float:
         return launch.kv_cache_gb or 0 if launch.profile == "cpu" else 0
 
+    def gpu_bytes(self, launch: Launch, weight_bytes: int, total_bytes: int) -> int:
+        if launch.kv_cache_gb is not None:
+            return weight_bytes + (launch.kv_cache_gb << 30)
+        return int(GPU_MEMORY_RATIO / launch.servers_per_gpu * total_bytes)
+
 
 def option_of(name: str) -> str:
     """`cache_gb` is `--cache-gb`."""
@@ -182,6 +190,9 @@ class EngineServer:
 
     def kv_cache_gb(self, launch: Launch) -> float:
         return 0
+
+    def gpu_bytes(self, launch: Launch, weight_bytes: int, total_bytes: int) -> int:
+        return weight_bytes
 
 
 def option_words(options: Options) -> list[str]:

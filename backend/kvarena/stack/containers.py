@@ -23,7 +23,14 @@ from kvarena.model import DEFAULT_CPU_MODEL, cached_snapshot, default_hf_home
 from kvarena.stack import machine
 from kvarena.stack.docker import Containers, create_containers, engine_answers
 from kvarena.stack.plan import Plan, make_plan, uses_card
-from kvarena.stack.preflight import Check, check_data_folder, check_model, check_ports, estimate_memory
+from kvarena.stack.preflight import (
+    Check,
+    check_data_folder,
+    check_gpu_memory,
+    check_model,
+    check_ports,
+    estimate_memory,
+)
 from kvarena.stack.record import Record
 from kvarena.stack.service import Service
 from kvarena.stack.services import build_services
@@ -85,6 +92,7 @@ class Deployment:
         yield "documents", partial(check_data_folder, self.plan.data_dir)
         yield "ports", partial(check_ports, services)
         yield "model", partial(check_model, self.plan, services, token)
+        yield "GPU memory", partial(check_gpu_memory, self.plan, services)
         folder = Path(self.environment["LOCAL_HF_HOME"])
         if self.plan.model.is_on_hub and cached_snapshot(self.plan.model.name, folder) is None:
             yield "folder for downloads", partial(check_download_folder, folder)

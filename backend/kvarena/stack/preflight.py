@@ -27,7 +27,7 @@ from kvarena.stack.lmcache_l2 import folder_of
 from kvarena.stack.plan import Plan
 from kvarena.stack.processes import SHARED_MEMORY, listener_of
 from kvarena.stack.service import HOST, Service
-from kvarena.stack.settings import CONTENDERS
+from kvarena.stack.settings import CONTENDERS, SPECS
 
 REQUEST_TIMEOUT_S = 5.0
 SERVER_OVERHEAD_BYTES = 3 * GIB // 2
@@ -49,6 +49,7 @@ def checks_before_start(plan: Plan, services: Iterable[Service], token: str | No
     yield "model", partial(check_model, plan, services, token)
     if any(service.name in plan.contenders for service in services):
         yield "memory", lambda: check_memory(estimate_memory(plan), machine.available_memory_bytes())
+    yield "GPU memory", partial(check_gpu_memory, plan, services)
     if any(service.name == LMCACHE_SERVER for service in services):
         yield "shared memory", partial(check_shared_memory, plan.lmcache_gb)
         yield "second tier", partial(check_lmcache_l2, plan.lmcache_l2)
@@ -196,6 +197,32 @@ def check_memory(need: MemoryNeed, available_bytes: int) -> None:
         f"{_gib(available_bytes)} is available; set KV_CACHE_GB, PREFIX_CACHE_GB or LMCACHE_GB lower, start fewer "
         "--contenders, or take a smaller --model"
     )
+
+
+def check_gpu_memory(plan: Plan, services: Iterable[Service]) -> None:
+    """Of each GPU, for the services that are about to be started; one whose free memory nobody tells is passed over."""
+    names = {service.name for service in services}
+    starting = [name for name in plan.sharing if name in names] if plan.gpus else []
+    gpus = {str(gpu.index): gpu for gpu in machine.gpus()}
+    launches = [plan.launch_on_its_share(name) for name in starting]
+    for index, gpu in gpus.items():
+        here = [launch for launch in launches if launch.gpu == index]
+        if not here or gpu.free_mib is None or gpu.total_mib is None:
+            continue
+        total_bytes, free_bytes = gpu.total_mib << 20, gpu.free_mib << 20
+        shares = [SPECS[launch.name].server.gpu_bytes(launch, plan.weight_bytes, total_bytes) for launch in here]
+        told = f"GPU {index} ({gpu.name}) has {_gib(free_bytes)} of {_gib(total_bytes)} free"
+        if plan.weight_bytes > min(shares):
+            raise StackError(
+                f"{told}, and a server's share is {_gib(min(shares))}: less than the model's weights of "
+                f"{_gib(plan.weight_bytes)}. Take a smaller --model, fewer --contenders, or a GPU for each"
+            )
+        if sum(shares) > free_bytes:
+            raise StackError(
+                f"{told}, and {' and '.join(launch.name for launch in here)} would take {_gib(sum(shares))} "
+                f"(weights {_gib(plan.weight_bytes)} each). End what else runs there, set KV_CACHE_GB to bound the KV "
+                "cache, or take a smaller --model"
+            )
 
 
 def check_shared_memory(lmcache_gb: float, folder: Path = SHARED_MEMORY) -> None:
