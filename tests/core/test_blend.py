@@ -442,13 +442,18 @@ def test_a_rank_that_fails_to_write_takes_the_others_with_it_and_none_waits(
         assert model.computed == [list(range(END))]
 
 
-def test_a_rank_without_memory_for_a_forward_runs_nothing_else(store: FakeStore, model: FakeModel) -> None:
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistBackendError]
+)
+def test_a_rank_without_memory_for_a_forward_runs_nothing_else(
+    failure: type[Exception], store: FakeStore, model: FakeModel
+) -> None:
     """The others are in that forward, and would take the next one's collectives for its."""
-    model.fails, model.failure = {"forward": 1}, torch.OutOfMemoryError
+    model.fails, model.failure = {"forward": 1}, failure
     assert blended(store, model, deviation(0.2)).blend_failures == 1, "alone it computes the prompt"
     model.fails = {"forward": 1}
     model.ranks, num_calls = TwoAlike(), len(model.calls)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(failure):
         blended(store, model, deviation(0.2))
     assert [call[0] for call in model.calls[num_calls:]].count("forward") == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -119,10 +120,35 @@ def test_what_goes_to_a_device_goes_whole_and_is_cut_there(monkeypatch: pytest.M
     assert [id(tensor) for tensor in sent] == [id(piece.kv) for piece in pieces]
 
 
+def test_positions_are_sent_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy that waits stops the launches of a whole group; the frequencies are there from the first one on."""
+    waits: list[bool] = []
+    to = torch.Tensor.to
+
+    def noted(tensor: torch.Tensor, *where: object, **how: object) -> torch.Tensor:
+        if where and isinstance(where[0], torch.device):
+            waits.append(not how.get("non_blocking"))
+        return to(tensor, *where, **how)  # type: ignore[call-overload,no-any-return]
+
+    class Elsewhere(Cache):
+        device = torch.device("meta")
+
+        def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+            pass
+
+    monkeypatch.setattr(Elsewhere, "rotations", [replace(ROTATIONS[0])] * NUM_LAYERS)  # one that is new to the device
+    span = Span(30, 40, Chunk(as_token_ids(range(10))))
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    writer = KVWriter(cast("PrefilledModel", Elsewhere(50)), (), BlendReport())
+    for _ in range(2):
+        writer.write([(span, [Piece.whole(kv_of(10))])])
+    assert waits == [False] * 3 + [True] + [False] * 3, "KV, two lots of positions; once the frequencies"
+
+
 def test_much_computed_kv_waits_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     kv = kv_of(10)
     monkeypatch.setattr(placement, "MAX_DEVICE_BYTES", 2 * kv.nbytes)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape))
+    monkeypatch.setattr(placement, "to_host", lambda tensor: torch.zeros(tensor.shape))
     chunks = [Chunk(as_token_ids([number] * 10)) for number in range(4)]
     source = ChunkSource(chunks, FoundKV([None] * 4))
     kept = [source.add(chunk, kv.to("meta")) for chunk in chunks[:3]]

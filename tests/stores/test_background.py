@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from kvarena.core import store as background
+from kvarena.core.devices import begin_thread
 from kvarena.core.plan import Chunk, as_token_ids
-from kvarena.core.store import BackgroundPuts, get, one_ahead, spread_thread
+from kvarena.core.store import BackgroundPuts, get, one_ahead
+from kvarena.stores.lmcache import LMCacheStore
 from kvarena.stores.memory import MemoryStore
+from support.chunk_kv import GEOMETRY
 
 
 class HeldStore(MemoryStore):
@@ -94,9 +97,25 @@ def test_threads_run_on_all_cores_of_the_process_and_not_on_their_makers_alone()
 
     def of_a_new_thread(bound_to: int) -> set[int]:
         os.sched_setaffinity(0, {bound_to})  # as vLLM does with each of its threads
-        with ThreadPoolExecutor(1) as inheriting, ThreadPoolExecutor(1, initializer=spread_thread) as spread:
+        with ThreadPoolExecutor(1) as inheriting, ThreadPoolExecutor(1, initializer=begin_thread) as spread:
             assert inheriting.submit(os.sched_getaffinity, 0).result() == {bound_to}
             return spread.submit(os.sched_getaffinity, 0).result()
 
     with ThreadPoolExecutor(1) as other:
         assert other.submit(of_a_new_thread, min(cores)).result() == cores
+
+
+def test_threads_of_a_rank_are_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread begins on the first one, where it would also make a context of its own."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    second = torch.device("cuda", 1)
+    BackgroundPuts(MemoryStore(100), second)._thread.submit(lambda: None).result()
+    assert chosen == [second]
+    BackgroundPuts(MemoryStore(100), torch.device("cpu"))._thread.submit(lambda: None).result()
+    assert chosen == [second]
+    store = LMCacheStore(GEOMETRY, "tcp://127.0.0.1:9", "http://127.0.0.1:9", device=second, timeout_s=0.1)
+    store._releases.submit(lambda: None).result()
+    store._tried.wait(60)
+    store.close()
+    assert len(chosen) >= 3, "the keeper, and the thread that releases"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import threading
 
+import pytest
 import torch
 
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.store import get
+from kvarena.stores import memory
 from kvarena.stores.memory import MemoryStore
 
 
@@ -73,3 +75,12 @@ def test_threads_do_not_break_the_budget() -> None:
     for thread in threads:
         thread.join()
     store.check_integrity()
+
+
+def test_what_a_device_computed_is_kept_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(10_000)
+    monkeypatch.setattr(memory, "to_host", lambda tensor: torch.ones(tensor.shape))
+    assert store.put(chunk_of(1, 8), kv_of(1, 8).to("meta"))
+    found = get(store, chunk_of(1, 8))
+    assert found is not None
+    assert found.device.type == "cpu"

@@ -258,7 +258,7 @@ def run_steps_and_watch_batches(
         sizes.append(len(batch))
         return attention_metadata(engine, batch)
 
-    vllm_model.VllmModel.attention_metadata = watched  # type: ignore[method-assign]
+    vllm_model.VllmModel.attention_metadata = watched  # type: ignore[method-assign,assignment]
     return run_steps(model, config, steps, settings), max(sizes)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvarena.core.costs import BlendCosts
+from kvarena.core.devices import begin_thread, is_device_failure
 from kvarena.core.leaning import MAX_LEANING_TOKENS, LeaningObserver
 from kvarena.core.placement import ChunkSource, KVWriter, groups_of
 from kvarena.core.plan import Chunk, ReusePlan, Span
@@ -25,7 +26,7 @@ from kvarena.core.policy import SelectionPolicy, reused_positions
 from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, PrefilledModel, Result, TokenFilter
 from kvarena.core.report import BlendReport, TokenScores
 from kvarena.core.scoring import MAX_SCORED_TOKENS, MIN_CONTEXT_TOKENS, ChunkScorer
-from kvarena.core.store import BackgroundPuts, Lacking, Missing, ScoredStore, is_finite, one_ahead, spread_thread
+from kvarena.core.store import BackgroundPuts, Lacking, Missing, ScoredStore, is_finite, one_ahead
 
 PUT_TIMEOUT_S = 2.0
 """For chunks that are on their way to the store; those that don't get there are computed again."""
@@ -141,18 +142,19 @@ class BlendTask:
 
 
 class Blender:
-    """Blends prompts over one store."""
+    """Blends prompts over one store. `device` is the models'."""
 
-    def __init__(self, store: ScoredStore) -> None:
+    def __init__(self, store: ScoredStore, device: torch.device | None = None) -> None:
         self.store = store
-        self.puts = BackgroundPuts(store)
-        self.fetches = ThreadPoolExecutor(1, "kvarena-fetch", initializer=spread_thread)
+        self.device = device
+        self.puts = BackgroundPuts(store, device)
+        self.fetches = ThreadPoolExecutor(1, "kvarena-fetch", begin_thread, (device,))
         self.costs = BlendCosts()
         self._known = replace(store.stats)
 
     def clear(self) -> None:
         self.puts.close()
-        self.puts = BackgroundPuts(self.store)
+        self.puts = BackgroundPuts(self.store, self.device)
         self.store.clear()
 
     def missing(self, chunks: Sequence[Chunk], *, scores: bool = False) -> list[Lacking | None]:
@@ -180,8 +182,8 @@ class Blender:
         """Whatever the store loses or the model has no room for is computed as part of the prompt. After an unexpected
         failure the whole range is computed, so the answer is right in every case.
 
-        Raises `torch.OutOfMemoryError` where one of several ranks has no memory for a forward: the others wait in it,
-        and would take what this one runs next for their own.
+        Raises what `is_device_failure` tells where one of several ranks has no memory for a forward, say: the others
+        wait in it, and would take what this one runs next for their own.
         """
         report = BlendReport()
         with report.timed("blend_ms"):
@@ -202,7 +204,7 @@ class Blender:
         try:
             yield from run.score() if task.is_scored else run.blend()
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and model.ranks.num_ranks > 1:
+            if is_device_failure(error) and model.ranks.num_ranks > 1:
                 raise
             logger.exception("blend failed; computing all of the prompt's tokens %d to %d", task.start, task.end)
             report.blend_failures += 1

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 
+from kvarena.core.devices import to_host
 from kvarena.core.plan import Chunk, Span
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
 from kvarena.core.report import Stopwatch
@@ -51,7 +52,7 @@ class ChunkSource:
         """
         if kv.device.type != "cpu":
             self._device_bytes += kv.nbytes
-            kv = kv.cpu() if self._device_bytes > MAX_DEVICE_BYTES else kv
+            kv = to_host(kv) if self._device_bytes > MAX_DEVICE_BYTES else kv
         self._kv[chunk] = (Piece.whole(kv),)
         self.added.add(chunk)
         return kv
@@ -135,7 +136,7 @@ class KVWriter:
         there = positions_of(spans)
         if torch.equal(here, there):
             return {}
-        here, there = here.to(self.model.device), there.to(self.model.device)
+        here, there = (positions.to(self.model.device, non_blocking=True) for positions in (here, there))
         return {rotation: rotation.between(here, there) for rotation in set(self.model.rotations) if rotation}
 
 

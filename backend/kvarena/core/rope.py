@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,6 +30,8 @@ class Rotation:
 
     inv_freq: torch.Tensor
     is_neox: bool = True
+    _copies: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    """Of the frequencies, on each device where keys were rotated."""
 
     @classmethod
     def from_cos_sin(cls, cos: torch.Tensor, sin: torch.Tensor, *, is_neox: bool = True) -> Rotation:
@@ -65,7 +67,9 @@ class Rotation:
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Of each position, rounded as the model does: `(T, 1, D_rot / 2)`; in fp64, where differences are exact."""
-        return (positions[:, None, None].float() * self.inv_freq.to(positions.device)).double()
+        if positions.device not in self._copies:
+            self._copies[positions.device] = self.inv_freq.to(positions.device)
+        return (positions[:, None, None].float() * self._copies[positions.device]).double()
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,16 +8,16 @@ look chunks up, all at once, then take what is held, some at a time, straight fr
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from kvarena.core.devices import begin_thread
 from kvarena.core.plan import Chunk
 
 
@@ -182,23 +182,14 @@ def one_ahead(executor: Executor, call: Callable[[Item], Result], items: Iterabl
         yield under_way.result()
 
 
-def spread_thread() -> None:
-    """Lets the calling thread run on every core that a thread of this process may use. vLLM binds each of its threads
-    to a core, and one that they start inherits that: it would wait for the thread that it is to relieve.
-    """
-    cores: set[int] = set()
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(OSError):  # it has ended
-            cores |= os.sched_getaffinity(int(thread))
-    os.sched_setaffinity(0, cores)
-
-
 class BackgroundPuts:
-    """Puts KV into a store one after the other, in a thread of its own. Order and outcome are the store's."""
+    """Puts KV into a store one after the other, in a thread of its own. Order and outcome are the store's. `device`:
+    where the KV is.
+    """
 
-    def __init__(self, store: ChunkStore) -> None:
+    def __init__(self, store: ChunkStore, device: torch.device | None = None) -> None:
         self._store = store
-        self._thread = ThreadPoolExecutor(1, "kvarena-put", initializer=spread_thread)
+        self._thread = ThreadPoolExecutor(1, "kvarena-put", begin_thread, (device,))
         self._waiting: deque[tuple[Chunk, int, Future[bool]]] = deque()
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> None:

@@ -19,8 +19,9 @@ from typing import TypeVar
 
 import torch
 
+from kvarena.core.devices import begin_thread
 from kvarena.core.plan import Chunk
-from kvarena.core.store import Pieces, StoreStats, is_finite, spread_thread
+from kvarena.core.store import Pieces, StoreStats, is_finite
 from kvarena.stores.lmcache_context import (
     PING_TIMEOUT_S,
     AtServer,
@@ -47,6 +48,7 @@ class LMCacheStore:
 
     `timeout_s` bounds one call to the server. After a failed one nothing is asked until the store's own thread has
     connected again, which it tries every `retry_s`. It begins at once, so that the first request needn't wait.
+    `device`: where the model is that the KV is of.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class LMCacheStore:
         url: str,
         http_url: str,
         *,
+        device: torch.device | None = None,
         timeout_s: float = 1.0,
         retry_s: float = 5.0,
     ) -> None:
         self.geometry = geometry
         self.url = url
         self.http_url = http_url
+        self.device = device
         self.timeout_s = timeout_s
         self.retry_s = retry_s
         self.stats = StoreStats()
@@ -68,7 +72,7 @@ class LMCacheStore:
         self._retired: list[LMCacheContext] = []
         """Connections that failed, as long as something of theirs is in use here, or locked there."""
         self._lock = threading.RLock()
-        self._releases = ThreadPoolExecutor(1, "kvarena-release", initializer=spread_thread)
+        self._releases = ThreadPoolExecutor(1, "kvarena-release", begin_thread, (device,))
         self._is_closed = False
         self._wake = threading.Event()
         self._tried = threading.Event()
@@ -208,7 +212,7 @@ class LMCacheStore:
             return call(self._context)
         except ServerRestarted:
             self._disconnect()
-            self._context = LMCacheContext(self.geometry, self.url, self.http_url, self.timeout_s)
+            self._context = LMCacheContext(self.geometry, self.url, self.http_url, self.timeout_s, self.device)
             return call(self._context)
 
     def _disconnect(self) -> None:
@@ -222,7 +226,7 @@ class LMCacheStore:
 
     def _keep_connected(self) -> None:
         """The store's own thread: connects where there is no connection, and pings where there is one."""
-        spread_thread()
+        begin_thread(self.device)
         while not self._is_closed:
             self._wake.clear()
             context = self._context
@@ -242,7 +246,7 @@ class LMCacheStore:
 
     def _connect(self) -> bool:
         try:
-            context = LMCacheContext(self.geometry, self.url, self.http_url, self.timeout_s)
+            context = LMCacheContext(self.geometry, self.url, self.http_url, self.timeout_s, self.device)
         except Exception as error:
             logger.log(self._log_level, "LMCache at %s can't be reached (%s)", self.url, error)
             return False

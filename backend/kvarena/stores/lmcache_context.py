@@ -35,8 +35,9 @@ from lmcache.v1.multiprocess.futures import MessagingFuture
 from lmcache.v1.multiprocess.token_hasher import TokenHasher
 from lmcache.v1.multiprocess.transfer_context.worker_transfer import create_transfer_context
 
+from kvarena.core.devices import begin_thread
 from kvarena.core.plan import Chunk
-from kvarena.core.store import Piece, Pieces, Scores, joined, spread_thread
+from kvarena.core.store import Piece, Pieces, Scores, joined
 from kvarena.stores.checksums import PieceChecksum, piece_names
 
 _FILLER_TOKEN = 0x7FFFFFFF
@@ -106,14 +107,16 @@ class AtServer:
 class LMCacheContext(LMCacheSDKContext):
     """The SDK's context with its geometry given by hand; the SDK itself reads it off a registered GPU engine."""
 
-    def __init__(self, geometry: KVGeometry, url: str, http_url: str, timeout_s: float) -> None:
+    def __init__(
+        self, geometry: KVGeometry, url: str, http_url: str, timeout_s: float, device: torch.device | None = None
+    ) -> None:
         self.num_retrievals = 0
         self.stranded: list[AtServer] = []
         """What couldn't be released, for the server didn't answer."""
         self.retired_at: float | None = None
         self._answered_at: float | None = None
         self.is_closed = False
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, "kvarena-lmcache", initializer=spread_thread)
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "kvarena-lmcache", begin_thread, (device,))
         self._engine_driven: Any = None
         self._reading: Counter[Chunk] = Counter()
         self._reading_lock = threading.Lock()

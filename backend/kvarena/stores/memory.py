@@ -10,12 +10,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from kvarena.core.devices import to_host
 from kvarena.core.plan import Chunk, ChunkKey, TokenIds
 from kvarena.core.store import FoundKV, Scores, StoreStats
 
 
 class MemoryStore:
-    """Chunk KV in memory, least recently used out first, never more than `budget_bytes`. Thread-safe."""
+    """Chunk KV in main memory, least recently used out first, never more than `budget_bytes`. Thread-safe."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -36,6 +37,8 @@ class MemoryStore:
         yield found
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
+        """Into main memory, wherever the KV is: a device has little."""
+        kv = to_host(kv)
         with self._lock:
             self._drop(chunk.key)
             if kv.nbytes > self.budget_bytes:

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, StrictBool
 
 from kvarena.contenders.prefix.cache import MIN_TOKENS, PrefixCache
+from kvarena.core.devices import to_host
 from kvarena.engines.base import GeneratedToken, GenerationRequest, num_tokens_to_generate, spans_of, token_ids_of
 from kvarena.engines.hf.generation import FIRST_CAPACITY_TOKENS, EngineGeneration, Timings
 from kvarena.engines.hf.model import Cancelled, HFModel
@@ -73,14 +74,11 @@ class LastLogits:
 
 
 def _copy(tensor: torch.Tensor, storage: torch.device) -> torch.Tensor:
-    """Pinned where a device will read it from the CPU's memory: those transfers are several times as fast."""
     if storage.type != "cpu":
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=storage)
-    elif tensor.device.type == "cuda":
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    else:
-        copy = empty_host_tensor(tensor.shape, tensor.dtype)
-    return copy.copy_(tensor)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=storage).copy_(tensor)
+    if tensor.device.type != "cpu":
+        return to_host(tensor)
+    return empty_host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 Cache = PrefixCache[KVSegment, LastLogits]

@@ -299,7 +299,7 @@ class HFBlender:
     ) -> None:
         self._model = model
         self._blendable = BlendableModel(model)
-        self._blender = Blender(store)
+        self._blender = Blender(store, model.kv_shape.device)
         self._index = ChunkIndex()
         self.sink = prompt_beginning(model.tokenizer, sink_tokens)
         self._planner = Planner(self._index, min_chunk_tokens=min_chunk_tokens, sink=self.sink)

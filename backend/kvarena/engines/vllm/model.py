@@ -422,7 +422,7 @@ class PagedPrompt:
         wait_for(self.device)
 
     def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        slots = self._slots[:, positions.to(self.device)].contiguous()
+        slots = self._slots[:, positions.to(self.device, non_blocking=True)].contiguous()
         for layer, name in enumerate(self._engine.layer_names):
             self._engine.write(layer, slots[self._engine.group_of[name]], keys[layer], values[layer])
 

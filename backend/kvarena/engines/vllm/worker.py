@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from kvarena.core.blend import Blender, BlendTask
+from kvarena.core.devices import is_device_failure
 from kvarena.core.matching import sink_of
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.prefilled_model import InPieces
@@ -106,21 +106,22 @@ class WorkerConnector:
                 raise ValueError(f"{self.refusal}; {hint}") from error
             logger.warning("%s; it is served without blending", self.refusal)
             return
-        self._blender = Blender(TensorParallelStore(self._make_store(self._engine), self._engine.ranks))
+        store = TensorParallelStore(self._make_store(self._engine), self._engine.ranks)
+        self._blender = Blender(store, self._engine.device)
         logger.info("blending %d layers over the %s store", len(self._engine.layers), self._config.store)
 
     def blend(self, work: BlendJobs) -> None:
         """The jobs of one step, then a piece of the one that goes over several.
 
-        Raises `SystemExit` where this rank alone has no memory to go on: the others wait for it in a collective, and
+        Raises `SystemExit` where this rank's device has no memory or fails: the others wait for it in a collective, and
         vLLM keeps the exceptions of all workers but one to itself. When a worker ends, it ends the engine at once.
         """
         try:
             self._blend(work)
-        except torch.OutOfMemoryError as error:
-            if self._engine is None or self._engine.ranks.num_ranks == 1:
+        except Exception as error:
+            if self._engine is None or self._engine.ranks.num_ranks == 1 or not is_device_failure(error):
                 raise
-            logger.exception("no memory left for a blend on this rank; ending it, for the others can't go on without")
+            logger.exception("a blend failed on this rank's device; ending it, for the others can't go on without")
             raise SystemExit(1) from error
 
     def _blend(self, work: BlendJobs) -> None:
@@ -215,4 +216,5 @@ class WorkerConnector:
             engine.dtype,
         )
         url, http_url = self._config.lmcache_url, self._config.lmcache_http_url
-        return LMCacheStore(geometry, url, http_url, timeout_s=self._config.lmcache_timeout_s)
+        timeout_s = self._config.lmcache_timeout_s
+        return LMCacheStore(geometry, url, http_url, device=engine.device, timeout_s=timeout_s)
