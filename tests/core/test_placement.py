@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -136,7 +135,8 @@ def test_positions_are_sent_without_waiting(monkeypatch: pytest.MonkeyPatch) -> 
         def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
             pass
 
-    monkeypatch.setattr(Elsewhere, "rotations", [replace(ROTATIONS[0])] * NUM_LAYERS)  # one that is new to the device
+    new_to_the_device = Rotation(torch.tensor([0.7, 0.2, 0.01]))
+    monkeypatch.setattr(Elsewhere, "rotations", [new_to_the_device] * NUM_LAYERS)
     span = Span(30, 40, Chunk(as_token_ids(range(10))))
     monkeypatch.setattr(torch.Tensor, "to", noted)
     writer = KVWriter(cast("PrefilledModel", Elsewhere(50)), (), BlendReport())

@@ -83,6 +83,18 @@ def test_what_went_in_comes_out_and_a_dead_server_has_nothing(tmp_path: Path) ->
         store.close()
 
 
+def test_a_server_with_lmcaches_own_blend_module_serves_us_as_any_other(tmp_path: Path) -> None:
+    """That module hooks into transfers by CUDA IPC; ours are others."""
+    with LMCacheServer(tmp_path, options=["--engine-type", "blend"]) as server:
+        store = LMCacheStore(GEOMETRY, server.url, server.http_url, timeout_s=5.0)
+        wait_until(lambda: store.put(chunk_of(100), kv_of(100)))
+        found = get(store, chunk_of(100))
+        assert found is not None
+        assert torch.equal(found, kv_of(100))
+        assert get(store, chunk_of(99)) is None
+        store.close()
+
+
 def test_an_outage_costs_no_descriptors_and_no_threads(tmp_path: Path) -> None:
     """Each failed attempt to connect used to keep eight descriptors and two threads."""
     with LMCacheServer(tmp_path) as server:
