@@ -363,7 +363,7 @@ def draw_result(measurement: Measurement) -> None:
     with st.container(horizontal=True):
         if st.button("Open in Quality", key="open-in-quality"):
             choose_file(path)
-            st.switch_page("views/quality.py")
+            st.switch_page("views/quality.py", query_params={})  # else Streamlit refuses to drop those of widgets
         st.download_button("Download the JSON", text, path.name, "application/json", key="measure-download")
     draw = draw_lengths if result["settings"]["benchmark"] == LENGTHS_BENCHMARK else draw_questions
     draw(result)
