@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,16 @@ def test_context_shows_boundaries_that_add_up(page: Page) -> None:
     pick_chunks(page, names)
     settle(page)
     title = page.locator(".st-key-context-view summary, .st-key-context-view button").first.inner_text()
-    total = int(title.replace(",", "").split()[-2])
+    told = re.search(r"chunks, ([\d,]+) tokens; about ([\d,]+) of the chunks' ([\d,]+) recomputed", title)
+    assert told, title
+    total, num_recomputed, num_of_chunks = (int(number.replace(",", "")) for number in told.groups())
     spans = [text.inner_text().replace(",", "").split() for text in page.get_by_test_id("chunk-tokens").all()]
     places = [(int(words[0]), int(words[3]), int(words[5])) for words in spans]
     assert all(end - start == count for count, start, end in places)
     assert all(a[2] < b[1] for a, b in itertools.pairwise(places)), "a separator lies between"
     assert places[-1][2] < total
+    assert num_of_chunks == sum(count for count, _, _ in places)
+    assert 0 < num_recomputed < num_of_chunks
 
 
 def test_real_servers_end_what_was_stopped(page: Page, stack: Stack) -> None:
@@ -219,6 +224,106 @@ def test_what_the_servers_tell_is_shown_and_a_turn_is_repeated_voted_on_and_foun
     assert [turn["answers"]["blend"]["text"].strip() for turn in told["turns"]][-1] == kept[0]
     assert [one["num_timed"] + len(one["agrees"]) > 0 for one in told["verdicts"]] == [True]
     assert told["votes"]
+
+
+def test_a_turn_is_asked_with_other_settings_explained_token_by_token_and_exported(
+    page: Page, stack: Stack, tmp_path: Path
+) -> None:
+    ask(page, "What does everybody play?")
+    expect_states(page, blend="done", plain="done")
+    settle(page)
+    page.get_by_role("button", name="Ask again").click()
+    again = page.get_by_test_id("again")
+    expect(again).to_have_text(["Asked again: the same prompt and settings"], timeout=30_000)
+    expect_states(page, blend="done", plain="done")
+    expect(page.get_by_role("combobox", name="Policy")).to_have_value("kv_deviation")
+    page.locator(".st-key-probabilities label").first.click()
+    settle(page)
+    page.get_by_role("button", name="With the settings on the left").last.click()
+    expect(again).to_have_count(2, timeout=30_000)
+    expect_states(page, blend="done", plain="done")
+    settle(page)
+    expect(again.last).to_have_text("Asked again: other settings")
+    page.get_by_role("button", name="In a new order").last.click()  # with the same settings, and out of no prefix cache
+    expect(again).to_have_count(3, timeout=30_000)
+    expect_states(page, blend="done", plain="done")
+    settle(page)
+    expect(page.get_by_test_id("verdict").last).to_have_attribute("data-tone", re.compile("^(gain|tie|loss)$"))
+    for name in NAMES:
+        lane = page.get_by_test_id(f"lane-{name}").last
+        assert float(lane.get_attribute("data-ms") or 0) == pytest.approx(figures(page, name)["first_token_ms"], 1e-4)
+        expect(lane.locator("[data-decode]")).to_have_count(1)
+
+    page.get_by_text("What was reused, token by token").last.click()
+    recomputed = page.get_by_test_id("prompt-tokens").first.locator('[data-kind="recomputed"] u')
+    assert figures(page, "blend")["num_recomputed_tokens"]
+    expect(recomputed).to_have_count(int(figures(page, "blend")["num_recomputed_tokens"] or 0), timeout=30_000)
+    told = [str(title) for title in recomputed.evaluate_all("tokens => tokens.map(token => token.title)")]
+    assert all(re.search(r"\n.+: [\d.e+-]+", title) for title in told), "by what score each was chosen"
+    leaning = next(at for at, title in enumerate(told) if re.search(r"\nleans on .+: [\d.]+%", title))
+    recomputed.nth(leaning).click()
+    assert "leans on" in recomputed.nth(leaning).evaluate("token => getComputedStyle(token, '::after').content")
+
+    page.locator(".st-key-share button").first.click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Markdown", exact=True).click()
+    markdown = download.value.path().read_text()
+    assert all(text in markdown for text in ("# KV Arena: a chat", "What does everybody play?", "kv_deviation"))
+    with page.expect_download() as download:
+        page.get_by_role("button", name="curl commands").click()
+    script = tmp_path / "chat.sh"
+    script.write_text(download.value.path().read_text())
+    environment = os.environ | {"KVARENA_API_KEY": stack.api_key, "NO_PROXY": "*"}
+    ran = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("[DONE]") == 4 * len(NAMES)
+
+
+def test_a_text_is_pasted_edited_and_asked_about_and_what_is_too_much_dropped(page: Page) -> None:
+    page.get_by_text("Paste a text").click()
+    paste(page, "Thea keeps bees in the old mill. " * 6)
+    uploaded = page.locator('[data-testid="upload"][data-document="pasted.txt"]')
+    expect(uploaded).to_have_attribute("data-state", "filled", timeout=60_000)
+    expect(uploaded).to_contain_text("Kept with this chat")
+    settle(page)
+    page.get_by_role("button", name="Edit", exact=True).click()
+    page.locator('[class*="st-key-text-"] textarea').fill("Thea keeps owls in the old mill. " * 6)
+    page.keyboard.press("Control+Enter")
+    settle(page)
+    page.get_by_role("button", name="Keep", exact=True).click()
+    settle(page)
+    page.keyboard.press("Escape")
+    expect(uploaded).to_have_attribute("data-state", "filled", timeout=60_000)
+    page.get_by_role("button", name="Pick", exact=True).click()
+    expect(page.get_by_test_id("chunk")).to_have_count(1, timeout=30_000)
+    expect(page.get_by_test_id("chunk")).to_contain_text("Thea keeps owls")
+    ask(page, "What does Thea keep?")
+    expect_states(page, blend="done", plain="done")
+
+    settle(page)
+    page.get_by_role("button", name="Remove", exact=True).click()
+    settle(page)
+    page.locator(".st-key-fill-at-once label").first.click()  # it would take a while, and nobody asks about it
+    settle(page)
+    limit = re.search(r"context of ([\d,]+) tokens", page.get_by_test_id("server-blend").inner_text())
+    assert limit
+    paste(page, "The lamp in the hall is green. " * (int(limit.group(1).replace(",", "")) // 5))
+    expect(uploaded).to_contain_text("cold: KV not filled", timeout=30_000)
+    settle(page)
+    page.get_by_role("button", name="Pick", exact=True).click()
+    drop = page.get_by_role("button", name=re.compile("^Drop the last"))
+    expect(drop).to_be_in_viewport(timeout=60_000)
+    num_chunks = page.get_by_test_id("chunk").count()
+    drop.click()
+    expect(drop).to_have_count(0, timeout=60_000)
+    assert 0 < page.get_by_test_id("chunk").count() < num_chunks
+
+
+def paste(page: Page, text: str) -> None:
+    page.locator(".st-key-paste-text textarea").fill(text)
+    page.keyboard.press("Control+Enter")  # the page has the text before the button is pressed
+    settle(page)
+    page.locator(".st-key-paste-add button").click()
 
 
 @pytest.mark.parametrize("over", ["Questions of the folder", "Context lengths"])
