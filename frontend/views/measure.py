@@ -20,7 +20,7 @@ from chat import Context
 from chat_session import ChatSession
 from contender_api import BlendOffer
 from context_lengths import BENCHMARK as LENGTHS_BENCHMARK
-from context_lengths import LEAST_PAIRS, REFERENCE, failures, length_verdicts, lengths_table, verdicts_html
+from context_lengths import LEAST_PAIRS, failures, length_verdicts, lengths_table, verdicts_html
 from eval_results import ALL_KINDS, read_eval, read_result
 from eval_tables import measured_panels, measured_table, times
 from examples import gold_answers
@@ -220,8 +220,8 @@ def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSess
         "them. A blend has them in its cache before. Every repetition brings them in another order, so that no prefix "
         "cache answers."
     )
-    if not any(contender.name == REFERENCE for contender in contenders):
-        st.info(f"Without the contender `{REFERENCE}` there are times, but nothing to compare them with.")
+    if not any(contender.name == panels.REFERENCE for contender in contenders):
+        st.info(f"Without the contender `{panels.REFERENCE}` there are times, but nothing to compare them with.")
     try:
         lengths = read_lengths(typed, [(contender.title, limit) for contender, limit in limits.items()])
     except ValueError as error:
