@@ -381,6 +381,7 @@ def shifted(study: Study, seen: Mapping[Chunk, Seen]) -> dict[str, HFBlender]:
 def run(
     study: Study, questions: Sequence[EvalQuestion], chunks: Sequence[TextChunk], system: str, shares: Sequence[float]
 ) -> Table:
+    """What was asked until Ctrl+C counts."""
     blend_module.ChunkScorer = Probe  # type: ignore[misc]
     for chunk in chunks:
         study.blender.prefill(study.over([chunk]), BlendParams("none"), 0)
@@ -390,33 +391,48 @@ def run(
         f"deviation √attention, probes of {name}": ByScores(scores=by_scores(deviation_and_attention, one))
         for name, one in probes.items()
     } | score_ways(study, seen)
-    shipped, moved = by_scores(deviation_and_attention, seen), shifted(study, seen)
+    moved = shifted(study, seen)
+    shipped = by_scores(deviation_and_attention, seen)
     table = Table()
-    for question in questions:
-        token_ids = study.prompt(question.messages(system, study.separator))
-        answer, full = study.full(token_ids)
-        orders = [random.Random(number).sample(question.chunks, len(question.chunks)) for number in range(NUM_PROBES)]
-        here = by_scores(deviation_and_attention, study.probed(orders))
-        online = {
-            f"deviation of values, layer {CHECK_LAYER}" + (f", a window of {window} tokens" if window else ""): (
-                study.model.run(study.values_at, token_ids, CHECK_LAYER, window)
-            )
-            for window in WINDOWS
-        }
-        blenders = moved | {"chunks computed after their predecessor here": study.with_seams(token_ids)}
-        for share in shares:
-            chosen = {way: replace(policy, share=share) for way, policy in ways.items()} if share else {}
-            chosen |= {"probes with the same chunks, other orders" if share else "nothing": ByScores(share, here)}
-            for way, policy in chosen.items():
-                table.add(way, share, full, study.blended(token_ids, policy, answer))
-            for way, values in online.items() if share else ():
-                by_values = ByValues(share, values, CHECK_LAYER)
-                table.add(way, share, full, study.blended(token_ids, by_values, answer))
-            for way, blender in blenders.items():
-                blended = study.blended(token_ids, ByScores(share, shipped), answer, blender)
-                table.add(way, share, full, blended)
-        print(f"{time.strftime('%X')} {question.question}", file=sys.stderr, flush=True)
+    with suppress(KeyboardInterrupt):
+        for number, question in enumerate(questions, start=1):
+            print(f"{time.strftime('%X')} {number} of {len(questions)}", file=sys.stderr, flush=True)
+            token_ids = study.prompt(question.messages(system, study.separator))
+            compare(study, question.chunks, token_ids, ways, moved, shipped, shares, table)
     return table
+
+
+def compare(
+    study: Study,
+    chunks: Sequence[TextChunk],
+    token_ids: Sequence[int],
+    ways: Mapping[str, ByScores],
+    moved: Mapping[str, HFBlender],
+    shipped: Scores,
+    shares: Sequence[float],
+    table: Table,
+) -> None:
+    """Of one prompt: every way, and those that look at this prompt alone."""
+    answer, full = study.full(token_ids)
+    orders = [random.Random(number).sample(chunks, len(chunks)) for number in range(NUM_PROBES)]
+    here = by_scores(deviation_and_attention, study.probed(orders))
+    online = {
+        f"deviation of values, layer {CHECK_LAYER}" + (f", a window of {window} tokens" if window else ""): (
+            study.model.run(study.values_at, token_ids, CHECK_LAYER, window)
+        )
+        for window in WINDOWS
+    }
+    blenders = {**moved, "chunks computed after their predecessor here": study.with_seams(token_ids)}
+    for share in shares:
+        chosen: dict[str, SelectionPolicy] = {"nothing": ByScores()}
+        if share:
+            chosen = {way: replace(policy, share=share) for way, policy in ways.items()}
+            chosen |= {"probes with the same chunks, other orders": ByScores(share, here)}
+            chosen |= {way: ByValues(share, values, CHECK_LAYER) for way, values in online.items()}
+        for way, policy in chosen.items():
+            table.add(way, share, full, study.blended(token_ids, policy, answer))
+        for way, blender in blenders.items():
+            table.add(way, share, full, study.blended(token_ids, ByScores(share, shipped), answer, blender))
 
 
 def main() -> None:
