@@ -109,7 +109,7 @@ def test_from_up_to_down(module_home: Home, port_base: int) -> None:
     assert (plain["name"], plain["state"], plain["address"]) == ("plain", "healthy", url)
     _check_worker(plain["pid"])
     doctor = kvarena(home, "doctor", "--json")
-    assert json.loads(doctor.stdout)["facts"]["stack"] == "processes: plain running"
+    assert json.loads(doctor.stdout)["facts"]["stack"] == "processes: plain up"
 
     again = up_plain(home, port_base)
     assert again.returncode == 0

@@ -166,7 +166,9 @@ def _running(home: Home) -> str:
         return f"doesn't answer: {error}"
     if not record or not services:
         return "doesn't run"
-    states = ", ".join(f"{name} {service.state.lower()}" for name, service in services.items())
+    states = ", ".join(
+        f"{name} {'up' if service.is_up else service.state.lower()}" for name, service in services.items()
+    )
     return f"{'containers' if record.compose else 'processes'}: {states}"
 
 
