@@ -189,6 +189,7 @@ def test_context_lengths_are_measured_drawn_and_quoted_in_the_arena(
     fill(page, "measure-lengths", "300, 600")
     expect(measure_button(page)).to_be_enabled(timeout=ANSWER_MS)
     measure_button(page).click()
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible(timeout=ANSWER_MS)
     page.get_by_role("link", name="Arena").click()  # it goes on meanwhile
     page.get_by_test_id("context").wait_for(timeout=ANSWER_MS)
     page.get_by_role("link", name="Measure").click()
