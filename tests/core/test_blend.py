@@ -92,6 +92,8 @@ class FakeModel:
             yield
         return [kv_of(chunk.token_ids) * self.scale if self.has_room else None for chunk in chunks]
 
+    place = None
+
     def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._note("write", positions.tolist())
         self._spend(self.write_ms)

@@ -7,9 +7,8 @@ tokens are recomputed afterwards (`policy`, `blend`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
@@ -103,32 +102,38 @@ class KVWriter:
                 for span, pieces in group
                 for piece, part in parts_of(pieces, span.offset, len(span))
             ]
-            shape = (*here[0].shape[:2], sum(part.shape[2] for part in here), here[0].shape[3])
-            joined = torch.cat(here, dim=2, out=self._scratch.empty("joined", shape, here[0].dtype, self.model.device))
-            keys, values = joined.unflatten(3, (-1, self.model.head_size)).unbind()
-            rerotations = self._rerotations(spans)
-            if rerotations:
-                for rotation, layers in self._rotated_layers:
-                    rerotations[rotation].apply_(keys[layers], self._scratch)
-        with self.stopwatch.timed("write_ms"):
-            self.model.write(positions_of(spans), keys, values)
+            positions, rerotations = positions_of(spans), self._rerotations(spans)
+            if self.model.place is not None:
+                self.model.place(positions, here, rerotations)
+            else:
+                moved = self._moved(here, self.model.rotations, rerotations)
+        if self.model.place is None:
+            with self.stopwatch.timed("write_ms"):
+                self.model.write(positions, moved.keys, moved.values)
         for layer in self.watched:
-            self.kept.setdefault(layer, []).append(LayerKV(keys[layer].clone(), values[layer].clone()))
+            own = self._moved([part[:, layer, None] for part in here], [self.model.rotations[layer]], rerotations)
+            self.kept.setdefault(layer, []).append(LayerKV(own.keys[0].clone(), own.values[0].clone()))
 
     def finish(self) -> None:
         """Returns when nothing is read any more from where the KV lies. Copies to a device go on beside the rest."""
         with self.stopwatch.timed("move_ms", until=self.model.wait):
             pass
 
-    @cached_property
-    def _rotated_layers(self) -> list[tuple[Rotation, slice]]:
-        """Layers in a row that have the same rotation."""
-        runs = []
-        for rotation, layers in itertools.groupby(range(len(self.model.rotations)), self.model.rotations.__getitem__):
-            if rotation:
-                first, *others = layers
-                runs.append((rotation, slice(first, first + 1 + len(others))))
-        return runs
+    def _moved(
+        self,
+        parts: list[torch.Tensor],
+        rotations: Sequence[Rotation | None],
+        rerotations: Mapping[Rotation, Rerotation],
+    ) -> LayerKV:
+        """Keys and values `(L, T, H_kv, D)` of layers with these rotations, in memory that the next ones take."""
+        shape = (2, len(rotations), sum(part.shape[2] for part in parts), parts[0].shape[3])
+        joined = torch.cat(parts, dim=2, out=self._scratch.empty("joined", shape, parts[0].dtype, self.model.device))
+        keys, values = joined.unflatten(3, (-1, self.model.head_size)).unbind()
+        for rotation, layers in itertools.groupby(range(len(rotations)), rotations.__getitem__):
+            first, *others = layers  # those in a row that have the same
+            if rotation and rotation in rerotations:
+                rerotations[rotation].apply_(keys[first : first + 1 + len(others)], self._scratch)
+        return LayerKV(keys, values)
 
     def _rerotations(self, spans: Sequence[Span]) -> dict[Rotation, Rerotation]:
         """Empty where nothing moves."""

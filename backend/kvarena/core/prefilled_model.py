@@ -8,7 +8,7 @@ tokens: every call is made by all of them, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from kvarena.core.plan import Chunk
 if TYPE_CHECKING:  # what names a `TokenFilter` runs where there is no torch, too
     import torch
 
-    from kvarena.core.rope import Rotation
+    from kvarena.core.rope import Rerotation, Rotation
 
 
 class Ranks(Protocol):
@@ -73,6 +73,11 @@ OnLayer = Callable[[int, "torch.Tensor", "torch.Tensor", LayerKV], None]
 rotated; valid only during the call."""
 
 
+Place = Callable[["torch.Tensor", Sequence["torch.Tensor"], Mapping["Rotation", "Rerotation"]], None]
+"""Called with positions `(T,)`, their KV in parts `(2, L, t, H_kv * D)`, straight from where each lies, and the
+rerotation of each rotation's keys; none where they stay as they are."""
+
+
 Result = TypeVar("Result")
 InPieces = Generator[None, None, Result]
 """Work that may be left between its pieces and gone on with later."""
@@ -107,6 +112,11 @@ class PrefilledModel(Protocol):
 
     def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put keys and values `(L, T, H_kv, D)` into the cache at these positions."""
+        ...
+
+    @property
+    def place(self) -> Place | None:
+        """`write` in one pass with all that comes before it; None in an engine without a kernel for that."""
         ...
 
     def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:

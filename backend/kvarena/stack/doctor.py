@@ -185,7 +185,9 @@ def _facts(settings: Settings | None, home: Home) -> dict[str, str]:
         "AI 100 cards": f"{cards}{f' (missing for it: {lacking})' if machine.cards() and lacking else ''}",
         "Docker": _engine(),
         "stack": _running(home),
-        "C++ compiler": "yes" if machine.has_compiler() else "no: models run without compiled kernels",
+        "C++ compiler": "yes"
+        if machine.has_compiler()
+        else "no: models aren't compiled, and blend has vLLM's kernels only",
         "hub": _hub(),
         "token": _token(settings),
     }

@@ -242,13 +242,14 @@ def test_without_memory_for_its_chunks_a_prompt_is_computed_as_usual(model: str)
         assert report["store_misses"] >= 1
 
 
-def test_ratio_one_leaves_plain_vllms_kv(bf16_model: str) -> None:
+def test_in_bf16_ratio_one_is_as_near_to_fp32_as_plain_vllm(bf16_model: str) -> None:
     (prompt,) = make_prompts(3, 1, all_separated=True)
+    exact = run_in_engine(prefill_kv, bf16_model, None, prompt, "float32")
     plain = run_in_engine(prefill_kv, bf16_model, None, prompt, "bfloat16")
     blended = run_in_engine(prefill_kv, bf16_model, MEMORY, prompt, "bfloat16")
-    for layer, (ours, theirs) in enumerate(zip(blended, plain, strict=True)):
-        assert ours.shape == theirs.shape
-        assert (ours - theirs).norm() < 0.01 * theirs.norm(), f"KV of layer {layer}"
+    for layer, (ours, theirs, own) in enumerate(zip(blended, plain, exact, strict=True)):
+        assert ours.shape == own.shape
+        assert (ours - own).norm() < 1.1 * (theirs - own).norm() < 0.03 * own.norm(), f"KV of layer {layer}"
 
 
 def assert_counts(report: dict[str, Any]) -> None:

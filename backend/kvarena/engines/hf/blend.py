@@ -207,6 +207,8 @@ class HFPrefilledModel:
             computed.append((yield from self._prefill_chunk(chunk, piece_tokens)))
         return computed
 
+    place = None
+
     def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         where = positions.to(self.device)
         for number, own in enumerate((keys, values)):

@@ -9,8 +9,8 @@ which rotation, and in which pairs, shows in the keys of one token at two positi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,9 +30,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from kvarena.core.filtered_layer import FilteredLayer, forward_filtered
 from kvarena.core.placement import wait_for
 from kvarena.core.plan import Chunk, TokenIds
-from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, OneRank, OnLayer, Ranks, TokenFilter
-from kvarena.core.rope import Rotation, rotations_of
+from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, OneRank, OnLayer, Place, Ranks, TokenFilter
+from kvarena.core.rope import Rerotation, Rotation, rotations_of
 from kvarena.core.supported import decoder_layers
+from kvarena.engines.vllm.cpu_kernels import ChosenTokens, CPUKernels
 from kvarena.engines.vllm.hooks import reading_kv, reading_layers, reading_queries
 from kvarena.engines.vllm.supported import attention_layers, refuse_unsupported
 
@@ -312,6 +313,7 @@ class VllmModel:
         self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._rows_config = with_rows(vllm_config, self.max_batch_tokens)
         self.groups = [self._group(group) for group in kv_cache_config.kv_cache_groups]
+        self.kernels = CPUKernels.for_layers(self.layers) if self.device.type == "cpu" else None
         self.group_of = {name: number for number, group in enumerate(self.groups) for name in group.layer_names}
         self.rotations: Sequence[Rotation | None] = rotations_of(
             model, self.single_token_keys, vllm_config.model_config.max_model_len, _rotations_in_tables(model)
@@ -332,6 +334,7 @@ class VllmModel:
             set_forward_context(
                 metadata, self.vllm_config, num_tokens=len(batch), slot_mapping=slots, skip_compiled=True
             ),
+            self.kernels.attending() if self.kernels else nullcontext(),
             reading_kv(self.layers, [last], self._write_and_stop),
             suppress(EndForward),
         ):
@@ -361,7 +364,11 @@ class VllmModel:
         slots: dict[str, torch.Tensor] = {}
         own_slots = batch.slots(self.block_size).to(self.device)
         for number, group in enumerate(self.groups):
-            own = group.builder.build(0, self._common_metadata(batch, number, own_slots[number]))
+            own: Any
+            if self.kernels and len(batch.block_ids) == 1:
+                own = ChosenTokens(batch.positions, batch.block_ids[0, number].contiguous())
+            else:
+                own = group.builder.build(0, self._common_metadata(batch, number, own_slots[number]))
             metadata |= dict.fromkeys(group.layer_names, own)
             slots |= dict.fromkeys(group.layer_names, own_slots[number])
         return metadata, slots
@@ -425,6 +432,18 @@ class PagedPrompt:
         slots = self._slots[:, positions.to(self.device, non_blocking=True)].contiguous()
         for layer, name in enumerate(self._engine.layer_names):
             self._engine.write(layer, slots[self._engine.group_of[name]], keys[layer], values[layer])
+
+    @property
+    def place(self) -> Place | None:
+        return self._place if self._engine.kernels else None
+
+    def _place(
+        self, positions: torch.Tensor, parts: Sequence[torch.Tensor], rerotations: Mapping[Rotation, Rerotation]
+    ) -> None:
+        assert self._engine.kernels is not None
+        slots = self._slots[:, positions].contiguous()
+        by_layer = [slots[self._engine.group_of[name]] for name in self._engine.layer_names]
+        self._engine.kernels.place(parts, by_layer, self.rotations, rerotations)
 
     def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:
         filtered_layer = partial(PagedFilteredLayer, self._engine, self._batch)

@@ -108,7 +108,10 @@ class WorkerConnector:
             return
         store = TensorParallelStore(self._make_store(self._engine), self._engine.ranks)
         self._blender = Blender(store, self._engine.device)
-        logger.info("blending %d layers over the %s store", len(self._engine.layers), self._config.store)
+        kernels = "our own kernels" if self._engine.kernels else "vLLM's kernels"
+        logger.info(
+            "blending %d layers over the %s store, with %s", len(self._engine.layers), self._config.store, kernels
+        )
 
     def blend(self, work: BlendJobs) -> None:
         """The jobs of one step, then a piece of the one that goes over several.

@@ -1,0 +1,191 @@
+"""Our kernels over vLLM's CPU cache: attention of chosen tokens, and chunks' KV rotated and written in one pass.
+
+For bf16 on processors with AVX-512 bf16 products, in the cache's layout for vLLM's `vec` kernels. vLLM attends to a
+chosen token as to a decoded one, row by row with fp32 products; here the tokens of a block and the query heads of one
+KV head are rows of one bf16 product. cpu_kernels.cpp is compiled when a server first needs it, which takes seconds.
+Without a compiler, or elsewhere, vLLM's own kernels do the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import logging
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from kvarena.core.rope import Rerotation, Rotation
+from kvarena.engines.vllm.build_kernels import compiled
+
+logger = logging.getLogger(__name__)
+
+MAX_BLOCK_TOKENS = 64
+"""So many chosen tokens attend together: packing the cache for them is then next to nothing."""
+_FORWARD = inspect.signature(CPUAttentionBackendImpl.forward)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with the reason in the log, where there are none."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return None
+    try:
+        return ctypes.CDLL(str(compiled()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        details = getattr(error, "stderr", "") or str(error)
+        logger.warning("blending without kernels of its own, and slower; they can't be compiled: %s", details.strip())
+        return None
+
+
+@dataclass(frozen=True)
+class ChosenTokens:
+    """In the place of vLLM's metadata of a batch: tokens of one sequence at ascending `positions`, int64 `(T,)`, whose
+    cache lies in `block_ids`, int32 `(N,)`.
+    """
+
+    positions: torch.Tensor
+    block_ids: torch.Tensor
+
+
+class CPUKernels:
+    """Over the attention layers of a model in vLLM, in order."""
+
+    def __init__(self, layers: Sequence[Any], library: ctypes.CDLL) -> None:
+        self._layers = layers
+        self._library = library
+        _, self._num_kv_heads, self._block_size, _ = layers[0].kv_cache.shape
+        self._head_size: int = layers[0].head_size
+
+    @classmethod
+    def for_layers(cls, layers: Sequence[Any]) -> CPUKernels | None:
+        """None where vLLM's own have to do."""
+        if not all(map(_is_supported, layers)) or (found := library()) is None:
+            return None
+        return cls(layers, found)
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """Meanwhile the layers attend by `attend` where the forward context's metadata is `ChosenTokens`."""
+        for layer in self._layers:
+            layer.impl.forward = partial(self._forward, layer.impl.forward)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.impl.forward
+
+    def _forward(self, of_vllm: Callable[..., torch.Tensor], layer: Any, *args: Any, **named: Any) -> torch.Tensor:
+        """In the place of `CPUAttentionBackendImpl.forward`; no other kind of layer gets here (`_is_supported`)."""
+        given = _FORWARD.bind(layer.impl, layer, *args, **named).arguments
+        if not isinstance(given["attn_metadata"], ChosenTokens):
+            return of_vllm(layer, *args, **named)
+        self.attend(given["query"], given["kv_cache"], given["attn_metadata"], layer.impl.scale, given["output"])
+        output: torch.Tensor = given["output"]
+        return output
+
+    def attend(
+        self, queries: torch.Tensor, kv_cache: torch.Tensor, tokens: ChosenTokens, scale: float, output: torch.Tensor
+    ) -> None:
+        """Each token over all of its sequence up to itself; queries and `output` are `(T, H, D)` in bf16."""
+        num_tokens, num_heads, head_size = queries.shape
+        assert queries.stride()[1:] == output.stride()[1:] == (head_size, 1), "heads that aren't contiguous"
+        shared = num_heads // self._num_kv_heads
+        share = num_tokens * self._num_kv_heads // (4 * torch.get_num_threads())
+        self._library.attend(
+            _address(queries),
+            ctypes.c_int64(queries.stride(0)),
+            _address(kv_cache),
+            _address(tokens.block_ids),
+            _address(tokens.positions),
+            _address(output),
+            ctypes.c_int64(output.stride(0)),
+            *map(ctypes.c_int64, (num_tokens, num_heads, self._num_kv_heads, head_size, self._block_size)),
+            ctypes.c_float(scale),
+            # Blocks for every thread, and rows for whole products.
+            ctypes.c_int64(max(min(share, MAX_BLOCK_TOKENS), -(-12 // shared))),
+        )
+
+    def place(
+        self,
+        parts: Sequence[torch.Tensor],
+        slots: Sequence[torch.Tensor],
+        rotations: Sequence[Rotation | None],
+        rerotations: Mapping[Rotation, Rerotation],
+    ) -> None:
+        """KV `(2, L, t, H_kv * D)` in bf16 into the cache, straight from where each part lies.
+
+        `slots` has for each layer those of all parts' tokens, int64 `(T,)`; keys are rotated by their layer's
+        rerotation, if there is one. Raises `ValueError` for KV of another model.
+        """
+        expected = (2, len(self._layers), self._num_kv_heads * self._head_size)
+        for kv in parts:
+            if (*kv.shape[:2], *kv.shape[3:]) != expected or kv.dtype != torch.bfloat16 or kv.stride(3) != 1:
+                raise ValueError(f"KV {tuple(kv.shape)} in {kv.dtype} for {expected} in bfloat16")
+        tables = {rotation: (by.cos.flatten(1), by.sin.flatten(1)) for rotation, by in rerotations.items()}
+        layers = (_Layer * len(self._layers))()
+        for layer, own, attention, rotation in zip(layers, slots, self._layers, rotations, strict=True):
+            layer.kv, layer.slots = attention.kv_cache.data_ptr(), own.data_ptr()
+            if rotation and rotation in tables:
+                cos, sin = tables[rotation]
+                layer.cos, layer.sin, layer.num_pairs = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
+                layer.is_neox = rotation.is_neox
+        given = (_Part * len(parts))()
+        for part, kv in zip(given, parts, strict=True):
+            part.kv, part.num_tokens = kv.data_ptr(), kv.shape[2]
+            part.kv_stride, part.layer_stride, part.token_stride, _ = kv.stride()
+        sizes = (self._num_kv_heads, self._head_size, self._block_size)
+        self._library.place(
+            layers, ctypes.c_int64(len(layers)), given, ctypes.c_int64(len(given)), *map(ctypes.c_int64, sizes)
+        )
+
+
+def _is_supported(layer: Any) -> bool:
+    """Plain causal attention over a cache in bf16, as our kernels read it."""
+    impl, kv_cache = layer.impl, layer.kv_cache
+    return (
+        type(impl) is CPUAttentionBackendImpl
+        and getattr(layer, "isa", None) == "vec"
+        and kv_cache.dtype == torch.bfloat16
+        and kv_cache.is_contiguous()
+        and kv_cache.shape[2] % 32 == 0
+        and layer.head_size % 32 == 0
+        and not impl.logits_soft_cap
+        and impl.alibi_slopes is None
+        and impl.sinks is None
+    )
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of cpu_kernels.cpp."""
+
+    _fields_ = (
+        ("kv", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("num_pairs", ctypes.c_int64),
+        ("is_neox", ctypes.c_int64),
+    )
+
+
+class _Part(ctypes.Structure):
+    """`Part` of cpu_kernels.cpp."""
+
+    _fields_ = (
+        ("kv", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("kv_stride", ctypes.c_int64),
+        ("layer_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
+    )
+
+
+def _address(x: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
