@@ -16,7 +16,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 FOLDER = "KVARENA_KERNELS"
-"""The environment variable that says where the compiled kernels are; default: `~/.cache/kvarena`."""
+"""The environment variable that says where the compiled kernels are; default: where vLLM keeps what it compiles."""
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
@@ -27,7 +27,7 @@ def compiled() -> Path:
     """The kernels' library, compiled unless it is there. Raises `OSError` without a compiler or a place for it, and
     `CalledProcessError` where the compiler fails.
     """
-    folder = Path(os.environ.get(FOLDER) or "~/.cache/kvarena").expanduser()
+    folder = Path(os.environ.get(FOLDER) or os.environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
     described = SOURCE.read_bytes() + " ".join(FLAGS).encode()
     path = folder / f"cpu-kernels-{hashlib.sha256(described).hexdigest()[:16]}.so"
     if path.is_file():
