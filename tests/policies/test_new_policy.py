@@ -138,6 +138,7 @@ def test_calibration_tries_it(found: dict[str, Any]) -> None:
         "chunk_tail",
         "query_attention",
         "stored_deviation",
+        "stored_deviation,attention_weight=0",
     ]
 
 

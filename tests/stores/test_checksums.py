@@ -59,7 +59,7 @@ def test_scores_come_back_to_within_five_percent(dtype: torch.dtype) -> None:
     checksum, piece = PieceChecksum(SHAPE, dtype), sealed(0, dtype)
     assert checksum.scores_in(piece, 31) is None
     kept = piece[:, :, :-1].clone()
-    scores = Scores(torch.logspace(-5, 3, 20), 3)
+    scores = Scores(torch.logspace(-5, 3, 40).view(20, 2), 3)
     checksum.seal(piece, NAME, scores)
     assert checksum.is_sound(piece, NAME)
     assert torch.equal(piece[:, :, :-1], kept)
@@ -67,7 +67,11 @@ def test_scores_come_back_to_within_five_percent(dtype: torch.dtype) -> None:
     assert found is not None
     assert found.num_prompts == 3
     torch.testing.assert_close(found.mean, scores.mean, rtol=0.05, atol=0)
-    piece[1, 0, -1].view(torch.uint8)[5] ^= 1
+    own = piece[1, 0, -1].view(torch.uint8)
+    own[0] -= 128
+    assert checksum.scores_in(piece, 20) is None, "an earlier version's, of one score for each token"
+    own[0] += 128
+    own[5] ^= 1
     assert not checksum.is_sound(piece, NAME), "damaged scores are damage"
     checksum.seal(piece, NAME)
     assert checksum.scores_in(piece, 20) is None
@@ -76,7 +80,7 @@ def test_scores_come_back_to_within_five_percent(dtype: torch.dtype) -> None:
 def test_a_row_without_room_has_no_scores() -> None:
     shape = (2, 3, 32, 8)
     checksum, piece = PieceChecksum(shape, torch.bfloat16), torch.randn(shape).bfloat16()
-    checksum.seal(piece, NAME, Scores(torch.ones(31), 1))
+    checksum.seal(piece, NAME, Scores(torch.ones(31, 2), 1))
     assert checksum.is_sound(piece, NAME)
     assert checksum.scores_in(piece, 31) is None
 

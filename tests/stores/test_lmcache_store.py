@@ -186,10 +186,10 @@ def test_scores_are_kept_with_the_kv_and_come_back_with_it(tmp_path: Path) -> No
 
     with LMCacheServer(tmp_path) as server:
         store = LMCacheStore(GEOMETRY, server.url, server.http_url, timeout_s=5.0, retry_s=0.1)
-        assert not store.add_scores(chunk_of(100), torch.ones(100)), "there is no such chunk"
+        assert not store.add_scores(chunk_of(100), torch.ones(100, 2)), "there is no such chunk"
         assert store.put(chunk_of(100), kv_of(100))
         assert scores_of(store, 100) is None
-        first, second = torch.rand(100) + 0.01, torch.rand(100) + 0.01
+        first, second = (torch.rand(100, 2) + 0.01 for _ in range(2))
         assert store.add_scores(chunk_of(100), first)
         found = scores_of(store, 100)
         assert found is not None
@@ -219,7 +219,7 @@ def test_a_chunk_that_is_lost_by_its_scores_is_an_error(tmp_path: Path, monkeypa
         wait_until(lambda: store.put(chunk_of(100), kv_of(100)))
         num_errors = store.stats.errors
         monkeypatch.setattr(LMCacheContext, "store", lambda *args, **options: None)
-        assert not store.add_scores(chunk_of(100), torch.ones(100))
+        assert not store.add_scores(chunk_of(100), torch.ones(100, 2))
         assert store.stats.errors == num_errors + 1
         monkeypatch.undo()
         assert get(store, chunk_of(100)) is None

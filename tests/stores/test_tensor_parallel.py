@@ -59,8 +59,8 @@ def test_a_store_that_raises_on_one_rank_leaves_nobody_waiting() -> None:
 def test_scores_are_the_ranks_mean_and_none_where_one_has_none() -> None:
     ranks, stores = ThreadRanks(2), [store_of([0, 1]), store_of([0, 1])]
     for number, store in enumerate(stores):
-        assert store.add_scores(CHUNKS[0], torch.full((4,), float(number)))
-    assert stores[1].add_scores(CHUNKS[1], torch.ones(4))
+        assert store.add_scores(CHUNKS[0], torch.full((4, 2), float(number)))
+    assert stores[1].add_scores(CHUNKS[1], torch.ones(4, 2))
 
     def ask(store: MemoryStore) -> list[torch.Tensor | None]:
         with TensorParallelStore(store, ranks).retrieval(CHUNKS[:2]) as retrieval:
@@ -70,5 +70,5 @@ def test_scores_are_the_ranks_mean_and_none_where_one_has_none() -> None:
     with ThreadPoolExecutor(2) as executor:
         for first, second in executor.map(ask, stores):
             assert first is not None
-            assert first.tolist() == [0.5] * 4
+            assert first.tolist() == [[0.5, 0.5]] * 4
             assert second is None

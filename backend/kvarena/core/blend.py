@@ -71,7 +71,7 @@ class BlendContext:
         """Of its tokens. Where a prompt begins, there is too little before them for any to need it."""
         known = self.scores_of_chunks.get(span.chunk)
         if known is None:
-            return torch.zeros(len(span)) if span.start < MIN_CONTEXT_TOKENS else None
+            return torch.zeros(len(span), 2) if span.start < MIN_CONTEXT_TOKENS else None
         return known[span.offset : span.offset + len(span)]
 
     def summed(self, scores: torch.Tensor) -> torch.Tensor:

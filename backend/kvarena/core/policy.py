@@ -44,7 +44,9 @@ class SelectionContext(Protocol):
         ...
 
     def stored_scores(self) -> torch.Tensor | None:
-        """The scores `(T,)` that the store has of the plan's tokens; None where some chunk has none."""
+        """Deviation and attention `(T, 2)` that the store has of the plan's tokens (`kvarena.core.scoring`); None where
+        some chunk has none.
+        """
         ...
 
     def summed(self, scores: torch.Tensor) -> torch.Tensor:

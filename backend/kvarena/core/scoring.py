@@ -2,10 +2,10 @@
 
 A prompt of several chunks is computed whole. It shows of each token of a chunk in its middle how far its values lie
 from those that the chunk has by itself, and how much attention it gets from the text after the chunk. Both are nearly
-properties of the chunk: a few such prompts say as much as a look at the request itself. A token's score is its
+properties of the chunk: a few such prompts say as much as a look at the request itself. A token's scores are its
 deviation (squared distance, each layer divided by its mean over the chunk, averaged over the layers but for the first,
-whose values come before any attention) times the square root of its attention (alike): a token that moves and is never
-looked at needs no repair. docs/quality.md has what else was tried.
+whose values come before any attention) and its attention (alike, over all layers). docs/quality.md has what else was
+tried.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ class ChunkScorer:
             self._attention[layer, : len(keys)] += self._received(queries[rows], positions[rows], keys)
 
     def scores(self) -> dict[Chunk, torch.Tensor]:
-        """Of each chunk with enough context on both sides, fp32 `(T,)`; heads of all ranks count."""
+        """Of each chunk with enough context on both sides, deviation and attention, fp32 `(T, 2)`; heads of all ranks
+        count.
+        """
         deviation, attention = self._model.ranks.sum(torch.stack((self._deviation, self._attention)))
         in_context = deviation[min(1, len(deviation) - 1) :]
         return {
-            span.chunk: _relative(in_context[:, span.start : span.end])
-            * _relative(attention[:, span.start : span.end]).sqrt()
+            span.chunk: torch.stack([_relative(of[:, span.start : span.end]) for of in (in_context, attention)], dim=1)
             for span in self._plan
             if self._has_context(span)
         }

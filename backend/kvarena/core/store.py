@@ -38,7 +38,7 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `num_prompts` showed of a chunk's tokens: `mean`, fp32 `(T,)`."""
+    """What `num_prompts` showed of a chunk's tokens: `mean`, fp32 `(T, 2)` (`kvarena.core.scoring`)."""
 
     mean: torch.Tensor
     num_prompts: int
@@ -104,7 +104,7 @@ class Retrieval(Protocol):
         ...
 
     def scores(self, index: int) -> torch.Tensor | None:
-        """Of a chunk that was taken: the scores of its tokens, fp32 `(T,)` (`kvarena.core.scoring`), if it has them."""
+        """Of a chunk that was taken: the scores of its tokens, fp32 `(T, 2)`, if it has them."""
         ...
 
 

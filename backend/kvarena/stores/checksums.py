@@ -4,7 +4,7 @@ A piece is `(2, L, t, H_kv * D)`, and its last row belongs to no token. Its 64-b
 its place, sum up (mod 2**64) to the piece's name: the first word of that row is chosen so. This reads the piece once,
 as fast as memory gives it. It notices every change of one word, words and pieces that changed places, and pieces that
 were never written. It is no protection against somebody who forges KV. The same row of the first layer's values has the
-scores of the piece's tokens, where a row has room for them: how many prompts showed them, and a byte for each.
+scores of the piece's tokens, where a row has room for them: how many prompts showed them, and two bytes for each.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def piece_names(owner: str, chunk: Chunk, piece_tokens: int) -> list[int]:
 
 _STEPS, _ZERO = 8, 160
 """A score `s` is kept as `8 log2(s) + 160`: from 1e-6 to 3,000 to within 5 %."""
+_HAS_TWO = 128
+"""Added to the number of prompts. Entries of earlier versions have it without, and one score for each token."""
 
 
 def _score_bytes(piece: torch.Tensor) -> torch.Tensor:
@@ -61,8 +63,9 @@ class PieceChecksum:
             own = _score_bytes(piece)
             own[:] = 0
         if scores and self._has_room:
-            own[0] = scores.num_prompts
-            own[1 : len(scores.mean) + 1] = scores.mean.log2().mul(_STEPS).round().add(_ZERO).clamp(0, 255).byte()
+            flat = scores.mean.flatten()
+            own[0] = _HAS_TWO + scores.num_prompts
+            own[1 : len(flat) + 1] = flat.log2().mul(_STEPS).round().add(_ZERO).clamp(0, 255).byte()
         row[0] = (name - self._sum(piece)) % 2**64
 
     def is_sound(self, piece: torch.Tensor, name: int) -> bool:
@@ -71,13 +74,14 @@ class PieceChecksum:
     def scores_in(self, piece: torch.Tensor, num_tokens: int) -> Scores | None:
         """Of a sound piece that has so many tokens of a chunk."""
         own = _score_bytes(piece)
-        if not self._has_room or not own[0]:
+        if not self._has_room or own[0] < _HAS_TWO:
             return None
-        return Scores(((own[1 : num_tokens + 1].float() - _ZERO) / _STEPS).exp2(), int(own[0]))
+        kept = own[1 : 2 * num_tokens + 1].view(num_tokens, 2)
+        return Scores(((kept.float() - _ZERO) / _STEPS).exp2(), int(own[0]) - _HAS_TWO)
 
     @property
     def _has_room(self) -> bool:
-        return self.shape[3] * self.dtype.itemsize >= self.shape[2]
+        return self.shape[3] * self.dtype.itemsize >= 2 * self.shape[2] - 1
 
     def _sum(self, piece: torch.Tensor) -> int:
         words = piece.reshape(-1).view(torch.int64).numpy().view(np.uint64)

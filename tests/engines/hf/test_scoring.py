@@ -52,7 +52,8 @@ def stored_scores(blended: Blended, chunk: Chunk) -> torch.Tensor | None:
 def scores_of(blended: Blended, chunk: Chunk) -> list[float]:
     scores = stored_scores(blended, chunk)
     assert scores is not None
-    found: list[float] = scores.tolist()
+    deviation, attention = scores.unbind(1)
+    found: list[float] = (deviation * attention.sqrt()).tolist()
     return found
 
 
@@ -76,10 +77,10 @@ def written_out(blended: Blended, ids: list[int], start: int, chunk: Chunk) -> t
         after = [row for row in range(0, len(ids) - 1, QUERY_STRIDE) if row >= end]
         received = weights[0, :, after, start:end].sum(dim=(0, 1))
         attention.append(received / received.mean())
-    return torch.stack(deviation).mean(0) * torch.stack(attention).mean(0).sqrt()
+    return torch.stack([torch.stack(of).mean(0) for of in (deviation, attention)], dim=1)
 
 
-def test_scores_are_deviation_times_root_of_attention(blended: Blended) -> None:
+def test_scores_are_deviation_and_attention(blended: Blended) -> None:
     ids = prompt_of(blended, texts(1))
     report = blended.blender.score(ids)
     assert (report.num_reused_tokens, report.num_computed_tokens + report.num_recomputed_tokens) == (0, len(ids) - 1)
