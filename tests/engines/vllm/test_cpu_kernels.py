@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ from kvarena.engines.vllm.build_kernels import FOLDER, compiled
 from kvarena.engines.vllm.cpu_kernels import ChosenTokens, CPUKernels, library
 
 needs_kernels = pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 bf16 products"
+    not torch.cpu._is_avx512_supported() or not shutil.which(os.environ.get("CXX") or "g++"),
+    reason="needs a processor with AVX-512, and a compiler",
 )
+needs_bf16 = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs products of bf16")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
 NUM_LAYERS = 2
 SHAPES = [  # heads, KV heads, head size, block size, tokens of the prompt
     (16, 4, 64, 128, 1000),
@@ -35,15 +39,16 @@ SHAPES = [  # heads, KV heads, head size, block size, tokens of the prompt
 class Paged:
     """The cache of a prompt, random blocks of it in random order; what isn't the prompt's is no number."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int, block_size: int, num_tokens: int) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        _, num_kv_heads, head_size, block_size, num_tokens = shape
         torch.manual_seed(num_tokens)
         num_blocks = -(-num_tokens // block_size)
         self.block_ids = torch.randperm(num_blocks + 3)[:num_blocks].int()
-        shape = (num_blocks + 3, num_kv_heads, block_size, 2 * head_size)
+        of_cache = (num_blocks + 3, num_kv_heads, block_size, 2 * head_size)
         positions = torch.arange(num_tokens)
         self.slots = self.block_ids.long()[positions // block_size] * block_size + positions % block_size
         self.layers = [
-            SimpleNamespace(kv_cache=torch.full(shape, torch.nan, dtype=torch.bfloat16), head_size=head_size)
+            SimpleNamespace(kv_cache=torch.full(of_cache, torch.nan, dtype=dtype), head_size=head_size)
             for _ in range(NUM_LAYERS)
         ]
         found = library()
@@ -58,44 +63,50 @@ class Paged:
 
 
 @needs_kernels
+@DTYPES
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
-def test_chosen_tokens_attend_to_all_before_them(shape: tuple[int, ...], share: float) -> None:
+def test_chosen_tokens_attend_to_all_before_them(shape: tuple[int, ...], share: float, dtype: torch.dtype) -> None:
     num_heads, num_kv_heads, head_size, _, num_tokens = shape
-    paged = Paged(*shape)
-    keys, values = (torch.randn(num_tokens, num_kv_heads, head_size).bfloat16() for _ in range(2))
+    paged = Paged(shape, dtype)
+    keys, values = (torch.randn(num_tokens, num_kv_heads, head_size, dtype=dtype) for _ in range(2))
     paged.write(0, keys, values)
     count = max(1, int(share * num_tokens))
     positions = torch.randperm(num_tokens)[:count].sort().values
-    packed = torch.randn(count, num_heads + 2 * num_kv_heads, head_size).bfloat16() * 3
+    packed = torch.randn(count, num_heads + 2 * num_kv_heads, head_size, dtype=dtype) * 3
     queries = packed[:, :num_heads]  # as a model's fused projection leaves them
-    output = torch.empty(count, num_heads, head_size, dtype=torch.bfloat16)
+    output = torch.empty(count, num_heads, head_size, dtype=dtype)
     paged.kernels.attend(
         queries, paged.layers[0].kv_cache, ChosenTokens(positions, paged.block_ids), head_size**-0.5, output
     )
     mask = torch.arange(num_tokens) <= positions[:, None]
     q, k, v = (x.float().transpose(0, 1) for x in (queries, keys, values))
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
-    assert (output - expected).norm() < 0.005 * expected.norm()
-    assert (output - expected).abs().max() < 0.03 * expected.abs().max()
+    norm, greatest = (0.005, 0.03) if dtype == torch.bfloat16 else (2e-6, 1e-5)
+    assert (output - expected).norm() < norm * expected.norm()
+    assert (output - expected).abs().max() < greatest * expected.abs().max()
 
 
 @needs_kernels
+@DTYPES
 @pytest.mark.parametrize("is_neox", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parts_are_rotated_and_written_as_one_after_the_other(shape: tuple[int, ...], is_neox: bool) -> None:
+def test_parts_are_rotated_and_written_as_one_after_the_other(
+    shape: tuple[int, ...], is_neox: bool, dtype: torch.dtype
+) -> None:
     _, num_kv_heads, head_size, _, num_tokens = shape
-    paged, expected = Paged(*shape), Paged(*shape)
+    paged, expected = Paged(shape, dtype), Paged(shape, dtype)
     chosen = random.Random(num_tokens)
     positions = torch.arange(3, num_tokens - 2)
     positions = positions[positions != num_tokens // 2]
-    kv = torch.randn(2, NUM_LAYERS, len(positions) + 2, num_kv_heads * head_size).bfloat16()
+    kv = torch.randn(2, NUM_LAYERS, len(positions) + 2, num_kv_heads * head_size, dtype=dtype)
     edges = sorted(chosen.sample(range(1, len(positions)), 3))
     parts = [kv[:, :, low + 1 : high + 1] for low, high in zip([0, *edges], [*edges, len(positions)], strict=True)]
     rotation = Rotation(torch.rand(head_size // 4 - 1 if is_neox else head_size // 2), is_neox)
     rerotation = rotation.between(positions, positions + 100)
     rotations = [rotation, None]
     slots = paged.slots[positions]
+    tolerance = 0.008 if dtype == torch.bfloat16 else 1e-4
     paged.kernels.place(parts, [slots] * NUM_LAYERS, rotations, {rotation: rerotation})
     for layer, own in enumerate(rotations):
         keys, values = kv[:, layer, 1:-1].unflatten(2, (num_kv_heads, head_size)).unbind()
@@ -105,15 +116,15 @@ def test_parts_are_rotated_and_written_as_one_after_the_other(shape: tuple[int, 
         expected.slots = slots
         expected.write(layer, moved, values)
         ours, theirs = (where.layers[layer].kv_cache.float() for where in (paged, expected))
-        torch.testing.assert_close(ours, theirs, rtol=0.008 if own else 0, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance if own else 0, atol=1e-6, equal_nan=True)
 
 
 @needs_kernels
 def test_kv_of_another_shape_is_refused() -> None:
-    paged = Paged(4, 2, 32, 32, 64)
+    paged = Paged((4, 2, 32, 32, 64), torch.float32)
     slots = [paged.slots] * NUM_LAYERS
-    for kv in (torch.zeros(2, NUM_LAYERS, 64, 32), torch.zeros(2, NUM_LAYERS + 1, 64, 64).bfloat16()):
-        with pytest.raises(ValueError, match=r"\(2, 2, 64\) in bfloat16"):
+    for kv in (torch.zeros(2, NUM_LAYERS, 64, 32), torch.zeros(2, NUM_LAYERS, 64, 64).bfloat16()):
+        with pytest.raises(ValueError, match=r"\(2, 2, 64\) in torch.float32"):
             paged.kernels.place([kv], slots, [None] * NUM_LAYERS, {})
 
 
@@ -135,16 +146,8 @@ def test_kernels_are_compiled_once(own_folder: Path, monkeypatch: pytest.MonkeyP
 def test_without_a_compiler_there_are_no_kernels(
     compiler: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("CXX", compiler)
     with caplog.at_level(logging.WARNING, cpu_kernels.__name__):
         assert library.__wrapped__() is None
     assert "can't be compiled" in caplog.text
     assert not list(own_folder.glob("kernels/*"))
-
-
-def test_other_caches_are_left_to_vllm() -> None:
-    impl: Any = SimpleNamespace(logits_soft_cap=0, alibi_slopes=None, sinks=None)
-    cache = torch.zeros(2, 1, 32, 64, dtype=torch.float32)
-    layer = SimpleNamespace(impl=impl, kv_cache=cache, isa="vec", head_size=32)
-    assert CPUKernels.for_layers([layer]) is None

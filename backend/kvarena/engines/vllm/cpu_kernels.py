@@ -1,9 +1,9 @@
 """Our kernels over vLLM's CPU cache: attention of chosen tokens, and chunks' KV rotated and written in one pass.
 
-For bf16 on processors with AVX-512 bf16 products, in the cache's layout for vLLM's `vec` kernels. vLLM attends to a
-chosen token as to a decoded one, row by row with fp32 products; here the tokens of a block and the query heads of one
-KV head are rows of one bf16 product. cpu_kernels.cpp is compiled when a server first needs it, which takes seconds.
-Without a compiler, or elsewhere, vLLM's own kernels do the same.
+For processors with AVX-512, in fp32 and where there are products of it in bf16, in the cache's layout for vLLM's `vec`
+kernels. vLLM attends to a chosen token as to a decoded one, row by row with fp32 products; here the tokens of a block
+and the query heads of one KV head are rows of one product. cpu_kernels.cpp is compiled when a server first needs it,
+which takes seconds. Without a compiler, or elsewhere, vLLM's own kernels do the same.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ _FORWARD = inspect.signature(CPUAttentionBackendImpl.forward)
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with the reason in the log, where there are none."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return None
     try:
         return ctypes.CDLL(str(compiled()))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -62,6 +60,8 @@ class CPUKernels:
         self._library = library
         _, self._num_kv_heads, self._block_size, _ = layers[0].kv_cache.shape
         self._head_size: int = layers[0].head_size
+        self._dtype: torch.dtype = layers[0].kv_cache.dtype
+        self._is_bf16 = ctypes.c_int64(self._dtype == torch.bfloat16)
 
     @classmethod
     def for_layers(cls, layers: Sequence[Any]) -> CPUKernels | None:
@@ -93,24 +93,26 @@ class CPUKernels:
     def attend(
         self, queries: torch.Tensor, kv_cache: torch.Tensor, tokens: ChosenTokens, scale: float, output: torch.Tensor
     ) -> None:
-        """Each token over all of its sequence up to itself; queries and `output` are `(T, H, D)` in bf16."""
+        """Each token over all of its sequence up to itself; queries and `output` are `(T, H, D)`."""
         num_tokens, num_heads, head_size = queries.shape
         assert queries.stride()[1:] == output.stride()[1:] == (head_size, 1), "heads that aren't contiguous"
         shared = num_heads // self._num_kv_heads
         share = num_tokens * self._num_kv_heads // (4 * torch.get_num_threads())
-        self._library.attend(
-            _address(queries),
-            ctypes.c_int64(queries.stride(0)),
-            _address(kv_cache),
-            _address(tokens.block_ids),
-            _address(tokens.positions),
-            _address(output),
-            ctypes.c_int64(output.stride(0)),
-            *map(ctypes.c_int64, (num_tokens, num_heads, self._num_kv_heads, head_size, self._block_size)),
-            ctypes.c_float(scale),
-            # Blocks for every thread, and rows for whole products.
-            ctypes.c_int64(max(min(share, MAX_BLOCK_TOKENS), -(-12 // shared))),
+        given = _Attention(
+            *(x.data_ptr() for x in (queries, kv_cache, tokens.block_ids, tokens.positions, output)),
+            query_stride=queries.stride(0),
+            output_stride=output.stride(0),
+            num_tokens=num_tokens,
+            num_heads=num_heads,
+            num_kv_heads=self._num_kv_heads,
+            head_size=head_size,
+            block_size=self._block_size,
+            block_tokens=max(
+                min(share, MAX_BLOCK_TOKENS), -(-12 // shared)
+            ),  # some for every thread, in whole products
+            scale=scale,
         )
+        self._library.attend(ctypes.byref(given), self._is_bf16)
 
     def place(
         self,
@@ -119,15 +121,15 @@ class CPUKernels:
         rotations: Sequence[Rotation | None],
         rerotations: Mapping[Rotation, Rerotation],
     ) -> None:
-        """KV `(2, L, t, H_kv * D)` in bf16 into the cache, straight from where each part lies.
+        """KV `(2, L, t, H_kv * D)` in the cache's dtype into the cache, straight from where each part lies.
 
         `slots` has for each layer those of all parts' tokens, int64 `(T,)`; keys are rotated by their layer's
         rerotation, if there is one. Raises `ValueError` for KV of another model.
         """
         expected = (2, len(self._layers), self._num_kv_heads * self._head_size)
         for kv in parts:
-            if (*kv.shape[:2], *kv.shape[3:]) != expected or kv.dtype != torch.bfloat16 or kv.stride(3) != 1:
-                raise ValueError(f"KV {tuple(kv.shape)} in {kv.dtype} for {expected} in bfloat16")
+            if (*kv.shape[:2], *kv.shape[3:]) != expected or kv.dtype != self._dtype or kv.stride(3) != 1:
+                raise ValueError(f"KV {tuple(kv.shape)} in {kv.dtype} for {expected} in {self._dtype}")
         tables = {rotation: (by.cos.flatten(1), by.sin.flatten(1)) for rotation, by in rerotations.items()}
         layers = (_Layer * len(self._layers))()
         for layer, own, attention, rotation in zip(layers, slots, self._layers, rotations, strict=True):
@@ -142,17 +144,19 @@ class CPUKernels:
             part.kv_stride, part.layer_stride, part.token_stride, _ = kv.stride()
         sizes = (self._num_kv_heads, self._head_size, self._block_size)
         self._library.place(
-            layers, ctypes.c_int64(len(layers)), given, ctypes.c_int64(len(given)), *map(ctypes.c_int64, sizes)
+            *(layers, ctypes.c_int64(len(layers)), given, ctypes.c_int64(len(given))),
+            *map(ctypes.c_int64, sizes),
+            self._is_bf16,
         )
 
 
 def _is_supported(layer: Any) -> bool:
-    """Plain causal attention over a cache in bf16, as our kernels read it."""
+    """Plain causal attention over a cache that our kernels read, on a processor that they are for."""
     impl, kv_cache = layer.impl, layer.kv_cache
     return (
         type(impl) is CPUAttentionBackendImpl
         and getattr(layer, "isa", None) == "vec"
-        and kv_cache.dtype == torch.bfloat16
+        and kv_cache.dtype in _supported_dtypes()
         and kv_cache.is_contiguous()
         and kv_cache.shape[2] % 32 == 0
         and layer.head_size % 32 == 0
@@ -162,16 +166,29 @@ def _is_supported(layer: Any) -> bool:
     )
 
 
+def _supported_dtypes() -> list[torch.dtype]:
+    if not torch.cpu._is_avx512_supported():
+        return []
+    return [torch.float32, *([torch.bfloat16] if torch.cpu._is_avx512_bf16_supported() else [])]
+
+
+class _Attention(ctypes.Structure):
+    """`Attention` of cpu_kernels.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("queries", "kv", "table", "positions", "output")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "output_stride", "num_tokens", "num_heads")),
+        *((name, ctypes.c_int64) for name in ("num_kv_heads", "head_size", "block_size", "block_tokens")),
+        ("scale", ctypes.c_double),
+    )
+
+
 class _Layer(ctypes.Structure):
     """`Layer` of cpu_kernels.cpp."""
 
     _fields_ = (
-        ("kv", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("num_pairs", ctypes.c_int64),
-        ("is_neox", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("kv", "slots", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("num_pairs", "is_neox")),
     )
 
 
@@ -180,12 +197,5 @@ class _Part(ctypes.Structure):
 
     _fields_ = (
         ("kv", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("kv_stride", ctypes.c_int64),
-        ("layer_stride", ctypes.c_int64),
-        ("token_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "kv_stride", "layer_stride", "token_stride")),
     )
-
-
-def _address(x: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
