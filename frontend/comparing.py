@@ -15,7 +15,10 @@ from typing import Any
 from kvarena.palette import BLUE
 from kvarena.panels import (
     CONTEXT,
+    EVAL,
     IN_NATS,
+    RESULT_KINDS,
+    VARIANT,
     Axis,
     Bar,
     Colours,
@@ -32,27 +35,13 @@ from kvarena.panels import (
 
 Result = Mapping[str, Any]
 Record = dict[str, Any]
-VARIANT = ("contender", "policy", "ratio", "check_layer", "max_ttft_ms", "options")
-ROW_KEYS: dict[str, tuple[tuple[str, ...], str]] = {
-    "ttft": ((*VARIANT, "context_tokens", "store", "prompts", "concurrency"), "ttft_ms"),
-    "device": (("shape", *VARIANT, "context_tokens"), "ttft_ms"),
-    "sustained": ((*VARIANT, "first_request"), "ttft_ms"),
-    "calibrate": ((*VARIANT, "sink_tokens"), "ttft_ms"),
-    "soak": (("contender",), "ttft_ms"),
-    "decode": (("contender", "context_tokens"), "tpot_ms"),
-    "prefix": (("level", "scenario", "context_tokens"), "ttft_ms"),
-    "simllm": (("model", "mode", "similarity_threshold"), "ttft_ms"),
-    "tasks": (("num_tasks", "embedding_dim"), "lookup_ms"),
-    "ai100": (("measure", "turn"), "slots_ttft_ms"),
-}
-"""What tells rows apart, and the time that is compared."""
 SURE = 1.96
 """Standard errors of a 95 % interval."""
 
 
 def comparison(first: Result, second: Result, metric: str) -> list[Panel]:
     """Of two files of one kind; empty where they have nothing in common. `metric` is that of an eval."""
-    if first["settings"]["benchmark"] == "eval":
+    if first["settings"]["benchmark"] == EVAL:
         return _differences(first, second, metric)
     return _ratios(first, second)
 
@@ -129,7 +118,8 @@ def _interval(values: Sequence[float]) -> Record:
 
 
 def _ratios(first: Result, second: Result) -> list[Panel]:
-    keys, figure = ROW_KEYS[first["settings"]["benchmark"]]
+    kind = RESULT_KINDS[first["settings"]["benchmark"]]
+    keys, figure = kind.keys, kind.time
     theirs = {_key(row, keys): row[figure] for row in second["rows"] if row.get(figure)}
     rows = [
         row | {"before": row[figure]["median"], "after": theirs[_key(row, keys)]["median"]}

@@ -16,7 +16,6 @@ from figures import Figures
 from kvarena.panels import REFERENCE, grouped, variant_label
 from settings import Contender
 
-BENCHMARK = "ttft"
 STATE = "warm"
 LEAST_PAIRS = 3
 """Fewer say nothing of a median."""

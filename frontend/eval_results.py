@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvarena.panels import panels_of
+from kvarena.panels import ALL_KINDS, EVAL, panels_of
 
-BENCHMARK = "eval"
-ALL_KINDS = "all"
 ALL_QUESTIONS = "all"
 SUBSETS = (ALL_QUESTIONS, "answered")
 """All questions, and those that full prefill answers right."""
@@ -147,7 +145,7 @@ def read_result(text: str) -> dict[str, Any]:
     rows = found.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("it has no list of rows")
-    if found["settings"].get("benchmark") == BENCHMARK:
+    if found["settings"].get("benchmark") == EVAL:
         read_eval(found)
     if not rows:
         raise ValueError("rows is empty: nothing was measured")

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval_results import ALL_KINDS, ALL_QUESTIONS, EvalAnswer, EvalResult, Interval, Row, Variant
+from eval_results import ALL_QUESTIONS, EvalAnswer, EvalResult, Interval, Row, Variant
 from kvarena import panels
+from kvarena.panels import ALL_KINDS
 
 Record = dict[str, Any]
 NEW_COLUMNS = ("Right", "vs. full prefill", "Tokens", "KL along answer")

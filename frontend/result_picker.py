@@ -17,11 +17,10 @@ from streamlit.delta_generator import DeltaGenerator
 
 import settings
 import state
-from eval_results import BENCHMARK as EVAL
 from eval_results import read_result
+from kvarena.panels import EVAL, TTFT
 
 SHIPPED, OWN = "docs/", "page/"
-TTFT = "ttft"
 
 
 @dataclass(frozen=True)

@@ -570,7 +570,7 @@ SIMLLM_COLOURS = colours_of((), {NO_REUSE: GREY, "aligned": ORANGE, "top_layer":
 SIMLLM_METRICS = {"exact_match": "exact match (%)", "agreement": "same answer as full prefill (%)"}
 
 
-def simllm_panels(result: Result) -> list[Panel]:
+def simllm_panels(result: Result, colours: Colours) -> list[Panel]:
     """Quality against speed. Speed is the shape's, quality the trained model's."""
     points = speed_and_quality(result["rows"])
     return [
@@ -611,7 +611,7 @@ PREFIX_COLOURS = {"no KV cache": GREY, "KV cache": BLUE, "prefix cache": ORANGE}
 PREFIX_SCENARIOS = ("cold", "new question", "repeat")
 
 
-def prefix_panels(result: Result) -> list[Panel]:
+def prefix_panels(result: Result, colours: Colours) -> list[Panel]:
     lines_of = grouped(result["rows"], lambda row: (row["level"], row["scenario"]))
     title = "Time to first token over prompt length, by level of caching; whiskers to p95"
     return [
@@ -641,7 +641,7 @@ AI100_COLOURS = {"no cache": GREY, "KV slots": ORANGE}
 TTFT_KEYS = {"no cache": "no_cache_ttft_ms", "KV slots": "slots_ttft_ms"}
 
 
-def ai100_panels(result: Result) -> list[Panel]:
+def ai100_panels(result: Result, colours: Colours) -> list[Panel]:
     turns = [row for row in result["rows"] if row["measure"] == "first token"]
     modes = [row for row in result["rows"] if row["measure"] == "throughput"]
     rates = [row["tokens_per_s"]["median"] for row in modes]
@@ -665,8 +665,7 @@ def ai100_panels(result: Result) -> list[Panel]:
     ]
 
 
-def tasks_panels(result: Result) -> list[Panel]:
-    colours = {"CPU time": ORANGE, "wall time": GREY}
+def tasks_panels(result: Result, colours: Colours) -> list[Panel]:
     return [
         Panel(
             "A search among earlier tasks, against their number; medians, whiskers to p95",
@@ -676,7 +675,7 @@ def tasks_panels(result: Result) -> list[Panel]:
                 _line(name, name, result["rows"], "num_tasks", key)
                 for name, key in (("wall time", "lookup_ms"), ("CPU time", "lookup_cpu_ms"))
             ],
-            colours=colours,
+            colours={"CPU time": ORANGE, "wall time": GREY},
         )
     ]
 
@@ -743,18 +742,43 @@ def _p95_note(row: Row) -> str:
     return f"{readable_ms(row['ttft_ms']['median'])} (p95 {readable_ms(row['ttft_ms']['p95'])})"
 
 
-PANELS: dict[str, Callable[[Result, Colours], list[Panel]]] = {
-    "ttft": all_ttft_panels,
-    "eval": eval_panels,
-    "calibrate": calibrate_panels,
-    "device": device_panels,
-    "sustained": sustained_panels,
-    "soak": soak_panels,
-    "decode": decode_panels,
-    "prefix": lambda result, _: prefix_panels(result),
-    "ai100": lambda result, _: ai100_panels(result),
-    "simllm": lambda result, _: simllm_panels(result),
-    "tasks": lambda result, _: tasks_panels(result),
+@dataclass(frozen=True)
+class Picture:
+    """How the panels are laid out in the image that is saved beside a result file."""
+
+    width_in: float
+    num_columns: int = 1
+    width_ratios: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class ResultKind:
+    """What is to be known of a kind of result file, wherever it is drawn.
+
+    `keys` tell its rows apart, and `time` is what two files are compared by; none of `eval`, which is compared question
+    by question. `picture`: of those that have one beside the file.
+    """
+
+    panels: Callable[[Result, Colours], list[Panel]]
+    keys: tuple[str, ...] = ()
+    time: str = "ttft_ms"
+    picture: Picture | None = None
+
+
+TTFT, EVAL = "ttft", "eval"
+VARIANT = ("contender", "policy", "ratio", "check_layer", "max_ttft_ms", "options")
+RESULT_KINDS: dict[str, ResultKind] = {
+    TTFT: ResultKind(all_ttft_panels, (*VARIANT, "context_tokens", "store", "prompts", "concurrency")),
+    EVAL: ResultKind(eval_panels, picture=Picture(11, 2)),
+    "calibrate": ResultKind(calibrate_panels, (*VARIANT, "sink_tokens")),
+    "device": ResultKind(device_panels, ("shape", *VARIANT, "context_tokens")),
+    "sustained": ResultKind(sustained_panels, (*VARIANT, "first_request")),
+    "soak": ResultKind(soak_panels, ("contender",)),
+    "decode": ResultKind(decode_panels, ("contender", "context_tokens"), "tpot_ms"),
+    "prefix": ResultKind(prefix_panels, ("level", "scenario", "context_tokens"), picture=Picture(8)),
+    "ai100": ResultKind(ai100_panels, ("measure", "turn"), "slots_ttft_ms", Picture(9, 2, (2, 1))),
+    "simllm": ResultKind(simllm_panels, ("model", "mode", "similarity_threshold"), picture=Picture(11, 2)),
+    "tasks": ResultKind(tasks_panels, ("num_tasks", "embedding_dim"), "lookup_ms"),
 }
 """By `settings.benchmark`: every kind of file that the project writes."""
 
@@ -765,10 +789,10 @@ def panels_of(result: Result, colours: Colours | None = None) -> list[Panel]:
     """
     settings = result.get("settings") or {}
     benchmark = str(settings.get("benchmark", ""))
-    if benchmark not in PANELS:
-        raise ValueError(f"the benchmark {benchmark!r} is none of {', '.join(PANELS)}")
+    if benchmark not in RESULT_KINDS:
+        raise ValueError(f"the benchmark {benchmark!r} is none of {', '.join(RESULT_KINDS)}")
     try:
-        return PANELS[benchmark](result, colours or colours_in([result])) if result["rows"] else []
+        return RESULT_KINDS[benchmark].panels(result, colours or colours_in([result])) if result["rows"] else []
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"other rows than the benchmark {benchmark} writes: {reason}") from error

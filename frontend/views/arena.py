@@ -16,11 +16,11 @@ import streamlit as st
 import state
 from chat import Answer, Chat, Context, Turn
 from contender_api import RATIO, ContenderError
-from context_lengths import BENCHMARK as LENGTHS_BENCHMARK
 from context_lengths import note_of
 from context_view import TokenCount, context_html, num_fitting, summary
 from examples import Example, follow_ups, load_examples
 from export import draw_copies, draw_export
+from kvarena.panels import TTFT
 from question_box import draw_notices, draw_question_box, literal, put_question, take_asked, waiting_question
 from result_picker import measured_results
 from runs import OpenChat, Run
@@ -71,7 +71,7 @@ def main() -> None:
 def measured_note(answer: Answer) -> str:
     """Of the newest measurement over context lengths that says something of its contender and setting."""
     model = str(answer.request.get("model", ""))
-    notes = (note_of(result, answer.contender, answer.figures, model) for result in measured_results(LENGTHS_BENCHMARK))
+    notes = (note_of(result, answer.contender, answer.figures, model) for result in measured_results(TTFT))
     return next((note for note in notes if note), "")
 
 

@@ -19,13 +19,13 @@ import state
 from chat import Context
 from chat_session import ChatSession
 from contender_api import BlendOffer
-from context_lengths import BENCHMARK as LENGTHS_BENCHMARK
 from context_lengths import LEAST_PAIRS, failures, length_verdicts, lengths_table, verdicts_html
-from eval_results import ALL_KINDS, read_eval, read_result
+from eval_results import read_eval, read_result
 from eval_tables import measured_panels, measured_table, times
 from examples import gold_answers
 from kvarena import panels
 from kvarena.documents import QUESTIONS_NAME, TextChunk
+from kvarena.panels import ALL_KINDS, TTFT
 from kvarena.splitting import ESTIMATED_BYTES_PER_TOKEN
 from measuring import (
     LengthsPlan,
@@ -365,7 +365,7 @@ def draw_result(measurement: Measurement) -> None:
             choose_file(path)
             st.switch_page("views/quality.py", query_params={})  # else Streamlit refuses to drop those of widgets
         st.download_button("Download the JSON", text, path.name, "application/json", key="measure-download")
-    draw = draw_lengths if result["settings"]["benchmark"] == LENGTHS_BENCHMARK else draw_questions
+    draw = draw_lengths if result["settings"]["benchmark"] == TTFT else draw_questions
     draw(result)
 
 

@@ -14,7 +14,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 import state
 from comparing import comparison
-from eval_results import ALL_KINDS, ALL_QUESTIONS, BENCHMARK, EvalResult, Variant, read_eval
+from eval_results import ALL_QUESTIONS, EvalResult, Variant, read_eval
 from eval_tables import Metric, answer_table, metrics_of, problems, summary, table, variant_name
 from kvarena import panels
 from panel_charts import draw_panels
@@ -61,7 +61,7 @@ def main() -> None:
         st.stop()
     place = st.empty()
     chosen, other = picked
-    if chosen.benchmark == BENCHMARK:
+    if chosen.benchmark == panels.EVAL:
         draw_eval(chosen, other)
     else:
         st.caption(panels.summary(chosen.result))
@@ -160,7 +160,7 @@ def draw_charts(chosen: Opened, metric: Metric, kind: str, subset: str) -> None:
 
 
 def draw_table(result: EvalResult, kind: str, subset: str) -> None:
-    st.markdown("**Figures**" if kind == ALL_KINDS else f"**Figures**, questions of the kind {kind}")
+    st.markdown("**Figures**" if kind == panels.ALL_KINDS else f"**Figures**, questions of the kind {kind}")
     if problem := problems(result, kind, subset):
         st.warning(problem)
     frame = pd.DataFrame(table(result, kind, subset))

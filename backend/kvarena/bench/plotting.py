@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvarena.bench.results import load_results
-from kvarena.panels import Bar, Panel, Series, panels_of
+from kvarena.panels import RESULT_KINDS, Bar, Panel, Picture, Series, panels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,16 +44,14 @@ LEGEND_CHARS = 28
 """Of the longest label where two columns have room."""
 
 
-def save_png(
-    panels: Sequence[Panel], path: Path, *, width_in: float, num_columns: int = 1, width_ratios: Sequence[float] = ()
-) -> None:
-    """Row by row, `num_columns` panels in each."""
+def save_png(panels: Sequence[Panel], path: Path, picture: Picture) -> None:
+    """Row by row."""
     from matplotlib.figure import Figure
 
-    num_rows = max(1, math.ceil(len(panels) / num_columns))
+    num_rows = max(1, math.ceil(len(panels) / picture.num_columns))
     total_in = num_rows * max((height_in(panel) for panel in panels), default=1.0)
-    figure = Figure(figsize=(width_in, total_in), layout="constrained")
-    grid = figure.subplots(num_rows, num_columns, squeeze=False, width_ratios=width_ratios or None)
+    figure = Figure(figsize=(picture.width_in, total_in), layout="constrained")
+    grid = figure.subplots(num_rows, picture.num_columns, squeeze=False, width_ratios=picture.width_ratios or None)
     for axes, panel in zip(grid.flat, panels, strict=False):
         draw(axes, panel)
         if axes.get_legend_handles_labels()[1]:
@@ -199,18 +197,11 @@ def draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
     axes.set(xlim=(0, ROOM_FOR_NOTES * longest), ylim=(len(bars) - 0.4, -0.6))
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "eval": {"width_in": 11, "num_columns": 2},
-    "simllm": {"width_in": 11, "num_columns": 2},
-    "ai100": {"width_in": 9, "num_columns": 2, "width_ratios": (2, 1)},
-    "prefix": {"width_in": 8},
-}
-"""Of the pictures beside result files."""
-
-
 def save_picture(result_path: Path, image_path: Path, benchmark: str) -> None:
     """Raises `ValueError` where the file holds another benchmark, or no rows."""
     result = load_results(result_path)
     if result.get("settings", {}).get("benchmark") != benchmark or not result["rows"]:
         raise ValueError(f"{result_path} holds no {benchmark} benchmark")
-    save_png(panels_of(result), image_path, **LAYOUTS[benchmark])
+    picture = RESULT_KINDS[benchmark].picture
+    assert picture, f"{benchmark} has no picture"
+    save_png(panels_of(result), image_path, picture)

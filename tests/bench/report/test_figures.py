@@ -20,6 +20,7 @@ from kvarena.panels import (
     Axis,
     Bar,
     Panel,
+    Picture,
     Series,
     by_share,
     by_time,
@@ -193,5 +194,5 @@ def test_an_svg_has_the_pages_ink_its_text_and_no_size() -> None:
 
 
 def test_panels_become_one_png(tmp_path: Path) -> None:
-    save_png([COST] * 3, tmp_path / "x.png", width_in=6, num_columns=2)
+    save_png([COST] * 3, tmp_path / "x.png", Picture(6, 2))
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

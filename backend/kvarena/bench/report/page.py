@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from kvarena.bench.plotting import to_svg
 from kvarena.bench.report.parts import Block, Part, ResultFile, Topic, pairs_table, rows_table
 from kvarena.panels import (
-    PANELS,
+    EVAL,
+    RESULT_KINDS,
+    TTFT,
     Colours,
     by_share,
     by_time,
@@ -68,11 +70,8 @@ def other_part(file: ResultFile, colours: Colours) -> Part:
     """A table for each `measure`, where a benchmark has several."""
     measures = grouped(file.rows, lambda row: str(row.get("measure", "")))
     tables = [rows_table(measure.capitalize() or "Rows", rows) for measure, rows in measures.items()]
-    draw = PANELS.get(file.benchmark)
-    return Part(draw(file.result, colours) if draw and file.rows else (), tables)
-
-
-TTFT, EVAL = frozenset({"ttft"}), frozenset({"eval"})
+    kind = RESULT_KINDS.get(file.benchmark)
+    return Part(kind.panels(file.result, colours) if kind and file.rows else (), tables)
 
 
 def _settings(file: ResultFile, colours: Colours) -> Part:
@@ -81,7 +80,8 @@ def _settings(file: ResultFile, colours: Colours) -> Part:
 
 
 def _rest(file: ResultFile, colours: Colours) -> Part:
-    return Part() if file.benchmark in TTFT | EVAL else other_part(file, colours)
+    with_topics = {topic.benchmark for topic in TOPICS if topic.benchmark}
+    return Part() if file.benchmark in with_topics else other_part(file, colours)
 
 
 TOPICS = (
@@ -139,7 +139,7 @@ def render(files: Sequence[ResultFile]) -> str:
 
 def _block(topic: Topic, file: ResultFile, colours: Colours) -> Block | None:
     """None where the file has nothing to the topic."""
-    if topic.benchmarks and file.benchmark not in topic.benchmarks:
+    if topic.benchmark and file.benchmark != topic.benchmark:
         return None
     try:
         part = topic.make(file, colours)

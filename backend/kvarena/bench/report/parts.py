@@ -147,13 +147,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Topic:
-    """`make` takes a file of one of these `benchmarks`; none means every file."""
+    """`make` takes a file of this `benchmark`; empty means every file."""
 
     anchor: str
     title: str
     intro: str
     make: Callable[[ResultFile, Colours], Part]
-    benchmarks: frozenset[str] = frozenset()
+    benchmark: str = ""
 
 
 @dataclass(frozen=True)
