@@ -15,9 +15,15 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from rich.console import Console
+
 from ai100.engine import AI100Engine, AI100Options
+from ai100.runtimes.runtime import StaticShapes
+from ai100.settings import AI100Settings, open_engine
+from kvarena.bench.console import new_table
 from kvarena.bench.prefix_bench import make_text
 from kvarena.bench.results import Row, ratio_spread, spread
+from kvarena.bench.shapes import model_folder
 from kvarena.engines.base import GenerationRequest, Sampling
 
 CACHED, UNCACHED = "slots", "no cache"
@@ -184,3 +190,46 @@ def _median(counts: Sequence[int]) -> int:
 def settings(workload: AI100Workload, **more: Any) -> dict[str, Any]:
     """As they go into the result file."""
     return {"benchmark": "ai100", **more, **vars(workload)}
+
+
+def engine_for(workload: AI100Workload, model: str | None, shape: str | None, runtime: str) -> AI100Engine:
+    """One slot more than conversations: turns without the cache run in it."""
+    num = workload.num_conversations
+    return open_engine(
+        AI100Settings(
+            model=model_folder(model, shape),
+            runtime=runtime,
+            shapes=StaticShapes(min(128, workload.ctx_len), workload.ctx_len, num, num + 1),
+            random_weights=shape is not None,
+            max_context=workload.ctx_len,
+            served_model_name=shape or model or "town",
+        )
+    )
+
+
+def show_rows(rows: Sequence[Row], console: Console) -> None:
+    figures = ("turn", "prefilled", "slots ms", "prefilled", "no cache ms", "speedup")
+    turns = new_table("Time to first token; medians", figures=figures)
+    modes = new_table("Throughput", "conversations", figures=("tokens/s", "times", "least to most"))
+    for row in rows:
+        if row["measure"] == "first token":
+            turns.add_row(
+                str(row["turn"]),
+                f"{row['slots_prefilled_tokens']:,}",
+                f"{row['slots_ttft_ms']['median']:,.1f}",
+                f"{row['no_cache_prefilled_tokens']:,}",
+                f"{row['no_cache_ttft_ms']['median']:,.1f}",
+                f"{row['sooner']['median']:,.1f}x",
+            )
+        else:
+            times = row["times"]
+            modes.add_row(
+                f"{row['num_conversations']} {row['mode']}",
+                f"{row['tokens_per_s']['median']:,.1f}",
+                f"{times['median']:.2f}x",
+                f"{times['low']:.2f} to {times['high']:.2f}",
+            )
+    console.print(turns)
+    speedup = follow_up_speedup(rows)
+    console.print(f"Speedup of follow-ups: {speedup['median']:.1f}x ({speedup['low']:.1f} to {speedup['high']:.1f})")
+    console.print(modes)

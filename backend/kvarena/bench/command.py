@@ -25,18 +25,12 @@ from kvarena.bench.console import (
     explained,
     integers,
     progress,
-    tell,
+    save_and_tell,
 )
 from kvarena.bench.variants import DEFAULT_POLICIES, read_policies
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ai100.engine import AI100Engine
-    from kvarena.bench.ai100_bench import AI100Workload
-    from kvarena.bench.prefix_bench import PrefixTarget
     from kvarena.bench.results import Row
-    from kvarena.contenders.prefix.engine import PrefixEngine
 
 
 def ai100(
@@ -61,12 +55,9 @@ def ai100(
     from rich.console import Console
 
     from kvarena.bench import ai100_bench
-    from kvarena.bench.plotting import save_picture
-    from kvarena.bench.results import check_writable, save_results
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         workload = ai100_bench.AI100Workload(
             history_tokens=history_tokens,
             num_turns=num_turns,
@@ -77,72 +68,15 @@ def ai100(
             num_rounds=num_rounds,
             seed=seed,
         )
-        engine = _ai100_engine(model, shape, runtime, workload)
+        engine = ai100_bench.engine_for(workload, model, shape, runtime)
         try:
             with progress(workload.num_steps, console) as advance:
                 rows = ai100_bench.run(engine, workload, advance)
         finally:
             engine.close()
     described = engine.describe() | {"model": engine.model_name}
-    save_results(output, ai100_bench.settings(workload, **described), rows)
-    image = output.with_suffix(".png")
-    save_picture(output, image, "ai100")
-    tell(output, as_json, console, lambda: _show_ai100(rows, console), image)
-
-
-def _ai100_engine(model: str | None, shape: str | None, runtime: str, workload: AI100Workload) -> AI100Engine:
-    """One slot more than conversations: turns without the cache run in it."""
-    from ai100.runtimes.runtime import StaticShapes
-    from ai100.settings import AI100Settings, open_engine
-    from kvarena.bench.shapes import model_folder
-
-    num = workload.num_conversations
-    return open_engine(
-        AI100Settings(
-            model=model_folder(model, shape),
-            runtime=runtime,
-            shapes=StaticShapes(min(128, workload.ctx_len), workload.ctx_len, num, num + 1),
-            random_weights=shape is not None,
-            max_context=workload.ctx_len,
-            served_model_name=shape or model or "town",
-        )
-    )
-
-
-def _show_ai100(rows: list[Row], console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from kvarena.bench.ai100_bench import follow_up_speedup
-
-    turns = Table(title="Time to first token; medians", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("turn", "prefilled", "slots ms", "prefilled", "no cache ms", "speedup"):
-        turns.add_column(name, justify="right", no_wrap=True)
-    modes = Table(title="Throughput", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("conversations", "tokens/s", "times", "least to most"):
-        modes.add_column(name, justify="left" if name == "conversations" else "right", no_wrap=True)
-    for row in rows:
-        if row["measure"] == "first token":
-            turns.add_row(
-                str(row["turn"]),
-                f"{row['slots_prefilled_tokens']:,}",
-                f"{row['slots_ttft_ms']['median']:,.1f}",
-                f"{row['no_cache_prefilled_tokens']:,}",
-                f"{row['no_cache_ttft_ms']['median']:,.1f}",
-                f"{row['sooner']['median']:,.1f}x",
-            )
-        else:
-            times = row["times"]
-            modes.add_row(
-                f"{row['num_conversations']} {row['mode']}",
-                f"{row['tokens_per_s']['median']:,.1f}",
-                f"{times['median']:.2f}x",
-                f"{times['low']:.2f} to {times['high']:.2f}",
-            )
-    console.print(turns)
-    speedup = follow_up_speedup(rows)
-    console.print(f"Speedup of follow-ups: {speedup['median']:.1f}x ({speedup['low']:.1f} to {speedup['high']:.1f})")
-    console.print(modes)
+    settings = ai100_bench.settings(workload, **described)
+    save_and_tell(output, settings, rows, as_json, console, lambda: ai100_bench.show_rows(rows, console))
 
 
 def simllm(
@@ -181,9 +115,8 @@ def simllm(
     """
     from rich.console import Console
 
-    from kvarena.bench.plotting import save_picture
     from kvarena.bench.quality.questions import load_questions
-    from kvarena.bench.results import check_writable, save_results, shown_path
+    from kvarena.bench.results import shown_path
     from kvarena.bench.simllm import measuring
     from kvarena.bench.simllm.measuring import show_quality, show_speed
     from kvarena.bench.simllm.running import variants
@@ -191,8 +124,7 @@ def simllm(
     from kvarena.model import find_model
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         path = questions or find_model(model, "cpu").data_dir / QUESTIONS_NAME
         question_set = load_questions(path)
         chosen = variants([mode.strip() for mode in modes.split(",")], decimals(thresholds))
@@ -202,15 +134,13 @@ def simllm(
             quality = bench.quality(model, num_quality_tasks, advance)
     settings = {"benchmark": "simllm", "shape": shape, "questions": shown_path(path), **bench.settings()}
     rows: list[Row] = [*speed.rows, *quality.rows]
-    save_results(output, settings, rows, answers=[*speed.answers, *quality.answers])
-    image = output.with_suffix(".png")
-    save_picture(output, image, "simllm")
 
     def show() -> None:
         show_speed(speed.rows, console)
         show_quality(quality.rows, console)
 
-    tell(output, as_json, console, show, image)
+    answers = [*speed.answers, *quality.answers]
+    save_and_tell(output, settings, rows, as_json, console, show, answers=answers)
 
 
 def ttft(
@@ -274,7 +204,7 @@ def ttft(
     """
     from rich.console import Console
 
-    from kvarena.bench.results import check_writable, save_results
+    from kvarena.bench.results import save_results
     from kvarena.bench.ttft.measuring import Bench, show_rows, show_warnings
     from kvarena.bench.ttft.servers import OwnServers, ServerOptions
     from kvarena.bench.ttft.workload import Workload
@@ -282,8 +212,7 @@ def ttft(
     console = Console(stderr=as_json)
     rows: list[Row] = []
     settings: dict[str, Any] = {"benchmark": "ttft", "is_interrupted": False}
-    with explained():
-        check_writable(output)
+    with explained(output):
         lengths, at_once = integers(context_tokens), integers(concurrency)
         states = tuple(one.strip() for one in state.split(","))
         workload = Workload(lengths, states, at_once, chunk_tokens, question_tokens, max_new_tokens, repeats, seed)
@@ -302,8 +231,7 @@ def ttft(
                         save_results(output, settings, rows)
             except KeyboardInterrupt:
                 settings["is_interrupted"] = True
-    save_results(output, settings, rows)
-    tell(output, as_json, console, lambda: show_rows(rows, console))
+    save_and_tell(output, settings, rows, as_json, console, lambda: show_rows(rows, console))
     show_warnings(rows, console)
     if settings["is_interrupted"]:
         console.print("Interrupted: the figures are those until then.")
@@ -348,7 +276,7 @@ def sustained(
     """
     from rich.console import Console
 
-    from kvarena.bench.results import REFERENCE, check_writable, save_results
+    from kvarena.bench.results import REFERENCE
     from kvarena.bench.ttft import sustained as measuring
     from kvarena.bench.ttft.measuring import Bench
     from kvarena.bench.ttft.servers import OwnServers, ServerOptions
@@ -356,8 +284,7 @@ def sustained(
     from kvarena.bench.variants import Variant
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         workload = measuring.SustainedWorkload(
             num_requests, num_chunks, per_request, new_per_request, chunk_tokens, zipf=zipf, seed=seed
         )
@@ -371,8 +298,7 @@ def sustained(
             with progress(len(variants) * num_requests, console) as advance:
                 rows = measuring.run(contenders, variants, prompts, num_requests, advance)
     settings = {"benchmark": "sustained", "separator": found.separator, **wanted.settings(), **vars(workload)}
-    save_results(output, settings, rows)
-    tell(output, as_json, console, lambda: measuring.show_rows(rows, console))
+    save_and_tell(output, settings, rows, as_json, console, lambda: measuring.show_rows(rows, console))
     if any(row["num_failed"] for row in rows):
         raise typer.Exit(1)
 
@@ -405,13 +331,12 @@ def device(
     from rich.console import Console
 
     from kvarena.bench import device_bench
-    from kvarena.bench.results import check_writable, save_results
+    from kvarena.bench.results import save_results
     from kvarena.home import project_root
     from kvarena.model import SHIPPED_MODELS, TOWN
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         workload = device_bench.DeviceWorkload(
             shapes=tuple(shape.strip() for shape in shapes.split(",")),
             context_tokens=integers(context_tokens),
@@ -428,7 +353,8 @@ def device(
             for row in device_bench.run(workload, Path(folder), tokenizer_from, advance):
                 rows.append(row)
                 save_results(output, device_bench.settings(workload), rows)
-    tell(output, as_json, console, lambda: device_bench.show_rows(rows, console))
+    settings = device_bench.settings(workload)
+    save_and_tell(output, settings, rows, as_json, console, lambda: device_bench.show_rows(rows, console))
 
 
 @app.command()
@@ -461,12 +387,9 @@ def prefix(
     from rich.console import Console
 
     from kvarena.bench import prefix_bench
-    from kvarena.bench.plotting import save_picture
-    from kvarena.bench.results import check_writable, save_results
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         workload = prefix_bench.PrefixWorkload(
             context_tokens=integers(context_tokens),
             levels=tuple(level.strip() for level in levels.split(",")),
@@ -474,13 +397,11 @@ def prefix(
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
-        target, described = _prefix_target(url, model, shape, cache_gb, storage)
+        target, described = prefix_bench.find_target(url, model, shape, cache_gb, storage)
         with progress(workload.num_steps, console) as advance:
             rows = prefix_bench.run(target, workload, advance)
-    save_results(output, prefix_bench.settings(workload, **described), rows)
-    image = output.with_suffix(".png")
-    save_picture(output, image, "prefix")
-    tell(output, as_json, console, lambda: _show_prefix(rows, console), image)
+    settings = prefix_bench.settings(workload, **described)
+    save_and_tell(output, settings, rows, as_json, console, lambda: prefix_bench.show_rows(rows, console))
 
 
 @app.command()
@@ -497,18 +418,16 @@ def tasks(
     from rich.console import Console
 
     from kvarena.bench import task_search_bench
-    from kvarena.bench.results import check_writable, save_results
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         workload = task_search_bench.TaskSearchWorkload(
             integers(num_tasks), embedding_dim, num_queries, similarity, seed
         )
         with progress(workload.num_steps, console) as advance:
             rows = task_search_bench.run(workload, advance)
-    save_results(output, {"benchmark": "tasks", **vars(workload)}, rows)
-    tell(output, as_json, console, lambda: _show_tasks(rows, console))
+    settings = {"benchmark": "tasks", **vars(workload)}
+    save_and_tell(output, settings, rows, as_json, console, lambda: task_search_bench.show_rows(rows, console))
 
 
 @app.command()
@@ -528,108 +447,19 @@ def decode(
     """Time per output token: the PyTorch engine, Hugging Face generate, and a server if one is named."""
     from rich.console import Console
 
-    from kvarena.bench import decode_bench
-    from kvarena.bench.results import check_writable, save_results
+    from kvarena.bench import decode_bench, prefix_bench
     from kvarena.bench.shapes import model_folder
     from kvarena.stack.settings import shown_api_key
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         workload = decode_bench.DecodeWorkload(integers(context_tokens), max_new_tokens, num_requests, seed)
         contenders = {url: decode_bench.server_decode(url, shown_api_key())} if url else {}
         folder = model_folder(model, shape)
-        engine = _prefix_engine(folder, model, shape, cache_gb=0.0, storage="cpu")
+        engine = prefix_bench.open_engine(folder, model, shape)
         reference = decode_bench.generate_decode(folder, engine.model, random_weights=shape is not None)
         contenders |= {decode_bench.ENGINE: decode_bench.engine_decode(engine), decode_bench.GENERATE: reference}
         with progress(workload.num_steps, console) as advance:
             rows = decode_bench.run(contenders, engine.model.vocab_size, workload, advance)
     settings = {"benchmark": "decode", "model": engine.model_name, "url": url, **vars(workload)}
-    save_results(output, settings, rows)
-    tell(output, as_json, console, lambda: _show_decode(rows, console))
-
-
-def _prefix_target(
-    url: str | None, model: str | None, shape: str | None, cache_gb: float, storage: str
-) -> tuple[PrefixTarget, dict[str, object]]:
-    from kvarena.bench.prefix_bench import InProcess, Server
-    from kvarena.bench.shapes import model_folder
-    from kvarena.stack.settings import shown_api_key
-
-    if url:
-        if model or shape:
-            raise ValueError("--url measures the server's own model; --model and --shape go without it")
-        return Server(url, shown_api_key()), {"url": url}
-    engine = _prefix_engine(model_folder(model, shape), model, shape, cache_gb, storage)
-    return InProcess(engine), {"model": engine.model_name, "storage": storage, "cache_gb": cache_gb}
-
-
-def _prefix_engine(folder: str, model: str | None, shape: str | None, cache_gb: float, storage: str) -> PrefixEngine:
-    from kvarena.contenders.prefix.engine import PrefixEngine
-    from kvarena.contenders.servers import GIB
-    from kvarena.engines.hf.model import HFModel
-
-    loaded = HFModel.load(folder, random=shape is not None)
-    return PrefixEngine(loaded, shape or model or "town", cache_bytes=int(cache_gb * GIB), storage=storage)
-
-
-def _show_prefix(rows: list[Row], console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
-    title = "Time to first token, lookup and transfer included; medians"
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("level", "scenario"):
-        table.add_column(name, no_wrap=True)
-    for name in ("prompt", "reused", "TTFT ms", "ms/token", "speedup"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["level"],
-            row["scenario"],
-            f"{row['context_tokens']:,}",
-            f"{row['reused_ratio']:.0%}",
-            f"{row['ttft_ms']['median']:,.1f}",
-            f"{row['tpot_ms']['median']:,.1f}",
-            f"{row['speedup_vs_cold']['median']:,.1f}x",
-            end_section=row["scenario"] == "new question",
-        )
-    console.print(table)
-
-
-def _show_tasks(rows: list[Row], console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title="Search for a similar task", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("tasks", "median ms", "p95 ms", "processor ms", "found"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            f"{row['num_tasks']:,}",
-            f"{row['lookup_ms']['median']:.2f}",
-            f"{row['lookup_ms']['p95']:.2f}",
-            f"{row['lookup_cpu_ms']['median']:.2f}",
-            f"{row['found_ratio']:.1%}",
-        )
-    console.print(table)
-
-
-def _show_decode(rows: list[Row], console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title="Time per output token; medians", box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("contender", no_wrap=True)
-    for name in ("prompt", "ms/token", "of engine's", "least to most"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        ratio = row["ratio_to_engine"]
-        table.add_row(
-            row["contender"],
-            f"{row['context_tokens']:,}",
-            f"{row['tpot_ms']['median']:,.2f}",
-            f"{ratio['median']:.2f}x",
-            f"{ratio['low']:.2f} to {ratio['high']:.2f}",
-        )
-    console.print(table)
+    save_and_tell(output, settings, rows, as_json, console, lambda: decode_bench.show_rows(rows, console))

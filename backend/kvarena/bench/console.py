@@ -6,15 +6,18 @@ Imported by the command line at its start, so rich is imported inside the functi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Column, Table
+
+    from kvarena.bench.results import Row
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -34,12 +37,16 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """What a user can put right is told in a line."""
+def explained(output: Path | None = None) -> Iterator[None]:
+    """What a user can put right is told in a line; first of all, that `output` can't be written."""
     from rich.console import Console
     from rich.markup import escape
 
     try:
+        if output:
+            from kvarena.bench.results import check_writable
+
+            check_writable(output)
         yield
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -91,12 +98,41 @@ def choice_among(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def tell(output: Path, as_json: bool, console: Console, show: Callable[[], None], image: Path | None = None) -> None:
-    """A saved result: as JSON on standard output, or as its tables and where it is."""
-    from kvarena.bench.results import load_results
+def new_table(title: str, *texts: str | Column, figures: Sequence[str], **layout: Any) -> Table:
+    """Columns of texts, then of figures. `layout` is rich's."""
+    from rich import box
+    from rich.table import Column, Table
 
+    columns = [Column(one, no_wrap=True) if isinstance(one, str) else one for one in texts]
+    columns += [Column(name, justify="right", no_wrap=True) for name in figures]
+    return Table(*columns, title=title, box=box.SIMPLE_HEAD, **layout or {"collapse_padding": True})
+
+
+def save_and_tell(
+    output: Path,
+    settings: Mapping[str, Any],
+    rows: Sequence[Row],
+    as_json: bool,
+    console: Console,
+    show: Callable[[], None],
+    *,
+    has_picture: bool = True,
+    **details: Any,
+) -> None:
+    """The result file, and the picture of its kind beside it; told as JSON on standard output, or as tables by `show`
+    and where they are.
+    """
+    from kvarena.bench.plotting import save_picture
+    from kvarena.bench.results import load_results, save_results
+    from kvarena.panels import RESULT_KINDS
+
+    save_results(output, settings, rows, **details)
+    benchmark, image = settings["benchmark"], output.with_suffix(".png")
+    has_picture = has_picture and RESULT_KINDS[benchmark].picture is not None
+    if has_picture:
+        save_picture(output, image, benchmark)
     if as_json:
         print(json.dumps(load_results(output), indent=1))
     else:
         show()
-        console.print(f"Figures are in {output}{f', the plot in {image}' if image else ''}.", soft_wrap=True)
+        console.print(f"Figures are in {output}{f', the plot in {image}' if has_picture else ''}.", soft_wrap=True)

@@ -13,9 +13,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from kvarena.bench.console import new_table
 from kvarena.bench.results import Row, ratio_spread, spread
 from kvarena.client import COMPLETIONS, ClientError, connect
 from kvarena.contenders.prefix.engine import PrefixEngine
@@ -141,3 +143,18 @@ def server_decode(url: str, api_key: str = "") -> Decode:
             raise ValueError(f"{url}: {error}") from error
 
     return decode
+
+
+def show_rows(rows: Sequence[Row], console: Console) -> None:
+    figures = ("prompt", "ms/token", "of engine's", "least to most")
+    table = new_table("Time per output token; medians", "contender", figures=figures)
+    for row in rows:
+        ratio = row["ratio_to_engine"]
+        table.add_row(
+            row["contender"],
+            f"{row['context_tokens']:,}",
+            f"{row['tpot_ms']['median']:,.2f}",
+            f"{ratio['median']:.2f}x",
+            f"{ratio['low']:.2f} to {ratio['high']:.2f}",
+        )
+    console.print(table)

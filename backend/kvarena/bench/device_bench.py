@@ -20,11 +20,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kvarena.bench.console import new_table
 from kvarena.bench.results import Row, ratio_spread, spread
 from kvarena.bench.shapes import write_shape
 from kvarena.bench.ttft.workload import ContextOfChunks, Vocabulary, chunk_sizes
@@ -97,10 +97,8 @@ def show_rows(rows: Sequence[Row], console: Console) -> None:
         if "check" in row:
             same = "the same likeliest token" if row["is_same_token"] else "another likeliest token"
             console.print(f"{row['family']}: logits at ratio 1 are off by {row['difference']:.1e}, {same}")
-    table = Table(title="Time to the first token; medians", box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("")
-    for name in ("ms", "floor ms", "speedup", "reused", "recomputed", "peak GiB"):
-        table.add_column(name, justify="right", no_wrap=True)
+    figures = ("ms", "floor ms", "speedup", "reused", "recomputed", "peak GiB")
+    table = new_table("Time to the first token; medians", Column(""), figures=figures)
     last = None
     for row in (row for row in rows if "check" not in row):
         if (cell := f"{row['shape']}, {row['context_tokens']:,} tokens") != last:

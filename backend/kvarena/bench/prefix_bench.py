@@ -15,10 +15,17 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
+from rich.console import Console
+
+from kvarena.bench.console import new_table
 from kvarena.bench.results import Row, ratio_spread, spread
+from kvarena.bench.shapes import model_folder
 from kvarena.client import ClientError, connect
 from kvarena.contenders.prefix.engine import PrefixEngine, PrefixOptions
+from kvarena.contenders.servers import GIB
 from kvarena.engines.base import GenerationRequest, Sampling
+from kvarena.engines.hf.model import HFModel
+from kvarena.stack.settings import shown_api_key
 
 LEVELS: dict[str, dict[str, bool]] = {
     "no KV cache": {"use_cache": False, "use_prefix_cache": False},
@@ -217,3 +224,39 @@ def _as_value_error(url: str) -> Iterator[None]:
         yield
     except ClientError as error:
         raise ValueError(f"{url}: {error}") from error
+
+
+def find_target(
+    url: str | None, model: str | None, shape: str | None, cache_gb: float, storage: str
+) -> tuple[PrefixTarget, dict[str, object]]:
+    """What is measured, and what the result file says of it."""
+    if url:
+        if model or shape:
+            raise ValueError("--url measures the server's own model; --model and --shape go without it")
+        return Server(url, shown_api_key()), {"url": url}
+    engine = open_engine(model_folder(model, shape), model, shape, cache_gb, storage)
+    return InProcess(engine), {"model": engine.model_name, "storage": storage, "cache_gb": cache_gb}
+
+
+def open_engine(
+    folder: str, model: str | None, shape: str | None, cache_gb: float = 0.0, storage: str = "cpu"
+) -> PrefixEngine:
+    loaded = HFModel.load(folder, random=shape is not None)
+    return PrefixEngine(loaded, shape or model or "town", cache_bytes=int(cache_gb * GIB), storage=storage)
+
+
+def show_rows(rows: Sequence[Row], console: Console) -> None:
+    title = "Time to first token, lookup and transfer included; medians"
+    table = new_table(title, "level", "scenario", figures=("prompt", "reused", "TTFT ms", "ms/token", "speedup"))
+    for row in rows:
+        table.add_row(
+            row["level"],
+            row["scenario"],
+            f"{row['context_tokens']:,}",
+            f"{row['reused_ratio']:.0%}",
+            f"{row['ttft_ms']['median']:,.1f}",
+            f"{row['tpot_ms']['median']:,.1f}",
+            f"{row['speedup_vs_cold']['median']:,.1f}x",
+            end_section=row["scenario"] == "new question",
+        )
+    console.print(table)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 
+from kvarena.bench.console import new_table
 from kvarena.bench.results import Row, spread
 from kvarena.contenders.simllm.manager import InterTaskKVManager
 
@@ -87,3 +89,17 @@ def _near(embedding: torch.Tensor, similarity: float, generator: torch.Generator
     noise = torch.randn(len(embedding), generator=generator)
     length = float(embedding.norm() / noise.norm()) * math.sqrt(1 / similarity**2 - 1)
     return embedding + length * noise
+
+
+def show_rows(rows: Sequence[Row], console: Console) -> None:
+    figures = ("tasks", "median ms", "p95 ms", "processor ms", "found")
+    table = new_table("Search for a similar task", figures=figures)
+    for row in rows:
+        table.add_row(
+            f"{row['num_tasks']:,}",
+            f"{row['lookup_ms']['median']:.2f}",
+            f"{row['lookup_ms']['p95']:.2f}",
+            f"{row['lookup_cpu_ms']['median']:.2f}",
+            f"{row['found_ratio']:.1%}",
+        )
+    console.print(table)

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarena.bench.console import INTERRUPTED, AsJson, PlottedFile, ResultFile, decimals, explained, integers, tell
+from kvarena.bench.console import (
+    INTERRUPTED,
+    AsJson,
+    PlottedFile,
+    ResultFile,
+    decimals,
+    explained,
+    integers,
+    new_table,
+    save_and_tell,
+)
 from kvarena.policies.registry import DEFAULT_POLICY, calibrated_policies
 from kvarena.splitting import MIN_CHUNK_TOKENS
 
@@ -99,7 +109,6 @@ def evaluate(
     from rich.console import Console
     from rich.markup import escape
 
-    from kvarena.bench.plotting import save_picture
     from kvarena.bench.quality.questions import Redraw, load_questions, stack_splitter
     from kvarena.bench.quality.scoring import ScoreSheet, show_rows
     from kvarena.bench.quality.session import (
@@ -109,15 +118,14 @@ def evaluate(
         reuses_nothing,
         session,
     )
-    from kvarena.bench.results import check_writable, save_results, shown_path
+    from kvarena.bench.results import shown_path
     from kvarena.bench.variants import find_reference
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.render import show_problems
 
     console = Console(stderr=as_json)
     wanted = ContenderOptions(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
-    with explained():
-        check_writable(output)
+    with explained(output):
         path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
         splitter = stack_splitter(chunk_tokens, tokenizer)
         question_set = load_questions(path, data, limit, Redraw.of(seed, num_chunks), splitter)
@@ -145,16 +153,16 @@ def evaluate(
     sheet = ScoreSheet(question_set, attempts, reference)
     rows = sheet.rows()
     with_gold = [question.to_json() for question in question_set.questions]
-    save_results(output, settings, rows, questions=with_gold, answers=sheet.answers())
-    image = output.with_suffix(".png")
-    if has_scores := any(row["correct"] for row in rows):
-        save_picture(output, image, "eval")
-    tell(
+    save_and_tell(
         output,
+        settings,
+        rows,
         as_json,
         console,
         lambda: show_rows(rows, question_set.kinds, console),
-        image if has_scores else None,
+        has_picture=any(row["correct"] for row in rows),
+        questions=with_gold,
+        answers=sheet.answers(),
     )
     if reuses_nothing(attempts):
         console.print(f"[yellow]{escape(nothing_reused_note(asked.separator))}[/yellow]", soft_wrap=True)
@@ -238,15 +246,14 @@ def calibrate(
         reuses_nothing,
         session,
     )
-    from kvarena.bench.results import check_writable, save_results, shown_path
+    from kvarena.bench.results import shown_path
     from kvarena.bench.variants import Variant, blend_variants, reads_scores
     from kvarena.core.matching import DEFAULT_SINK_TOKENS
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.render import show_problems
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         sinks = integers(sink_tokens) if sink_tokens else (0, DEFAULT_SINK_TOKENS) if engine == "hf" else ()
         wanted = ContenderOptions(engine, [contender], model, separator, timeout_s, more_sinks=sinks)
         folder = data or (questions.parent if questions else default_data_dir(engine, model))
@@ -302,8 +309,14 @@ def calibrate(
         "sinks": calibration.sink_rows(attempts),
         "chosen": chosen and Variant.of_row(chosen).profile,
     }
-    save_results(output, settings, rows)
-    tell(output, as_json, console, lambda: _show_calibration(rows, settings["sinks"], chosen, console))
+    save_and_tell(
+        output,
+        settings,
+        rows,
+        as_json,
+        console,
+        lambda: _show_calibration(rows, settings["sinks"], chosen, console),
+    )
     for note in (sample_note(num_questions), unscored_note(rows), one_sink_note(blend.sinks)):
         if note:
             console.print(note, soft_wrap=True, highlight=False)
@@ -397,16 +410,17 @@ def one_sink_note(sinks: Sequence[int]) -> str:
 
 
 def _show_calibration(rows: Sequence[Row], sinks: Sequence[Row], chosen: Row | None, console: Console) -> None:
-    from rich import box
-    from rich.table import Table
+    from rich.table import Column
 
     from kvarena.bench.variants import Variant
 
-    title = "Agreement with full prefill (%), along its answers"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # 80 columns are enough
-    table.add_column("policy", min_width=17)
-    for name in ("layer", "ratio", "sink", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table(
+        "Agreement with full prefill (%), along its answers",
+        Column("policy", min_width=17),
+        figures=("layer", "ratio", "sink", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""),
+        padding=0,  # 80 columns are enough
+        pad_edge=False,
+    )
     for row in rows:
         found, kl = row["token_agreement"], row["kl_along_answer"]
         table.add_row(

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from kvarena.bench.console import new_table
 from kvarena.bench.quality.asking import Answer, Attempt, Reuse
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.results import ALL_KINDS, Row, spread
@@ -251,6 +251,7 @@ def token_shares(reuses: Iterable[Reuse | None]) -> dict[str, float | None]:
     }
 
 
+CONTENDER = Column("contender", min_width=14)
 TITLES = {"all": "All {} questions", "answered": "The {} that full prefill answers right"}
 
 
@@ -259,7 +260,8 @@ def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> No
     shown = kinds if len(kinds) > 1 else []
     of_all = [row for row in rows if row["kind"] == ALL_KINDS]
     extra = ["recomputed"] if any(_says_no_share(row) for row in of_all) else []
-    right = _table("Right answers (%), 95 % intervals", (*extra, "all", "interval", *shown))
+    figures = (*extra, "all", "interval", *shown)
+    right = new_table("Right answers (%), 95 % intervals", CONTENDER, figures=figures)
     for row in of_all:
         if row["subset"] == "all":
             by_kind = {one["kind"]: one for one in rows if _label(one) == _label(row) and one["subset"] == "all"}
@@ -278,7 +280,8 @@ def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> No
 
 def _figures(rows: Sequence[Row], title: str) -> Table:
     troubles = [name for name in ("cut", "failed") if any(row[f"num_{name}"] for row in rows)]
-    table = _table(title, ("right", "EM", "F1", "same", "tokens", "KL", "TTFT ms", *troubles))
+    figures = ("right", "EM", "F1", "same", "tokens", "KL", "TTFT ms", *troubles)
+    table = new_table(title, CONTENDER, figures=figures)
     for row in rows:
         kl, ttft = row["kl_along_answer"], row["ttft_ms"]
         table.add_row(
@@ -288,14 +291,6 @@ def _figures(rows: Sequence[Row], title: str) -> Table:
             f"{ttft['median']:,.0f}" if ttft else "-",
             *(str(row[f"num_{name}"]) for name in troubles),
         )
-    return table
-
-
-def _table(title: str, names: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("contender", min_width=14)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from kvarena.bench.console import new_table
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet
 from kvarena.bench.simllm.running import (
     Contender,
@@ -122,10 +121,7 @@ def _embedding(network: SharedModel, token_ids: Sequence[int]) -> torch.Tensor:
 def show_steps(variant: SimLLMVariant, shown: Sequence[ShownAnswer], console: Console) -> None:
     """What was reused, what it took, and the answer beside full prefill's."""
     title = f"Mode {variant.mode}, threshold {variant.similarity_threshold:g}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("prompt", no_wrap=True)
-    for name in ("cosine", "reused", "passes", "TTFT", "without"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table(title, "prompt", figures=("cosine", "reused", "passes", "TTFT", "without"))
     for name in ("answer", "without"):
         table.add_column(name)
     for one in shown:
@@ -156,11 +152,8 @@ def explain_steps(shown: Sequence[ShownAnswer], console: Console) -> None:
 def show_compared(compared: Compared, threshold: float, console: Console) -> None:
     """Cosine and differing bits of each pair; what would hit is bold."""
     title = f"Cosine of the prompts' embeddings, and how many of {compared.num_hyperplanes} hash bits differ"
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("prompt", no_wrap=True)
     names = list(compared.questions)
-    for number in range(1, len(names)):
-        table.add_column(str(number), justify="right", no_wrap=True)
+    table = new_table(title, "prompt", figures=[str(number) for number in range(1, len(names))])
     num_hits = 0
     for row, name in enumerate(names):
         cells = []

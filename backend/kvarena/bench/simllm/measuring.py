@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from kvarena.bench.console import new_table
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.quality.scoring import is_same_answer, mean_interval, squad_score
 from kvarena.bench.results import Row, spread
@@ -139,9 +138,8 @@ MEBI = 2**20
 
 def show_speed(rows: Sequence[Row], console: Console) -> None:
     """Times are in milliseconds, memory in MiB."""
-    table = _table(
-        f"Speed on {_what(rows)}", ("hits", "passes", "req/s", "times", "CPU", "TTFT", "p95", "rise", "kept")
-    )
+    figures = ("hits", "passes", "req/s", "times", "CPU", "TTFT", "p95", "rise", "kept")
+    table = new_table(f"Speed on {_what(rows)}", "contender", figures=figures)
     for row in rows:
         rise = row["peak_rise_bytes"]
         table.add_row(
@@ -166,7 +164,8 @@ def show_speed(rows: Sequence[Row], console: Console) -> None:
 
 def show_quality(rows: Sequence[Row], console: Console) -> None:
     """All figures are percentages; differences to no reuse are in points."""
-    table = _table(f"Quality on {_what(rows)}", ("hits", "exact", "interval", "lost", "similar", "same", "first"))
+    figures = ("hits", "exact", "interval", "lost", "similar", "same", "first")
+    table = new_table(f"Quality on {_what(rows)}", "contender", figures=figures)
     for row in rows:
         exact = row["exact_match"]
         table.add_row(
@@ -185,14 +184,6 @@ def show_quality(rows: Sequence[Row], console: Console) -> None:
         "answers and first tokens that are no reuse's",
         style="dim",
     )
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("contender", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _what(rows: Sequence[Row]) -> str:

@@ -6,11 +6,11 @@ Imported by the command line at its start: everything heavy is imported inside t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarena.bench.console import AsJson, ResultFile, explained, progress, tell
+from kvarena.bench.console import AsJson, ResultFile, explained, progress, save_and_tell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,14 +57,12 @@ def soak(
 
     from rich.console import Console
 
-    from kvarena.bench.results import check_writable, save_results
     from kvarena.bench.soak.campaign import Soak
     from kvarena.bench.soak.faults import NO_FAULTS, read_faults
     from kvarena.client import ClientError
 
     console = Console(stderr=as_json)
-    with explained():
-        check_writable(output)
+    with explained(output):
         kinds = read_faults(NO_FAULTS if target else faults)
         servers, documents, stack = _targets(target, data) if target else _stack(bool(kinds), console)
         run = Soak(
@@ -84,13 +82,12 @@ def soak(
                 outcome = asyncio.run(run.run(advance))
             except ClientError as error:
                 raise ValueError(str(error)) from error
-    details = {
+    details: dict[str, Any] = {
         "checks": [check.to_json() for check in outcome.checks],
         "faults": [vars(struck) for struck in outcome.struck],
         "findings": outcome.findings,
     }
-    save_results(output, run.settings(), outcome.rows, **details)
-    tell(output, as_json, console, lambda: _show(outcome, console))
+    save_and_tell(output, run.settings(), outcome.rows, as_json, console, lambda: _show(outcome, console), **details)
     raise typer.Exit(1 if outcome.failed else 0)
 
 

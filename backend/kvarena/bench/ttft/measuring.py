@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column
 from tokenizers import Tokenizer
 
+from kvarena.bench.console import new_table
 from kvarena.bench.results import REFERENCE, Row, median_interval, ratio_spread, shown_path, spread
 from kvarena.bench.ttft.client import Burst, Contender, Timed
 from kvarena.bench.ttft.workload import Cell, Prompts, Vocabulary, Workload
@@ -149,10 +149,8 @@ def _split(one: Timed) -> dict[str, float]:
 def show_rows(rows: Sequence[Row], console: Console) -> None:
     """A section for each cell."""
     title = "Time to first token (TTFT), medians; speedup over plain, with the least and greatest of pairs"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("contender")
-    for name in ("TTFT ms", "speedup", "req/s", "reused", "redone", "MiB"):
-        table.add_column(name, justify="right", no_wrap=True)
+    figures = ("TTFT ms", "speedup", "req/s", "reused", "redone", "MiB")
+    table = new_table(title, Column("contender"), figures=figures, padding=(0, 1, 0, 0), pad_edge=False)
     for index, row in enumerate(rows):
         if not index or _cell(row) != _cell(rows[index - 1]):
             table.add_section()

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
+from kvarena.bench.console import new_table
 from kvarena.bench.results import REFERENCE, Row, ratio_spread, spread
 from kvarena.bench.ttft.client import Contender, Timed
 from kvarena.bench.ttft.workload import ContextOfChunks, Vocabulary
@@ -139,10 +139,8 @@ def lasting(rows: Sequence[Row]) -> dict[str, float]:
 
 def show_rows(rows: Sequence[Row], console: Console) -> None:
     title = "Over the run, fifth by fifth: medians"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("contender")
-    for name in ("from request", "TTFT ms", "speedup", "reused", "chunks found"):
-        table.add_column(name, justify="right", no_wrap=True)
+    figures = ("from request", "TTFT ms", "speedup", "reused", "chunks found")
+    table = new_table(title, Column("contender"), figures=figures, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows:
         shares = ("-" if row[name] is None else f"{row[name]:.0%}" for name in ("reused_ratio", "hit_ratio"))
         ttft, speedup = row["ttft_ms"], row["speedup_vs_plain"]
