@@ -57,8 +57,8 @@ def chat(
     try:
         _check_mode(messages or [], batch=batch, as_json=as_json, no_cache=no_cache, compare=compare)
         settings = make_settings(sets_aside=compare)  # without --compare all turns are alike: topics have all slots
-        if settings.max_context is None:
-            settings = replace(settings, max_context=MAX_CONTEXT)
+        if settings.own.max_context is None:
+            settings = replace(settings, own=replace(settings.own, max_context=MAX_CONTEXT))
         engine = open_engine(settings)
     except START_ERRORS as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

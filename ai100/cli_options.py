@@ -17,7 +17,7 @@ from kvarena.contenders.command_line import with_options
 from kvarena.contenders.command_line import with_settings as with_spec_settings
 
 SettingsMaker = Callable[..., Any]
-"""Makes `AI100Settings` of the options that were given, and of more fields by keyword."""
+"""Makes `EngineSettings` of the options that were given, and of more fields by keyword."""
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -59,28 +59,8 @@ def _make_settings(
     **more: Any,
 ) -> Any:
     from ai100.runtimes.card import CompileOptions
-    from ai100.runtimes.runtime import StaticShapes
-    from ai100.settings import AI100Settings
-    from ai100.topics import TOPICS_FILE
+    from ai100.settings import EngineSettings
 
-    return AI100Settings(
-        model=model,
-        runtime=settings.runtime,
-        shapes=StaticShapes(
-            settings.prefill_seq_len, settings.ctx_len, settings.full_batch_size, settings.kv_cache_batch_size
-        ),
-        compile_options=CompileOptions(
-            num_cores, num_devices, mxfp6_matmul, mxint8_kv_cache, tuple(comp_ctx_lengths or ())
-        ),
-        device=device,
-        dtype=dtype,
-        topics=settings.topics,
-        topics_file=settings.topics_file or TOPICS_FILE,
-        sentence_model=sentence_model,
-        threshold=settings.threshold,
-        max_context=settings.max_context,
-        gen_len=settings.gen_len,
-        data=data,
-        notes_tokens=settings.notes_tokens,
-        **more,
-    )
+    lengths = tuple(comp_ctx_lengths or ())
+    compiled = CompileOptions(num_cores, num_devices, mxfp6_matmul, mxint8_kv_cache, lengths)
+    return EngineSettings(settings, model, sentence_model, device, dtype, compiled, data, **more)

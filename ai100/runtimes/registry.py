@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from ai100.runtimes import card
 from ai100.runtimes.card import CardUnavailable, CompileOptions, compile_model, open_on_card
@@ -14,8 +15,9 @@ from ai100.runtimes.host import HostRuntime
 from ai100.runtimes.model_files import ModelFiles
 from ai100.runtimes.qefficient import QEfficientRuntime
 from ai100.runtimes.runtime import Runtime, StaticShapes
+from kvarena.contenders.ai100 import RuntimeName
 
-RUNTIMES = ("auto", "qaic", "host", "onnx")
+RUNTIMES = get_args(RuntimeName)
 DEFAULT_OPTIONS = CompileOptions()
 
 log = logging.getLogger(__name__)

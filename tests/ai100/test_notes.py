@@ -11,8 +11,9 @@ import pytest
 from ai100.chat import ChatSession
 from ai100.notes import MAX_NOTE_CHARACTERS, Note, Notes, load_notes, passages
 from ai100.runtimes.runtime import StaticShapes
-from ai100.settings import AI100Settings, open_engine
+from ai100.settings import EngineSettings, open_engine
 from ai100.topics import KeywordTopics, load_topics
+from kvarena.contenders.ai100 import AI100Settings
 from kvarena.engines.base import Sampling
 from support.ai100_engine import AI100, Answer, read
 from support.real_model import real_model_folder
@@ -153,8 +154,8 @@ def test_notes_are_no_reason_to_reset_a_topic(make: Make, notes: Notes) -> None:
 
 def test_the_seed_conversation_in_short_slots(folder: Path) -> None:
     """Two topics in two slots, each with its own notes; the town model has no idea of either, but the slots do."""
-    settings = AI100Settings(model="town", runtime="host", shapes=StaticShapes(128, 2048, 1, 4), data=folder, gen_len=8)
-    engine = open_engine(settings)
+    own = AI100Settings("host", full_batch_size=1, kv_cache_batch_size=4, ctx_len=2048, gen_len=8)
+    engine = open_engine(EngineSettings(own, "town", data=folder))
     chat = ChatSession(engine)
     told = [chat.ask(question).details for question in SEED]
     engine.close()
@@ -168,10 +169,8 @@ def test_the_seed_conversation_in_short_slots(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_seed_conversation_over_the_real_model_and_its_documents() -> None:
-    settings = AI100Settings(
-        model=str(real_model_folder()), runtime="host", shapes=StaticShapes(128, 2048, 1, 4), gen_len=60
-    )
-    engine = open_engine(settings)
+    own = AI100Settings("host", full_batch_size=1, kv_cache_batch_size=4, ctx_len=2048, gen_len=60)
+    engine = open_engine(EngineSettings(own, str(real_model_folder())))
     chat = ChatSession(engine)
     replies = [chat.ask(question) for question in SEED]
     engine.close()

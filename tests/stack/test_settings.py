@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from kvarena.contenders.ai100 import Runtime, TopicKind
 from kvarena.home import StackError, project_root
 from kvarena.stack.settings import SPECS, load_settings
 
@@ -158,14 +156,6 @@ def test_port_rule(env_file: Path) -> None:
         "lmcache_server": 7502,
         "lmcache_http": 7503,
     }
-
-
-def test_ai100_choices_are_the_servers() -> None:
-    from ai100.runtimes.registry import RUNTIMES
-    from ai100.settings import KINDS_OF_TOPICS
-
-    assert set(get_args(Runtime)) == set(RUNTIMES)
-    assert set(get_args(TopicKind)) == set(KINDS_OF_TOPICS)
 
 
 def test_relative_folders_count_from_the_project(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,12 @@ from typing import Any
 from rich.console import Console
 
 from ai100.engine import AI100Engine, AI100Options
-from ai100.runtimes.runtime import StaticShapes
-from ai100.settings import AI100Settings, open_engine
+from ai100.settings import EngineSettings, open_engine
 from kvarena.bench.console import new_table
 from kvarena.bench.prefix_bench import make_text
 from kvarena.bench.results import Row, ratio_spread, spread
 from kvarena.bench.shapes import model_folder
+from kvarena.contenders.ai100 import AI100Settings
 from kvarena.engines.base import GenerationRequest, Sampling
 
 CACHED, UNCACHED = "slots", "no cache"
@@ -195,16 +195,17 @@ def settings(workload: AI100Workload, **more: Any) -> dict[str, Any]:
 def engine_for(workload: AI100Workload, model: str | None, shape: str | None, runtime: str) -> AI100Engine:
     """One slot more than conversations: turns without the cache run in it."""
     num = workload.num_conversations
-    return open_engine(
-        AI100Settings(
-            model=model_folder(model, shape),
-            runtime=runtime,
-            shapes=StaticShapes(min(128, workload.ctx_len), workload.ctx_len, num, num + 1),
-            random_weights=shape is not None,
-            max_context=workload.ctx_len,
-            served_model_name=shape or model or "town",
-        )
+    own = AI100Settings(
+        runtime,  # type: ignore[arg-type]  # the registry refuses others
+        full_batch_size=num,
+        kv_cache_batch_size=num + 1,
+        ctx_len=workload.ctx_len,
+        prefill_seq_len=min(128, workload.ctx_len),
+        max_context=workload.ctx_len,
     )
+    name = shape or model or "town"
+    folder = model_folder(model, shape)
+    return open_engine(EngineSettings(own, folder, random_weights=shape is not None, served_model_name=name))
 
 
 def show_rows(rows: Sequence[Row], console: Console) -> None:

@@ -11,7 +11,7 @@ from annotated_types import Ge, Interval
 from kvarena.contenders.servers import EngineServer, Launch, Options, own_options
 from kvarena.contenders.spec import Container, ContenderSpec, setting
 
-Runtime = Literal["auto", "qaic", "host", "onnx"]
+RuntimeName = Literal["auto", "qaic", "host", "onnx"]
 TopicKind = Literal["keyword", "embedding"]
 Count = Annotated[int, Ge(1)]
 
@@ -23,7 +23,7 @@ class AI100Settings:
     The chat in a terminal has the same options.
     """
 
-    runtime: Runtime | None = setting(
+    runtime: RuntimeName | None = setting(
         None,
         "qaic (the card), host (PyTorch), onnx (the card's graph in ONNX Runtime), or auto: the card where there is "
         "one, else host.",

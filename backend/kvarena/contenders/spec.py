@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
@@ -153,6 +153,11 @@ class ContenderSpec:
         for one in own:
             assert one.default is not MISSING, f"{one.name} has no default"
             yield Setting(f"{self.name}_{one.name}", one.name, annotations[one.name], one.default, **one.metadata)
+
+    def filled(self, settings: Any) -> Any:
+        """These settings of it, with the server's own default in place of each `None` that stands for one."""
+        unset = (own for own in self.own_settings() if getattr(settings, own.name) is None and not own.default_text)
+        return replace(settings, **{own.name: own.shown for own in unset})
 
     def page_entry(self, url: str) -> dict[str, object]:
         """What the page is told of it."""
