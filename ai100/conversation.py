@@ -64,7 +64,7 @@ class ParsedMessages:
 
 
 @dataclass(eq=False)
-class Turn:
+class TopicTurn:
     """A question and, when it has ended, its answer. `starts_anew`: what its topic said before is no part of it, but
     for the last turn with chunks where it `keeps_context`.
 
@@ -103,13 +103,13 @@ class Chat:
     """
 
     system: tuple[Message, ...]
-    earlier: tuple[Turn, ...]
-    turn: Turn
+    earlier: tuple[TopicTurn, ...]
+    turn: TopicTurn
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     add_special_tokens: bool = False
     notes: Notes = NO_NOTES
 
-    def of_this_topic(self) -> list[Turn]:
+    def of_this_topic(self) -> list[TopicTurn]:
         """Those that were answered."""
         return [turn for turn in self.earlier if turn.topic == self.turn.topic and turn.answer is not None]
 
@@ -166,7 +166,7 @@ class PromptWriter:
         text = request.prompt if isinstance(request.prompt, str) else ""
         return Prompt(tuple(token_ids), text, self._num_tokens(len(token_ids), request.sampling.max_tokens))
 
-    def _render(self, chat: Chat, turns: Sequence[Turn]) -> Rendered:
+    def _render(self, chat: Chat, turns: Sequence[TopicTurn]) -> Rendered:
         of_topic, of_turns = _notes(chat, turns)
         said = [_with_notes(chat, turn.question, new) for turn, new in zip((*turns, chat.turn), of_turns, strict=True)]
         answers = [turn.answer for turn in turns]
@@ -184,11 +184,11 @@ class PromptWriter:
         num_notes_tokens = sum(note.num_tokens for new in of_turns[:-1] for note in new)
         return Rendered(tuple(token_ids), text, (*of_topic, *chain(*of_turns)), num_notes_tokens)
 
-    def _context(self, turns: Sequence[Turn]) -> list[Turn]:
+    def _context(self, turns: Sequence[TopicTurn]) -> list[TopicTurn]:
         """The last turn that brought chunks, if one did."""
         return [turn for turn in turns if self.is_context(text_of(turn.question))][-1:]
 
-    def _since_reset(self, turns: Sequence[Turn]) -> list[Turn]:
+    def _since_reset(self, turns: Sequence[TopicTurn]) -> list[TopicTurn]:
         start = max((at for at, turn in enumerate(turns) if turn.starts_anew), default=0)
         kept = self._context(turns[:start]) if turns and turns[start].keeps_context else []
         return [*kept, *turns[start:]]
@@ -213,7 +213,7 @@ def text_of(message: Message) -> str:
     return str(message.get("content") or "")
 
 
-def _notes(chat: Chat, turns: Sequence[Turn]) -> tuple[tuple[Note, ...], list[tuple[Note, ...]]]:
+def _notes(chat: Chat, turns: Sequence[TopicTurn]) -> tuple[tuple[Note, ...], list[tuple[Note, ...]]]:
     """Those of the topic, and of each of these turns and the new one."""
     first, *messages = [
         chat.notes.question_in(text_of(turn.question)) for turn in (*chat.of_this_topic()[:1], *turns, chat.turn)
@@ -256,7 +256,7 @@ class Conversation:
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     system: tuple[Message, ...] = ()
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[TopicTurn] = field(default_factory=list)
     name: tuple[str, str] | None = None
     histories: dict[str, None] = field(default_factory=dict)
     """Least recently used first."""
@@ -268,8 +268,8 @@ class OpenTurn:
 
     conversation: Conversation
     system: tuple[Message, ...]
-    earlier: tuple[Turn, ...]
-    turn: Turn
+    earlier: tuple[TopicTurn, ...]
+    turn: TopicTurn
 
 
 class ConversationMemory:
@@ -301,7 +301,7 @@ class ConversationMemory:
             remembered = list(conversation.turns)
         # Telling topics takes its time, and whoever answers a turn needs the lock.
         turns = self._turns_before(exchange, name, remembered)
-        turn = Turn(topic or self._topic_of(exchange.question, turns), exchange.question)
+        turn = TopicTurn(topic or self._topic_of(exchange.question, turns), exchange.question)
         with self._lock:
             if not _goes_on_alone(exchange, name):
                 conversation.turns = turns
@@ -348,7 +348,7 @@ class ConversationMemory:
             if begun.turn in turns:
                 turns.remove(begun.turn)
 
-    def _topic_of(self, question: Message, earlier: Sequence[Turn]) -> str:
+    def _topic_of(self, question: Message, earlier: Sequence[TopicTurn]) -> str:
         """By the last `MAX_TELLING_TURNS` of the turns before it."""
         said = [
             PastTurn(turn.topic, self._question_in(text_of(turn.question)), text_of(turn.answer) if turn.answer else "")
@@ -357,22 +357,22 @@ class ConversationMemory:
         return self._topics.topic_of(self._question_in(text_of(question)), said)
 
     def _turns_before(
-        self, exchange: ParsedMessages, name: str | None, remembered: list[Turn], most_new: int = MAX_TURNS
-    ) -> list[Turn]:
+        self, exchange: ParsedMessages, name: str | None, remembered: list[TopicTurn], most_new: int = MAX_TURNS
+    ) -> list[TopicTurn]:
         """What the conversation has said before this turn."""
         return remembered if _goes_on_alone(exchange, name) else self._aligned(remembered, exchange.past, most_new)
 
     def _aligned(
-        self, remembered: Sequence[Turn], past: Sequence[tuple[Message, Message]], most_new: int
-    ) -> list[Turn]:
+        self, remembered: Sequence[TopicTurn], past: Sequence[tuple[Message, Message]], most_new: int
+    ) -> list[TopicTurn]:
         """The client's turns: as remembered up to the first that differs, then the last `most_new` anew."""
-        turns: list[Turn] = []
+        turns: list[TopicTurn] = []
         for (question, answer), turn in zip(past, remembered, strict=False):
             if not _is_same(turn, question, answer):
                 break
             turns.append(turn if turn.answer == answer else replace(turn, question=question, answer=answer))
         for question, answer in past[len(turns) :][-most_new:]:
-            turns.append(Turn(self._topic_of(question, turns), question, answer))
+            turns.append(TopicTurn(self._topic_of(question, turns), question, answer))
         return turns
 
     def _find(self, exchange: ParsedMessages, salt: str, name: str | None) -> Conversation:
@@ -429,7 +429,7 @@ def _goes_on_alone(exchange: ParsedMessages, name: str | None) -> bool:
     return name is not None and not exchange.past
 
 
-def _is_same(turn: Turn, question: Message, answer: Message) -> bool:
+def _is_same(turn: TopicTurn, question: Message, answer: Message) -> bool:
     """A client may have cut an answer, at a stop string or when its reader had enough."""
     if turn.answer is None or text_of(turn.question) != text_of(question):
         return False

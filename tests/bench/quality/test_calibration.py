@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvarena.bench.quality.asking import Answer, Attempt, Closeness
+from kvarena.bench.quality.asking import Attempt, Closeness, GreedyAnswer
 from kvarena.bench.quality.calibration import (
     calibration_rows,
     check_layers,
@@ -92,7 +92,7 @@ def test_sinks_are_compared_over_the_same_settings_and_questions() -> None:
     def attempt(sink_tokens: int, question: int, kl: float, **setting: Any) -> Attempt:
         variant = Variant("blend", "chunk_head", setting.get("ratio", 0.1), sink_tokens=sink_tokens)
         close = Closeness(kl, kl, 1 - kl, 4, "teacher_forced")
-        return Attempt(variant, question, Answer("", False, 10.0), closeness=close)
+        return Attempt(variant, question, GreedyAnswer("", False, 10.0), closeness=close)
 
     alone = [attempt(0, 0, 0.2), attempt(0, 1, 0.4), attempt(0, 1, 0.6, ratio=0.2), attempt(0, 2, 0.9)]
     after = [attempt(1, 0, 0.1), attempt(1, 1, 0.2), attempt(1, 1, 0.4, ratio=0.2), attempt(1, 0, 0.0, ratio=1)]
@@ -116,7 +116,7 @@ def test_layers_up_to_a_quarter_of_the_model() -> None:
 def test_rows_are_how_answers_agree_token_by_token() -> None:
     def attempt(number: int, agreement: float, kl: float) -> Attempt:
         close = Closeness(kl, kl, agreement, 4, "teacher_forced")
-        return Attempt(FULL, number, Answer("", False, 10.0 + number), closeness=close)
+        return Attempt(FULL, number, GreedyAnswer("", False, 10.0 + number), closeness=close)
 
     attempts = [attempt(0, 1.0, 0.0), attempt(1, 0.5, 0.2), Attempt(FULL, 2, None, "time-out")]
     (found,) = calibration_rows(attempts)

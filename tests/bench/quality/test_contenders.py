@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvarena.bench.quality.asking import (
     MAX_FAILURES_IN_A_ROW,
-    Answer,
     Asking,
     Attempt,
+    GreedyAnswer,
     Messages,
     NoAnswer,
     ask_all,
@@ -128,7 +128,7 @@ def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[Scri
 class Counting(HTTPAnswerer):
     num_asked = 0
 
-    def answer(self, messages: Messages, variant: Variant, max_tokens: int, *along: Any) -> Answer:
+    def answer(self, messages: Messages, variant: Variant, max_tokens: int, *along: Any) -> GreedyAnswer:
         self.num_asked += 1
         return super().answer(messages, Variant(self.name), max_tokens, *along)
 

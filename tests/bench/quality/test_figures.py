@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvarena.bench.quality.asking import (
-    Answer,
     Attempt,
     Closeness,
+    GreedyAnswer,
     KLMethod,
     Reuse,
     TokenLogprobs,
@@ -119,7 +119,7 @@ def test_kl_over_the_whole_vocabulary() -> None:
     )
     torch.testing.assert_close(full_kl(p, q), expected)
     assert full_kl(p, p).max() == 0
-    found = closeness(*(Answer("", True, 1.0, forced_logprobs=x) for x in (p, q)))
+    found = closeness(*(GreedyAnswer("", True, 1.0, forced_logprobs=x) for x in (p, q)))
     assert found
     assert (found.method, found.num_tokens) == ("teacher_forced", 5)
     assert found.kl == pytest.approx(float(expected.mean()), rel=1e-5)
@@ -128,9 +128,9 @@ def test_kl_over_the_whole_vocabulary() -> None:
 
 
 def test_servers_are_compared_along_the_common_prefix() -> None:
-    def answered(*tokens: str, p: float = 0.5) -> Answer:
+    def answered(*tokens: str, p: float = 0.5) -> GreedyAnswer:
         top = {"a": math.log(p), "b": math.log(1 - p)}
-        return Answer("", True, 1.0, logprobs=[TokenLogprobs(token, top) for token in tokens])
+        return GreedyAnswer("", True, 1.0, logprobs=[TokenLogprobs(token, top) for token in tokens])
 
     found = closeness(answered("x", "y", "z", "end"), answered("x", "y", "w", "v", p=0.8))
     kl = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
@@ -138,7 +138,7 @@ def test_servers_are_compared_along_the_common_prefix() -> None:
     assert (found.kl, found.first_kl) == pytest.approx((kl, kl))
     assert found == Closeness(found.kl, found.first_kl, 0.5, 3, "common_prefix_top20")
     assert closeness(answered("x"), answered("x", "y")) == Closeness(0, 0, 1, 1, "common_prefix_top20")
-    assert closeness(answered("x"), Answer("x", True, 1.0)) is None
+    assert closeness(answered("x"), GreedyAnswer("x", True, 1.0)) is None
 
 
 def test_kl_is_that_of_the_distributions_when_all_tokens_are_listed() -> None:
@@ -220,8 +220,8 @@ def question_set(tmp_path: Path) -> QuestionSet:
     return load_questions(write_question_folder(tmp_path, records))
 
 
-def answer(text: str, *, is_complete: bool = True, reuse: Reuse | None = None) -> Answer:
-    return Answer(text, is_complete, 100.0, reuse)
+def answer(text: str, *, is_complete: bool = True, reuse: Reuse | None = None) -> GreedyAnswer:
+    return GreedyAnswer(text, is_complete, 100.0, reuse)
 
 
 def test_rows_count_what_failed_and_score_the_rest(question_set: QuestionSet) -> None:

@@ -62,7 +62,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GreedyAnswer:
     """A greedy answer. `is_complete`: it ended by itself; else it is cut.
 
     Of a server's answer there are `logprobs`, one for each token. Of one in this process there are `token_ids`, the end
@@ -105,9 +105,9 @@ class Answerer(Protocol):
         messages: Messages,
         variant: Variant,
         max_tokens: int,
-        full: Answer | None = None,
+        full: GreedyAnswer | None = None,
         compares_only: bool = False,
-    ) -> Answer:
+    ) -> GreedyAnswer:
         """`full` is full prefill's answer, to be compared with along its tokens; None where this is to become it.
 
         `compares_only`: what it would answer itself isn't wanted, so a contender that can compare without answering
@@ -141,7 +141,7 @@ class Closeness:
     method: KLMethod
 
 
-def closeness(full: Answer, other: Answer) -> Closeness | None:
+def closeness(full: GreedyAnswer, other: GreedyAnswer) -> Closeness | None:
     """None where an answer has nothing to compare by."""
     if full.forced_logprobs is not None and other.forced_logprobs is not None:
         return _teacher_forced(full.forced_logprobs, other.forced_logprobs)
@@ -195,7 +195,7 @@ class Attempt:
 
     variant: Variant
     question: int
-    answer: Answer | None
+    answer: GreedyAnswer | None
     reason: str = ""
     closeness: Closeness | None = None
 
@@ -235,7 +235,7 @@ def ask_all(
     for number in range(len(question_set.questions)) if numbers is None else numbers:
         messages = question_set.questions[number].messages(question_set.system, asking.separator)
         done: dict[Variant, Attempt] = {}
-        full: Answer | None = None
+        full: GreedyAnswer | None = None
         for variant in _in_turn(variants, asking.reference, number):
             if variant.work not in done:
                 attempt = _attempt(
@@ -254,7 +254,7 @@ def _in_turn(variants: Sequence[Variant], reference: Variant | None, number: int
     return [*([reference] if reference in variants and reference else []), *others[start:], *others[:start]]
 
 
-def _compared(attempt: Attempt, full: Answer | None) -> Attempt:
+def _compared(attempt: Attempt, full: GreedyAnswer | None) -> Attempt:
     """With its closeness in place of the distributions, which are large."""
     if attempt.answer is None:
         return attempt
@@ -268,7 +268,7 @@ def _attempt(
     variant: Variant,
     number: int,
     asking: Asking,
-    full: Answer | None,
+    full: GreedyAnswer | None,
     failures_in_a_row: Counter[str],
 ) -> Attempt:
     if failures_in_a_row[answerer.name] >= MAX_FAILURES_IN_A_ROW:

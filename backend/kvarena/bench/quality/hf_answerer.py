@@ -13,7 +13,7 @@ from time import perf_counter
 
 import torch
 
-from kvarena.bench.quality.asking import Answer, Answerer, Messages, NoAnswer, Reuse
+from kvarena.bench.quality.asking import Answerer, GreedyAnswer, Messages, NoAnswer, Reuse
 from kvarena.bench.variants import Variant
 from kvarena.contenders.servers import GIB
 from kvarena.documents import TextChunk, contexts_for_scores, join_chunks
@@ -52,9 +52,9 @@ class PlainAnswerer:
         messages: Messages,
         variant: Variant,
         max_tokens: int,
-        full: Answer | None = None,
+        full: GreedyAnswer | None = None,
         compares_only: bool = False,
-    ) -> Answer:
+    ) -> GreedyAnswer:
         """Where full prefill's answer is given, its tokens are fed first, all in one forward.
 
         That gives the distributions to compare by, and this answer itself up to the first other token, from which it is
@@ -81,8 +81,8 @@ class PlainAnswerer:
                 answer = self._greedy(kv, forced[num_same], answer, max_tokens)
         is_complete = bool(answer) and answer[-1] in self._model.eos_token_ids
         text = self._model.tokenizer.decode(answer[:-1] if is_complete else answer, skip_special_tokens=True)
-        log_probabilities = forced.float().log_softmax(-1)
-        return Answer(text, is_complete, ttft_ms, reuse, token_ids=tuple(answer), forced_logprobs=log_probabilities)
+        logprobs = forced.float().log_softmax(-1)
+        return GreedyAnswer(text, is_complete, ttft_ms, reuse, token_ids=tuple(answer), forced_logprobs=logprobs)
 
     def _greedy(self, kv: SequenceKV, logits: torch.Tensor, begun: list[int], max_tokens: int) -> list[int]:
         """An answer from its beginning, which `kv` holds, to its end token or to its `max_tokens`-th."""

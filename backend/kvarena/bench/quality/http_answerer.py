@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvarena.bench.quality.asking import NUM_LOGPROBS, Answer, Messages, NoAnswer, Reuse, TokenLogprobs
+from kvarena.bench.quality.asking import NUM_LOGPROBS, GreedyAnswer, Messages, NoAnswer, Reuse, TokenLogprobs
 from kvarena.bench.variants import Variant, is_blend
 from kvarena.client import CHAT, ClientError, StreamedAnswer, Usage, connect
 from kvarena.documents import TextChunk
@@ -55,9 +55,9 @@ class HTTPAnswerer:
         messages: Messages,
         variant: Variant,
         max_tokens: int,
-        full: Answer | None = None,
+        full: GreedyAnswer | None = None,
         compares_only: bool = False,
-    ) -> Answer:
+    ) -> GreedyAnswer:
         body: dict[str, Any] = {
             "model": self._server.model,
             "messages": list(messages),
@@ -74,7 +74,7 @@ class HTTPAnswerer:
         except ClientError as error:
             raise NoAnswer(error.reason) from error
         logprobs = [_token_logprobs(entry) for entry in streamed.logprobs]
-        return Answer(streamed.text, streamed.finish_reason == "stop", streamed.ttft_ms, reuse, logprobs)
+        return GreedyAnswer(streamed.text, streamed.finish_reason == "stop", streamed.ttft_ms, reuse, logprobs)
 
     def describe(self) -> dict[str, object]:
         return {"url": self._client.url, "model": self._server.model, "offer": self._server.offer}

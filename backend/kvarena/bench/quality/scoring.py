@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from kvarena.bench.console import new_table
-from kvarena.bench.quality.asking import Answer, Attempt, Reuse
+from kvarena.bench.quality.asking import Attempt, GreedyAnswer, Reuse
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.results import ALL_KINDS, Row, spread
 from kvarena.bench.variants import Variant
@@ -121,7 +121,7 @@ SUBSETS: tuple[Subset, ...] = ("all", "answered")
 class Scored:
     """An answer with its scores, None where no gold answer is known. `correct`: 1 when it contains one, else 0."""
 
-    answer: Answer
+    answer: GreedyAnswer
     score: Score | None
     correct: float | None
 
@@ -194,7 +194,7 @@ class ScoreSheet:
         }
 
     @staticmethod
-    def _score(answer: Answer, gold: Sequence[str]) -> Scored:
+    def _score(answer: GreedyAnswer, gold: Sequence[str]) -> Scored:
         if not gold:
             return Scored(answer, None, None)
         return Scored(answer, squad_score(answer.text, gold), contains_answer(answer.text, gold))
@@ -234,7 +234,7 @@ def closeness_figures(attempts: Sequence[Attempt]) -> dict[str, Any]:
     }
 
 
-def _agree(mine: Answer, full: Answer) -> float:
+def _agree(mine: GreedyAnswer, full: GreedyAnswer) -> float:
     return agrees(mine.text, mine.is_complete, full.text, full.is_complete)
 
 
