@@ -33,7 +33,7 @@ from kvarena.client import (
 from kvarena.server.state import ApiConfig
 from support.real_server import RealServer, serving
 from support.scripted_engine import Pace, ScriptedEngine
-from support.small_openai_server import SmallServer
+from support.small_openai_server import SmallServer, started_servers
 from support.waiting import wait_until
 
 
@@ -51,15 +51,8 @@ def client(real: RealServer[ScriptedEngine]) -> Iterator[Client]:
 
 @pytest.fixture
 def small_server() -> Iterator[Callable[..., SmallServer]]:
-    servers: list[SmallServer] = []
-
-    def start(**behaviour: Any) -> SmallServer:
-        servers.append(SmallServer(**behaviour))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+    with started_servers() as start:
+        yield start
 
 
 def chat(script: str, **fields: Any) -> dict[str, Any]:

@@ -6,33 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schemathesis
 from schemathesis import GenerationMode
 
 from ai100.runtimes.runtime import StaticShapes
 from ai100.server import router
-from kvarena.server.app import create_app
-from kvarena.server.state import ApiConfig
 from support.ai100_engine import make_ai100
-from support.schema_cases import NEGATIVE, POSITIVE, check_operation
+from support.schema_cases import POSITIVE, both, check_operation, document_of
 
 pytestmark = pytest.mark.slow
 
-FEW = ApiConfig(max_choices=8)
-CASES = [
-    ("/v1/chat/completions", "POST", POSITIVE),
-    ("/v1/chat/completions", "POST", NEGATIVE),
-    ("/v1/completions", "POST", POSITIVE),
-    ("/slots", "GET", POSITIVE),
-    ("/topic", "POST", POSITIVE),
-    ("/topic", "POST", NEGATIVE),
-]
+CASES = [*both("/v1/chat/completions", "/topic"), ("/v1/completions", "POST", POSITIVE), ("/slots", "GET", POSITIVE)]
 
 
 @pytest.fixture(scope="module")
 def document(ai100_folder: Path) -> Any:
     engine = make_ai100(ai100_folder, StaticShapes(16, 96, 2, 2)).engine
-    yield schemathesis.openapi.from_asgi("/openapi.json", create_app(engine, FEW, routers=[router]))
+    yield document_of(engine, router)
     engine.close()
 
 

@@ -15,17 +15,10 @@ from ai100.settings import EngineSettings, open_engine
 from ai100.topics import KeywordTopics, load_topics
 from kvarena.contenders.ai100 import AI100Settings
 from kvarena.engines.base import Sampling
-from support.ai100_engine import AI100, Answer, read
+from support.ai100_engine import AI100, SEED, SEED_TOPICS, Answer, read
 from support.real_model import real_model_folder
 
 Make = Callable[..., AI100]
-SEED = [
-    "Tell me about Virat Kohli",
-    "How many centuries has he scored?",
-    "Who wrote Harry Potter?",
-    "What's the last book about?",
-    "What's Virat's highest score?",
-]
 FILES = {
     "kohli-1-life": "Virat Kohli: life\n\nVirat Kohli was born in Delhi.\n\nKohli is an Indian cricketer.",
     "kohli-2-records": "Virat Kohli: records\n\nHe has scored 82 centuries.\n\nHis highest score is 254, in Pune.",
@@ -159,7 +152,7 @@ def test_the_seed_conversation_in_short_slots(folder: Path) -> None:
     chat = ChatSession(engine)
     told = [chat.ask(question).details for question in SEED]
     engine.close()
-    assert [turn["topic"] for turn in told] == ["cricket", "cricket", "books", "books", "cricket"]
+    assert [turn["topic"] for turn in told] == SEED_TOPICS
     assert [turn["slot"] for turn in told] == [0, 0, 1, 1, 0]
     assert [turn["status"][:3] for turn in told] == ["NEW", "INC", "NEW", "INC", "INC"]
     assert all(turn["num_prefilled_tokens"] < 300 for turn in told)
@@ -174,7 +167,7 @@ def test_the_seed_conversation_over_the_real_model_and_its_documents() -> None:
     chat = ChatSession(engine)
     replies = [chat.ask(question) for question in SEED]
     engine.close()
-    assert [reply.details["topic"] for reply in replies] == ["cricket", "cricket", "books", "books", "cricket"]
+    assert [reply.details["topic"] for reply in replies] == SEED_TOPICS
     assert [reply.details["slot"] for reply in replies] == [0, 0, 1, 1, 0]
     assert all(reply.details["num_prefilled_tokens"] < 500 for reply in replies)
     assert "Rowling" in replies[2].text

@@ -24,6 +24,7 @@ from ai100.topics import TOPICS_FILE, EmbeddingTopics, KeywordTopics, PastTurn, 
 from ai100.words import content_words, is_follow_up, stem, words
 from kvarena.documents import FALLBACK_SEPARATOR, join_chunks
 from kvarena.home import project_root
+from support.ai100_engine import SEED, SEED_TOPICS
 from support.tiny_models import tiny_tokenizer
 
 DEFAULT = KeywordTopics(load_topics())
@@ -34,16 +35,6 @@ PASTA = PastTurn("cooking", "How do I cook pasta?")
 SHIPPED_SEPARATORS = [
     json.loads(path.read_text())["separator"] for path in (project_root() / "backend" / "models").glob("*/kvarena.json")
 ]
-
-
-SEED = [
-    "Tell me about Virat Kohli",
-    "How many centuries has he scored?",
-    "Who wrote Harry Potter?",
-    "What's the last book about?",
-    "What's Virat's highest score?",
-]
-SEED_TOPICS = ["cricket", "cricket", "books", "books", "cricket"]
 
 
 def walk(topics: Topics, *messages: str) -> list[str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from support.small_openai_server import SmallServer
+from support.small_openai_server import SmallServer, started_servers
 
 FRONTEND = Path(__file__).resolve().parents[2] / "frontend"
 sys.path.insert(0, str(FRONTEND))
@@ -17,16 +16,8 @@ sys.path.insert(0, str(FRONTEND))
 
 @pytest.fixture
 def small_server() -> Iterator[Callable[..., SmallServer]]:
-    """Starts servers; they are stopped after the test."""
-    servers: list[SmallServer] = []
-
-    def start(**behaviour: Any) -> SmallServer:
-        servers.append(SmallServer(**behaviour))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+    with started_servers() as start:
+        yield start
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,16 @@ SHAPES = StaticShapes(prefill_seq_len=16, ctx_len=512, full_batch_size=2, kv_cac
 """Three slots for topics, and one that is set aside."""
 MAX_TOKENS = 8
 
+SEED = [
+    "Tell me about Virat Kohli",
+    "How many centuries has he scored?",
+    "Who wrote Harry Potter?",
+    "What's the last book about?",
+    "What's Virat's highest score?",
+]
+SEED_TOPICS = ["cricket", "cricket", "books", "books", "cricket"]
+"""Of a conversation with two topics."""
+
 
 class CountedRuntime(HostRuntime):
     """The host runtime; `before` is called before each run of the device, and may fail in its place."""

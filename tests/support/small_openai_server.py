@@ -11,7 +11,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -304,3 +304,16 @@ StartServer = Callable[..., SmallServer]
 def report_of(server: SmallServer) -> str:
     """How the page is told to show the reports of a server with this offer."""
     return REPORT_VIEWS.get((server.offer or {}).get("contender", ""), "")
+
+
+@contextlib.contextmanager
+def started_servers() -> Iterator[Callable[..., SmallServer]]:
+    """Starts servers when it is called; they are stopped at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**behaviour: Any) -> SmallServer:
+            server = SmallServer(**behaviour)
+            stack.callback(server.stop)
+            return server
+
+        yield start

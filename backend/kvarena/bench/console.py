@@ -108,6 +108,15 @@ def new_table(title: str, *texts: str | Column, figures: Sequence[str], **layout
     return Table(*columns, title=title, box=box.SIMPLE_HEAD, **layout or {"collapse_padding": True})
 
 
+def percent(interval: Mapping[str, float] | None) -> str:
+    """Of a mean that is a share; a dash where there is none."""
+    return f"{100 * interval['mean']:.1f}" if interval else "-"
+
+
+def percent_range(interval: Mapping[str, float] | None) -> str:
+    return f"{100 * interval['low']:.0f}-{100 * interval['high']:.0f}" if interval else "-"
+
+
 def save_and_tell(
     output: Path,
     settings: Mapping[str, Any],

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Any, Protocol
 
 from starlette.requests import Request
@@ -61,7 +60,7 @@ class ClientWatch:
         self._task = asyncio.create_task(self._watch())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         if not self._kept:
             self.close()
 

@@ -33,7 +33,7 @@ from kvarena.stack.preflight import (
 )
 from kvarena.stack.record import Record
 from kvarena.stack.service import Service
-from kvarena.stack.services import build_services
+from kvarena.stack.services import build_services, record_of
 from kvarena.stack.settings import SPECS, Settings
 
 CARD_SERVICE = "ai100-card"
@@ -125,15 +125,10 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
     compose = ["docker", "compose", "--project-directory", str(plan.root)]
     compose += [word for name in files for word in ("--file", str(plan.root / name))]
     return Deployment(
-        record=Record(
-            services=tuple(_as_container(service, containers[service.name]) for service in listed),
-            run_folder="",
-            data_dir=str(plan.data_dir),
-            served_model=plan.model.served_name,
-            has_api_key=bool(settings.api_key),
-            notice=plan.notice,
-            chunk_tokens=plan.chunk_tokens,
-            tokenizer_place=plan.tokenizer_place,
+        record=record_of(
+            plan,
+            (_as_container(service, containers[service.name]) for service in listed),
+            bool(settings.api_key),
             compose=(*compose, *_profile_options(profile, plan)),
             containers=containers,
         ),

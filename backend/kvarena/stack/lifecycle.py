@@ -35,7 +35,7 @@ from kvarena.stack.processes import processes_of, shared_memory_freed, stop_left
 from kvarena.stack.record import Record, differences
 from kvarena.stack.render import Reporter, make_reporter
 from kvarena.stack.service import ProcessInfo, Runner, Service, ServiceFailedError, SupervisorGoneError
-from kvarena.stack.services import build_services
+from kvarena.stack.services import build_services, record_of
 from kvarena.stack.settings import Settings
 from kvarena.stack.supervisord import running_supervisor, start_supervisor
 
@@ -204,18 +204,8 @@ def up(
         return
     _obtain_default_model(settings, home, console)
     plan = make_plan(settings, home)
-    wanted = Record(
-        services=tuple(build_services(plan, home)),
-        run_folder="",
-        data_dir=str(plan.data_dir),
-        served_model=plan.model.served_name,
-        has_api_key=bool(settings.api_key),
-        notice=plan.notice,
-        chunk_tokens=plan.chunk_tokens,
-        tokenizer_place=plan.tokenizer_place,
-    )
     bring_up(
-        wanted,
+        record_of(plan, build_services(plan, home), bool(settings.api_key)),
         home,
         console,
         check=lambda services: run_all(checks_before_start(plan, services, token)),

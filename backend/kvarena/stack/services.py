@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 from kvarena.contenders.lmcache import LMCACHE_CHUNK_TOKENS
 from kvarena.contenders.servers import COMMON_ENVIRONMENT
@@ -16,6 +18,7 @@ from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
 from kvarena.home import Home, StackError
 from kvarena.stack.lmcache_l2 import L2_OPTION
 from kvarena.stack.plan import Plan
+from kvarena.stack.record import Record
 from kvarena.stack.service import HOST, Service
 from kvarena.stack.settings import SPECS
 
@@ -35,6 +38,21 @@ def build_services(plan: Plan, home: Home) -> list[Service]:
     if plan.page:
         services.append(_page(plan, home))
     return services
+
+
+def record_of(plan: Plan, services: Iterable[Service], has_api_key: bool, **containers: Any) -> Record:
+    """What is written down of a stack that isn't started yet. `containers` are its fields about those."""
+    return Record(
+        services=tuple(services),
+        run_folder="",
+        data_dir=str(plan.data_dir),
+        served_model=plan.model.served_name,
+        has_api_key=has_api_key,
+        notice=plan.notice,
+        chunk_tokens=plan.chunk_tokens,
+        tokenizer_place=plan.tokenizer_place,
+        **containers,
+    )
 
 
 def _lmcache_server(plan: Plan, home: Home) -> Service:

@@ -6,24 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schemathesis
 from schemathesis import GenerationMode
 
 from kvarena.contenders.prefix.http import router
-from kvarena.server.app import create_app
-from kvarena.server.state import ApiConfig
 from support.prefix_engine import make_prefix
-from support.schema_cases import NEGATIVE, POSITIVE, check_operation
+from support.schema_cases import POSITIVE, both, check_operation, document_of
 
 pytestmark = pytest.mark.slow
 
-FEW = ApiConfig(max_choices=8)
-
 CASES = [
-    ("/generate", "POST", POSITIVE),
-    ("/generate", "POST", NEGATIVE),
-    ("/v1/completions", "POST", POSITIVE),
-    ("/v1/completions", "POST", NEGATIVE),
+    *both("/generate", "/v1/completions"),
     ("/cache/stats", "GET", POSITIVE),
     ("/cache/clear", "POST", POSITIVE),
 ]
@@ -31,8 +23,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def document(model_folders: dict[str, Path]) -> Any:
-    engine = make_prefix(model_folders["llama"], max_model_len=48).engine
-    return schemathesis.openapi.from_asgi("/openapi.json", create_app(engine, FEW, routers=[router]))
+    return document_of(make_prefix(model_folders["llama"], max_model_len=48).engine, router)
 
 
 @pytest.mark.parametrize(("path", "method", "mode"), CASES)

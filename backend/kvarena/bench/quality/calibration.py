@@ -16,6 +16,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
+from rich.table import Column
+
+from kvarena.bench.console import new_table, percent, percent_range
 from kvarena.bench.quality.asking import Attempt, Closeness
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet, stack_splitter
 from kvarena.bench.quality.scoring import closeness_figures, mean_interval, token_shares
@@ -205,3 +209,39 @@ def write_profile(folder: Path, row: Row, separator: str) -> Path:
     part.write_text(json.dumps(profile) + "\n")
     part.replace(path)
     return path
+
+
+def show_rows(rows: Sequence[Row], sinks: Sequence[Row], chosen: Row | None, console: Console) -> None:
+    table = new_table(
+        "Agreement with full prefill (%), along its answers",
+        Column("policy", min_width=17),
+        figures=("layer", "ratio", "sink", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""),
+        padding=0,  # 80 columns are enough
+        pad_edge=False,
+    )
+    for row in rows:
+        found, kl = row["token_agreement"], row["kl_along_answer"]
+        table.add_row(
+            Variant.of_row(row).policy_label,
+            "-" if row["check_layer"] is None else str(row["check_layer"]),
+            "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
+            str(row.get("sink_tokens", "-")),
+            percent(found),
+            percent_range(found),
+            f"{kl['mean']:.3f}" if kl else "-",
+            percent(row["same_answer"]),
+            f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else "-",
+            f"{row['num_questions']}" + (f" ({row['num_failed']} failed)" if row["num_failed"] else ""),
+            "<" if row is chosen else "",
+        )
+    console.print(table)
+    for row in sinks:
+        console.print(
+            f"Sink of {row['sink_tokens']}: {percent(row['token_agreement'])} % of the tokens agree, KL "
+            f"{row['kl_along_answer']['mean']:.3f} ({row['num_settings']} settings, {row['num_questions']} questions, "
+            "the same for each sink)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if chosen:
+        console.print(f"<: chosen, {Variant.of_row(chosen).label}", highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ a sample, and makes the best setting the model's own. Heavy imports are inside t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,7 @@ from kvarena.bench.console import (
     decimals,
     explained,
     integers,
-    new_table,
+    percent,
     save_and_tell,
 )
 from kvarena.policies.registry import DEFAULT_POLICY, calibrated_policies
@@ -315,7 +315,7 @@ def calibrate(
         rows,
         as_json,
         console,
-        lambda: _show_calibration(rows, settings["sinks"], chosen, console),
+        lambda: calibration.show_rows(rows, settings["sinks"], chosen, console),
     )
     for note in (sample_note(num_questions), unscored_note(rows), one_sink_note(blend.sinks)):
         if note:
@@ -324,11 +324,7 @@ def calibrate(
         best = calibration.closest(rows)
         console.print(
             f"[red]No setting reaches {100 * agreement:g} % agreement[/red]"
-            + (
-                f"; the closest, {Variant.of_row(best).label}, has {_percent(best['token_agreement'])} %"
-                if best
-                else ""
-            )
+            + (f"; the closest, {Variant.of_row(best).label}, has {percent(best['token_agreement'])} %" if best else "")
             + ". Nothing was written. Try higher ratios, other check layers or a lower --agreement.",
             soft_wrap=True,
         )
@@ -407,47 +403,3 @@ def one_sink_note(sinks: Sequence[int]) -> str:
         f"All of this is with sink_tokens {sink}. A server has the one it was started with (SINK_TOKENS); "
         "--engine hf compares several."
     )
-
-
-def _show_calibration(rows: Sequence[Row], sinks: Sequence[Row], chosen: Row | None, console: Console) -> None:
-    from rich.table import Column
-
-    from kvarena.bench.variants import Variant
-
-    table = new_table(
-        "Agreement with full prefill (%), along its answers",
-        Column("policy", min_width=17),
-        figures=("layer", "ratio", "sink", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""),
-        padding=0,  # 80 columns are enough
-        pad_edge=False,
-    )
-    for row in rows:
-        found, kl = row["token_agreement"], row["kl_along_answer"]
-        table.add_row(
-            Variant.of_row(row).policy_label,
-            "-" if row["check_layer"] is None else str(row["check_layer"]),
-            "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
-            str(row.get("sink_tokens", "-")),
-            _percent(found),
-            f"{100 * found['low']:.0f}-{100 * found['high']:.0f}" if found else "-",
-            f"{kl['mean']:.3f}" if kl else "-",
-            _percent(row["same_answer"]),
-            f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else "-",
-            f"{row['num_questions']}" + (f" ({row['num_failed']} failed)" if row["num_failed"] else ""),
-            "<" if row is chosen else "",
-        )
-    console.print(table)
-    for row in sinks:
-        console.print(
-            f"Sink of {row['sink_tokens']}: {_percent(row['token_agreement'])} % of the tokens agree, KL "
-            f"{row['kl_along_answer']['mean']:.3f} ({row['num_settings']} settings, {row['num_questions']} questions, "
-            "the same for each sink)",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if chosen:
-        console.print(f"<: chosen, {Variant.of_row(chosen).label}", highlight=False, soft_wrap=True)
-
-
-def _percent(interval: Mapping[str, float] | None) -> str:
-    return f"{100 * interval['mean']:.1f}" if interval else "-"

@@ -13,7 +13,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from kvarena.bench.console import new_table
+from kvarena.bench.console import new_table, percent, percent_range
 from kvarena.bench.quality.asking import Attempt, GreedyAnswer, Reuse
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.results import ALL_KINDS, Row, spread
@@ -268,9 +268,9 @@ def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> No
             right.add_row(
                 _label(row),
                 *("-" if row["recomputed_ratio"] is None else f"{row['recomputed_ratio']:.0%}" for _ in extra),
-                _mean(row["correct"]),
-                _interval(row["correct"]),
-                *(_mean(by_kind[kind]["correct"]) if kind in by_kind else "-" for kind in shown),
+                percent(row["correct"]),
+                percent_range(row["correct"]),
+                *(percent(by_kind[kind]["correct"]) if kind in by_kind else "-" for kind in shown),
             )
     console.print(right)
     for subset, title in TITLES.items():
@@ -286,7 +286,7 @@ def _figures(rows: Sequence[Row], title: str) -> Table:
         kl, ttft = row["kl_along_answer"], row["ttft_ms"]
         table.add_row(
             _label(row),
-            *(_mean(row[name]) for name in ("correct", "exact_match", "f1", "agreement", "token_agreement")),
+            *(percent(row[name]) for name in ("correct", "exact_match", "f1", "agreement", "token_agreement")),
             f"{kl['mean']:.3f}" if kl else "-",
             f"{ttft['median']:,.0f}" if ttft else "-",
             *(str(row[f"num_{name}"]) for name in troubles),
@@ -301,11 +301,3 @@ def _says_no_share(row: Row) -> bool:
 
 def _label(row: Row) -> str:
     return Variant.of_row(row).label
-
-
-def _interval(interval: Mapping[str, float] | None) -> str:
-    return f"{100 * interval['low']:.0f}-{100 * interval['high']:.0f}" if interval else "-"
-
-
-def _mean(interval: Mapping[str, float] | None) -> str:
-    return f"{100 * interval['mean']:.1f}" if interval else "-"

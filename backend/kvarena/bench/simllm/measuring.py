@@ -6,14 +6,14 @@ and of quality.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from kvarena.bench.console import new_table
+from kvarena.bench.console import new_table, percent, percent_range
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.quality.scoring import is_same_answer, mean_interval, squad_score
 from kvarena.bench.results import Row, spread
@@ -171,12 +171,12 @@ def show_quality(rows: Sequence[Row], console: Console) -> None:
         table.add_row(
             _label(row),
             str(row["num_hits"]),
-            _percent(exact),
-            f"{100 * exact['low']:.0f}-{100 * exact['high']:.0f}",
+            percent(exact),
+            percent_range(exact),
             f"{-100 * row['exact_match_vs_no_reuse']['mean'] + 0.0:.1f}",
-            _percent(row["similar_exact_match"]),
-            _percent(row["agreement"]),
-            _percent(row["first_token_agreement"]),
+            percent(row["similar_exact_match"]),
+            percent(row["agreement"]),
+            percent(row["first_token_agreement"]),
         )
     console.print(table)
     console.print(
@@ -194,10 +194,6 @@ def _what(rows: Sequence[Row]) -> str:
 
 def _label(row: Row) -> str:
     return SimLLMVariant(row["mode"], row["similarity_threshold"]).label
-
-
-def _percent(interval: Mapping[str, float] | None) -> str:
-    return f"{100 * interval['mean']:.1f}" if interval else "-"
 
 
 @dataclass(frozen=True)
