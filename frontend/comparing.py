@@ -28,6 +28,7 @@ from kvarena.panels import (
     conditions,
     grouped,
     lines_over_share,
+    metric_title,
     readable_ms,
     series_of,
     variant_label,
@@ -60,7 +61,7 @@ def _differences(first: Result, second: Result, metric: str) -> list[Panel]:
     series, levels = lines_over_share(rows, "difference", 1.0)
     return [
         Panel(
-            f"{metric.replace('_', ' ').capitalize()}: the second file less the first, {how}",
+            f"{metric_title(metric)}: the second file less the first, {how}",
             Axis("chunk tokens recomputed (%)", limits=(0, 100)),
             Axis(f"difference ({unit})", limits=(-100, 100)),
             series,

@@ -6,48 +6,20 @@ Rows become plain records, one object per line of a table; what draws them is el
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from eval_results import ALL_QUESTIONS, EvalAnswer, EvalResult, Interval, Row, Variant
 from kvarena import panels
-from kvarena.panels import ALL_KINDS
+from kvarena.panels import ALL_KINDS, METRICS
 
 Record = dict[str, Any]
 NEW_COLUMNS = ("Right", "vs. full prefill", "Tokens", "KL along answer")
 MARKS = {1.0: "✓ ", 0.0: "✗ "}
 
 
-@dataclass(frozen=True)
-class Metric:
-    """`key` is the group of figures of a `Row`."""
-
-    key: str
-    title: str
-
-    def of(self, row: Row) -> Interval | None:
-        found: Interval | None = getattr(row, self.key)
-        return found
-
-
-METRICS = {
-    metric.key: metric
-    for metric in (
-        Metric("correct", "Right answers"),
-        Metric("exact_match", "Exact match"),
-        Metric("f1", "Token F1"),
-        Metric("agreement", "Agreement with full prefill"),
-        Metric("token_agreement", "Agreement token by token"),
-        Metric("kl_along_answer", "KL along the answer"),
-        Metric("first_token_kl", "First token's KL divergence"),
-    )
-}
-
-
-def metrics_of(result: EvalResult) -> dict[str, Metric]:
+def metrics_of(result: EvalResult) -> list[str]:
     """Those that the file has; older ones lack some. All for a file that has none."""
-    found = {key: metric for key, metric in METRICS.items() if any(metric.of(row) for row in result.rows)}
-    return found or METRICS
+    return [metric for metric in METRICS if any(getattr(row, metric) for row in result.rows)] or list(METRICS)
 
 
 def percent(share: float) -> str:

@@ -377,9 +377,19 @@ IN_NATS = ("kl_along_answer", "first_token_kl")
 """The other metrics are shares, and drawn in percent."""
 METRICS = {
     "correct": "right answers",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "agreement": "agreement",
+    "token_agreement": "token agreement",
     "kl_along_answer": "KL along the answer",
     "first_token_kl": "KL of the first token",
 }
+"""The groups of figures of a row, by the names that people read."""
+
+
+def metric_title(metric: str) -> str:
+    """As a sentence begins with it."""
+    return METRICS[metric][0].upper() + METRICS[metric][1:]
 
 
 def main_metric(result: Result) -> str:
@@ -465,13 +475,12 @@ def _by_questions(result: Result, metric: str) -> dict[str, list[Row]]:
 
 
 def _quality_title(metric: str, asked: str, against: str) -> str:
-    shown = _metric_name(metric)
-    return f"{shown[0].upper()}{shown[1:]} ({asked}) {against}; whiskers are 95 % intervals"
+    return f"{metric_title(metric)} ({asked}) {against}; whiskers are 95 % intervals"
 
 
 def _quality_axis(metric: str, asked: str) -> Axis:
     unit, limits = ("nats", (0, math.inf)) if metric in IN_NATS else ("%", (0, 100))
-    return Axis(f"{_metric_name(metric)} ({unit})\n{asked}", limits=limits)
+    return Axis(f"{METRICS[metric]} ({unit})\n{asked}", limits=limits)
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
@@ -496,10 +505,6 @@ def _is_reference(row: Row) -> bool:
 def _is_level(row: Row) -> bool:
     """Whether it has no share to choose: it doesn't blend, or recomputes everything."""
     return row["policy"] in (None, "all")
-
-
-def _metric_name(metric: str) -> str:
-    return METRICS.get(metric, metric.replace("_", " "))
 
 
 def _scale(metric: str) -> float:
@@ -547,7 +552,7 @@ def calibrate_panels(result: Result, colours: Colours) -> list[Panel]:
             for row in chosen
             for mark in lines([row], "token_agreement", _ttft)
         ]
-        title = f"Agreement token by token against time to first token, {label}; whiskers are 95 % intervals{told}"
+        title = f"Token agreement against time to first token, {label}; whiskers are 95 % intervals{told}"
         panels.append(
             Panel(
                 title,

@@ -15,7 +15,7 @@ from streamlit.delta_generator import DeltaGenerator
 import state
 from comparing import comparison
 from eval_results import ALL_QUESTIONS, EvalResult, Variant, read_eval
-from eval_tables import Metric, answer_table, metrics_of, problems, summary, table, variant_name
+from eval_tables import answer_table, metrics_of, problems, summary, table, variant_name
 from kvarena import panels
 from panel_charts import draw_panels
 from question_box import literal
@@ -91,7 +91,7 @@ def draw_eval(chosen: Opened, other: Opened | None) -> None:
     st.caption(summary(result))
     metric, kind, subset = choose_view(result)
     if other:
-        draw_comparison(chosen, other, metric.key)
+        draw_comparison(chosen, other, metric)
     draw_charts(chosen, metric, kind, subset)
     draw_table(result, kind, subset)
     draw_answers(result, kind)
@@ -113,7 +113,7 @@ def draw_rows(result: Mapping[str, Any]) -> None:
         st.dataframe(frame, hide_index=True, placeholder="–", key=f"rows-{measure}")
 
 
-def choose_view(result: EvalResult) -> tuple[Metric, str, str]:
+def choose_view(result: EvalResult) -> tuple[str, str, str]:
     metrics = metrics_of(result)
     subset: str | None = ALL_QUESTIONS
     for name, choices in (("metric", metrics), ("kind", result.kinds), ("subset", result.subsets)):
@@ -126,8 +126,8 @@ def choose_view(result: EvalResult) -> tuple[Metric, str, str]:
     with left:
         key = st.pills(
             "Metric",
-            list(metrics),
-            format_func=lambda key: metrics[key].title,
+            metrics,
+            format_func=panels.metric_title,
             required=True,
             key="metric",
             persist_state="session",
@@ -146,17 +146,17 @@ def choose_view(result: EvalResult) -> tuple[Metric, str, str]:
             )
     for name in ("metric", "kind", "subset"):
         state.link(name, st.session_state[name])
-    return metrics[key or next(iter(metrics))], kind or result.kinds[0], subset or ALL_QUESTIONS
+    return key or metrics[0], kind or result.kinds[0], subset or ALL_QUESTIONS
 
 
-def draw_charts(chosen: Opened, metric: Metric, kind: str, subset: str) -> None:
+def draw_charts(chosen: Opened, metric: str, kind: str, subset: str) -> None:
     asked = [r for r in chosen.result["rows"] if (r["kind"], r.get("subset") or ALL_QUESTIONS) == (kind, subset)]
-    rows = panels.rows_with(asked, metric.key)
+    rows = panels.rows_with(asked, metric)
     if not rows:
-        st.info(f"This file has no figures of “{metric.title}” for these questions.")
+        st.info(f"This file has no figures of “{panels.metric_title(metric)}” for these questions.")
         return
     shown, colours = f"{kind} questions", panels.colours_in([chosen.result])
-    draw_panels([draw(rows, metric.key, shown, colours) for draw in (panels.share_panel, panels.time_panel)])
+    draw_panels([draw(rows, metric, shown, colours) for draw in (panels.share_panel, panels.time_panel)])
 
 
 def draw_table(result: EvalResult, kind: str, subset: str) -> None:

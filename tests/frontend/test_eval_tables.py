@@ -13,7 +13,6 @@ import pytest
 
 from eval_results import EvalResult, Interval, Variant, read_eval, read_result
 from eval_tables import (
-    METRICS,
     answer_table,
     line_name,
     measured_panels,
@@ -24,7 +23,7 @@ from eval_tables import (
     variant_name,
 )
 from kvarena.palette import COLOURS
-from kvarena.panels import share_panel, variant_label
+from kvarena.panels import METRICS, share_panel, variant_label
 from result_picker import find_result_files
 from support.small_eval_result import small_eval_result
 
@@ -169,14 +168,14 @@ def test_every_figure_twice(result: EvalResult) -> None:
     assert result.subsets == ["all", "answered"]
     assert [record["Questions"] for record in table(result, "single", "answered")] == [3] * 4
     assert table(result, "all")[1]["KL along answer"] == 0.5
-    assert list(metrics_of(result)) == [key for key in METRICS if key != "first_token_kl"]
+    assert metrics_of(result) == [key for key in METRICS if key != "first_token_kl"]
 
 
 def test_an_older_file_opens_with_what_it_has() -> None:
     shipped = Path(__file__).resolve().parents[2] / "docs" / "results" / "eval-town.json"
     result = read(json.loads(shipped.read_text()))
     assert result.subsets == ["all"]
-    assert list(metrics_of(result)) == ["exact_match", "f1", "agreement", "first_token_kl"]
+    assert metrics_of(result) == ["exact_match", "f1", "agreement", "first_token_kl"]
     first = table(result, "all")[0]
     assert first["Cut"] == 0
     assert "Right" not in first
