@@ -12,27 +12,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from kvarena.palette import BLUE
-from kvarena.panels import (
-    CONTEXT,
-    EVAL,
-    IN_NATS,
-    RESULT_KINDS,
-    VARIANT,
+from kvarena.panels.kinds import EVAL, RESULT_KINDS, VARIANT
+from kvarena.panels.panel import (
+    BLUE,
     Axis,
     Bar,
     Colours,
     Level,
     Panel,
     colours_in,
-    conditions,
     grouped,
-    lines_over_share,
-    metric_title,
     readable_ms,
     series_of,
     variant_label,
 )
+from kvarena.panels.quality import IN_NATS, lines_over_share, metric_title
+from kvarena.panels.speed import CONTEXT, conditions
 
 Result = Mapping[str, Any]
 Record = dict[str, Any]

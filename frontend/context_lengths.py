@@ -13,7 +13,7 @@ from html import escape
 from typing import Any, Literal
 
 from figures import Figures
-from kvarena.panels import REFERENCE, grouped, variant_label
+from kvarena.panels.panel import REFERENCE, grouped, variant_label
 from settings import Contender
 
 STATE = "warm"

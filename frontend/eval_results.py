@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvarena.panels import ALL_KINDS, EVAL, panels_of
+from kvarena.panels.kinds import EVAL, panels_of
+from kvarena.panels.panel import ALL_KINDS
 
 ALL_QUESTIONS = "all"
 SUBSETS = (ALL_QUESTIONS, "answered")

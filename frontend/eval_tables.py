@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval_results import ALL_QUESTIONS, EvalAnswer, EvalResult, Interval, Row, Variant
-from kvarena import panels
-from kvarena.panels import ALL_KINDS, METRICS
+from kvarena.panels.panel import ALL_KINDS, Panel, colours_in
+from kvarena.panels.quality import METRICS, rows_with, share_panel
 
 Record = dict[str, Any]
 NEW_COLUMNS = ("Right", "vs. full prefill", "Tokens", "KL along answer")
@@ -68,16 +68,16 @@ def measured_table(result: EvalResult, kind: str) -> list[Record]:
 MEASURED_METRICS = ("agreement", "correct")
 
 
-def measured_panels(found: Mapping[str, Any]) -> list[panels.Panel]:
+def measured_panels(found: Mapping[str, Any]) -> list[Panel]:
     """How often the answers were full prefill's, and right, with intervals; as far as the result file has it."""
     of_all = [
         row for row in found["rows"] if (row["kind"], row.get("subset") or ALL_QUESTIONS) == (ALL_KINDS, ALL_QUESTIONS)
     ]
-    colours = panels.colours_in([found])
+    colours = colours_in([found])
     return [
-        panels.share_panel(rows, metric, "all questions", colours)
+        share_panel(rows, metric, "all questions", colours)
         for metric in MEASURED_METRICS
-        if (rows := panels.rows_with(of_all, metric))
+        if (rows := rows_with(of_all, metric))
     ]
 
 

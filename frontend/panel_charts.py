@@ -14,7 +14,7 @@ import altair as alt
 import streamlit as st
 
 import state
-from kvarena.panels import Axis, Bar, Panel, Series
+from kvarena.panels.panel import Axis, Bar, Panel, Series
 
 Record = dict[str, Any]
 HEIGHT = 360

@@ -18,7 +18,7 @@ from streamlit.delta_generator import DeltaGenerator
 import settings
 import state
 from eval_results import read_result
-from kvarena.panels import EVAL, TTFT
+from kvarena.panels.kinds import EVAL, TTFT
 
 SHIPPED, OWN = "docs/", "page/"
 

@@ -20,7 +20,7 @@ from context_lengths import note_of
 from context_view import TokenCount, context_html, num_fitting, summary
 from examples import Example, follow_ups, load_examples
 from export import draw_copies, draw_export
-from kvarena.panels import TTFT
+from kvarena.panels.kinds import TTFT
 from question_box import draw_notices, draw_question_box, literal, put_question, take_asked, waiting_question
 from result_picker import measured_results
 from runs import OpenChat, Run

@@ -23,9 +23,10 @@ from context_lengths import LEAST_PAIRS, failures, length_verdicts, lengths_tabl
 from eval_results import read_eval, read_result
 from eval_tables import measured_panels, measured_table, times
 from examples import gold_answers
-from kvarena import panels
 from kvarena.documents import QUESTIONS_NAME, TextChunk
-from kvarena.panels import ALL_KINDS, TTFT
+from kvarena.panels.kinds import TTFT
+from kvarena.panels.panel import ALL_KINDS, REFERENCE, colours_in
+from kvarena.panels.speed import ttft_panels
 from kvarena.splitting import ESTIMATED_BYTES_PER_TOKEN
 from measuring import (
     LengthsPlan,
@@ -220,8 +221,8 @@ def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSess
         "them. A blend has them in its cache before. Every repetition brings them in another order, so that no prefix "
         "cache answers."
     )
-    if not any(contender.name == panels.REFERENCE for contender in contenders):
-        st.info(f"Without the contender `{panels.REFERENCE}` there are times, but nothing to compare them with.")
+    if not any(contender.name == REFERENCE for contender in contenders):
+        st.info(f"Without the contender `{REFERENCE}` there are times, but nothing to compare them with.")
     try:
         lengths = read_lengths(typed, [(contender.title, limit) for contender, limit in limits.items()])
     except ValueError as error:
@@ -387,7 +388,7 @@ def draw_lengths(result: Mapping[str, Any]) -> None:
         st.warning(failure)
     if verdicts := length_verdicts(result):
         st.html(verdicts_html(verdicts))
-    draw_panels(panels.ttft_panels(result, panels.colours_in([result])))
+    draw_panels(ttft_panels(result, colours_in([result])))
     _draw_table(lengths_table(result), shares=("Reused", "Recomputed"))
 
 

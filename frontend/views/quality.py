@@ -16,7 +16,9 @@ import state
 from comparing import comparison
 from eval_results import ALL_QUESTIONS, EvalResult, Variant, read_eval
 from eval_tables import answer_table, metrics_of, problems, summary, table, variant_name
-from kvarena import panels
+from kvarena.panels.kinds import EVAL, panels_of, result_summary
+from kvarena.panels.panel import ALL_KINDS, colours_in, grouped
+from kvarena.panels.quality import metric_title, rows_with, share_panel, time_panel
 from panel_charts import draw_panels
 from question_box import literal
 from result_picker import UPLOADED, Opened, pick_result
@@ -61,13 +63,13 @@ def main() -> None:
         st.stop()
     place = st.empty()
     chosen, other = picked
-    if chosen.benchmark == panels.EVAL:
+    if chosen.benchmark == EVAL:
         draw_eval(chosen, other)
     else:
-        st.caption(panels.summary(chosen.result))
+        st.caption(result_summary(chosen.result))
         if other:
             draw_comparison(chosen, other)
-        draw_panels(panels.panels_of(chosen.result))
+        draw_panels(panels_of(chosen.result))
         draw_rows(chosen.result)
     state.send_links()
     draw_unknown(place)
@@ -98,7 +100,7 @@ def draw_eval(chosen: Opened, other: Opened | None) -> None:
 
 
 def draw_comparison(chosen: Opened, other: Opened, metric: str = "") -> None:
-    st.caption(f"Compared with {other.title} · {panels.summary(other.result)}")
+    st.caption(f"Compared with {other.title} · {result_summary(other.result)}")
     found = comparison(chosen.result, other.result, metric)
     draw_panels(found)
     if not found:
@@ -107,7 +109,7 @@ def draw_comparison(chosen: Opened, other: Opened, metric: str = "") -> None:
 
 def draw_rows(result: Mapping[str, Any]) -> None:
     """As they are in the file, nested figures in columns of their own; a table for each `measure` where it has some."""
-    for measure, rows in panels.grouped(result["rows"], lambda row: str(row.get("measure", ""))).items():
+    for measure, rows in grouped(result["rows"], lambda row: str(row.get("measure", ""))).items():
         st.markdown(f"**{measure.capitalize() or 'Figures'}**")
         frame = pd.json_normalize(rows, sep=" ").dropna(axis="columns", how="all")
         st.dataframe(frame, hide_index=True, placeholder="–", key=f"rows-{measure}")
@@ -127,7 +129,7 @@ def choose_view(result: EvalResult) -> tuple[str, str, str]:
         key = st.pills(
             "Metric",
             metrics,
-            format_func=panels.metric_title,
+            format_func=metric_title,
             required=True,
             key="metric",
             persist_state="session",
@@ -151,16 +153,16 @@ def choose_view(result: EvalResult) -> tuple[str, str, str]:
 
 def draw_charts(chosen: Opened, metric: str, kind: str, subset: str) -> None:
     asked = [r for r in chosen.result["rows"] if (r["kind"], r.get("subset") or ALL_QUESTIONS) == (kind, subset)]
-    rows = panels.rows_with(asked, metric)
+    rows = rows_with(asked, metric)
     if not rows:
-        st.info(f"This file has no figures of “{panels.metric_title(metric)}” for these questions.")
+        st.info(f"This file has no figures of “{metric_title(metric)}” for these questions.")
         return
-    shown, colours = f"{kind} questions", panels.colours_in([chosen.result])
-    draw_panels([draw(rows, metric, shown, colours) for draw in (panels.share_panel, panels.time_panel)])
+    shown, colours = f"{kind} questions", colours_in([chosen.result])
+    draw_panels([draw(rows, metric, shown, colours) for draw in (share_panel, time_panel)])
 
 
 def draw_table(result: EvalResult, kind: str, subset: str) -> None:
-    st.markdown("**Figures**" if kind == panels.ALL_KINDS else f"**Figures**, questions of the kind {kind}")
+    st.markdown("**Figures**" if kind == ALL_KINDS else f"**Figures**, questions of the kind {kind}")
     if problem := problems(result, kind, subset):
         st.warning(problem)
     frame = pd.DataFrame(table(result, kind, subset))

@@ -22,8 +22,8 @@ from eval_tables import (
     table,
     variant_name,
 )
-from kvarena.palette import COLOURS
-from kvarena.panels import METRICS, share_panel, variant_label
+from kvarena.panels.panel import COLOURS, variant_label
+from kvarena.panels.quality import METRICS, share_panel
 from result_picker import find_result_files
 from support.small_eval_result import small_eval_result
 

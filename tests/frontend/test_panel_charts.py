@@ -11,8 +11,9 @@ import pytest
 
 from comparing import comparison
 from eval_results import read_result
-from kvarena.palette import COLOURS
-from kvarena.panels import RESULT_KINDS, Axis, Bar, Panel, Series, panels_of, share_panel, time_panel
+from kvarena.panels.kinds import RESULT_KINDS, panels_of
+from kvarena.panels.panel import COLOURS, Axis, Bar, Panel, Series
+from kvarena.panels.quality import share_panel, time_panel
 from panel_charts import (
     BIG_LETTERS_PX,
     MIN_SPAN,

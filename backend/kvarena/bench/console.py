@@ -133,7 +133,7 @@ def save_and_tell(
     """
     from kvarena.bench.plotting import save_picture
     from kvarena.bench.results import load_results, save_results
-    from kvarena.panels import RESULT_KINDS
+    from kvarena.panels.kinds import RESULT_KINDS
 
     save_results(output, settings, rows, **details)
     benchmark, image = settings["benchmark"], output.with_suffix(".png")

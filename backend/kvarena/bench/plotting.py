@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvarena.bench.results import load_results
-from kvarena.panels import RESULT_KINDS, Bar, Panel, Picture, Series, panels_of
+from kvarena.panels.kinds import RESULT_KINDS, Picture, panels_of
+from kvarena.panels.panel import Bar, Panel, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

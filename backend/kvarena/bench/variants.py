@@ -13,7 +13,7 @@ from typing import Any
 
 from kvarena.client import ServerInfo
 from kvarena.contenders.spec import contender_specs
-from kvarena.panels import policy_label, variant_label
+from kvarena.panels.panel import policy_label, variant_label
 from kvarena.policies.params import OPTIONS, PARAMETERS, BlendParams, check_max_ttft_ms, make_policy
 from kvarena.policies.registry import Value
 

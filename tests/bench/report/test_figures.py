@@ -15,26 +15,22 @@ from matplotlib.figure import Figure
 
 from kvarena.bench.plotting import draw, draw_bars, draw_line, save_png, to_svg
 from kvarena.bench.report.page import render
-from kvarena.palette import COLOURS, GREY, PALETTE, colours_of
-from kvarena.panels import (
+from kvarena.panels.kinds import Picture
+from kvarena.panels.panel import (
+    COLOURS,
+    GREY,
+    PALETTE,
     Axis,
     Bar,
     Panel,
-    Picture,
     Series,
-    by_share,
-    by_time,
-    conditions,
+    colours_of,
     drawn_name,
-    lines,
-    over_context,
-    speedup,
-    throughput_bars,
-    time_bars,
     times_ms,
-    ttft_bars,
     variant_label,
 )
+from kvarena.panels.quality import by_share, by_time, lines
+from kvarena.panels.speed import conditions, over_context, speedup, throughput_bars, time_bars, ttft_bars
 from support.small_eval_result import small_eval_result
 from support.small_ttft_result import CONTEXTS, SETUPS, small_ttft_result
 

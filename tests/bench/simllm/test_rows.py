@@ -17,7 +17,7 @@ from kvarena.bench.simllm.demo import cosines, differing_bits
 from kvarena.bench.simllm.measuring import answer_rows, make_rows, show_quality, show_speed
 from kvarena.bench.simllm.running import ContenderRun, MeasuredAnswer, SimLLMVariant, StreamTask
 from kvarena.engines.base import Report
-from kvarena.panels import speed_and_quality
+from kvarena.panels.quality import speed_and_quality
 
 QUESTION = EvalQuestion("which?", ("tea",), ())
 TASKS = [StreamTask(QUESTION, "new"), StreamTask(QUESTION, "new"), StreamTask(QUESTION, "other order", 0)]

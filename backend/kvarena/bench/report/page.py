@@ -13,21 +13,10 @@ from typing import TYPE_CHECKING
 
 from kvarena.bench.plotting import to_svg
 from kvarena.bench.report.parts import Block, Part, ResultFile, Topic, pairs_table, rows_table
-from kvarena.panels import (
-    EVAL,
-    RESULT_KINDS,
-    TTFT,
-    Colours,
-    by_share,
-    by_time,
-    colours_in,
-    grouped,
-    main_metric,
-    throughput_panels,
-    throughput_rows,
-    time_split_panels,
-    ttft_panels,
-)
+from kvarena.panels.kinds import EVAL, RESULT_KINDS, TTFT
+from kvarena.panels.panel import Colours, colours_in, grouped
+from kvarena.panels.quality import by_share, by_time, main_metric
+from kvarena.panels.speed import throughput_panels, throughput_rows, time_split_panels, ttft_panels
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kvarena.bench.results import Row, load_results
-from kvarena.panels import Colours, Panel, summary
+from kvarena.panels.kinds import result_summary
+from kvarena.panels.panel import Colours, Panel
 
 DEFAULT_PATTERN = "results/*.json"
 
@@ -46,7 +47,7 @@ class ResultFile:
 
     @property
     def summary(self) -> str:
-        return summary(self.result)
+        return result_summary(self.result)
 
     def _object(self, key: str) -> Mapping[str, Any]:
         found = self.result.get(key) or {}
