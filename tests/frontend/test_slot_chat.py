@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import pytest
 
@@ -13,17 +12,13 @@ from contender_api import Sampling
 from figures import Figures, with_report
 from runs import Run
 from settings import Contender
-from slots import MODES, SlotChat, SlotTable
-from support.slot_rows import row
+from slots import MODES, SlotChat
+from support.slot_rows import row, table
 from support.small_openai_server import AI100_OFFER, AI100_REPORT, StartServer
 
 CONTEXT = Context("Be brief.")
 SERVER = Contender("ai100", "Slots", "http://127.0.0.1:8004")
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def table(*rows: dict[str, Any]) -> SlotTable:
-    return SlotTable.read({"slots": list(rows), "ctx_len": 200})
 
 
 def add_turn(chat: SlotChat, cached: str, uncached: str, states: tuple[str, str] = ("done", "done")) -> Turn:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ai100.engine import AI100Options
 from chat import Answer
 from contender_api import Sampling, Server, completion_request
 from figures import Figures, SlotTurn, slot_turn_html, with_report
 from kvarena.client import ServerInfo
 from settings import Contender
-from slots import MAX_TOPIC_CHARS, Slot, SlotTable, changes, topic_name
+from slots import MAX_TOPIC_CHARS, Slot, changes, topic_name
 from slots_view import slots_html
-from support.slot_rows import row
+from support.slot_rows import row, table
 from support.small_openai_server import AI100_OFFER, AI100_REPORT, SIMLLM_REPORT
 from turns_view import answer_html
-
-
-def table(*rows: dict[str, Any]) -> SlotTable:
-    return SlotTable.read({"slots": list(rows), "ctx_len": 200, "num_evictions": 0})
 
 
 def test_a_pane_says_topic_slot_turn_status_tokens_and_times() -> None:

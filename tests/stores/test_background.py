@@ -11,11 +11,11 @@ import torch
 
 from kvarena.core import store as background
 from kvarena.core.devices import begin_thread
-from kvarena.core.plan import Chunk, as_token_ids
+from kvarena.core.plan import Chunk
 from kvarena.core.store import BackgroundPuts, get, one_ahead
 from kvarena.stores.lmcache import LMCacheStore
 from kvarena.stores.memory import MemoryStore
-from support.chunk_kv import GEOMETRY
+from support.chunk_kv import GEOMETRY, chunk_of
 
 
 class HeldStore(MemoryStore):
@@ -30,10 +30,6 @@ class HeldStore(MemoryStore):
         if len(chunk) == 13:
             raise ConnectionError("store is down")
         return super().put(chunk, kv)
-
-
-def chunk_of(num_tokens: int) -> Chunk:
-    return Chunk(as_token_ids([num_tokens] * num_tokens))
 
 
 KV = torch.zeros(2, 1, 1, 8)

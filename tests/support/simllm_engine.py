@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from kvarena.contenders.simllm.params import SimilarityThreshold
 from kvarena.engines.base import GenerationRequest, Report, Sampling
 from kvarena.engines.hf import attention
 from support.simllm_tasks import NUM_TOKENS, Tasks
-from support.tiny_models import random_text
 
 GREEDY = Sampling(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
@@ -40,7 +38,3 @@ class Served:
 def served(folder: Path, mode: str, threshold: SimilarityThreshold = 0.95) -> Served:
     tasks = Tasks.load(folder, mode=mode, similarity_threshold=threshold, attn_implementation=attention.NAME)
     return Served(tasks, SimLLMEngine(tasks.simllm, "tiny"))
-
-
-def prompt_of(seed: int, num_words: int = 40) -> str:
-    return random_text(random.Random(seed), num_words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,14 @@ import torch
 from transformers import LlamaForCausalLM
 
 from kvarena.simllm import SimLLMInference, TaskAnswer
+from support.tiny_models import random_text
 
 NUM_TOKENS = 12
 AT_LENGTH: dict[str, Any] = {"min_new_tokens": NUM_TOKENS}
+
+
+def prompt_of(seed: int, num_words: int = 40) -> str:
+    return random_text(random.Random(seed), num_words)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from kvarena.bench.console import (
     ResultFile,
     Seed,
     Shape,
+    console_for,
     decimals,
     explained,
     integers,
@@ -52,11 +53,9 @@ def ai100(
 ) -> None:
     """Measure what KV slots gain in multi-turn chat: follow-ups with and without them, and several conversations at
     once."""
-    from rich.console import Console
-
     from kvarena.bench import ai100_bench
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         workload = ai100_bench.AI100Workload(
             history_tokens=history_tokens,
@@ -113,8 +112,6 @@ def simllm(
 
     All contenders answer the same tasks in turn, in this process, each with tasks of its own, over the same weights.
     """
-    from rich.console import Console
-
     from kvarena.bench.quality.questions import load_questions
     from kvarena.bench.results import shown_path
     from kvarena.bench.simllm import measuring
@@ -123,7 +120,7 @@ def simllm(
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.model import find_model
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         path = questions or find_model(model, "cpu").data_dir / QUESTIONS_NAME
         question_set = load_questions(path)
@@ -202,14 +199,12 @@ def ttft(
     of --target; with none of these, servers are started on the town model. Exit status: 0 done, 1 an error or failed
     requests, 130 interrupted; the answers so far are saved.
     """
-    from rich.console import Console
-
     from kvarena.bench.results import save_results
     from kvarena.bench.ttft.measuring import Bench, show_rows, show_warnings
     from kvarena.bench.ttft.servers import OwnServers, ServerOptions
     from kvarena.bench.ttft.workload import Workload
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     rows: list[Row] = []
     settings: dict[str, Any] = {"benchmark": "ttft", "is_interrupted": False}
     with explained(output):
@@ -274,8 +269,6 @@ def sustained(
 
     Servers are started for it, and stopped at the end.
     """
-    from rich.console import Console
-
     from kvarena.bench.results import REFERENCE
     from kvarena.bench.ttft import sustained as measuring
     from kvarena.bench.ttft.measuring import Bench
@@ -283,7 +276,7 @@ def sustained(
     from kvarena.bench.ttft.workload import Workload
     from kvarena.bench.variants import Variant
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         workload = measuring.SustainedWorkload(
             num_requests, num_chunks, per_request, new_per_request, chunk_tokens, zipf=zipf, seed=seed
@@ -328,14 +321,12 @@ def device(
     """
     import tempfile
 
-    from rich.console import Console
-
     from kvarena.bench import device_bench
     from kvarena.bench.results import save_results
     from kvarena.home import project_root
     from kvarena.model import SHIPPED_MODELS, TOWN
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         workload = device_bench.DeviceWorkload(
             shapes=tuple(shape.strip() for shape in shapes.split(",")),
@@ -384,11 +375,9 @@ def prefix(
 ) -> None:
     """Measure what each level of caching gains (none, a KV cache, a prefix cache) on cold prompts, repeated prompts
     and new questions."""
-    from rich.console import Console
-
     from kvarena.bench import prefix_bench
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         workload = prefix_bench.PrefixWorkload(
             context_tokens=integers(context_tokens),
@@ -415,11 +404,9 @@ def tasks(
     as_json: AsJson = False,
 ) -> None:
     """Measure how long the search for a similar task takes, and how often it finds one of the query's cluster."""
-    from rich.console import Console
-
     from kvarena.bench import task_search_bench
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         workload = task_search_bench.TaskSearchWorkload(
             integers(num_tasks), embedding_dim, num_queries, similarity, seed
@@ -445,13 +432,11 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Time per output token: the PyTorch engine, Hugging Face generate, and a server if one is named."""
-    from rich.console import Console
-
     from kvarena.bench import decode_bench, prefix_bench
     from kvarena.bench.shapes import model_folder
     from kvarena.stack.settings import shown_api_key
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         workload = decode_bench.DecodeWorkload(integers(context_tokens), max_new_tokens, num_requests, seed)
         contenders = {url: decode_bench.server_decode(url, shown_api_key())} if url else {}

@@ -36,6 +36,13 @@ INTERRUPTED = 130
 """The exit status of a command that was interrupted, as a shell has it."""
 
 
+def console_for(as_json: bool) -> Console:
+    """Where tables and progress go; not to standard output where that is JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
 @contextmanager
 def explained(output: Path | None = None) -> Iterator[None]:
     """What a user can put right is told in a line; first of all, that `output` can't be written."""

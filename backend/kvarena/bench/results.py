@@ -25,6 +25,9 @@ from kvarena.panels.panel import REFERENCE as REFERENCE
 from kvarena.panels.panel import Row as Row
 from kvarena.stack.machine import cpu_name, versions
 
+DIGITS = 4
+"""Of a share in a row."""
+
 
 def check_writable(path: Path) -> None:
     """Before hours of measuring: raises `OSError` or `ValueError` where `save_results` couldn't write this file."""

@@ -189,13 +189,17 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
 
 
 @dataclass(frozen=True)
-class ChatResponseBuilder:
+class ResponseBuilder:
+    """What the answers of both paths have in common."""
+
     answer_id: str
     model: str
     token_texts: TokenTexts
     wants_logprobs: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
+
+class ChatResponseBuilder(ResponseBuilder):
     def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> ChatCompletion:
         return ChatCompletion(
             id=self.answer_id,
@@ -271,14 +275,7 @@ async def create_completion(body: CompletionRequest, request: Request, server: S
     return await respond(request, answer, form, body)
 
 
-@dataclass(frozen=True)
-class CompletionResponseBuilder:
-    answer_id: str
-    model: str
-    token_texts: TokenTexts
-    wants_logprobs: bool
-    created: int = field(default_factory=lambda: int(time.time()))
-
+class CompletionResponseBuilder(ResponseBuilder):
     def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> Completion:
         return Completion(
             id=self.answer_id,

@@ -14,8 +14,7 @@ from transformers import DynamicCache
 
 from kvarena.policies.params import BlendParams
 from kvarena.simllm import AlignedParams
-from support.simllm_tasks import NUM_TOKENS, Tasks
-from support.tiny_models import random_text
+from support.simllm_tasks import NUM_TOKENS, Tasks, prompt_of
 
 
 def load(folder: Path, blend: BlendParams | None = None, **settings: Any) -> Tasks:
@@ -28,10 +27,6 @@ def tasks(folder: Path) -> Iterator[Tasks]:
     tasks = load(folder)
     yield tasks
     tasks.simllm.close()
-
-
-def prompt_of(seed: int, num_words: int = 40) -> str:
-    return random_text(random.Random(seed), num_words)
 
 
 def words_of(prompt: str, start: int, end: int) -> str:

@@ -14,8 +14,8 @@ from kvarena.contenders.simllm.inference import load_simllm
 from kvarena.core.plan import as_token_ids
 from kvarena.engines.base import GenerationRequest, Sampling
 from kvarena.simllm import SimLLMParams
-from support.simllm_engine import GREEDY, Served, prompt_of, served
-from support.simllm_tasks import Tasks
+from support.simllm_engine import GREEDY, Served, served
+from support.simllm_tasks import Tasks, prompt_of
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
 

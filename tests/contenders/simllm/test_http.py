@@ -16,7 +16,8 @@ from kvarena.contenders.simllm.http import router
 from kvarena.engines.store_metrics import StoreCollector
 from support.real_server import RealServer, serving
 from support.request_lines import request_lines
-from support.simllm_engine import prompt_of, served
+from support.simllm_engine import served
+from support.simllm_tasks import prompt_of
 from support.store_metrics import store_metrics
 
 EARLIER, LATER = prompt_of(0), f"{prompt_of(0)} goat tea"

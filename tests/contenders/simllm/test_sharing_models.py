@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +18,12 @@ from kvarena.stores.lmcache import KVGeometry, LMCacheStore
 from kvarena.stores.memory import MemoryStore
 from support.file_store import FileStore
 from support.lmcache_server import LMCacheServer
-from support.simllm_tasks import Tasks
-from support.tiny_models import random_text, save_tiny_model
+from support.simllm_tasks import Tasks, prompt_of
+from support.tiny_models import save_tiny_model
 from support.waiting import wait_until
 
 MODES = ["top_layer", "aligned"]
 RETRY_S = 0.5
-
-
-def prompt_of(seed: int, num_words: int = 40) -> str:
-    return random_text(random.Random(seed), num_words)
 
 
 def sharing(folder: Path, mode: str, store: ChunkStore | None, file: Path) -> Tasks:

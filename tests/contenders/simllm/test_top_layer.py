@@ -16,8 +16,8 @@ from kvarena.contenders.simllm.params import WARNINGS
 from kvarena.engines.hf.model import HFModel
 from kvarena.simllm import AlignedParams, InterTaskKVManager, LlamaForCausalLMWithKVReuse
 from support.plain_llama import PlainLlama
-from support.simllm_tasks import NUM_TOKENS, Tasks
-from support.tiny_models import random_text, save_tiny_model
+from support.simllm_tasks import NUM_TOKENS, Tasks, prompt_of
+from support.tiny_models import save_tiny_model
 
 
 @pytest.fixture
@@ -29,10 +29,6 @@ def tasks(folder: Path) -> Iterator[Tasks]:
 
 def similar(prompt: str, *more: str) -> str:
     return " ".join([prompt, *more])
-
-
-def prompt_of(seed: int, num_words: int = 40) -> str:
-    return random_text(random.Random(seed), num_words)
 
 
 def reused_from(tasks: Tasks, prompt: str) -> str:

@@ -18,6 +18,7 @@ from kvarena.bench.console import (
     AsJson,
     PlottedFile,
     ResultFile,
+    console_for,
     decimals,
     explained,
     integers,
@@ -106,7 +107,6 @@ def evaluate(
 
     Exit status: 0 all answered, 1 an error or failed answers, 130 interrupted; the answers so far are saved.
     """
-    from rich.console import Console
     from rich.markup import escape
 
     from kvarena.bench.quality.questions import Redraw, load_questions, stack_splitter
@@ -123,7 +123,7 @@ def evaluate(
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.render import show_problems
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     wanted = ContenderOptions(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
     with explained(output):
         path = questions or (data or default_data_dir(engine, model)) / QUESTIONS_NAME
@@ -235,8 +235,6 @@ def calibrate(
     Exit status: 0 found, 1 an error or no setting that agrees well enough, 130 interrupted. Servers read the profile
     when they start.
     """
-    from rich.console import Console
-
     from kvarena.bench.quality import calibration
     from kvarena.bench.quality.questions import Redraw, load_questions
     from kvarena.bench.quality.session import (
@@ -252,7 +250,7 @@ def calibrate(
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.stack.render import show_problems
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         sinks = integers(sink_tokens) if sink_tokens else (0, DEFAULT_SINK_TOKENS) if engine == "hf" else ()
         wanted = ContenderOptions(engine, [contender], model, separator, timeout_s, more_sinks=sinks)

@@ -24,11 +24,10 @@ from rich.table import Column, Table
 from kvarena.bench.console import new_table, percent, percent_range
 from kvarena.bench.quality.asking import Attempt, GreedyAnswer, Reuse
 from kvarena.bench.quality.questions import QuestionSet
-from kvarena.bench.results import ALL_KINDS, Row, spread
+from kvarena.bench.results import ALL_KINDS, DIGITS, Row, spread
 from kvarena.bench.variants import Variant
 
 NUM_RESAMPLES = 2_000
-DIGITS = 4
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> dict[str, float] | None:

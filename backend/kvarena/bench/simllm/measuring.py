@@ -16,7 +16,7 @@ from rich.console import Console
 from kvarena.bench.console import new_table, percent, percent_range
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.quality.scoring import is_same_answer, mean_interval, squad_score
-from kvarena.bench.results import Row, spread
+from kvarena.bench.results import DIGITS, Row, spread
 from kvarena.bench.shapes import model_folder
 from kvarena.bench.simllm.running import (
     ContenderRun,
@@ -30,8 +30,6 @@ from kvarena.bench.simllm.running import (
 )
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.policies.profile import read_blend_profile
-
-DIGITS = 4
 
 
 def make_rows(tasks: Sequence[StreamTask], runs: Sequence[ContenderRun], **model: Any) -> list[Row]:

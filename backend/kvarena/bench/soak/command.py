@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarena.bench.console import AsJson, ResultFile, explained, progress, save_and_tell
+from kvarena.bench.console import AsJson, ResultFile, console_for, explained, progress, save_and_tell
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,13 +55,11 @@ def soak(
     """
     import asyncio
 
-    from rich.console import Console
-
     from kvarena.bench.soak.campaign import Soak
     from kvarena.bench.soak.faults import NO_FAULTS, read_faults
     from kvarena.client import ClientError
 
-    console = Console(stderr=as_json)
+    console = console_for(as_json)
     with explained(output):
         kinds = read_faults(NO_FAULTS if target else faults)
         servers, documents, stack = _targets(target, data) if target else _stack(bool(kinds), console)

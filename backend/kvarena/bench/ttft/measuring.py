@@ -20,7 +20,7 @@ from rich.table import Column
 from tokenizers import Tokenizer
 
 from kvarena.bench.console import new_table
-from kvarena.bench.results import REFERENCE, Row, median_interval, ratio_spread, shown_path, spread
+from kvarena.bench.results import DIGITS, REFERENCE, Row, median_interval, ratio_spread, shown_path, spread
 from kvarena.bench.ttft.client import Burst, Contender, Timed
 from kvarena.bench.ttft.workload import Cell, Prompts, Vocabulary, Workload
 from kvarena.bench.variants import Variant, reads_scores
@@ -28,7 +28,6 @@ from kvarena.documents import FALLBACK_SEPARATOR, load_chunks, without_separator
 from kvarena.model import load_tokenizer
 from kvarena.splitting import find_splitter
 
-DIGITS = 4
 UNKNOWN = "unknown"
 BLEND_MS = "blend_ms"
 NOT_STAGES = (BLEND_MS, "max_ttft_ms")

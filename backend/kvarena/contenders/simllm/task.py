@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import torch
 
 from kvarena.contenders.simllm.threshold import AgreementSample
 from kvarena.core.plan import Chunk, TokenIds
+from kvarena.core.store import is_finite
 
 TopLayerKV = tuple[torch.Tensor, torch.Tensor]
 
@@ -105,11 +105,6 @@ class TaskCacheEntry:
         if shape.problem_of(self.top_layer_kv) is not None:
             return False
         return self.whole_kv is None or self.whole_kv.is_sound(self.num_tokens)
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in it; its extremes show both, in a sixteenth of `isfinite`'s time."""
-    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 @dataclass(frozen=True)
