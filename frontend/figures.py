@@ -16,7 +16,7 @@ from html import escape
 from typing import Any
 
 from kvarena.client import Usage
-from tokens import NO_SCORES, AnswerToken, TokenScores
+from tokens import NO_SCORES, AnswerToken, Span, TokenScores
 from waterfall import read_stages, shown_ms
 
 
@@ -70,7 +70,7 @@ def similar_task_html(task: SimilarTask) -> str:
     return (
         '<div class="ka-task" data-testid="similar-task" data-hit="true">'
         "Similar to an earlier prompt: cosine "
-        f"{_task_number('similarity', task.similarity, f'{task.similarity:.5f}')}, "
+        f"{_number('similarity', task.similarity, f'{task.similarity:.5f}')}, "
         f"threshold {_shown(task.similarity_threshold)}. {_skipped(task)}{_earlier_prompt(task)}"
         f"{f' <b>Beware: {escape(task.warning)}.</b>' if task.warning else ''}</div>"
     )
@@ -92,7 +92,7 @@ def _shown(threshold: float | None) -> str:
 
 def _skipped(task: SimilarTask) -> str:
     skipped, total = task.num_skipped_passes, task.num_layer_passes_without_reuse
-    number = _task_number("num_skipped_passes", skipped, f"{abs(skipped):,}")
+    number = _number("num_skipped_passes", skipped, f"{abs(skipped):,}")
     if skipped < 0:
         return f"Skipped nothing: ran {number} layer passes more than the {total:,} of a full prefill."
     return f"Skipped {number} of {total:,} layer passes ({skipped / total:.0%})."
@@ -108,7 +108,7 @@ def _earlier_prompt(task: SimilarTask) -> str:
     )
 
 
-def _task_number(key: str, value: float, text: str) -> str:
+def _number(key: str, value: float, text: str) -> str:
     return f'<b data-figure="{key}" data-value="{value!r}">{text}</b>'
 
 
@@ -168,33 +168,20 @@ def slot_turn_html(turn: SlotTurn) -> str:
         f'data-topic="{escape(turn.topic)}" data-turn="{turn.turn}">'
         f'<span class="ka-badge ka-status-{escape(status)}">{escape(STATUS_LABELS.get(status, status))}</span> '
         f"<b>{escape(turn.topic)}</b> in {slot}, turn {turn.turn}: prefilled "
-        f"{_slot_number('num_prefilled_tokens', turn.num_prefilled_tokens, f'{turn.num_prefilled_tokens:,}')} tokens"
+        f"{_number('num_prefilled_tokens', turn.num_prefilled_tokens, f'{turn.num_prefilled_tokens:,}')} tokens"
         f"{reason}{notes}<div>{_times(turn)}</div></div>"
     )
 
 
 def _times(turn: SlotTurn) -> str:
     times = {"prefill": turn.prefill_ms, "decode": turn.decode_ms, "total": turn.total_ms}
-    return ", ".join(f"{name} {_slot_number(f'{name}_ms', ms, shown_ms(ms))}" for name, ms in times.items())
-
-
-def _slot_number(key: str, value: float, text: str) -> str:
-    return f'<b data-figure="{key}" data-value="{value!r}">{text}</b>'
+    return ", ".join(f"{name} {_number(f'{name}_ms', ms, shown_ms(ms))}" for name, ms in times.items())
 
 
 SAME_SPEED_RATIO = 1.05
 CACHED_RATIO = 0.5
 MIN_DECODE_S = 0.001
 MIN_DECODE_TOKENS = 5
-
-
-@dataclass(frozen=True)
-class Span:
-    """Prompt tokens `[start, end)` and where their KV came from: `prefix`, `reused` or `computed`."""
-
-    start: int
-    end: int
-    source: str
 
 
 @dataclass(frozen=True)

@@ -44,19 +44,19 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Source:
+class Span:
     """Prompt tokens `[start, end)` and where their KV came from, one of `KINDS`."""
 
     start: int
     end: int
-    kind: str
+    source: str
 
 
-def kinds_of(num_tokens: int, sources: Sequence[Source]) -> list[str]:
-    """The kind of each token; later sources lie over earlier ones, empty is where none lies."""
+def kinds_of(num_tokens: int, spans: Sequence[Span]) -> list[str]:
+    """The kind of each token; later spans lie over earlier ones, empty is where none lies."""
     kinds = [""] * num_tokens
-    for source in sources:
-        kinds[source.start : source.end] = [source.kind] * (min(source.end, num_tokens) - source.start)
+    for span in spans:
+        kinds[span.start : span.end] = [span.source] * (min(span.end, num_tokens) - span.start)
     return kinds
 
 

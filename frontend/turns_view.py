@@ -18,9 +18,9 @@ from streamlit.delta_generator import DeltaGenerator
 from streamlit.runtime.scriptrunner import StopException
 
 from chat import Answer, Chat, Turn
-from figures import Figures, Span, prefix_cache_note, similar_task_html, slot_turn_html, speed_line
+from figures import Figures, prefix_cache_note, similar_task_html, slot_turn_html, speed_line
 from runs import RELOAD_S, OpenChat, Run
-from tokens import answer_tokens_html, diff_html, first_difference, first_token_difference
+from tokens import Span, answer_tokens_html, diff_html, first_difference, first_token_difference
 from verdict import exact_answer
 from waterfall import Row, shown_ms, waterfall_html
 

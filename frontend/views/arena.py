@@ -27,7 +27,7 @@ from runs import OpenChat, Run
 from servers_view import Watched, server_html
 from settings import Service
 from sidebar import ArenaChoices, choose_chunks, draw_arena_sidebar
-from tokens import Source, kinds_of, tokens_html
+from tokens import Span, kinds_of, tokens_html
 from turns_view import draw_turns, watch
 from verdict import verdict_html
 from vote_view import draw_ballot, draw_tally, vote_text
@@ -352,9 +352,8 @@ def _tokens_html(chat: Chat, index: int, answer: Answer) -> str:
     for chunk, span in zip(turn.context.chunks, state.token_count(session, turn.context).spans, strict=True):
         if span.start is not None and span.end is not None:
             places += [(span.start, chunk.name), (span.end, "")]
-    sources = [Source(span.start, span.end, span.source) for span in figures.spans]
-    sources += [Source(start, end, "recomputed") for start, end in figures.recomputed or ()]
-    return tokens_html(answer.contender.title, tokens, kinds_of(len(tokens), sources), places, figures.scores)
+    spans = [*figures.spans, *(Span(start, end, "recomputed") for start, end in figures.recomputed or ())]
+    return tokens_html(answer.contender.title, tokens, kinds_of(len(tokens), spans), places, figures.scores)
 
 
 def draw_examples(chat: Chat) -> None:

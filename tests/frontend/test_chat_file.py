@@ -10,13 +10,13 @@ import pytest
 from chat import Chat, Context, Turn
 from chat_file import ChatFile
 from contender_api import Sampling
-from figures import Done, Figures, FirstToken, Sent, Span, Text, with_report
+from figures import Done, Figures, FirstToken, Sent, Text, with_report
 from kvarena.documents import TextChunk
 from runs import ChatStore
 from settings import Contender
 from slots import SlotChat
 from support.small_openai_server import AI100_REPORT, SIMLLM_REPORT
-from tokens import AnswerToken
+from tokens import AnswerToken, Span
 
 CONTENDERS = [Contender(name, name.title(), "http://127.0.0.1:1") for name in ("blend", "plain")]
 CONTEXT = Context("Be brief.", (TextChunk("pasted", "Ann keeps <b>bees</b>.\n\tÜ 🐝"),), " # # ")

@@ -11,7 +11,7 @@ from figures import Figures, with_report
 from support.small_openai_server import REPORT
 from tokens import (
     AnswerToken,
-    Source,
+    Span,
     answer_tokens_html,
     diff_html,
     first_difference,
@@ -48,8 +48,7 @@ def test_each_token_has_the_kind_of_the_last_source_over_it_and_its_chunk() -> N
     report = REPORT | {"spans": [{"start": 1, "end": 4, "source": "reused"}], "recomputed_spans": [[2, 3]]}
     figures = with_report(Figures(), report)
     assert figures.recomputed == ((2, 3),)
-    sources = [Source(s.start, s.end, s.source) for s in figures.spans]
-    kinds = kinds_of(5, [*sources, *(Source(a, b, "recomputed") for a, b in figures.recomputed)])
+    kinds = kinds_of(5, [*figures.spans, *(Span(a, b, "recomputed") for a, b in figures.recomputed)])
     assert kinds == ["", "reused", "recomputed", "reused", ""]
     html = tokens_html("<A>", [" <x>", " a", " b", " c", " d"], kinds, [(1, "first"), (3, "")])
     assert "<b>&lt;A&gt;</b>" in html
