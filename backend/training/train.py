@@ -19,12 +19,11 @@ from typing import Any
 import checkpoint
 import torch
 from curriculum import STAGES
-from data import Batches
 from evaluate import evaluate
 from model import ModelConfig, SmallLlama
 from muon import Muon
 from progress import Display
-from rows import KINDS, Batch, TextCoder
+from rows import KINDS, Batch, Batches, TextCoder
 from threads import FreeCores
 from tokenizer import EOS_ID, train_tokenizer
 from torch.nn import functional
