@@ -13,8 +13,11 @@ from typing import Any
 
 from kvarena.panels.kinds import EVAL, panels_of
 from kvarena.panels.panel import ALL_KINDS
+from kvarena.panels.quality import METRICS
 
 ALL_QUESTIONS = "all"
+FIGURES = (*METRICS, "correct_vs_reference", "exact_match_vs_reference")
+"""The groups of figures of a row that have an interval."""
 SUBSETS = (ALL_QUESTIONS, "answered")
 """All questions, and those that full prefill answers right."""
 
@@ -57,8 +60,7 @@ class Variant:
 class Row:
     """How a variant did on the questions of one kind, or on all of them; of one of `SUBSETS`.
 
-    `recomputed_ratio` is the share of the chunks' tokens that was recomputed, `reused_ratio` that of the prompt which
-    was not.
+    `metrics` has those of `FIGURES` that the file has. `reused_ratio` is the share of the prompt that wasn't computed.
     """
 
     variant: Variant
@@ -66,19 +68,10 @@ class Row:
     num_questions: int
     num_failed: int
     num_cut: int
-    correct: Interval | None
-    correct_vs_reference: Interval | None
-    exact_match: Interval | None
-    exact_match_vs_reference: Interval | None
-    f1: Interval | None
-    agreement: Interval | None
-    token_agreement: Interval | None
-    kl_along_answer: Interval | None
-    first_token_kl: Interval | None
+    metrics: Mapping[str, Interval]
     ttft_median_ms: float | None
     ttft_p95_ms: float | None
     reused_ratio: float | None
-    recomputed_ratio: float | None
     subset: str = ALL_QUESTIONS
 
 
@@ -193,19 +186,10 @@ def _row(entry: Mapping[str, Any]) -> Row:
         num_questions=int(entry["num_questions"]),
         num_failed=int(entry["num_failed"]),
         num_cut=int(entry["num_cut"] if "num_cut" in entry else entry["num_unparsed"]),
-        correct=_interval(entry.get("correct")),
-        correct_vs_reference=_interval(entry.get("correct_vs_reference")),
-        exact_match=_interval(entry.get("exact_match")),
-        exact_match_vs_reference=_interval(entry.get("exact_match_vs_reference")),
-        f1=_interval(entry.get("f1")),
-        agreement=_interval(entry.get("agreement")),
-        token_agreement=_interval(entry.get("token_agreement")),
-        kl_along_answer=_interval(entry.get("kl_along_answer")),
-        first_token_kl=_interval(entry.get("first_token_kl")),
+        metrics={name: found for name in FIGURES if (found := _interval(entry.get(name)))},
         ttft_median_ms=_number(ttft_ms.get("median")),
         ttft_p95_ms=_number(ttft_ms.get("p95")),
         reused_ratio=_number(entry.get("reused_ratio")),
-        recomputed_ratio=_number(entry.get("recomputed_ratio")),
         subset=entry.get("subset") or ALL_QUESTIONS,
     )
 

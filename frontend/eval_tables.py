@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval_results import ALL_QUESTIONS, EvalAnswer, EvalResult, Interval, Row, Variant
+from eval_results import ALL_QUESTIONS, EvalAnswer, EvalResult, Row, Variant
 from kvarena.panels.panel import ALL_KINDS, Panel, colours_in
 from kvarena.panels.quality import METRICS, rows_with, share_panel
 
@@ -19,7 +19,7 @@ MARKS = {1.0: "✓ ", 0.0: "✗ "}
 
 def metrics_of(result: EvalResult) -> list[str]:
     """Those that the file has; older ones lack some. All for a file that has none."""
-    return [metric for metric in METRICS if any(getattr(row, metric) for row in result.rows)] or list(METRICS)
+    return [metric for metric in METRICS if any(metric in row.metrics for row in result.rows)] or list(METRICS)
 
 
 def percent(share: float) -> str:
@@ -91,7 +91,8 @@ def times(result: EvalResult) -> list[Record]:
 
 
 def _table_row(row: Row) -> Record:
-    variant = row.variant
+    variant, exact = row.variant, row.metrics.get("exact_match")
+    means = {name: interval.mean for name, interval in row.metrics.items()}
     return {
         "Contender": variant.contender,
         "Policy": variant.policy_name or None,
@@ -100,25 +101,21 @@ def _table_row(row: Row) -> Record:
         "Questions": row.num_questions,
         "Failed": row.num_failed,
         "Cut": row.num_cut,
-        "Right": _mean(row.correct),
-        "vs. full prefill": _mean(row.correct_vs_reference),
-        "Exact match": _mean(row.exact_match),
-        "EM low": row.exact_match.low if row.exact_match else None,
-        "EM high": row.exact_match.high if row.exact_match else None,
-        "vs. reference": _mean(row.exact_match_vs_reference),
-        "Token F1": _mean(row.f1),
-        "Agreement": _mean(row.agreement),
-        "Tokens": _mean(row.token_agreement),
-        "KL along answer": _mean(row.kl_along_answer),
-        "KL": _mean(row.first_token_kl),
+        "Right": means.get("correct"),
+        "vs. full prefill": means.get("correct_vs_reference"),
+        "Exact match": means.get("exact_match"),
+        "EM low": exact.low if exact else None,
+        "EM high": exact.high if exact else None,
+        "vs. reference": means.get("exact_match_vs_reference"),
+        "Token F1": means.get("f1"),
+        "Agreement": means.get("agreement"),
+        "Tokens": means.get("token_agreement"),
+        "KL along answer": means.get("kl_along_answer"),
+        "KL": means.get("first_token_kl"),
         "TTFT median": row.ttft_median_ms,
         "TTFT p95": row.ttft_p95_ms,
         "Reused": row.reused_ratio,
     }
-
-
-def _mean(interval: Interval | None) -> float | None:
-    return None if interval is None else interval.mean
 
 
 def summary(result: EvalResult) -> str:
