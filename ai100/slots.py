@@ -103,7 +103,7 @@ class SlotTable:
         return Taken(slot, not is_own)
 
     def reuse(self, slot: Slot, token_ids: Sequence[int]) -> int:
-        """How many first tokens of a text have their KV in the slot; what the slot has behind them is forgotten.
+        """How many first tokens of a text have their KV in the slot; what the slot has after them is forgotten.
 
         At least one token is left to run: its logits are needed.
         """
@@ -118,7 +118,7 @@ class SlotTable:
         return count
 
     def extend(self, slot: Slot, token_ids: Sequence[int]) -> None:
-        """These tokens were run behind those in the slot. Raises `ValueError` when they pass the context."""
+        """These tokens were run after those in the slot. Raises `ValueError` when they pass the context."""
         self._check_held(slot)
         if slot.position + len(token_ids) > self.ctx_len:
             raise ValueError(f"{slot.position} tokens and {len(token_ids)} more pass the context of {self.ctx_len}")

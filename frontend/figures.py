@@ -349,10 +349,10 @@ def speed_line(first_tokens: Sequence[tuple[str, float]]) -> str:
     if len(first_tokens) < 2:
         return ""
     (winner, best), *others = sorted(first_tokens, key=lambda entry: entry[1])
-    behind = [(title, ms / max(best, 1e-9)) for title, ms in others]
-    if all(factor < SAME_SPEED_RATIO for _, factor in behind):
-        return f"{_enumerated([winner, *(title for title, _ in behind)])} are equally fast to the first token"
-    factors = [f"{format_factor(factor)} times faster than {title}" for title, factor in behind]
+    slower = [(title, ms / max(best, 1e-9)) for title, ms in others]
+    if all(factor < SAME_SPEED_RATIO for _, factor in slower):
+        return f"{_enumerated([winner, *(title for title, _ in slower)])} are equally fast to the first token"
+    factors = [f"{format_factor(factor)} times faster than {title}" for title, factor in slower]
     return f"{winner}: {_enumerated(factors)} to the first token"
 
 

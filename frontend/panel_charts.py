@@ -202,7 +202,7 @@ def _stroke(colour: str, dash: Iterable[int]) -> str:
 
 
 def bars_html(bars: Sequence[Bar]) -> str:
-    """From the top down, each under its label with its note behind it."""
+    """From the top down, each under its label, with its note at the end."""
     longest = max((sum(length for _, length, _ in bar.parts) for bar in bars), default=1.0) or 1.0
     return f'<div class="ka-bars">{"".join(_bar_html(bar, longest) for bar in bars)}</div>'
 

@@ -20,7 +20,7 @@ from settings import Contender
 
 @dataclass(frozen=True)
 class Slot:
-    """`num_tokens` of the slot have their KV; a pending token comes behind them. An empty one has no `topic`.
+    """`num_tokens` of the slot have their KV; a pending token comes after them. An empty one has no `topic`.
 
     The larger `last_used`, the later; 0: never. `is_aside`: it is kept for turns without slots.
     """

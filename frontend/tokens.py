@@ -156,7 +156,7 @@ class AnswerToken:
 
 
 def read_answer_tokens(text: str, logprobs: Sequence[Mapping[str, Any]]) -> tuple[AnswerToken, ...]:
-    """OpenAI's entries, aligned with the answer's `text`: servers leave out white space before a token. Tokens behind
+    """OpenAI's entries, aligned with the answer's `text`: servers leave out white space before a token. Tokens after
     the text, such as the end of the sequence, are left out.
     """
     return tuple(_aligned(text, logprobs))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvarena.engines.base import Engine
-from support import engine_commands
+from support import command_lines
 from support.ai100_engine import make_ai100
 from support.prefix_engine import make_prefix
 from support.real_server import serving
@@ -50,7 +50,7 @@ ENGINES: dict[str, tuple[Callable[[Path], Engine], int]] = {
 
 
 def test_no_server_of_ours_is_left_out() -> None:
-    assert {name.partition("-")[0] for name in ENGINES} == {spec.name for spec in engine_commands.ENGINES}
+    assert {name.partition("-")[0] for name in ENGINES} == {spec.name for spec in command_lines.ENGINES}
 
 
 @pytest.mark.slow

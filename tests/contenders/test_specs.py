@@ -12,7 +12,7 @@ import pytest
 
 from kvarena.contenders import spec as specs
 from kvarena.contenders.spec import ContenderSpec, contender_specs
-from support.engine_commands import ENGINES, command_of
+from support.command_lines import ENGINES, command_of
 
 
 def test_contenders_are_in_the_order_of_their_ports() -> None:

@@ -14,8 +14,7 @@ from kvarena.home import Home, project_root
 from kvarena.model import DEFAULT_CARD_MODEL, DEFAULT_GPU_MODEL
 from kvarena.stack import machine
 from kvarena.stack.preflight import estimate_memory
-from support.command_lines import parsed
-from support.engine_commands import ENGINES
+from support.command_lines import ENGINES, parsed
 from support.planned_services import extra_config, make, with_gpus
 
 AI100_CHOICES: dict[str, object] = {

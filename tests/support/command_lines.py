@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
 from kvarena.contenders.servers import EngineServer
+from kvarena.contenders.spec import ContenderSpec, contender_specs
 from kvarena.stack.service import Service
-from support.engine_commands import ENGINES, command_of
 
 VLLM = "vllm.entrypoints.openai.api_server"
 LMCACHE = "lmcache.cli.main"
 PAGE = "streamlit"
+ENGINES = [spec for spec in contender_specs().values() if isinstance(spec.server, EngineServer)]
 
 
 def parsed(service: Service) -> dict[str, Any]:
@@ -76,3 +79,14 @@ def _page_options(words: Sequence[str]) -> dict[str, Any]:
 def _engine_options(module: str, words: Sequence[str]) -> dict[str, Any]:
     (spec,) = (spec for spec in ENGINES if isinstance(spec.server, EngineServer) and spec.server.module == module)
     return dict(command_of(spec).make_context(spec.name, list(words)).params)
+
+
+def command_of(spec: ContenderSpec) -> Any:
+    """What its module runs when it is started."""
+    assert isinstance(spec.server, EngineServer)
+    module = importlib.import_module(spec.server.module)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{spec.server.module}.__main__")
+    app = typer.Typer()
+    app.command()(module.main)
+    return typer.main.get_command(app)

@@ -362,7 +362,7 @@ class _Run:
             yield
 
     def _agree(self, failure: Exception | None) -> None:
-        """Raises where the KV couldn't be written on a rank, for want of memory say: all of them compute the prompt."""
+        """Raises where a rank couldn't write the KV, for example without memory: all of them compute the prompt."""
         if not self.model.ranks.all([failure is None])[0]:
             raise RuntimeError("the chunks' KV couldn't be written on every rank") from failure
 

@@ -196,7 +196,7 @@ def test_eight_threads(any_served: Served) -> None:
 
 
 def test_an_answer_of_open_length_ends_with_the_context(tmp_path: Path) -> None:
-    """Behind an earlier prompt there is less of it."""
+    """After an earlier prompt there is less of it."""
     top_layer = served(save_tiny_model(tmp_path, max_position_embeddings=400), "top_layer")
     open_ended, prompt = Sampling(temperature=0.0, ignore_eos=True), [9] * 50
     tokens, report = top_layer.ask(prompt, open_ended)
