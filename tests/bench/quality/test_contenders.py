@@ -38,6 +38,10 @@ NUM_TOKENS = 8
 ASKING = Asking("#", 9)
 
 
+def at_most(max_tokens: int) -> Asking:
+    return Asking("#", max_tokens)
+
+
 @pytest.fixture(scope="module")
 def real() -> Iterator[RealServer[ScriptedEngine]]:
     with serving(ScriptedEngine()) as server:
@@ -58,7 +62,7 @@ def test_the_sink_of_a_blend_is_the_one_that_it_tells() -> None:
 
 def test_an_answer_over_http(real: RealServer[ScriptedEngine]) -> None:
     server = HTTPAnswerer("scripted", real.url + "/v1")
-    answer = server.answer(said("say the old lamp"), SETUP, 20)
+    answer = server.answer(said("say the old lamp"), SETUP, at_most(20))
     assert answer.text == "the old lamp"
     assert answer.is_complete
     assert answer.ttft_ms > 0
@@ -66,8 +70,8 @@ def test_an_answer_over_http(real: RealServer[ScriptedEngine]) -> None:
     assert 0 < answer.reuse.num_reused_tokens < answer.reuse.num_prompt_tokens
     assert "".join(one.token for one in answer.logprobs) == "the old lamp</s>"
     assert max(answer.logprobs[0].top.values()) == pytest.approx(-0.5)
-    assert not server.answer(said("forever"), SETUP, 3).is_complete
-    assert HTTPAnswerer("x", real.url, has_logprobs=False).answer(said("say tea"), SETUP, 9).logprobs == []
+    assert not server.answer(said("forever"), SETUP, at_most(3)).is_complete
+    assert HTTPAnswerer("x", real.url, has_logprobs=False).answer(said("say tea"), SETUP, at_most(9)).logprobs == []
     assert not server.is_blend
     assert server.sinks == ()
     server.warm([], "#", lambda: None)
@@ -78,12 +82,12 @@ def test_an_answer_over_http(real: RealServer[ScriptedEngine]) -> None:
 )
 def test_what_goes_wrong_has_its_reason(real: RealServer[ScriptedEngine], script: str, why: str) -> None:
     with pytest.raises(NoAnswer, match=why):
-        HTTPAnswerer("scripted", real.url).answer(said(script), SETUP, 9)
+        HTTPAnswerer("scripted", real.url).answer(said(script), SETUP, at_most(9))
 
 
 def test_choices_reach_the_server(real: RealServer[ScriptedEngine]) -> None:
     with pytest.raises(NoAnswer, match="policy"):  # which this engine doesn't have
-        HTTPAnswerer("scripted", real.url).answer(said("say tea"), Variant("scripted", "random", 0.1), 9)
+        HTTPAnswerer("scripted", real.url).answer(said("say tea"), Variant("scripted", "random", 0.1), at_most(9))
 
 
 def test_no_server() -> None:
@@ -128,9 +132,9 @@ def test_a_dead_contender_is_given_up_and_the_others_go_on(real: RealServer[Scri
 class Counting(HTTPAnswerer):
     num_asked = 0
 
-    def answer(self, messages: Messages, variant: Variant, max_tokens: int, *along: Any) -> GreedyAnswer:
+    def answer(self, messages: Messages, variant: Variant, *how: Any) -> GreedyAnswer:
         self.num_asked += 1
-        return super().answer(messages, Variant(self.name), max_tokens, *along)
+        return super().answer(messages, Variant(self.name), *how)
 
 
 def test_what_is_the_same_work_is_done_once(real: RealServer[ScriptedEngine], tmp_path: Path) -> None:
@@ -164,7 +168,7 @@ def test_in_process_answers_are_those_of_generate(folder: Path) -> None:
         output = reference.generate(ids, max_new_tokens=NUM_TOKENS, do_sample=False)
         expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         for variant in variants:
-            assert made[variant.contender].answer(messages, variant, NUM_TOKENS).text == expected, variant
+            assert made[variant.contender].answer(messages, variant, at_most(NUM_TOKENS)).text == expected, variant
     made["plain"].close()
 
 
@@ -175,7 +179,7 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = f" # {'tea rain hill goat blue river ' * 6} # {'old lamp road bread ' * 8} # what is blue?"
     messages = [{"role": "user", "content": text}]
-    full = made["plain"].answer(messages, Variant("plain"), NUM_TOKENS)
+    full = made["plain"].answer(messages, Variant("plain"), at_most(NUM_TOKENS))
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def logprobs(prompt: list[int]) -> torch.Tensor:
@@ -189,7 +193,7 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
     torch.testing.assert_close(full.forced_logprobs, expected, atol=1e-4, rtol=1e-4)
 
     shorter = [{"role": "user", "content": text[:-10]}]
-    other = made["plain"].answer(shorter, Variant("plain"), NUM_TOKENS, full)
+    other = made["plain"].answer(shorter, Variant("plain"), at_most(NUM_TOKENS), full)
     theirs = logprobs(tokenizer.apply_chat_template(shorter, add_generation_prompt=True, return_dict=False))
     found = closeness(full, other)
     assert found
@@ -197,20 +201,22 @@ def test_closeness_in_process_is_that_of_plain_forwards(folder: Path) -> None:
     assert found.kl == pytest.approx(float(kl.mean()), abs=1e-4)
     assert found.kl > 0.01, "another prompt"
     assert found.token_agreement == pytest.approx(float((theirs.argmax(-1) == expected.argmax(-1)).float().mean()))
-    assert other.text == made["plain"].answer(shorter, Variant("plain"), NUM_TOKENS).text, "decoded on from there"
+    assert other.text == made["plain"].answer(shorter, Variant("plain"), at_most(NUM_TOKENS)).text, (
+        "decoded on from there"
+    )
 
     for variant in (Variant("plain"), *blend_variants("blend", ["kv_deviation", "all"], [1.0], [])):
-        same = made[variant.contender].answer(messages, variant, NUM_TOKENS, full)
+        same = made[variant.contender].answer(messages, variant, at_most(NUM_TOKENS), full)
         found = closeness(full, same)
         assert found
         assert found.token_agreement == 1, variant
         assert found.kl == pytest.approx(0, abs=1e-5), variant
         assert same.text == full.text
-    naive = made["blend"].answer(messages, Variant("blend", "none"), NUM_TOKENS, full)
+    naive = made["blend"].answer(messages, Variant("blend", "none"), at_most(NUM_TOKENS), full)
     found = closeness(full, naive)
     assert found
     assert found.kl > 1e-4
-    only = made["blend"].answer(messages, Variant("blend", "none"), NUM_TOKENS, full, compares_only=True)
+    only = made["blend"].answer(messages, Variant("blend", "none"), Asking("#", NUM_TOKENS, compares_only=True), full)
     assert naive.forced_logprobs is not None
     assert only.forced_logprobs is not None
     torch.testing.assert_close(only.forced_logprobs, naive.forced_logprobs)
@@ -239,5 +245,5 @@ def test_full_prefill_answers_first_and_distributions_are_not_kept(folder: Path,
 def test_too_long_for_the_model(folder: Path) -> None:
     made = engines(["plain"], str(folder), None, 0.1)
     with pytest.raises(NoAnswer, match="are more than the model's 2048"):
-        made["plain"].answer([{"role": "user", "content": "tea " * 3000}], Variant("plain"), 9)
+        made["plain"].answer([{"role": "user", "content": "tea " * 3000}], Variant("plain"), at_most(9))
     made["plain"].close()

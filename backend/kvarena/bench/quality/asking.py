@@ -79,6 +79,20 @@ class GreedyAnswer:
     forced_logprobs: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How all are asked. Setups are compared with the answers of `reference`, which is asked first.
+
+    `compares_only`: nothing but that closeness is wanted of the others, so a contender that can compare without
+    answering may leave the text empty.
+    """
+
+    separator: str
+    max_tokens: int
+    reference: Variant | None = None
+    compares_only: bool = False
+
+
 class Answerer(Protocol):
     """A contender. `warm` and `answer` raise `NoAnswer`."""
 
@@ -101,18 +115,9 @@ class Answerer(Protocol):
         ...
 
     def answer(
-        self,
-        messages: Messages,
-        variant: Variant,
-        max_tokens: int,
-        full: GreedyAnswer | None = None,
-        compares_only: bool = False,
+        self, messages: Messages, variant: Variant, asking: Asking, full: GreedyAnswer | None = None
     ) -> GreedyAnswer:
-        """`full` is full prefill's answer, to be compared with along its tokens; None where this is to become it.
-
-        `compares_only`: what it would answer itself isn't wanted, so a contender that can compare without answering
-        may leave the text empty.
-        """
+        """`full` is full prefill's answer, to be compared with along its tokens; None where this is to become it."""
         ...
 
     def describe(self) -> dict[str, object]:
@@ -204,19 +209,6 @@ class Attempt:
         return "failed" if self.answer is None else "answered"
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How all are asked. Setups are compared with the answers of `reference`, which is asked first.
-
-    `compares_only`: nothing but that closeness is wanted of the others.
-    """
-
-    separator: str
-    max_tokens: int
-    reference: Variant | None = None
-    compares_only: bool = False
-
-
 def ask_all(
     question_set: QuestionSet,
     variants: Sequence[Variant],
@@ -273,9 +265,8 @@ def _attempt(
 ) -> Attempt:
     if failures_in_a_row[answerer.name] >= MAX_FAILURES_IN_A_ROW:
         return Attempt(variant, number, None, f"not asked after {MAX_FAILURES_IN_A_ROW} failures in a row")
-    compares_only = asking.compares_only and full is not None
     try:
-        answer = answerer.answer(messages, variant, asking.max_tokens, full, compares_only)
+        answer = answerer.answer(messages, variant, asking, full)
     except NoAnswer as error:
         failures_in_a_row[answerer.name] += 1
         return Attempt(variant, number, None, str(error))

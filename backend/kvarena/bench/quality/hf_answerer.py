@@ -13,7 +13,7 @@ from time import perf_counter
 
 import torch
 
-from kvarena.bench.quality.asking import Answerer, GreedyAnswer, Messages, NoAnswer, Reuse
+from kvarena.bench.quality.asking import Answerer, Asking, GreedyAnswer, Messages, NoAnswer, Reuse
 from kvarena.bench.variants import Variant
 from kvarena.contenders.servers import GIB
 from kvarena.documents import TextChunk, contexts_for_scores, join_chunks
@@ -48,19 +48,14 @@ class PlainAnswerer:
         """Chooses nothing."""
 
     def answer(
-        self,
-        messages: Messages,
-        variant: Variant,
-        max_tokens: int,
-        full: GreedyAnswer | None = None,
-        compares_only: bool = False,
+        self, messages: Messages, variant: Variant, asking: Asking, full: GreedyAnswer | None = None
     ) -> GreedyAnswer:
         """Where full prefill's answer is given, its tokens are fed first, all in one forward.
 
         That gives the distributions to compare by, and this answer itself up to the first other token, from which it is
         decoded on.
         """
-        started_s = perf_counter()
+        started_s, max_tokens = perf_counter(), asking.max_tokens
         token_ids = self._model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         capacity, longest = len(token_ids) + max_tokens, self._model.max_model_len
         if capacity > longest:
@@ -76,7 +71,7 @@ class PlainAnswerer:
             likeliest = [first, *forced[1:].argmax(-1).tolist()]
             num_same = _common_prefix(likeliest, full.token_ids)
             answer = list(full.token_ids[:num_same])
-            if num_same < len(full.token_ids) and not compares_only:
+            if num_same < len(full.token_ids) and not asking.compares_only:
                 kv.truncate(len(token_ids) + num_same)
                 answer = self._greedy(kv, forced[num_same], answer, max_tokens)
         is_complete = bool(answer) and answer[-1] in self._model.eos_token_ids

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvarena.bench.quality.asking import NUM_LOGPROBS, GreedyAnswer, Messages, NoAnswer, Reuse, TokenLogprobs
+from kvarena.bench.quality.asking import NUM_LOGPROBS, Asking, GreedyAnswer, Messages, NoAnswer, Reuse, TokenLogprobs
 from kvarena.bench.variants import Variant, is_blend
 from kvarena.client import CHAT, ClientError, StreamedAnswer, Usage, connect
 from kvarena.documents import TextChunk
@@ -51,17 +51,12 @@ class HTTPAnswerer:
             raise NoAnswer(error.reason) from error
 
     def answer(
-        self,
-        messages: Messages,
-        variant: Variant,
-        max_tokens: int,
-        full: GreedyAnswer | None = None,
-        compares_only: bool = False,
+        self, messages: Messages, variant: Variant, asking: Asking, full: GreedyAnswer | None = None
     ) -> GreedyAnswer:
         body: dict[str, Any] = {
             "model": self._server.model,
             "messages": list(messages),
-            "max_tokens": max_tokens,
+            "max_tokens": asking.max_tokens,
             "temperature": 0,
         }
         if self._has_logprobs:
