@@ -376,7 +376,7 @@ def speed_html(turn: Turn) -> str:
     first = min(answers, key=lambda answer: answer.figures.first_token_ms or 0.0)
     return (
         f'<div class="ka-one-sample" data-testid="speed-up" data-winner="{escape(first.contender.name)}">'
-        f"{escape(line)}{small}</div>"
+        f"<span>{escape(line)}</span>{small}</div>"
     )
 
 

@@ -74,7 +74,7 @@ def test_nothing_overlaps_at_any_width(open_page: OpenPage, count: int) -> None:
             expect_apart(elements, f"{what} at {width} pixels")
 
 
-def test_more_than_three_contenders_are_rows_and_a_phone_swipes_panes_above_the_bars(open_page: OpenPage) -> None:
+def test_more_than_three_contenders_are_rows_and_a_phone_has_bars_above_panes_to_swipe(open_page: OpenPage) -> None:
     page = open_page(*small_servers(4))
     ask(page, "Who is the mayor?")
     expect_states(page, **dict.fromkeys(NAMES[:4], "done"))
@@ -86,16 +86,20 @@ def test_more_than_three_contenders_are_rows_and_a_phone_swipes_panes_above_the_
     expect_states(page, blend="done", plain="done")
     page.set_viewport_size({"width": 390, "height": 844})
     settle(page)
-    parts = page.get_by_test_id("waterfall").last, pane(page, "blend"), pane(page, "plain")
+    page.get_by_test_id("question").last.scroll_into_view_if_needed()
+    bars, box = page.get_by_test_id("waterfall").last, page.get_by_test_id("stChatInput")
+    parts = bars, pane(page, "blend"), pane(page, "plain"), page.get_by_test_id("answer-blend").last, box
     wait_until(lambda: are_swiped(*(found.bounding_box() for found in parts)))
 
 
 def are_swiped(*boxes: FloatRect | None) -> bool:
-    """Two panes side by side, of which the second sticks out of a phone but begins well inside, and bars below them."""
+    """Bars, below them two panes side by side, of which the second sticks out of a phone but begins well inside, and
+    the beginning of an answer in sight above the question box.
+    """
     if not all(boxes):
         return False
-    bars, first, second = (box for box in boxes if box)
-    is_below = bars["y"] >= first["y"] + first["height"] and first["y"] == second["y"]
+    bars, first, second, answer, box = (box for box in boxes if box)
+    is_below = bars["y"] + bars["height"] <= first["y"] == second["y"] and 0 < answer["y"] + 24 < box["y"]
     return is_below and first["x"] + first["width"] < second["x"] <= 310 and second["x"] + second["width"] > 390
 
 
