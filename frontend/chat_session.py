@@ -187,13 +187,15 @@ class ChatSession:
         figures = dataclasses.replace(
             figures,
             tokens=read_answer_tokens(answer.text, answer.logprobs),
-            stages=read_stages(answer.timings),
+            stages=read_stages({}, answer.timings),
         )
         if not server.keeps_reports:
             return figures
         try:
             report = await self._client.aio.report(answer.request_id, STATE_TIMEOUT_S)
-            return with_report(figures, report, self.contender.report) if report else without_report(figures)
+            if report:
+                return with_report(figures, report, self.contender.report, answer.timings)
+            return without_report(figures)
         except (ClientError, KeyError, TypeError):
             return without_report(figures)
 

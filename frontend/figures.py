@@ -291,8 +291,12 @@ def from_usage(stopwatch: Stopwatch, usage: Usage, approximate: bool = False) ->
     )
 
 
-def with_report(figures: Figures, report: Mapping[str, Any], view: str = "") -> Figures:
-    """The same figures with the counts and spans of the contender's own request report, and what its view shows."""
+def with_report(
+    figures: Figures, report: Mapping[str, Any], view: str = "", metrics: Mapping[str, float] = {}
+) -> Figures:
+    """The same figures with the counts and spans of the contender's own request report, and what its view shows.
+    `metrics`: vLLM's own times of the request.
+    """
     system_miss = _system_miss(report)
     misses = Counter(report.get("misses_by_reason") or {})
     misses.subtract([system_miss] if system_miss else [])
@@ -310,7 +314,7 @@ def with_report(figures: Figures, report: Mapping[str, Any], view: str = "") -> 
         spans=tuple(Span(s["start"], s["end"], s["source"]) for s in report.get("spans") or ()),
         misses=tuple((+misses).items()),
         system_miss=system_miss,
-        stages=read_stages(report),
+        stages=read_stages(report, metrics),
         recomputed=tuple((start, end) for start, end in report["recomputed_spans"])
         if "recomputed_spans" in report
         else None,

@@ -1,6 +1,6 @@
 """Where the time to the first token went: a lane for each contender, all on one time axis that begins at the request.
 
-A server's report names the stages that it measured; vLLM without one tells its queue and its prefill with the answer.
+A server's report names the stages that it measured; vLLM tells its queue and its prefill with the answer.
 What lies between their sum and the first token, which the client measured, is a stage too. What the rest of the answer
 took stands beside it in words: on the axis it would leave the bars no room. Data and HTML only.
 """
@@ -17,18 +17,17 @@ Stages = tuple[tuple[str, float], ...]
 
 _REPORTED = {
     "http": ("tokenize_ms",),
-    "queue": ("queue_ms", "queue_time_ms"),
+    "queue": ("queue_ms",),
     "lookup": ("lookup_ms", "cache_lookup_ms"),
     "fetch": ("fetch_ms", "transfer_ms"),
     "chunks": ("prefill_chunks_ms",),
     "move": ("move_ms", "write_ms"),
     "select": ("select_ms",),
     "recompute": ("recompute_ms",),
-    "prefill": ("prefill_ms", "time_to_first_token_ms"),
+    "question": ("question_ms",),
+    "prefill": ("prefill_ms",),
 }
-"""The stages in their order, and the times of a request report that belong to each, or of vLLM's `metrics`, in which
-the time to the first token is that from a request's turn on.
-"""
+"""The stages in their order, and the times that belong to each."""
 LABELS = {
     "http": "HTTP and tokenizing",
     "queue": "queue",
@@ -38,11 +37,11 @@ LABELS = {
     "move": "move and write",
     "select": "choose",
     "recompute": "recompute",
-    "question": "HTTP and the question's prefill",
+    "question": "the question's prefill",
     "prefill": "prefill",
-    "rest": "HTTP, queue and prefill together",
+    "rest": "the rest: HTTP, queue and prefill",
 }
-"""Of the stages in a chart; `question` and `rest` are what a server didn't tell apart."""
+"""Of the stages in a chart. `question` is what a blend leaves to prefill, `rest` what a server didn't tell apart."""
 MIN_SHOWN_MS = 0.05
 MAX_STEPS = 5
 WHOLE_MS = 10_000  # a tenth of so long a time says nothing
@@ -59,28 +58,43 @@ class Row:
     decode_ms: float | None = None
 
 
-def read_stages(report: Mapping[str, Any]) -> Stages:
-    times = {**report, **(report.get("timings") or {})}
-    sums = {stage: sum(times.get(key) or 0.0 for key in keys) for stage, keys in _REPORTED.items()}
-    return tuple((stage, ms) for stage, ms in sums.items() if ms >= MIN_SHOWN_MS)
+def read_stages(report: Mapping[str, Any], metrics: Mapping[str, float] = {}) -> Stages:
+    """Those that a request's report tells, and vLLM's own `metrics` of it."""
+    times = {**report, **(report.get("timings") or {}), **_vllm_times(report, metrics)}
+    told = {stage: [times[key] for key in keys if times.get(key) is not None] for stage, keys in _REPORTED.items()}
+    return tuple((stage, sum(ms)) for stage, ms in told.items() if ms)
+
+
+def _vllm_times(report: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, float]:
+    """vLLM's time to the first token is that from a request's turn on. A blend has its time in it; one in pieces comes
+    before the turn. The report's own queue has the tokenizing in it, too.
+    """
+    queue_ms, prefill_ms = metrics.get("queue_time_ms"), metrics.get("time_to_first_token_ms")
+    blend_ms, in_pieces = report.get("blend_ms", 0.0), report.get("in_pieces")
+    if queue_ms is None or prefill_ms is None or (blend_ms and in_pieces is None):
+        return {}
+    if not blend_ms:
+        return {"queue_ms": queue_ms, "prefill_ms": prefill_ms}
+    if in_pieces:
+        return {"queue_ms": queue_ms - blend_ms, "question_ms": prefill_ms}
+    return {"queue_ms": queue_ms, "question_ms": prefill_ms - blend_ms}
 
 
 def bars(row: Row) -> list[tuple[str, float, float]]:
     """Stage, begin and end in ms; the last one ends with the first token.
 
     A stage that has no room before the first token came after it, as the transfer of a prefix whose logits are kept
-    does. What the server didn't measure is the question's prefill after a blend, and the way there and back; of an
-    engine that measures its whole prefill it is that way alone.
+    does. What a server that tells its prefill didn't measure is the way there and back.
     """
     stages, rest_ms = {}, row.first_token_ms
     for stage, ms in row.stages:
-        if ms <= rest_ms:
+        if MIN_SHOWN_MS <= ms <= rest_ms:
             stages[stage] = ms
             rest_ms -= ms
-    if "prefill" in stages:
+    if dict(row.stages).keys() & {"prefill", "question"}:
         stages = {"http": stages.pop("http", 0.0) + rest_ms, **stages}
     elif rest_ms >= MIN_SHOWN_MS:
-        stages["question" if stages else "rest"] = rest_ms
+        stages["rest"] = rest_ms
     placed, at_ms = [], 0.0
     for stage, ms in stages.items():
         placed.append((stage, at_ms, at_ms + ms))

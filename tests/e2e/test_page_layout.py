@@ -44,10 +44,10 @@ def test_nothing_overlaps_at_any_width(open_page: OpenPage, count: int) -> None:
     """Of a turn whose first answer differs from the exact ones, with probabilities."""
     servers = small_servers(count)
     servers[0].pieces = [*ANSWER[:3], " Ben", *ANSWER[4:]]
-    times = {"fetch_ms": 0.3, "move_ms": 0.4, "select_ms": 0.2, "recompute_ms": 0.5}
-    servers[0].report |= times
-    for server in servers[1:]:
-        server.timings = {"queue_time_ms": 0.2, "time_to_first_token_ms": 0.8}
+    times = {"fetch_ms": 0.3, "move_ms": 0.4, "select_ms": 0.2, "recompute_ms": 0.5, "blend_ms": 1.4}
+    servers[0].report |= times | {"in_pieces": False}
+    for server in servers:
+        server.timings = {"queue_time_ms": 0.2, "time_to_first_token_ms": 1.6}
     page = open_page(*servers)
     page.locator(".st-key-probabilities label").first.click()
     settle(page)

@@ -119,13 +119,18 @@ def test_a_question_has_one_id_on_its_way_through_all_servers(stack: Stack, stre
 def test_vllm_tells_where_its_time_went_and_what_memory_all_its_processes_have(stack: Stack) -> None:
     for name in VLLMS:
         with Client(stack.address(name), stack.api_key) as client:
-            answer = client.stream(CHAT, body(TEXTS[:2]))
+            answer = client.stream(CHAT, body(TEXTS[:2], cache_salt=str(time.time_ns())))  # in no cache
+            report = client.report(answer.request_id) if name == "blend" else None
         with stack.client(name) as http:
             told = http.get("/metrics").text
         queue_ms, prefill_ms = (answer.timings[key] for key in ("queue_time_ms", "time_to_first_token_ms"))
         assert queue_ms >= 0
         assert prefill_ms > 0
         assert queue_ms + prefill_ms <= answer.ttft_ms
+        if report:
+            assert not report["in_pieces"]
+            assert 0 < report["blend_ms"] < prefill_ms, "the blend is done in the request's turn"
+            assert report["lookup_ms"] + queue_ms + prefill_ms <= answer.ttft_ms
         memory = dict(re.findall(r"^(kvarena_server|process_resident)_memory_bytes (\S+)$", told, re.MULTILINE))
         assert float(memory["kvarena_server"]) > 1.2 * float(memory["process_resident"]), (
             "the engine is another process"

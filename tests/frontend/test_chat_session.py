@@ -86,19 +86,22 @@ def test_blend_answer_has_the_figures_of_its_report_even_when_that_is_late(
     assert [span.source for span in figures.spans] == ["reused", "computed"]
 
 
-def test_vllms_own_times_are_the_stages_of_an_answer_without_a_report(
-    small_server: StartServer, connect: Connect
-) -> None:
+def test_vllms_own_times_are_stages_of_an_answer(small_server: StartServer, connect: Connect) -> None:
     timings = {"queue_time_ms": 2.5, "time_to_first_token_ms": 40.0, "tokens_per_second": 9.0}
     done = answer(connect(small_server(timings=timings).url))[-1]
     assert isinstance(done, Done)
     assert done.figures.stages == (("queue", 2.5), ("prefill", 40.0))
-    for report in (REPORT | {"select_ms": 3.0}, None):
+    selected = REPORT | {"select_ms": 3.0, "blend_ms": 5.0}
+    for report, stages in (
+        (selected | {"in_pieces": False}, (("queue", 2.5), ("select", 3.0), ("question", 35.0))),
+        (selected, (("select", 3.0),)),
+        (None, ()),
+    ):
         server = small_server(offer=OFFER, timings=timings, num_missing_reports=0 if report else 100)
         server.report = report or {}
         done = answer(connect(server.url))[-1]
         assert isinstance(done, Done)
-        assert done.figures.stages == ((("select", 3.0),) if report else ()), "a blend's prefill isn't vLLM's"
+        assert done.figures.stages == stages, "a blend's prefill isn't vLLM's"
 
 
 def test_a_missing_report_leaves_figures_unknown_and_never_zero(small_server: StartServer, connect: Connect) -> None:

@@ -24,12 +24,27 @@ def times(row: Row) -> dict[str, float]:
     return {stage: end - begin for stage, begin, end in bars(row)}
 
 
-def test_the_stages_of_a_blend_and_what_is_left_are_its_time_to_first_token() -> None:
-    stages = with_report(Figures(), BLEND).stages
-    found = times(Row("blend", "Blend", 50.0, stages))
-    assert found == pytest.approx(
-        {"queue": 2.0, "lookup": 1.0, "fetch": 3.0, "move": 2.5, "select": 12.0, "recompute": 18.0, "question": 11.5}
-    )
+BLENDED = {"lookup": 1.0, "fetch": 3.0, "move": 2.5, "select": 12.0, "recompute": 18.0}
+
+
+@pytest.mark.parametrize(
+    ("in_pieces", "queue_ms", "first_ms", "others"),
+    [
+        (False, 4.5, 43.5, {"queue": 4.5, "question": 8.0, "http": 11.0}),
+        (True, 40.0, 8.0, {"queue": 4.5, "question": 8.0, "http": 11.0}),
+        (False, None, None, {"queue": 2.0, "rest": 21.5}),
+    ],
+)
+def test_the_stages_of_a_blend_and_what_is_left_are_its_time_to_first_token(
+    in_pieces: bool, queue_ms: float | None, first_ms: float | None, others: dict[str, float]
+) -> None:
+    """A blend is done in vLLM's time to the first token, one in pieces in its queue."""
+    metrics = {"queue_time_ms": queue_ms, "time_to_first_token_ms": first_ms, "mean_itl_ms": 2.0}
+    told = {key: ms for key, ms in metrics.items() if ms is not None}
+    stages = with_report(Figures(), BLEND | {"in_pieces": in_pieces}, metrics=told).stages
+    found = times(Row("blend", "Blend", 60.0, stages))
+    assert found == pytest.approx(BLENDED | others)
+    assert sum(found.values()) == pytest.approx(60.0)
 
 
 def test_a_measured_prefill_leaves_the_rest_to_http() -> None:
@@ -38,15 +53,16 @@ def test_a_measured_prefill_leaves_the_rest_to_http() -> None:
 
 
 def test_a_transfer_after_the_first_token_is_no_stage_before_it() -> None:
-    stages = read_stages({"timings": {"tokenize_ms": 3.0, "cache_lookup_ms": 1.0, "transfer_ms": 5000.0}})
-    found = times(Row("prefix", "Prefix", 100.0, stages))
-    assert found == pytest.approx({"http": 3.0, "lookup": 1.0, "question": 96.0})
+    timings = {"tokenize_ms": 3.0, "cache_lookup_ms": 1.0, "transfer_ms": 5000.0, "prefill_ms": 0.0}
+    found = times(Row("prefix", "Prefix", 100.0, read_stages({"timings": timings})))
+    assert found == pytest.approx({"http": 99.0, "lookup": 1.0})
 
 
 def test_vllm_tells_its_queue_and_its_prefill_without_a_report() -> None:
     metrics = {"time_to_first_token_ms": 80.0, "queue_time_ms": 6.0, "generation_time_ms": 30.0, "mean_itl_ms": 2.0}
-    found = times(Row("plain", "Plain", 90.0, read_stages(metrics)))
-    assert found == pytest.approx({"http": 4.0, "queue": 6.0, "prefill": 80.0})
+    for report in ({}, {"blend_ms": 0.0, "in_pieces": False, "queue_ms": 9.0}):
+        found = times(Row("plain", "Plain", 90.0, read_stages(report, metrics)))
+        assert found == pytest.approx({"http": 4.0, "queue": 6.0, "prefill": 80.0})
 
 
 def test_a_server_without_reports_tells_nothing_apart() -> None:
@@ -54,7 +70,7 @@ def test_a_server_without_reports_tells_nothing_apart() -> None:
     assert times(row) == {"rest": 100.0}
     html = waterfall_html([row, Row("blend", "Blend", 50.0, read_stages(BLEND))])
     assert "&lt;Plain&gt;" in html
-    assert 'left:0.000%;width:100.000%" title="HTTP, queue and prefill together: 100.0 ms"' in html
+    assert 'left:0.000%;width:100.000%" title="the rest: HTTP, queue and prefill: 100.0 ms"' in html
     assert "<span>100.0 ms</span>" in html
     assert waterfall_html([]) == ""
 

@@ -172,6 +172,7 @@ def test_others_decode_between_the_pieces_of_a_long_blend(
     steps = [Step([other, long], 40, params), Step([other, prompt_of(chunks[::-1], "stone")], 40, params)]
     cold, warm = run_in_engine(run_steps, model, config, steps, {})
     assert cold.tokens[1][:16] == whole.tokens[0]
+    assert [report["in_pieces"] for report in (*whole.reports, *cold.reports)] == [False, False, True]
     for outcome in (cold, warm):
         decoding, blending = outcome.arrivals
         num_pieces = blending[0] - decoding[0]

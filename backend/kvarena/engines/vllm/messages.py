@@ -95,7 +95,8 @@ class Miss:
 class RequestReport:
     """What a request's prompt was made of; the API's `kvarena` object (docs/http.md).
 
-    `lookup_ms`: finding its chunks. `queue_ms`: from its arrival to its blocks, without that.
+    `lookup_ms`: finding its chunks. `queue_ms`: from its arrival to its blocks, without that. `in_pieces`: its blend
+    went over several steps, before what vLLM takes for its turn.
     """
 
     request_id: str
@@ -106,6 +107,7 @@ class RequestReport:
     num_prefix_tokens: int = 0
     queue_ms: float = 0.0
     lookup_ms: float = 0.0
+    in_pieces: bool = False
     blend: BlendReport | None = None
     misses: list[Miss] = field(default_factory=list)
 
@@ -143,6 +145,7 @@ class RequestReport:
             "queue_ms": round(self.queue_ms, 3),
             "lookup_ms": round(self.lookup_ms, 3),
             **times,
+            "in_pieces": self.in_pieces,
             "misses_by_reason": dict(Counter(miss.reason for miss in self.misses)),
             "misses": [asdict(miss) for miss in sorted(self.misses)[:MAX_MISSES]],
             "spans": [

@@ -256,6 +256,7 @@ class SchedulerConnector:
         tracked.num_unknown_chunks = len({span.chunk for span in plan} - known)
         if tracked.report.blend is None:
             tracked.wanted, tracked.known = plan, known
+            tracked.report.in_pieces = self._is_long(tracked)
         passing = self._take_in(tracked.params, plan) if tracked.params.store_new else frozenset()
         self._budget.spend(tracked)
         tracked.is_blending = True
