@@ -1,6 +1,6 @@
-"""From what context length on a contender is sooner than plain, by the rows of `kvarena bench ttft`.
+"""From what context length on a contender is faster than plain, by the rows of `kvarena bench ttft`.
 
-A length counts as sooner or later only where the whole interval of the median speedup is on one side of 1; else it
+A length counts as faster or slower only where the whole interval of the median speedup is on one side of 1; else it
 is a tie. Nothing is said of lengths outside those measured. Reads rows; draws nothing and knows nothing of Streamlit.
 """
 
@@ -52,7 +52,7 @@ class LengthVerdict:
 
     @property
     def paying(self) -> tuple[Point, ...]:
-        """The lengths at which it is sooner, and at all longer ones too."""
+        """The lengths at which it is faster, and at all longer ones too."""
         num = 0
         while num < len(self.points) and self.points[-1 - num].tone == "gain":
             num += 1
@@ -60,13 +60,13 @@ class LengthVerdict:
 
     @property
     def before(self) -> Point | None:
-        """The longest length at which it isn't sooner."""
+        """The longest length at which it isn't faster."""
         num_others = len(self.points) - len(self.paying)
         return self.points[num_others - 1] if num_others else None
 
     @property
     def crossing_tokens(self) -> int | None:
-        """The length from which on it is sooner, where that is between a length at which it is later and the next one:
+        """The length from which on it is faster, where that is between a length at which it is slower and the next one:
         on the straight line between the two medians, both axes logarithmic as in the chart.
         """
         if not self.paying or not self.before or self.before.tone != "loss":
@@ -91,21 +91,21 @@ class LengthVerdict:
         if tones == {"tie"}:
             return f"no difference from plain can be told {lengths}"
         if tones == {"loss"}:
-            return f"later than plain {lengths}"
+            return f"slower than plain {lengths}"
         if "gain" not in tones:
-            return "sooner than plain at no measured length"
-        sooner = _listed([point.num_tokens for point in self.points if point.tone == "gain"])
-        return f"sooner than plain at {sooner} tokens, but not at the longest measured length"
+            return "faster than plain at no measured length"
+        faster = _listed([point.num_tokens for point in self.points if point.tone == "gain"])
+        return f"faster than plain at {faster} tokens, but not at the longest measured length"
 
     def _text_of_gain(self) -> str:
         if not self.before:
-            return f"sooner than plain {at_lengths(self.points)}"
+            return f"faster than plain {at_lengths(self.points)}"
         longest = f"up to {self.points[-1].num_tokens:,}, the longest measured"
         if tokens := self.crossing_tokens:
-            return f"sooner than plain from about {tokens:,} tokens on, {longest}"
+            return f"faster than plain from about {tokens:,} tokens on, {longest}"
         if len(self.paying) == 1:
-            return f"sooner than plain at {self.paying[0].num_tokens:,} tokens, the longest measured"
-        return f"sooner than plain from {self.paying[0].num_tokens:,} tokens on, {longest}"
+            return f"faster than plain at {self.paying[0].num_tokens:,} tokens, the longest measured"
+        return f"faster than plain from {self.paying[0].num_tokens:,} tokens on, {longest}"
 
     def note(self) -> str:
         """What the text stands on."""
@@ -113,18 +113,16 @@ class LengthVerdict:
             return ""
         before, first = self.before, self.paying[0]
         if before.tone == "loss":
-            return (
-                f"Later at {before.num_tokens:,} tokens, sooner at {first.num_tokens:,}; in between by interpolation."
-            )
+            return f"Slower at {before.num_tokens:,} tokens, faster at {first.num_tokens:,}; interpolated in between."
         return f"At {before.num_tokens:,} tokens no difference can be told."
 
 
-def crossing(later: Point, sooner: Point) -> int:
+def crossing(slower: Point, faster: Point) -> int:
     """Where the speedup is 1, to two digits, and between the two."""
-    share = -math.log(later.speedup) / (math.log(sooner.speedup) - math.log(later.speedup))
-    tokens = math.exp((1 - share) * math.log(later.num_tokens) + share * math.log(sooner.num_tokens))
+    share = -math.log(slower.speedup) / (math.log(faster.speedup) - math.log(slower.speedup))
+    tokens = math.exp((1 - share) * math.log(slower.num_tokens) + share * math.log(faster.num_tokens))
     rounded = round(tokens, DIGITS - 1 - math.floor(math.log10(tokens)))
-    return int(min(max(rounded, later.num_tokens), sooner.num_tokens))
+    return int(min(max(rounded, slower.num_tokens), faster.num_tokens))
 
 
 def at_lengths(points: Sequence[Point]) -> str:

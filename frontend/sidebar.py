@@ -222,8 +222,8 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
         key="in-sequence",
         persist_state=KEEP,
         bind=LINK,
-        help="Off: both answer at the same time. On: the second is asked when the first is done, so that they don't "
-        "slow each other down on a shared machine.",
+        help="Off: all answer at the same time. On: each is asked when the one before is done, so that they don't slow "
+        "each other down on a shared machine.",
     )
     return chosen, in_sequence
 

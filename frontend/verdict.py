@@ -1,8 +1,8 @@
-"""What a chat's turns say together: how much sooner first tokens came, and how often the answers agreed.
+"""What a chat's turns say together: how much faster first tokens came, and how often the answers agreed.
 
 Each contender is compared with the exact one, turn by turn. Times are left out where they say nothing of reuse: most of
 the prompt was in vLLM's prefix cache, with the exact contender or the other, as for a follow-up; or nothing was reused,
-and it was sooner all the same. Answers are left out where they follow on from earlier ones that differ.
+and it was faster all the same. Answers are left out where they follow on from earlier ones that differ.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ class Verdict:
         if self.tone == "tie":
             speed = f"{self.title} and {self.reference} are equally fast to the first token"
         elif self.tone == "gain":
-            speed = f"{self.title}: first token {format_factor(self.speedup)} times sooner than {self.reference}"
+            speed = f"{self.title}: {format_factor(self.speedup)} times faster to the first token than {self.reference}"
         else:
             times = format_factor(1 / self.speedup)
-            speed = f"{self.title}: {times} times as long to the first token as {self.reference}"
+            speed = f"{self.title}: {times} times slower to the first token than {self.reference}"
         return f"{speed} ({prompts})"
 
     def short_speed_text(self) -> str:
@@ -104,9 +104,9 @@ class Verdict:
         if self.tone == "tie":
             speed = "equally fast"
         elif self.tone == "gain":
-            speed = f"{format_factor(self.speedup)} times sooner"
+            speed = f"{format_factor(self.speedup)} times faster"
         else:
-            speed = f"{format_factor(1 / self.speedup)} times as long"
+            speed = f"{format_factor(1 / self.speedup)} times slower"
         return f"{self.title}: {speed} ({_prompts(len(self.timed))})"
 
     def agreement_text(self) -> str:
@@ -217,7 +217,7 @@ def _prompts(number: int) -> str:
     return f"{number} prompt{'s' * (number > 1)}"
 
 
-LENGTHS_OPEN = "To find out from what length on reuse pays, measure it: Measure, Context lengths."
+LENGTHS_OPEN = "To find out from what length on reuse pays, open Measure and choose Context lengths."
 
 
 def verdict_html(turns: Sequence[Turn], measured: FindMeasured = lambda answer: "") -> str:

@@ -314,7 +314,7 @@ def test_f1_shows_the_help_of_the_control_that_has_the_focus(open_page: OpenPage
     expect(page.locator(".st-key-in-sequence input")).to_have_attribute("aria-keyshortcuts", "F1")
     assert page.locator(".st-key-question textarea").get_attribute("aria-keyshortcuts") is None, "it has no help"
     page.keyboard.press("F1")
-    expect(page.get_by_role("tooltip").first).to_contain_text("both answer at the same time")
+    expect(page.get_by_role("tooltip").first).to_contain_text("all answer at the same time")
     page.keyboard.press("Tab")
     expect(page.locator(".st-key-blind input")).to_be_focused()
 

@@ -63,12 +63,12 @@ def result(*rows: dict[str, Any], model: str = "small") -> dict[str, Any]:
     return {"settings": {"benchmark": "ttft", "contenders": servers}, "rows": [*plain, *rows]}
 
 
-def test_the_crossing_is_between_the_lengths_at_which_it_is_later_and_sooner() -> None:
+def test_the_crossing_is_between_the_lengths_at_which_it_is_slower_and_faster() -> None:
     """Half as fast at 500 tokens and twice at 2,000: on logarithmic axes the middle is at 1,000."""
     found = verdict(point(500, 0.5), point(2000, 2.0), point(4000, 3.0))
     assert found.crossing_tokens == 1000
-    assert found.text() == "sooner than plain from about 1,000 tokens on, up to 4,000, the longest measured"
-    assert found.note() == "Later at 500 tokens, sooner at 2,000; in between by interpolation."
+    assert found.text() == "faster than plain from about 1,000 tokens on, up to 4,000, the longest measured"
+    assert found.note() == "Slower at 500 tokens, faster at 2,000; interpolated in between."
     assert found.tone == "gain"
 
 
@@ -79,10 +79,10 @@ def test_a_crossing_never_leaves_the_two_lengths_by_rounding(before: float, afte
     assert 996 <= crossing <= 1004
 
 
-def test_where_it_is_sooner_everywhere_nothing_is_said_of_shorter_contexts() -> None:
+def test_where_it_is_faster_everywhere_nothing_is_said_of_shorter_contexts() -> None:
     found = verdict(point(500, 1.5), point(4000, 3.0))
     assert found.crossing_tokens is None
-    assert found.text() == "sooner than plain at every measured length, 500 to 4,000 tokens"
+    assert found.text() == "faster than plain at every measured length, 500 to 4,000 tokens"
     assert found.note() == ""
 
 
@@ -90,7 +90,7 @@ def test_a_tie_before_a_gain_is_no_crossing_that_could_be_computed() -> None:
     for speedup in (0.98, 1.0, 1.05):
         found = verdict(point(500, 0.5), point(1000, speedup), point(2000, 2.0))
         assert found.crossing_tokens is None
-        assert found.text() == "sooner than plain at 2,000 tokens, the longest measured"
+        assert found.text() == "faster than plain at 2,000 tokens, the longest measured"
         assert found.note() == "At 1,000 tokens no difference can be told."
 
 
@@ -102,18 +102,18 @@ def test_a_tie_before_a_gain_is_no_crossing_that_could_be_computed() -> None:
             "tie",
             "no difference from plain can be told at every measured length, 500 to 1,000 tokens",
         ),
-        ([point(500, 0.5), point(1000, 0.6)], "loss", "later than plain at every measured length, 500 to 1,000 tokens"),
-        ([point(500, 0.5), point(1000, 0.98)], "tie", "sooner than plain at no measured length"),
-        ([point(500, 1.0), point(1000, 0.5)], "loss", "sooner than plain at no measured length"),
+        ([point(500, 0.5), point(900, 0.6)], "loss", "slower than plain at every measured length, 500 to 900 tokens"),
+        ([point(500, 0.5), point(1000, 0.98)], "tie", "faster than plain at no measured length"),
+        ([point(500, 1.0), point(1000, 0.5)], "loss", "faster than plain at no measured length"),
         (
             [point(500, 2.0), point(1000, 2.0), point(2000, 0.5)],
             "loss",
-            "sooner than plain at 500 and 1,000 tokens, but not at the longest measured length",
+            "faster than plain at 500 and 1,000 tokens, but not at the longest measured length",
         ),
-        ([point(500, 2.0)], "gain", "sooner than plain at the only measured length, 500 tokens"),
-        ([point(500, 0.5)], "loss", "later than plain at the only measured length, 500 tokens"),
+        ([point(500, 2.0)], "gain", "faster than plain at the only measured length, 500 tokens"),
+        ([point(500, 0.5)], "loss", "slower than plain at the only measured length, 500 tokens"),
         ([point(500, 1.0)], "tie", "no difference from plain can be told at the only measured length, 500 tokens"),
-        ([point(500, 0.5), point(1000, 2.0), point(2000, 1.0)], "tie", "sooner than plain at 1,000 tokens, but not"),
+        ([point(500, 0.5), point(1000, 2.0), point(2000, 1.0)], "tie", "faster than plain at 1,000 tokens, but not"),
         ([], "tie", "no answers beside plain's to compare"),
     ],
 )
@@ -177,8 +177,8 @@ def test_other_stores_and_many_requests_at_once_are_left_out() -> None:
 
 
 SAID = (
-    "Measured over context lengths: sooner than plain from about 1,000 tokens on, up to 2,000, the longest measured. "
-    "Later at 500 tokens, sooner at 2,000; in between by interpolation."
+    "Measured over context lengths: faster than plain from about 1,000 tokens on, up to 2,000, the longest measured. "
+    "Slower at 500 tokens, faster at 2,000; interpolated in between."
 )
 
 

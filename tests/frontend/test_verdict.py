@@ -42,10 +42,10 @@ def turn(
 @pytest.mark.parametrize(
     ("blend_ms", "tone", "words"),
     [
-        (50, "gain", "first token 2.0 times sooner than Plain"),
+        (50, "gain", "2.0 times faster to the first token than Plain"),
         (96, "tie", "equally fast"),
         (104, "tie", "equally fast"),
-        (200, "loss", "2.0 times as long to the first token as Plain"),
+        (200, "loss", "2.0 times slower to the first token than Plain"),
     ],
 )
 def test_a_small_gain_is_a_tie_and_one_sample_says_so(blend_ms: float, tone: str, words: str) -> None:
@@ -57,7 +57,7 @@ def test_a_small_gain_is_a_tie_and_one_sample_says_so(blend_ms: float, tone: str
 
 @pytest.mark.parametrize(
     ("blend_ms", "words"),
-    [(50, "2.0 times sooner"), (96, "equally fast"), (200, "2.0 times as long")],
+    [(50, "2.0 times faster"), (96, "equally fast"), (200, "2.0 times slower")],
 )
 def test_the_short_form_says_how_many_prompts_it_stands_on(blend_ms: float, words: str) -> None:
     (one,) = verdicts([turn(blend_ms, 100)])
