@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, expect
 
-from support.page_steps import answer_text, ask, expect_states, figures, pane
+from support.page_steps import answer_text, ask, expect_states, figures, pane, settle
 from support.running_stack import Stack, started
 from support.verdicts import check_server
 
@@ -26,13 +26,20 @@ def status(page: Page, name: str) -> str | None:
     return pane(page, name).get_by_test_id("slot-turn").get_attribute("data-status")
 
 
-def test_follow_ups_prefill_their_own_tokens_and_slots_fill(page: Page) -> None:
+def test_follow_ups_prefill_their_own_tokens_and_slots_fill_and_a_topic_is_corrected(page: Page) -> None:
     page.get_by_role("link", name="Conversations").click()
     page.get_by_test_id("slots").wait_for(timeout=60_000)
     expect(page.get_by_text("free for the next topic")).to_have_count(3)
     expect(page.get_by_text("kept for answers without slots")).to_have_count(1)
     statuses, prefilled = [], []
-    for question in ("What colour is the door of Thea?", "When does the Bell open?", "What does Thea collect?"):
+    box = page.get_by_test_id("stChatInputTextArea")
+    for question, topic in (
+        ("What colour is the door of Thea?", "townspeople"),
+        ("When does the Bell open?", "shops"),
+        ("What does Thea collect?", "townspeople"),
+    ):
+        box.fill(question)
+        expect(page.get_by_test_id("next-topic")).to_have_attribute("data-topic", topic, timeout=30_000)
         ask(page, question)
         expect_states(page, cached="done", uncached="done")
         assert answer_text(page, "cached") == answer_text(page, "uncached") != ""
@@ -47,6 +54,16 @@ def test_follow_ups_prefill_their_own_tokens_and_slots_fill(page: Page) -> None:
     expect(page.get_by_test_id("slot-history")).to_contain_text("turn 2 filled slot 1: shops")
     saved = page.get_by_test_id("saved")
     assert float(saved.get_attribute("data-tokens") or 0) == sum(without - cached for cached, without in prefilled)
+
+    settle(page)
+    page.locator('[class*="st-key-topic-"] input').click()
+    page.keyboard.type("collections")
+    page.keyboard.press("Enter")
+    expect(page.get_by_test_id("slot-2")).to_have_attribute("data-topic", "collections", timeout=60_000)
+    expect_states(page, cached="done", uncached="done")
+    assert status(page, "cached") == "NEW_TOPIC"
+    expect(page.get_by_test_id("question").last).to_have_text("What does Thea collect?")
+    expect(page.get_by_test_id("question")).to_have_count(3)
 
 
 def test_verdicts_are_those_of_the_table(stack: Stack) -> None:

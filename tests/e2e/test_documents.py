@@ -31,18 +31,19 @@ def test_dropped_documents_are_chunks_with_their_kv(page: Page) -> None:
     settle(page)
     files: list[FilePayload] = [
         {"name": "the town.txt", "mimeType": "text/plain", "buffer": text.encode()},
+        {"name": "the town.md", "mimeType": "text/markdown", "buffer": f"# The town\n\n{text[-2500:]}".encode()},
         {"name": "the town.pdf", "mimeType": "application/pdf", "buffer": pdf_of([text[:2500], text[2500:5000]])},
         {"name": "broken.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.7"},
     ]
     page.locator('[data-testid="stFileUploader"] input[type="file"]').set_input_files(files)
-    expect(upload(page, "the town.txt")).to_have_attribute("data-state", "filled", timeout=FILL_MS)
-    expect(upload(page, "the town.pdf")).to_have_attribute("data-state", "filled", timeout=FILL_MS)
+    for kind in ("txt", "md", "pdf"):
+        expect(upload(page, f"the town.{kind}")).to_have_attribute("data-state", "filled", timeout=FILL_MS)
     expect(upload(page, "broken.pdf")).to_have_attribute("data-state", "problem")
     expect(upload(page, "broken.pdf")).to_contain_text("a broken PDF")
 
     settle(page)
     picks = page.get_by_role("button", name="Pick", exact=True)
-    expect(picks).to_have_count(2)
+    expect(picks).to_have_count(3)
     picks.last.click()
     first = page.get_by_test_id("chunk").first
     expect(first).to_have_attribute("data-chunk", "the town.pdf 01", timeout=30_000)

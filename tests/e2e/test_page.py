@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from kvarena.documents import load_chunks
 from support.page_steps import (
@@ -27,6 +27,7 @@ from support.page_steps import (
     fill,
     measure_button,
     open_in_quality,
+    opened,
     pane,
     pick_chunks,
     settle,
@@ -184,8 +185,12 @@ def test_quality_of_a_result_file_and_back_to_the_chat(page: Page, tmp_path: Pat
     expect(page.get_by_test_id("question")).to_have_text(["What does everybody play?"])
 
 
-def test_what_the_servers_tell_is_shown_and_a_turn_is_repeated_voted_on_and_found_again(page: Page) -> None:
-    """What `test_page_view.py` and `test_under_way.py` see over small servers, once over the real ones."""
+def test_what_the_servers_tell_is_shown_and_a_turn_is_repeated_voted_on_and_found_again(
+    page: Page, browser: Browser, stack: Stack
+) -> None:
+    """What `test_page_view.py` and `test_under_way.py` see over small servers, once over the real ones, in two tabs and
+    after a restart of the page.
+    """
     page.locator(".st-key-probabilities label").first.click()
     settle(page)
     ask(page, "What does everybody play?")
@@ -203,19 +208,32 @@ def test_what_the_servers_tell_is_shown_and_a_turn_is_repeated_voted_on_and_foun
     for name in NAMES:
         line = page.get_by_test_id(f"watched-{name}").get_by_test_id("log-line").first
         expect(line).to_contain_text("request_id", timeout=30_000)
+    page.get_by_label("Only figures with").fill("ttft")
+    page.get_by_label("Only figures with").press("Enter")
+    for name in NAMES:
+        line = page.get_by_test_id(f"watched-{name}").get_by_test_id("log-line").first
+        expect(line.locator("dt")).to_have_text(["ttft_ms"], timeout=30_000)
+    page.get_by_text("See the servers").click()  # it is drawn anew all the time
 
     page.locator(".st-key-blind label").first.click()
     settle(page)
-    page.get_by_role("button", name="In a new order").click()
-    expect(page.get_by_test_id("again")).to_have_text("Asked again: the chunks in a new order", timeout=30_000)
+    with opened(browser, page.url) as other:
+        page.get_by_role("button", name="In a new order").click()
+        for tab in (page, other):
+            expect(tab.get_by_test_id("again")).to_have_text("Asked again: the chunks in a new order", timeout=30_000)
+            expect_states(tab, A="done", B="done")
+        assert [answer_text(other, side) for side in "AB"] == [answer_text(page, side) for side in "AB"]
     page.get_by_role("button", name="B is best").click(timeout=ANSWER_MS)
     expect_states(page, blend="done", plain="done")
     expect(page.get_by_test_id("verdict")).to_contain_text("prompt")
     expect(page.get_by_text("Your vote: B, ")).to_be_visible()
     kept = [answer_text(page, name) for name in NAMES]
+    restarted = stack.command("restart", "page")
+    assert restarted.returncode == 0, restarted.stdout + restarted.stderr
     page.reload()
     expect_states(page, blend="done", plain="done")
     assert [answer_text(page, name) for name in NAMES] == kept
+    settle(page)
 
     page.locator(".st-key-share button").click()
     with page.expect_download() as download:
@@ -253,6 +271,10 @@ def test_a_turn_is_asked_with_other_settings_explained_token_by_token_and_export
         lane = page.get_by_test_id(f"lane-{name}").last
         assert float(lane.get_attribute("data-ms") or 0) == pytest.approx(figures(page, name)["first_token_ms"], 1e-4)
         expect(lane.locator("[data-decode]")).to_have_count(1)
+        bars = lane.locator("[data-stage]").evaluate_all("bars => bars.map(bar => Object.entries(bar.dataset))")
+        stages = {dict(bar)["stage"]: float(dict(bar)["ms"]) for bar in bars}
+        assert {"blend": {"http", "move", "recompute", "question"}, "plain": {"http", "prefill"}}[name] <= stages.keys()
+        assert sum(stages.values()) == pytest.approx(figures(page, name)["first_token_ms"], abs=0.1)
 
     page.get_by_text("What was reused, token by token").last.click()
     recomputed = page.get_by_test_id("prompt-tokens").first.locator('[data-kind="recomputed"] u')
@@ -326,24 +348,32 @@ def paste(page: Page, text: str) -> None:
     page.locator(".st-key-paste-add button").click()
 
 
-@pytest.mark.parametrize("over", ["Questions of the folder", "Context lengths"])
+@pytest.mark.parametrize("over", ["Questions of the folder", "Shuffles of one question", "Context lengths"])
 def test_real_servers_are_measured_and_the_result_is_opened(page: Page, over: str) -> None:
-    """What `test_measure.py` sees over small servers, once over the real ones."""
+    """What `test_measure.py` sees over small servers, once over the real ones; the shuffles are stopped."""
+    is_stopped = over == "Shuffles of one question"
     page.get_by_role("link", name="Measure").click()
     expect(measure_button(page)).to_be_enabled(timeout=ANSWER_MS)
     settle(page)
-    if over == "Context lengths":
+    if over != "Questions of the folder":
         page.get_by_role("radio", name=over).or_(page.get_by_role("button", name=over)).click()
         settle(page)
+    if over == "Context lengths":
         fill(page, "measure-lengths", "300, 900")
         fill(page, "measure-repeats", "3")
     else:
-        fill(page, "measure-number", "3")
+        fill(page, "measure-number", "200" if is_stopped else "3")
+    if is_stopped:
+        fill(page, "measure-question", "What does everybody play?")
     fill(page, "measure-ratios", "0.15")
     measure_button(page).click()
+    if is_stopped:
+        expect(page.get_by_text(re.compile(r"^asking: [1-9]\d* of \d+$"))).to_be_visible(timeout=RUN_MS)
+        page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.get_by_role("button", name="Open in Quality")).to_be_visible(timeout=RUN_MS)
     told = page.get_by_test_id("length-verdict") if over == "Context lengths" else page.get_by_text("every answer")
     expect(told.first).to_be_visible(timeout=ANSWER_MS)
+    expect(page.get_by_text("Stopped: the figures are of the questions until then.")).to_have_count(int(is_stopped))
     open_in_quality(page)
     expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=ANSWER_MS)
 
