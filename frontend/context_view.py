@@ -129,7 +129,7 @@ def summary(context: Context, count: TokenCount | None, ratio: float | None = No
 def _recomputed(count: TokenCount, ratio: float) -> str:
     total = sum(span.num_tokens for span in count.spans)
     told = {0.0: "none", 1.0: "all"}.get(ratio, f"about {ratio * total:,.0f}")
-    return f"{told} of the chunks' {total:,} recomputed"
+    return f"a blend recomputes {told} of the chunks' {total:,}"
 
 
 def context_html(context: Context, count: TokenCount | None) -> str:
@@ -160,7 +160,7 @@ def _span_text(span: ChunkSpan | None) -> str:
     if span is None:
         return ""
     tokens = f"{span.num_tokens:,} tokens"
-    return tokens if span.start is None else f"{tokens} · {span.start:,} to {span.end:,}"
+    return tokens if span.start is None else f"{tokens} · positions {span.start:,} to {span.end:,}"
 
 
 def _visible(separator: str) -> str:

@@ -35,7 +35,7 @@ LABELS = {
     "fetch": "fetch",
     "chunks": "prefill of new chunks",
     "move": "move and write",
-    "select": "choose",
+    "select": "choose tokens",
     "recompute": "recompute",
     "question": "the question's prefill",
     "prefill": "prefill",

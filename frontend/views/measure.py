@@ -169,6 +169,10 @@ def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -
         middle.number_input("Max tokens", 1, 4096, 32, key="measure-max-tokens", persist_state=KEEP, bind=LINK)
     )
     policies, ratios = _draw_settings(state.blend_offer(), right)
+    st.caption(
+        f"Every {'question' if questions else 'order'} goes to all contenders, and to a blend once for each policy and "
+        "share. Answers are compared with full prefill's."
+    )
     question, gold = ("", "") if questions else _draw_question()
     if not ratios or not (questions or (question and _context().chunks)):
         return None
@@ -257,7 +261,12 @@ def _draw_settings(
     if not offer or not offer.policy:
         return [], (0.0,)
     typed = ratio_place.text_input(
-        "Shares to recompute", DEFAULT_RATIOS, key="measure-ratios", persist_state=KEEP, bind=LINK
+        "Shares to recompute",
+        DEFAULT_RATIOS,
+        key="measure-ratios",
+        persist_state=KEEP,
+        bind=LINK,
+        help="Of the reused tokens: from 0 (none, fastest) to 1 (all, exact), separated by commas.",
     )
     policies = st.multiselect(
         "Policies",

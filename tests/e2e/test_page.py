@@ -117,11 +117,11 @@ def test_context_shows_boundaries_that_add_up(page: Page) -> None:
     pick_chunks(page, names)
     settle(page)
     title = page.locator(".st-key-context-view summary, .st-key-context-view button").first.inner_text()
-    told = re.search(r"chunks, ([\d,]+) tokens; about ([\d,]+) of the chunks' ([\d,]+) recomputed", title)
+    told = re.search(r"chunks, ([\d,]+) tokens; a blend recomputes about ([\d,]+) of the chunks' ([\d,]+)", title)
     assert told, title
     total, num_recomputed, num_of_chunks = (int(number.replace(",", "")) for number in told.groups())
     spans = [text.inner_text().replace(",", "").split() for text in page.get_by_test_id("chunk-tokens").all()]
-    places = [(int(words[0]), int(words[3]), int(words[5])) for words in spans]
+    places = [(int(words[0]), int(words[4]), int(words[6])) for words in spans]
     assert all(end - start == count for count, start, end in places)
     assert all(a[2] < b[1] for a, b in itertools.pairwise(places)), "a separator lies between"
     assert places[-1][2] < total

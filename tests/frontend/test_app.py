@@ -72,7 +72,7 @@ def test_the_contexts_header_counts_what_the_recompute_share_comes_to(
     begins = "Context: 3 chunks, 18 tokens"
     for ratio, told in ((0.15, "about 1"), (0.5, "about 4"), (0.0, "none"), (1.0, "all")):
         page.slider(key="policy-ratio").set_value(ratio).run()
-        assert page.expander[0].label == f"{begins}; {told} of the chunks' 9 recomputed"
+        assert page.expander[0].label == f"{begins}; a blend recomputes {told} of the chunks' 9"
     page.selectbox(key="policy").set_value("none").run()
     assert page.expander[0].label == begins, "there is no share to choose"
     page.selectbox(key="policy").set_value("kv_deviation").run()
