@@ -15,8 +15,6 @@ import httpx
 import psutil
 import pytest
 
-from kvarena.home import Home
-from kvarena.stack.record import read_record
 from support.running_stack import Stack, started
 from support.salt_isolation import ask_over, assert_isolated
 from support.tiny_models import random_text, save_tiny_model
@@ -95,11 +93,9 @@ def forget_prefixes(lmcache: httpx.Client) -> None:
 
 def num_stored_bytes(stack: Stack) -> float:
     """0 while there is no server."""
-    record = read_record(Home(stack.home))
-    server = record.service("lmcache-server") if record else None
-    assert server
+    http_port = stack.recorded("lmcache-server").other_ports[0]
     try:
-        metrics = httpx.get(f"http://127.0.0.1:{server.other_ports[0]}/metrics", trust_env=False, timeout=5).text
+        metrics = httpx.get(f"http://127.0.0.1:{http_port}/metrics", trust_env=False, timeout=5).text
     except httpx.TransportError:
         return 0.0
     found = [line for line in metrics.splitlines() if line.startswith("lmcache_mp_l1_memory_usage_bytes")]
