@@ -100,16 +100,11 @@ fi
 echo '== tests'
 # With how tests failed that tests/conftest.py tries again.
 pytest=(-m pytest --durations=15 -rfER --rerun-show-tracebacks)
-# Side by side, one file at a time for each core, and one thread for each model there.
+# Side by side, one file at a time for each core and the whole stack for one, and one thread for each model there.
 side_by_side=(-n logical --dist loadfile --no-loadscope-reorder)
-status=0
 if [[ $is_fast ]]; then
-    run_measured -m "not slow" "$@" || status=$?
-    exit $status
+    set -- -m "not slow" "$@"
 elif [[ $# -gt 0 ]]; then
     exec "$bin/python" "${pytest[@]}" "$@"
 fi
-run_measured -m "not e2e" || status=$?
-echo '== the whole stack'
-"$bin/python" "${pytest[@]}" -m e2e || status=$?
-exit $status
+run_measured "$@"

@@ -1,6 +1,7 @@
-"""The quick tests first, the browser's last: its driver keeps an event loop running in the test's own thread.
+"""The quick tests first, those of the whole stack last.
 
-Side by side the slow ones come first, and of these the longest, so that no core is left alone with them at the end.
+Side by side it is the other way round: one worker starts with the whole stack, the others with the longest files, so
+that no core is left alone at the end.
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 HAS_FAILED = pytest.StashKey[bool]()
+KINDS = ("e2e", "browser", "slow")
+STACK = "tests/e2e/stack/"
+"""The tests of the whole stack: one worker has all of them, for it is started once."""
 
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
@@ -50,22 +57,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     a moment that a busy machine skips. What failed first and then passed is listed at the end of the run.
     """
     for item in items:
-        if config.getoption("reruns", 0) is None and (has_browser(item) or "slow" in item.keywords):
+        if config.getoption("reruns", 0) is None and "slow" in item.keywords:
             item.add_marker(pytest.mark.flaky(reruns=1))
     if hasattr(config, "workerinput"):
         longest = longest_first(items)
-        items.sort(key=lambda item: (has_browser(item), "slow" not in item.keywords, longest.index(item.path)))
+        items.sort(key=lambda item: (kind(item), longest.index(item.path)))
     else:
-        items.sort(key=lambda item: (has_browser(item), "slow" in item.keywords))
+        items.sort(key=lambda item: -kind(item))
+
+
+class OneStack(LoadFileScheduling):
+    """A file goes to one worker, as with `--dist loadfile`, and all over the whole stack to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return STACK if nodeid.startswith(STACK) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneStack:
+    return OneStack(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """What comes after a failure begins with new servers, also its second try: the old ones remember what was asked.
+    So does what comes after the whole stack, which has much memory, and after the browser, whose driver keeps an event
+    loop running in the test's own thread.
 
     Before pytest-rerunfailures, which would keep them. There is no public way to end wider fixtures early.
     """
-    if item.stash.get(HAS_FAILED, False):
+    has_browser = kind(item) <= KINDS.index("browser")
+    if item.stash.get(HAS_FAILED, False) or (nextitem and has_browser and kind(nextitem) != kind(item)):
         item.session._setupstate.teardown_exact(None)
 
 
@@ -89,14 +110,15 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # else libraries tell at the end what they think has leaked
 
 
-def has_browser(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(name) for name in ("browser", "e2e"))
+def kind(item: pytest.Item) -> int:
+    """By `KINDS`, and then all others."""
+    return next((number for number, name in enumerate(KINDS) if item.get_closest_marker(name)), len(KINDS))
 
 
 def longest_first(items: list[pytest.Item]) -> list[Path]:
-    """The files, by the longest time that a test of theirs may take."""
-    allowed_s: dict[Path, float] = {}
+    """The files, by the time that all of their tests may take."""
+    allowed_s: Counter[Path] = Counter()
     for item in items:
         marker = item.get_closest_marker("timeout")
-        allowed_s[item.path] = max(allowed_s.get(item.path, 0.0), marker.args[0] if marker else 0.0)
-    return sorted(allowed_s, key=lambda path: -allowed_s[path])
+        allowed_s[item.path] += marker.args[0] if marker else 1
+    return [path for path, _ in allowed_s.most_common()]

@@ -13,7 +13,7 @@ from support.pdf_files import pdf_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-NOTES = Path(__file__).resolve().parents[2] / "backend" / "models" / "town" / "notes"
+NOTES = Path(__file__).resolve().parents[3] / "backend" / "models" / "town" / "notes"
 FILL_MS = 180_000
 
 

@@ -38,7 +38,7 @@ from support.waiting import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("blend", "plain")
 KINDS = ("prefix", "moved", "recomputed", "computed")
 LONG_ANSWER_TOKENS = 7000

@@ -17,7 +17,7 @@ from support.verdicts import check_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
-DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"
+DATA = Path(__file__).parents[3] / "backend" / "models" / "town" / "notes"
 CHUNKS = load_chunks(DATA)
 NUM_LAYERS = 6
 

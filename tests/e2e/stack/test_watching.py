@@ -22,7 +22,7 @@ from support.running_stack import Stack
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
-DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"
+DATA = Path(__file__).parents[3] / "backend" / "models" / "town" / "notes"
 TEXTS = [chunk.text for chunk in load_chunks(DATA)]
 VLLMS = ("blend", "plain")
 UP = "max by (contender) (up"

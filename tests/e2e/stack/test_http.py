@@ -24,7 +24,7 @@ from support.towns import small_town
 from support.verdicts import check_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
-DATA = Path(__file__).parents[2] / "backend" / "models" / "town" / "notes"
+DATA = Path(__file__).parents[3] / "backend" / "models" / "town" / "notes"
 TEXTS = [chunk.text for chunk in load_chunks(DATA)]
 SYSTEM = load_system_prompt(DATA)
 
