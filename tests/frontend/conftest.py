@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from streamlit.components.v2 import manifest_scanner
 
 from support.small_openai_server import SmallServer, started_servers
 
 FRONTEND = Path(__file__).resolve().parents[2] / "frontend"
 sys.path.insert(0, str(FRONTEND))
+# For each page, Streamlit looks for components in all installed packages, which takes longer than most tests.
+manifest_scanner.scan_component_manifests = cache(manifest_scanner.scan_component_manifests)
 
 
 @pytest.fixture
