@@ -95,7 +95,7 @@ class LMCacheServer:
 
     def _is_healthy(self) -> bool:
         try:
-            return httpx.get(f"{self.http_url}/config", timeout=2).is_success
+            return httpx.get(f"{self.http_url}/config", timeout=2, verify=False).is_success
         except httpx.HTTPError:
             return False
 
