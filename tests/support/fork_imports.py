@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import gc
+import multiprocessing
+from functools import partial
 from importlib import import_module
 
 import vllm.entrypoints.llm
@@ -19,6 +21,7 @@ from vllm.config.logging import LoggingConfig
 from vllm.logger import configure_logging
 from vllm.model_executor.models import registry
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.executor import multiproc_executor
 
 import kvarena.engines.vllm.connector  # noqa: F401
 
@@ -27,6 +30,8 @@ CpuPlatform.register_triton_kernel_overrides()
 CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
 # vLLM looks at a model's class in a process of its own, lest CUDA is initialised; a tiny model doesn't wait for that.
 registry._run_in_subprocess = lambda look: look()
+# For CPUs vLLM wants workers to import all of it once more.
+multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
 # After the kernels: vLLM 0.32 can't look through a library of LMCache's.
 for name in (
     "cli.main",
