@@ -1,4 +1,4 @@
-"""A run without faults over real servers: of one model, of two models; and reports that aren't what was counted."""
+"""A run without faults over real servers, two of one model and one of another; reports that aren't what was counted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvarena.bench.soak import checks
-from kvarena.bench.soak.campaign import Outcome, Server, Soak
+from kvarena.bench.soak.campaign import Server, Soak
 from kvarena.bench.soak.streams import Target
 from kvarena.client import AsyncClient
 from kvarena.documents import Documents, TextChunk
@@ -40,28 +40,24 @@ def server(running: ExitStack, name: str, folder: Path) -> Server:
     return Server(name, running.enter_context(serving(make_prefix(folder).engine)).url)
 
 
-def soaked(*servers: Server) -> Outcome:
+def test_servers_of_one_model_give_the_same_answers_and_one_of_another_is_found(
+    running: ExitStack, folders: list[Path]
+) -> None:
+    names = {"plain": folders[0], "prefix": folders[0], "other": folders[1]}
+    servers = [server(running, name, folder) for name, folder in names.items()]
     run = Soak(servers, DOCUMENTS, None, (), seconds=8.0, num_streams=6, num_prompts=14)
-    return asyncio.run(run.run(lambda: None))
-
-
-def test_two_servers_of_one_model_give_the_same_answers(running: ExitStack, folders: list[Path]) -> None:
-    outcome = soaked(server(running, "plain", folders[0]), server(running, "prefix", folders[0]))
-    assert outcome.findings == []
-    assert outcome.failed == []
-    for row in outcome.rows:
+    outcome = asyncio.run(run.run(lambda: None))
+    *same, other = outcome.rows
+    for row in same:
         assert row["num_equal"] > 0
         assert row["num_refused"] > 0
         assert row["num_given_up"] > 0
         assert row["largest_logprob_shift"] < 1e-3
-
-
-def test_a_server_of_another_model_is_found(running: ExitStack, folders: list[Path]) -> None:
-    outcome = soaked(server(running, "plain", folders[0]), server(running, "other", folders[1]))
     (failed,) = outcome.failed
     assert (failed.what, failed.of) == ("answers different", "other")
-    assert failed.found == outcome.rows[1]["num_different"] > 0
-    assert "other, prompt" in outcome.findings[0]
+    assert failed.found == other["num_different"] > 0
+    assert outcome.findings
+    assert all(finding.startswith("other, prompt") for finding in outcome.findings)
 
 
 def test_reports_that_were_not_counted_are_found(running: ExitStack, folders: list[Path]) -> None:
