@@ -24,7 +24,7 @@ SHIPPED, OWN = "docs/", "page/"
 
 
 @dataclass(frozen=True)
-class ResultFile:
+class FoundFile:
     """`modified_ns` beside the path tells a file that was written anew from the one before."""
 
     path: Path
@@ -45,23 +45,23 @@ class ResultFile:
         return f"{self.name} · {datetime.fromtimestamp(self.modified_ns / 1e9):%Y-%m-%d %H:%M}"
 
 
-def find_result_files(results_dir: Path, shipped_dir: Path, own_dir: Path | None = None) -> list[ResultFile]:
+def find_result_files(results_dir: Path, shipped_dir: Path, own_dir: Path | None = None) -> list[FoundFile]:
     """Every JSON file of these folders and theirs, each once; whose it is, its content must say."""
     files = [*measured_files(results_dir, own_dir), *_newest_first(_files_of(shipped_dir, SHIPPED))]
     return list({file.path: file for file in reversed(files)}.values())[::-1]
 
 
-def measured_files(results_dir: Path, own_dir: Path | None) -> list[ResultFile]:
+def measured_files(results_dir: Path, own_dir: Path | None) -> list[FoundFile]:
     own = _files_of(own_dir, OWN) if own_dir else []
     return _newest_first([*_files_of(results_dir), *own])
 
 
-def _files_of(place: Path, folder: str = "") -> list[ResultFile]:
+def _files_of(place: Path, folder: str = "") -> list[FoundFile]:
     paths = [path for path in place.rglob("*.json") if path.is_file()]
-    return [ResultFile(path.resolve(), str(path.relative_to(place)), path.stat().st_mtime_ns, folder) for path in paths]
+    return [FoundFile(path.resolve(), str(path.relative_to(place)), path.stat().st_mtime_ns, folder) for path in paths]
 
 
-def _newest_first(files: list[ResultFile]) -> list[ResultFile]:
+def _newest_first(files: list[FoundFile]) -> list[FoundFile]:
     return sorted(files, key=lambda file: (-file.modified_ns, file.name))
 
 
@@ -141,7 +141,7 @@ def choose_file(path: Path) -> None:
     st.session_state[CHOICE] = next(file.link for file in _measured_files() if file.path == path.resolve())
 
 
-def _measured_files() -> list[ResultFile]:
+def _measured_files() -> list[FoundFile]:
     own = state.page_settings()
     return measured_files(own.results_dir, own.own_results_dir)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from kvarena.bench import prefix_bench
 from kvarena.bench.command import app
 from kvarena.bench.plotting import save_picture
-from kvarena.bench.prefix_bench import LEVELS, SCENARIOS, InProcess, PrefixWorkload, Server
+from kvarena.bench.prefix_bench import LEVELS, SCENARIOS, InProcess, PrefixWorkload, ServerTarget
 from kvarena.bench.results import load_results, save_results
 from kvarena.bench.shapes import SHAPES, write_shape
 from kvarena.contenders.prefix.http import router
@@ -55,7 +55,7 @@ def test_over_http_file_plot_and_table(folder: Path, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "3", "--output", str(output)])
         assert result.exit_code == 0, result.output
         assert "prefix cache" in result.output
-        assert Server(server.url).count("tea rain") > 0
+        assert ServerTarget(server.url).count("tea rain") > 0
     saved = json.loads(output.read_text())
     assert saved["settings"]["context_tokens"] == [60]
     assert saved["settings"]["benchmark"] == "prefix"

@@ -16,7 +16,7 @@ from fastapi import APIRouter
 from prometheus_client.registry import Collector
 
 from kvarena.engines.base import Engine
-from kvarena.server.app import EngineServer, make_server
+from kvarena.server.app import HttpServer, make_server
 from kvarena.server.state import ApiConfig
 
 E = TypeVar("E", bound=Engine)
@@ -25,7 +25,7 @@ E = TypeVar("E", bound=Engine)
 @dataclass
 class RealServer(Generic[E]):
     engine: E
-    server: EngineServer
+    server: HttpServer
     url: str
 
     def client(self, **settings: Any) -> httpx.Client:

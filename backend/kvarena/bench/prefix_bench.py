@@ -191,7 +191,7 @@ class InProcess:
         )
 
 
-class Server:
+class ServerTarget:
     """Timed by the server: `/generate` answers as a whole. Raises `ValueError` when the address is no `prefix`."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
@@ -233,7 +233,7 @@ def find_target(
     if url:
         if model or shape:
             raise ValueError("--url measures the server's own model; --model and --shape go without it")
-        return Server(url, shown_api_key()), {"url": url}
+        return ServerTarget(url, shown_api_key()), {"url": url}
     engine = open_engine(model_folder(model, shape), model, shape, cache_gb, storage)
     return InProcess(engine), {"model": engine.model_name, "storage": storage, "cache_gb": cache_gb}
 

@@ -104,7 +104,7 @@ def make_server(
     *,
     routers: Iterable[APIRouter] = (),
     collectors: Iterable[Collector] = (),
-) -> EngineServer:
+) -> HttpServer:
     app = create_app(engine, config, routers=routers, collectors=collectors)
     settings = uvicorn.Config(
         app,
@@ -115,10 +115,10 @@ def make_server(
         timeout_graceful_shutdown=_SHUTDOWN_S,
         server_header=False,
     )
-    return EngineServer(settings, app.state.server)
+    return HttpServer(settings, app.state.server)
 
 
-class EngineServer(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn's, but that generations are closed before it waits for connections, and the engine after."""
 
     def __init__(self, settings: uvicorn.Config, server: Server) -> None:

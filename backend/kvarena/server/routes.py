@@ -189,7 +189,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
 
 
 @dataclass(frozen=True)
-class ResponseBuilder:
+class AnswerFields:
     """What the answers of both paths have in common."""
 
     answer_id: str
@@ -199,7 +199,7 @@ class ResponseBuilder:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-class ChatResponseBuilder(ResponseBuilder):
+class ChatResponseBuilder(AnswerFields):
     def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> ChatCompletion:
         return ChatCompletion(
             id=self.answer_id,
@@ -275,7 +275,7 @@ async def create_completion(body: CompletionRequest, request: Request, server: S
     return await respond(request, answer, form, body)
 
 
-class CompletionResponseBuilder(ResponseBuilder):
+class CompletionResponseBuilder(AnswerFields):
     def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> Completion:
         return Completion(
             id=self.answer_id,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvarena.bench.soak import checks
-from kvarena.bench.soak.campaign import Server, Soak
+from kvarena.bench.soak.campaign import Soak, SoakServer
 from kvarena.bench.soak.streams import Target
 from kvarena.client import AsyncClient
 from kvarena.documents import Documents, TextChunk
@@ -36,8 +36,8 @@ def running() -> Iterator[ExitStack]:
         yield stack
 
 
-def server(running: ExitStack, name: str, folder: Path) -> Server:
-    return Server(name, running.enter_context(serving(make_prefix(folder).engine)).url)
+def server(running: ExitStack, name: str, folder: Path) -> SoakServer:
+    return SoakServer(name, running.enter_context(serving(make_prefix(folder).engine)).url)
 
 
 def test_servers_of_one_model_give_the_same_answers_and_one_of_another_is_found(
@@ -81,4 +81,4 @@ def test_reports_that_were_not_counted_are_found(running: ExitStack, folders: li
 
 def test_the_reference_has_to_be_there() -> None:
     with pytest.raises(ValueError, match="answers are compared with those of plain"):
-        Soak([Server("blend", "http://127.0.0.1:1")], DOCUMENTS, None, (), seconds=1.0)
+        Soak([SoakServer("blend", "http://127.0.0.1:1")], DOCUMENTS, None, (), seconds=1.0)

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from kvarena.bench.soak import faults
-from kvarena.bench.soak.campaign import Server, Soak, Stack
+from kvarena.bench.soak.campaign import Soak, SoakServer, Stack
 from kvarena.contenders.spec import LMCACHE_SERVER
 from kvarena.documents import Documents, TextChunk
 from kvarena.home import Home
@@ -55,7 +55,7 @@ def test_everything_comes_back(stack: Stack, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(faults, "PAUSE_S", (1.0, 3.0))
     documents = Documents(tuple(TextChunk(f"text {i}", random_text(RNG, 30)) for i in range(8)))
     (address,) = (service.address for service in stack.record.services if service.name == "plain")
-    run = Soak([Server("plain", address)], documents, stack, KINDS, seconds=45.0, num_streams=6, num_prompts=14)
+    run = Soak([SoakServer("plain", address)], documents, stack, KINDS, seconds=45.0, num_streams=6, num_prompts=14)
     outcome = asyncio.run(run.run(lambda: None))
     assert outcome.findings == []
     assert outcome.failed == []

@@ -33,7 +33,7 @@ FINDS_AGAIN_S = 60.0
 
 
 @dataclass(frozen=True)
-class Server:
+class SoakServer:
     """A contender to be soaked."""
 
     name: str
@@ -70,7 +70,7 @@ class Soak:
     `faults.FAULTS`; none without a stack. `timeout_s` is the longest that one request may take.
     """
 
-    servers: Sequence[Server]
+    servers: Sequence[SoakServer]
     documents: Documents
     stack: Stack | None
     faults: Sequence[str]
@@ -129,7 +129,7 @@ class Soak:
             )
             return await self._soak(load, advance)
 
-    async def _target(self, server: Server, clients: AsyncExitStack) -> Target:
+    async def _target(self, server: SoakServer, clients: AsyncExitStack) -> Target:
         client = AsyncClient(server.url, server.api_key, 2 * self.timeout_s)
         clients.push_async_callback(client.aclose)
         return Target(server.name, client, await client.describe(), server.api_key)

@@ -15,7 +15,7 @@ from kvarena.bench.console import AsJson, ResultFile, console_for, explained, pr
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvarena.bench.soak.campaign import Outcome, Server, Stack
+    from kvarena.bench.soak.campaign import Outcome, SoakServer, Stack
     from kvarena.documents import Documents
 
 DEFAULT_OUTPUT = Path("results/soak.json")
@@ -89,8 +89,8 @@ def soak(
     raise typer.Exit(1 if outcome.failed else 0)
 
 
-def _targets(targets: list[str], data: Path | None) -> tuple[list[Server], Documents, None]:
-    from kvarena.bench.soak.campaign import Server
+def _targets(targets: list[str], data: Path | None) -> tuple[list[SoakServer], Documents, None]:
+    from kvarena.bench.soak.campaign import SoakServer
     from kvarena.documents import load_documents
     from kvarena.model import TOWN, find_model
     from kvarena.stack.settings import shown_api_key
@@ -100,12 +100,12 @@ def _targets(targets: list[str], data: Path | None) -> tuple[list[Server], Docum
         name, _, url = target.partition("=")
         if not name or not url:
             raise ValueError(f"--target is {target!r}; it is NAME=URL")
-        servers.append(Server(name, url if "://" in url else f"http://{url}", shown_api_key()))
+        servers.append(SoakServer(name, url if "://" in url else f"http://{url}", shown_api_key()))
     return servers, load_documents(data or find_model(TOWN, "cpu").data_dir), None
 
 
-def _stack(has_faults: bool, console: Console) -> tuple[list[Server], Documents, Stack | None]:
-    from kvarena.bench.soak.campaign import Server, Stack
+def _stack(has_faults: bool, console: Console) -> tuple[list[SoakServer], Documents, Stack | None]:
+    from kvarena.bench.soak.campaign import SoakServer, Stack
     from kvarena.contenders.spec import contender_specs
     from kvarena.home import Home, StackError
     from kvarena.stack import render
@@ -120,7 +120,7 @@ def _stack(has_faults: bool, console: Console) -> tuple[list[Server], Documents,
         raise StackError("the stack runs in containers, whose processes can't be stopped from here; use --faults none")
     specs = contender_specs()
     servers = [
-        Server(service.name, service.address, shown_api_key())
+        SoakServer(service.name, service.address, shown_api_key())
         for service in record.services
         if service.name in specs and specs[service.name].is_vllm
     ]
