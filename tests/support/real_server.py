@@ -29,7 +29,7 @@ class RealServer(Generic[E]):
     url: str
 
     def client(self, **settings: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, **settings)
+        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, verify=False, **settings)
 
 
 @contextmanager
