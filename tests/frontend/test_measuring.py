@@ -205,10 +205,11 @@ def test_a_run_that_cannot_start_says_why(tmp_path: Path) -> None:
 def test_a_run_shows_its_progress_and_keeps_what_was_answered_when_it_is_stopped(
     small_server: StartServer, tmp_path: Path
 ) -> None:
-    server = small_server(delay_s=1)
+    """While an answer of the other server is under way."""
     path = write_shuffles(tmp_path / "run", CONTEXT, "Who?", ["Hello"], 6)
-    plain = Contender("plain", "Plain", server.url)
-    run = Measurement(QuestionsPlan((plain,), " # ", path, (), (), 9), tmp_path / "out.json")
+    plain = Contender("plain", "Plain", small_server().url)
+    other = Contender("other", "Other", small_server(hold_after=1).url)
+    run = Measurement(QuestionsPlan((plain, other), " # ", path, (), (), 9), tmp_path / "out.json")
     deadline_s = time.monotonic() + 200
     while run.progress().share == 0 and run.is_running:
         assert time.monotonic() < deadline_s
