@@ -118,7 +118,7 @@ def test_results_of_other_kinds_are_drawn_and_two_are_compared(open_page: OpenPa
     choose(page, "Result file", "eval-smollm2.json")
     choose(page, "Compare with", "eval-smollm2-seed7.json")
     expect(charts).to_have_count(3)
-    expect(page.get_by_text("Correct: the second file less the first, over 24 questions in both")).to_be_visible()
+    expect(page.get_by_text("Right answers: the second file less the first, over 24 questions in both")).to_be_visible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
