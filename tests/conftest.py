@@ -44,11 +44,14 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """With our loggers on and heard: a library that configures logging, in a test before this one, turns the others'
-    off, and a server's own log keeps its lines to itself.
+    off or raises the level of all, and a server's own log keeps its lines to itself.
     """
+    logging.disable(logging.NOTSET)
+    caplog.set_level(logging.WARNING)
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.partition(".")[0] in ("kvarena", "ai100"):
             logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
     return caplog
 
 

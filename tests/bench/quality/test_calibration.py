@@ -201,7 +201,7 @@ def test_the_command_on_a_tiny_model(documents: Path, tmp_path: Path) -> None:
     saved = load_results(output)
     assert saved["settings"]["chosen"]["policy"] == profile["policy"]
     rows = {Variant.of_row(one): one["token_agreement"]["mean"] for one in saved["rows"]}
-    assert len(rows) == 2 * 3 * (3 * 2 + 2), "sinks, ratios, policies with layers to choose and without"
+    assert len(rows) == 2 * 3 * (3 * 2 + 3), "sinks, ratios, policies with layers to choose and without"
     assert all(agreement == 1 for variant, agreement in rows.items() if variant.ratio == 1)
     assert saved["settings"]["chosen"]["sink_tokens"] == profile["sink_tokens"]
     assert [one["sink_tokens"] for one in saved["settings"]["sinks"]] == [0, 1]

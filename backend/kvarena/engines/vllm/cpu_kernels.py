@@ -97,7 +97,8 @@ class CPUKernels:
         num_tokens, num_heads, head_size = queries.shape
         assert queries.stride()[1:] == output.stride()[1:] == (head_size, 1), "heads that aren't contiguous"
         shared = num_heads // self._num_kv_heads
-        share = num_tokens * self._num_kv_heads // (4 * torch.get_num_threads())
+        # Some blocks for every thread, and at least rows for whole products.
+        for_threads = min(num_tokens * self._num_kv_heads // (4 * torch.get_num_threads()), MAX_BLOCK_TOKENS)
         given = _Attention(
             *(x.data_ptr() for x in (queries, kv_cache, tokens.block_ids, tokens.positions, output)),
             query_stride=queries.stride(0),
@@ -107,9 +108,7 @@ class CPUKernels:
             num_kv_heads=self._num_kv_heads,
             head_size=head_size,
             block_size=self._block_size,
-            block_tokens=max(
-                min(share, MAX_BLOCK_TOKENS), -(-12 // shared)
-            ),  # some for every thread, in whole products
+            block_tokens=max(for_threads, -(-12 // shared)),
             scale=scale,
         )
         self._library.attend(ctypes.byref(given), self._is_bf16)
