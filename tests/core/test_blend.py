@@ -66,6 +66,7 @@ class FakeModel:
     head_size = HEAD_SIZE
     device = torch.device("cpu")
     ranks: Ranks = OneRank()
+    place = None
 
     def __init__(self, num_tokens: int, clock: Clock | None = None) -> None:
         self.cache = torch.full((NUM_LAYERS, 2, num_tokens, NUM_HEADS, HEAD_SIZE), torch.nan)
@@ -91,8 +92,6 @@ class FakeModel:
         for _ in range((sum(map(len, chunks)) - 1) // piece_tokens):
             yield
         return [kv_of(chunk.token_ids) * self.scale if self.has_room else None for chunk in chunks]
-
-    place = None
 
     def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._note("write", positions.tolist())

@@ -26,11 +26,10 @@ class Cache:
     rotations = ROTATIONS
     head_size = HEAD_SIZE
     device = torch.device("cpu")
+    place = None
 
     def __init__(self, num_tokens: int) -> None:
         self.kv = torch.full((NUM_LAYERS, 2, num_tokens, NUM_HEADS, HEAD_SIZE), torch.nan)
-
-    place = None
 
     def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.kv[:, 0, positions] = keys
@@ -85,8 +84,6 @@ def test_pieces_of_several_devices_meet_on_the_models() -> None:
     class Elsewhere(Cache):
         device = torch.device("meta")
 
-        place = None
-
         def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
             written.extend((keys, values))
 
@@ -113,8 +110,6 @@ def test_what_goes_to_a_device_goes_whole_and_is_cut_there(monkeypatch: pytest.M
     class Elsewhere(Cache):
         device = torch.device("meta")
 
-        place = None
-
         def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
             assert keys.shape[1] == len(positions)
 
@@ -137,8 +132,6 @@ def test_positions_are_sent_without_waiting(monkeypatch: pytest.MonkeyPatch) -> 
 
     class Elsewhere(Cache):
         device = torch.device("meta")
-
-        place = None
 
         def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
             pass

@@ -103,16 +103,21 @@ class KVWriter:
                 for piece, part in parts_of(pieces, span.offset, len(span))
             ]
             positions, rerotations = positions_of(spans), self._rerotations(spans)
+            moved = None
             if self.model.place is not None:
                 self.model.place(positions, here, rerotations)
             else:
                 moved = self._moved(here, self.model.rotations, rerotations)
-        if self.model.place is None:
+        if moved is not None:
             with self.stopwatch.timed("write_ms"):
                 self.model.write(positions, moved.keys, moved.values)
         for layer in self.watched:
-            own = self._moved([part[:, layer, None] for part in here], [self.model.rotations[layer]], rerotations)
-            self.kept.setdefault(layer, []).append(LayerKV(own.keys[0].clone(), own.values[0].clone()))
+            if moved is None:
+                own = self._moved([part[:, layer, None] for part in here], [self.model.rotations[layer]], rerotations)
+                keys, values = own.keys[0], own.values[0]
+            else:
+                keys, values = moved.keys[layer], moved.values[layer]
+            self.kept.setdefault(layer, []).append(LayerKV(keys.clone(), values.clone()))
 
     def finish(self) -> None:
         """Returns when nothing is read any more from where the KV lies. Copies to a device go on beside the rest."""

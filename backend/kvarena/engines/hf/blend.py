@@ -185,6 +185,8 @@ class HFPrefilledModel:
     From the start `kv` counts as filled up to `len(token_ids)`; what it didn't hold is for the caller to fill.
     """
 
+    place = None
+
     def __init__(self, engine: BlendableModel, token_ids: TokenIds, kv: SequenceKV) -> None:
         kv.extend(len(token_ids) - kv.length)
         shape = engine.model.kv_shape
@@ -206,8 +208,6 @@ class HFPrefilledModel:
                 yield
             computed.append((yield from self._prefill_chunk(chunk, piece_tokens)))
         return computed
-
-    place = None
 
     def write(self, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         where = positions.to(self.device)
