@@ -79,6 +79,14 @@ class Model:
             return ""
         return str(config.get("dtype") or config.get("torch_dtype") or "")
 
+    def has_some_windows(self, hf_home: Path | None) -> bool:
+        """Whether some of its layers attend to a sliding window, and others to all of the text."""
+        config = self._config(hf_home)
+        config = config.get("text_config") or config
+        pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")  # before `layer_types`
+        kinds = config.get("layer_types") or (["sliding_attention", "full_attention"] if pattern else [])
+        return bool(config.get("sliding_window")) and {"sliding_attention", "full_attention"} <= set(kinds)
+
     @property
     def data_dir(self) -> Path:
         """The documents that go with it: its profile's, else the project's. Raises `ValueError` for a bad profile."""

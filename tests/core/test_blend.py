@@ -18,7 +18,16 @@ from kvarena.core.blend import Blender, BlendTask
 from kvarena.core.costs import MIN_RATIO, REMEMBERED_WAYS, RESERVE_RATIO, BlendCosts
 from kvarena.core.plan import Chunk, ReusePlan, Span, TokenIds, as_token_ids
 from kvarena.core.policy import RecomputeAll, RecomputeNone, SelectionPolicy
-from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, OneRank, OnLayer, Ranks, TokenFilter
+from kvarena.core.prefilled_model import (
+    EndForward,
+    InPieces,
+    LayerAttention,
+    LayerKV,
+    OneRank,
+    OnLayer,
+    Ranks,
+    TokenFilter,
+)
 from kvarena.core.report import MAX_TOKEN_SCORES, BlendReport, TokenScores
 from kvarena.core.rope import Rotation
 from kvarena.core.store import FoundKV, Pieces
@@ -63,6 +72,7 @@ class FakeModel:
     """
 
     rotations: Sequence[Rotation | None] = (ROTATION,) * NUM_LAYERS
+    attention: Sequence[LayerAttention] = (LayerAttention(HEAD_SIZE**-0.5),) * NUM_LAYERS
     head_size = HEAD_SIZE
     device = torch.device("cpu")
     ranks: Ranks = OneRank()

@@ -11,7 +11,7 @@ import torch
 from kvarena.core import placement
 from kvarena.core.placement import GROUP_TOKENS, ChunkSource, KVWriter, groups_of, parts_of
 from kvarena.core.plan import Chunk, Span, as_token_ids
-from kvarena.core.prefilled_model import PrefilledModel
+from kvarena.core.prefilled_model import LayerAttention, PrefilledModel
 from kvarena.core.report import BlendReport
 from kvarena.core.rope import Rotation
 from kvarena.core.store import FoundKV, Piece
@@ -24,6 +24,7 @@ class Cache:
     """What was written, by layer: keys and values `(T, H_kv, D)`; NaN where nothing was."""
 
     rotations = ROTATIONS
+    attention = [LayerAttention(HEAD_SIZE**-0.5)] * len(ROTATIONS)
     head_size = HEAD_SIZE
     device = torch.device("cpu")
     place = None

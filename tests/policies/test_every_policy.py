@@ -57,6 +57,9 @@ class RandomKV:
     def question_positions(self) -> torch.Tensor:
         return torch.arange(115, 120)
 
+    def attention_scale(self, layer: int) -> float:
+        return float(HEAD_SIZE**-0.5)
+
     def question_queries(self, layer: int) -> torch.Tensor:
         return drawn(200 + layer, 5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,27 @@ def test_what_happens_with_a_model_that_cant_be_blended(home: Home, tmp_path: Pa
         assert extra_config(services["blend"])["unsupported"] == expected
     with pytest.raises(StackError, match="BLEND_UNSUPPORTED must be one of refuse, plain, not 'ignore'"):
         make(home, tmp_path, blend_unsupported="ignore")
+
+
+@pytest.mark.parametrize(
+    ("config", "keeps_all"),
+    [
+        ({"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}, True),
+        ({"text_config": {"sliding_window": 512, "_sliding_window_pattern": 6}}, True),
+        ({"sliding_window": 512, "layer_types": ["sliding_attention", "sliding_attention"]}, False),
+        ({"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]}, False),
+        ({"sliding_window": 512}, False),
+    ],
+)
+def test_some_layers_with_a_window_keep_all_kv(
+    home: Home, tmp_path: Path, config: dict[str, Any], keeps_all: bool
+) -> None:
+    """vLLM's own option; for layers that are all alike it does nothing. `plain` stays as vLLM has it."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    _, services = make(home, tmp_path, model=str(tmp_path / "m"))
+    assert ("--disable-hybrid-kv-cache-manager" in services["blend"].command) == keeps_all
+    assert "--disable-hybrid-kv-cache-manager" not in services["plain"].command
 
 
 def test_a_policy_that_is_none(home: Home, tmp_path: Path) -> None:

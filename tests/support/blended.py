@@ -92,10 +92,16 @@ class Blended:
         mask = blind_mask(ids, spans, len(self.sink))
         before = [torch.arange(start - len(self.sink), start) for start, _ in spans]
         positions = torch.cat([*before, torch.arange(len(ids))])[None]
+        config = self.reference.config
+        masks = {"full_attention": mask}
+        if window := getattr(config, "sliding_window", None):
+            masks["sliding_attention"] = mask & (positions[0][:, None] - positions[0] < window)
         if arguments.get("output_attentions"):
-            mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+            masks = {kind: torch.zeros(own.shape).masked_fill_(~own, float("-inf")) for kind, own in masks.items()}
+        kinds = set(getattr(config, "layer_types", None) or [list(masks)[-1]])
+        given = masks if len(kinds) > 1 else masks[kinds.pop()]
         input_ids = torch.tensor([[*self.sink] * len(spans) + ids])
-        return self.reference(input_ids, attention_mask=mask, position_ids=positions, **arguments)
+        return self.reference(input_ids, attention_mask=given, position_ids=positions, **arguments)
 
     @torch.inference_mode()
     def attention_of_question(self, ids: list[int], spans: list[tuple[int, int]], layer: int) -> torch.Tensor:

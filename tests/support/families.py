@@ -49,6 +49,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"sliding_window": 2048, "layer_types": MIXED, "query_pre_attn_scalar": 4, "tie_word_embeddings": False},
     ),
+    "gemma3_short": (
+        "gemma3_text",
+        {"sliding_window": 48, "layer_types": MIXED, "query_pre_attn_scalar": 4, "tie_word_embeddings": False},
+    ),
     "phi3": ("phi3", {"rope_parameters": UNSCALED | {"partial_rotary_factor": 0.5}}),
     "granite": ("granite", {}),
     "stablelm": ("stablelm", {"rope_parameters": UNSCALED | {"partial_rotary_factor": 0.25}}),
@@ -58,9 +62,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
     **{name: ("llama", {"rope_parameters": UNSCALED | own}) for name, own in SCALINGS.items()},
 }
-"""Windows as long as the context, biased, normed, fused and partly rotated keys, pairs side by side, layers without
-rotation or with another one, tied embeddings, experts; vLLM has no code of its own for olmo2 and smollm3, and takes
-Transformers'.
+"""Windows as long as the context and shorter ones, biased, normed, fused and partly rotated keys, pairs side by side,
+layers without rotation or with another one, tied embeddings, experts; vLLM has no code of its own for olmo2 and
+smollm3, and takes Transformers'.
 """
 
 

@@ -16,7 +16,9 @@ def _options(launch: Launch) -> list[str]:
         except ValueError as error:
             raise ValueError(f"BLEND_ENGINE is lmcache, and {error}") from error
     middleware = ["--middleware", "kvarena.engines.vllm.middleware.KVArenaMiddleware"]
-    return [*prefix_caching(launch), "--kv-transfer-config", kv_transfer_config(launch.blend), *middleware]
+    # vLLM would give back the KV before a window, and a blend needs all of it.
+    all_kv = ["--disable-hybrid-kv-cache-manager"] if launch.has_some_windows else []
+    return [*prefix_caching(launch), *all_kv, "--kv-transfer-config", kv_transfer_config(launch.blend), *middleware]
 
 
 def _asks_lmcache_server(launch: Launch) -> bool:

@@ -37,7 +37,8 @@ class Launch:
     """What the stack decided for one contender.
 
     `profile` is cpu or gpu; `gpu` is the GPU it has on the one. On the other it has an OpenMP thread for each of
-    `omp_cpus`, and vLLM binds each to its own (`binds_threads`). `model` is a folder (`is_local`) or a name on the hub.
+    `omp_cpus`, and vLLM binds each to its own (`binds_threads`). `model` is a folder (`is_local`) or a name on the hub;
+    `has_some_windows` is `Model.has_some_windows`.
     `settings` are the contender's own, `prefix_caching` is vLLM's. What is `None` is left to the server. `blend` says
     where the LMCache server is. Sizes are in GiB.
     """
@@ -50,6 +51,7 @@ class Launch:
     model: str = ""
     served_model_name: str = ""
     is_local: bool = True
+    has_some_windows: bool = False
     max_model_len: int | None = None
     load_format: str | None = None
     dtype: str | None = None

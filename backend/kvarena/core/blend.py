@@ -88,6 +88,9 @@ class BlendContext:
             columns = [positions, scores, *([seen_from()] if seen_from else [])]
             self.report.token_scores = TokenScores.of(what, columns)
 
+    def attention_scale(self, layer: int) -> float:
+        return self.model.attention[layer].scale
+
     def question_queries(self, layer: int) -> torch.Tensor:
         question = self.question_positions()
         positions = torch.cat([*self.gaps, question[question < self.plan.end]]).sort().values

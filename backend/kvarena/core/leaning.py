@@ -7,12 +7,11 @@ chunk. Keys before the blend's start aren't known here: shares are of the attent
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from kvarena.core.placement import positions_of
+from kvarena.core.placement import positions_of, seen_by
 from kvarena.core.plan import ReusePlan
 from kvarena.core.prefilled_model import EndForward, LayerKV, PrefilledModel
 from kvarena.core.report import MAX_TOKEN_SCORES, LeansOn
@@ -75,12 +74,12 @@ class LeaningObserver:
 
     def _by_span(self, queries: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """The attention `(R, S)` of these tokens to each span but their own, summed over the heads."""
-        device, (_, num_kv_heads, head_size) = self._keys.device, self._keys.shape
+        attention = self._model.attention[self._layer]
         seen = int(places.max()) + 1
-        grouped = queries.float().unflatten(1, (num_kv_heads, -1))  # (R, H_kv, G, D)
-        products = torch.einsum("rkgd,tkd->kgrt", grouped, self._keys[:seen]) / math.sqrt(head_size)
-        later = torch.arange(seen, device=device) > places.to(device)[:, None]
-        weights = products.masked_fill_(later, -torch.inf).softmax(dim=-1).sum(dim=(0, 1)).cpu()  # (R, T)
+        grouped = queries.float().unflatten(1, (self._keys.shape[1], -1))  # (R, H_kv, G, D)
+        products = torch.einsum("rkgd,tkd->kgrt", grouped, self._keys[:seen]) * attention.scale
+        visible = seen_by(places.to(self._keys.device), seen, attention.window)
+        weights = products.masked_fill_(~visible, -torch.inf).softmax(dim=-1).sum(dim=(0, 1)).cpu()  # (R, T)
         shares = torch.zeros(len(places), len(self._spans) + 1)  # the last is what belongs to no span
         shares.index_add_(1, self._own[:seen] % (len(self._spans) + 1), weights)
         shares[torch.arange(len(places)), self._own[places]] = 0

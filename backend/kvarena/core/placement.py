@@ -177,3 +177,9 @@ def groups_of(spans: Sequence[Span]) -> Iterator[list[Span]]:
             group = []
     if group:
         yield group
+
+
+def seen_by(positions: torch.Tensor, end: int, window: int | None) -> torch.Tensor:
+    """Which of the tokens `[0, end)` those at `positions` `(T,)` attend to: boolean `(T, end)`."""
+    own, every = positions[:, None], torch.arange(end, device=positions.device)
+    return every <= own if window is None else (every <= own) & (every > own - window)

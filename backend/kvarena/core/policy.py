@@ -49,6 +49,10 @@ class SelectionContext(Protocol):
         """
         ...
 
+    def attention_scale(self, layer: int) -> float:
+        """By what this layer multiplies the products of queries and keys."""
+        ...
+
     def summed(self, scores: torch.Tensor) -> torch.Tensor:
         """What all heads say of each token, on the CPU: this worker's scores and those of the others added up."""
         ...

@@ -49,6 +49,16 @@ class EndForward(Exception):
     """Ends a forward on purpose: what it was run for is known. Whoever began the forward catches it."""
 
 
+@dataclass(frozen=True)
+class LayerAttention:
+    """`scale` multiplies the products of queries and keys. A token attends to the `window` tokens that end with it, or
+    without one to all up to itself.
+    """
+
+    scale: float
+    window: int | None = None
+
+
 class LayerKV(NamedTuple):
     """Keys and values of one layer, `(T, H_kv, D)` each."""
 
@@ -86,11 +96,12 @@ InPieces = Generator[None, None, Result]
 class PrefilledModel(Protocol):
     """A prompt's cache in an engine. Valid during one step of the engine; calls follow each other.
 
-    Heads are those of this worker; `ranks` has the others'. `rotations` has an entry for each layer, None for a layer
-    without rotary embedding.
+    Heads are those of this worker; `ranks` has the others'. `rotations` and `attention` have an entry for each layer;
+    that of a layer without rotary embedding is None.
     """
 
     rotations: Sequence[Rotation | None]
+    attention: Sequence[LayerAttention]
     head_size: int
     device: torch.device
     ranks: Ranks
@@ -123,7 +134,7 @@ class PrefilledModel(Protocol):
         """Run the model over the tokens at these positions: their fresh KV replaces what the cache held.
 
         `filters` are in the order of their layers. Returns the positions that went through all layers. Tokens attend
-        to everything before them.
+        to everything before them that is in their layer's window.
         """
         ...
 

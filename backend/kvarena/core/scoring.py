@@ -10,12 +10,12 @@ tried.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 
+from kvarena.core.placement import seen_by
 from kvarena.core.plan import Chunk, ReusePlan, Span
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
 
@@ -58,7 +58,7 @@ class ChunkScorer:
         self._keys[layer].append(fresh.keys.clone())
         keys = torch.cat(self._keys[layer]).float()
         for rows in (positions % QUERY_STRIDE == 0).nonzero().flatten().split(_QUERY_ROWS):
-            self._attention[layer, : len(keys)] += self._received(queries[rows], positions[rows], keys)
+            self._attention[layer, : len(keys)] += self._received(layer, queries[rows], positions[rows], keys)
 
     def scores(self) -> dict[Chunk, torch.Tensor]:
         """Of each chunk with enough context on both sides, deviation and attention, fp32 `(T, 2)`; heads of all ranks
@@ -76,16 +76,17 @@ class ChunkScorer:
         before, after = span.start, len(self._places) - span.end
         return span.is_whole_chunk and not span.is_exact and min(before, after) >= MIN_CONTEXT_TOKENS
 
-    def _received(self, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def _received(self, layer: int, queries: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The attention `(T,)` that each token of a span gets from those of these tokens that come after the span.
 
         `keys` `(T, H_kv, D)` are fp32.
         """
-        num_kv_heads, head_size = keys.shape[1:]
-        grouped = queries.float().unflatten(1, (num_kv_heads, -1))  # (R, H_kv, G, D)
-        weights = torch.einsum("rkgd,tkd->kgrt", grouped, keys) / math.sqrt(head_size)
-        own, all_positions = positions.to(keys.device)[:, None], torch.arange(len(keys), device=keys.device)
-        weights = weights.masked_fill_(all_positions > own, -torch.inf).softmax(dim=-1)
+        attention = self._model.attention[layer]
+        grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # (R, H_kv, G, D)
+        weights = torch.einsum("rkgd,tkd->kgrt", grouped, keys) * attention.scale
+        own = positions.to(keys.device)[:, None]
+        visible = seen_by(own[:, 0], len(keys), attention.window)
+        weights = weights.masked_fill_(~visible, -torch.inf).softmax(dim=-1)
         ends = self._ends[: len(keys)].to(keys.device)
         from_after = (ends > 0) & (ends <= own)
         return (weights * from_after).sum(dim=(0, 1, 2)).cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,7 +25,8 @@ class QueryAttention(SelectionPolicy):
     the question's tokens and the heads. No layer is run over the context.
 
     One layer, where the papers take several together: which layers look for what the question is about depends on the
-    model, and early ones drown it. `run_tokens`: so many neighbours are chosen together.
+    model, and early ones drown it. A layer's sliding window doesn't count, for it would hide most of a long context.
+    `run_tokens`: so many neighbours are chosen together.
     """
 
     ratio: float = ratio_parameter()
@@ -41,7 +41,9 @@ class QueryAttention(SelectionPolicy):
         if not len(reused):
             return Selection(reused)
         (layer,) = self.watched_layers(context.num_layers)
-        attention = _attention(context.question_queries(layer), context.reused_keys(layer))
+        attention = _attention(
+            context.question_queries(layer), context.reused_keys(layer), context.attention_scale(layer)
+        )
         scores = context.summed(attention.mean(dim=0))
 
         def seen_from() -> torch.Tensor:
@@ -52,7 +54,7 @@ class QueryAttention(SelectionPolicy):
         return Selection(reused[best.sort().values])
 
 
-def _attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
     """What each key `(T, H_kv, D)` gets of the attention of queries `(T_q, H, D)`, averaged over the heads: `(T_q, T)`,
     whose rows sum to 1.
     """
@@ -61,5 +63,5 @@ def _attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     num_queries, num_heads, head_size = queries.shape
     num_kv_heads = keys.shape[1]
     grouped = queries.view(num_queries, num_kv_heads, num_heads // num_kv_heads, head_size)
-    products = torch.einsum("qkgd,tkd->kgqt", grouped, keys).float() / math.sqrt(head_size)
+    products = torch.einsum("qkgd,tkd->kgqt", grouped, keys).float() * scale
     return products.softmax(dim=-1).mean(dim=(0, 1))

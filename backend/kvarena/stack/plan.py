@@ -112,6 +112,7 @@ class Plan:
             model=self.model.name,
             served_model_name=self.model.served_name,
             is_local=self.model.is_local,
+            has_some_windows=self.model.has_some_windows(self.hf_home),
             max_model_len=self.max_model_len,
             load_format=self.load_format,
             dtype=self.dtype,

@@ -216,8 +216,28 @@ def test_family(name: str, tmp_path: Path) -> None:
     without_rotation = {"smollm3": [1, 3], "cohere2": [3]}.get(name, [])
     rotations = BlendableModel(blended.model).rotations
     assert [layer for layer, rotation in enumerate(rotations) if rotation is None] == without_rotation
-    assert len(set(rotations) - {None}) == (2 if name == "gemma3" else 1)
+    assert len(set(rotations) - {None}) == (2 if name.startswith("gemma3") else 1)
     blended.model.close()
+
+
+def test_layers_that_all_have_a_short_window(tmp_path: Path) -> None:
+    blended = Blended.load(families.save_kind(tmp_path, "mistral", sliding_window=24))
+    assert_blind(blended, make_prompts(3, 2))
+    assert_exact(blended, make_prompts(3, 1), BlendParams(ratio=1.0, check_layer=2))
+    blended.model.close()
+
+
+def test_a_model_with_one_mask_for_layers_of_different_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gemma3_text", sliding_window=48, layer_types=families.MIXED)
+    forward = model.module.forward
+
+    def with_one_mask(attention_mask: Any = None, **arguments: Any) -> Any:
+        return forward(attention_mask=attention_mask if attention_mask is None else attention_mask.clone(), **arguments)
+
+    monkeypatch.setattr(model.module, "forward", with_one_mask)
+    with pytest.raises(UnsupportedModel, match="takes no masks by kind of layer"):
+        BlendableModel(model)
+    model.close()
 
 
 def test_without_chunks_it_is_the_prefill_itself(blended: Blended) -> None:
@@ -346,8 +366,6 @@ def test_a_bad_store_costs_time_only(model_folders: dict[str, Path], loses: str)
     ("kind", "settings", "reason"),
     [
         *((*model, rf"length of the text \({name}\)") for name, model in families.LENGTH_DEPENDENT.items()),
-        ("mistral", {"sliding_window": 512}, "window of 512 tokens is shorter than the context of 1024"),
-        ("gemma3_text", {"sliding_window": 512}, "window of 512 tokens is shorter than the context of 1024"),
         ("gpt2", {"n_embd": 64, "n_head": 2, "n_layer": 4}, "without rotary embeddings"),
         ("llama", {"attn_implementation": "eager"}, "attention is 'eager'"),
     ],

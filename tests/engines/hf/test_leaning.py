@@ -17,14 +17,15 @@ from kvarena.core.report import BlendReport
 from kvarena.engines.hf.blend import HFPrefilledModel
 from kvarena.policies.params import BlendParams, make_policy
 from support.blended import SEPARATOR, Blended
+from support.families import save_family
 from support.tiny_models import random_text
 
 LENGTHS = (50, 30, 40)
 
 
-@pytest.fixture(params=["llama", "qwen3"])
-def blended(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Iterator[Blended]:
-    blended = Blended.load(model_folders[request.param])
+@pytest.fixture(params=["llama", "qwen3", "gemma3_short"])
+def blended(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Blended]:
+    blended = Blended.load(save_family(tmp_path, request.param))
     yield blended
     blended.model.close()
 

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.scoring import MIN_CONTEXT_TOKENS, QUERY_STRIDE
 from kvarena.core.store import Scores
 from kvarena.policies.params import BlendParams
 from support.blended import SEPARATOR, Blended
+from support.families import save_family
 from support.tiny_models import random_text
 
 LENGTHS = (90, 40, 70, 110)
 
 
-@pytest.fixture(params=["llama", "qwen3"])
-def blended(request: pytest.FixtureRequest, model_folders: dict[str, Path]) -> Iterator[Blended]:
-    blended = Blended.load(model_folders[request.param])
+@pytest.fixture(params=["llama", "qwen3", "gemma3_short"])
+def blended(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Blended]:
+    blended = Blended.load(save_family(tmp_path, request.param))
     yield blended
     blended.model.close()
 
@@ -63,8 +65,9 @@ def written_out(blended: Blended, ids: list[int], start: int, chunk: Chunk) -> t
     model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
-            whole = model(torch.tensor([ids]), output_attentions=True)
-            alone = model(torch.tensor([[*chunk.sink.tolist(), *chunk.token_ids.tolist()]]))
+            whole = model(torch.tensor([ids]), past_key_values=DynamicCache(), output_attentions=True)
+            text = torch.tensor([[*chunk.sink.tolist(), *chunk.token_ids.tolist()]])
+            alone = model(text, past_key_values=DynamicCache())
     finally:
         model.set_attn_implementation("sdpa")
     deviation, attention = [], []

@@ -66,7 +66,10 @@ class Paged:
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
-def test_chosen_tokens_attend_to_all_before_them(shape: tuple[int, ...], share: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [None, 1, 24, 100])
+def test_chosen_tokens_attend_to_all_before_them_in_a_window(
+    shape: tuple[int, ...], share: float, window: int | None, dtype: torch.dtype
+) -> None:
     num_heads, num_kv_heads, head_size, _, num_tokens = shape
     paged = Paged(shape, dtype)
     keys, values = (torch.randn(num_tokens, num_kv_heads, head_size, dtype=dtype) for _ in range(2))
@@ -77,9 +80,11 @@ def test_chosen_tokens_attend_to_all_before_them(shape: tuple[int, ...], share: 
     queries = packed[:, :num_heads]  # as a model's fused projection leaves them
     output = torch.empty(count, num_heads, head_size, dtype=dtype)
     paged.kernels.attend(
-        queries, paged.layers[0].kv_cache, ChosenTokens(positions, paged.block_ids), head_size**-0.5, output
+        queries, paged.layers[0].kv_cache, ChosenTokens(positions, paged.block_ids), head_size**-0.5, output, window
     )
     mask = torch.arange(num_tokens) <= positions[:, None]
+    if window is not None:
+        mask &= torch.arange(num_tokens) > positions[:, None] - window
     q, k, v = (x.float().transpose(0, 1) for x in (queries, keys, values))
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
     norm, greatest = (0.005, 0.03) if dtype == torch.bfloat16 else (2e-6, 1e-5)

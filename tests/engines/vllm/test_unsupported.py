@@ -26,7 +26,7 @@ from kvarena.engines.vllm.lmcache_connector import FailSafeLMCacheConnector
 from kvarena.engines.vllm.model import with_rows
 from kvarena.engines.vllm.supported import refuse_group, refuse_spec, refuse_unsupported
 from support.blended import make_prompts
-from support.families import LENGTH_DEPENDENT, save_kind
+from support.families import LENGTH_DEPENDENT, MIXED, save_kind
 from support.tiny_models import save_adapter, save_tiny_model
 from support.vllm_engine import (
     MEMORY,
@@ -63,6 +63,12 @@ HYBRID: dict[str, Any] = {
 KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "window": ("mistral", {"sliding_window": 64}, "sliding window of 64 tokens is shorter than the context of 2048"),
     "hybrid": ("granitemoehybrid", HYBRID, "it keeps a recurrent state"),
+    "some windows": (
+        "gemma3_text",
+        {"sliding_window": 64, "layer_types": MIXED},
+        "sliding window of 64 tokens is shorter than the context of 2048 tokens, "
+        "and vLLM keeps no more of it: --disable-hybrid-kv-cache-manager is needed",
+    ),
     **{name: (*model, rf"depend on the length of the text \({name}\)") for name, model in LENGTH_DEPENDENT.items()},
     "mla": ("deepseek_v2", MLA, "latent attention"),
 }
@@ -182,7 +188,7 @@ SHAPE: dict[str, Any] = {"block_size": 128, "num_kv_heads": 2, "head_size": 32, 
     ("spec", "reason"),
     [
         (ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=512), "attention chunk of 512 tokens is shorter"),
-        (FullAttentionSpec(**SHAPE, sliding_window=1023), "sliding window of 1023 tokens is shorter than the context"),
+        (SlidingWindowSpec(**SHAPE, sliding_window=1023), "sliding window of 1023 tokens is shorter than the context"),
         (FullAttentionSpec(**SHAPE, non_causal=True), "not causal"),
         (EncoderOnlyAttentionSpec(**SHAPE), "of ordinary attention"),
     ],
@@ -193,7 +199,8 @@ def test_attention_that_doesnt_see_just_all_before_it_is_refused(spec: Any, reas
         refuse_spec(spec, 1024)
 
 
-def test_a_window_as_long_as_the_context_is_ordinary_attention() -> None:
+def test_a_window_as_long_as_the_context_is_ordinary_attention_and_so_is_one_with_all_blocks() -> None:
+    refuse_spec(FullAttentionSpec(**SHAPE, sliding_window=1023), 1024)
     refuse_spec(SlidingWindowSpec(**SHAPE, sliding_window=1024), 1024)
     refuse_spec(ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=1024), 1024)
     refuse_spec(FullAttentionSpec(**SHAPE), 1024)

@@ -7,7 +7,7 @@ one prompt; `HFBlender`, which plans, blends up to the last chunk's end and pref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,33 +19,46 @@ from transformers.cache_utils import Cache
 from kvarena.core.blend import Blender, BlendTask
 from kvarena.core.filtered_layer import FilteredLayer, forward_filtered
 from kvarena.core.matching import DEFAULT_SINK_TOKENS, ChunkIndex, Planner, Segmenter, prompt_beginning
-from kvarena.core.placement import wait_for
+from kvarena.core.placement import seen_by, wait_for
 from kvarena.core.plan import Chunk, ReusePlan, TokenIds, as_token_ids
 from kvarena.core.policy import SelectionPolicy
-from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, OneRank, OnLayer, Ranks, TokenFilter
+from kvarena.core.prefilled_model import (
+    EndForward,
+    InPieces,
+    LayerAttention,
+    LayerKV,
+    OneRank,
+    OnLayer,
+    Ranks,
+    TokenFilter,
+)
 from kvarena.core.report import BlendReport
 from kvarena.core.rope import Rotation, rotations_of
 from kvarena.core.store import ScoredStore
-from kvarena.core.supported import decoder_layers, refuse_length_dependent, refuse_short_window
+from kvarena.core.supported import decoder_layers, refuse_length_dependent
 from kvarena.engines.hf import attention
 from kvarena.engines.hf.model import HFModel, UnsupportedModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
 from kvarena.policies.params import BlendParams, make_policy
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What Hugging Face calls kinds of layers."""
+
 
 class PromptCache(Cache):
     """Over a prompt's memory `(L, 2, H_kv, T, D)`. Differs from `Cache` in where fresh KV is written.
 
-    `positions` `(T_q,)` are those of the tokens under way, ascending; `mask` `(1, 1, T_q, end)` lets each attend to
-    everything up to itself, and `end` is after the last. `ends_with_last_keys`: what comes after the last layer's
-    keys isn't run.
+    `positions` `(T_q,)` are those of the tokens under way, ascending; a mask `(1, 1, T_q, end)` for each window lets
+    each attend to what it sees up to itself, and `end` is after the last. `windows` are those of the kinds of layers.
+    `ends_with_last_keys`: what comes after the last layer's keys isn't run.
     """
 
-    def __init__(self, memory: torch.Tensor) -> None:
+    def __init__(self, memory: torch.Tensor, windows: Mapping[str, int | None]) -> None:
         super().__init__(layers=[])
         self.memory = memory
         self.positions = torch.empty(0, dtype=torch.int64)
-        self.mask = torch.empty(1, 1, 0, 0, dtype=torch.bool)
+        self.masks: dict[int | None, torch.Tensor] = {}
+        self._windows = windows
         self.end = 0
         self.ends_with_last_keys = True
         self._probed: list[LayerKV] | None = None
@@ -54,7 +67,14 @@ class PromptCache(Cache):
         """These tokens are all that comes from now on."""
         self.positions = positions
         self.end = int(positions[-1]) + 1
-        self.mask = (torch.arange(self.end, device=positions.device) <= positions[:, None])[None, None]
+        self.masks = {window: seen_by(positions, self.end, window)[None, None] for window in self._windows.values()}
+
+    @property
+    def attention_mask(self) -> torch.Tensor | dict[str, torch.Tensor]:
+        """As models take it: one for all layers, or one for each kind."""
+        if len(self.masks) == 1:
+            return next(iter(self.masks.values()))
+        return {kind: self.masks[window] for kind, window in self._windows.items()}
 
     def probed_kv(self, layer: Callable[..., object], *args: object, **kwargs: object) -> LayerKV:
         """Runs a layer until its fresh KV is known, and writes nothing."""
@@ -104,9 +124,10 @@ class HFFilteredLayer(FilteredLayer):
         return self._cache.probed_kv(self.layer.forward, *args, **kwargs)
 
     def go_on_with(self, positions: torch.Tensor) -> None:
-        mask_of_all = self._cache.mask
-        self._cache.go_on_with(positions.to(mask_of_all.device))
-        self.filtered_inputs[id(mask_of_all)] = self._cache.mask
+        masks_of_all = self._cache.masks
+        self._cache.go_on_with(positions.to(self._cache.memory.device))
+        for window, mask in self._cache.masks.items():
+            self.filtered_inputs[id(masks_of_all[window])] = mask
 
     def token_axis(self, inputs: Sequence[Any], counts: Sequence[int]) -> int | None:
         return 1 if all(_has_rows(x, count) for x, count in zip(inputs, counts, strict=True)) else None
@@ -132,8 +153,14 @@ class BlendableModel:
     def __init__(self, model: HFModel) -> None:
         self.model = model
         try:
-            _refuse_attention(model)
-            self.layers = _layers(model.module, model.kv_shape.num_layers)
+            kinds = _kinds_of_layers(model)
+            self.window_of = _window_of(kinds, model)
+            parts = _numbered_parts(model.module, model.kv_shape.num_layers)
+            self.layers = decoder_layers(model.module, [part[0] for part in parts])
+            self.attention = [
+                LayerAttention(_scale(part, model.kv_shape.head_size), self.window_of[kind])
+                for part, kind in zip(parts, kinds, strict=True)
+            ]
             refuse_length_dependent(model.module.config.get_text_config(), model.module)
             self.rotations: Sequence[Rotation | None] = model.run(
                 rotations_of, model.module, partial(_keys_at, model), model.max_model_len
@@ -147,28 +174,51 @@ class BlendableModel:
         return len(set(self.rotations) - {None}) > 1
 
 
-def _refuse_attention(model: HFModel) -> None:
+def _kinds_of_layers(model: HFModel) -> Sequence[str]:
+    """Of each layer whether it is `FULL` or `SLIDING`. Raises `ValueError` for attention without masks of ours."""
     config = model.module.config.get_text_config()
     implementation = config._attn_implementation
     if implementation not in ("sdpa", attention.NAME):
         raise ValueError(f"its attention is {implementation!r}; the blend's masks are for sdpa and {attention.NAME}")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention", "sliding_attention"])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
+    in_general = SLIDING if getattr(config, "sliding_window", None) else FULL
+    kinds: Sequence[str] = getattr(config, "layer_types", None) or [in_general] * model.kv_shape.num_layers
+    if unknown := set(kinds) - {FULL, SLIDING}:
         raise ValueError(f"it has layers of {', '.join(sorted(unknown))}")
-    if "sliding_attention" in kinds:
-        refuse_short_window("sliding window", getattr(config, "sliding_window", None), model.max_model_len)
+    return kinds
 
 
-def _layers(module: torch.nn.Module, num_layers: int) -> list[torch.nn.Module]:
-    """The decoder layers: they, or the attention in them, know the number of their KV in the cache."""
-    numbered: dict[int, torch.nn.Module] = {}
+def _window_of(kinds: Sequence[str], model: HFModel) -> dict[str, int | None]:
+    """None for a kind of layer that sees the whole context. Raises `ValueError` for a model that takes one mask for
+    layers with different windows.
+    """
+    window = getattr(model.module.config.get_text_config(), "sliding_window", None)
+    is_short = window is not None and window < model.max_model_len
+    window_of = {kind: window if kind == SLIDING and is_short else None for kind in dict.fromkeys(kinds)}
+    if len(set(window_of.values())) > 1:
+        masks = {kind: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.kv_shape.device) for kind in window_of}
+        try:
+            model.run(partial(model.forward, [0], attention_mask=masks))
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError("it takes no masks by kind of layer, and its layers' windows differ") from error
+    return window_of
+
+
+def _numbered_parts(module: torch.nn.Module, num_layers: int) -> list[list[torch.nn.Module]]:
+    """Of each layer what knows the number of its KV in the cache: the decoder layer, the attention in it, or both."""
+    numbered: dict[int, list[torch.nn.Module]] = {}
     for part in module.modules():
         number = getattr(part, "layer_idx", None)
         if number is not None:
-            numbered.setdefault(number, part)
+            numbered.setdefault(number, []).append(part)
     if missing := sorted(set(range(num_layers)) - set(numbered)):
         raise ValueError(f"none of its layers has the number {missing[0]}")
-    return decoder_layers(module, [numbered[number] for number in range(num_layers)])
+    return [numbered[number] for number in range(num_layers)]
+
+
+def _scale(parts: Sequence[torch.nn.Module], head_size: int) -> float:
+    """Of a layer's attention, where it isn't the usual one."""
+    known = (float(scale) for part in parts if (scale := getattr(part, "scaling", None)) is not None)
+    return next(known, head_size**-0.5)
 
 
 def _keys_at(model: HFModel, position: int) -> torch.Tensor:
@@ -191,12 +241,13 @@ class HFPrefilledModel:
         kv.extend(len(token_ids) - kv.length)
         shape = engine.model.kv_shape
         self.rotations = engine.rotations
+        self.attention: Sequence[LayerAttention] = engine.attention
         self.head_size = shape.head_size
         self.device = shape.device
         self.ranks: Ranks = OneRank()
         self._engine = engine
         self._token_ids = token_ids
-        self._cache = PromptCache(kv.filled(0, len(token_ids)))
+        self._cache = PromptCache(kv.filled(0, len(token_ids)), engine.window_of)
 
     def wait(self) -> None:
         wait_for(self.device)
@@ -267,7 +318,7 @@ class HFPrefilledModel:
             self._engine.model.forward(
                 self._token_ids[positions.numpy()].tolist(),
                 position_ids=self._cache.positions[None],
-                attention_mask=self._cache.mask,
+                attention_mask=self._cache.attention_mask,
                 past_key_values=self._cache,
                 use_cache=True,
             )

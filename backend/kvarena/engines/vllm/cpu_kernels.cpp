@@ -148,10 +148,11 @@ inline void add_values(const T* const* probabilities, const T* values, int64_t h
         for (int c = 0; c < kColumns; ++c) _mm512_storeu_ps(output + r * head_size + c * kLanes, sum[r][c]);
 }
 
-// Six rows over one tile. `bounds`: how many tokens of the tile each row sees.
+// Six rows over one tile, of whose tokens each row sees those from `begins` up to `ends`. A row that sees none sums what
+// counts nothing later, and nothing after it has summed something.
 template <class Kind, class T = typename Kind::T>
-void attend_tile(const T* const* queries, const int64_t* bounds, const T* keys, const T* values, int64_t head_size,
-                 float scale, const Sums& sums) {
+void attend_tile(const T* const* queries, const int64_t* begins, const int64_t* ends, const T* keys, const T* values,
+                 int64_t head_size, float scale, const Sums& sums) {
     __m512 score[kRows][4] = {};
     multiply<Kind, 4>(queries, keys, head_size, kTile, score);
     alignas(64) T probabilities[kRows * kTile];
@@ -161,11 +162,13 @@ void attend_tile(const T* const* queries, const int64_t* bounds, const T* keys, 
     for (int r = 0; r < kRows; ++r) {
         auto& row = score[r];
         for (auto& part : row) part = _mm512_mul_ps(part, _mm512_set1_ps(scale));
-        if (bounds[r] < kTile) {
-            const __m512i bound = _mm512_set1_epi32((int)std::max<int64_t>(bounds[r], 0));
+        if (begins[r] > 0 || ends[r] < kTile) {
+            const __m512i begin = _mm512_set1_epi32((int)std::clamp<int64_t>(begins[r], 0, kTile));
+            const __m512i end = _mm512_set1_epi32((int)std::clamp<int64_t>(ends[r], 0, kTile));
             for (int c = 0; c < 4; ++c) {
                 const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(c * kLanes));
-                row[c] = _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(places, bound), _mm512_set1_ps(kLowest), row[c]);
+                const __mmask16 seen = _mm512_mask_cmplt_epi32_mask(_mm512_cmpge_epi32_mask(places, begin), places, end);
+                row[c] = _mm512_mask_blend_ps(seen, _mm512_set1_ps(kLowest), row[c]);
             }
         }
         const __m512 pairs[] = {_mm512_max_ps(row[0], row[1]), _mm512_max_ps(row[2], row[3])};
@@ -196,6 +199,7 @@ struct Attention {
     const int64_t* positions;  // (T), in order
     void* output;            // (T, H, D)
     int64_t query_stride, output_stride, num_tokens, num_heads, num_kv_heads, head_size, block_size, block_tokens;
+    int64_t window;          // how many tokens each sees, itself included
     double scale;
 };
 
@@ -229,7 +233,7 @@ void attend(const Attention& of) {
         std::vector<T> packed(2 * kTile * head_size);
         T *const keys = packed.data(), *const values = keys + kTile * head_size;
         std::vector<const T*> of_row(rows);
-        std::vector<int64_t> last(rows);
+        std::vector<int64_t> seen_from(rows), last(rows);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < num_blocks * of.num_kv_heads; ++item) {
             // The longest first: the last blocks, which see the most.
@@ -247,15 +251,21 @@ void attend(const Attention& of) {
                 of_row[row] =
                     (const T*)of.queries + token * of.query_stride + (head * shared + own % shared) * head_size;
                 last[row] = of.positions[token];
+                seen_from[row] = std::max<int64_t>(last[row] + 1 - of.window, 0);
             }
-            int64_t begin = 0;  // rows before this one see nothing more
-            for (int64_t first = 0; first <= last[padded - 1]; first += kTile) {
+            int64_t begin = 0, end = 0;  // rows before `begin` see nothing more, and those from `end` on nothing yet
+            for (int64_t first = seen_from[0] / kTile * kTile; first <= last[padded - 1]; first += kTile) {
                 while (last[begin + kRows - 1] < first) begin += kRows;
+                while (end < padded && seen_from[end] < first + kTile) end += kRows;
+                if (begin >= end) continue;
                 pack<Kind>(cache, first, last[padded - 1] + 1, head, keys, values);
-                for (int64_t row = begin; row < padded; row += kRows) {
-                    int64_t bounds[kRows];
-                    for (int r = 0; r < kRows; ++r) bounds[r] = last[row + r] + 1 - first;
-                    attend_tile<Kind>(&of_row[row], bounds, keys, values, head_size, scale,
+                for (int64_t row = begin; row < end; row += kRows) {
+                    int64_t begins[kRows], ends[kRows];
+                    for (int r = 0; r < kRows; ++r) {
+                        begins[r] = seen_from[row + r] - first;
+                        ends[r] = last[row + r] + 1 - first;
+                    }
+                    attend_tile<Kind>(&of_row[row], begins, ends, keys, values, head_size, scale,
                                       {sums + row * head_size, greatest + row, total + row});
                 }
             }

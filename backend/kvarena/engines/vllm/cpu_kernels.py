@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BLOCK_TOKENS = 64
 """So many chosen tokens attend together: packing the cache for them is then next to nothing."""
+_ALL = 1 << 62
 _FORWARD = inspect.signature(CPUAttentionBackendImpl.forward)
 
 
@@ -86,14 +87,23 @@ class CPUKernels:
         given = _FORWARD.bind(layer.impl, layer, *args, **named).arguments
         if not isinstance(given["attn_metadata"], ChosenTokens):
             return of_vllm(layer, *args, **named)
-        self.attend(given["query"], given["kv_cache"], given["attn_metadata"], layer.impl.scale, given["output"])
         output: torch.Tensor = given["output"]
+        window = None if layer.impl.sliding_window < 0 else layer.impl.sliding_window
+        self.attend(given["query"], given["kv_cache"], given["attn_metadata"], layer.impl.scale, output, window)
         return output
 
     def attend(
-        self, queries: torch.Tensor, kv_cache: torch.Tensor, tokens: ChosenTokens, scale: float, output: torch.Tensor
+        self,
+        queries: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tokens: ChosenTokens,
+        scale: float,
+        output: torch.Tensor,
+        window: int | None = None,
     ) -> None:
-        """Each token over all of its sequence up to itself; queries and `output` are `(T, H, D)`."""
+        """Each token over all of its sequence up to itself, or over the last `window` tokens of that; queries and
+        `output` are `(T, H, D)`.
+        """
         num_tokens, num_heads, head_size = queries.shape
         assert queries.stride()[1:] == output.stride()[1:] == (head_size, 1), "heads that aren't contiguous"
         shared = num_heads // self._num_kv_heads
@@ -109,6 +119,7 @@ class CPUKernels:
             head_size=head_size,
             block_size=self._block_size,
             block_tokens=max(for_threads, -(-12 // shared)),
+            window=window or _ALL,
             scale=scale,
         )
         self._library.attend(ctypes.byref(given), self._is_bf16)
@@ -177,7 +188,7 @@ class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("queries", "kv", "table", "positions", "output")),
         *((name, ctypes.c_int64) for name in ("query_stride", "output_stride", "num_tokens", "num_heads")),
-        *((name, ctypes.c_int64) for name in ("num_kv_heads", "head_size", "block_size", "block_tokens")),
+        *((name, ctypes.c_int64) for name in ("num_kv_heads", "head_size", "block_size", "block_tokens", "window")),
         ("scale", ctypes.c_double),
     )
 

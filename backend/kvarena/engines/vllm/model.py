@@ -30,7 +30,17 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from kvarena.core.filtered_layer import FilteredLayer, forward_filtered
 from kvarena.core.placement import wait_for
 from kvarena.core.plan import Chunk, TokenIds
-from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, OneRank, OnLayer, Place, Ranks, TokenFilter
+from kvarena.core.prefilled_model import (
+    EndForward,
+    InPieces,
+    LayerAttention,
+    LayerKV,
+    OneRank,
+    OnLayer,
+    Place,
+    Ranks,
+    TokenFilter,
+)
 from kvarena.core.rope import Rerotation, Rotation, rotations_of
 from kvarena.core.supported import decoder_layers
 from kvarena.engines.vllm.cpu_kernels import ChosenTokens, CPUKernels
@@ -286,6 +296,11 @@ def with_rows(vllm_config: VllmConfig, num_rows: int) -> VllmConfig:
     return config
 
 
+def _attention(layer: Any, max_model_len: int) -> LayerAttention:
+    window: int | None = layer.sliding_window
+    return LayerAttention(layer.impl.scale, window if window is not None and window < max_model_len else None)
+
+
 @dataclass(frozen=True)
 class LayerGroup:
     """Layers whose KV lies in the same blocks, as vLLM groups them; `builder` is their attention backend's."""
@@ -313,6 +328,7 @@ class VllmModel:
         self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._rows_config = with_rows(vllm_config, self.max_batch_tokens)
         self.groups = [self._group(group) for group in kv_cache_config.kv_cache_groups]
+        self.attention = [_attention(layer, vllm_config.model_config.max_model_len) for layer in self.layers]
         self.kernels = CPUKernels.for_layers(self.layers) if self.device.type == "cpu" else None
         self.group_of = {name: number for number, group in enumerate(self.groups) for name in group.layer_names}
         self.rotations: Sequence[Rotation | None] = rotations_of(
@@ -416,6 +432,7 @@ class PagedPrompt:
     def __init__(self, engine: VllmModel, token_ids: TokenIds, block_ids: Sequence[Sequence[int]], start: int) -> None:
         assert start % engine.block_size == 0, f"cached prefix of {start} tokens ends inside a block"
         self.rotations = engine.rotations
+        self.attention: Sequence[LayerAttention] = engine.attention
         self.head_size = engine.head_size
         self.device = engine.device
         self.ranks = engine.ranks

@@ -1,7 +1,8 @@
 """Which models can be blended in vLLM.
 
-Chunk KV can be moved where every layer attends to the whole text and keys carry their position as a rotation with
-constant frequencies. Anything else is refused with the reason when the server starts.
+Chunk KV can be moved where layers have ordinary attention, over the whole text or over a sliding window whose blocks
+vLLM keeps, and keys carry their position as a rotation with constant frequencies. Anything else is refused with the
+reason when the server starts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from vllm.v1.worker.utils import select_common_block_size
 
 from kvarena.core.supported import refuse_length_dependent, refuse_short_window
 
+KEEP_ALL_KV = "--disable-hybrid-kv-cache-manager"
+"""With this option of vLLM's, layers with a sliding window keep all KV, like a model's other layers."""
+
 
 def refuse_unsupported(module: torch.nn.Module, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Raise `ValueError` with the reason when this server's KV can't be blended."""
@@ -44,8 +48,13 @@ def refuse_unsupported(module: torch.nn.Module, vllm_config: VllmConfig, kv_cach
         raise ValueError("its positions have several dimensions (M-RoPE)")
     refuse_length_dependent(model.hf_text_config, module)
     specs = [spec for group in kv_cache_config.kv_cache_groups for spec in _layer_specs(group.kv_cache_spec)]
-    for spec in specs:
-        refuse_spec(spec, model.max_model_len)
+    try:
+        for spec in specs:
+            refuse_spec(spec, model.max_model_len)
+    except ValueError as error:
+        if {type(spec) for spec in specs} != {FullAttentionSpec, SlidingWindowSpec}:
+            raise
+        raise ValueError(f"{error}, and vLLM keeps no more of it: {KEEP_ALL_KV} is needed") from error
     if len({spec.block_size for spec in specs}) != 1:
         raise ValueError("its layers keep KV in blocks of different sizes, or none at all")
     layers = {module.layer_name: module for module in module.modules() if isinstance(module, Attention)}
@@ -78,7 +87,8 @@ def refuse_spec(spec: KVCacheSpec, max_model_len: int) -> None:
         raise ValueError(f"its KV cache ({type(spec).__name__}) is not that of ordinary attention")
     if getattr(spec, "non_causal", False):
         raise ValueError("its attention is not causal")
-    refuse_short_window("sliding window", getattr(spec, "sliding_window", None), max_model_len)
+    if isinstance(spec, SlidingWindowSpec):  # others with a window have a `FullAttentionSpec`, and all of their KV
+        refuse_short_window("sliding window", spec.sliding_window, max_model_len)
     refuse_short_window("attention chunk", getattr(spec, "attention_chunk_size", None), max_model_len)
 
 
