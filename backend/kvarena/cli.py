@@ -18,7 +18,7 @@ import typer
 
 from ai100.cli import app as ai100
 from kvarena.bench.command import app as bench
-from kvarena.bench.console import INTERRUPTED, AsJson
+from kvarena.bench.console import INTERRUPTED, AsJson, console_for
 from kvarena.bench.quality.command import calibrate, evaluate
 from kvarena.bench.report.command import report
 from kvarena.bench.simllm.demo_command import app as simllm
@@ -50,9 +50,6 @@ app.command()(report)
 app.command()(soak)
 app.command()(worlds)
 
-WIDTH_WITHOUT_TERMINAL = 240
-"""Paths and addresses aren't folded where a program reads them."""
-
 CONTENDER_PORTS = ", ".join(
     f"{name} N+{spec.port - FIRST_PORT}" if spec.port > FIRST_PORT else f"{name} N"
     for name, spec in contender_specs().items()
@@ -65,9 +62,7 @@ def _consoles(as_json: bool = False) -> tuple[Console, Console]:
     """For results and for errors; with JSON on standard output, everything else goes to standard error."""
     from rich.console import Console
 
-    errors = Console(stderr=True)
-    results = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
-    return (errors if as_json else results), errors
+    return console_for(as_json), Console(stderr=True)
 
 
 @app.command()

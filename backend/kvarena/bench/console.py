@@ -6,6 +6,7 @@ Imported by the command line at its start, so rich is imported inside the functi
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +37,16 @@ INTERRUPTED = 130
 """The exit status of a command that was interrupted, as a shell has it."""
 
 
+WIDTH_WITHOUT_TERMINAL = 240
+"""Paths, addresses and the rows of tables aren't folded where a program reads them, or a file keeps them."""
+
+
 def console_for(as_json: bool) -> Console:
     """Where tables and progress go; not to standard output where that is JSON."""
     from rich.console import Console
 
-    return Console(stderr=as_json)
+    file = sys.stderr if as_json else sys.stdout
+    return Console(file=file, width=None if file.isatty() else WIDTH_WITHOUT_TERMINAL)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvarena.bench.console import explained
+from kvarena.bench.console import console_for, explained
 from kvarena.bench.report.parts import DEFAULT_PATTERN
 
 
@@ -19,12 +19,11 @@ def report(
     output: Annotated[Path, typer.Option(help="The page.")] = Path("results/report.html"),
 ) -> None:
     """Make one HTML page from result files: speed, quality, where the time goes, settings, tables to copy."""
-    from rich.console import Console
 
     from kvarena.bench.report.page import render
     from kvarena.bench.report.parts import read_files
 
-    console = Console()
+    console = console_for(False)
     with explained():
         files = read_files(results or [])
         count = f"{len(files)} result file{'s' * (len(files) != 1)}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvarena.bench.console import explained, progress
+from kvarena.bench.console import console_for, explained, progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,6 @@ def demo(
     ] = "auto",
 ) -> None:
     """Show on the shipped questions what a similar earlier task saves and costs."""
-    from rich.console import Console
     from transformers.utils import logging
 
     from kvarena.bench.quality.questions import load_questions
@@ -85,7 +84,7 @@ def demo(
     from kvarena.documents import QUESTIONS_NAME
     from kvarena.model import find_model
 
-    console = Console()
+    console = console_for(False)
     logging.disable_progress_bar()
     with explained():
         question_set = load_questions(find_model(model_path, "cpu").data_dir / QUESTIONS_NAME)
