@@ -17,7 +17,8 @@ from vllm._custom_ops import cpu_attn_reshape_and_cache
 from kvarena.core.rope import Rotation
 from kvarena.engines.vllm import cpu_kernels
 from kvarena.engines.vllm.build_kernels import FOLDER, compiled
-from kvarena.engines.vllm.cpu_kernels import ChosenTokens, CPUKernels, library
+from kvarena.engines.vllm.chosen_attention import ChosenTokens
+from kvarena.engines.vllm.cpu_kernels import CPUKernels, library
 
 needs_kernels = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported() or not shutil.which(os.environ.get("CXX") or "g++"),

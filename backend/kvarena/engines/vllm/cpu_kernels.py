@@ -9,13 +9,11 @@ which takes seconds. Without a compiler, or elsewhere, vLLM's own kernels do the
 from __future__ import annotations
 
 import ctypes
-import inspect
 import logging
+import math
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,13 +21,13 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from kvarena.core.rope import Rerotation, Rotation
 from kvarena.engines.vllm.build_kernels import compiled
+from kvarena.engines.vllm.chosen_attention import ChosenAttention, ChosenTokens
 
 logger = logging.getLogger(__name__)
 
 MAX_BLOCK_TOKENS = 64
 """So many chosen tokens attend together: packing the cache for them is then next to nothing."""
 _ALL = 1 << 62
-_FORWARD = inspect.signature(CPUAttentionBackendImpl.forward)
 
 
 @cache
@@ -43,21 +41,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@dataclass(frozen=True)
-class ChosenTokens:
-    """In the place of vLLM's metadata of a batch: tokens of one sequence at ascending `positions`, int64 `(T,)`, whose
-    cache lies in `block_ids`, int32 `(N,)`.
-    """
+class CPUKernels(ChosenAttention):
+    """Runs of neighbours and whole prompts take no longer than by vLLM's own attention."""
 
-    positions: torch.Tensor
-    block_ids: torch.Tensor
-
-
-class CPUKernels:
-    """Over the attention layers of a model in vLLM, in order."""
+    max_row_tokens = math.inf
 
     def __init__(self, layers: Sequence[Any], library: ctypes.CDLL) -> None:
-        self._layers = layers
+        super().__init__(layers)
         self._library = library
         _, self._num_kv_heads, self._block_size, _ = layers[0].kv_cache.shape
         self._head_size: int = layers[0].head_size
@@ -71,27 +61,6 @@ class CPUKernels:
             return None
         return cls(layers, found)
 
-    @contextmanager
-    def attending(self) -> Iterator[None]:
-        """Meanwhile the layers attend by `attend` where the forward context's metadata is `ChosenTokens`."""
-        for layer in self._layers:
-            layer.impl.forward = partial(self._forward, layer.impl.forward)
-        try:
-            yield
-        finally:
-            for layer in self._layers:
-                del layer.impl.forward
-
-    def _forward(self, of_vllm: Callable[..., torch.Tensor], layer: Any, *args: Any, **named: Any) -> torch.Tensor:
-        """In the place of `CPUAttentionBackendImpl.forward`; no other kind of layer gets here (`_is_supported`)."""
-        given = _FORWARD.bind(layer.impl, layer, *args, **named).arguments
-        if not isinstance(given["attn_metadata"], ChosenTokens):
-            return of_vllm(layer, *args, **named)
-        output: torch.Tensor = given["output"]
-        window = None if layer.impl.sliding_window < 0 else layer.impl.sliding_window
-        self.attend(given["query"], given["kv_cache"], given["attn_metadata"], layer.impl.scale, output, window)
-        return output
-
     def attend(
         self,
         queries: torch.Tensor,
@@ -101,9 +70,6 @@ class CPUKernels:
         output: torch.Tensor,
         window: int | None = None,
     ) -> None:
-        """Each token over all of its sequence up to itself, or over the last `window` tokens of that; queries and
-        `output` are `(T, H, D)`.
-        """
         num_tokens, num_heads, head_size = queries.shape
         assert queries.stride()[1:] == output.stride()[1:] == (head_size, 1), "heads that aren't contiguous"
         shared = num_heads // self._num_kv_heads

@@ -43,7 +43,8 @@ from kvarena.core.prefilled_model import (
 )
 from kvarena.core.rope import Rerotation, Rotation, rotations_of
 from kvarena.core.supported import decoder_layers
-from kvarena.engines.vllm.cpu_kernels import ChosenTokens, CPUKernels
+from kvarena.engines.vllm.chosen_attention import ChosenAttention, ChosenTokens, GatheredAttention
+from kvarena.engines.vllm.cpu_kernels import CPUKernels
 from kvarena.engines.vllm.hooks import reading_kv, reading_layers, reading_queries
 from kvarena.engines.vllm.supported import attention_layers, refuse_unsupported
 
@@ -331,6 +332,9 @@ class VllmModel:
         self.attention = [_attention(layer, vllm_config.model_config.max_model_len) for layer in self.layers]
         self.kernels = CPUKernels.for_layers(self.layers) if self.device.type == "cpu" else None
         self.group_of = {name: number for number, group in enumerate(self.groups) for name in group.layer_names}
+        self.chosen_attention: ChosenAttention | None = self.kernels
+        if self.device.type == "cuda":
+            self.chosen_attention = GatheredAttention.where_faster(self.layers, self._attend_by_rows)
         self.rotations: Sequence[Rotation | None] = rotations_of(
             model, self.single_token_keys, vllm_config.model_config.max_model_len, _rotations_in_tables(model)
         )
@@ -350,7 +354,7 @@ class VllmModel:
             set_forward_context(
                 metadata, self.vllm_config, num_tokens=len(batch), slot_mapping=slots, skip_compiled=True
             ),
-            self.kernels.attending() if self.kernels else nullcontext(),
+            self.chosen_attention.attending() if self.chosen_attention else nullcontext(),
             reading_kv(self.layers, [last], self._write_and_stop),
             suppress(EndForward),
         ):
@@ -381,13 +385,28 @@ class VllmModel:
         own_slots = batch.slots(self.block_size).to(self.device)
         for number, group in enumerate(self.groups):
             own: Any
-            if self.kernels and len(batch.block_ids) == 1:
-                own = ChosenTokens(batch.positions, batch.block_ids[0, number].contiguous())
+            if self._attends_to_chosen(batch):
+                own = ChosenTokens(batch.positions, batch.block_ids[0, number].contiguous().to(self.device))
             else:
                 own = group.builder.build(0, self._common_metadata(batch, number, own_slots[number]))
             metadata |= dict.fromkeys(group.layer_names, own)
             slots |= dict.fromkeys(group.layer_names, own_slots[number])
         return metadata, slots
+
+    def _attends_to_chosen(self, batch: Batch) -> bool:
+        if self.chosen_attention is None or len(batch.block_ids) > 1:
+            return False
+        return len(batch) <= self.chosen_attention.max_row_tokens * len(batch.row_lengths)
+
+    def _attend_by_rows(self, layer: Any, queries: torch.Tensor, tokens: ChosenTokens, output: torch.Tensor) -> None:
+        """A layer's own attention, as vLLM has it; the cache stays as it is."""
+        group = self.group_of[layer.layer_name]
+        blocks = tokens.block_ids.cpu().expand(len(self.groups), -1)
+        batch = Batch.of_one(torch.zeros_like(tokens.positions), tokens.positions, blocks)
+        slots = batch.slots(self.block_size)[group].to(self.device)
+        metadata = self.groups[group].builder.build(0, self._common_metadata(batch, group, slots))
+        fresh = queries.new_zeros(len(queries), self.num_kv_heads, self.head_size)
+        layer.impl.forward(layer, queries, fresh, fresh, layer.kv_cache, metadata, output)
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keys and values `(T, H_kv, D)` to their slots of the paged cache."""

@@ -108,9 +108,9 @@ class WorkerConnector:
             return
         store = TensorParallelStore(self._make_store(self._engine), self._engine.ranks)
         self._blender = Blender(store, self._engine.device)
-        kernels = "our own kernels" if self._engine.kernels else "vLLM's kernels"
+        attention = "our own attention" if self._engine.chosen_attention else "vLLM's attention"
         logger.info(
-            "blending %d layers over the %s store, with %s", len(self._engine.layers), self._config.store, kernels
+            "blending %d layers over the %s store, with %s", len(self._engine.layers), self._config.store, attention
         )
 
     def blend(self, work: BlendJobs) -> None:
