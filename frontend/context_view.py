@@ -127,9 +127,16 @@ def summary(context: Context, count: TokenCount | None, ratio: float | None = No
 
 
 def _recomputed(count: TokenCount, ratio: float) -> str:
-    total = sum(span.num_tokens for span in count.spans)
+    total = _num_reused(count.spans)
     told = {0.0: "none", 1.0: "all"}.get(ratio, f"about {ratio * total:,.0f}")
     return f"a blend recomputes {told} of the chunks' {total:,}"
+
+
+def _num_reused(spans: Sequence[ChunkSpan]) -> int:
+    """With the separators between them, which belong to the chunks."""
+    if spans[0].start is None or spans[-1].end is None:
+        return sum(span.num_tokens for span in spans)
+    return spans[-1].end - spans[0].start
 
 
 def context_html(context: Context, count: TokenCount | None) -> str:

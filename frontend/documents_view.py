@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from html import escape
@@ -26,6 +27,7 @@ from uploads import (
 POLL_S = 0.5
 FOLDER_POLL_S = 4.0
 NUM_OPEN_REMARKS = 4
+SAVE, REMOVE = ":material/save:", ":material/delete:"
 
 
 _NEW, _SEEN = "new-in-folder", "seen-in-folder"
@@ -194,7 +196,7 @@ def _draw_upload(
         if chunks:
             names = [chunk.name for chunk in chunks]
             st.button(
-                "Pick",
+                "Only this",
                 key=f"use-{key}",
                 on_click=choose,
                 args=[names],
@@ -210,9 +212,6 @@ def _draw_upload(
                 help="Put the chunks of this document after those selected.",
             )
             _draw_edit(key, chunks)
-            st.button(
-                "Save", key=f"save-{key}", on_click=_save, args=[key], help="Put it into the data folder, to stay."
-            )
             if not upload.is_filling and not upload.is_filled and state.blending_session():
                 st.button(
                     "Fill",
@@ -221,7 +220,11 @@ def _draw_upload(
                     args=[key],
                     help="Compute the KV of this document now, and store it.",
                 )
-        st.button("Remove", key=f"remove-{key}", on_click=_remove, args=[key])
+        if chunks:
+            st.button(
+                SAVE, key=f"save-{key}", on_click=_save, args=[key], help="Save: put it into the data folder, to stay."
+            )
+        st.button(REMOVE, key=f"remove-{key}", on_click=_remove, args=[key], help="Remove it from this chat.")
 
 
 def _draw_edit(key: str, chunks: Sequence[TextChunk]) -> None:
@@ -236,14 +239,15 @@ _FILLING = "filled-together"
 
 
 def _draw_total() -> None:
-    """Of the documents that are filled together: all since none was."""
+    """Of the documents that are filled together, or were: all from when none was until none is."""
     uploads = state.uploads()
     filling = {key for key, upload in uploads.items() if upload.is_filling}
-    together: set[str] = (filling | st.session_state.get(_FILLING, set())) & uploads.keys() if filling else set()
-    st.session_state[_FILLING] = together
+    before, was_filling = st.session_state.get(_FILLING, (set(), False))
+    together: set[str] = (filling | before if was_filling or not filling else filling) & uploads.keys()
+    st.session_state[_FILLING] = together, bool(filling)
     fillings = [upload.filling for key, upload in uploads.items() if key in together and upload.filling]
     if len(fillings) > 1:
-        st.fragment(_draw_filling, run_every=POLL_S)(fillings)
+        st.fragment(_draw_filling, run_every=POLL_S if filling else None)(fillings)
 
 
 def _draw_filling(fillings: Sequence[Filling]) -> None:
@@ -281,21 +285,28 @@ def upload_html(upload: Upload, is_kept: bool | None = None) -> str:
 
 
 def _kept_html(document: Document, is_kept: bool | None) -> str:
-    if is_kept is None or not document.parts:
+    """Of one that doesn't come back. That the others do is said once, where documents are dropped."""
+    if is_kept is not False or not document.parts:
         return ""
-    told = "Kept with this chat: it comes back after a reload"
-    if not is_kept:
-        told = (
-            f"Too large to come back after a reload: a chat keeps {MAX_KEPT_BYTES >> 20} MB of documents. Save it into "
-            "the data folder to have it then"
-        )
-    return f'<small data-kept="{str(is_kept).lower()}">{told}</small>'
+    told = (
+        f"Too large to come back after a reload: a chat keeps {MAX_KEPT_BYTES >> 20} MB of documents. Save it into "
+        "the data folder to have it then"
+    )
+    return f'<small data-kept="false">{told}</small>'
 
 
 def total_html(fillings: Sequence[Filling]) -> str:
-    """How far several documents are, in one line."""
-    text = f"{_filled_text(fillings)}, {_count(len(fillings), 'document')}"
-    return f'<div class="ka-upload" data-testid="uploads-total"><small>{text}</small>{_bar_html(fillings)}</div>'
+    """How far several documents are, in one line, and how long that took."""
+    text = f"{_filled_text(fillings)}, {_count(len(fillings), 'document')}, {_seconds(fillings):.0f} s"
+    bar = "" if all(filling.is_over for filling in fillings) else _bar_html(fillings)
+    return f'<div class="ka-upload" data-testid="uploads-total"><small>{text}</small>{bar}</div>'
+
+
+def _seconds(fillings: Sequence[Filling]) -> float:
+    """From when the first began until the last one ends, or now."""
+    now_s = time.monotonic()
+    ends = [now_s if filling.ended_s is None else filling.ended_s for filling in fillings]
+    return max(ends) - min(filling.began_s for filling in fillings)
 
 
 def _filled_text(fillings: Sequence[Filling]) -> str:

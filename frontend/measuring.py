@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -36,6 +37,8 @@ PACKAGES = ("matplotlib", "scipy")
 MAX_ENUMERATED = 6  # chunks, of which all orders are listed
 TAIL_BYTES = 4096
 END_AFTER_S = 5.0
+MIN_TIMED_S = 3.0
+"""Of a stage under way: from then on its speed says how long the rest of it takes."""
 PROGRESS = re.compile(r"(warming|scoring|asking|measuring)\D[^\r\n]*?(\d+)/(\d+)")
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -186,17 +189,41 @@ def _program() -> Path:
     return Path(sys.executable).with_name(PROGRAM)
 
 
-def write_shuffles(folder: Path, context: Context, question: str, answers: Sequence[str], num_orders: int) -> Path:
-    """The context's documents and one question over them in so many different orders; returns the questions' file.
+@dataclass(frozen=True)
+class OwnQuestion:
+    """`answer` is what counts as right; empty: nobody knows."""
+
+    question: str
+    answer: str = ""
+
+
+def read_own_questions(text: str, known: Callable[[str], str]) -> list[OwnQuestion]:
+    """One in each line, each once; what counts as right follows a bar. `known`: the right answer to a question that has
+    none there, if there is one.
+    """
+    found: dict[str, OwnQuestion] = {}
+    for line in text.splitlines():
+        question, _, answer = map(str.strip, line.partition("|"))
+        if question:
+            found.setdefault(question, OwnQuestion(question, answer or known(question)))
+    return list(found.values())
+
+
+def write_own_questions(folder: Path, context: Context, asked: Sequence[OwnQuestion], num_prompts: int) -> Path:
+    """The context's documents, and questions over them by turns, so many prompts in all, each time round over another
+    order of the chunks; returns the questions' file.
 
     There are no more orders than the chunks have. The same context gives the same orders.
     """
     names = write_documents(folder, context.texts)
     if context.system:
         (folder / SYSTEM_PROMPT_NAME).write_text(context.system, encoding="utf-8")
+    prompts = [(own, order) for order in orders(names, math.ceil(num_prompts / len(asked))) for own in asked]
     lines = [
-        json.dumps({"question": question, "answers": list(answers), "chunks": order, "kind": "shuffled"})
-        for order in orders(names, num_orders)
+        json.dumps(
+            {"question": own.question, "answers": [own.answer] * bool(own.answer), "chunks": order, "kind": "shuffled"}
+        )
+        for own, order in prompts[:num_prompts]
     ]
     path = folder / QUESTIONS_NAME
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -225,6 +252,10 @@ def orders(names: Sequence[str], num_orders: int) -> list[list[str]]:
     return [list(order) for order in found]
 
 
+def readable_time(seconds: float) -> str:
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+
+
 @dataclass(frozen=True)
 class Progress:
     """`text` says what is under way; `share` of it is done, from 0 to 1."""
@@ -241,6 +272,7 @@ class Measurement:
         output.parent.mkdir(parents=True, exist_ok=True)
         self.plan, self.output = plan, output
         self.is_stopped = self.is_ended = False
+        self._stage, self._stage_from = "", (0.0, 0.0)
         self._log = output.with_suffix(".log")
         environment = {
             **os.environ,
@@ -267,7 +299,18 @@ class Measurement:
         if not found:
             return Progress("starting", 0.0)
         text, done, total = found[-1]
-        return Progress(f"{text}: {done} of {total}", min(1.0, int(done) / max(int(total), 1)))
+        share = min(1.0, int(done) / max(int(total), 1))
+        return Progress(f"{text}: {done} of {total}{self._time_left(text, share)}", share)
+
+    def _time_left(self, stage: str, share: float) -> str:
+        """Of the stage under way, as fast as it went so far; empty as long as that isn't known."""
+        if stage != self._stage:
+            self._stage, self._stage_from = stage, (time.monotonic(), share)
+        began_s, done = self._stage_from
+        spent_s = time.monotonic() - began_s
+        if share <= done or spent_s < MIN_TIMED_S:
+            return ""
+        return f", {readable_time(spent_s * (1 - share) / (share - done))} left"
 
     @property
     def has_result(self) -> bool:

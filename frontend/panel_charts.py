@@ -19,6 +19,8 @@ from kvarena.panels.panel import Axis, Bar, Panel, Series
 Record = dict[str, Any]
 HEIGHT = 360
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 4), (2, 3), (8, 3, 2, 3))
+SHAPES = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲"}
+"""Of the points of lines of one colour, which single points have no dashes to tell apart; and in a legend."""
 MIN_SPAN = 10.0  # of an axis of percents: equal figures shall look equal
 NARROW_PX = (300, 250)  # a chart's field on a phone
 NOTE_PX = (36, 13)
@@ -59,7 +61,10 @@ def panel_chart(panel: Panel) -> alt.LayerChart:
     across = alt.Chart(alt.Data(values=levels)).encode(color=colour, tooltip=_tooltip(panel))
     chart = alt.Chart(alt.Data(values=records)).encode(x=x, color=colour, detail="label:N")
     dash = alt.StrokeDash("variant:O", scale=alt.Scale(domain=list(range(len(DASHES))), range=DASHES), legend=None)
-    points = chart.encode(y=y, tooltip=[alt.Tooltip("x:Q", title=panel.x.title, format=",.3~f"), *_tooltip(panel)])
+    shape = alt.Shape("variant:O", scale=alt.Scale(domain=list(range(len(SHAPES))), range=list(SHAPES)), legend=None)
+    points = chart.encode(
+        y=y, shape=shape, tooltip=[alt.Tooltip("x:Q", title=panel.x.title, format=",.3~f"), *_tooltip(panel)]
+    )
     noted = [record for record in _with_room(records, panel) if record["note"]]
     return alt.LayerChart(
         layer=[
@@ -180,15 +185,21 @@ def legend_html(panel: Panel) -> str:
         parts = {name: colour for name, _, colour in panel.bars[0].parts if name}
         keys = [f'<i style="background:{colour}"></i>{escape(name)}' for name, colour in parts.items()]
     else:
-        drawn = [(level.name, level.label, DASHES[1]) for level in panel.levels]
-        drawn += [(s.name, s.label, DASHES[s.variant % len(DASHES)]) for s in panel.series if not s.is_mark]
-        keys = [_stroke(panel.colours[name], dash) + escape(label) for name, label, dash in drawn]
+        keys = [_stroke(panel.colours[level.name], DASHES[1]) + escape(level.label) for level in panel.levels]
+        keys += [
+            _line_key(line, panel.colours[line.name]) + escape(line.label) for line in panel.series if not line.is_mark
+        ]
         keys += [
             f'<i class="ka-ring" style="border-color:{panel.colours[s.name]}"></i>{escape(s.label)}'
             for s in panel.series
             if s.is_mark
         ]
     return f'<div class="ka-legend">{"".join(f"<span class=ka-key>{key}</span>" for key in keys)}</div>' if keys else ""
+
+
+def _line_key(line: Series, colour: str) -> str:
+    number = line.variant % len(DASHES)
+    return f'{_stroke(colour, DASHES[number])}<b style="color:{colour}">{list(SHAPES.values())[number]}</b>'
 
 
 def _stroke(colour: str, dash: Iterable[int]) -> str:

@@ -5,7 +5,7 @@ The files are those of the results folder and of the page's own, newest first, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -78,6 +78,12 @@ class Opened:
     result: Mapping[str, Any]
 
     @property
+    def models(self) -> set[str]:
+        """What the contenders of an eval served."""
+        contenders = self.result["settings"].get("contenders")
+        return {str(one.get("model")) for one in contenders.values()} if isinstance(contenders, Mapping) else set()
+
+    @property
     def benchmark(self) -> str:
         return str(self.result["settings"]["benchmark"])
 
@@ -98,7 +104,11 @@ def pick_result() -> tuple[Opened, Opened | None] | None:
         _draw_what_to_do()
         return None
     titles = {key: file.title for key, file in files.items()}
-    chosen = files[_draw_choice(choice, "Result file", titles, CHOICE, opened_first(files))]
+    served = {session.server.model for session in state.chat_sessions().values() if session.server}
+    key = _draw_choice(choice, "Result file", titles, CHOICE, opened_first(files, served))
+    chosen = files[key]
+    if key.startswith(SHIPPED) and all(one.startswith(SHIPPED) for one in files):
+        st.info(NOT_MEASURED_HERE)
     same = {key: file.title for key, file in files.items() if file.benchmark == chosen.benchmark and file is not chosen}
     if not same:
         return chosen, None
@@ -107,13 +117,21 @@ def pick_result() -> tuple[Opened, Opened | None] | None:
 
 
 NOTHING = "nothing"
+NOT_MEASURED_HERE = (
+    "Nothing was measured here yet. The results that came with the project are from other machines, and perhaps of "
+    "another model than yours; the line below says which. What you measure on the page Measure, or by `kvarena eval`, "
+    "comes first."
+)
 
 
-def opened_first(files: Mapping[str, Opened]) -> str:
-    """The newest that was measured here of quality or time to first token, else a shipped eval, else any."""
+def opened_first(files: Mapping[str, Opened], served: Collection[str] = ()) -> str:
+    """The newest that was measured here of quality or time to first token, else a shipped eval, best of a model that is
+    `served`, else any.
+    """
     own = [key for key, file in files.items() if not key.startswith(SHIPPED) and file.benchmark in (EVAL, TTFT)]
     evals = [key for key, file in files.items() if key.startswith(SHIPPED) and file.benchmark == EVAL]
-    return next(iter([*own, *evals, *files]))
+    of_served = [key for key in evals if files[key].models & set(served)]
+    return next(iter([*own, *of_served, *evals, *files]))
 
 
 def _draw_choice(place: DeltaGenerator, label: str, titles: Mapping[str, str], key: str, default: str) -> str:

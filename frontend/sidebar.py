@@ -29,6 +29,8 @@ from uploads import kept_documents
 
 NUM_DEFAULT_CHUNKS = 6
 DEFAULT_MAX_TTFT_MS = 500.0
+ORIGIN = "CacheBlend"
+"""After whose method blends are called, whichever policy selects the tokens."""
 KEEP: Final = "session"  # what a widget holds outlives a look at another page
 LINK: Final = "query-params"  # and stands in the page's address, for a reload
 SORTABLE_STYLE = """
@@ -176,7 +178,7 @@ def _draft_of(turns: Sequence[Turn]) -> Draft | None:
     max_ttft_ms = recomputing.pop(MAX_TTFT_MS, None)
     controls = {
         **{f"run-{name}": name in turn.answers for name in state.chat_sessions()},
-        **{_parameter_key(name): value for name, value in recomputing.items()},
+        **{parameter_key(name): value for name, value in recomputing.items()},
         "has-max-ttft": max_ttft_ms is not None,
         "max-ttft-ms": max_ttft_ms,
         "mode": sampling.mode,
@@ -328,7 +330,8 @@ def _draw_blend() -> dict[str, Any]:
     st.subheader("Reuse")
     policy = _draw_parameter(offer.policy)
     if explanation := offer.policy.explanations.get(policy):
-        st.caption(explanation)
+        origin = next((name for name, text in offer.policy.explanations.items() if ORIGIN in text), policy)
+        st.caption(explanation if policy == origin else f"{explanation} {ORIGIN}'s own policy is {origin}.")
     timed = _draw_max_ttft(offer) if policy in offer.timed_policies else {}
     parameters = offer.parameters_of(policy, within_time=bool(timed))
     chosen = {one.name: _draw_parameter(one) for one in parameters[:1]}
@@ -357,7 +360,7 @@ def _draw_max_ttft(offer: BlendOffer) -> dict[str, float]:
     return {MAX_TTFT_MS: time_ms}
 
 
-def _parameter_key(name: str) -> str:
+def parameter_key(name: str) -> str:
     return name if name == POLICY else f"{POLICY}-{name}"
 
 
@@ -365,7 +368,7 @@ def _draw_parameter(one: Parameter) -> Any:
     """A slider for a share, a field for a number of things, a box for a word. What a chat brought along and this server
     doesn't take is forgotten.
     """
-    key = _parameter_key(one.name)
+    key = parameter_key(one.name)
     if key in st.session_state and not one.takes(st.session_state[key]):
         del st.session_state[key]
     own: dict[str, Any] = {

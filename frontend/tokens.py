@@ -195,14 +195,10 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\S+", text)
 
 
-def first_difference(text: str, exact: str) -> tuple[int, str, str] | None:
-    """The number, from 1, of the first word that differs, and both words; None: all are the same."""
-    ours, theirs = _words(text), _words(exact)
-    for index in range(max(len(ours), len(theirs))):
-        pair = [words[index] if index < len(words) else "" for words in (ours, theirs)]
-        if pair[0] != pair[1]:
-            return index + 1, pair[0], pair[1]
-    return None
+def first_difference(text: str, exact: str) -> int | None:
+    """The number, from 1, of the first word that differs; None: all are the same."""
+    pairs = enumerate(zip_longest(_words(text), _words(exact)), start=1)
+    return next((number for number, (ours, theirs) in pairs if ours != theirs), None)
 
 
 def first_token_difference(tokens: Sequence[AnswerToken], exact: Sequence[AnswerToken]) -> int | None:

@@ -197,13 +197,11 @@ def difference_html(answer: Answer, exact: Answer) -> str:
     difference = first_difference(answer.text, exact.text)
     if difference is None:
         return f'<div class="ka-same" data-testid="difference-{name}">Same answer as {title}</div>'
-    number, ours, theirs = (escape(str(part)) for part in difference)
-    word = f"“{ours or '(end)'}” in place of “{theirs or '(end)'}”"
     at = first_token_difference(answer.figures.tokens, exact.figures.tokens)
     token = "" if at is None else f", token {at}"
     return (
         f'<div class="ka-differs" data-testid="difference-{name}">'
-        f"Differs from {title} from word {number}{token} on: {word}"
+        f"Differs from {title} from word {difference}{token} on"
         f'<div class="ka-text">{diff_html(answer.text.strip(), exact.text.strip())}</div></div>'
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -27,12 +28,18 @@ class Filling:
     num_chunks: int
     outcomes: list[ChunkOutcome] = field(default_factory=list)
     future: Future[None] | None = None
+    began_s: float = field(default_factory=time.monotonic)
+    ended_s: float | None = None
 
     @classmethod
     def start(cls, chunks: Sequence[TextChunk], session: ChatSession) -> Filling:
         filling = cls(len(chunks))
         filling.future = session.fill(chunks, filling.outcomes.append)
+        filling.future.add_done_callback(filling._end)
         return filling
+
+    def _end(self, _future: Future[None]) -> None:
+        self.ended_s = time.monotonic()
 
     @property
     def is_over(self) -> bool:

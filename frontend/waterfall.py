@@ -40,11 +40,12 @@ LABELS = {
     "question": "the question's prefill",
     "prefill": "prefill",
     "rest": "the rest: HTTP, queue and prefill",
+    "later": "until the first token; its stages are told when the answer ends",
 }
 """Of the stages in a chart. `question` is what a blend leaves to prefill, `rest` what a server didn't tell apart."""
 MIN_SHOWN_MS = 0.05
 MAX_STEPS = 5
-WHOLE_MS = 10_000  # a tenth of so long a time says nothing
+WHOLE_MS = 1000  # a tenth of so long a time says nothing
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def bars(row: Row) -> list[tuple[str, float, float]]:
     if dict(row.stages).keys() & {"prefill", "question"}:
         stages = {"http": stages.pop("http", 0.0) + rest_ms, **stages}
     elif rest_ms >= MIN_SHOWN_MS:
-        stages["rest"] = rest_ms
+        stages["later" if row.decode_ms is None and not row.stages else "rest"] = rest_ms
     placed, at_ms = [], 0.0
     for stage, ms in stages.items():
         placed.append((stage, at_ms, at_ms + ms))

@@ -6,7 +6,6 @@ One measurement at a time, for all tabs alike: two would slow each other down. I
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import streamlit as st
 import state
 from chat import Context
 from chat_session import ChatSession
-from contender_api import BlendOffer
+from contender_api import POLICY, RATIO, BlendOffer
 from context_lengths import LEAST_PAIRS, failures, length_verdicts, lengths_table, verdicts_html
 from eval_results import read_eval, read_result
 from eval_tables import measured_panels, measured_table, times
@@ -31,6 +30,7 @@ from kvarena.splitting import ESTIMATED_BYTES_PER_TOKEN
 from measuring import (
     LengthsPlan,
     Measurement,
+    OwnQuestion,
     Plan,
     QuestionsPlan,
     blend_settings,
@@ -40,18 +40,19 @@ from measuring import (
     missing_for_measuring,
     new_output,
     read_lengths,
+    read_own_questions,
+    readable_time,
     write_documents,
-    write_shuffles,
+    write_own_questions,
 )
 from panel_charts import draw_chart, draw_panels, ttft_chart
 from result_picker import choose_file
 from settings import Contender
-from sidebar import KEEP, LINK, begin_arena
+from sidebar import KEEP, LINK, begin_arena, parameter_key
 
 POLL_S = 0.5
 CONTAINER = "kvarena-page"  # as compose.yaml calls it
-QUESTIONS, SHUFFLES, LENGTHS = "Questions of the folder", "Shuffles of one question", "Context lengths"
-DEFAULT_RATIOS = "0, 0.15"
+QUESTIONS, OWN, LENGTHS = "Questions of the folder", "My own questions", "Context lengths"
 DEFAULT_REPEATS = 6
 STOPPING = "Stopping: saving what was answered"
 NO_FIGURES = "Stopped before the first answer: there are no figures."
@@ -70,7 +71,7 @@ def _measurements() -> list[Measurement]:
 
 
 def main() -> None:
-    st.html('<div class="ka-title">Measure<small>many questions, so that one sample decides nothing</small></div>')
+    st.html('<div class="ka-title">Measure<small>many questions, because a single one proves little</small></div>')
     if missing := missing_for_measuring():
         st.warning(
             f"Measuring needs packages that are not installed beside this page: {', '.join(missing)}. This command "
@@ -106,7 +107,7 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
         bind=LINK,
     )
     questions = state.page_settings().data_dir / QUESTIONS_NAME
-    offered = [QUESTIONS, SHUFFLES, LENGTHS] if questions.is_file() else [SHUFFLES, LENGTHS]
+    offered = [QUESTIONS, OWN, LENGTHS] if questions.is_file() else [OWN, LENGTHS]
     what = st.segmented_control(
         "Ask",
         offered,
@@ -118,7 +119,7 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
     )
     if what != LENGTHS and not questions.is_file():
         st.info(
-            f"There is no {questions}. A question of your own can be asked over many orders of the arena's chunks; how "
+            f"There is no {questions}. Questions of your own can be asked over many orders of the arena's chunks; how "
             "often the answers are full prefill's is measured without knowing what is right."
         )
     if what == LENGTHS:
@@ -162,23 +163,25 @@ def _draw_where_results_go() -> None:
 
 
 def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -> MakePlan | None:
-    """Those of this file, or a question of one's own in many orders. None while something is missing."""
+    """Those of this file, or one's own in many orders. None while something is missing."""
+    own = [] if questions else _draw_own_questions()
     left, middle, right = st.columns(3)
     number = int(left.number_input("How many", 1, 1000, 12, key="measure-number", persist_state=KEEP, bind=LINK))
     max_tokens = int(
         middle.number_input("Max tokens", 1, 4096, 32, key="measure-max-tokens", persist_state=KEEP, bind=LINK)
     )
-    policies, ratios = _draw_settings(state.blend_offer(), right)
-    st.caption(
-        f"Every {'question' if questions else 'order'} goes to all contenders, and to a blend once for each policy and "
-        "share. Answers are compared with full prefill's."
-    )
-    question, gold = ("", "") if questions else _draw_question()
-    if not ratios or not (questions or (question and _context().chunks)):
+    offer = state.blend_offer()
+    policies, ratios = _draw_settings(offer, right)
+    if not ratios or not (questions or (own and _context().chunks)):
         return None
+    variants = blend_settings(offer, policies, ratios) if offer and offer.policy else ()
+    st.caption(
+        f"{'Every question' if questions else 'Every prompt'} goes to all contenders, and to a blend once for each "
+        f"policy and share{_duration(contenders, number, len(variants))}. Answers are compared with full prefill's."
+    )
 
     def make_plan(output: Path) -> Plan:
-        asked = questions or write_shuffles(output.with_suffix(""), _context(), question, [gold] * bool(gold), number)
+        asked = questions or write_own_questions(output.with_suffix(""), _context(), own, number)
         return QuestionsPlan(
             contenders,
             state.separator(),
@@ -262,7 +265,7 @@ def _draw_settings(
         return [], (0.0,)
     typed = ratio_place.text_input(
         "Shares to recompute",
-        DEFAULT_RATIOS,
+        _usual_ratios(offer),
         key="measure-ratios",
         persist_state=KEEP,
         bind=LINK,
@@ -271,7 +274,7 @@ def _draw_settings(
     policies = st.multiselect(
         "Policies",
         offer.policy.choices,
-        default=[offer.policy.default],
+        default=[_arenas(POLICY, offer.policy.default)],
         key="measure-policies",
         persist_state=KEEP,
         bind=LINK,
@@ -300,20 +303,50 @@ def _context() -> Context:
     return Context(system.strip(), tuple(chunks[name] for name in names if name in chunks), state.separator())
 
 
-def _draw_question() -> tuple[str, str]:
-    turns = state.open_chat().chat.turns
+def _draw_own_questions() -> list[OwnQuestion]:
+    """At first those of the chat."""
     num_chunks = len(_context().chunks)
     what = "chunk of the arena" if num_chunks == 1 else f"{num_chunks} chunks of the arena, each time in another order"
-    st.caption(f"Over the {what}.")
-    question = st.text_input(
-        "Question", turns[-1].question if turns else "", key="measure-question", persist_state=KEEP, bind=LINK
+    asked = dict.fromkeys(turn.question for turn in state.open_chat().chat.turns)
+    typed = st.text_area(
+        f"Questions over the {what}",
+        "\n".join(asked),
+        key="measure-own-questions",
+        placeholder="One in each line. After a bar, if you like, what counts as right: Who runs the trams? | Carris",
+        persist_state=KEEP,
+        bind=LINK,
+        help="They take turns until as many prompts as below were asked. A right answer may follow a bar (|).",
     )
-    known = gold_answers(state.page_settings().data_dir, question)
-    key = f"measure-gold-{hashlib.sha256(question.encode()).hexdigest()[:8]}"  # another question's is another
-    gold = st.text_input(
-        "Right answer", known, key=key, placeholder="Optional: what counts as right", persist_state=KEEP, bind=LINK
-    )
-    return question.strip(), gold.strip()
+    return read_own_questions(typed, lambda question: gold_answers(state.page_settings().data_dir, question))
+
+
+def _duration(contenders: Sequence[Contender], num_prompts: int, num_variants: int) -> str:
+    """How many requests that makes, and how long they take if each takes as long as the chat's last ones."""
+    times_ms = {
+        answer.contender.name: answer.figures.total_ms
+        for turn in state.open_chat().chat.turns
+        for answer in turn.answers.values()
+        if answer.figures.total_ms is not None
+    }
+    counts = {one.name: num_prompts * (max(1, num_variants) if one.report == "blend" else 1) for one in contenders}
+    told = f": {sum(counts.values()):,} requests"
+    if not counts or counts.keys() - times_ms.keys():
+        return told
+    seconds = sum(count * times_ms[name] for name, count in counts.items()) / 1e3
+    return f"{told}, {readable_time(seconds)} at the speed of this chat's answers"
+
+
+def _arenas(key: str, default: Any) -> Any:
+    """What a control of the arena is set to."""
+    return st.session_state.get(key, default)
+
+
+def _usual_ratios(offer: BlendOffer) -> str:
+    """None, and as much as in the arena."""
+    assert offer.policy, "it blends"
+    parameters = offer.parameters_of(_arenas(POLICY, offer.policy.default), within_time=False)
+    own = next((_arenas(parameter_key(RATIO), one.default) for one in parameters if one.name == RATIO), 0.15)
+    return ", ".join(dict.fromkeys(["0", f"{float(own):g}"]))
 
 
 @st.fragment(run_every=POLL_S)

@@ -22,6 +22,7 @@ from support.page_steps import (
     expect_apart,
     expect_states,
     fill,
+    fill_own_questions,
     measure_button,
     open_in_quality,
     opened,
@@ -137,15 +138,11 @@ def test_a_reload_keeps_the_settings_of_every_kind_of_measurement(page: Page) ->
     fill(page, "measure-number", "7")
     fill(page, "measure-max-tokens", "9")
     fill(page, "measure-ratios", "0.3")
-    choose_kind(page, "Shuffles of one question")
-    fill(page, "measure-question", "Whose is a <b>*lamp*</b>?")
-    gold = page.locator('[class*="st-key-measure-gold-"] input')
-    gold.fill("Ann's & Ben's")
-    gold.press("Enter")
-    settle(page)
+    choose_kind(page, "My own questions")
+    asked = "Whose is a <b>*lamp*</b>? | Ann's & Ben's\nWho is older?"
+    fill_own_questions(page, asked)
     reload_measure(page)
-    expect(page.locator(".st-key-measure-question input")).to_have_value("Whose is a <b>*lamp*</b>?", timeout=ANSWER_MS)
-    expect(gold).to_have_value("Ann's & Ben's", timeout=ANSWER_MS)
+    expect(page.locator(".st-key-measure-own-questions textarea")).to_have_value(asked, timeout=ANSWER_MS)
     for key, value in (("number", "7"), ("max-tokens", "9"), ("ratios", "0.3")):
         expect(page.locator(f".st-key-measure-{key} input")).to_have_value(value, timeout=ANSWER_MS)
     expect(measured).to_contain_text("Blend", timeout=ANSWER_MS)

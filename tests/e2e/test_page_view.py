@@ -142,7 +142,7 @@ def test_a_document_that_is_dropped_again_after_a_reload_is_there_once(open_page
     page = open_page(*small_servers(1))
     document = tmp_path / "lamp.txt"
     document.write_bytes(b"The lamp in the hall is green.\r\n")  # not what its chunk has
-    uploads = page.get_by_role("button", name="Remove", exact=True)
+    uploads = page.locator('[class*="st-key-remove-"] button')
     for _ in range(2):
         page.locator('[data-testid="stFileUploader"] input[type="file"]').set_input_files([document])
         expect(page.get_by_text("lamp.txt").first).to_be_visible(timeout=30_000)
@@ -199,7 +199,7 @@ def test_the_context_is_coloured_by_token_and_answers_are_compared_with_the_exac
     assert blend.completions()[0]["kv_transfer_params"]["kvarena"]["token_scores"] is True
     assert "kv_transfer_params" not in plain.completions()[0]
     difference = page.get_by_test_id("difference-blend")
-    expect(difference).to_contain_text("from word 4, token 4 on: “Ben,” in place of “Ann,”")
+    expect(difference).to_contain_text("from word 4, token 4 on")
     expect(difference.locator("del")).to_have_text(["Ann,"])
     expect(difference.locator("ins")).to_have_text(["Ben,"])
     expect(page.get_by_test_id("difference-plain")).to_have_count(0)
@@ -378,5 +378,5 @@ def test_a_new_file_appears_by_itself_and_a_pasted_text_is_edited_in_place(open_
     page.get_by_role("button", name="Keep", exact=True).click()
     settle(page)
     page.keyboard.press("Escape")
-    page.get_by_role("button", name="Pick", exact=True).click()
+    page.get_by_role("button", name="Only this", exact=True).click()
     expect(page.get_by_test_id("chunk")).to_contain_text(["Ann keeps owls."])

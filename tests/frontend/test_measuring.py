@@ -28,13 +28,16 @@ from measuring import (
     ROOM_TOKENS,
     LengthsPlan,
     Measurement,
+    OwnQuestion,
     QuestionsPlan,
     blend_settings,
     default_lengths,
     folder_for_results,
     orders,
     read_lengths,
-    write_shuffles,
+    read_own_questions,
+    readable_time,
+    write_own_questions,
 )
 from settings import Contender, Settings
 from support.small_openai_server import OFFER, REPORT, SmallServer, StartServer, report_of
@@ -55,7 +58,7 @@ def test_orders_are_different_and_no_more_than_there_are() -> None:
 
 
 def test_the_command_can_read_the_shuffles_that_were_written(tmp_path: Path) -> None:
-    path = write_shuffles(tmp_path / "run", CONTEXT, "Who?", ["Ann"], 4)
+    path = write_own_questions(tmp_path / "run", CONTEXT, [OwnQuestion("Who?", "Ann")], 4)
     read = load_questions(path)
     assert read.system == "Be brief."
     assert [question.answers for question in read.questions] == [("Ann",)] * 4
@@ -63,6 +66,37 @@ def test_the_command_can_read_the_shuffles_that_were_written(tmp_path: Path) -> 
     assert contexts[0] == CONTEXT.texts
     assert len({tuple(texts) for texts in contexts}) == 4
     assert all(sorted(texts) == sorted(CONTEXT.texts) for texts in contexts)
+
+
+def test_own_questions_take_turns_and_the_orders_change_with_every_round(tmp_path: Path) -> None:
+    asked = [OwnQuestion("Who?", "Ann"), OwnQuestion("Where?")]
+    read = load_questions(write_own_questions(tmp_path / "run", CONTEXT, asked, 5))
+    assert [(question.question, question.answers) for question in read.questions] == [
+        ("Who?", ("Ann",)),
+        ("Where?", ()),
+        ("Who?", ("Ann",)),
+        ("Where?", ()),
+        ("Who?", ("Ann",)),
+    ]
+    orders = [tuple(chunk.text for chunk in question.chunks) for question in read.questions]
+    assert (orders[0], orders[2]) == (orders[1], orders[3])
+    assert len(set(orders)) == 3
+
+
+def test_what_counts_as_right_follows_a_bar_or_is_known() -> None:
+    text = " Who? | Ann \n\nWhere?\nWho?|Ben\n| nothing\nWhen?|"
+    assert read_own_questions(text, lambda question: {"Where?": "Inver"}.get(question, "")) == [
+        OwnQuestion("Who?", "Ann"),
+        OwnQuestion("Where?", "Inver"),
+        OwnQuestion("When?", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(4.4, "about 4 s"), (89.4, "about 89 s"), (100, "about 2 min"), (4000, "about 67 min")]
+)
+def test_a_time_that_a_person_reads(seconds: float, told: str) -> None:
+    assert readable_time(seconds) == told
 
 
 def test_the_shown_command_is_the_one_that_runs(tmp_path: Path) -> None:
@@ -195,7 +229,7 @@ def ended(run: Measurement, timeout_s: float = 200.0) -> Measurement:
 
 @pytest.mark.timeout(400)
 def test_a_run_that_cannot_start_says_why(tmp_path: Path) -> None:
-    path = write_shuffles(tmp_path / "run", CONTEXT, "Who?", ["Ann"], 4)
+    path = write_own_questions(tmp_path / "run", CONTEXT, [OwnQuestion("Who?", "Ann")], 4)
     plain = Contender("plain", "Plain", "http://127.0.0.1:9")
     run = ended(Measurement(QuestionsPlan((plain,), " # ", path, (), (), 9), tmp_path / "out.json"))
     assert "http://127.0.0.1:9" in run.problem()
@@ -206,7 +240,7 @@ def test_a_run_shows_its_progress_and_keeps_what_was_answered_when_it_is_stopped
     small_server: StartServer, tmp_path: Path
 ) -> None:
     """While an answer of the other server is under way."""
-    path = write_shuffles(tmp_path / "run", CONTEXT, "Who?", ["Hello"], 6)
+    path = write_own_questions(tmp_path / "run", CONTEXT, [OwnQuestion("Who?", "Hello")], 6)
     plain = Contender("plain", "Plain", small_server().url)
     other = Contender("other", "Other", small_server(hold_after=1).url)
     run = Measurement(QuestionsPlan((plain, other), " # ", path, (), (), 9), tmp_path / "out.json")
@@ -272,9 +306,9 @@ def test_the_page_measures_shuffles_of_a_question_and_draws_the_result(
     server = small_server()
     page = open_measure(server)
     assert "questions.jsonl" in page.info[0].value, "the folder has none, so shuffles are what is left"
-    assert page.button_group(key="measure-what-2").options == ["Shuffles of one question", "Context lengths"]
+    assert page.button_group(key="measure-what-2").options == ["My own questions", "Context lengths"]
     assert page.button(key="measure-start").disabled, "without a question"
-    page.text_input(key="measure-question").set_value("Who?").run()
+    page.text_area(key="measure-own-questions").set_value("Who?").run()
     page.number_input(key="measure-number").set_value(4).run()
     page.button(key="measure-start").click().run()
     measured(page)
@@ -288,7 +322,7 @@ def test_the_page_measures_shuffles_of_a_question_and_draws_the_result(
     page.switch_page("views/arena.py").run()
     page.switch_page("views/measure.py").run()
     assert page.number_input(key="measure-number").value == 4, "kept while another page was looked at"
-    assert page.text_input(key="measure-question").value == "Who?"
+    assert page.text_area(key="measure-own-questions").value == "Who?"
 
 
 @pytest.mark.timeout(400)
@@ -303,7 +337,7 @@ def test_results_that_the_page_keeps_itself_are_opened_in_quality(
     page = open_measure(small_server())
     said = [caption.value for caption in page.caption if caption.value.startswith("The results are saved in ")]
     assert [str(own) in text and "sudo chown" in text for text in said] == [True]
-    page.text_input(key="measure-question").set_value("Who?").run()
+    page.text_area(key="measure-own-questions").set_value("Who?").run()
     page.number_input(key="measure-number").set_value(2).run()
     page.button(key="measure-start").click().run()
     measured(page)
@@ -387,7 +421,7 @@ def test_stopping_shows_and_can_be_ended_where_it_takes_long(
     command.write_text("#!/bin/sh\ntrap '' INT\necho asking: 1/4\nexec sleep 300\n")
     command.chmod(0o755)
     monkeypatch.setattr("measuring.sys.executable", str(tmp_path / "python"))
-    page.text_input(key="measure-question").set_value("Who?").run()
+    page.text_area(key="measure-own-questions").set_value("Who?").run()
     page.button(key="measure-start").click().run()
     shown_until(page, "asking: 1 of 4")
     page.button(key="measure-stop").click().run()

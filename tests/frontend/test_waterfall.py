@@ -66,12 +66,13 @@ def test_vllm_tells_its_queue_and_its_prefill_without_a_report() -> None:
 
 
 def test_a_server_without_reports_tells_nothing_apart() -> None:
-    row = Row("plain", "<Plain>", 100.0, ())
+    row = Row("plain", "<Plain>", 100.0, (), decode_ms=9.0)
     assert times(row) == {"rest": 100.0}
+    assert times(dataclasses.replace(row, decode_ms=None)) == {"later": 100.0}, "it may tell them with its end"
     html = waterfall_html([row, Row("blend", "Blend", 50.0, read_stages(BLEND))])
     assert "&lt;Plain&gt;" in html
     assert 'left:0.000%;width:100.000%" title="the rest: HTTP, queue and prefill: 100.0 ms"' in html
-    assert "<span>100.0 ms</span>" in html
+    assert "<span>100.0 ms<small" in html
     assert waterfall_html([]) == ""
 
 
@@ -79,7 +80,7 @@ def test_the_rest_of_the_answer_stands_beside_the_time_and_not_on_the_axis() -> 
     row = Row("plain", "Plain", 100.0, ())
     before, after = waterfall_html([row]), waterfall_html([dataclasses.replace(row, decode_ms=1234.56)])
     told = '<small data-decode="1234.56" title="What the rest of the answer took, after its first token">'
-    assert f"<span>100.0 ms{told}+ 1,234.6 ms decode</small></span>" in after
+    assert f"<span>100.0 ms{told}+ 1,235 ms decode</small></span>" in after
     assert "data-decode" not in before
     assert re.findall(r"(?:left|width):[\d.]+%", before) == re.findall(r"(?:left|width):[\d.]+%", after)
 
@@ -96,8 +97,8 @@ def test_the_axis_begins_at_0_and_ends_with_the_longest_time(first_token_ms: flo
 
 
 def test_times_are_shown_as_precisely_as_they_are_known() -> None:
-    shown = [shown_ms(ms) for ms in (0.31, 869.04, 9999.97, 35_295.5)]
-    assert shown == ["0.3 ms", "869.0 ms", "10,000 ms", "35,296 ms"]
+    shown = [shown_ms(ms) for ms in (0.31, 869.04, 999.97, 35_295.5)]
+    assert shown == ["0.3 ms", "869.0 ms", "1,000 ms", "35,296 ms"]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -222,6 +222,15 @@ def fill(page: Page, key: str, value: str) -> None:
     expect(box).to_have_value(value, timeout=ANSWER_MS)
 
 
+def fill_own_questions(page: Page, text: str) -> None:
+    """One in each line."""
+    box = page.locator(".st-key-measure-own-questions textarea")
+    box.fill(text)
+    box.press("Control+Enter")
+    settle(page)
+    expect(box).to_have_value(text, timeout=ANSWER_MS)
+
+
 def open_in_quality(page: Page, name: str = "run-") -> None:
     """The result of the run that has ended; `name` is part of its file's."""
     page.get_by_role("button", name="Open in Quality").click()

@@ -42,7 +42,7 @@ def test_dropped_documents_are_chunks_with_their_kv(page: Page) -> None:
     expect(upload(page, "broken.pdf")).to_contain_text("a broken PDF")
 
     settle(page)
-    picks = page.get_by_role("button", name="Pick", exact=True)
+    picks = page.get_by_role("button", name="Only this", exact=True)
     expect(picks).to_have_count(3)
     picks.last.click()
     first = page.get_by_test_id("chunk").first
