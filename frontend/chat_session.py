@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from contender_api import (
@@ -164,7 +165,11 @@ class ChatSession:
             for chunk in chunks:
                 put(ChunkOutcome(chunk.name, "failed", str(error)))
             return
-        await self._client.aio.warm(server.model, chunks, server.blend.separator, FILLS_AT_ONCE, put)
+        separator = server.blend.separator
+        await self._client.aio.warm(server.model, chunks, separator, FILLS_AT_ONCE, put)
+        if server.blend.has_seams:
+            with suppress(ClientError):  # the chunks are there, and are reused without
+                await self._client.aio.make_seams(server.model, chunks, separator, lambda _done, _total: None)
 
     async def _watch(self, request_id: str) -> Watched:
         with explained(self.contender):

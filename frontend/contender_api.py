@@ -69,7 +69,8 @@ class BlendOffer:
     """What `GET /kvarena` of a contender that blends offers.
 
     `policy` is None where it says of none. `timed_policies` are those whose ratio can be left to a time to first token,
-    `max_ttft_ms` the server's own. `tells_scores`: by what it chose tokens, when a request asks.
+    `max_ttft_ms` the server's own. `tells_scores`: by what it chose tokens, when a request asks. `has_seams`:
+    chunks are taken as they are after the chunk before them.
     """
 
     policy: Parameter | None
@@ -78,6 +79,7 @@ class BlendOffer:
     timed_policies: tuple[str, ...] = ()
     max_ttft_ms: float | None = None
     tells_scores: bool = False
+    has_seams: bool = False
 
     @classmethod
     def read(cls, offer: Mapping[str, Any]) -> BlendOffer:
@@ -91,6 +93,7 @@ class BlendOffer:
             timed_policies=tuple(offer.get("timed_policies") or ()),
             max_ttft_ms=defaults.get(MAX_TTFT_MS),
             tells_scores=offer.get("token_scores") is True,
+            has_seams=offer.get("seams") is True,
         )
 
     def parameters_of(self, policy: str, within_time: bool) -> tuple[Parameter, ...]:

@@ -39,7 +39,7 @@ TAIL_BYTES = 4096
 END_AFTER_S = 5.0
 MIN_TIMED_S = 3.0
 """Of a stage under way: from then on its speed says how long the rest of it takes."""
-PROGRESS = re.compile(r"(warming|scoring|asking|measuring)\D[^\r\n]*?(\d+)/(\d+)")
+PROGRESS = re.compile(r"(warming|scoring|joining|asking|measuring)\D[^\r\n]*?(\d+)/(\d+)")
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 

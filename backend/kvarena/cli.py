@@ -134,7 +134,7 @@ def up(
         blend_unsupported=blend_unsupported,
     )
     warmed: list[WarmResult] = []
-    scored: list[tuple[Record, Documents]] = []
+    filled: list[tuple[Record, Documents]] = []
 
     def fill_chunk_cache(record: Record) -> None:
         try:
@@ -143,7 +143,7 @@ def up(
                 return
             warmed.append(render.warm_with_progress(record, documents, console, settings.api_key))
             render.show_warm_result(warmed[0], record.data_dir, console)
-            scored.append((record, documents))
+            filled.append((record, documents))
         except StackError as error:
             render.show_error(error, errors)
             console.print("The chunk cache is not filled; ./run-server.sh warm tries again.")
@@ -156,9 +156,9 @@ def up(
     else:
         console.print()
         render.show_status(current, console)
-    for record, documents in scored:
+    for record, documents in filled:
         try:
-            render.score_with_progress(record, documents, console, settings.api_key)
+            render.compute_contexts_with_progress(record, documents, console, settings.api_key)
         except StackError as error:
             render.show_error(error, errors)
 
@@ -289,7 +289,7 @@ def warm(as_json: AsJson = False) -> None:
     else:
         render.show_warm_result(result, record.data_dir, console)
     if not result.failures:
-        render.score_with_progress(record, documents, console, shown_api_key())
+        render.compute_contexts_with_progress(record, documents, console, shown_api_key())
     raise typer.Exit(1 if result.failures else 0)
 
 

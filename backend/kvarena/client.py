@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from kvarena.documents import TextChunk, build_messages, contexts_for_scores, join_chunks
+from kvarena.documents import TextChunk, build_messages, contexts_for_scores, contexts_for_seams, join_chunks
 
 if TYPE_CHECKING:
     import httpx
@@ -217,7 +217,7 @@ class ChunkOutcome:
 def warm_request(model: str, texts: Sequence[str], separator: str, store: str = "all") -> dict[str, Any]:
     """The completion that puts chunks into the chunk cache: one token, after the chunks between separators.
 
-    `store`: "scores" for what they show of each other (docs/http.md).
+    `store`: "scores" for what they show of each other, "seams" for what each is after the one before (docs/http.md).
     """
     return {
         "model": model,
@@ -433,16 +433,32 @@ class AsyncClient:
         contexts = contexts_for_scores(chunks, lacking, (await self.describe()).max_model_len)
         on_prompt(0, len(contexts))
         for number, context in enumerate(contexts, start=1):
-            texts = [chunk.text for chunk in context]
-            await self._compute_for_scores(model, texts, separator)
+            await self._compute_contexts(model, context, separator, "scores")
+            on_prompt(number, len(contexts))
+
+    async def make_seams(
+        self,
+        model: str,
+        chunks: Sequence[TextChunk],
+        separator: str,
+        on_prompt: Callable[[int, int], None],
+    ) -> None:
+        """Has the server compute each chunk once more, after the one before it, where it hasn't. Raises `ClientError`.
+
+        `on_prompt` gets how many contexts of how many are done.
+        """
+        contexts = contexts_for_seams(chunks, (await self.describe()).max_model_len)
+        on_prompt(0, len(contexts))
+        for number, context in enumerate(contexts, start=1):
+            await self._compute_contexts(model, context, separator, "seams")
             on_prompt(number, len(contexts))
 
     async def aclose(self) -> None:
         await self._http.aclose()
 
-    async def _compute_for_scores(self, model: str, texts: Sequence[str], separator: str) -> None:
+    async def _compute_contexts(self, model: str, context: Sequence[TextChunk], separator: str, store: str) -> None:
         """In a chat, as requests come, where the model has a template for one."""
-        request = warm_request(model, texts, separator, "scores")
+        request = warm_request(model, [chunk.text for chunk in context], separator, store)
         prompt = request.pop("prompt")
         try:
             await self.post(CHAT, {**request, "messages": [{"role": "user", "content": prompt}]})
@@ -580,6 +596,11 @@ class Client:
         self, model: str, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]
     ) -> None:
         self._wait(self.aio.score(model, chunks, separator, on_prompt))
+
+    def make_seams(
+        self, model: str, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]
+    ) -> None:
+        self._wait(self.aio.make_seams(model, chunks, separator, on_prompt))
 
     def close(self) -> None:
         """Cancels what is under way and ends the worker."""

@@ -490,6 +490,23 @@ def contexts_for_scores(
     return contexts
 
 
+SEAM_CHUNKS = 16
+
+
+def contexts_for_seams(chunks: Sequence[TextChunk], max_model_len: int | None) -> list[list[TextChunk]]:
+    """All chunks in their order, in contexts that begin with the last chunk of the one before."""
+    max_characters = min(SCORED_CHARACTERS, 2 * max_model_len) if max_model_len else SCORED_CHARACTERS
+    contexts: list[list[TextChunk]] = []
+    for chunk in chunks:
+        last = contexts[-1] if contexts else []
+        is_full = len(last) >= SEAM_CHUNKS or sum(len(one.text) for one in (*last, chunk)) > max_characters
+        if not last or (is_full and len(last) > 1):
+            contexts.append([*last[-1:], chunk])
+        else:
+            last.append(chunk)
+    return [context for context in contexts if len(context) > 1]
+
+
 def build_messages(system: str, texts: Sequence[str], question: str, separator: str) -> list[dict[str, str]]:
     """The first turn of a chat over these chunks."""
     messages = [{"role": "system", "content": system}] if system else []

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -120,7 +120,9 @@ class BlendTask:
     `keeps`: whether the KV of a chunk that is computed here is put into the store. `budget_ms`: the time for all of it.
     As many tokens are recomputed as fit, by what earlier blends took; the policy's own ratio counts as long as nothing
     is known of them. `scores`: the prompt is computed whole, in place of a blend, and its chunks get scores of it; but
-    not one that is longer than `MAX_SCORED_TOKENS`, or of which something is there already.
+    not one that is longer than `MAX_SCORED_TOKENS`, or of which something is there already. `seams`: what stands for
+    spans, by their chunks' starts, where the store has it (`Planner.seams`); with `makes_seams` it is computed where
+    the store hasn't.
     """
 
     plan: ReusePlan
@@ -130,10 +132,17 @@ class BlendTask:
     keeps: Callable[[Chunk], bool] = keep_all
     budget_ms: float | None = None
     scores: bool = False
+    seams: Mapping[int, Span] = field(default_factory=dict)
+    makes_seams: bool = False
 
     @property
     def wanted(self) -> ReusePlan:
         return self.plan.clipped(self.start, self.end)
+
+    def seam_of(self, span: Span) -> Span | None:
+        """What may stand for a span of `wanted`; scores are of chunks as they are by themselves."""
+        seam = None if self.scores else self.seams.get(span.start - span.offset)
+        return seam and seam.clipped(span.start, span.end)
 
     @property
     def is_scored(self) -> bool:
@@ -280,8 +289,10 @@ class _Run:
         self.report.count(self.task.start, self.task.end, computed=self.task.positions)
         with self.report.timed("select_ms"):
             for chunk, scores in scorer.scores().items():
-                add_scores = self.blender.store.add_scores
-                self.blender.puts.after_puts(chunk, scores.nbytes, add_scores, chunk, scores)
+                self._put_scores(chunk, scores)
+
+    def _put_scores(self, chunk: Chunk, scores: torch.Tensor) -> None:
+        self.blender.puts.after_puts(chunk, scores.nbytes, self.blender.store.add_scores, chunk, scores)
 
     def compute(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> InPieces[torch.Tensor]:
         """Run these tokens; returns the positions of those that went through all layers, and counts them.
@@ -319,13 +330,18 @@ class _Run:
 
         Returns the plan of what is there now, the KV of the watched layers, and the scores that the store has.
         """
-        wanted, report = self.task.wanted, self.report
-        chunks = list(dict.fromkeys(span.chunk for span in wanted))
+        report = self.report
+        seams = {span: seam for span in self.task.wanted if (seam := self.task.seam_of(span))}
+        looked_up = list(dict.fromkeys(span.chunk for span in (*self.task.wanted, *seams.values())))
         with ExitStack() as stack:
             with report.timed("fetch_ms"):
-                self.blender.puts.wait_for(chunks, PUT_TIMEOUT_S)
-                source = ChunkSource(chunks, stack.enter_context(self.blender.store.retrieval(chunks)))
-            yield from self._prefill_missing(wanted, source)
+                self.blender.puts.wait_for(looked_up, PUT_TIMEOUT_S)
+                source = ChunkSource(looked_up, stack.enter_context(self.blender.store.retrieval(looked_up)))
+            used = {s: seam for s, seam in seams.items() if self.task.makes_seams or seam.chunk in source}
+            made = {seam.chunk: span.chunk for span, seam in used.items() if seam.chunk not in source}
+            wanted = ReusePlan(tuple(used.get(span, span) for span in self.task.wanted))
+            chunks = list(dict.fromkeys(span.chunk for span in wanted))
+            yield from self._prefill_missing(wanted, source, made)
             writer = KVWriter(self.model, watched, report)
             written: list[Span] = []
             fetched = one_ahead(self.blender.fetches, source.take, groups_of(wanted.spans))
@@ -339,17 +355,20 @@ class _Run:
                 written += [span for span, _ in group]
             writer.finish()  # the store's memory may be another's once its retrieval ends
         self._agree(failure)
-        report.store_hits, report.store_misses = source.num_hits, len(chunks) - source.num_hits
+        report.store_hits, report.store_misses = source.num_hits, len(chunks) - len(made) - source.num_hits
+        report.num_seams = sum(span in used.values() for span in written if span.chunk not in source.added)
         report.spans = [(span.start, span.end) for span in written if span.chunk not in source.added]
         report.computed_spans = [(span.start, span.end) for span in written if span.chunk in source.added]
         firsts = {span.chunk: span for span in reversed(wanted.spans)}
-        missed = [(span, reason) for span in firsts.values() if (reason := source.missing(span.chunk))]
+        given = (span for span in firsts.values() if span.chunk not in made)
+        missed = [(span, reason) for span in given if (reason := source.missing(span.chunk))]
         report.misses = sorted((span.start, span.end, reason) for span, reason in missed)
         return ReusePlan(tuple(written)), writer.kept, source.scores
 
-    def _prefill_missing(self, plan: ReusePlan, source: ChunkSource) -> InPieces[None]:
-        """Compute missing chunks that stand whole in the prompt, each alone, and keep them. One whose KV isn't finite
-        on every rank is left to the prompt.
+    def _prefill_missing(self, plan: ReusePlan, source: ChunkSource, made: Mapping[Chunk, Chunk]) -> InPieces[None]:
+        """Compute missing chunks that stand whole in the prompt, each after its sink, and keep them. One whose KV isn't
+        finite on every rank is left to the prompt. `made` has the chunk by itself for each that is a seam: what is
+        known of its tokens holds for the seam, too.
         """
         missing = list(dict.fromkeys(s.chunk for s in plan if s.chunk not in source and s.is_whole_chunk))
         for piece in _pieces_of(missing, self.piece_tokens):
@@ -362,6 +381,8 @@ class _Run:
                 kept = source.add(chunk, kv)
                 if self.task.keeps(chunk):
                     self.blender.puts.put(chunk, kept)
+                    if chunk in made and (scores := source.scores_of(made[chunk])) is not None:
+                        self._put_scores(chunk, scores)
             yield
 
     def _agree(self, failure: Exception | None) -> None:

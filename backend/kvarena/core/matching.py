@@ -227,6 +227,20 @@ class Planner:
         spans += matches.clipped(position, len(token_ids))
         return ReusePlan(tuple(self._placed(span, token_ids) for span in spans if self._worth_it(span)))
 
+    def seams(self, plan: ReusePlan, token_ids: TokenIds) -> dict[int, Span]:
+        """Spans of a prompt's plan as they are after the very chunk that stands before them, by their starts.
+
+        A chunk that was computed after another's text, and what that was computed after, has seen what is just before
+        it here. Such a chunk is one of its own: its sink is all that it was computed after.
+        """
+        found = {}
+        for before, span in itertools.pairwise(plan):
+            sink = before.chunk.after_sink
+            is_seam = before.end == span.start and before.is_whole_chunk and span.is_whole_chunk and not span.is_exact
+            if is_seam and len(sink) <= MAX_SEAM_TOKENS:
+                found[span.start] = self._placed(replace(span, chunk=replace(span.chunk, sink=sink)), token_ids)
+        return found
+
     def blend_end(self, plan: ReusePlan, start: int, last: int, *, recomputes_none: bool = False) -> int:
         """Up to where a prompt is blended from `start` on; `last` is its last token, which has to give the logits.
 
@@ -414,6 +428,8 @@ def encode_alone(tokenizer: Any, text: str) -> list[int]:
 
 
 DEFAULT_SINK_TOKENS = 1
+MAX_SEAM_TOKENS = 4096
+"""What stands before a chunk has to be run for its seam; after a longer one there is none."""
 MAX_SINK_TOKENS = 256
 
 

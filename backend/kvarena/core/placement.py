@@ -62,6 +62,12 @@ class ChunkSource:
             return None
         return "store_down" if chunk in self._indices or self._retrieval.failed else "not_stored"
 
+    def scores_of(self, chunk: Chunk) -> torch.Tensor | None:
+        """Of one whose KV isn't taken: what the store has of its tokens."""
+        if chunk not in self._indices or self._retrieval.take([self._indices[chunk]])[0] is None:
+            return None
+        return self._retrieval.scores(self._indices[chunk])
+
     def take(self, spans: Sequence[Span]) -> list[tuple[Span, Pieces]]:
         """Those of the spans whose chunks' KV can be had, with it."""
         chunks = [c for c in dict.fromkeys(span.chunk for span in spans) if c in self._indices and c not in self._kv]

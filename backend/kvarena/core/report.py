@@ -93,12 +93,14 @@ class BlendReport(Stopwatch):
     A chunk that wasn't in the store is computed here, whether alone or in its place: its tokens are computed, neither
     reused nor recomputed. `spans` are what was reused, `recomputed_spans` the parts of them that were recomputed;
     `computed_spans` chunks that were computed alone. `misses` are chunks that the store didn't give, each where it
-    stands first, with the reason. `unscored_chunks`: those without the scores by which the policy chooses, so that it
+    stands first, with the reason. `num_seams`: chunks that were reused as they are after the one before them.
+    `unscored_chunks`: those without the scores by which the policy chooses, so that it
     chose as it does without. `token_scores`: by what the policy chose, of the recomputed tokens, where `wants_scores`
     asks for it and the policy says; `leans_on`: which other chunk each attends to most at the policy's layer, alike.
     """
 
     ratio: float | None = None
+    num_seams: int = 0
     unscored_chunks: int = 0
     num_reused_tokens: int = 0
     num_recomputed_tokens: int = 0

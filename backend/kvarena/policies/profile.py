@@ -12,7 +12,7 @@ from typing import Any
 from kvarena.policies.params import PARAMETERS, BlendParams
 
 MODEL_PROFILE_NAME = "kvarena.json"
-BLEND_FIELDS = ("separator", "sink_tokens", *PARAMETERS)
+BLEND_FIELDS = ("separator", "sink_tokens", "seams", *PARAMETERS)
 PROFILE_FIELDS = ("data", *BLEND_FIELDS)
 """`data` is the folder of documents that goes with a model, relative to the model's own."""
 
@@ -36,7 +36,7 @@ def read_model_profile(model: str) -> dict[str, Any]:
 
 
 def read_blend_profile(model: str) -> dict[str, Any]:
-    """The part of `read_model_profile` that the blend takes: its separator and sink, and fields of `BlendParams`."""
+    """The part of `read_model_profile` that the blend takes: how chunks are made, and fields of `BlendParams`."""
     return {key: value for key, value in read_model_profile(model).items() if key in BLEND_FIELDS}
 
 

@@ -23,7 +23,7 @@ PolicyClass = TypeVar("PolicyClass", bound=type[SelectionPolicy])
 DEFAULT_POLICY = "kv_deviation"
 REQUEST_KEYS = ("max_ttft_ms", "store", "chunks", "token_scores")
 """What a request says beside a policy and its parameters."""
-_CHUNK_SETTINGS = ("separator", "sink_tokens", "min_chunk_tokens")
+_CHUNK_SETTINGS = ("separator", "sink_tokens", "seams", "min_chunk_tokens")
 _BLEND_SETTINGS = (*_CHUNK_SETTINGS, "step_tokens", "store_bytes", "index_path", "unsupported", "engine", "port")
 _LMCACHE_SETTINGS = ("lmcache_url", "lmcache_http_url", "lmcache_timeout_s")
 RESERVED = frozenset(("policy", *REQUEST_KEYS, *_BLEND_SETTINGS, *_LMCACHE_SETTINGS))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -94,16 +95,23 @@ def warm(
         return WarmResult(tuple(outcomes))
 
 
-def score(
-    base_url: str, model: str, chunks: Sequence[TextChunk], on_prompt: Callable[[int, int], None], api_key: str = ""
+def compute_contexts(
+    base_url: str,
+    model: str,
+    chunks: Sequence[TextChunk],
+    on_prompt: Callable[[str, int, int], None],
+    api_key: str = "",
 ) -> None:
-    """Has the scores of chunks that are there found out, where the server's own policy reads them; `AsyncClient.score`
-    has the rest.
+    """What takes longer than filling the cache: the scores of its chunks where the server's own policy reads them, then
+    their seams where it takes these. `on_prompt` gets what is under way, and how many prompts of how many are done.
     """
     with Client(base_url, api_key) as client:
         offer = client.get("/kvarena")
+        separator = str(offer.get("separator", ""))
         if offer.get("reads_scores"):
-            client.score(model, chunks, str(offer.get("separator", "")), on_prompt)
+            client.score(model, chunks, separator, partial(on_prompt, "finding which tokens need their context"))
+        if offer.get("seams"):
+            client.make_seams(model, chunks, separator, partial(on_prompt, "computing chunks after the chunk before"))
 
 
 CLEAR_TIMEOUT_S = 30.0

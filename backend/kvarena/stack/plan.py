@@ -246,7 +246,11 @@ def _blend_engine(settings: Settings, on_cpu: bool) -> str:
 def _blend_config(settings: Settings, model: Model, home: Home, network: Network) -> BlendConfig:
     try:
         profile = read_blend_profile(model.name) if model.is_local else {}
-        own = {"separator": settings.separator, "sink_tokens": settings.sink_tokens}
+        own = {
+            "separator": settings.separator,
+            "sink_tokens": settings.sink_tokens,
+            "seams": settings.blend_seams,
+        }
         given = profile | settings.policy | {name: value for name, value in own.items() if value is not None}
         return dataclasses.replace(
             BlendConfig(**given),

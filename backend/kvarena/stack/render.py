@@ -19,7 +19,7 @@ from rich.table import Table
 from kvarena.client import ChunkOutcome, ClientError
 from kvarena.documents import Documents, Remark, load_documents
 from kvarena.home import StackError
-from kvarena.stack.chunk_cache import WarmResult, score, warm
+from kvarena.stack.chunk_cache import WarmResult, compute_contexts, warm
 from kvarena.stack.record import Record
 from kvarena.stack.service import Service, ServiceFailedError
 from kvarena.stack.settings import SPECS
@@ -210,19 +210,19 @@ def warm_with_progress(record: Record, documents: Documents, console: Console, a
     return replace(result, unusable=documents.problems)
 
 
-def score_with_progress(record: Record, documents: Documents, console: Console, api_key: str) -> None:
-    """Finds out which tokens of the filled cache's chunks need their context, with a bar where that takes a while; the
-    stack answers meanwhile. Raises `StackError` where there is no answer.
+def compute_contexts_with_progress(record: Record, documents: Documents, console: Console, api_key: str) -> None:
+    """What the filled cache's chunks are in contexts, with a bar where that takes a while; the stack answers meanwhile.
+    Raises `StackError` where there is no answer.
     """
     server = chunk_caches(record)[0]
     with _counting(console) as bar:
-        task = bar.add_task("finding which tokens need their context", total=None, visible=False)
+        task = bar.add_task("", total=None, visible=False)
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=total > 0)
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, visible=total > 0)
 
         try:
-            score(server.address, record.served_model, documents.chunks, show, api_key)
+            compute_contexts(server.address, record.served_model, documents.chunks, show, api_key)
         except ClientError as error:
             raise StackError(f"{server.name} does not answer: {error}") from error
 

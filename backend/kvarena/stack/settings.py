@@ -145,6 +145,7 @@ class Settings(DerivedSettings):
 
     separator: str | None = None
     sink_tokens: Annotated[int, Field(ge=0, le=MAX_SINK_TOKENS)] | None = None
+    blend_seams: bool | None = None
     blend_max_ttft_ms: Annotated[float, Field(gt=0)] | None = None
     blend_unsupported: Unsupported = "refuse"
     blend_engine: BlendEngine = "kvarena"

@@ -47,6 +47,7 @@ def test_a_warm_up_ends_with_every_chunk_in_the_store(tmp_path: Path) -> None:
             lmcache_timeout_s=5.0,
             lmcache_http_url=lmcache.http_url,
             index_path=str(tmp_path / "known.sqlite"),
+            seams=True,
         )
         with api_server(model, config, tmp_path / "server.log") as client:
 
@@ -85,6 +86,18 @@ def test_a_warm_up_ends_with_every_chunk_in_the_store(tmp_path: Path) -> None:
             with Client(str(client.base_url)) as own:
                 own.score("tiny", chunks, SEPARATOR, lambda *done: progress.append(done))
             assert progress == [(0, 0)], "all have theirs"
+
+            report = ask(client, texts)["kv_transfer_params"]["kvarena"]
+            assert report["num_seams"] == 0
+            progress.clear()
+            with Client(str(client.base_url)) as own:
+                own.make_seams("tiny", chunks, SEPARATOR, lambda *done: progress.append(done))
+            assert progress[-1][0] == progress[-1][1] > 0
+            head = {
+                "kv_transfer_params": {"kvarena": {"policy": "chunk_head"}}
+            }  # vLLM has the prefix of the other blend
+            report = ask(client, texts, **head)["kv_transfer_params"]["kvarena"]
+            assert (report["num_seams"], report["store_misses"]) == (6, 0)
 
             lmcache.kill()
             failed = outcomes()

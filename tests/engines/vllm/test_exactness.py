@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvarena.engines.hf.blend import HFBlender
 from kvarena.policies import params as registry
 from kvarena.policies.params import BlendParams
 from support.blended import Blended
@@ -260,3 +261,30 @@ def assert_counts(report: dict[str, Any]) -> None:
     assert edges[0][0] == 0
     assert edges[-1][1] == report["num_prompt_tokens"]
     assert all(left[1] == right[0] for left, right in itertools.pairwise(edges))
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 128, "max_num_seqs": 4}], ids=["whole", "pieces"])
+def test_seams_are_those_over_hugging_face(model: str, settings: dict[str, Any]) -> None:
+    """There they are compared with stock forwards. In the other order only the pairs that are left are taken."""
+    rng = random.Random(9)
+    pool = [random_text(rng, 70) for _ in range(4)]
+    orders = [pool, [*pool[2:], *pool[:2]], pool[::-1]]
+    prompts = [SEPARATOR.join([random_text(rng, 4), *order, random_text(rng, 5)]) for order in orders]
+    chosen: dict[str, Any] = {"policy": "chunk_head", "ratio": 0.1}
+    making = [Step(prompts[:1], 1, {"policy": "none"}), Step(prompts[:1], 1, {"policy": "none", "store": "seams"})]
+    steps = [Step([prompt], NUM_TOKENS, chosen) for prompt in prompts]
+    config = replace(MEMORY, seams=True)
+    *_, made, first, second, third = run_in_engine(run_steps, model, config, [*making, *steps], settings)
+    assert (made.reports[0]["misses"], made.reports[0]["store_errors"]) == ([], 0)
+    blended = Blended.load(Path(model))
+    blended.blender = HFBlender(blended.model, blended.store, separator=SEPARATOR, seams=True)
+    blended.prefill(blended.encode(prompts[0]), BlendParams("none"))
+    blended.blender.make_seams(blended.encode(prompts[0]))
+    for prompt, outcome, num_seams in zip(prompts, (first, second, third), (3, 2, 0), strict=True):
+        expected = blended.prefill(blended.encode(prompt), BlendParams(**chosen))
+        report = outcome.reports[0]
+        assert_counts(report)
+        assert report["num_seams"] == expected.report.num_seams == num_seams
+        assert report["num_recomputed_tokens"] == expected.report.num_recomputed_tokens > 0
+        assert outcome.tokens[0] == blended.greedy(expected, NUM_TOKENS)
+    blended.model.close()

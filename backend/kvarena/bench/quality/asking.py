@@ -93,11 +93,17 @@ class Asking:
     compares_only: bool = False
 
 
+ComputeContexts = Callable[[Sequence[TextChunk], str, Callable[[int, int], None]], None]
+"""Called with chunks, the separator, and who gets how many of how many contexts have been computed."""
+
+
 class Answerer(Protocol):
     """A contender. `warm` and `answer` raise `NoAnswer`."""
 
     name: str
     is_blend: bool
+    has_seams: bool
+    """Whether it takes chunks as they are after the chunk before them."""
     separator: str | None
     """What it cuts chunks at, or its model's profile says; None where nothing is known."""
     sinks: Sequence[int]
@@ -112,6 +118,10 @@ class Answerer(Protocol):
 
     def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
         """And the scores of their tokens. `on_prompt` gets how many of how many contexts have been computed."""
+        ...
+
+    def make_seams(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
+        """And each chunk as it is after the one before it."""
         ...
 
     def answer(

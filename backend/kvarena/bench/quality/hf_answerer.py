@@ -16,7 +16,7 @@ import torch
 from kvarena.bench.quality.asking import Answerer, Asking, GreedyAnswer, Messages, NoAnswer, Reuse
 from kvarena.bench.variants import Variant
 from kvarena.contenders.servers import GIB
-from kvarena.documents import TextChunk, contexts_for_scores, join_chunks
+from kvarena.documents import TextChunk, contexts_for_scores, contexts_for_seams, join_chunks
 from kvarena.engines.hf.blend import HFBlender
 from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
@@ -39,6 +39,7 @@ class PlainAnswerer:
         self.num_layers: int | None = model.kv_shape.num_layers
         self.model_folder = Path(source.name) if source.is_local else None
         self.sinks: Sequence[int] = ()
+        self.has_seams = False
         self._model, self._model_name = model, source.served_name
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
@@ -46,6 +47,9 @@ class PlainAnswerer:
 
     def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
         """Chooses nothing."""
+
+    def make_seams(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
+        """Keeps nothing."""
 
     def answer(
         self, messages: Messages, variant: Variant, asking: Asking, full: GreedyAnswer | None = None
@@ -137,9 +141,12 @@ class BlendAnswerer(PlainAnswerer):
         for num_tokens in (config.sink_tokens, *more_sinks):
             checked = replace(config, sink_tokens=num_tokens)
             store = MemoryStore(store_bytes)
-            blender = HFBlender(model, store, separator=config.separator, sink_tokens=checked.sink_tokens)
+            blender = HFBlender(
+                model, store, separator=config.separator, sink_tokens=checked.sink_tokens, seams=config.seams
+            )
             self._blenders.setdefault(len(blender.sink), blender)
         self.sinks = tuple(self._blenders)
+        self.has_seams = config.seams
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         for chunk in chunks:
@@ -155,6 +162,13 @@ class BlendAnswerer(PlainAnswerer):
         for number, context in enumerate(contexts, start=1):
             for blender in self._blenders.values():
                 blender.score(self._chat_over(context, separator))
+            on_prompt(number, len(contexts))
+
+    def make_seams(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
+        contexts = contexts_for_seams(chunks, self._model.max_model_len)
+        for number, context in enumerate(contexts, start=1):
+            for blender in self._blenders.values():
+                blender.make_seams(self._chat_over(context, separator))
             on_prompt(number, len(contexts))
 
     def _chat_over(self, chunks: Sequence[TextChunk], separator: str) -> list[int]:

@@ -27,6 +27,7 @@ class HTTPAnswerer:
         self.is_blend = is_blend(self._server)
         offer = self._server.offer or {}
         self.num_layers: int | None = offer.get("num_layers")
+        self.has_seams = offer.get("seams") is True
         self.sinks: Sequence[int] = (offer["sink_tokens"],) if "sink_tokens" in offer else ()
         root = Path(self._server.root or "")
         self.model_folder = root if root.is_absolute() and root.is_dir() else None
@@ -47,6 +48,12 @@ class HTTPAnswerer:
     def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
         try:
             self._client.score(self._server.model, chunks, separator, on_prompt)
+        except ClientError as error:
+            raise NoAnswer(error.reason) from error
+
+    def make_seams(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
+        try:
+            self._client.make_seams(self._server.model, chunks, separator, on_prompt)
         except ClientError as error:
             raise NoAnswer(error.reason) from error
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from kvarena.bench.console import counted_progress, progress
-from kvarena.bench.quality.asking import Answerer, Asking, Attempt, NoAnswer, ask_all
+from kvarena.bench.quality.asking import Answerer, Asking, Attempt, ComputeContexts, NoAnswer, ask_all
 from kvarena.bench.quality.http_answerer import HTTPAnswerer
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant, blend_variants, find_reference, reads_scores
@@ -125,12 +125,16 @@ class Session:
                     raise ValueError(f"{answerer.name}: {error}") from error
         for answerer in blends:
             if answerer.name in reading:
-                self._score(answerer, question_set)
+                self._compute_contexts(answerer, "scoring", answerer.score, question_set)
+            if answerer.has_seams:
+                self._compute_contexts(answerer, "joining", answerer.make_seams, question_set)
 
-    def _score(self, answerer: Answerer, question_set: QuestionSet) -> None:
-        with counted_progress(self.console, "scoring") as on_prompt:
+    def _compute_contexts(
+        self, answerer: Answerer, what: str, compute: ComputeContexts, question_set: QuestionSet
+    ) -> None:
+        with counted_progress(self.console, what) as on_prompt:
             try:
-                answerer.score(question_set.chunks, self.separator, on_prompt)
+                compute(question_set.chunks, self.separator, on_prompt)
             except NoAnswer as error:
                 raise ValueError(f"{answerer.name}: {error}") from error
 

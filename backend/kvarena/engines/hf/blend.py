@@ -336,7 +336,8 @@ class BlendedPrefill:
 
 
 class HFBlender:
-    """Blends prompts over one model and one store, and gets to know every chunk that a separator marks.
+    """Blends prompts over one model and one store, and gets to know every chunk that a separator marks. `seams`: chunks
+    are taken as they are after the chunk before them, where `make_seams` has seen both in this order.
 
     Raises `UnsupportedModel` for a model that can't be blended.
     """
@@ -349,6 +350,7 @@ class HFBlender:
         separator: str,
         min_chunk_tokens: int = 16,
         sink_tokens: int = DEFAULT_SINK_TOKENS,
+        seams: bool = False,
     ) -> None:
         self._model = model
         self._blendable = BlendableModel(model)
@@ -357,6 +359,7 @@ class HFBlender:
         self.sink = prompt_beginning(model.tokenizer, sink_tokens)
         self._planner = Planner(self._index, min_chunk_tokens=min_chunk_tokens, sink=self.sink)
         self._segmenter = Segmenter(model.tokenizer, separator)
+        self._has_seams = seams
 
     def prefill(
         self, token_ids: Sequence[int], params: BlendParams, capacity: int, *, budget_ms: float | None = None
@@ -372,10 +375,23 @@ class HFBlender:
         report.num_computed_tokens += len(rest)
         return BlendedPrefill(kv, self._model.prefill(kv, rest, is_cancelled=lambda: False), report)
 
+    def make_seams(self, token_ids: Sequence[int]) -> BlendReport:
+        """Computes each chunk of a prompt after the chunk before it, for `seams` to find."""
+        kv = self._model.new_kv(len(token_ids))
+        return self._model.run(self._make_seams, as_token_ids(token_ids), kv)
+
     def score(self, token_ids: Sequence[int]) -> BlendReport:
         """Computes a prompt of several chunks whole, up to its last token, for the scores that it shows of them."""
         kv = self._model.new_kv(len(token_ids))
         return self._model.run(self._score, as_token_ids(token_ids), kv)
+
+    def _make_seams(self, token_ids: TokenIds, kv: SequenceKV) -> BlendReport:
+        plan = self._plan(token_ids)
+        prompt = HFPrefilledModel(self._blendable, token_ids[: plan.end], kv)
+        seams = self._planner.seams(plan, token_ids)
+        return self._blender.blend(
+            prompt, BlendTask(plan, 0, plan.end, make_policy(BlendParams("none")), seams=seams, makes_seams=True)
+        )
 
     def _score(self, token_ids: TokenIds, kv: SequenceKV) -> BlendReport:
         prompt = HFPrefilledModel(self._blendable, token_ids, kv)
@@ -392,7 +408,8 @@ class HFBlender:
         if not end:
             return BlendReport()
         prompt = HFPrefilledModel(self._blendable, token_ids[:end], kv)
-        return self._blender.blend(prompt, BlendTask(plan, 0, end, policy, budget_ms=budget_ms))
+        seams = self._planner.seams(plan, token_ids) if self._has_seams else {}
+        return self._blender.blend(prompt, BlendTask(plan, 0, end, policy, budget_ms=budget_ms, seams=seams))
 
     def _plan(self, token_ids: TokenIds) -> ReusePlan:
         """In the model's thread, to which the index belongs."""

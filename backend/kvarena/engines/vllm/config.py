@@ -32,7 +32,8 @@ class BlendConfig(BlendParams):
     The first are the defaults of what a request may choose (`BlendParams`), and so is `max_ttft_ms`: where it is set,
     it chooses the ratio, which is then what first blends begin with. `separator` marks chunk boundaries in a prompt's
     text (empty: none). `sink_tokens`: chunks are computed after so many tokens of the beginning that all chat prompts
-    share; 0 computes them alone. `index_path` is where the known chunks' token ids survive a restart; empty: they
+    share; 0 computes them alone. `seams`: chunks are taken as they are after the chunk before them, where the store has
+    that. `index_path` is where the known chunks' token ids survive a restart; empty: they
     don't. `unsupported`: whether a model that can't be blended stops the server, or is served without. `step_tokens`:
     about how many tokens blends run through the model in one step of the engine; 0: as many as vLLM itself does
     (`--max-num-batched-tokens`). Sizes are in bytes, times in seconds.
@@ -42,6 +43,7 @@ class BlendConfig(BlendParams):
     separator: str = " # # "
     min_chunk_tokens: int = 16
     sink_tokens: int = DEFAULT_SINK_TOKENS
+    seams: bool = False
     store: str = "lmcache"
     store_bytes: int = 2 << 30
     lmcache_url: str = "tcp://127.0.0.1:5555"
@@ -65,6 +67,8 @@ class BlendConfig(BlendParams):
             raise ValueError(f"min_chunk_tokens must be at least 1, not {self.min_chunk_tokens}")
         if not 0 <= self.sink_tokens <= MAX_SINK_TOKENS:
             raise ValueError(f"sink_tokens must be from 0 to {MAX_SINK_TOKENS}, not {self.sink_tokens}")
+        if not isinstance(self.seams, bool):
+            raise ValueError(f"seams must be true or false, not {self.seams!r}")
         if self.step_tokens < 0:
             raise ValueError(f"step_tokens must not be negative, not {self.step_tokens}")
         if self.lmcache_timeout_s <= 0:
@@ -108,13 +112,17 @@ STORE_ALL = "all"
 STORE_SCORES = "scores"
 """As `STORE_ALL`, and the prompt is computed whole for what it shows of its chunks (`kvarena.core.scoring`)."""
 
+STORE_SEAMS = "seams"
+"""As `STORE_ALL`, and each chunk is computed after the one before it, too (`Planner.seams`)."""
+
 
 @dataclass(frozen=True)
 class RequestParams:
     """`max_ttft_ms`, where there is one: the time to first token that decides on the ratio. `store_new`: whether chunks
     that this request brings are kept. `store_all`: every marked chunk is looked up, and kept if it isn't there; neither
     vLLM's prefix cache nor a known chunk that is alike stands in for it. `store_scores`: and the prompt is computed
-    whole, for the scores that it shows of its chunks. `chunks`: what is to be reused as wholes, as texts or as their
+    whole, for the scores that it shows of its chunks. `store_seams`: and chunks are kept as they are after the one
+    before them. `chunks`: what is to be reused as wholes, as texts or as their
     token ids. `token_scores`: the report tells by what each recomputed token was chosen.
     """
 
@@ -123,6 +131,7 @@ class RequestParams:
     store_new: bool = True
     store_all: bool = False
     store_scores: bool = False
+    store_seams: bool = False
     chunks: tuple[NamedChunk, ...] = ()
     token_scores: bool = False
 
@@ -152,9 +161,15 @@ def read_request_params(
     blend = dataclasses.replace(defaults, **chosen)
     store = _read_store(given)
     timed = _read_max_ttft_ms(given, blend, max_ttft_ms)
-    is_all, is_scores = store in (STORE_ALL, STORE_SCORES), store == STORE_SCORES
     return RequestParams(
-        blend, timed, store is not False, is_all, is_scores, read_chunks(given), _read_token_scores(given)
+        blend,
+        timed,
+        store_new=store is not False,
+        store_all=isinstance(store, str),
+        store_scores=store == STORE_SCORES,
+        store_seams=store == STORE_SEAMS,
+        chunks=read_chunks(given),
+        token_scores=_read_token_scores(given),
     )
 
 
@@ -189,9 +204,9 @@ def _read_token_scores(given: Mapping[str, Any]) -> bool:
 
 def _read_store(given: Mapping[str, Any]) -> bool | str:
     store: object = given.get("store", True)
-    if store in (True, False, STORE_ALL, STORE_SCORES) and isinstance(store, bool | str):
+    if store in (True, False, STORE_ALL, STORE_SCORES, STORE_SEAMS) and isinstance(store, bool | str):
         return store
-    raise ValueError(f'store must be true, false, "{STORE_ALL}" or "{STORE_SCORES}", not {store!r}')
+    raise ValueError(f'store must be true, false, "{STORE_ALL}", "{STORE_SCORES}" or "{STORE_SEAMS}", not {store!r}')
 
 
 def read_chunks(given: Mapping[str, Any]) -> tuple[NamedChunk, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvarena.core.plan import Chunk, ReusePlan, TokenIds
+from kvarena.core.plan import Chunk, ReusePlan, Span, TokenIds
 from kvarena.core.report import BlendReport
 from kvarena.engines import store_metrics
 from kvarena.engines.base import TOKEN_COUNTS, MissReason, ReportLog, spans_of
@@ -51,6 +52,8 @@ class BlendJob:
     scores: bool = False
     passing: frozenset[Chunk] = frozenset()
     token_scores: bool = False
+    seams: Mapping[int, Span] = field(default_factory=dict)
+    makes_seams: bool = False
 
 
 @dataclass
@@ -135,6 +138,7 @@ class RequestReport:
             "num_recomputed_tokens": blend.num_recomputed_tokens,
             "num_computed_tokens": self.num_prompt_tokens - reused - blend.num_recomputed_tokens,
             "num_prefix_tokens": self.num_prefix_tokens,
+            "num_seams": blend.num_seams,
             "unscored_chunks": blend.unscored_chunks,
             "store_hits": blend.store_hits,
             "store_misses": blend.store_misses,

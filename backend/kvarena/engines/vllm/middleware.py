@@ -239,6 +239,7 @@ async def _describe(scope: Scope) -> dict[str, Any]:
         "defaults": {**dataclasses.asdict(config.params), "max_ttft_ms": config.max_ttft_ms},
         "separator": config.separator,
         "sink_tokens": config.sink_tokens,
+        "seams": config.seams,
         "store": config.store,
         "min_chunk_tokens": config.min_chunk_tokens,
         "num_layers": _num_layers(scope),

@@ -277,8 +277,15 @@ class SchedulerConnector:
                 tracked.params.store_scores,
                 passing,
                 tracked.params.token_scores,
+                self._seams(tracked),
+                tracked.params.store_seams,
             )
         )
+
+    def _seams(self, tracked: _TrackedRequest) -> dict[int, Span]:
+        if not (self._config.seams or tracked.params.store_seams):
+            return {}
+        return self._planner.seams(tracked.plan, tracked.token_ids)
 
     def _take_in(self, params: RequestParams, plan: ReusePlan) -> frozenset[Chunk]:
         """Makes a plan's chunks known; returns those that aren't to be kept."""
@@ -375,6 +382,8 @@ class SchedulerConnector:
         """
         if tracked.params.recomputes_all:
             return end - start
+        if tracked.params.store_seams:  # each chunk, and the one before it
+            return 2 * (end - start)
         plan = tracked.plan.clipped(start, end)
         stored = sum(len(span) for span in plan if self._trusts_store and span.chunk in self._known.index)
         policy = make_policy(tracked.params.blend).settled()

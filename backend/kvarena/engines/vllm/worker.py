@@ -164,6 +164,8 @@ class WorkerConnector:
             keeps=lambda chunk: job.store_new and chunk not in job.passing,
             budget_ms=None if job.budget_ms is None else job.budget_ms - 1e3 * (time.perf_counter() - start_s),
             scores=job.scores,
+            seams=job.seams,
+            makes_seams=job.makes_seams,
         )
         prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
         # What a filter leaves is one batch, also of a blend that is done in this step.
