@@ -154,8 +154,14 @@ def _edit(key: str, index: int) -> None:
     typed = without_special_tokens(st.session_state[f"text-{key}-{index}"], state.splitter().special_tokens)
     parts[index] = typed.strip() or parts[index]
     document = replace(state.uploads()[key].document, parts=tuple(parts))
+    edited = upload_key(document.path, "\0".join(parts).encode("utf-8", "replace"))
+    places = [edited if other == key else other for other in state.uploads()]
     _remove(key)
-    _add(upload_key(document.path, "\0".join(parts).encode("utf-8", "replace")), document)
+    _add(edited, document)
+    uploads = state.uploads()
+    kept = {other: uploads[other] for other in dict.fromkeys(places)}  # it stays where it was
+    uploads.clear()
+    uploads.update(kept)
 
 
 def _save(key: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval_results import ALL_QUESTIONS, EvalAnswer, EvalResult, Row, Variant
-from kvarena.panels.panel import ALL_KINDS, Panel, colours_in
+from kvarena.panels.panel import ALL_KINDS, Panel, colours_in, variant_label
 from kvarena.panels.quality import METRICS, rows_with, share_panel
 
 Record = dict[str, Any]
@@ -61,8 +61,20 @@ def measured_table(result: EvalResult, kind: str) -> list[Record]:
     for row in result.rows_of(kind):
         figures = _table_row(row)
         shown = {name: figures[name] for name in MEASURED_COLUMNS}
+        shown |= {name: round(shown[name]) for name in ("TTFT median", "TTFT p95") if shown[name] is not None}
         records.append({"Variant": variant_name(result, row.variant), **shown})
     return records
+
+
+def cached_note(found: Mapping[str, Any]) -> str:
+    """Of which contenders' first tokens came from prompts that were asked before; empty where none did."""
+    rows = [row for row in found["rows"] if (row["kind"], row.get("subset")) == (ALL_KINDS, ALL_QUESTIONS)]
+    told = [
+        f"{variant_label(row)}: {row['num_cached']} of {row['num_questions']}" for row in rows if row.get("num_cached")
+    ]
+    if not told:
+        return ""
+    return f"Prompts that were mostly in a prefix cache, and are fast for that reason: {'; '.join(told)}."
 
 
 MEASURED_METRICS = ("agreement", "correct")

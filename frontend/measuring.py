@@ -240,15 +240,16 @@ def write_documents(folder: Path, texts: Sequence[str]) -> list[str]:
 
 
 def orders(names: Sequence[str], num_orders: int) -> list[list[str]]:
-    """Different ones, the given one first."""
+    """Different ones. The given one, which a chat may have asked in, only where all are wanted."""
     rng = random.Random(0)
     wanted = min(num_orders, factorial(len(names)))
     if len(names) <= MAX_ENUMERATED:
         first, *others = map(list, permutations(names))
-        return [first, *rng.sample(others, wanted - 1)]
-    found = {tuple(names): None}
+        return [*rng.sample(others, min(wanted, len(others))), first][:wanted]
+    found: dict[tuple[str, ...], None] = {}
     while len(found) < wanted:
-        found[tuple(rng.sample(names, len(names)))] = None
+        if (order := tuple(rng.sample(names, len(names)))) != tuple(names):
+            found[order] = None
     return [list(order) for order in found]
 
 

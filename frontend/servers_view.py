@@ -109,6 +109,8 @@ def _line_html(line: str, wanted: str) -> str:
         for key, value in shown.items()
         if wanted.lower() in f"{key} {value}".lower()
     )
+    if not cells:
+        return '<div class="ka-notice" data-testid="log-line">Nothing in this line matches.</div>'
     return f'<dl class="ka-log ka-text" data-testid="log-line">{cells}</dl>'
 
 

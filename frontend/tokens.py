@@ -122,7 +122,7 @@ def tokens_html(
 
     def told(at: int) -> str:
         kind = ", ".join(filter(None, (KINDS.get(kinds[at]), name_of(at))))
-        return f"{at} {kind}{scores.told(at, tokens, name_of)}"
+        return f"token {at:,}" + (kind and f": {kind}") + scores.told(at, tokens, name_of)
 
     runs = []
     for kind, members in groupby(range(len(tokens)), key=lambda at: kinds[at]):

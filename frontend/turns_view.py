@@ -147,7 +147,8 @@ def blind_html(side: str, answer: Answer, can_vote: bool) -> str:
     return (
         f'<div class="ka-pane" data-testid="pane-{side}" data-state="{"done" if can_vote else "waiting"}">'
         f'<div class="ka-pane-head"><b>{side}</b></div>'
-        f'<div class="ka-answer ka-text" data-testid="answer-{side}">{shown if can_vote else "…"}</div></div>'
+        f'<div class="ka-answer ka-text" data-testid="answer-{side}">{shown if can_vote else "…"}</div>'
+        f"{_cut_html(answer) if can_vote else ''}</div>"
     )
 
 
@@ -184,9 +185,11 @@ def _notice(answer: Answer) -> str:
         return f'<div class="ka-notice">Interrupted: {kept}.</div>'
     if answer.state == "done" and not answer.text.strip():
         return '<div class="ka-notice">The model ended its answer at once, without any text.</div>'
-    if answer.finish_reason == "length":
-        return '<div class="ka-notice">Cut at max tokens.</div>'
-    return ""
+    return _cut_html(answer)
+
+
+def _cut_html(answer: Answer) -> str:
+    return '<div class="ka-notice">Cut at max tokens.</div>' if answer.finish_reason == "length" else ""
 
 
 def difference_html(answer: Answer, exact: Answer) -> str:
@@ -278,7 +281,8 @@ class TurnView:
         for pane, (side, answer) in zip(self._panes, self.turn.sides(), strict=True):
             if not (only_live and answer.over):
                 note = self._notes.get(answer.contender.name, "")
-                pane.html(answer_html(answer, note, exact_answer(self.turn), self._as_rows, side))
+                compared = None if self.turn.sampling.temperature > 0 else exact_answer(self.turn)
+                pane.html(answer_html(answer, note, compared, self._as_rows, side))
 
 
 def _rows(turn: Turn) -> list[Row]:
@@ -372,6 +376,9 @@ def speed_html(turn: Turn) -> str:
     note = prefix_cache_note([(answer.contender.title, answer.figures) for answer in answers])
     small = f'<small data-testid="prefix-note">{escape(note)}</small>' if note else ""
     first = min(answers, key=lambda answer: answer.figures.first_token_ms or 0.0)
+    exact = exact_answer(turn)
+    if any(one.figures.is_mostly_cached for one in answers if one is exact or one.contender.approximate):
+        line = "No fair race: one had most of this prompt in its prefix cache"
     return (
         f'<div class="ka-one-sample" data-testid="speed-up" data-winner="{escape(first.contender.name)}">'
         f"<span>{escape(line)}</span>{small}</div>"

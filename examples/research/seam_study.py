@@ -3,8 +3,8 @@
     python examples/research/seam_study.py --num-questions 10 > seams.md
 
 SmolLM2-135M-Instruct in fp32, the shipped documents in the folder's order, eight neighbouring chunks around the one
-that a question needs. Teacher-forced as selection_study.py, whose study this goes by; the table in docs/quality.md is from
-here. None of it needs a server.
+that a question needs. Teacher-forced as selection_study.py, whose study this goes by; the table in docs/quality.md is
+from here. None of it needs a server.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from chat_session import ChatSession
 from contender_api import POLICY, RATIO, BlendOffer
 from context_lengths import LEAST_PAIRS, failures, length_verdicts, lengths_table, verdicts_html
 from eval_results import read_eval, read_result
-from eval_tables import measured_panels, measured_table, times
+from eval_tables import cached_note, measured_panels, measured_table, times
 from examples import gold_answers
 from kvarena.documents import QUESTIONS_NAME, TextChunk
 from kvarena.panels.kinds import TTFT
@@ -172,6 +172,8 @@ def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -
     )
     offer = state.blend_offer()
     policies, ratios = _draw_settings(offer, right)
+    if not questions and not own:
+        st.caption("Type a question to start.")
     if not ratios or not (questions or (own and _context().chunks)):
         return None
     variants = blend_settings(offer, policies, ratios) if offer and offer.policy else ()
@@ -403,6 +405,7 @@ def draw_result(measurement: Measurement) -> None:
         else:
             st.error(f"{path.name} can't be read as a result: {error}")
         return
+    st.caption(_title(measurement))
     with st.container(horizontal=True):
         if st.button("Open in Quality", key="open-in-quality"):
             choose_file(path)
@@ -412,10 +415,24 @@ def draw_result(measurement: Measurement) -> None:
     draw(result)
 
 
+def _title(measurement: Measurement) -> str:
+    """Which run it was: the choices above may be others by now."""
+    plan, written = measurement.plan, measurement.output.with_suffix("")
+    if isinstance(plan, QuestionsPlan):
+        what = OWN if plan.questions.is_relative_to(written) else QUESTIONS
+        parts = [", ".join(plan.policies), "shares " + ", ".join(f"{ratio:g}" for ratio in plan.ratios)]
+        asked = " · ".join([what, *(parts if plan.policies else [])])
+    else:
+        asked = LENGTHS
+    return f"Last run: {asked} · {measurement.output.name}"
+
+
 def draw_questions(found: Mapping[str, Any]) -> None:
     result = read_eval(found)
     if result.settings.get("is_interrupted"):
         st.warning("Stopped: the figures are of the questions until then.")
+    if note := cached_note(found):
+        st.caption(note)
     if records := times(result):
         st.markdown("**Time to first token, every answer**")
         draw_chart(ttft_chart(records))
@@ -436,7 +453,9 @@ def draw_lengths(result: Mapping[str, Any]) -> None:
 
 def _draw_table(records: Sequence[Mapping[str, Any]], shares: Sequence[str]) -> None:
     columns = {name: st.column_config.NumberColumn(format="percent") for name in shares}
-    columns |= {name: st.column_config.NumberColumn(format="%.0f ms") for name in ("TTFT median", "TTFT p95")}
+    columns |= {
+        name: st.column_config.NumberColumn(f"{name} (ms)", format="localized") for name in ("TTFT median", "TTFT p95")
+    }
     columns |= {name: st.column_config.NumberColumn(format="%.2fx", help=text) for name, text in SPEEDUP_HELP.items()}
     columns["Context"] = st.column_config.NumberColumn(format="localized", help="Tokens of the chunks")
     st.dataframe(pd.DataFrame(records), hide_index=True, column_config=columns, placeholder="–", key="measured-figures")

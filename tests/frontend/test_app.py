@@ -658,10 +658,15 @@ def test_a_pasted_text_is_edited_kept_cold_and_saved(
     page.text_area(key="paste-text").set_value("Ann keeps bees.").run()
     page.button(key="paste-add").click().run()
     assert "cold: KV not filled" in html(page)
+    page.text_input(key="paste-name").set_value("two").run()
+    page.text_area(key="paste-text").set_value("Ben keeps bees.").run()
+    page.button(key="paste-add").click().run()
     assert page.text_area(key="paste-text").value == ""
     assert "one.txt" in page.multiselect(key="chunks").options
     next(area for area in page.text_area if area.value == "Ann keeps bees.").set_value("Ann keeps owls.").run()
     next(button for button in page.button if button.label == "Keep").click().run()
+    assert html(page).index('data-document="one.txt"') < html(page).index('data-document="two.txt"'), "it has its place"
+    [button for button in page.button if str(button.key).startswith("remove-")][-1].click().run()
     next(button for button in page.button if button.label == "Only this").click().run()
     assert "Ann keeps owls." in html(page)
     assert not [path for path, _, _ in blend.requests if path == "/v1/completions"]

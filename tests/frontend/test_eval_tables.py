@@ -14,6 +14,7 @@ import pytest
 from eval_results import EvalResult, Interval, Variant, read_eval, read_result
 from eval_tables import (
     answer_table,
+    cached_note,
     line_name,
     measured_panels,
     metrics_of,
@@ -217,3 +218,10 @@ def test_measure_draws_agreement_and_right_answers_with_intervals_as_far_as_they
         row["correct"] = None  # nobody said what is right
     (panel,) = measured_panels(found)
     assert panel.title == agreement.title
+
+
+def test_prompts_that_a_prefix_cache_had_are_told() -> None:
+    row = {"kind": "all", "subset": "all", "contender": "plain", "policy": None, "ratio": None, "num_questions": 3}
+    assert cached_note({"rows": [row | {"num_cached": 0}, row]}) == ""
+    told = cached_note({"rows": [row | {"num_cached": 2}, row | {"num_cached": 1, "kind": "single"}]})
+    assert told == "Prompts that were mostly in a prefix cache, and are fast for that reason: plain: 2 of 3."

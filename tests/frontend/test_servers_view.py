@@ -41,6 +41,8 @@ def test_a_log_line_is_its_figures_as_far_as_they_are_wanted(wanted: str, shown:
     html = server_html("blend", "Blend", Watched((json.dumps(line),), {}), "", wanted)
     assert [part.partition("<")[0] for part in html.split("<dt>")[1:]] == shown
     assert "<x>" not in html
+    unknown = server_html("blend", "Blend", Watched((json.dumps(line),), {}), "", "nobody")
+    assert "Nothing in this line matches." in unknown
 
 
 def test_a_server_that_is_down_says_why() -> None:

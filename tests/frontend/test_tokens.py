@@ -52,8 +52,8 @@ def test_each_token_has_the_kind_of_the_last_source_over_it_and_its_chunk() -> N
     assert kinds == ["", "reused", "recomputed", "reused", ""]
     html = tokens_html("<A>", [" <x>", " a", " b", " c", " d"], kinds, [(1, "first"), (3, "")])
     assert "<b>&lt;A&gt;</b>" in html
-    assert '<u tabindex="-1" title="2 recomputed, first"> b</u>' in html
-    assert '<u tabindex="-1" title="3 reused"> c</u>' in html
+    assert '<u tabindex="-1" title="token 2: recomputed, first"> b</u>' in html
+    assert '<u tabindex="-1" title="token 3: reused"> c</u>' in html
     assert "</i>2 reused" in html
     assert with_report(Figures(), REPORT).recomputed is None
 
@@ -62,9 +62,9 @@ def test_a_recomputed_token_says_its_score_and_who_looks_at_it_where_the_policy_
     told = {"what": "attention", "tokens": [[1, 0.25, 3], [2, 0.125]]}
     figures = with_report(Figures(), REPORT | {"token_scores": told})
     html = tokens_html("A", [" a", " b", " c", " <who>"], ["", "recomputed", "recomputed", ""], [], figures.scores)
-    assert 'title="1 recomputed\nattention: 0.25, most from “&lt;who&gt;”"' in html
-    assert 'title="2 recomputed\nattention: 0.125"' in html
-    assert 'title="3 "' in html
+    assert 'title="token 1: recomputed\nattention: 0.25, most from “&lt;who&gt;”"' in html
+    assert 'title="token 2: recomputed\nattention: 0.125"' in html
+    assert 'title="token 3"' in html
     assert "attention" not in tokens_html("A", [" a"], ["recomputed"], [], with_report(Figures(), REPORT).scores)
 
 
@@ -73,7 +73,7 @@ def test_a_recomputed_token_says_which_chunk_it_leans_on() -> None:
     figures = with_report(Figures(), REPORT | {"leans_on": told})
     chunks = [(1, "<one>"), (3, ""), (4, "two"), (6, "")]
     html = tokens_html("A", list("abcdefghij"), ["recomputed"] * 10, chunks, figures.scores)
-    assert 'title="4 recomputed, two\nleans on &lt;one&gt;: 25.0%, share of its attention, layer 1"' in html
+    assert 'title="token 4: recomputed, two\nleans on &lt;one&gt;: 25.0%, share of its attention, layer 1"' in html
     assert "leans on tokens 7 to 9: 50.0%" in html, "a chunk that isn't among those of the context"
     assert html.count("leans on") == 2
 

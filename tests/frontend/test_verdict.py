@@ -11,6 +11,7 @@ from chat import Context, Turn
 from contender_api import Sampling
 from figures import Done, Figures, FirstToken, Text
 from settings import Contender
+from turns_view import speed_html
 from verdict import LENGTHS_OPEN, verdict_html, verdicts
 
 BLEND = Contender("blend", "Blend", "http://127.0.0.1:1", approximate=True)
@@ -67,6 +68,14 @@ def test_the_short_form_says_how_many_prompts_it_stands_on(blend_ms: float, word
     assert f'<span class="ka-short">{one.short_speed_text()}</span>' in verdict_html([turn(blend_ms, 100)])
     (untimed,) = verdicts([turn(blend_ms, 100, cached=900)])
     assert untimed.short_speed_text() == "Blend, kv_deviation 10%: not timed"
+
+
+def test_the_line_of_a_turn_names_no_winner_of_an_unfair_race() -> None:
+    assert "times faster" in speed_html(turn(50, 100))
+    unfair = speed_html(turn(100, 50, cached=900))
+    assert "No fair race: one had most of this prompt in its prefix cache" in unfair
+    assert "times faster" not in unfair
+    assert "Not a fresh prompt: Plain had 900 of" in unfair
 
 
 def test_the_median_over_prompts_and_the_answers_that_differ() -> None:

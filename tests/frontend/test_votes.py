@@ -102,6 +102,8 @@ def test_nothing_of_a_blind_side_tells_who_it_is() -> None:
     shown = blind_html("A", turn.answers["a"], can_vote=True)
     assert "&lt;b&gt;Ann&lt;/b&gt;" in shown
     assert not [told for told in ("12.5", "kv_deviation", "approximate", "pane-a") if told in shown]
+    turn.answers["a"].finish_reason = "length"
+    assert "Cut at max tokens." in blind_html("A", turn.answers["a"], can_vote=True)
     assert "Ann" not in blind_html("A", turn.answers["a"], can_vote=False), "the first to come would tell"
 
 

@@ -161,6 +161,9 @@ def test_kl_of_listed_tokens_is_a_lower_bound() -> None:
 def test_intervals() -> None:
     assert mean_interval([]) is None
     assert mean_interval([1.0, 1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    none, every = mean_interval([0.0] * 3, is_share=True), mean_interval([1.0] * 3, is_share=True)
+    assert none == {"mean": 0.0, "low": 0.0, "high": pytest.approx(0.5615, abs=1e-3)}, "Wilson's of 0 in 3"
+    assert every == {"mean": 1.0, "low": pytest.approx(0.4385, abs=1e-3), "high": 1.0}
     values = [1.0] * 60 + [0.0] * 40
     found = mean_interval(values)
     assert found

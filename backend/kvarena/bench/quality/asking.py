@@ -47,6 +47,11 @@ class Reuse:
     num_prefix_tokens: int = 0
     unscored_chunks: int = 0
 
+    @property
+    def is_mostly_cached(self) -> bool:
+        """Most of the prompt was in the server's own prefix cache, as when it was asked before."""
+        return 2 * self.num_prefix_tokens > self.num_prompt_tokens
+
     @classmethod
     def of_report(cls, report: Mapping[str, Any]) -> Reuse:
         """Of a request report, which has of these counts what its contender knows."""

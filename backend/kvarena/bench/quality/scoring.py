@@ -30,9 +30,11 @@ from kvarena.bench.variants import Variant
 NUM_RESAMPLES = 2_000
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> dict[str, float] | None:
-    """None without values. Values that are all equal, as when every answer is right, have an interval of no width."""
-    from scipy.stats import bootstrap
+def mean_interval(values: Sequence[float], seed: int = 0, *, is_share: bool = False) -> dict[str, float] | None:
+    """None without values. Values that are all equal have an interval of no width; not a share of none or of all, which
+    has Wilson's: no resampling shows what few questions leave open.
+    """
+    from scipy.stats import binomtest, bootstrap
 
     if not values:
         return None
@@ -46,6 +48,8 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> dict[str, float] | 
             rng=np.random.default_rng(seed),
         )
         low, high = map(float, resampled.confidence_interval)
+    elif is_share and mean in (0, 1):
+        low, high = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
     return {"mean": round(mean, DIGITS), "low": round(low, DIGITS), "high": round(high, DIGITS)}
 
 
@@ -165,8 +169,9 @@ class ScoreSheet:
             "num_questions": len(attempts),
             "num_failed": sum(attempt.outcome == "failed" for attempt in attempts),
             "num_cut": sum(not answer.is_complete for answer in answers),
-            "correct": mean_interval([one.correct for one in scored if one.correct is not None]),
-            "exact_match": mean_interval([one.score.exact_match for one in scored if one.score]),
+            "num_cached": sum(bool(answer.reuse and answer.reuse.is_mostly_cached) for answer in answers),
+            "correct": mean_interval([one.correct for one in scored if one.correct is not None], is_share=True),
+            "exact_match": mean_interval([one.score.exact_match for one in scored if one.score], is_share=True),
             "f1": mean_interval([one.score.f1 for one in scored if one.score]),
             **self._against_reference(variant, attempts),
             "ttft_ms": spread([answer.ttft_ms for answer in answers]) if answers else None,
@@ -188,7 +193,7 @@ class ScoreSheet:
         return {
             "correct_vs_reference": mean_interval([mine - full for mine, full in correct]),
             "exact_match_vs_reference": mean_interval([m.exact_match - f.exact_match for m, f in scores]),
-            "agreement": mean_interval([_agree(mine.answer, full.answer) for mine, full in pairs]),
+            "agreement": mean_interval([_agree(mine.answer, full.answer) for mine, full in pairs], is_share=True),
             **closeness_figures(attempts if is_other else ()),
         }
 
@@ -278,7 +283,7 @@ def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> No
 
 
 def _figures(rows: Sequence[Row], title: str) -> Table:
-    troubles = [name for name in ("cut", "failed") if any(row[f"num_{name}"] for row in rows)]
+    troubles = [name for name in ("cut", "failed", "cached") if any(row[f"num_{name}"] for row in rows)]
     figures = ("right", "EM", "F1", "same", "tokens", "KL", "TTFT ms", *troubles)
     table = new_table(title, CONTENDER, figures=figures)
     for row in rows:
