@@ -112,15 +112,17 @@ def draw_uploads(busy: bool, chosen: Sequence[str], choose: Callable[[Sequence[s
 
 
 def _take(files: Sequence[tuple[str, bytes]]) -> None:
-    uploads = state.uploads()
+    uploads, num_known, num_chunks = state.uploads(), 0, 0
     for name, data in files:
-        key = upload_key(name, data)
-        if key in uploads:
-            continue
         document = read_upload(name, data, state.splitter())
         known = {document_key(upload.document) for upload in uploads.values() if upload.document.parts}
-        if document_key(document) not in known:  # it may have come back with the chat, without its file
-            _add(key, document)
+        if upload_key(name, data) in uploads or document_key(document) in known:  # that came back without its file
+            num_known += 1
+        else:
+            _add(upload_key(name, data), document)
+            num_chunks += len(document.parts)
+    here = f"; {num_known} {'was' if num_known == 1 else 'were'} here already" if num_known else ""
+    st.toast(f"{_count(len(files) - num_known, 'document')} added: {_count(num_chunks, 'chunk')}{here}")
 
 
 def _take_pasted(name: str) -> None:

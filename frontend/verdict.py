@@ -130,7 +130,7 @@ class Verdict:
             told.append(f"{late} of {len(self.samples)} first tokens came after the time that was given.")
         cached = sum(sample.is_cached for sample in self.samples)
         if cached:
-            told.append(f"{_prompts(cached)} not timed: most was in a prefix cache, as for a follow-up.")
+            told.append(f"{_prompts(cached)} not timed: most was in a prefix cache, from an earlier prompt.")
         unused = sum(not sample.is_timed and not sample.is_cached for sample in self.samples)
         if unused:
             told.append(f"{_prompts(unused)} not timed: nothing was reused, so other work made the difference.")

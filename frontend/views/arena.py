@@ -187,7 +187,7 @@ def _warn_of_length(chat: Chat, choices: ArenaChoices, count: TokenCount) -> Non
         return
     told = ", ".join(f"{title} takes {limit:,}" for title, limit in too_short.items())
     what = "conversation" if said > count.total else "context"
-    st.warning(f"The {what} has {total:,} tokens, and a question comes on top: {told}. It is refused there.")
+    st.warning(f"The {what} has {total:,} tokens, and a question comes on top: {told}. They refuse longer prompts.")
     fitting = num_fitting(count, min(too_short.values()) - ROOM_FOR_QUESTION)
     num_chunks = len(choices.context.chunks)
     if fitting < num_chunks:
@@ -255,7 +255,7 @@ def draw_copy_switch(chat: Chat, index: int) -> bool:
 def draw_drawer(opened: OpenChat, index: int, drawers: list[LiveDrawer]) -> None:
     """No fragment runs while a question is under way: whoever watches it keeps `drawers` up to date."""
     chat = opened.chat
-    wanted = st.text_input("Only figures with", key=f"wanted-{chat.key}-{index}", placeholder="_ms")
+    wanted = st.text_input("Only figures with", key=f"wanted-{chat.key}-{index}", placeholder="such as: ms")
     if opened.busy:
         drawers.append(LiveDrawer(chat.turns[index], wanted))
     else:

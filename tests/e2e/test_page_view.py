@@ -81,7 +81,7 @@ def test_a_reload_keeps_the_chunks_their_order_and_the_system_prompt(open_page: 
     settle(page)
     assert shown_order(page) == ["two"]
     page.goto(page.url.replace("/?", "/measure?"))
-    expect(page.get_by_text("Over the chunk of the arena.")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("Questions over the chunk of the arena")).to_be_visible(timeout=30_000)
 
 
 def test_the_picked_chunks_stand_in_the_order_that_was_dragged_or_typed(open_page: OpenPage) -> None:
@@ -142,7 +142,7 @@ def test_a_document_that_is_dropped_again_after_a_reload_is_there_once(open_page
     page = open_page(*small_servers(1))
     document = tmp_path / "lamp.txt"
     document.write_bytes(b"The lamp in the hall is green.\r\n")  # not what its chunk has
-    uploads = page.locator('[class*="st-key-remove-"] button')
+    uploads = page.locator('[class*="st-key-remove-"] button:visible')
     for _ in range(2):
         page.locator('[data-testid="stFileUploader"] input[type="file"]').set_input_files([document])
         expect(page.get_by_text("lamp.txt").first).to_be_visible(timeout=30_000)
@@ -214,7 +214,7 @@ def test_the_context_is_coloured_by_token_and_answers_are_compared_with_the_exac
     words = prompt_text(plain.completions()[0]["messages"]).split()
     assert prompt.locator("u").all_inner_texts() == [f" {word}" for word in words]
     position = words.index("three.")
-    expect(prompt.locator("u").nth(position)).to_have_attribute("title", f"{position} reused, three")
+    expect(prompt.locator("u").nth(position)).to_have_attribute("title", f"token {position}: reused, three")
     first = prompt.locator('[data-kind="recomputed"] u').first
     expect(first).to_have_attribute("title", re.compile(f"share of attention: 0.25, most from “{words[8]}”$"))
     last = prompt.locator('[data-kind="recomputed"] u').last

@@ -692,7 +692,7 @@ def test_a_context_that_is_too_long_is_named_before_asking(
     page.run()
     names = page.multiselect(key="chunks").options
     page.multiselect(key="chunks").set_value(["one", *(name for name in names if name.startswith("wide"))]).run()
-    assert "Blend takes 4,096, Plain takes 4,096. It is refused there." in page.warning[0].value
+    assert "Blend takes 4,096, Plain takes 4,096. They refuse longer prompts." in page.warning[0].value
     page.button(key="drop-chunks").click().run()
     assert not page.warning
     kept = page.multiselect(key="chunks").value

@@ -103,7 +103,7 @@ def test_a_prompt_that_the_prefix_cache_had_is_not_timed_beside_fresh_ones() -> 
     repeated = turn(50, 20, cached=900)
     (verdict,) = verdicts([turn(50, 100), repeated])
     assert verdict.speedup == 2.0
-    assert verdict.notes() == ["1 prompt not timed: most was in a prefix cache, as for a follow-up."]
+    assert verdict.notes() == ["1 prompt not timed: most was in a prefix cache, from an earlier prompt."]
     (alone,) = verdicts([repeated])
     assert (alone.tone, alone.speedup) == ("tie", None)
     assert "no first token that could be compared" in alone.speed_text()

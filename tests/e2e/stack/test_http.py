@@ -68,7 +68,7 @@ def test_settings_are_told(stack: Stack) -> None:
         ({"ratio": "half"}, "from 0 to 1"),
         ({"check_layer": 99}, "from 0 to 5"),
         ({"run_tokens": 100_000_000}, "a number of tokens from 1 to 1024"),
-        ({"store": "yes"}, 'true, false, "all" or "scores"'),
+        ({"store": "yes"}, 'true, false, "all", "scores" or "seams"'),
         ({"chunks": "text"}, "list of strings"),
         ({"ratio": "auto"}, "needs max_ttft_ms"),
         ({"policy": "auto"}, ", ".join(POLICIES)),
