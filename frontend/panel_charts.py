@@ -19,8 +19,8 @@ from kvarena.panels.panel import Axis, Bar, Panel, Series
 Record = dict[str, Any]
 HEIGHT = 360
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 4), (2, 3), (8, 3, 2, 3))
-SHAPES = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲"}
-"""Of the points of lines of one colour, which single points have no dashes to tell apart; and in a legend."""
+SHAPES = ("circle", "square", "diamond", "triangle-up")
+"""Of the points of lines of one colour: single points have no dashes to tell them apart."""
 MIN_SPAN = 10.0  # of an axis of percents: equal figures shall look equal
 NARROW_PX = (300, 250)  # a chart's field on a phone
 NOTE_PX = (36, 13)
@@ -61,7 +61,7 @@ def panel_chart(panel: Panel) -> alt.LayerChart:
     across = alt.Chart(alt.Data(values=levels)).encode(color=colour, tooltip=_tooltip(panel))
     chart = alt.Chart(alt.Data(values=records)).encode(x=x, color=colour, detail="label:N")
     dash = alt.StrokeDash("variant:O", scale=alt.Scale(domain=list(range(len(DASHES))), range=DASHES), legend=None)
-    shape = alt.Shape("variant:O", scale=alt.Scale(domain=list(range(len(SHAPES))), range=list(SHAPES)), legend=None)
+    shape = alt.Shape("variant:O", scale=alt.Scale(domain=list(range(len(SHAPES))), range=SHAPES), legend=None)
     points = chart.encode(
         y=y, shape=shape, tooltip=[alt.Tooltip("x:Q", title=panel.x.title, format=",.3~f"), *_tooltip(panel)]
     )
@@ -199,7 +199,7 @@ def legend_html(panel: Panel) -> str:
 
 def _line_key(line: Series, colour: str) -> str:
     number = line.variant % len(DASHES)
-    return f'{_stroke(colour, DASHES[number])}<b style="color:{colour}">{list(SHAPES.values())[number]}</b>'
+    return f'{_stroke(colour, DASHES[number])}<i class="ka-shape-{SHAPES[number]}" style="background:{colour}"></i>'
 
 
 def _stroke(colour: str, dash: Iterable[int]) -> str:
