@@ -46,12 +46,14 @@ def opening_chunks(folder: Path, chunk_names: Collection[str]) -> tuple[str, ...
     return next((example.chunks for example in found if not example.after), ()) if are_chosen else ()
 
 
-def gold_answers(folder: Path, question: str) -> str:
-    """The first right answer that the folder has for a question; empty for others."""
+def gold_answers(folder: Path, question: str, chunk_names: Collection[str]) -> str:
+    """The first right answer that the folder has for a question; empty for others, and where a chunk is missing that it
+    needs.
+    """
     for line in _lines(folder):
         try:
             entry = json.loads(line)
-            if entry["question"] == question:
+            if entry["question"] == question and set(entry.get("needs") or entry["chunks"]) <= set(chunk_names):
                 return str(entry["answers"][0])
         except (ValueError, KeyError, TypeError, IndexError):
             continue

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import random
 import re
@@ -210,15 +209,20 @@ def read_own_questions(text: str, known: Callable[[str], str]) -> list[OwnQuesti
 
 
 def write_own_questions(folder: Path, context: Context, asked: Sequence[OwnQuestion], num_prompts: int) -> Path:
-    """The context's documents, and questions over them by turns, so many prompts in all, each time round over another
-    order of the chunks; returns the questions' file.
+    """The context's documents, and questions over them by turns, so many prompts in all, each over another order of
+    the chunks; returns the questions' file.
 
     There are no more orders than the chunks have. The same context gives the same orders.
     """
     names = write_documents(folder, context.texts)
     if context.system:
         (folder / SYSTEM_PROMPT_NAME).write_text(context.system, encoding="utf-8")
-    prompts = [(own, order) for order in orders(names, math.ceil(num_prompts / len(asked))) for own in asked]
+    found = orders(names, num_prompts)  # each prompt has one of its own, as long as there are some
+    prompts = [
+        (own, found[(turn + place) % len(found)]) for turn in range(len(found)) for place, own in enumerate(asked)
+    ]
+    if len(found) == num_prompts:
+        prompts = [(asked[place % len(asked)], order) for place, order in enumerate(found)]
     lines = [
         json.dumps(
             {"question": own.question, "answers": [own.answer] * bool(own.answer), "chunks": order, "kind": "shuffled"}

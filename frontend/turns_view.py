@@ -21,7 +21,7 @@ from chat import Answer, Chat, Turn
 from figures import Figures, prefix_cache_note, similar_task_html, slot_turn_html, speed_line
 from runs import RELOAD_S, OpenChat, Run
 from tokens import Span, answer_tokens_html, diff_html, first_difference, first_token_difference
-from verdict import exact_answer
+from verdict import are_comparable, exact_answer
 from waterfall import Row, shown_ms, waterfall_html
 
 
@@ -258,9 +258,9 @@ MAX_PANES = 3
 class TurnView:
     """A turn's place on the page; `draw` brings it up to date."""
 
-    def __init__(self, turn: Turn, key: str, notes: Mapping[str, str]) -> None:
-        """`notes` are on the contenders' prompts."""
-        self.turn, self._notes = turn, notes
+    def __init__(self, turn: Turn, key: str, notes: Mapping[str, str], earlier: Sequence[Turn] = ()) -> None:
+        """`notes` are on the contenders' prompts; `earlier` are the turns that this one follows on from."""
+        self.turn, self._notes, self._earlier = turn, notes, earlier
         self._as_rows = len(turn.answers) > MAX_PANES
         with st.container(key=key):
             self._speed = st.empty()
@@ -281,8 +281,11 @@ class TurnView:
         for pane, (side, answer) in zip(self._panes, self.turn.sides(), strict=True):
             if not (only_live and answer.over):
                 note = self._notes.get(answer.contender.name, "")
-                compared = None if self.turn.sampling.temperature > 0 else exact_answer(self.turn)
-                pane.html(answer_html(answer, note, compared, self._as_rows, side))
+                pane.html(answer_html(answer, note, self._compared_with(answer), self._as_rows, side))
+
+    def _compared_with(self, answer: Answer) -> Answer | None:
+        exact = exact_answer(self.turn)
+        return exact if exact and are_comparable(answer, exact, self.turn, self._earlier) else None
 
 
 def _rows(turn: Turn) -> list[Row]:
@@ -299,6 +302,8 @@ def _decode_ms(answer: Answer) -> float | None:
     return None if answer.state != "done" or first_ms is None or total_ms is None else total_ms - first_ms
 
 
+MANY_AT_ONCE = 3
+AT_ONCE = "All were asked at once, and may have slowed each other down. “One after the other” on the left avoids that."
 NUM_DRAWN = 8
 """Turns that are drawn unless all are wanted: a script run draws them anew, so a long chat would make clicks slow."""
 
@@ -318,7 +323,7 @@ def draw_turns(
             st.html(f'<div class="ka-divider" data-testid="again">{chat.again_text(index)}</div>')
         is_live = opened.run is not None and opened.run.turn is turn
         st.html(f'<div class="ka-question ka-text" data-testid="question">{escape(turn.question)}</div>')
-        view = TurnView(turn, f"turn-{index}", _prompt_notes(chat, index))
+        view = TurnView(turn, f"turn-{index}", _prompt_notes(chat, index), chat.followed(index))
         view.draw()
         if is_live:
             live = view
@@ -375,6 +380,8 @@ def speed_html(turn: Turn) -> str:
         return ""
     note = prefix_cache_note([(answer.contender.title, answer.figures) for answer in answers])
     small = f'<small data-testid="prefix-note">{escape(note)}</small>' if note else ""
+    if len(answers) >= MANY_AT_ONCE and not turn.in_sequence:
+        small += f"<small>{AT_ONCE}</small>"
     first = min(answers, key=lambda answer: answer.figures.first_token_ms or 0.0)
     exact = exact_answer(turn)
     if any(one.figures.is_mostly_cached for one in answers if one is exact or one.contender.approximate):

@@ -14,10 +14,11 @@ from statistics import median
 from typing import Literal
 
 from chat import Answer, Chat, Turn
-from figures import format_factor
+from figures import Figures, format_factor
 from tokens import first_difference
 
 Tone = Literal["gain", "tie", "loss"]
+SAME_PROMPT_RATIO = 0.5
 MIN_GAIN = 1.1
 """Smaller gains than this are a tie: they come and go from one run to the next."""
 FindMeasured = Callable[[Answer], str]
@@ -190,21 +191,41 @@ def exact_answer(turn: Turn) -> Answer | None:
 def _sample(answer: Answer, reference: Answer, turn: Turn, earlier: Sequence[Turn]) -> Sample | None:
     """`earlier`: the turns that this one follows on from."""
     ours, theirs = answer.figures, reference.figures
-    if ours.first_token_ms is None or theirs.first_token_ms is None:
+    if ours.first_token_ms is None or theirs.first_token_ms is None or _has_other_prompt(ours, theirs):
         return None
     is_drawn = turn.sampling.temperature > 0
     follows_others = any(_said(one, answer) != _said(one, reference) for one in earlier)
-    is_comparable = answer.state == reference.state == "done" and not is_drawn and not follows_others
     return Sample(
         theirs.num_prompt_tokens or 0,
         theirs.first_token_ms / max(ours.first_token_ms, 1e-9),
-        first_difference(answer.text, reference.text) is None if is_comparable else None,
+        (
+            first_difference(answer.text, reference.text) is None
+            if are_comparable(answer, reference, turn, earlier)
+            else None
+        ),
         is_cached=theirs.is_mostly_cached or (answer.contender.approximate and ours.is_mostly_cached),
         reuses=not answer.contender.approximate or ours.num_moved_tokens != 0,
         is_drawn=is_drawn,
         follows_others=follows_others,
         is_late=ours.max_ttft_ms is not None and ours.first_token_ms > ours.max_ttft_ms,
     )
+
+
+def are_comparable(answer: Answer, reference: Answer, turn: Turn, earlier: Sequence[Turn]) -> bool:
+    """Whether equal ways would give equal answers: whole ones to the same prompt, drawn at no temperature. `earlier`
+    are the turns that this one follows on from.
+    """
+    if turn.sampling.temperature > 0 or not answer.state == reference.state == "done":
+        return False
+    if _has_other_prompt(answer.figures, reference.figures):
+        return False
+    return all(_said(one, answer) == _said(one, reference) for one in earlier)
+
+
+def _has_other_prompt(ours: Figures, theirs: Figures) -> bool:
+    """One is less than half of the other, as where a slot begins a topic without the chunks of the conversation."""
+    sizes = sorted(figures.num_prompt_tokens or 0 for figures in (ours, theirs))
+    return 0 < sizes[0] < SAME_PROMPT_RATIO * sizes[1]
 
 
 def _said(turn: Turn, answer: Answer) -> list[str]:

@@ -46,6 +46,7 @@ from measuring import (
     write_own_questions,
 )
 from panel_charts import draw_chart, draw_panels, ttft_chart
+from question_box import literal
 from result_picker import choose_file
 from settings import Contender
 from sidebar import KEEP, LINK, begin_arena, parameter_key
@@ -319,7 +320,13 @@ def _draw_own_questions() -> list[OwnQuestion]:
         bind=LINK,
         help="They take turns until as many prompts as below were asked. A right answer may follow a bar (|).",
     )
-    return read_own_questions(typed, lambda question: gold_answers(state.page_settings().data_dir, question))
+    names = [chunk.name for chunk in _context().chunks]
+    folder = state.page_settings().data_dir
+    own = read_own_questions(typed, lambda question: gold_answers(folder, question, names))
+    if own:
+        told = "; ".join(f"{one.question} {one.answer}" for one in own if one.answer)
+        st.caption(f"Counts as right: {literal(told)}" if told else "Nothing says what is right; answers are compared.")
+    return own
 
 
 def _duration(contenders: Sequence[Contender], num_prompts: int, num_variants: int) -> str:

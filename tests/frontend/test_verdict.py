@@ -12,7 +12,7 @@ from contender_api import Sampling
 from figures import Done, Figures, FirstToken, Text
 from settings import Contender
 from turns_view import speed_html
-from verdict import LENGTHS_OPEN, verdict_html, verdicts
+from verdict import LENGTHS_OPEN, are_comparable, verdict_html, verdicts
 
 BLEND = Contender("blend", "Blend", "http://127.0.0.1:1", approximate=True)
 PLAIN = Contender("plain", "Plain", "http://127.0.0.1:2")
@@ -76,6 +76,17 @@ def test_the_line_of_a_turn_names_no_winner_of_an_unfair_race() -> None:
     assert "No fair race: most of this prompt was in a prefix cache" in unfair
     assert "times faster" not in unfair
     assert "Not a fresh prompt: Plain had 900 of" in unfair
+
+
+def test_another_prompt_is_compared_with_nothing() -> None:
+    other = turn(50, 100)
+    other.answers["blend"].figures = dataclasses.replace(other.answers["blend"].figures, num_prompt_tokens=24)
+    assert verdicts([other]) == []
+    assert not are_comparable(other.answers["blend"], other.answers["plain"], other, [])
+    same = turn(50, 100)
+    assert are_comparable(same.answers["blend"], same.answers["plain"], same, [])
+    apart = turn(50, 100, agrees=False)
+    assert not are_comparable(same.answers["blend"], same.answers["plain"], same, [apart]), "they follow on other words"
 
 
 def test_the_median_over_prompts_and_the_answers_that_differ() -> None:

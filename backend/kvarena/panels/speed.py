@@ -222,17 +222,21 @@ def sustained_panels(result: Result, colours: Colours) -> list[Panel]:
         found = row["speedup_vs_plain"]
         return (found["median"],) * 3 if found else None
 
-    def hits(row: Row) -> Ends | None:
-        return None if row["hit_ratio"] is None else (100 * row["hit_ratio"],) * 3
+    def share(row: Row, name: str) -> Ends | None:
+        return None if row[name] is None else (100 * row[name],) * 3
 
     def panel(title: str, y: Axis, figures: Callable[[Row], Ends | None], *levels: Level) -> Panel:
         series = series_of(rows, variant_label, "middle", figures)
         return Panel(title, Axis("request"), y, series, levels, colours=colours)
 
-    speedups, shares = Axis("speedup over plain", limits=(0, math.inf)), Axis("chunks found (%)", limits=(0, 100))
+    speedups = Axis("speedup over plain", limits=(0, math.inf))
+    found, reused = Axis("chunks found (%)", limits=(0, 100)), Axis("prompt tokens reused (%)", limits=(0, 100))
+    looks_up = any(row["hit_ratio"] is not None for row in rows)
     return [
         panel("Speedup over plain in the course of the run; medians of each fifth", speedups, ratio, AS_PLAIN),
-        panel("Chunks that the store had, of those that were looked up", shares, hits),
+        panel("Chunks that the store had, of those that were looked up", found, lambda row: share(row, "hit_ratio"))
+        if looks_up
+        else panel("Prompt tokens that were reused", reused, lambda row: share(row, "reused_ratio")),
     ]
 
 
