@@ -431,10 +431,7 @@ class AsyncClient:
         """
         lacking = [chunk.name for chunk in chunks if not await self._is_scored(chunk.text, separator)]
         contexts = contexts_for_scores(chunks, lacking, (await self.describe()).max_model_len)
-        on_prompt(0, len(contexts))
-        for number, context in enumerate(contexts, start=1):
-            await self._compute_contexts(model, context, separator, "scores")
-            on_prompt(number, len(contexts))
+        await self._compute_contexts(model, contexts, separator, "scores", on_prompt)
 
     async def make_seams(
         self,
@@ -448,15 +445,25 @@ class AsyncClient:
         `on_prompt` gets how many contexts of how many are done.
         """
         contexts = contexts_for_seams(chunks, (await self.describe()).max_model_len)
-        on_prompt(0, len(contexts))
-        for number, context in enumerate(contexts, start=1):
-            await self._compute_contexts(model, context, separator, "seams")
-            on_prompt(number, len(contexts))
+        await self._compute_contexts(model, contexts, separator, "seams", on_prompt)
 
     async def aclose(self) -> None:
         await self._http.aclose()
 
-    async def _compute_contexts(self, model: str, context: Sequence[TextChunk], separator: str, store: str) -> None:
+    async def _compute_contexts(
+        self,
+        model: str,
+        contexts: Sequence[Sequence[TextChunk]],
+        separator: str,
+        store: str,
+        on_prompt: Callable[[int, int], None],
+    ) -> None:
+        on_prompt(0, len(contexts))
+        for number, context in enumerate(contexts, start=1):
+            await self._compute_context(model, context, separator, store)
+            on_prompt(number, len(contexts))
+
+    async def _compute_context(self, model: str, context: Sequence[TextChunk], separator: str, store: str) -> None:
         """In a chat, as requests come, where the model has a template for one."""
         request = warm_request(model, [chunk.text for chunk in context], separator, store)
         prompt = request.pop("prompt")

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -56,18 +56,17 @@ class ChosenAttention(ABC):
     def attending(self) -> Iterator[None]:
         """Meanwhile the layers attend by `attend` where the forward context's metadata is `ChosenTokens`."""
         for layer in self._layers:
-            layer.impl.forward = partial(self._forward, inspect.signature(type(layer.impl).forward), layer.impl.forward)
+            layer.impl.forward = partial(self._forward, layer.impl.forward)
         try:
             yield
         finally:
             for layer in self._layers:
                 del layer.impl.forward
 
-    def _forward(
-        self, signature: inspect.Signature, of_vllm: Callable[..., torch.Tensor], layer: Any, *args: Any, **named: Any
-    ) -> torch.Tensor:
+    def _forward(self, of_vllm: Callable[..., torch.Tensor], layer: Any, *args: Any, **named: Any) -> torch.Tensor:
         """In the place of the `forward` of a layer's implementation."""
-        given = signature.bind(layer.impl, layer, *args, **named).arguments
+        kind: Any = type(layer.impl)
+        given = _signature(kind).bind(layer.impl, layer, *args, **named).arguments
         if not isinstance(given["attn_metadata"], ChosenTokens):
             return of_vllm(layer, *args, **named)
         output: torch.Tensor = given["output"]
@@ -88,6 +87,12 @@ class ChosenAttention(ABC):
         """Each token over all of its sequence up to itself, or over the last `window` tokens of that; queries and
         `output` are `(T, H, D)`.
         """
+
+
+@cache
+def _signature(kind: Any) -> inspect.Signature:
+    """Of an implementation's `forward`. Looked at once: to read one takes as long as a small layer."""
+    return inspect.signature(kind.forward)
 
 
 def window_of(impl: Any) -> int | None:
@@ -115,6 +120,7 @@ class GatheredAttention(ChosenAttention):
     max_row_tokens = 16.0
 
     @classmethod
+    @torch.inference_mode()
     def where_faster(cls, layers: Sequence[Any], rows: Rows) -> GatheredAttention | None:
         """None where vLLM's rows are as fast, and where it can't be used. To be called before any request: the trial
         writes into the first layer's cache.
@@ -123,9 +129,8 @@ class GatheredAttention(ChosenAttention):
             return None
         gathered, layer = cls(layers), layers[0]
         try:
-            with torch.inference_mode():
-                took_ms, rows_ms = gathered._trial(layer, rows)
-        except (RuntimeError, ValueError, TypeError) as error:
+            took_ms, rows_ms = gathered._trial(layer, rows)
+        except Exception as error:  # of whatever kernel; nothing but speed depends on it
             logger.warning("chosen tokens attend row by row, as vLLM has it; gathering their KV failed: %s", error)
             return None
         finally:
@@ -188,7 +193,8 @@ def _is_supported(layer: Any) -> bool:
     """Plain causal attention over KV in the model's own numbers."""
     impl, cache = layer.impl, layer.kv_cache
     return (
-        cache.dim() == 4
+        torch.is_tensor(cache)
+        and cache.dim() == 4
         and cache.shape[1] == layer.num_kv_heads
         and cache.shape[3] == 2 * layer.head_size
         and cache.shape[0] > 1
