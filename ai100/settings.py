@@ -16,7 +16,7 @@ from kvarena.contenders.ai100 import SPEC, AI100Settings
 from kvarena.documents import FALLBACK_SEPARATOR
 from kvarena.home import StackError
 from kvarena.model import DEFAULT_CARD_MODEL, Model, find_model
-from kvarena.policies.profile import read_model_profile
+from kvarena.policies.params import read_model_profile
 
 START_ERRORS = (ValueError, OSError, StackError, CardUnavailable, CompileFailed)
 """What keeps an engine from being opened, and is told in a line."""

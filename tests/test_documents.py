@@ -32,7 +32,7 @@ from kvarena.documents import (
     read_document,
     without_separators,
 )
-from kvarena.policies.profile import read_model_profile
+from kvarena.policies.params import read_model_profile
 from kvarena.splitting import Splitter, find_splitter
 from support.pdf_files import encrypted, pdf_of
 from support.tiny_models import tiny_tokenizer

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from kvarena.home import Home, StackError, project_root
-from kvarena.policies.profile import read_model_profile
+from kvarena.policies.params import read_model_profile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from vllm import _custom_ops as vllm_ops
 
-from kvarena.engines.vllm.cpu_kernels import ChosenTokens, CPUKernels, library
+from kvarena.engines.vllm.attention import ChosenTokens, CPUKernels, library
 
 HEADS = {"180M": (16, 4, 64), "SmolLM2-135M": (9, 3, 64), "Llama-3.1-8B": (32, 8, 128)}
 BLOCK_SIZE = 128

@@ -23,8 +23,7 @@ from kvarena.bench.quality.questions import EvalQuestion, load_questions
 from kvarena.documents import TextChunk
 from kvarena.engines.hf.blend import HFBlender
 from kvarena.model import find_model
-from kvarena.policies.params import BlendParams, make_policy
-from kvarena.policies.profile import read_blend_profile
+from kvarena.policies.params import BlendParams, make_policy, read_blend_profile
 from kvarena.splitting import Splitter
 from kvarena.stores.memory import MemoryStore
 

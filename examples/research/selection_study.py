@@ -26,18 +26,17 @@ import torch
 
 import kvarena.core.blend as blend_module
 from kvarena.bench.quality.questions import EvalQuestion, load_questions
+from kvarena.core.attention import ChunkScorer
 from kvarena.core.plan import Chunk, ReusePlan, TokenIds, as_token_ids
 from kvarena.core.policy import Selection, SelectionContext, SelectionPolicy, reused_positions, share_of
 from kvarena.core.prefilled_model import EndForward, LayerKV
-from kvarena.core.scoring import ChunkScorer
 from kvarena.core.store import get
 from kvarena.documents import TextChunk, join_chunks
 from kvarena.engines.hf.blend import HFBlender, HFPrefilledModel
 from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
 from kvarena.model import find_model
-from kvarena.policies.params import BlendParams
-from kvarena.policies.profile import read_blend_profile
+from kvarena.policies.params import BlendParams, read_blend_profile
 from kvarena.splitting import Splitter
 from kvarena.stores.memory import MemoryStore
 

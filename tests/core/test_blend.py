@@ -15,7 +15,6 @@ import torch
 
 from kvarena.core import blend, placement
 from kvarena.core.blend import Blender, BlendTask
-from kvarena.core.costs import MIN_RATIO, REMEMBERED_WAYS, RESERVE_RATIO, BlendCosts
 from kvarena.core.plan import Chunk, ReusePlan, Span, TokenIds, as_token_ids
 from kvarena.core.policy import RecomputeAll, RecomputeNone, SelectionPolicy
 from kvarena.core.prefilled_model import (
@@ -28,7 +27,15 @@ from kvarena.core.prefilled_model import (
     Ranks,
     TokenFilter,
 )
-from kvarena.core.report import MAX_TOKEN_SCORES, BlendReport, TokenScores
+from kvarena.core.report import (
+    MAX_TOKEN_SCORES,
+    MIN_RATIO,
+    REMEMBERED_WAYS,
+    RESERVE_RATIO,
+    BlendCosts,
+    BlendReport,
+    TokenScores,
+)
 from kvarena.core.rope import Rotation
 from kvarena.core.store import FoundKV, Pieces
 from kvarena.policies.chunk_head import ChunkHead
@@ -422,7 +429,7 @@ def test_after_a_failure_the_whole_range_is_computed_and_nothing_counts_as_reuse
     store: FakeStore, model: FakeModel, failing: str
 ) -> None:
     store.fails, model.fails = failing, {failing: 1}
-    report = blended(store, model, deviation(0.2), keeps=lambda _: False)
+    report = blended(store, model, deviation(0.2), store_new=False)
     assert (report.blend_failures, counts(report), report.spans) == (1, (0, 0, END), [])
     assert model.calls[-1] == ("forward", list(range(END)), [])
     assert report.computed_spans == []
@@ -444,7 +451,7 @@ def test_a_rank_that_fails_to_write_takes_the_others_with_it_and_none_waits(
         model.ranks = ranks
         blender = Blender(TensorParallelStore(store, ranks))
         with closing(blender):
-            return blender.blend(model, BlendTask(PLAN, 0, END, deviation(0.2), keeps=lambda _: False))
+            return blender.blend(model, BlendTask(PLAN, 0, END, deviation(0.2), store_new=False))
 
     with ThreadPoolExecutor(2) as executor:
         reports = list(executor.map(run, models))
@@ -477,11 +484,11 @@ def test_where_the_prompt_cant_be_computed_either_the_failure_goes_on(store: Fak
 
 def test_a_report_has_what_happened_to_the_store_since_the_last_one(store: FakeStore, model: FakeModel) -> None:
     blender = Blender(store)
-    blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), keeps=lambda _: False))
+    blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), store_new=False))
     store.stats.errors += 2
-    report = blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), keeps=lambda _: False))
+    report = blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), store_new=False))
     assert (report.store_errors, report.store_evictions, report.store_entries) == (2, 0, 2)
-    assert blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), keeps=lambda _: False)).store_errors == 0
+    assert blender.blend(model, BlendTask(PLAN, 0, END, RecomputeNone(), store_new=False)).store_errors == 0
 
 
 def in_pieces(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvarena.core.costs import MIN_RATIO, NEAREST_BLENDS, RESERVE_RATIO, BlendCosts
+from kvarena.core.report import MIN_RATIO, NEAREST_BLENDS, RESERVE_RATIO, BlendCosts
 from kvarena.policies.chunk_head import ChunkHead
 from kvarena.policies.kv_deviation import KVDeviation
 

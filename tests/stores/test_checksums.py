@@ -10,7 +10,7 @@ import torch
 
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.store import Scores
-from kvarena.stores.checksums import PieceChecksum, piece_names
+from kvarena.stores.lmcache_context import PieceChecksum, piece_names
 
 SHAPE = (2, 3, 32, 32)
 NAME = 2**64 - 5

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvarena.engines.vllm.config import BlendConfig
-from kvarena.engines.vllm.lmcache_config import CONNECTOR, PREFIX, lmcache_config
+from kvarena.engines.vllm.lmcache_blender import CONNECTOR, PREFIX, lmcache_config
 from support.vllm_engine import generate, make_engine, tokens_of
 
 WITHOUT_BLENDING: dict[str, Any] = {

@@ -6,7 +6,7 @@ from kvarena.contenders.plain import prefix_caching
 from kvarena.contenders.servers import GIB, Launch, VLLMServer
 from kvarena.contenders.spec import LMCACHE_SERVER, Container, ContenderSpec
 from kvarena.engines.vllm.config import kv_transfer_config
-from kvarena.engines.vllm.lmcache_config import lmcache_blend_options
+from kvarena.engines.vllm.lmcache_blender import lmcache_blend_options
 
 
 def _options(launch: Launch) -> list[str]:

@@ -17,15 +17,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvarena.core.costs import BlendCosts
+from kvarena.core.attention import MAX_WATCHED_TOKENS, MIN_CONTEXT_TOKENS, ChunkScorer, LeaningObserver
 from kvarena.core.devices import begin_thread, is_device_failure
-from kvarena.core.leaning import MAX_LEANING_TOKENS, LeaningObserver
 from kvarena.core.placement import ChunkSource, KVWriter, groups_of
 from kvarena.core.plan import Chunk, ReusePlan, Span
 from kvarena.core.policy import SelectionPolicy, reused_positions
 from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, PrefilledModel, Result, TokenFilter
-from kvarena.core.report import BlendReport, TokenScores
-from kvarena.core.scoring import MAX_SCORED_TOKENS, MIN_CONTEXT_TOKENS, ChunkScorer
+from kvarena.core.report import BlendCosts, BlendReport, TokenScores
 from kvarena.core.store import BackgroundPuts, Lacking, Missing, ScoredStore, is_finite, one_ahead
 
 PUT_TIMEOUT_S = 2.0
@@ -109,27 +107,24 @@ ANY_RATIO = 0.5
 """Neither none nor all, for which a policy isn't asked."""
 
 
-def keep_all(_chunk: Chunk) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class BlendTask:
     """The cache of `[start, end)` is to be filled; what stands before `start` is there already.
 
-    `keeps`: whether the KV of a chunk that is computed here is put into the store. `budget_ms`: the time for all of it.
-    As many tokens are recomputed as fit, by what earlier blends took; the policy's own ratio counts as long as nothing
-    is known of them. `scores`: the prompt is computed whole, in place of a blend, and its chunks get scores of it; but
-    not one that is longer than `MAX_SCORED_TOKENS`, or of which something is there already. `seams`: what stands for
-    spans, by their chunks' starts, where the store has it (`Planner.seams`); with `makes_seams` it is computed where
-    the store hasn't.
+    Chunks that are computed here are put into the store, where it is to `store_new` ones, but for those that are
+    `passing`. `budget_ms`: the time for all of it. As many tokens are recomputed as fit, by what earlier blends took;
+    the policy's own ratio counts as long as nothing is known of them. `scores`: the prompt is computed whole, in place
+    of a blend, and its chunks get scores of it; but not one that is longer than `MAX_WATCHED_TOKENS`, or of which
+    something is there already. `seams`: what stands for spans, by their chunks' starts, where the store has it
+    (`Planner.seams`); with `makes_seams` it is computed where the store hasn't.
     """
 
     plan: ReusePlan
     start: int
     end: int
     policy: SelectionPolicy
-    keeps: Callable[[Chunk], bool] = keep_all
+    store_new: bool = True
+    passing: frozenset[Chunk] = frozenset()
     budget_ms: float | None = None
     scores: bool = False
     seams: Mapping[int, Span] = field(default_factory=dict)
@@ -146,7 +141,7 @@ class BlendTask:
 
     @property
     def is_scored(self) -> bool:
-        return self.scores and self.start == 0 and self.end <= MAX_SCORED_TOKENS
+        return self.scores and self.start == 0 and self.end <= MAX_WATCHED_TOKENS
 
     @property
     def positions(self) -> torch.Tensor:
@@ -264,7 +259,7 @@ class _Run:
             report.unscored_chunks = len(context.unscored_chunks)
         positions, filters = torch.cat([selection.positions, *gaps]).sort().values, selection.filters
         select_ms = None
-        is_short = len(self.task.positions) <= MAX_LEANING_TOKENS
+        is_short = len(self.task.positions) <= MAX_WATCHED_TOKENS
         if report.wants_scores and watched and len(selection.positions) and is_short:
             positions, filters = (yield from self._chosen(positions, filters)), ()
             select_ms = report.select_ms
@@ -379,7 +374,7 @@ class _Run:
                 if kv is None or not usable:
                     continue
                 kept = source.add(chunk, kv)
-                if self.task.keeps(chunk):
+                if self.task.store_new and chunk not in self.task.passing:
                     self.blender.puts.put(chunk, kept)
                     if chunk in made and (scores := source.scores_of(made[chunk])) is not None:
                         self._put_scores(chunk, scores)

@@ -44,3 +44,9 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda").copy_(tensor)
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when what this thread launched on the device has ended; on a CPU it has."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -139,3 +139,19 @@ def forward_filtered(
         for part in parts:
             run(part)
     return before.kept if isinstance(before, FilteredLayer) else before
+
+
+def decoder_layers(model: torch.nn.Module, attentions: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """For each attention layer, the element of the model's list of layers that it is in.
+
+    Raises `ValueError` for a model that keeps them in no list.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return [_decoder_layer(model, names[attention].split(".")) for attention in attentions]
+
+
+def _decoder_layer(model: torch.nn.Module, path: list[str]) -> torch.nn.Module:
+    for depth in range(len(path) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(path[:depth])), torch.nn.ModuleList):
+            return model.get_submodule(".".join(path[: depth + 1]))
+    raise ValueError("its layers are in no list")

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -225,7 +226,8 @@ class Planner:
             spans += self._plan_segment(token_ids, start, end, salt, matches)
             position = end
         spans += matches.clipped(position, len(token_ids))
-        return ReusePlan(tuple(self._placed(span, token_ids) for span in spans if self._worth_it(span)))
+        long_enough = (span for span in spans if len(span) >= self.min_chunk_tokens)
+        return ReusePlan(tuple(self._placed(span, token_ids) for span in long_enough))
 
     def seams(self, plan: ReusePlan, token_ids: TokenIds) -> dict[int, Span]:
         """Spans of a prompt's plan as they are after the very chunk that stands before them, by their starts.
@@ -268,9 +270,6 @@ class Planner:
             return found.spans
         return (Span(start, end, chunk),)
 
-    def _worth_it(self, span: Span) -> bool:
-        return len(span) >= self.min_chunk_tokens
-
     def _placed(self, span: Span, token_ids: TokenIds) -> Span:
         sink = span.chunk.sink
         is_next = len(sink) > 0 and span.offset == 0 and span.start == len(sink)
@@ -285,33 +284,41 @@ def sink_of(token_ids: TokenIds, sink: TokenIds) -> TokenIds:
 _TEXT_WINDOW = 8
 
 
-class SeparatorFinder:
-    """Finds a separator in token ids.
+class _TokenText:
+    """A token's text as it reads after another one: decoders drop the white space that opens a text."""
 
-    `token_text(id)` is a token's text as it reads after another token; `vocabulary` are the tokens' raw forms by
-    id, used to skip every stretch of the prompt that can't hold the separator. Raises `ValueError` for a separator
-    that isn't ASCII: a token may then carry part of a character.
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._anchor = encode_alone(tokenizer, "a")[-1:]
+        self._anchor_length = len(self._decode(self._anchor))
+        self._texts: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self.of([token])
+        return self._texts[token]
+
+    def of(self, tokens: list[int]) -> str:
+        return self._decode([*self._anchor, *tokens])[self._anchor_length :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+class _SeparatorFinder:
+    """Finds a separator, which isn't only white space, in token ids. `vocabulary` are the tokens' raw forms by id, used
+    to skip every stretch of the prompt that can't hold it. Raises `ValueError` for a separator that isn't ASCII: a
+    token may then carry part of a character.
     """
 
-    def __init__(self, separator: str, token_text: Callable[[int], str], vocabulary: Sequence[str | None]) -> None:
+    def __init__(self, separator: str, token_text: _TokenText, vocabulary: Sequence[str | None]) -> None:
         if not separator.isascii():
             raise ValueError(f"separator must be ASCII, not {separator!r}")
-        self.separator = separator
         self._core = separator.strip()
         self._needs_space_before = separator[:1].isspace()
         self._needs_space_after = separator[-1:].isspace()
         self._token_text = token_text
-        self._texts: dict[int, str] = {}
         self._may_hold = _tokens_with_any(self._core, vocabulary)
-
-    def find(self, token_ids: TokenIds) -> list[Segment]:
-        """The ranges of tokens that carry the separator, in order."""
-        if not self._core:
-            return []
-        found: list[Segment] = []
-        for start, end in self._candidate_ranges(token_ids):
-            found += self._find_in(token_ids, start, end)
-        return found
 
     def segments(self, token_ids: TokenIds) -> list[Segment]:
         """What stands before the first separator, and each separator with what follows it up to the next one.
@@ -320,12 +327,14 @@ class SeparatorFinder:
         no token of the prompt deserves, and so it is one that means nothing. After the last separator is the
         question, which is no segment.
         """
-        starts = [0, *(start for start, _ in self.find(token_ids))]
+        ranges = self._candidate_ranges(token_ids)
+        found = itertools.chain.from_iterable(self._find_in(token_ids, low, high) for low, high in ranges)
+        starts = [0, *(start for start, _ in found)]
         return [(start, end) for start, end in itertools.pairwise(starts) if start < end]
 
     def begins_inside(self, token_ids: TokenIds, position: int) -> bool:
         """Whether the token at which a separator begins holds something else before it."""
-        text = self._text(int(token_ids[position]))
+        text = self._token_text(int(token_ids[position]))
         size = len(self._core)
         at = next((at for at in range(len(text)) if self._core.startswith(text[at : at + size])), 0)
         return bool(text[:at].strip())
@@ -341,7 +350,8 @@ class SeparatorFinder:
             yield max(0, int(first) - 1), min(len(token_ids), int(last) + 2)
 
     def _find_in(self, token_ids: TokenIds, start: int, end: int) -> list[Segment]:
-        texts = [self._text(int(token)) for token in token_ids[start:end]]
+        """The tokens of this range that carry the separator, in order."""
+        texts = [self._token_text(int(token)) for token in token_ids[start:end]]
         text = "".join(texts)
         ends = np.cumsum([len(piece) for piece in texts])
         found: list[Segment] = []
@@ -362,11 +372,6 @@ class SeparatorFinder:
         return not (self._needs_space_before and before and not before.isspace()) and not (
             self._needs_space_after and after and not after.isspace()
         )
-
-    def _text(self, token: int) -> str:
-        if token not in self._texts:
-            self._texts[token] = self._token_text(token)
-        return self._texts[token]
 
 
 def text_segments(token_ids: TokenIds, texts: Sequence[TokenIds]) -> list[Segment]:
@@ -393,32 +398,35 @@ class Segmenter:
 
     def __init__(self, tokenizer: Any, separator: str) -> None:
         self._tokenizer = tokenizer
-        self._finder: SeparatorFinder | None = None
+        self._finder: _SeparatorFinder | None = None
         if tokenizer is not None and separator.strip():
-            self._finder = SeparatorFinder(separator, _TokenText(tokenizer), _vocabulary(tokenizer))
+            vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+            self._finder = _SeparatorFinder(separator, self._token_text, vocabulary)
+
+    @cached_property
+    def _token_text(self) -> _TokenText:
+        return _TokenText(self._tokenizer)
 
     def segments(self, token_ids: TokenIds, named: Sequence[str | Sequence[int]] = ()) -> list[Segment]:
         """What the client has `named`, texts or their token ids, goes before the separator."""
         if named and self._tokenizer is not None:
-            return text_segments(token_ids, [as_token_ids(self._ids(chunk)) for chunk in named])
+            ids = (encode_alone(self._tokenizer, chunk) if isinstance(chunk, str) else chunk for chunk in named)
+            return text_segments(token_ids, list(map(as_token_ids, ids)))
         return self._finder.segments(token_ids) if self._finder else []
 
     def texts(self, named: Sequence[str | Sequence[int]]) -> frozenset[str]:
         """What `is_cut` compares with: texts without white space around them."""
-        if self._tokenizer is None or not named:
+        if self._tokenizer is None:
             return frozenset()
-        token_text = _TokenText(self._tokenizer)
-        return frozenset((chunk if isinstance(chunk, str) else token_text.of(list(chunk))).strip() for chunk in named)
+        texts = (chunk if isinstance(chunk, str) else self._token_text.of(list(chunk)) for chunk in named)
+        return frozenset(text.strip() for text in texts)
 
     def is_cut(self, token_ids: TokenIds, start: int, end: int, texts: Collection[str] = ()) -> bool:
         """Whether a segment begins or ends inside a token: elsewhere the same text has other tokens there."""
         if texts and self._tokenizer is not None:
-            return _TokenText(self._tokenizer).of(token_ids[start:end].tolist()).strip() not in texts
+            return self._token_text.of(token_ids[start:end].tolist()).strip() not in texts
         edges = [edge for edge in (start, end) if 0 < edge < len(token_ids)]
         return self._finder is not None and any(self._finder.begins_inside(token_ids, edge) for edge in edges)
-
-    def _ids(self, chunk: str | Sequence[int]) -> Sequence[int]:
-        return encode_alone(self._tokenizer, chunk) if isinstance(chunk, str) else chunk
 
 
 def encode_alone(tokenizer: Any, text: str) -> list[int]:
@@ -455,26 +463,3 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> TokenIds:
         return as_token_ids(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
     except Exception:  # a template may raise whatever its author likes
         return as_token_ids([])
-
-
-class _TokenText:
-    """A token's text as it reads after another one: decoders drop the white space that opens a text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
-        self._anchor_length = len(self._decode(self._anchor))
-
-    def __call__(self, token: int) -> str:
-        return self.of([token])
-
-    def of(self, tokens: list[int]) -> str:
-        return self._decode([*self._anchor, *tokens])[self._anchor_length :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _vocabulary(tokenizer: Any) -> list[str | None]:
-    tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return tokens

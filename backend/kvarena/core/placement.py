@@ -14,17 +14,11 @@ import torch
 
 from kvarena.core.devices import to_host
 from kvarena.core.plan import Chunk, Span
+from kvarena.core.policy import reused_positions
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
 from kvarena.core.report import Stopwatch
 from kvarena.core.rope import Rerotation, Rotation, Scratch
 from kvarena.core.store import Missing, Piece, Pieces, Retrieval
-
-
-def wait_for(device: torch.device) -> None:
-    """Returns when what this thread launched on the device has ended; on a CPU it has."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-
 
 MAX_DEVICE_BYTES = 256 << 20
 
@@ -108,7 +102,7 @@ class KVWriter:
                 for span, pieces in group
                 for piece, part in parts_of(pieces, span.offset, len(span))
             ]
-            positions, rerotations = positions_of(spans), self._rerotations(spans)
+            positions, rerotations = reused_positions(spans), self._rerotations(spans)
             moved = None
             if self.model.place is not None:
                 self.model.place(positions, here, rerotations)
@@ -149,15 +143,11 @@ class KVWriter:
     def _rerotations(self, spans: Sequence[Span]) -> dict[Rotation, Rerotation]:
         """Empty where nothing moves."""
         here = torch.cat([torch.arange(len(span)) + len(span.chunk.sink) + span.offset for span in spans])
-        there = positions_of(spans)
+        there = reused_positions(spans)
         if torch.equal(here, there):
             return {}
         here, there = (positions.to(self.model.device, non_blocking=True) for positions in (here, there))
         return {rotation: rotation.between(here, there) for rotation in set(self.model.rotations) if rotation}
-
-
-def positions_of(spans: Sequence[Span]) -> torch.Tensor:
-    return torch.cat([torch.arange(span.start, span.end) for span in spans])
 
 
 def parts_of(pieces: Pieces, start: int, num_tokens: int) -> Iterator[tuple[Piece, slice]]:
@@ -183,9 +173,3 @@ def groups_of(spans: Sequence[Span]) -> Iterator[list[Span]]:
             group = []
     if group:
         yield group
-
-
-def seen_by(positions: torch.Tensor, end: int, window: int | None) -> torch.Tensor:
-    """Which of the tokens `[0, end)` those at `positions` `(T,)` attend to: boolean `(T, end)`."""
-    own, every = positions[:, None], torch.arange(end, device=positions.device)
-    return every <= own if window is None else (every <= own) & (every > own - window)

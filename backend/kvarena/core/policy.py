@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
-from kvarena.core.plan import ReusePlan
+from kvarena.core.plan import ReusePlan, Span
 from kvarena.core.prefilled_model import TokenFilter
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class SelectionContext(Protocol):
         ...
 
     def stored_scores(self) -> torch.Tensor | None:
-        """Deviation and attention `(T, 2)` that the store has of the plan's tokens (`kvarena.core.scoring`); None where
-        some chunk has none.
+        """The stored deviation and attention `(T, 2)` of the plan's tokens (`kvarena.core.attention`); None where some
+        chunk has none.
         """
         ...
 
@@ -158,8 +158,8 @@ class RecomputeNone(SelectionPolicy):
         return Selection(reused_positions(ReusePlan()))
 
 
-def reused_positions(plan: ReusePlan) -> torch.Tensor:
-    """Ascending, int64."""
+def reused_positions(plan: Iterable[Span]) -> torch.Tensor:
+    """Of a plan's spans, or some of them: ascending, int64."""
     import torch
 
     ranges = [torch.arange(span.start, span.end) for span in plan]

@@ -1,8 +1,14 @@
-"""What a blend reports: tokens by origin, look-ups by outcome, milliseconds by stage, and by what it chose."""
+"""What a blend reports: tokens by origin, look-ups by outcome, milliseconds by stage, and by what it chose.
+
+And what the last blends cost: `BlendCosts` says which ratio fits into a time.
+"""
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from kvarena.core.policy import SelectionPolicy
 from kvarena.core.store import Missing
 
 MAX_TOKEN_SCORES = 4096
@@ -44,41 +51,31 @@ class Stopwatch:
             yield item
 
 
+def significant(number: float) -> float:
+    """In `SCORE_DIGITS` digits, as reports have scores and shares."""
+    return float(f"{number:.{SCORE_DIGITS}g}")
+
+
 @dataclass(frozen=True)
 class TokenScores:
-    """`what` the scores are, in words. `tokens`: position, score, and where the policy knows it the position that the
-    score comes from most.
+    """What a report says of single tokens. `what` the scores are, in words. `tokens` begin with the token's position:
+    then its score, and where the policy knows it the position that the score comes from most; or the beginning and the
+    end of a chunk, and its share.
     """
 
     what: str
-    tokens: list[tuple[int, float] | tuple[int, float, int]]
+    tokens: list[tuple[float, ...]]
 
     @classmethod
     def of(cls, what: str, columns: Sequence[torch.Tensor]) -> TokenScores:
-        """Of one column for each part of a token's entry."""
+        """Of positions, scores and perhaps the positions that these come from."""
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        return cls(what, [(at, float(f"{score:.{SCORE_DIGITS}g}"), *sources) for at, score, *sources in rows])
+        return cls(what, [(at, significant(score), *sources) for at, score, *sources in rows])
 
     def among(self, spans: Sequence[tuple[int, int]]) -> TokenScores:
         """Of the tokens in these spans, the first `MAX_TOKEN_SCORES`."""
         positions = {at for start, end in spans for at in range(start, end)}
         return TokenScores(self.what, [one for one in self.tokens if one[0] in positions][:MAX_TOKEN_SCORES])
-
-
-@dataclass(frozen=True)
-class LeansOn:
-    """`what` the shares are, in words. `tokens`: position, the beginning and the end of the other chunk that it attends
-    to most, and that chunk's share.
-    """
-
-    what: str
-    tokens: list[tuple[int, int, int, float]]
-
-    def among(self, spans: Sequence[tuple[int, int]]) -> LeansOn:
-        """Of the tokens in these spans."""
-        positions = {at for start, end in spans for at in range(start, end)}
-        found = [one for one in self.tokens if one[0] in positions]
-        return LeansOn(self.what, [(*one[:3], float(f"{one[3]:.{SCORE_DIGITS}g}")) for one in found])
 
 
 @dataclass
@@ -125,7 +122,7 @@ class BlendReport(Stopwatch):
     misses: list[tuple[int, int, Missing]] = field(default_factory=list)
     wants_scores: bool = False
     token_scores: TokenScores | None = None
-    leans_on: LeansOn | None = None
+    leans_on: TokenScores | None = None
 
     def count(self, start: int, end: int, computed: torch.Tensor) -> None:
         """The tokens of `[start, end)` by origin; `computed` are those that went through all layers, ascending."""
@@ -150,3 +147,62 @@ def _runs(positions: torch.Tensor) -> list[tuple[int, int]]:
     starts = positions[torch.cat([last.new_zeros(1), last + 1])].tolist()
     ends = (positions[torch.cat([last, last.new_tensor([len(positions) - 1])])] + 1).tolist()
     return list(zip(starts, ends, strict=True))
+
+
+RECENT_BLENDS = 32
+"""So many blends are remembered for each way of choosing tokens."""
+NEAREST_BLENDS = 5
+"""Of these, so many count: those whose length is nearest."""
+REMEMBERED_WAYS = 64
+"""So many ways of choosing tokens are remembered, those used last: clients may invent any number."""
+RESERVE_RATIO = 0.1
+"""Of the time that is left, for what takes longer than it did before."""
+MIN_RATIO = 0.01
+"""Recomputed where there is no time at all: so what a token costs stays known, and may come down again."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one blend over `num_tokens`: milliseconds for choosing, per token, and for each token that was recomputed."""
+
+    num_tokens: int
+    select_ms: float
+    recompute_ms: float
+
+
+@dataclass
+class BlendCosts:
+    """The costs of each policy with its options, whatever its ratio was."""
+
+    _seen: OrderedDict[SelectionPolicy, deque[Cost]] = field(default_factory=OrderedDict)
+
+    def note(
+        self, policy: SelectionPolicy, num_tokens: int, num_recomputed: int, select_ms: float, recompute_ms: float
+    ) -> None:
+        """`num_recomputed` of `num_tokens` went through all layers, those among them that no chunk covers."""
+        if num_recomputed:
+            way = policy.with_ratio(0.0)
+            cost = Cost(num_tokens, select_ms / num_tokens, recompute_ms / num_recomputed)
+            self._seen.setdefault(way, deque(maxlen=RECENT_BLENDS)).append(cost)
+            self._seen.move_to_end(way)
+            if len(self._seen) > REMEMBERED_WAYS:
+                self._seen.popitem(last=False)
+
+    def ratio_within(self, policy: SelectionPolicy, num_reused: int, num_computed: int, left_ms: float) -> float:
+        """The largest share of `num_reused` tokens that can be recomputed in time, beside `num_computed` others.
+
+        The policy's own ratio as long as nothing is known of this way of choosing.
+        """
+        assert policy.ratio is not None, "a time for a policy without a ratio"
+        seen = self._seen.get(policy.with_ratio(0.0))
+        if not seen or not num_reused:
+            return policy.ratio
+        num_tokens = num_reused + num_computed
+        nearest = sorted(seen, key=lambda cost: abs(math.log(cost.num_tokens / num_tokens)))[:NEAREST_BLENDS]
+
+        def usual(part: Callable[[Cost], float]) -> float:
+            return statistics.median(map(part, nearest))
+
+        for_recomputing = (1 - RESERVE_RATIO) * left_ms - num_tokens * usual(lambda cost: cost.select_ms)
+        affordable = for_recomputing / usual(lambda cost: cost.recompute_ms) - num_computed
+        return min(1.0, max(MIN_RATIO, affordable / num_reused))

@@ -2,7 +2,7 @@
 
 Works for every scaling with fixed frequencies (default, linear, llama3, YaRN). Magnitude factors (YaRN's `mscale`)
 never enter, since the stored key has its own already. Frequencies that depend on the length of the text have no
-constant angle; `Rotation.from_cos_sin` refuses them. A model rounds the angle of each position to fp32, which at
+constant angle: they are refused. A model rounds the angle of each position to fp32, which at
 position 10,000 is off by up to 0.0005, so a key is rotated by the difference of the two rounded angles and lies
 where the model itself would have put it. RoPE: Su et al., arXiv 2104.09864; YaRN: Peng et al., arXiv 2309.00071.
 """
@@ -13,11 +13,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
 _FAR_POSITION = 1000
 _TOLERANCE = 0.05
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,3 +186,18 @@ def fitting_rotations(
 
 def _moved(keys: torch.Tensor, rotation: Rotation | None, distance: int) -> torch.Tensor:
     return keys if rotation is None else rotation.move(keys, distance)
+
+
+def refuse_length_dependent(config: Any, module: torch.nn.Module) -> None:
+    """Raise `ValueError` where rotary frequencies depend on the length of the text: they have no constant angles.
+
+    `config` is the Hugging Face configuration of the text model, `module` the model. Either may name the kinds of
+    rotary embedding, for all layers or by kind of layer.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layers = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    kinds = {str(own.get("rope_type", "default")) for own in by_layers}
+    for own in (getattr(part, "rope_type", "default") for part in module.modules()):
+        kinds |= set(map(str, own.values())) if isinstance(own, dict) else {str(own)}
+    if found := sorted(kinds & set(_LENGTH_DEPENDENT)):
+        raise ValueError(f"its rotary frequencies depend on the length of the text ({found[0]})")

@@ -38,7 +38,7 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `num_prompts` showed of a chunk's tokens: `mean`, fp32 `(T, 2)` (`kvarena.core.scoring`)."""
+    """What `num_prompts` showed of a chunk's tokens: `mean`, fp32 `(T, 2)` (`kvarena.core.attention`)."""
 
     mean: torch.Tensor
     num_prompts: int

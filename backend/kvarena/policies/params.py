@@ -1,13 +1,17 @@
 """What a request may choose about the blend: a policy and its parameters, with their checks. Imports no torch.
 
-The fields of `BlendParams` are those that the policies declare (`kvarena.policies.registry`).
+The fields of `BlendParams` are those that the policies declare (`kvarena.policies.registry`). A model's profile,
+`kvarena.json` in its folder (docs/models.md), has the settings that suit it: every contender that blends begins with
+them, whatever the engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvarena.core.policy import SelectionPolicy
@@ -18,6 +22,7 @@ from kvarena.policies.registry import (
     all_parameters,
     parameters_of,
     registered_policies,
+    summary_of,
 )
 
 REGISTRY = registered_policies()
@@ -88,7 +93,7 @@ def describe_parameters() -> dict[str, dict[str, Any]]:
     """For the API: each parameter's type, bounds or choices, default and help, and the policies that have it; with the
     policy itself, a line on each of its choices.
     """
-    lines = {name: (cls.__doc__ or "").partition("\n")[0] for name, cls in REGISTRY.items()}
+    lines = {name: summary_of(cls) for name, cls in REGISTRY.items()}
     return {
         name: {
             **own.describe(),
@@ -110,3 +115,38 @@ def check_max_ttft_ms(max_ttft_ms: object, params: BlendParams) -> float:
     if not params.goes_by_ratio:
         raise ValueError(f"max_ttft_ms chooses the ratio, which {params.policy} doesn't go by here")
     return float(max_ttft_ms)
+
+
+MODEL_PROFILE_NAME = "kvarena.json"
+BLEND_FIELDS = ("separator", "sink_tokens", "seams", *PARAMETERS)
+PROFILE_FIELDS = ("data", *BLEND_FIELDS)
+"""`data` is the folder of documents that goes with a model, relative to the model's own."""
+
+
+def read_model_profile(model: str) -> dict[str, Any]:
+    """The settings in `MODEL_PROFILE_NAME` of a local model folder; empty where there is none.
+
+    Raises `ValueError` for a file that is not a JSON object of `PROFILE_FIELDS`.
+    """
+    path = Path(model) / MODEL_PROFILE_NAME
+    if not path.is_file():
+        return {}
+    try:
+        profile = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(profile, dict) or (unknown := set(profile) - set(PROFILE_FIELDS)):
+        names = ", ".join(PROFILE_FIELDS)
+        raise ValueError(f"{path} must be a JSON object with keys among {names}, not {unknown or profile!r}")
+    return profile
+
+
+def read_blend_profile(model: str) -> dict[str, Any]:
+    """The part of `read_model_profile` that the blend takes: how chunks are made, and fields of `BlendParams`."""
+    return {key: value for key, value in read_model_profile(model).items() if key in BLEND_FIELDS}
+
+
+def profiled_params(model: str, **given: Any) -> BlendParams:
+    """What is given, else what the model's profile says, else the defaults. Raises `ValueError` as `BlendParams`."""
+    profile = {key: value for key, value in read_model_profile(model).items() if key in PARAMETERS}
+    return BlendParams(**(profile | given))

@@ -28,7 +28,7 @@ _BLEND_SETTINGS = (*_CHUNK_SETTINGS, "step_tokens", "store_bytes", "index_path",
 _LMCACHE_SETTINGS = ("lmcache_url", "lmcache_http_url", "lmcache_timeout_s")
 RESERVED = frozenset(("policy", *REQUEST_KEYS, *_BLEND_SETTINGS, *_LMCACHE_SETTINGS))
 """What stands beside the parameters in a request or in the settings of the blend, and can't be the name of one."""
-_NO_POLICIES = ("params", "profile", "registry")
+_NO_POLICIES = ("params", "registry")
 _KEY = "parameter"
 
 

@@ -23,7 +23,7 @@ class StoredDeviation(SelectionPolicy):
     """The tokens that moved most and were looked at most in earlier prompts, by scores stored with their chunks.
 
     The `ratio` of reused tokens with the highest scores: deviation times attention to the power of `attention_weight`
-    (`kvarena.core.scoring`; docs/quality.md). A token that moves and is never looked at needs no repair. The scores
+    (`kvarena.core.attention`; docs/quality.md). A token that moves and is never looked at needs no repair. The scores
     come with warming. A prompt with a chunk that has none yet is blended as by `kv_deviation` of the values at
     `check_layer`. `run_tokens`: so many neighbours are chosen together.
     """

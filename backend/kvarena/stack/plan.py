@@ -19,7 +19,7 @@ from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.home import Home, StackError, project_root
 from kvarena.model import DEFAULT_CARD_MODEL, FALLBACK_NOTICE, TOWN, Model, find_model, hub_folder
-from kvarena.policies.profile import read_blend_profile
+from kvarena.policies.params import read_blend_profile
 from kvarena.stack import machine
 from kvarena.stack.lmcache_l2 import NO_L2, folder_adapter, l2_adapter
 from kvarena.stack.machine import CoreShare

@@ -24,7 +24,7 @@ from kvarena.bench.quality.command import one_sink_note, sample_note
 from kvarena.bench.results import load_results
 from kvarena.bench.variants import Variant
 from kvarena.cli import app
-from kvarena.policies.profile import read_model_profile
+from kvarena.policies.params import read_model_profile
 from support.real_server import serving
 from support.scripted_engine import ScriptedEngine
 from support.tiny_models import random_text, save_tiny_model

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from kvarena.core.costs import MIN_RATIO
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.prefilled_model import LayerKV, TokenFilter
+from kvarena.core.report import MIN_RATIO
 from kvarena.core.store import FoundKV
 from kvarena.engines.hf.blend import BlendableModel, BlendedPrefill, HFPrefilledModel
 from kvarena.engines.hf.model import HFModel, UnsupportedModel

@@ -121,7 +121,7 @@ def test_of_a_long_blend_nothing_is_told(blended: Blended, monkeypatch: pytest.M
     ids = blended.encode("".join(SEPARATOR + random_text(rng, length) for length in LENGTHS) + SEPARATOR + "who?")
     params = BlendParams("kv_deviation", 0.4, 1)
     blended.prefill(ids, params)
-    monkeypatch.setattr("kvarena.core.blend.MAX_LEANING_TOKENS", len(ids) - 10)
+    monkeypatch.setattr("kvarena.core.blend.MAX_WATCHED_TOKENS", len(ids) - 10)
     report, _ = blend(blended, ids, params, 4096, details=True)
     assert report.token_scores is not None
     assert report.leans_on is None

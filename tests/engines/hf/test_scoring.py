@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from kvarena.core.attention import MIN_CONTEXT_TOKENS, QUERY_STRIDE
 from kvarena.core.plan import Chunk, as_token_ids
-from kvarena.core.scoring import MIN_CONTEXT_TOKENS, QUERY_STRIDE
 from kvarena.core.store import Scores
 from kvarena.policies.params import BlendParams
 from support.blended import SEPARATOR, Blended

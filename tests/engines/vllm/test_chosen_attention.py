@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvarena.engines.vllm import chosen_attention
-from kvarena.engines.vllm.chosen_attention import ChosenTokens, GatheredAttention, window_of
+from kvarena.engines.vllm import attention
+from kvarena.engines.vllm.attention import ChosenTokens, GatheredAttention, window_of
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 40
 
@@ -92,7 +92,7 @@ def test_the_faster_one_is_used(times_ms: list[float], is_used: bool, monkeypatc
         work()
         return next(measured)
 
-    monkeypatch.setattr(chosen_attention, "_milliseconds", milliseconds)
+    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
     layer = make_layer(window=40)
     untouched = layer.kv_cache[0].clone()
     found = GatheredAttention.where_faster([layer], by_rows)

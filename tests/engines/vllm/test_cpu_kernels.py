@@ -15,10 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from vllm._custom_ops import cpu_attn_reshape_and_cache
 
 from kvarena.core.rope import Rotation
-from kvarena.engines.vllm import cpu_kernels
+from kvarena.engines.vllm import attention
+from kvarena.engines.vllm.attention import ChosenTokens, CPUKernels, library
 from kvarena.engines.vllm.build_kernels import FOLDER, compiled
-from kvarena.engines.vllm.chosen_attention import ChosenTokens
-from kvarena.engines.vllm.cpu_kernels import CPUKernels, library
 
 needs_kernels = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported() or not shutil.which(os.environ.get("CXX") or "g++"),
@@ -153,7 +152,7 @@ def test_without_a_compiler_there_are_no_kernels(
     compiler: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    with caplog.at_level(logging.WARNING, cpu_kernels.__name__):
+    with caplog.at_level(logging.WARNING, attention.__name__):
         assert library.__wrapped__() is None
     assert "can't be compiled" in caplog.text
     assert not list(own_folder.glob("kernels/*"))

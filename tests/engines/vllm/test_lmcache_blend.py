@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvarena.engines.vllm.config import BlendConfig
-from kvarena.engines.vllm.lmcache_config import lmcache_blend_options
+from kvarena.engines.vllm.lmcache_blender import lmcache_blend_options
 from support.families import save_family
 from support.lmcache_engine import refused, registrations
 from support.tiny_models import save_tiny_model

@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvarena.engines import base
 from kvarena.engines.vllm.config import BlendConfig
-from kvarena.engines.vllm.lmcache_blender import special_string
-from kvarena.engines.vllm.lmcache_config import SUPPORTED, lmcache_config
+from kvarena.engines.vllm.lmcache_blender import SUPPORTED, lmcache_config, special_string
 from support.tiny_models import tiny_tokenizer
 
 TOWN = Path(__file__).parents[3] / "backend" / "models" / "town"

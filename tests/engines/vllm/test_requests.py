@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvarena.core.costs import MIN_RATIO
+from kvarena.core.report import MIN_RATIO
 from kvarena.engines.vllm.config import BlendConfig
 from support.lmcache_server import LMCacheServer
 from support.tiny_models import random_text, save_tiny_model, tiny_tokenizer

@@ -26,8 +26,7 @@ from kvarena.bench.quality.scoring import closeness_figures, mean_interval, toke
 from kvarena.bench.results import Row, spread
 from kvarena.bench.variants import Variant
 from kvarena.documents import load_documents
-from kvarena.policies.params import BlendParams
-from kvarena.policies.profile import MODEL_PROFILE_NAME, read_model_profile
+from kvarena.policies.params import MODEL_PROFILE_NAME, BlendParams, read_model_profile
 
 PROMPTS = (
     "What is this text about?",

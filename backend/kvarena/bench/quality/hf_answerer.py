@@ -22,8 +22,7 @@ from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.model import Model, find_model
-from kvarena.policies.params import BlendParams
-from kvarena.policies.profile import read_blend_profile
+from kvarena.policies.params import BlendParams, read_blend_profile
 from kvarena.stores.memory import MemoryStore
 
 CONTENDERS = ("plain", "blend")

@@ -10,7 +10,7 @@ from kvarena.bench.quality.asking import NUM_LOGPROBS, Asking, GreedyAnswer, Mes
 from kvarena.bench.variants import Variant, is_blend
 from kvarena.client import CHAT, ClientError, StreamedAnswer, Usage, connect
 from kvarena.documents import TextChunk
-from kvarena.policies.profile import read_model_profile
+from kvarena.policies.params import read_model_profile
 from kvarena.stack.chunk_cache import warm
 
 

@@ -29,7 +29,7 @@ from kvarena.bench.simllm.running import (
     run_stream,
 )
 from kvarena.engines.vllm.config import BlendConfig
-from kvarena.policies.profile import read_blend_profile
+from kvarena.policies.params import read_blend_profile
 
 
 def make_rows(tasks: Sequence[StreamTask], runs: Sequence[ContenderRun], **model: Any) -> list[Row]:

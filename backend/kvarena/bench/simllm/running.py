@@ -39,7 +39,7 @@ from kvarena.documents import TextChunk
 from kvarena.engines.base import GenerationRequest, Report, Sampling
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.model import find_model
-from kvarena.policies.profile import read_blend_profile
+from kvarena.policies.params import read_blend_profile
 from kvarena.simllm import AlignedParams, SimLLMInference, SimLLMParams
 
 

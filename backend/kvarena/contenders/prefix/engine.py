@@ -19,8 +19,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool
 from kvarena.contenders.prefix.cache import MIN_TOKENS, PrefixCache
 from kvarena.core.devices import to_host
 from kvarena.engines.base import GeneratedToken, GenerationRequest, num_tokens_to_generate, spans_of, token_ids_of
-from kvarena.engines.hf.generation import FIRST_CAPACITY_TOKENS, EngineGeneration, Timings
-from kvarena.engines.hf.model import Cancelled, HFModel
+from kvarena.engines.hf.model import FIRST_CAPACITY_TOKENS, Cancelled, EngineGeneration, HFModel, Timings
 from kvarena.engines.hf.sequence_kv import SequenceKV, empty_host_tensor
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.store_metrics import StoreFigures

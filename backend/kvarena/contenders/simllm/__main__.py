@@ -15,8 +15,7 @@ from kvarena.contenders.simllm.inference import load_simllm
 from kvarena.contenders.simllm.params import AlignedParams, SimLLMParams
 from kvarena.contenders.simllm.spec import SPEC
 from kvarena.engines.store_metrics import StoreCollector
-from kvarena.policies.params import PARAMETERS
-from kvarena.policies.profile import profiled_params
+from kvarena.policies.params import PARAMETERS, profiled_params
 from kvarena.policies.registry import Parameter, Value
 from kvarena.server.app import serve
 from kvarena.server.state import ApiConfig

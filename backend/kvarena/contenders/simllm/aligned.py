@@ -143,7 +143,7 @@ class AlignedReuse:
         kv = self._model.new_kv(max(capacity, len(ids)))
         with _counted_layer_passes(self._blendable.layers) as passes:
             prompt = HFPrefilledModel(self._blendable, ids[:-1], kv)
-            task = BlendTask(plan, 0, len(ids) - 1, make_policy(blend), keeps=lambda _: False)
+            task = BlendTask(plan, 0, len(ids) - 1, make_policy(blend), store_new=False)
             report = Blender(store).blend(prompt, task)
         num_passes = sum(passes) + self._model.kv_shape.num_layers
         is_exact = plan.is_prefix or blend.recomputes_all

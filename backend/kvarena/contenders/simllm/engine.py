@@ -29,8 +29,7 @@ from kvarena.engines.base import (
     spans_of,
     token_ids_of,
 )
-from kvarena.engines.hf.generation import FIRST_CAPACITY_TOKENS, EngineGeneration, Timings
-from kvarena.engines.hf.model import HFModel, UnsupportedModel
+from kvarena.engines.hf.model import FIRST_CAPACITY_TOKENS, EngineGeneration, HFModel, Timings, UnsupportedModel
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.store_metrics import StoreFigures
 

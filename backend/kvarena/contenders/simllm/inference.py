@@ -39,7 +39,7 @@ from kvarena.contenders.simllm.task import TaskOutcome
 from kvarena.core.store import ChunkStore
 from kvarena.engines.base import Tokenizer
 from kvarena.engines.hf.model import HFModel, load_module
-from kvarena.policies.profile import profiled_params
+from kvarena.policies.params import profiled_params
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from kvarena.core.attention import seen_by
 from kvarena.core.blend import Blender, BlendTask
-from kvarena.core.filtered_layer import FilteredLayer, forward_filtered
+from kvarena.core.devices import wait_for
+from kvarena.core.filtered_layer import FilteredLayer, decoder_layers, forward_filtered
 from kvarena.core.matching import DEFAULT_SINK_TOKENS, ChunkIndex, Planner, Segmenter, prompt_beginning
-from kvarena.core.placement import seen_by, wait_for
 from kvarena.core.plan import Chunk, ReusePlan, TokenIds, as_token_ids
 from kvarena.core.policy import SelectionPolicy
 from kvarena.core.prefilled_model import (
@@ -33,9 +34,8 @@ from kvarena.core.prefilled_model import (
     TokenFilter,
 )
 from kvarena.core.report import BlendReport
-from kvarena.core.rope import Rotation, rotations_of
+from kvarena.core.rope import Rotation, refuse_length_dependent, rotations_of
 from kvarena.core.store import ScoredStore
-from kvarena.core.supported import decoder_layers, refuse_length_dependent
 from kvarena.engines.hf import attention
 from kvarena.engines.hf.model import HFModel, UnsupportedModel
 from kvarena.engines.hf.sequence_kv import SequenceKV

@@ -1,21 +1,26 @@
 """A Hugging Face causal language model: one sequence at a time, its KV in a `SequenceKV`.
 
 All torch work runs in the model's own thread, piece by piece in the order of asking: a long prefill is cut, so that
-other requests' tokens go in between, and no two forwards fight over the cores.
+other requests' tokens go in between, and no two forwards fight over the cores. `EngineGeneration` has what all
+generations over such a model share: how they begin, are closed, timed and end.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kvarena.engines.base import Tokenizer
+from kvarena.core.report import Stopwatch
+from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report, Tokenizer
 from kvarena.engines.hf import attention
 from kvarena.engines.hf.sequence_kv import KVShape, SequenceKV
 
@@ -183,3 +188,63 @@ def _eos_token_ids(model: Any) -> list[int]:
     if found is None:
         found = model.config.get_text_config().eos_token_id
     return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+@dataclass
+class Timings(Stopwatch):
+    """Milliseconds. `first_token_ms` is all that passed until the first token, whatever it was spent on. An engine's
+    own stages are further fields.
+    """
+
+    tokenize_ms: float = 0.0
+    prefill_ms: float = 0.0
+    first_token_ms: float = 0.0
+    decode_ms: float = 0.0
+    total_ms: float = 0.0
+
+    def rounded(self) -> dict[str, float]:
+        """By name, as a report has them."""
+        return {name: round(value, 3) for name, value in asdict(self).items()}
+
+
+FIRST_CAPACITY_TOKENS = 256
+"""A sequence's memory has room for so many tokens of the answer, or somewhat fewer, before it grows."""
+
+
+class EngineGeneration(ABC):
+    """One request. Implements `kvarena.engines.base.Generation`."""
+
+    def __init__(self, model: HFModel, request: GenerationRequest, timings: Timings) -> None:
+        self.report = Report()
+        self.finish_reason: FinishReason | None = None
+        self.prompt_token_ids: Sequence[int] = ()
+        self.timings = timings
+        self._model = model
+        self._request = request
+        self._closed = threading.Event()
+
+    def __iter__(self) -> Iterator[GeneratedToken]:
+        try:
+            with self.timings.timed("total_ms"):
+                yield from self._steps()
+        except Cancelled:
+            pass
+        finally:
+            self.report.details |= {"timings": self._timing_figures()}
+
+    def close(self) -> None:
+        self._closed.set()
+
+    @abstractmethod
+    def _steps(self) -> Iterator[GeneratedToken]:
+        """Tokens until `finish_reason` is set or the generation was closed. Fills in the report."""
+
+    def _timing_figures(self) -> dict[str, float]:
+        return self.timings.rounded()
+
+    def _drawn(self, token: GeneratedToken) -> GeneratedToken:
+        """The token, marked where it ends the answer; `finish_reason` is set then."""
+        if token.token_id not in self._model.eos_token_ids or self._request.sampling.ignore_eos:
+            return token
+        self.finish_reason = "stop"
+        return replace(token, is_end=True)

@@ -110,7 +110,7 @@ MAX_NAMED_CHUNKS = 4096
 AUTO_RATIO = "auto"
 STORE_ALL = "all"
 STORE_SCORES = "scores"
-"""As `STORE_ALL`, and the prompt is computed whole for what it shows of its chunks (`kvarena.core.scoring`)."""
+"""As `STORE_ALL`, and the prompt is computed whole for what it shows of its chunks (`kvarena.core.attention`)."""
 
 STORE_SEAMS = "seams"
 """As `STORE_ALL`, and each chunk is computed after the one before it, too (`Planner.seams`)."""

@@ -1,6 +1,6 @@
 // Over vLLM's paged KV cache, on processors with AVX-512: the attention of chosen tokens, and chunks' KV rotated and
 // written straight from where it lies. In fp32, and in bf16 where the processor has products of it.
-// cpu_kernels.py declares what is called from outside.
+// attention.py declares what is called from outside.
 
 #include <immintrin.h>
 #include <algorithm>
@@ -191,7 +191,7 @@ void attend_tile(const T* const* queries, const int64_t* begins, const int64_t* 
 
 }  // namespace
 
-// The chosen tokens and their model: cpu_kernels.py has the same.
+// The chosen tokens and their model: attention.py has the same.
 struct Attention {
     const void* queries;     // (T, H, D); a token's heads lie side by side, tokens `query_stride` apart
     const void* kv;          // `Cache::kv`

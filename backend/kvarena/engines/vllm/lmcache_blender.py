@@ -1,26 +1,88 @@
-"""LMCache's own in-process blender on stock vLLM: its model is registered, and what it can't serve refused at start.
+"""LMCache's own in-process blender on stock vLLM: its command line, and what every worker does for it.
+
+The command line is made of the blend's settings. LMCache's connector reads its configuration from the keys `lmcache.*`
+of `kv_connector_extra_config`, over its file and its environment; what the blender needs is spelled out here.
 
 The blender asks `VLLMModelTracker` for the model, and nothing upstream puts it there (LMCache issue 4131): it stops
-with "vllm model for vllm-instance not found". `prepare_lmcache_blender` does that in every worker. Of what it refuses
-LMCache would stop at some with a failed assertion; the rest it would serve with wrong answers. LMCache finds the
-separator by its token ids, `tokenizer.encode(blend_special_str)[1:]`, but in a prompt its text becomes other tokens
-(LMCache issues 1136, 2639): white space at its ends goes to its neighbours, some tokenizers put a space before every
-text, and others have no token that begins it. `special_string` looks for one that is found.
+with "vllm model for vllm-instance not found". `prepare_lmcache_blender` does that in every worker, and refuses what it
+can't serve: LMCache would stop at some of it with a failed assertion, and serve the rest with wrong answers.
+
+LMCache finds the separator by its token ids, `tokenizer.encode(blend_special_str)[1:]`, but in a prompt its text
+becomes other tokens (LMCache issues 1136, 2639): white space at its ends goes to its neighbours, some tokenizers put a
+space before every text, and others have no token that begins it. `special_string` looks for one that is found.
+
+Imports neither torch nor vllm: the stack makes the command line where there is none.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.platforms import current_platform
+from kvarena.engines.vllm.config import BlendConfig
+from kvarena.policies.params import PARAMETERS
 
-from kvarena.engines.base import Tokenizer
-from kvarena.engines.vllm.lmcache_config import CONNECTOR, PREFIX
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import VllmConfig
+
+    from kvarena.engines.base import Tokenizer
+
+CONNECTOR = "LMCacheConnectorV1"
+PREFIX = "lmcache."
+CHUNK_TOKENS = 256
+FREE = ("ratio", "check_layer")
+SUPPORTED = {
+    "policy": "kv_deviation",
+    **{name: own.default for name, own in PARAMETERS.items() if name not in ("policy", *FREE)},
+    "max_ttft_ms": None,
+}
+"""The one policy that LMCache's blender has, in the words of `BlendConfig`. Of its parameters `FREE` may change."""
+
+
+def lmcache_config(config: BlendConfig, memory_gb: float) -> dict[str, Any]:
+    """LMCache's own keys for this blend, with `memory_gb` GiB of chunks in the process.
+
+    Without `use_layerwise` the blender is never called, and without `save_unfull_chunk` a prompt's last piece is
+    dropped; LMCache sets the second itself, but not for a configuration that comes with the command line. Raises
+    `ValueError` for a policy that LMCache doesn't have.
+    """
+    for name, value in SUPPORTED.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"LMCache's own blender has {name} {value!r} only, not {getattr(config, name)!r}")
+    return {
+        "enable_blending": True,
+        "use_layerwise": True,
+        "save_unfull_chunk": True,
+        "blend_special_str": config.separator,
+        "blend_check_layers": [config.check_layer],
+        "blend_recompute_ratios": [config.ratio],
+        "chunk_size": CHUNK_TOKENS,
+        "local_cpu": True,
+        "max_local_cpu_size": memory_gb,
+    }
+
+
+def lmcache_blend_options(config: BlendConfig, memory_gb: float) -> list[str]:
+    """Options of vLLM's command line, beside those of every vLLM here but for the prefix cache.
+
+    vLLM's prefix cache is off, for it would give blended KV to exact requests. vLLM itself looks for `use_layerwise`,
+    without a prefix, before it captures whole forward passes in CUDA graphs. LMCache's blender knows one attention.
+    """
+    extra = {f"{PREFIX}{key}": value for key, value in lmcache_config(config, memory_gb).items()}
+    connector = {
+        "kv_connector": CONNECTOR,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"use_layerwise": True, **extra},
+    }
+    return [
+        "--no-enable-prefix-caching",
+        *("--attention-backend", "FLASH_ATTN"),
+        *("--kv-transfer-config", json.dumps(connector)),
+    ]
+
 
 NEIGHBOURS = [(left, right) for left in ("end", "end.", "7") for right in ("The", "the", "a", "7")]
 """What may stand before and after a separator."""
@@ -74,6 +136,7 @@ def prepare_lmcache_blender(vllm_config: VllmConfig, model: nn.Module) -> None:
         return
     from lmcache.integration.vllm.utils import ENGINE_NAME
     from lmcache.v1.compute.models.utils import VLLMModelTracker
+    from vllm.platforms import current_platform
 
     VLLMModelTracker.register_model(ENGINE_NAME, model)
     config = read_config(transfer.kv_connector_extra_config)
@@ -128,6 +191,8 @@ def _refused_settings(vllm_config: VllmConfig, config: Any, device: str) -> list
 
 
 def _refused_model(model: nn.Module, config: Any) -> list[str]:
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
     name = type(model).__name__
     if name not in MODELS:
         return [f"it knows {', '.join(MODELS)}, not {name}"]

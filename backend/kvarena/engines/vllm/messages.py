@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
@@ -23,7 +22,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvarena.core.plan import Chunk, ReusePlan, Span, TokenIds
+from kvarena.core.blend import BlendTask
+from kvarena.core.plan import TokenIds
 from kvarena.core.report import BlendReport
 from kvarena.engines import store_metrics
 from kvarena.engines.base import TOKEN_COUNTS, MissReason, ReportLog, spans_of
@@ -32,28 +32,19 @@ from kvarena.policies.params import BlendParams, make_policy
 
 @dataclass(frozen=True)
 class BlendJob:
-    """Scheduler to worker: fill `[start, end)` of a prompt in its own blocks, before this step's forward.
+    """Scheduler to worker: fill a part of a prompt in its own blocks, before this step's forward.
 
-    `block_ids` has the blocks of each of vLLM's groups of layers. `budget_ms`, from the beginning of the step's blends:
-    the time that decides on the ratio. `piece_tokens`: so many tokens are run in this step and each of the next, while
-    the request waits; None: all in this one.
+    `token_ids` are those up to the task's end; `block_ids` has the blocks of each of vLLM's groups of layers. The
+    task's `budget_ms` counts from the beginning of the step's blends. `piece_tokens`: so many tokens are run in this
+    step and each of the next, while the request waits; None: all in this one.
     """
 
     request_id: str
     token_ids: TokenIds
     block_ids: tuple[list[int], ...]
-    start: int
-    end: int
-    plan: ReusePlan
-    params: BlendParams
-    store_new: bool
-    budget_ms: float | None = None
+    task: BlendTask
     piece_tokens: int | None = None
-    scores: bool = False
-    passing: frozenset[Chunk] = frozenset()
     token_scores: bool = False
-    seams: Mapping[int, Span] = field(default_factory=dict)
-    makes_seams: bool = False
 
 
 @dataclass

@@ -14,7 +14,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from kvarena.asgi import error_response, json_response, read_body, replayed
 from kvarena.core.matching import Segmenter, encode_alone, prompt_beginning
 from kvarena.core.plan import as_token_ids
+from kvarena.engines.base import check_in_vocabulary
 from kvarena.engines.vllm.config import (
     KEY,
     MAX_NAMED_CHUNKS,
@@ -56,8 +57,7 @@ MAX_BYTES_PER_TOKEN = 4
 class KVArenaMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._marked: _MarkedChunks | None = None
-        self._encoder: ChunkEncoder | None = None
+        self._chunks: _Chunks | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,36 +92,33 @@ class KVArenaMiddleware:
 
     async def _encoded_chunks(self, request: dict[str, Any], scope: Scope) -> Sequence[NamedChunk]:
         """Message parts are no more than a hint: where they are too much for chunks they are none."""
-        encoder, transfer = self._chunk_encoder(scope), request.get("kv_transfer_params")
+        chunks, transfer = self._chunks_of(scope), request.get("kv_transfer_params")
         if named := given_params(transfer).get("chunks"):
-            return await encoder.encode(named, _num_sequences(request))
+            return await chunks.encode(named, _num_sequences(request))
         parts = list(_message_parts(request)) if named is None and isinstance(transfer, dict | None) else []
         if not 0 < len(parts) <= MAX_NAMED_CHUNKS:
             return []
         try:
-            return await encoder.encode(parts, _num_sequences(request))
+            return await chunks.encode(parts, _num_sequences(request))
         except ValueError:
             return []
 
-    def _chunk_encoder(self, scope: Scope) -> ChunkEncoder:
-        self._encoder = self._encoder or ChunkEncoder(_vllm_config(scope).model_config)
-        return self._encoder
+    def _chunks_of(self, scope: Scope) -> _Chunks:
+        self._chunks = self._chunks or _Chunks(_config(scope), _vllm_config(scope).model_config)
+        return self._chunks
 
     async def _look_up(self, scope: Scope, receive: Receive) -> Response:
-        """Which of a prompt's chunks the store has now. Tokenising doesn't stop other requests' answers."""
+        """Which of a prompt's chunks the store has now."""
         request = _parse_object(await _read_whole(receive))
         try:
             asked = _ChunkQuery.read(request)
-            asked = replace(asked, chunks=tuple(await self._chunk_encoder(scope).encode(asked.chunks)))
-            if self._marked is None:
-                self._marked = await asyncio.to_thread(_MarkedChunks, scope)
-            token_ids, chunks = await asyncio.to_thread(self._marked.find, asked)
+            token_ids, chunks, sink = await self._chunks_of(scope).find(asked)
         except ValueError as error:
             return error_response(400, str(error))
         long_enough = [chunk for chunk in chunks if "reason" not in chunk]
         texts = [token_ids[chunk["start"] : chunk["end"]] for chunk in long_enough]
         engine, salt = scope["app"].state.engine_client, chunk_salt(asked.cache_salt)
-        question = (texts, salt, self._marked.sink, asked.scores)
+        question = (texts, salt, sink, asked.scores)
         workers = await engine.collective_rpc("kvarena_missing", args=question) if texts else [[]]
         for chunk, lacking in zip(long_enough, workers[0], strict=True):
             is_held = lacking in (None, "not_scored")
@@ -130,11 +127,13 @@ class KVArenaMiddleware:
         return json_response({"num_prompt_tokens": len(token_ids), "chunks": chunks})
 
 
-class ChunkEncoder:
-    """Tokenises chunks, outside of the event loop and one request's after the other's."""
+class _Chunks:
+    """Tokenises chunks, and finds what a prompt marks as chunks, as the scheduler does: outside of the event loop, one
+    request's after the other's, with a tokenizer of its own, for vLLM's is used by other threads.
+    """
 
-    def __init__(self, model_config: Any) -> None:
-        self._model_config = model_config
+    def __init__(self, config: BlendConfig, model_config: Any) -> None:
+        self._config, self._model_config = config, model_config
         self._max_tokens = MAX_CONTEXTS * int(model_config.max_model_len)
         self._thread = ThreadPoolExecutor(1, "kvarena chunks")
 
@@ -159,10 +158,41 @@ class ChunkEncoder:
             return chunks
         return [encode_alone(self._tokenizer, chunk) if isinstance(chunk, str) else chunk for chunk in chunks]
 
+    async def find(self, asked: _ChunkQuery) -> tuple[list[int], list[dict[str, Any]], list[int]]:
+        """The prompt's token ids, the ranges of its chunks, and the sink that they are computed after. Chunks that are
+        too short to be kept are held nowhere.
+
+        Raises `ValueError` as `encode`, and for a prompt that doesn't fit the model.
+        """
+        named = await self.encode(asked.chunks)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._find, asked.prompt, named)
+
+    def _find(
+        self, prompt: str | list[int], named: Sequence[NamedChunk]
+    ) -> tuple[list[int], list[dict[str, Any]], list[int]]:
+        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if len(token_ids) > (most := self._model_config.max_model_len):
+            raise ValueError(f"the prompt has {len(token_ids)} tokens; this model's context has {most}")
+        if token_ids:
+            check_in_vocabulary(token_ids, self._model_config.get_vocab_size())
+        chunks: list[dict[str, Any]] = []
+        for start, end in self._segmenter.segments(as_token_ids(token_ids), named):
+            is_short = end - start < self._config.min_chunk_tokens
+            chunks.append({"start": start, "end": end} | ({"held": False, "reason": "too_short"} if is_short else {}))
+        return token_ids, chunks, self._sink
+
     @cached_property
     def _tokenizer(self) -> Any:
-        """Of its own, for vLLM's is used by other threads."""
         return copy.deepcopy(cached_tokenizer_from_config(self._model_config))
+
+    @cached_property
+    def _segmenter(self) -> Segmenter:
+        return Segmenter(self._tokenizer, self._config.separator)
+
+    @cached_property
+    def _sink(self) -> list[int]:
+        sink: list[int] = prompt_beginning(self._tokenizer, self._config.sink_tokens).tolist()
+        return sink
 
 
 @dataclass(frozen=True)
@@ -196,35 +226,6 @@ class _ChunkQuery:
         if not isinstance(scores, bool):
             raise ValueError(f"scores must be true or false, not {scores!r}")
         return cls(prompt, cache_salt, read_chunks(body), scores)
-
-
-class _MarkedChunks:
-    """Finds what a prompt marks as chunks, as the scheduler does, with a tokenizer of its own: in another thread."""
-
-    def __init__(self, scope: Scope) -> None:
-        config, model = _config(scope), _vllm_config(scope).model_config
-        self._tokenizer = copy.deepcopy(cached_tokenizer_from_config(model))
-        self._segmenter = Segmenter(self._tokenizer, config.separator)
-        self._min_chunk_tokens = config.min_chunk_tokens
-        self.sink: list[int] = prompt_beginning(self._tokenizer, config.sink_tokens).tolist()
-        self._max_tokens, self._vocab_size = model.max_model_len, model.get_vocab_size()
-
-    def find(self, asked: _ChunkQuery) -> tuple[list[int], list[dict[str, Any]]]:
-        """The prompt's token ids, and the ranges of its chunks. Those that are too short to be kept are held nowhere.
-
-        Raises `ValueError` for a prompt that doesn't fit the model.
-        """
-        prompt = asked.prompt
-        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if len(token_ids) > self._max_tokens:
-            raise ValueError(f"the prompt has {len(token_ids)} tokens; this model's context has {self._max_tokens}")
-        if bad := [token for token in token_ids if not 0 <= token < self._vocab_size]:
-            raise ValueError(f"token id {bad[0]} is not in the vocabulary: ids go from 0 to {self._vocab_size - 1}")
-        chunks: list[dict[str, Any]] = []
-        for start, end in self._segmenter.segments(as_token_ids(token_ids), asked.chunks):
-            is_short = end - start < self._min_chunk_tokens
-            chunks.append({"start": start, "end": end} | ({"held": False, "reason": "too_short"} if is_short else {}))
-        return token_ids, chunks
 
 
 async def _describe(scope: Scope) -> dict[str, Any]:

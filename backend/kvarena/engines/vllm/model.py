@@ -27,8 +27,8 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from kvarena.core.filtered_layer import FilteredLayer, forward_filtered
-from kvarena.core.placement import wait_for
+from kvarena.core.devices import wait_for
+from kvarena.core.filtered_layer import FilteredLayer, decoder_layers, forward_filtered
 from kvarena.core.plan import Chunk, TokenIds
 from kvarena.core.prefilled_model import (
     EndForward,
@@ -42,10 +42,7 @@ from kvarena.core.prefilled_model import (
     TokenFilter,
 )
 from kvarena.core.rope import Rerotation, Rotation, rotations_of
-from kvarena.core.supported import decoder_layers
-from kvarena.engines.vllm.chosen_attention import ChosenAttention, ChosenTokens, GatheredAttention
-from kvarena.engines.vllm.cpu_kernels import CPUKernels
-from kvarena.engines.vllm.hooks import reading_kv, reading_layers, reading_queries
+from kvarena.engines.vllm.attention import ChosenAttention, ChosenTokens, CPUKernels, GatheredAttention, reading
 from kvarena.engines.vllm.supported import attention_layers, refuse_unsupported
 
 
@@ -179,13 +176,13 @@ class PagedFilteredLayer(FilteredLayer):
         """From a copy of the inputs: fused norms write into them."""
         found: list[LayerKV] = []
 
-        def stop(_layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        def stop(_layer: int, _queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
             heads = (len(keys), -1, self._engine.head_size)
             found.append(LayerKV(keys.reshape(heads).clone(), values.reshape(heads).clone()))
             raise EndForward
 
         copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
-        with reading_kv(self._engine.layers, [self._number], stop, before_others=True), suppress(EndForward):
+        with reading(self._engine.layers, [self._number], stop, before_others=True), suppress(EndForward):
             self.layer(*copied_args, **copied_kwargs)
         return found[0]
 
@@ -236,7 +233,7 @@ def prefill_chunks(
                 yield
             is_begun = True
             pieces = [kv[row.sequence][:, :, row.start : row.end] for row in batch.rows]
-            with reading_kv(engine.layers, range(len(engine.layers)), partial(_keep, pieces)):
+            with reading(engine.layers, range(len(engine.layers)), partial(_keep, pieces)):
                 engine.forward(batch)
         for number, whole in zip(numbers, kv, strict=True):
             computed[number] = whole[:, :, len(chunks[number].sink) :]
@@ -267,7 +264,9 @@ def _empty_kv(engine: VllmModel, num_tokens: int) -> torch.Tensor | None:
     return None
 
 
-def _keep(pieces: Sequence[torch.Tensor], layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+def _keep(
+    pieces: Sequence[torch.Tensor], layer: int, _queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> None:
     """One layer's keys and values `(T, H_kv * D)` of a batch, into the KV `(2, L, t, H_kv * D)` of each row."""
     sizes = [piece.shape[2] for piece in pieces]
     for piece, own_keys, own_values in zip(pieces, torch.split(keys, sizes), torch.split(values, sizes), strict=True):
@@ -355,7 +354,7 @@ class VllmModel:
                 metadata, self.vllm_config, num_tokens=len(batch), slot_mapping=slots, skip_compiled=True
             ),
             self.chosen_attention.attending() if self.chosen_attention else nullcontext(),
-            reading_kv(self.layers, [last], self._write_and_stop),
+            reading(self.layers, [last], self._write_and_stop),
             suppress(EndForward),
         ):
             self.model(input_ids=batch.token_ids.to(self.device), positions=told.to(self.device))
@@ -369,11 +368,11 @@ class VllmModel:
         unseen = float("nan")
         keys = torch.full((len(self.layers), self.num_kv_heads, self.head_size), unseen)
 
-        def keep(layer: int, own: torch.Tensor, _values: torch.Tensor) -> None:
+        def keep(layer: int, _queries: torch.Tensor, own: torch.Tensor, _values: torch.Tensor) -> None:
             keys[layer] = own.view(self.num_kv_heads, self.head_size)
 
         token_id = torch.tensor([self.vllm_config.model_config.get_vocab_size() // 2])
-        with reading_kv(self.layers, range(len(self.layers)), keep):
+        with reading(self.layers, range(len(self.layers)), keep):
             first_block = torch.zeros(len(self.groups), 1, dtype=torch.int32)
             self.forward(Batch.of_one(token_id, torch.tensor([0]), first_block), torch.tensor([position]))
         return keys
@@ -413,7 +412,7 @@ class VllmModel:
         attention = self.layers[layer]
         attention.impl.do_kv_cache_update(attention, keys, values.contiguous(), attention.kv_cache, slots)
 
-    def _write_and_stop(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _write_and_stop(self, layer: int, _queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         slots = get_forward_context().slot_mapping[self.layer_names[layer]]
         heads = (len(keys), self.num_kv_heads, self.head_size)
         self.write(layer, slots, keys.reshape(heads), values.reshape(heads))
@@ -492,17 +491,17 @@ class PagedPrompt:
                 queries, keys, values = (x.reshape(len(own), -1, self.head_size) for x in passing)
                 on_layer(layer, own, queries, LayerKV(keys, values))
 
-            with reading_layers(self._engine.layers, read):
+            with reading(self._engine.layers, range(len(self._engine.layers)), read):
                 self._engine.forward(batch)
 
     def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
         found: list[torch.Tensor] = []
 
-        def keep(queries: torch.Tensor) -> None:
+        def keep(_layer: int, queries: torch.Tensor, _keys: torch.Tensor, _values: torch.Tensor) -> None:
             found.append(queries.reshape(len(queries), -1, self.head_size).clone())
             raise EndForward
 
-        with reading_queries(self._engine.layers[layer], keep):
+        with reading(self._engine.layers, [layer], keep):
             for batch in self._batches(positions):
                 self._engine.forward(batch)
         return torch.cat(found)

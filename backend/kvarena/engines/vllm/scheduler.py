@@ -28,6 +28,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request, RequestStatus
 
+from kvarena.core.blend import BlendTask
 from kvarena.core.matching import Planner, Segment, Segmenter, prompt_beginning
 from kvarena.core.plan import Chunk, ChunkKey, ReusePlan, Span, TokenIds, as_token_ids
 from kvarena.core.policy import share_of
@@ -262,24 +263,22 @@ class SchedulerConnector:
         tracked.is_blending = True
         tracked.allocated_s = time.perf_counter()
         blend, budget_ms = self._ratio_or_budget(tracked)
+        task = BlendTask(
+            plan,
+            start,
+            end,
+            make_policy(blend),
+            store_new=tracked.params.store_new,
+            passing=passing,
+            budget_ms=budget_ms,
+            scores=tracked.params.store_scores,
+            seams=self._seams(tracked),
+            makes_seams=tracked.params.store_seams,
+        )
+        piece_tokens = self._budget.step_tokens if self._is_long(tracked) else None
+        token_ids, token_scores = tracked.token_ids[:end], tracked.params.token_scores
         self._jobs.append(
-            BlendJob(
-                request.request_id,
-                tracked.token_ids[:end],
-                blocks.get_block_ids(),
-                start,
-                end,
-                plan,
-                blend,
-                tracked.params.store_new,
-                budget_ms,
-                self._budget.step_tokens if self._is_long(tracked) else None,
-                tracked.params.store_scores,
-                passing,
-                tracked.params.token_scores,
-                self._seams(tracked),
-                tracked.params.store_seams,
-            )
+            BlendJob(request.request_id, token_ids, blocks.get_block_ids(), task, piece_tokens, token_scores)
         )
 
     def _seams(self, tracked: _TrackedRequest) -> dict[int, Span]:

@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.worker.utils import select_common_block_size
 
-from kvarena.core.supported import refuse_length_dependent, refuse_short_window
+from kvarena.core.rope import refuse_length_dependent
 
 KEEP_ALL_KV = "--disable-hybrid-kv-cache-manager"
 """With this option of vLLM's, layers with a sliding window keep all KV, like a model's other layers."""
@@ -88,8 +88,14 @@ def refuse_spec(spec: KVCacheSpec, max_model_len: int) -> None:
     if getattr(spec, "non_causal", False):
         raise ValueError("its attention is not causal")
     if isinstance(spec, SlidingWindowSpec):  # others with a window have a `FullAttentionSpec`, and all of their KV
-        refuse_short_window("sliding window", spec.sliding_window, max_model_len)
-    refuse_short_window("attention chunk", getattr(spec, "attention_chunk_size", None), max_model_len)
+        _refuse_short_window("sliding window", spec.sliding_window, max_model_len)
+    _refuse_short_window("attention chunk", getattr(spec, "attention_chunk_size", None), max_model_len)
+
+
+def _refuse_short_window(window: str, num_tokens: int | None, max_model_len: int) -> None:
+    """Raise `ValueError` where layers attend to fewer tokens than a context may have. `window`: what they attend to."""
+    if num_tokens and num_tokens < max_model_len:
+        raise ValueError(f"its {window} of {num_tokens} tokens is shorter than the context of {max_model_len} tokens")
 
 
 def attention_layers(model: torch.nn.Module) -> list[Any]:

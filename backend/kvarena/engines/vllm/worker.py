@@ -17,7 +17,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from kvarena.core.blend import Blender, BlendTask
+from kvarena.core.blend import Blender
 from kvarena.core.devices import is_device_failure
 from kvarena.core.matching import sink_of
 from kvarena.core.plan import Chunk, as_token_ids
@@ -28,7 +28,6 @@ from kvarena.engines.vllm.config import BlendConfig
 from kvarena.engines.vllm.messages import BlendJob, BlendJobs, BlendReports
 from kvarena.engines.vllm.model import VllmModel, rank_name
 from kvarena.engines.vllm.plugin import loaded_model
-from kvarena.policies.params import make_policy
 from kvarena.stores.memory import MemoryStore
 from kvarena.stores.tensor_parallel import TensorParallelStore
 
@@ -155,19 +154,10 @@ class WorkerConnector:
         """`start_s`: when the blends of this step began."""
         assert self._engine is not None, "a blend before the KV cache was registered"
         assert self._blender is not None, "a blend without a store"
-        report = BlendReport(wants_scores=job.token_scores)
-        task = BlendTask(
-            job.plan,
-            job.start,
-            job.end,
-            make_policy(job.params),
-            keeps=lambda chunk: job.store_new and chunk not in job.passing,
-            budget_ms=None if job.budget_ms is None else job.budget_ms - 1e3 * (time.perf_counter() - start_s),
-            scores=job.scores,
-            seams=job.seams,
-            makes_seams=job.makes_seams,
-        )
-        prompt = self._engine.prompt(job.token_ids, job.block_ids, job.start)
+        report, task = BlendReport(wants_scores=job.token_scores), job.task
+        if task.budget_ms is not None:
+            task = replace(task, budget_ms=task.budget_ms - 1e3 * (time.perf_counter() - start_s))
+        prompt = self._engine.prompt(job.token_ids, job.block_ids, task.start)
         # What a filter leaves is one batch, also of a blend that is done in this step.
         max_tokens = self._engine.max_batch_tokens
         pieces = self._blender.in_pieces(prompt, task, report, min(job.piece_tokens or max_tokens, max_tokens))
