@@ -3,14 +3,14 @@
 Fill the cache with the moved chunk KV of all layers, then give the model the selected tokens only, at their true
 positions: in every layer their fresh keys and values replace the old ones and attend, causally, to everything before
 them. That is CacheBlend (Yao et al., arXiv 2405.16444) layer by layer, with the engine's own kernels. In order: what a
-policy sees of a blend, the task, the blender, one task under way.
+policy sees of a blend, the task, the blender, the run of one task.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ import torch
 
 from kvarena.core.attention import MAX_WATCHED_TOKENS, MIN_CONTEXT_TOKENS, ChunkScorer, LeaningObserver
 from kvarena.core.devices import begin_thread, is_device_failure
-from kvarena.core.placement import ChunkSource, KVWriter, groups_of
+from kvarena.core.placement import ChunkSource, KVWriter, groups_of, packed
 from kvarena.core.plan import Chunk, ReusePlan, Span
 from kvarena.core.policy import SelectionPolicy, reused_positions
 from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, PrefilledModel, Result, TokenFilter
@@ -36,8 +36,8 @@ _TOKENS_WITHOUT_QUESTION = 16
 class BlendContext:
     """Implements `kvarena.core.policy.SelectionContext` for a prompt up to `end`.
 
-    `watched` holds the KV of the layers that the policy looks at, group after group, for the spans of `plan` and
-    perhaps some before them; `gaps` are the positions that are computed anyway.
+    `watched` has the KV of the layers that the policy looks at, group after group, of the spans of `plan` and perhaps
+    some before them; `gaps` are the positions that are computed anyway.
     """
 
     model: PrefilledModel
@@ -66,7 +66,7 @@ class BlendContext:
         return {span.chunk for span in self.plan if self._scores_of(span) is None}
 
     def _scores_of(self, span: Span) -> torch.Tensor | None:
-        """Of its tokens. Where a prompt begins, there is too little before them for any to need it."""
+        """Where a prompt begins, they need none: too little is before those tokens."""
         known = self.scores_of_chunks.get(span.chunk)
         if known is None:
             return torch.zeros(len(span), 2) if span.start < MIN_CONTEXT_TOKENS else None
@@ -96,7 +96,7 @@ class BlendContext:
         return self.model.queries(positions, layer)[rows]
 
     def question_positions(self) -> torch.Tensor:
-        """The last tokens after the last span; where there are none, the last of the span."""
+        """The last tokens after the last span, or where there are none, of that span."""
         after = torch.arange(max(self.plan.end, self.end - MAX_QUESTION_TOKENS), self.end)
         return after if len(after) else reused_positions(self.plan)[-_TOKENS_WITHOUT_QUESTION:]
 
@@ -104,12 +104,12 @@ class BlendContext:
 logger = logging.getLogger(__name__)
 RATIO_DIGITS = 4
 ANY_RATIO = 0.5
-"""Neither none nor all, for which a policy isn't asked."""
+"""Any but 0 and 1, at which a policy isn't asked."""
 
 
 @dataclass(frozen=True)
 class BlendTask:
-    """The cache of `[start, end)` is to be filled; what stands before `start` is there already.
+    """Fill the cache of `[start, end)`; what is before `start` is there already.
 
     Chunks that are computed here are put into the store, where it is to `store_new` ones, but for those that are
     `passing`. `budget_ms`: the time for all of it. As many tokens are recomputed as fit, by what earlier blends took;
@@ -165,9 +165,8 @@ class Blender:
         self.store.clear()
 
     def missing(self, chunks: Sequence[Chunk], *, scores: bool = False) -> list[Lacking | None]:
-        """Why the store doesn't have each of these, once what is on its way there has arrived; None where it has it.
-
-        `scores`: it has to have their scores, too.
+        """Why the store lacks each of these, or their `scores` if they are asked for; None where it has them. Waits for
+        what is on its way to the store.
         """
         self.puts.wait_for(chunks, PUT_TIMEOUT_S)
         with self.store.retrieval(chunks) as retrieval:
@@ -181,16 +180,16 @@ class Blender:
             return lacking
 
     def close(self) -> None:
-        """What was computed for the store gets there first."""
+        """Puts what was computed into the store first."""
         self.puts.close()
         self.store.close()
 
     def blend(self, model: PrefilledModel, task: BlendTask) -> BlendReport:
-        """Whatever the store loses or the model has no room for is computed as part of the prompt. After an unexpected
+        """What the store loses or the model has no room for is computed as part of the prompt. After an unexpected
         failure the whole range is computed, so the answer is right in every case.
 
-        Raises what `is_device_failure` tells where one of several ranks has no memory for a forward, say: the others
-        wait in it, and would take what this one runs next for their own.
+        Only a device failure (`is_device_failure`) on one of several ranks is raised: the others wait for it in a
+        forward, and would mix that up with what this rank ran next.
         """
         report = BlendReport()
         with report.timed("blend_ms"):
@@ -202,10 +201,10 @@ class Blender:
     def in_pieces(
         self, model: PrefilledModel, task: BlendTask, report: BlendReport, piece_tokens: int
     ) -> InPieces[None]:
-        """What `blend` does, and with the same result: between two items about `piece_tokens` go through the model.
+        """As `blend`, with the same result, in pieces of about `piece_tokens` that go through the model.
 
-        Between the pieces others may use the model, but not the task's part of the cache. `report` is
-        complete at the end, but for `blend_ms`, which is the caller's. Whoever doesn't go on to the end closes it.
+        Between them others may use the model, but not the task's part of the cache. At the end `report` is complete but
+        for `blend_ms`, which is the caller's. Who stops before the end closes the generator.
         """
         run = _Run(self, model, task, report, max(1, piece_tokens))
         try:
@@ -220,7 +219,6 @@ class Blender:
         self._note_store(report)
 
     def _note_store(self, report: BlendReport) -> None:
-        """What happened to the store since the last report."""
         known, self._known = self._known, replace(self.store.stats)
         report.store_errors = self._known.errors - known.errors
         report.store_evictions = self._known.evictions - known.evictions
@@ -228,7 +226,7 @@ class Blender:
 
 
 class _Run:
-    """One task under way. What yields gives way after about `piece_tokens`, and goes on when it is asked again."""
+    """The run of one task. Its generators yield after about `piece_tokens` each."""
 
     def __init__(
         self, blender: Blender, model: PrefilledModel, task: BlendTask, report: BlendReport, piece_tokens: int
@@ -269,7 +267,7 @@ class _Run:
         self.blender.costs.note(policy, num_tokens, len(computed), spent_ms, report.recompute_ms)
 
     def score(self) -> InPieces[None]:
-        """The whole prompt's own KV, and what that says of its chunks into the store."""
+        """Compute the whole prompt, and put what that shows of its chunks into the store."""
         plan, alone, _ = yield from self._fill(range(len(self.model.rotations)))
         if not plan.spans:
             yield from self.compute(self.task.positions)
@@ -290,10 +288,10 @@ class _Run:
         self.blender.puts.after_puts(chunk, scores.nbytes, self.blender.store.add_scores, chunk, scores)
 
     def compute(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> InPieces[torch.Tensor]:
-        """Run these tokens; returns the positions of those that went through all layers, and counts them.
+        """Run these tokens, and count them. Returns the positions of those that went through all layers.
 
-        More tokens than a piece has are run up to the first filter by themselves. Those that it chooses are run once
-        more from the first layer on: in the layers before the filter they find all the others' fresh KV in the cache.
+        Where they are more than a piece, they are first run up to the first filter. Those that it chooses are then run
+        again from the first layer on; before the filter's layer they find the others' fresh KV in the cache.
         """
         while filters and len(positions) > self.piece_tokens:
             positions = yield from self._choose(positions, filters[0])
@@ -311,7 +309,7 @@ class _Run:
         return run
 
     def _within(self, deadline_s: float, num_reused: int, num_tokens: int) -> SelectionPolicy:
-        """With the ratio that fits into the rest of the time: the ranks', each by its own clock, on average."""
+        """The policy with the ratio that fits into the time left: the mean of the ranks', each by its own clock."""
         policy = self.task.policy
         left_ms = 1e3 * (deadline_s - time.perf_counter())
         ratio = self.blender.costs.ratio_within(policy, num_reused, num_tokens - num_reused, left_ms)
@@ -362,11 +360,11 @@ class _Run:
 
     def _prefill_missing(self, plan: ReusePlan, source: ChunkSource, made: Mapping[Chunk, Chunk]) -> InPieces[None]:
         """Compute missing chunks that stand whole in the prompt, each after its sink, and keep them. One whose KV isn't
-        finite on every rank is left to the prompt. `made` has the chunk by itself for each that is a seam: what is
-        known of its tokens holds for the seam, too.
+        finite on every rank is left to the prompt. `made` has the plain chunk of each seam, whose scores hold for the
+        seam, too.
         """
         missing = list(dict.fromkeys(s.chunk for s in plan if s.chunk not in source and s.is_whole_chunk))
-        for piece in _pieces_of(missing, self.piece_tokens):
+        for piece in packed(missing, len, self.piece_tokens):
             pieces = self.model.prefill_chunks(piece, self.piece_tokens)
             computed = yield from self._timed("prefill_chunks_ms", pieces)
             is_usable = self.model.ranks.all([kv is not None and is_finite(kv) for kv in computed])
@@ -381,12 +379,12 @@ class _Run:
             yield
 
     def _agree(self, failure: Exception | None) -> None:
-        """Raises where a rank couldn't write the KV, for example without memory: all of them compute the prompt."""
+        """Raises on all ranks where one couldn't write the KV, for lack of memory, say: all compute the prompt."""
         if not self.model.ranks.all([failure is None])[0]:
             raise RuntimeError("the chunks' KV couldn't be written on every rank") from failure
 
     def _timed(self, stage: str, pieces: InPieces[Result]) -> InPieces[Result]:
-        """The time of each piece, not that between them."""
+        """Time the pieces, without what happens between them."""
         while True:
             with self.report.timed(stage, until=self.model.wait):
                 try:
@@ -397,7 +395,7 @@ class _Run:
             yield
 
     def _chosen(self, positions: torch.Tensor, filters: Sequence[TokenFilter]) -> InPieces[torch.Tensor]:
-        """What all filters leave, before any token goes through all layers."""
+        """What all filters leave of these tokens, before any of them goes through all layers."""
         for token_filter in filters:
             positions = yield from self._choose(positions, token_filter)
             yield
@@ -406,7 +404,7 @@ class _Run:
     def _note_leaning(
         self, plan: ReusePlan, moved: Sequence[LayerKV], layer: int, positions: torch.Tensor
     ) -> InPieces[None]:
-        """Runs the tokens that will be run up to this layer: there it shows which chunk each attends to."""
+        """Run these tokens up to this layer, to see which chunk each attends to."""
         observer = LeaningObserver(self.model, plan, moved, layer, self.task.start, self.task.end)
         for piece in positions.split(self.piece_tokens):
             with self.report.timed("select_ms", until=self.model.wait):
@@ -416,7 +414,7 @@ class _Run:
             self.report.leans_on = observer.leans_on()
 
     def _choose(self, positions: torch.Tensor, first: TokenFilter) -> InPieces[torch.Tensor]:
-        """The positions that a filter chooses. A piece has more tokens in it, for few of the layers are run."""
+        """The positions that a filter chooses. Pieces have more tokens here, for only some of the layers are run."""
         fresh: list[LayerKV] = []
 
         def keep(_candidates: torch.Tensor, kv: LayerKV) -> torch.Tensor:
@@ -433,7 +431,7 @@ class _Run:
             return positions[first.choose(positions, LayerKV(*map(torch.cat, zip(*fresh, strict=True))))]
 
     def _forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter]) -> torch.Tensor:
-        """The model's forward; up to the last filter it is part of the selection."""
+        """The model's forward, whose time counts as selection up to the last filter."""
         start_s = chosen_s = time.perf_counter()
 
         def timed(token_filter: TokenFilter) -> TokenFilter:
@@ -450,15 +448,3 @@ class _Run:
         self.report.select_ms += 1e3 * (chosen_s - start_s)
         self.report.recompute_ms += 1e3 * (time.perf_counter() - chosen_s)
         return computed
-
-
-def _pieces_of(chunks: Sequence[Chunk], max_tokens: int) -> Iterator[list[Chunk]]:
-    """In order, as many as have no more than so many tokens together; a longer one is a piece by itself."""
-    piece: list[Chunk] = []
-    for chunk in chunks:
-        if piece and sum(map(len, piece)) + len(chunk) > max_tokens:
-            yield piece
-            piece = []
-        piece.append(chunk)
-    if piece:
-        yield piece

@@ -1,7 +1,4 @@
-"""What a device needs of this process: threads that start on it, memory that it reads fast, and what its errors mean.
-
-Not here: what runs on it.
-"""
+"""What a device asks of this process: threads that start on it, memory that it reads fast, waiting, and its errors."""
 
 from __future__ import annotations
 
@@ -15,18 +12,17 @@ _FAILURES = ("out of memory", "CUDA error", "NCCL error")
 
 
 def is_device_failure(error: BaseException) -> bool:
-    """Whether a device had no memory or failed otherwise: after that its rank can't be sure to go on as the others do.
-    PyTorch's allocator has an error of its own for it; libraries beneath it don't tell want of memory from the rest.
+    """Whether a device had no memory or failed otherwise: after that its rank may no longer do what the others do.
+    PyTorch's allocator has an error of its own for it; the libraries below it don't tell lack of memory from the rest.
     """
     own = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistBackendError)
     return isinstance(error, own) or (isinstance(error, RuntimeError) and any(said in str(error) for said in _FAILURES))
 
 
 def begin_thread(device: torch.device | None = None) -> None:
-    """To be called first in a thread of one's own. It runs on every core that a thread of this process may use: vLLM
-    binds each of its threads to a core, and one that they start inherits that, and would wait for the thread that it is
-    to relieve. What it does on CUDA it does on `device`: a new thread begins on the first GPU, whichever its maker is
-    on.
+    """To be called first in every thread that we start. It may then run on all cores of this process: vLLM binds each
+    of its threads to a core, and a thread that such a one starts inherits that, and would wait for its maker. Its CUDA
+    work goes to `device`: a new thread begins on the first GPU, whichever its maker uses.
     """
     cores: set[int] = set()
     for thread in os.listdir("/proc/self/task"):
@@ -38,8 +34,8 @@ def begin_thread(device: torch.device | None = None) -> None:
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in main memory: itself if it is there, else a copy, pinned if a GPU will read it back: those transfers
-    are several times as fast.
+    """A tensor in main memory: itself if it is there, else a copy. One from a GPU is pinned, for it goes back several
+    times as fast.
     """
     if tensor.device.type == "cpu":
         return tensor

@@ -1,10 +1,10 @@
 """From one layer on, a model's forward goes on with chosen tokens only.
 
-The layer is run up to its keys and values, which `TokenFilter.choose` looks at, and is then called with the rows of
-its inputs that were chosen. So are the later layers, since the model hands all of them the same positions, angles and
-masks. Where the tokens take several forwards, the first ones end at this layer and leave their inputs, and the last
-one goes on with what was chosen of all. Engines differ in how they learn a layer's KV, in what else has to know of
-the tokens that are left, and in the shapes of inputs: `FilteredLayer`'s abstract methods.
+The layer is run up to its keys and values, which `TokenFilter.choose` looks at, and is then called with the chosen
+rows of its inputs. So are the later layers, since the model hands all of them the same positions, angles and masks.
+Where the tokens take several forwards, all but the last end at this layer and leave their inputs, and the last one goes
+on with what was chosen of all. Engines differ in how they learn a layer's KV, in what else has to know of the tokens
+that are left, and in the shapes of inputs: these are the abstract methods of `FilteredLayer`.
 """
 
 from __future__ import annotations

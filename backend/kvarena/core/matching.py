@@ -29,10 +29,10 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 class ChunkIndex:
     """The known chunks of every salt, bounded by their number of tokens; the least recently used one goes first.
 
-    Matching is linear in the prompt. A window's last `max_candidates` places are compared with the prompt; a window
-    that led to no span `max_failures` times in one prompt is text that stands everywhere (a record's field names, say)
-    and isn't looked at again there; and up to any position of the prompt at most one comparison for every two tokens is
-    made, beside the first `FREE_COMPARISONS`. `num_comparisons` counts them over the index's life.
+    Three limits keep matching linear in the prompt. Of the places where a window is known, the last `max_candidates`
+    are compared. A window that led to no span `max_failures` times is text that is everywhere (a record's field names,
+    say), and is ignored in the rest of the prompt. And beyond the first `FREE_COMPARISONS` there is at most one
+    comparison for every two tokens. `num_comparisons` counts them over the index's life.
 
     Not thread-safe: it belongs to one scheduler.
     """
@@ -183,7 +183,7 @@ def _extend(token_ids: TokenIds, chunk: Chunk, position: int, offset: int, low: 
 
 
 def _num_equal(one: TokenIds, other: TokenIds) -> int:
-    """In how many tokens both begin alike. What is compared grows with the answer, not with what is left to compare."""
+    """The length of their common prefix. The work grows with that, not with the length of the texts."""
     length = min(len(one), len(other))
     begin, step = 0, 32
     while begin < length:
@@ -204,8 +204,8 @@ class Planner:
 
     `min_chunk_tokens`: shorter segments are not worth a chunk. `min_match_tokens`: shorter partial matches are not
     worth a span. `min_coverage`: a segment covered by known chunks to at least this share isn't made a chunk itself.
-    `min_reused_ratio`, `max_joined_tokens`: see `blend_end`. `sink`: what new chunks are computed after, but for those
-    that begin with it themselves, such as a system prompt with what the template puts before it.
+    `min_reused_ratio`, `max_joined_tokens`: see `blend_end`. `sink`: what new chunks are computed after, unless they
+    begin with it themselves, as a system prompt does with what the template puts before it.
     """
 
     index: ChunkIndex
@@ -230,10 +230,8 @@ class Planner:
         return ReusePlan(tuple(self._placed(span, token_ids) for span in long_enough))
 
     def seams(self, plan: ReusePlan, token_ids: TokenIds) -> dict[int, Span]:
-        """Spans of a prompt's plan as they are after the very chunk that stands before them, by their starts.
-
-        A chunk that was computed after another's text, and what that was computed after, has seen what is just before
-        it here. Such a chunk is one of its own: its sink is all that it was computed after.
+        """What may stand for spans of a prompt's plan, by their starts: their chunks as computed after the chunk that
+        is just before them here. That is a chunk of its own, whose sink is all the text that it was computed after.
         """
         found = {}
         for before, span in itertools.pairwise(plan):
@@ -244,12 +242,12 @@ class Planner:
         return found
 
     def blend_end(self, plan: ReusePlan, start: int, last: int, *, recomputes_none: bool = False) -> int:
-        """Up to where a prompt is blended from `start` on; `last` is its last token, which has to give the logits.
+        """Where the blend of a prompt from `start` on ends; `start` where there is none. `last` is the prompt's last
+        token, which has to give the logits.
 
-        The last span's end that leaves mostly reused tokens before it; what follows is cheaper as plain prefill. A
-        short rest, the question, joins the blend where its tokens come along in a forward that is made anyway: for
-        others before it that no span covers, or, unless `recomputes_none`, for reused ones that aren't exact. `start`
-        stands for nothing.
+        It is the end of the last span up to which most tokens are reused; what follows is cheaper as plain prefill. A
+        short rest, the question, joins a blend that runs the model anyway: over tokens that no span covers, or, unless
+        `recomputes_none`, over reused ones that aren't exact.
         """
         spans = plan.clipped(start, last).spans
         reused = sum(map(len, spans))
@@ -277,7 +275,7 @@ class Planner:
 
 
 def sink_of(token_ids: TokenIds, sink: TokenIds) -> TokenIds:
-    """What the KV of a text is computed after: the sink, unless the text begins with it."""
+    """The sink that a text's KV is computed after: none for a text that begins with it."""
     return NO_SINK if np.array_equal(token_ids[: len(sink)], sink) else sink
 
 
@@ -323,9 +321,8 @@ class _SeparatorFinder:
     def segments(self, token_ids: TokenIds) -> list[Segment]:
         """What stands before the first separator, and each separator with what follows it up to the next one.
 
-        The separator is part of the chunk after it: the first token of a text computed alone draws attention that
-        no token of the prompt deserves, and so it is one that means nothing. After the last separator is the
-        question, which is no segment.
+        The separator is part of the chunk after it: the first token of a text computed alone draws attention that it
+        doesn't deserve, so it had better mean nothing. After the last separator is the question, which is no segment.
         """
         ranges = self._candidate_ranges(token_ids)
         found = itertools.chain.from_iterable(self._find_in(token_ids, low, high) for low, high in ranges)
@@ -333,7 +330,7 @@ class _SeparatorFinder:
         return [(start, end) for start, end in itertools.pairwise(starts) if start < end]
 
     def begins_inside(self, token_ids: TokenIds, position: int) -> bool:
-        """Whether the token at which a separator begins holds something else before it."""
+        """Whether the token in which a separator begins has other text before it."""
         text = self._token_text(int(token_ids[position]))
         size = len(self._core)
         at = next((at for at in range(len(text)) if self._core.startswith(text[at : at + size])), 0)
@@ -375,7 +372,7 @@ class _SeparatorFinder:
 
 
 def text_segments(token_ids: TokenIds, texts: Sequence[TokenIds]) -> list[Segment]:
-    """Where texts, tokenised alone, stand in a prompt: their ends may tokenise differently there and are left out.
+    """Where texts that were tokenised alone are in a prompt, without ends that tokenise differently there.
 
     A text of which less than half is found in one piece isn't in the prompt.
     """
@@ -388,13 +385,13 @@ def text_segments(token_ids: TokenIds, texts: Sequence[TokenIds]) -> list[Segmen
 
 
 def _tokens_with_any(core: str, vocabulary: Sequence[str | None]) -> npt.NDArray[np.bool_]:
-    """Which tokens may carry a part of `core`: raw forms spell ASCII as itself. The last entry is for ids beyond."""
+    """Which tokens may hold a part of `core`: raw forms spell ASCII as itself. The last entry is for all higher ids."""
     characters = {character for character in core if not character.isspace()}
     return np.array([*(token is None or not characters.isdisjoint(token) for token in vocabulary), True])
 
 
 class Segmenter:
-    """Over the served model's tokenizer; finds nothing where the server runs without one."""
+    """Finds what a client marks as chunks, with the served model's tokenizer; nothing where the server has none."""
 
     def __init__(self, tokenizer: Any, separator: str) -> None:
         self._tokenizer = tokenizer
@@ -408,7 +405,7 @@ class Segmenter:
         return _TokenText(self._tokenizer)
 
     def segments(self, token_ids: TokenIds, named: Sequence[str | Sequence[int]] = ()) -> list[Segment]:
-        """What the client has `named`, texts or their token ids, goes before the separator."""
+        """Those of the `named` texts (or their token ids); without any, those between separators."""
         if named and self._tokenizer is not None:
             ids = (encode_alone(self._tokenizer, chunk) if isinstance(chunk, str) else chunk for chunk in named)
             return text_segments(token_ids, list(map(as_token_ids, ids)))
@@ -422,7 +419,7 @@ class Segmenter:
         return frozenset(text.strip() for text in texts)
 
     def is_cut(self, token_ids: TokenIds, start: int, end: int, texts: Collection[str] = ()) -> bool:
-        """Whether a segment begins or ends inside a token: elsewhere the same text has other tokens there."""
+        """Whether a segment begins or ends inside a token, so that its text has other tokens elsewhere."""
         if texts and self._tokenizer is not None:
             return self._token_text.of(token_ids[start:end].tolist()).strip() not in texts
         edges = [edge for edge in (start, end) if 0 < edge < len(token_ids)]
@@ -437,14 +434,14 @@ def encode_alone(tokenizer: Any, text: str) -> list[int]:
 
 DEFAULT_SINK_TOKENS = 1
 MAX_SEAM_TOKENS = 4096
-"""What stands before a chunk has to be run for its seam; after a longer one there is none."""
+"""A seam is computed by running all that is before it; after more than this there is none."""
 MAX_SINK_TOKENS = 256
 
 
 def prompt_beginning(tokenizer: Any, num_tokens: int) -> TokenIds:
-    """At most so many of the first tokens that all chat prompts of a model share, for a sink.
+    """A model's sink: at most `num_tokens` of the tokens that all its chat prompts begin with.
 
-    Those of its chat template, else its beginning-of-text token; none where it has neither.
+    They come from its chat template; without one it is the beginning-of-text token, if there is one.
     """
     if tokenizer is None or not num_tokens:
         return NO_SINK
@@ -458,7 +455,7 @@ def prompt_beginning(tokenizer: Any, num_tokens: int) -> TokenIds:
 
 
 def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> TokenIds:
-    """Empty where the template refuses these roles, or there is none."""
+    """Empty where there is no template, or it refuses these roles."""
     try:
         return as_token_ids(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
     except Exception:  # a template may raise whatever its author likes

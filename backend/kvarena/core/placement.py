@@ -1,14 +1,15 @@
-"""A chunk's KV into its place in a prompt: from the store or just computed, keys rotated by the distance, written.
+"""Brings a chunk's KV to its place in a prompt: taken from the store or just computed, keys rotated, and written.
 
-A layer of several spans at a time, straight from where the KV lies. Not here: what a store is (`store`), and which
-tokens are recomputed afterwards (`policy`, `blend`).
+Several spans go together, straight from where their KV lies. Not here: what a store is (`store`), and which tokens are
+recomputed afterwards (`policy`, `blend`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -20,11 +21,12 @@ from kvarena.core.report import Stopwatch
 from kvarena.core.rope import Rerotation, Rotation, Scratch
 from kvarena.core.store import Missing, Piece, Pieces, Retrieval
 
+Item = TypeVar("Item")
 MAX_DEVICE_BYTES = 256 << 20
 
 
 class ChunkSource:
-    """Over one retrieval of these chunks, and no longer than that lasts."""
+    """Where the KV of these chunks comes from: one retrieval of a store, while it lasts, and what was computed."""
 
     def __init__(self, chunks: Sequence[Chunk], retrieval: Retrieval) -> None:
         self._retrieval = retrieval
@@ -40,8 +42,8 @@ class ChunkSource:
         return chunk in self._indices or chunk in self._kv
 
     def add(self, chunk: Chunk, kv: torch.Tensor) -> torch.Tensor:
-        """KV that was computed, in main memory from `MAX_DEVICE_BYTES` on: what a device has left is little, and the
-        store wants it there anyway. Returns where it is now.
+        """Take KV that was computed, and return it as it is kept: after `MAX_DEVICE_BYTES` in main memory, for a device
+        has little to spare, and the store wants it there anyway.
         """
         if kv.device.type != "cpu":
             self._device_bytes += kv.nbytes
@@ -51,19 +53,19 @@ class ChunkSource:
         return kv
 
     def missing(self, chunk: Chunk) -> Missing | None:
-        """Why the store gave nothing of a chunk; None if it did. To be asked when all has been taken."""
+        """Why the store gave nothing of a chunk; None if it did. To be asked after everything was taken."""
         if chunk in self._kv and chunk not in self.added:
             return None
         return "store_down" if chunk in self._indices or self._retrieval.failed else "not_stored"
 
     def scores_of(self, chunk: Chunk) -> torch.Tensor | None:
-        """Of one whose KV isn't taken: what the store has of its tokens."""
+        """The stored scores of a chunk whose KV isn't used."""
         if chunk not in self._indices or self._retrieval.take([self._indices[chunk]])[0] is None:
             return None
         return self._retrieval.scores(self._indices[chunk])
 
     def take(self, spans: Sequence[Span]) -> list[tuple[Span, Pieces]]:
-        """Those of the spans whose chunks' KV can be had, with it."""
+        """The spans whose chunks' KV is there, each with it."""
         chunks = [c for c in dict.fromkeys(span.chunk for span in spans) if c in self._indices and c not in self._kv]
         taken = self._retrieval.take([self._indices[chunk] for chunk in chunks])
         found = {chunk: pieces for chunk, pieces in zip(chunks, taken, strict=True) if pieces is not None}
@@ -75,7 +77,7 @@ class ChunkSource:
 
 
 GROUP_TOKENS = 256
-"""So many tokens are moved together, in all layers: few calls, and memory that the allocator has at hand."""
+"""So many tokens are moved together, in all layers: few calls, and no more memory than the allocator has at hand."""
 
 
 @dataclass
@@ -120,7 +122,7 @@ class KVWriter:
             self.kept.setdefault(layer, []).append(LayerKV(keys.clone(), values.clone()))
 
     def finish(self) -> None:
-        """Returns when nothing is read any more from where the KV lies. Copies to a device go on beside the rest."""
+        """Return when the KV is no longer read from where it lies. Copies to a device run beside everything else."""
         with self.stopwatch.timed("move_ms", until=self.model.wait):
             pass
 
@@ -130,7 +132,7 @@ class KVWriter:
         rotations: Sequence[Rotation | None],
         rerotations: Mapping[Rotation, Rerotation],
     ) -> LayerKV:
-        """Keys and values `(L, T, H_kv, D)` of layers with these rotations, in memory that the next ones take."""
+        """Keys and values `(L, T, H_kv, D)` of layers with these rotations, in memory that the next call reuses."""
         shape = (2, len(rotations), sum(part.shape[2] for part in parts), parts[0].shape[3])
         joined = torch.cat(parts, dim=2, out=self._scratch.empty("joined", shape, parts[0].dtype, self.model.device))
         keys, values = joined.unflatten(3, (-1, self.model.head_size)).unbind()
@@ -161,6 +163,18 @@ def parts_of(pieces: Pieces, start: int, num_tokens: int) -> Iterator[tuple[Piec
         at += piece.num_tokens
     if at < end:
         raise ValueError(f"a chunk's KV has {at} tokens, not the {end} that are asked for")
+
+
+def packed(items: Iterable[Item], size: Callable[[Item], int], room: int) -> Iterator[list[Item]]:
+    """Items in order, as many at a time as have `room` together; a larger one by itself."""
+    group: list[Item] = []
+    for item in items:
+        if group and sum(map(size, group)) + size(item) > room:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def groups_of(spans: Sequence[Span]) -> Iterator[list[Span]]:

@@ -27,10 +27,10 @@ NO_SINK = as_token_ids([])
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """A text's token ids, whose they are, and what its KV is computed after. Equal by key.
+    """A text's token ids, the salt of its owner, and the sink that its KV is computed after. Equal by key.
 
     Chunks of different salts never match. `sink` is a short beginning, the same for all chunks of a model: a text that
-    is computed after it has no attention sink in its own first tokens, which would spoil what it says to later text.
+    is computed after it has no attention sink in its own first tokens, which would spoil it for later text.
     """
 
     token_ids: TokenIds
@@ -82,7 +82,7 @@ class Span:
 
     @property
     def is_exact(self) -> bool:
-        """Whether its tokens keep their place and everything that they were computed after."""
+        """Whether its tokens are where they were computed, after the same text."""
         return self.follows_sink if len(self.chunk.sink) else self.start == self.offset == 0
 
     def clipped(self, start: int, end: int) -> Span | None:
@@ -120,7 +120,7 @@ class ReusePlan:
 
     @property
     def inexact(self) -> ReusePlan:
-        """The spans whose tokens were computed after something else than what stands before them here."""
+        """The spans whose tokens were computed after other text than stands before them here."""
         return ReusePlan(tuple(span for span in self.spans if not span.is_exact))
 
     def clipped(self, start: int, end: int) -> ReusePlan:

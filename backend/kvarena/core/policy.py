@@ -1,8 +1,8 @@
 """The contract of a selection policy, and what policies share.
 
-A policy is a small dataclass whose fields are its paper's parameters. It names the reused tokens to start with, and
-may filter them at some layers, when their fresh KV there is known: what was run until then is not run twice. Tokens
-that no chunk covers are always computed and aren't a policy's business. The policies are in `kvarena.policies`.
+A policy names the reused tokens to start with, and may filter them at some layers, where their fresh KV is then known:
+what was run until then is not run twice. Tokens that no chunk covers are always computed, and no policy's business.
+The policies are in `kvarena.policies`.
 
 Importing this loads no torch: the stack and the command line know the policies where there is none.
 """
@@ -36,7 +36,7 @@ class SelectionContext(Protocol):
     num_layers: int
 
     def reused_keys(self, layer: int) -> torch.Tensor:
-        """The keys `(T, H_kv, D)` in the cache, moved, in the order of the plan's spans, at a watched layer."""
+        """The moved keys `(T, H_kv, D)` in the cache at a watched layer, in the order of the plan's spans."""
         ...
 
     def reused_values(self, layer: int) -> torch.Tensor:
@@ -50,11 +50,11 @@ class SelectionContext(Protocol):
         ...
 
     def attention_scale(self, layer: int) -> float:
-        """By what this layer multiplies the products of queries and keys."""
+        """The factor of this layer's products of queries and keys."""
         ...
 
     def summed(self, scores: torch.Tensor) -> torch.Tensor:
-        """What all heads say of each token, on the CPU: this worker's scores and those of the others added up."""
+        """The sum of all workers' scores, for each has some of the heads; on the CPU."""
         ...
 
     def show(
@@ -64,9 +64,9 @@ class SelectionContext(Protocol):
         scores: torch.Tensor,
         seen_from: Callable[[], torch.Tensor] | None = None,
     ) -> None:
-        """The scores by which the policy chooses among the tokens at these positions, and what they are, in words. They
-        go into the report of a request that asks for them; then alone `seen_from` is called, for the position in the
-        prompt that each token's score comes from most.
+        """Tell the scores by which the policy chooses among the tokens at these positions, and `what` they are. They go
+        into the report of a request that asks for them. Only then `seen_from` is called: the position in the prompt
+        that each token's score comes from most.
         """
         ...
 
@@ -77,8 +77,8 @@ class SelectionContext(Protocol):
     def question_queries(self, layer: int) -> torch.Tensor:
         """The question's queries `(T_q, H, D)` at this layer, rotated for their positions.
 
-        The question stands after the last span. It sees the reused KV as it is, and what no chunk covers computed over
-        that. Costs a forward over those tokens up to this layer.
+        The question comes after the last span. It sees the reused KV as it is, and fresh KV of what no chunk covers.
+        Costs a forward over those tokens up to this layer.
         """
         ...
 
@@ -92,7 +92,7 @@ class SelectionPolicy(ABC):
     """
 
     calibrated_options: ClassVar[Sequence[Sequence[str]]] = ((),)
-    """With which of its options `kvarena calibrate` tries it, such as `(("deviation=values",),)`; empty: not at all."""
+    """The options that `kvarena calibrate` tries it with, such as `(("deviation=values",),)`; empty: not at all."""
 
     @property
     def ratio(self) -> float | None:
@@ -129,7 +129,7 @@ class SelectionPolicy(ABC):
         return RecomputeNone() if self.recomputes_none else self
 
     def watched_layers(self, num_layers: int) -> Sequence[int]:
-        """The layers, of so many, whose reused KV it looks at. None where it doesn't say otherwise."""
+        """Those of the model's layers whose reused KV it looks at; by default none."""
         return ()
 
     @abstractmethod
@@ -167,10 +167,10 @@ def reused_positions(plan: Iterable[Span]) -> torch.Tensor:
 
 
 def best_runs(scores: torch.Tensor, count: int, run_tokens: int) -> torch.Tensor:
-    """The indices of `count` tokens: the runs of `run_tokens` neighbours, from the first on, with the largest sums.
+    """The indices of `count` tokens: of the runs of `run_tokens` neighbours, those with the largest sums.
 
-    Every run reads the KV before it once, so few long ones cost attention less than many short ones. The last run taken
-    is cut where it would be too much.
+    Each run reads the KV before it once, so few long ones cost attention less than many short ones. The last run is cut
+    to fit `count`.
     """
     import torch
 
@@ -184,5 +184,5 @@ def best_runs(scores: torch.Tensor, count: int, run_tokens: int) -> torch.Tensor
 
 
 def share_of(num_tokens: int, ratio: float) -> int:
-    """So many tokens are that share, rounded up."""
+    """That share of the tokens, rounded up."""
     return math.ceil(ratio * num_tokens)

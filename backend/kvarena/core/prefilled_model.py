@@ -1,9 +1,9 @@
-"""The contract of an engine's adapter: one prompt's KV cache there, and the model's own forward over chosen tokens.
+"""The contract of an engine's adapter: one prompt's KV cache, and the model's own forward over chosen tokens.
 
-An adapter per engine implements `PrefilledModel`; the blend is written once against it. Positions are the prompt's
-token positions, ascending, int64; keys are rotated for their position. `Ranks` are the workers that a model's heads
-are spread over (tensor parallelism). Each moves and recomputes the KV of its own heads, and all do so for the same
-tokens: every call is made by all of them, in the same order.
+Each engine implements `PrefilledModel`; the blend is written once against it. Positions are the prompt's token
+positions, ascending, int64; keys are rotated for their position. `Ranks` are the workers that a model's heads are
+spread over (tensor parallelism). Each moves and recomputes the KV of its own heads, and all do so for the same tokens:
+every call is made by all of them, in the same order.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class OneRank:
 
 
 class EndForward(Exception):
-    """Ends a forward on purpose: what it was run for is known. Whoever began the forward catches it."""
+    """Ends a forward early: what it was run for is known. Whoever began the forward catches it."""
 
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """`scale` multiplies the products of queries and keys. A token attends to the `window` tokens that end with it, or
-    without one to all up to itself.
+    """`scale` multiplies the products of queries and keys. A token attends to the last `window` tokens up to itself,
+    itself included; without a window to all of them.
     """
 
     scale: float
@@ -84,20 +84,20 @@ rotated; valid only during the call."""
 
 
 Place = Callable[["torch.Tensor", Sequence["torch.Tensor"], Mapping["Rotation", "Rerotation"]], None]
-"""Called with positions `(T,)`, their KV in parts `(2, L, t, H_kv * D)`, straight from where each lies, and the
-rerotation of each rotation's keys; none where they stay as they are."""
+"""Called with positions `(T,)`, their KV in parts `(2, L, t, H_kv * D)`, and for each rotation how its keys are to be
+rotated once more; empty where they stay as they are."""
 
 
 Result = TypeVar("Result")
 InPieces = Generator[None, None, Result]
-"""Work that may be left between its pieces and gone on with later."""
+"""Work in pieces, between which something else may be done."""
 
 
 class PrefilledModel(Protocol):
-    """A prompt's cache in an engine. Valid during one step of the engine; calls follow each other.
+    """A prompt's cache in an engine. Valid during one step of the engine; one call at a time.
 
-    Heads are those of this worker; `ranks` has the others'. `rotations` and `attention` have an entry for each layer;
-    that of a layer without rotary embedding is None.
+    Heads are those of this worker. `rotations` and `attention` have an entry for each layer; the rotation of a layer
+    without rotary embedding is None.
     """
 
     rotations: Sequence[Rotation | None]
@@ -107,9 +107,7 @@ class PrefilledModel(Protocol):
     ranks: Ranks
 
     def wait(self) -> None:
-        """Returns when what was launched on the device has ended: copies from memory that isn't the model's, forwards
-        whose time is taken.
-        """
+        """Return when what was launched on the device has ended, such as copies and forwards."""
         ...
 
     def prefill_chunks(self, chunks: Sequence[Chunk], piece_tokens: int) -> InPieces[list[torch.Tensor | None]]:
@@ -127,26 +125,26 @@ class PrefilledModel(Protocol):
 
     @property
     def place(self) -> Place | None:
-        """`write` in one pass with all that comes before it; None in an engine without a kernel for that."""
+        """Rotates and writes in one pass; None in an engine without a kernel for that."""
         ...
 
     def forward(self, positions: torch.Tensor, filters: Sequence[TokenFilter] = ()) -> torch.Tensor:
         """Run the model over the tokens at these positions: their fresh KV replaces what the cache held.
 
-        `filters` are in the order of their layers. Returns the positions that went through all layers. Tokens attend
-        to everything before them that is in their layer's window.
+        `filters` are in the order of their layers. Returns the positions that went through all layers. A token attends
+        to all before it that is in the layer's window.
         """
         ...
 
     def observe(self, positions: torch.Tensor, on_layer: OnLayer) -> None:
-        """As `forward`, and hands over what passes in each layer. `on_layer` may raise `EndForward`: the tokens under
-        way then go no further, and have their KV in the layers before this one.
+        """As `forward`, with a look at each layer. `on_layer` may raise `EndForward`: the tokens under way then go no
+        further, and only the layers before this one have their fresh KV.
         """
         ...
 
     def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
         """The queries `(T, H, D)` of the tokens at these positions at this layer, rotated.
 
-        They are run as by `forward`, but only up to this layer, and so is their KV in the cache then.
+        The tokens are run as by `forward`, but only up to this layer.
         """
         ...

@@ -25,13 +25,11 @@ Item = TypeVar("Item")
 
 
 class Stopwatch:
-    """For a dataclass whose fields named `*_ms` are times of stages in milliseconds, zero at first: they add up."""
+    """For a dataclass with fields `*_ms`, zero at first: the milliseconds of each stage, which add up."""
 
     @contextmanager
     def timed(self, *stages: str, until: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Add the time that the block takes to each of these fields. `until` returns when what the block has only
-        launched has ended, too.
-        """
+        """Add the block's time to each of these fields. `until` returns when what the block launched has ended."""
         start_s = time.perf_counter()
         try:
             yield
@@ -42,7 +40,7 @@ class Stopwatch:
                 setattr(self, stage, getattr(self, stage) + passed_ms)
 
     def timed_each(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
-        """Add the time until each of these items is there."""
+        """Add the time that each of these items takes to come."""
         while True:
             with self.timed(stage):
                 item = next(items, None)
@@ -83,17 +81,16 @@ class BlendReport(Stopwatch):
     """Tokens by origin, store look-ups by outcome, milliseconds by stage.
 
     `fetch_ms` is the waiting for the store, `select_ms` ends when the tokens to recompute are known. `store_errors` and
-    `store_evictions` are those since the last report, for chunks are put into the store beside the blend; its size is
-    None where it isn't known here. `blend_failures` is 1 where the blend itself failed, and the whole range was
-    computed. `ratio` is the one that the policy was given, None where it came to none.
+    `store_evictions` are those since the last report, for chunks are put into the store beside the blend; the store's
+    size is None where it isn't known here. `blend_failures` is 1 where the blend failed and the whole range was
+    computed. `ratio` is the one that the policy was given; None where it has none.
 
-    A chunk that wasn't in the store is computed here, whether alone or in its place: its tokens are computed, neither
+    A chunk that wasn't in the store is computed here, alone or in its place: its tokens count as computed, neither
     reused nor recomputed. `spans` are what was reused, `recomputed_spans` the parts of them that were recomputed;
-    `computed_spans` chunks that were computed alone. `misses` are chunks that the store didn't give, each where it
-    stands first, with the reason. `num_seams`: chunks that were reused as they are after the one before them.
-    `unscored_chunks`: those without the scores by which the policy chooses, so that it
-    chose as it does without. `token_scores`: by what the policy chose, of the recomputed tokens, where `wants_scores`
-    asks for it and the policy says; `leans_on`: which other chunk each attends to most at the policy's layer, alike.
+    `computed_spans` chunks that were computed alone. `misses` are chunks that the store didn't give, each at its first
+    place, with the reason. `num_seams`: chunks that were reused as computed after the one before them.
+    `unscored_chunks`: those without the stored scores that the policy wanted. Where `wants_scores`, and the policy
+    tells: `token_scores` says why each recomputed token was chosen, `leans_on` which other chunk it attends to most.
     """
 
     ratio: float | None = None
@@ -125,7 +122,7 @@ class BlendReport(Stopwatch):
     leans_on: TokenScores | None = None
 
     def count(self, start: int, end: int, computed: torch.Tensor) -> None:
-        """The tokens of `[start, end)` by origin; `computed` are those that went through all layers, ascending."""
+        """Count the tokens of `[start, end)` by origin; those `computed`, ascending, went through all layers."""
         num_from_store = sum(high - low for low, high in self.spans)
         edges = torch.tensor([edge for span in self.spans for edge in span], dtype=torch.int64)
         recomputed = computed.cpu()[torch.bucketize(computed.cpu(), edges, right=True) % 2 == 1]
@@ -150,20 +147,20 @@ def _runs(positions: torch.Tensor) -> list[tuple[int, int]]:
 
 
 RECENT_BLENDS = 32
-"""So many blends are remembered for each way of choosing tokens."""
+"""Remembered for each way of choosing tokens."""
 NEAREST_BLENDS = 5
-"""Of these, so many count: those whose length is nearest."""
+"""Of these, those of the nearest length count."""
 REMEMBERED_WAYS = 64
-"""So many ways of choosing tokens are remembered, those used last: clients may invent any number."""
+"""The last ways of choosing tokens: clients may invent any number."""
 RESERVE_RATIO = 0.1
-"""Of the time that is left, for what takes longer than it did before."""
+"""Of the time that is left, kept for what takes longer than before."""
 MIN_RATIO = 0.01
-"""Recomputed where there is no time at all: so what a token costs stays known, and may come down again."""
+"""Recomputed where there is no time at all: so the cost of a token stays known, and may fall again."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one blend over `num_tokens`: milliseconds for choosing, per token, and for each token that was recomputed."""
+    """Of one blend over `num_tokens`: milliseconds to choose, per token, and to recompute, per recomputed token."""
 
     num_tokens: int
     select_ms: float
@@ -172,14 +169,14 @@ class Cost:
 
 @dataclass
 class BlendCosts:
-    """The costs of each policy with its options, whatever its ratio was."""
+    """What each policy's last blends cost, by its options, whatever the ratio."""
 
     _seen: OrderedDict[SelectionPolicy, deque[Cost]] = field(default_factory=OrderedDict)
 
     def note(
         self, policy: SelectionPolicy, num_tokens: int, num_recomputed: int, select_ms: float, recompute_ms: float
     ) -> None:
-        """`num_recomputed` of `num_tokens` went through all layers, those among them that no chunk covers."""
+        """`num_recomputed` of `num_tokens` went through all layers, those that no chunk covers included."""
         if num_recomputed:
             way = policy.with_ratio(0.0)
             cost = Cost(num_tokens, select_ms / num_tokens, recompute_ms / num_recomputed)
@@ -189,9 +186,8 @@ class BlendCosts:
                 self._seen.popitem(last=False)
 
     def ratio_within(self, policy: SelectionPolicy, num_reused: int, num_computed: int, left_ms: float) -> float:
-        """The largest share of `num_reused` tokens that can be recomputed in time, beside `num_computed` others.
-
-        The policy's own ratio as long as nothing is known of this way of choosing.
+        """The largest share of `num_reused` tokens that can be recomputed in time, beside `num_computed` others; the
+        policy's own ratio as long as nothing is known of this way of choosing.
         """
         assert policy.ratio is not None, "a time for a policy without a ratio"
         seen = self._seen.get(policy.with_ratio(0.0))

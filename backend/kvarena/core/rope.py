@@ -110,13 +110,13 @@ class Rerotation:
 
 
 class Scratch:
-    """Memory for tensors that live shortly, by name: had from the system once, and not for each of many."""
+    """Memory for short-lived tensors, by name, so that it isn't asked of the system again and again."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
 
     def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Where the last one of that name lay, if there is room."""
+        """In the memory of the last one of that name, if it has room."""
         held, size = self._held.get(name), math.prod(shape)
         if held is None or (held.dtype, held.device) != (dtype, device) or len(held) < size:
             held = self._held[name] = torch.empty(size, dtype=dtype, device=device)
@@ -124,9 +124,9 @@ class Scratch:
 
 
 def _as_in_table(inv_freq: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Of the fp32 numbers around each frequency, the one by which the table of positions 0 to P - 1 was made.
+    """Of the fp32 numbers near each frequency, the one that the table of positions 0 to P - 1 was made with.
 
-    The table's second row has it to within an ulp or two, and an ulp is 0.0002 at position 4,000.
+    Its second row gives the frequency to within an ulp or two, and an ulp is 0.0002 at position 4,000.
     """
     steps = torch.arange(-4, 5, dtype=torch.int32)[:, None]
     candidates = (inv_freq.view(torch.int32) + steps).view(torch.float32)  # (9, D_rot / 2)
@@ -136,7 +136,7 @@ def _as_in_table(inv_freq: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -
 
 
 def inverse_frequencies(module: torch.nn.Module) -> list[torch.Tensor]:
-    """What Hugging Face's rotary embeddings in a module keep as `inv_freq`, fp32 `(D_rot / 2,)`, each once."""
+    """The different `inv_freq` of Hugging Face's rotary embeddings in a module, fp32 `(D_rot / 2,)`."""
     buffers = (buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq"))
     return list({tuple(buffer.tolist()): buffer.float().cpu() for buffer in buffers}.values())
 
@@ -147,7 +147,7 @@ def rotations_of(
     max_model_len: int,
     more_candidates: Sequence[Rotation] = (),
 ) -> list[Rotation | None]:
-    """Each layer's rotation of keys; None for a layer without one, in a model that has them elsewhere.
+    """Each layer's rotation of keys; None for a layer that has none in a model whose other layers do.
 
     Which rotation a layer uses, and which dimensions pair, shows in its keys. `keys_at(position)` are the keys
     `(L, H_kv, D)` of one token at that position that attends to itself only. `more_candidates`: rotations beside those
@@ -169,8 +169,8 @@ def fitting_rotations(
     """Which rotation is each layer's; None for a layer whose keys don't rotate.
 
     `here` and `there` are the keys `(L, H_kv, D)` of one token that attends to itself only, `distance` positions apart:
-    they differ by their position alone. So what a model says of its rotations is tried, and not believed. Raises
-    `ValueError` for a layer that none fits, and where no layer's keys rotate.
+    they differ by their position alone, so what a model says of its rotations is put to the test. Raises `ValueError`
+    for a layer that none fits, and where no layer's keys rotate.
     """
     rotations = []
     for layer, (near, far) in enumerate(zip(here.float(), there.float(), strict=True)):

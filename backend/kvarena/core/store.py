@@ -1,9 +1,9 @@
 """What the blend asks of a chunk store, and how it puts and fetches beside the model's work.
 
 A store maps a chunk to its KV, a tensor `(2, L, T, H_kv * D)`: keys, rotated for the positions after the chunk's sink
-(S to S + T - 1 after one of S tokens), and values.
-A lost, corrupt or unreachable entry is a miss and is counted; a store never raises for it. KV is read in two steps:
-look chunks up, all at once, then take what is held, some at a time, straight from where the store keeps it.
+(S to S + T - 1 after one of S tokens), and values. A lost, corrupt or unreachable entry is a counted miss, and no
+exception. KV is read in two steps: all chunks are looked up at once; then what is held is taken, some at a time,
+straight from where the store keeps it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `num_prompts` showed of a chunk's tokens: `mean`, fp32 `(T, 2)` (`kvarena.core.attention`)."""
+    """Scores of a chunk's tokens, the `mean` over `num_prompts`, fp32 `(T, 2)` (`kvarena.core.attention`)."""
 
     mean: torch.Tensor
     num_prompts: int
 
     @classmethod
     def with_one_more(cls, known: Scores | None, scores: torch.Tensor) -> Scores:
-        """The last `REMEMBERED_PROMPTS` count most, so that scores follow what chunks really stand with."""
+        """The last `REMEMBERED_PROMPTS` count most, so that scores follow the texts that chunks now stand beside."""
         if known is None:
             return cls(scores, 1)
         num_prompts = min(known.num_prompts + 1, REMEMBERED_PROMPTS)
@@ -55,14 +55,14 @@ class Scores:
 REMEMBERED_PROMPTS = 16
 
 Missing = Literal["not_stored", "store_down"]
-"""Why a store doesn't give a chunk: it doesn't have it, or it failed."""
+"""Why a store gives nothing of a chunk: it doesn't have it, or it failed."""
 Lacking = Literal[Missing, "not_scored"]
 """Why a chunk isn't there, or that it is there without the scores of its tokens."""
 
 
 class Piece(NamedTuple):
-    """KV of some neighbouring tokens of a chunk: the first `num_tokens` of `kv` `(2, L, t, H_kv * D)`. What lies after
-    them is the store's own. `kv` is contiguous, so that it goes to a device in one copy.
+    """KV of some neighbouring tokens of a chunk: the first `num_tokens` of `kv` `(2, L, t, H_kv * D)`; the rest is the
+    store's own. `kv` is contiguous, so that it goes to a device in one copy.
     """
 
     kv: torch.Tensor
@@ -135,7 +135,7 @@ class ScoredStore(ChunkStore, Protocol):
 
 
 def is_finite(kv: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in it; its extremes show both, in a sixteenth of `isfinite`'s time."""
+    """Whether it has neither NaN nor infinity. Both show in its extremes, in a sixteenth of the time of `isfinite`."""
     return all(bound.isfinite() for bound in kv.aminmax())
 
 
@@ -173,7 +173,7 @@ MAX_WAITING_BYTES = 1 << 30
 
 
 def one_ahead(executor: Executor, call: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`call(item)` for one after the other; while one result is used, the next is under way."""
+    """`call(item)` for each item in order; while one result is used, the next is computed."""
     under_way: Future[Result] | None = None
     for item in items:
         result, under_way = under_way, executor.submit(call, item)
@@ -184,9 +184,7 @@ def one_ahead(executor: Executor, call: Callable[[Item], Result], items: Iterabl
 
 
 class BackgroundPuts:
-    """Puts KV into a store one after the other, in a thread of its own. Order and outcome are the store's. `device`:
-    where the KV is.
-    """
+    """Puts KV into a store, one chunk after the other, in a thread of its own. `device`: where the KV is."""
 
     def __init__(self, store: ChunkStore, device: torch.device | None = None) -> None:
         self._store = store
@@ -200,19 +198,19 @@ class BackgroundPuts:
         self.after_puts(chunk, kv.nbytes, self._store.put, chunk, kv)
 
     def after_puts(self, chunk: Chunk, num_bytes: int, call: Callable[..., bool], *args: object) -> None:
-        """A call to the store that concerns this chunk, in its turn."""
+        """Call the store about this chunk, once the puts before have been made."""
         self._waiting.append((chunk, num_bytes, self._thread.submit(call, *args)))
 
     def wait_for(self, chunks: Iterable[Chunk], timeout_s: float) -> None:
-        """Returns when none of these waits any more, so that the store can be asked for them; or when the time is over,
-        for a store may hang.
+        """Return when none of these waits any more, so that the store can be asked for them, or after the time-out: a
+        store may hang.
         """
         self._drop_done()
         wanted = set(chunks)
         wait([future for chunk, _, future in self._waiting if chunk in wanted], timeout_s)
 
     def close(self) -> None:
-        """Everything that waits is put away first."""
+        """Puts what waits first."""
         self._thread.shutdown()
 
     @property

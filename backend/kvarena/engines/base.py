@@ -53,14 +53,14 @@ class PromptTooLong(ValueError):
 
 
 class EngineUnavailable(RuntimeError):
-    """What an engine runs on is gone, for now; the message is for clients, who may try again."""
+    """What an engine runs on is gone for now; the message is for clients, who may try again."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy; `seed` None draws a fresh one.
 
-    `max_tokens` None goes on to the end of the context. `num_logprobs` None gives no logprobs, 0 only the drawn
+    With `max_tokens` None an answer may fill the context. `num_logprobs` None gives no logprobs, 0 only the drawn
     token's own. `ignore_eos` goes on after the end-of-sequence token.
     """
 
@@ -74,15 +74,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A checked request. `prompt` is text, special tokens written out or added by the tokenizer as
-    `add_special_tokens` says, or token ids.
+    """A checked request. `prompt` is token ids, or text to which the tokenizer adds special tokens if
+    `add_special_tokens` says so.
 
-    `request_id` is the answer's, `http_request_id` the HTTP request's: for logs. Clients choose them, so they may come
-    twice.
-
-    `messages` and `template_arguments` are what the prompt was rendered from, for engines that look at a conversation.
-    `sample` numbers the `num_samples` that a client asked of one prompt. `options` is an instance of the engine's own
-    `options_model`.
+    `request_id` is the answer's, `http_request_id` the HTTP request's: for logs. Clients choose them, so neither is
+    unique. `messages` and `template_arguments` are what the prompt was rendered from, for engines that look at a
+    conversation. `sample` numbers the `num_samples` that a client wants of one prompt. `options` is an instance of the
+    engine's own `options_model`.
     """
 
     request_id: str
@@ -102,7 +100,7 @@ class GenerationRequest:
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
     """A drawn token. `top` are the most likely ones, best first, `(token id, logprob)`. `is_end`: an end-of-sequence
-    token that ends the answer. It counts as the others do, and is no text.
+    token that ends the answer; it is counted, and has no text.
     """
 
     token_id: int
@@ -116,8 +114,8 @@ class Report:
     """What a request cost, filled in while it runs; complete when its tokens have ended.
 
     `num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`. `details` is the engine's own
-    and goes into the answer and the log line as it is: JSON values, times in `_ms`. `texts` go into the answer alone:
-    what people wrote doesn't belong into a log.
+    and goes into the answer and the log line as it is: JSON values, times in `_ms`. `texts` go into the answer alone,
+    for what people wrote doesn't belong in a log.
     """
 
     approximate: bool = False
@@ -152,16 +150,16 @@ MissReason = Literal[
     "too_short",
     "mostly_new",
 ]
-"""Why a chunk wasn't reused (docs/http.md). Of other salts only the empty one is told: a tenant's is its secret."""
+"""Why a chunk wasn't reused (docs/http.md). `other_salt` tells of the empty salt only: a tenant's is its secret."""
 
 
 class Generation(Protocol):
     """A running request. The server iterates it in one thread of its own and always calls `close`.
 
-    Tokens end when `finish_reason` is set: "stop" with an end-of-sequence token (the last one), else "length".
-    `close` gives everything back, from any thread and more than once, without waiting for a token under way, which may
-    still be yielded; a closed generation ends with its next token at the latest. `prompt_token_ids` are known with the
-    first token: what a text's first token looks like depends on what stands before it.
+    Tokens end when `finish_reason` is set: "stop" with an end-of-sequence token (the last one), else "length". `close`
+    gives everything back. It may be called from any thread and more than once, and doesn't wait for a token under way,
+    which may still be yielded; a closed generation ends with its next token at the latest. `prompt_token_ids` are known
+    with the first token: how that reads depends on what is before it.
     """
 
     report: Report
@@ -207,11 +205,10 @@ _CHOICE_NUMBER, _PROMPT_NUMBER = re.compile(r"(\d+_)?"), re.compile(r"([-_]\d+)?
 
 
 class ReportLog:
-    """The last reports by request id, as many as hold at most `max_values` numbers and texts together. Thread-safe.
+    """The last reports by request id, with at most `max_values` numbers and texts together. Thread-safe.
 
-    A report belongs to whoever has the whole id of the answer. The requests of one answer have that id with a number
-    after it (one prompt of many, one turn of a response) or before it (vLLM's one choice of many); the newest is
-    theirs.
+    A report belongs to whoever has the whole id of the answer. The requests of one answer have its id with a number
+    after it (one prompt of many, one turn of a response) or before it (vLLM's one choice of many); the newest counts.
     """
 
     def __init__(self, max_reports: int = 1024, max_values: int = 1 << 20) -> None:
@@ -296,8 +293,8 @@ def check_in_vocabulary(token_ids: list[int], vocab_size: int) -> None:
 
 
 def num_tokens_to_generate(num_prompt_tokens: int, wanted: int | None, model: ServedModel) -> int:
-    """`wanted`, as far as the context goes. Raises `PromptTooLong` for a prompt that exceeds it, and `ValueError` for
-    one that fills it and for a `wanted` that no prompt leaves room for.
+    """`wanted`, or as many as the context has room for. Raises `PromptTooLong` for a prompt that exceeds it, and
+    `ValueError` for one that fills it, and for a `wanted` that no prompt leaves room for.
     """
     longest = model.max_model_len
     limit = f"this model's maximum context length is {longest} tokens"

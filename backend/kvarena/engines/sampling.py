@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
 from kvarena.engines.base import GeneratedToken, Sampling
 
 LEAST_TEMPERATURE = 1e-5
-"""Below it draws are greedy, as vLLM's: logits divided by so little have no place in fp32."""
+"""Below it draws are greedy, as in vLLM: logits divided by so little exceed fp32."""
 
 
 class Sampler:

@@ -1,7 +1,7 @@
-"""Prometheus metrics of what an engine keeps for later requests, read from it when `/metrics` is asked for.
+"""Prometheus metrics of what an engine keeps for later requests, read when `/metrics` is asked for.
 
-The blend inside vLLM uses the same names (`kvarena.engines.vllm.messages`). What was cleared with its counts starts at
-0 again, as Prometheus' counters may.
+The blend inside vLLM uses the same names (`kvarena.engines.vllm.messages`). Cleared counts start at 0 again, as
+Prometheus' counters may.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ BYTES = "kvarena_store_bytes"
 
 @dataclass(frozen=True)
 class StoreFigures:
-    """`num_entries` and `num_bytes` are what is kept now (None: memory that is taken whole, whatever is in it), the
-    others counts so far.
+    """`num_entries` and `num_bytes` are what is kept now (None: a fixed memory, whatever is in it), the others counts
+    so far.
     """
 
     num_hits: int

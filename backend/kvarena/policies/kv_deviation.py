@@ -24,10 +24,10 @@ class KVDeviation(SelectionPolicy):
     CacheBlend (arXiv 2405.16444, section 4.3) selects at layer 1. What a token fetches from another chunk in the
     attention of layer n first shows in the keys of layer n + 1, so which layer is best depends on the model.
 
-    `deviation`: "keys", as LMCache compares, or "values", as the paper's authors do. `num_filters`: from the check
-    layer on, so many layers in a row filter, from twice the ratio evenly down to the ratio; 1 selects at once. The
-    paper's gradual filtering begins with somewhat more than the ratio too; how much more, it leaves open. `run_tokens`:
-    so many neighbours are chosen together.
+    `deviation`: "keys", as LMCache compares, or "values", as the paper's authors do. `num_filters`: so many layers in a
+    row, from the check layer on, filter from twice the ratio evenly down to the ratio; 1 selects at once. The paper's
+    gradual filtering, too, begins with more than the ratio, and leaves open how much more. `run_tokens`: so many
+    neighbours are chosen together.
     """
 
     ratio: float = ratio_parameter()

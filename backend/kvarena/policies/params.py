@@ -90,8 +90,8 @@ def make_policy(params: BlendParams) -> SelectionPolicy:
 
 
 def describe_parameters() -> dict[str, dict[str, Any]]:
-    """For the API: each parameter's type, bounds or choices, default and help, and the policies that have it; with the
-    policy itself, a line on each of its choices.
+    """For the API: each parameter's type, bounds or choices, default and help, and the policies that have it; for the
+    policy itself also a line on each of its choices.
     """
     lines = {name: summary_of(cls) for name, cls in REGISTRY.items()}
     return {
@@ -109,7 +109,7 @@ MAX_TTFT_MS = 86_400_000
 
 
 def check_max_ttft_ms(max_ttft_ms: object, params: BlendParams) -> float:
-    """A time to first token that chooses the ratio. Raises `ValueError` for what isn't one, or chooses nothing."""
+    """A time to first token that chooses the ratio. Raises `ValueError` for a bad one, or a policy without a ratio."""
     if isinstance(max_ttft_ms, bool) or not isinstance(max_ttft_ms, int | float) or not 0 < max_ttft_ms <= MAX_TTFT_MS:
         raise ValueError(f"max_ttft_ms must be a number above 0 and at most {MAX_TTFT_MS}, not {max_ttft_ms!r:.50}")
     if not params.goes_by_ratio:

@@ -24,8 +24,8 @@ class QueryAttention(SelectionPolicy):
     queries score the cached keys. A token's score is its attention probability among the reused tokens, averaged over
     the question's tokens and the heads. No layer is run over the context.
 
-    One layer, where the papers take several together: which layers look for what the question is about depends on the
-    model, and early ones drown it. A layer's sliding window doesn't count, for it would hide most of a long context.
+    The papers take several layers together, this takes one: which layers look for what the question asks depends on the
+    model, and early ones drown them out. A layer's sliding window is ignored, for it would hide most of a long context.
     `run_tokens`: so many neighbours are chosen together.
     """
 
@@ -55,9 +55,7 @@ class QueryAttention(SelectionPolicy):
 
 
 def _attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """What each key `(T, H_kv, D)` gets of the attention of queries `(T_q, H, D)`, averaged over the heads: `(T_q, T)`,
-    whose rows sum to 1.
-    """
+    """The attention `(T_q, T)` of queries `(T_q, H, D)` to keys `(T, H_kv, D)`, averaged over heads; rows sum to 1."""
     import torch
 
     num_queries, num_heads, head_size = queries.shape

@@ -14,7 +14,7 @@ from kvarena.policies.registry import policy, ratio_parameter
 class RandomTokens(SelectionPolicy):
     """Tokens drawn by chance: the control that every other policy must beat.
 
-    The `ratio` of reused tokens, drawn uniformly. The same plan always gives the same tokens.
+    The `ratio` of reused tokens, drawn uniformly; always the same of the same plan.
     """
 
     ratio: float = ratio_parameter()

@@ -27,16 +27,16 @@ _CHUNK_SETTINGS = ("separator", "sink_tokens", "seams", "min_chunk_tokens")
 _BLEND_SETTINGS = (*_CHUNK_SETTINGS, "step_tokens", "store_bytes", "index_path", "unsupported", "engine", "port")
 _LMCACHE_SETTINGS = ("lmcache_url", "lmcache_http_url", "lmcache_timeout_s")
 RESERVED = frozenset(("policy", *REQUEST_KEYS, *_BLEND_SETTINGS, *_LMCACHE_SETTINGS))
-"""What stands beside the parameters in a request or in the settings of the blend, and can't be the name of one."""
+"""Names that can't be those of parameters, for they stand beside them in a request or in the blend's settings."""
 _NO_POLICIES = ("params", "registry")
 _KEY = "parameter"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a request, a command line or a setting may choose: a number with bounds, or one of some words.
+    """What a request, a command line or a setting may choose: a number within bounds, or one of some words.
 
-    `unit` is what an integer counts. Raises `ValueError` for one whose values aren't bounded.
+    `unit` is what an integer counts. Raises `ValueError` where neither bounds nor choices are given.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Parameter:
             raise ValueError(f"{self.name} must be {number} {self.values}, not {value!r}")
 
     def read(self, text: str) -> Value:
-        """The value that is typed so; `check` refuses what isn't one."""
+        """The value of what was typed; text that isn't one is returned as it is, for `check` to refuse."""
         try:
             return self.type(text)
         except ValueError:
@@ -168,7 +168,7 @@ def parameters_of(cls: type[SelectionPolicy]) -> list[Parameter]:
 
 
 def registered_policies() -> Mapping[str, type[SelectionPolicy]]:
-    """All policies: the default one, then by their files' names; last those with nothing to choose."""
+    """All policies: first the default one, then by their files' names; last those without parameters."""
     for module in pkgutil.iter_modules(kvarena.policies.__path__):
         if module.name not in _NO_POLICIES:
             importlib.import_module(f"kvarena.policies.{module.name}")
@@ -181,14 +181,14 @@ def registered_policies() -> Mapping[str, type[SelectionPolicy]]:
 
 
 def calibrated_policies() -> list[str]:
-    """The policies with their options, as they are typed, that `kvarena calibrate` tries unless it is told others."""
+    """The policies with their options, as one types them, that `kvarena calibrate` tries by default."""
     return [
         ",".join([name, *options]) for name, cls in registered_policies().items() for options in cls.calibrated_options
     ]
 
 
 def all_parameters() -> list[Parameter]:
-    """Of all policies, each once: ratio and check layer, then each policy's own, last what several share."""
+    """Those of all policies: ratio and check layer, then those of one policy, then those that several share."""
     of_policies = [parameters_of(cls) for cls in registered_policies().values()]
     all_of_them = list(dict.fromkeys(own for parameters in of_policies for own in parameters))
 

@@ -1,4 +1,4 @@
-"""`stored_deviation`: the tokens that scores stored with the chunks call the neediest; no layer is run to choose."""
+"""`stored_deviation`: the tokens with the highest scores stored with their chunks; no layer is run to choose."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class StoredDeviation(SelectionPolicy):
     """The tokens that moved most and were looked at most in earlier prompts, by scores stored with their chunks.
 
     The `ratio` of reused tokens with the highest scores: deviation times attention to the power of `attention_weight`
-    (`kvarena.core.attention`; docs/quality.md). A token that moves and is never looked at needs no repair. The scores
-    come with warming. A prompt with a chunk that has none yet is blended as by `kv_deviation` of the values at
+    (`kvarena.core.attention`; docs/quality.md). A token that moves and is never looked at needs no repair. Warming
+    stores the scores. A prompt with a chunk that has none yet is blended by `kv_deviation` of the values at
     `check_layer`. `run_tokens`: so many neighbours are chosen together.
     """
 

@@ -1,10 +1,10 @@
 """Chunk KV in an LMCache server: its tiers and its isolation by salt become ours.
 
 One thread connects, pings and reconnects. A server that dies or hangs costs one time-out; from then on every request is
-a miss at once, counted as an error, until that thread has a connection again. What the server locked for questions that
-it hadn't answered is released over the old connection, once it answers. The pings also keep the server from dropping a
-store that nobody used for an hour. A server that was restarted is noticed when it finds nothing at all: its second tier
-may have everything. A corrupt chunk is a miss, counted as an error.
+a miss at once, counted as an error, until that thread has a connection again. What the server locked for calls that it
+hadn't answered is released over the old connection, once it answers. The pings also keep the server from dropping a
+store that has been idle for an hour. A restarted server finds nothing at all, though its second tier may have
+everything: that is how a restart is noticed. A corrupt chunk is a miss, counted as an error.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ Result = TypeVar("Result")
 class LMCacheStore:
     """A `ChunkStore` over one LMCache server. Thread-safe: calls are made one after the other.
 
-    `timeout_s` bounds one call to the server. After a failed one nothing is asked until the store's own thread has
-    connected again, which it tries every `retry_s`. It begins at once, so that the first request needn't wait.
-    `device`: where the model is that the KV is of.
+    `timeout_s` bounds one call to the server. After a failure nothing is asked until the store's own thread has
+    connected again, which it tries at once and then every `retry_s`. `device` is the model's.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class LMCacheStore:
                 self._releases.submit(self._release, context, retrieval)
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
-        """True only if the server holds the chunk afterwards, and soundly. KV that isn't finite isn't kept."""
+        """True only if the server then holds the chunk intact. KV that isn't finite isn't kept."""
         if not is_finite(kv):
             self.stats.errors += 1
             return False
@@ -101,8 +100,8 @@ class LMCacheStore:
         return done
 
     def add_scores(self, chunk: Chunk, scores: torch.Tensor) -> bool:
-        """Once what was taken before has been given back: the server drops nothing that is read. A chunk that is lost
-        by it is counted as an error.
+        """Waits until what was taken before has been released: the server drops nothing that is being read. A chunk
+        that gets lost counts as an error.
         """
 
         def add(context: LMCacheContext) -> bool:
@@ -129,7 +128,7 @@ class LMCacheStore:
         self._releases.shutdown()
 
     def take(self, retrieval: _Retrieval, indices: Sequence[int]) -> list[Pieces | None]:
-        """What `_Retrieval.take` returns, counted."""
+        """For `_Retrieval.take`; counts hits and misses."""
         nothing: list[Pieces | None] = [None] * len(indices)
         if not any(retrieval.held[index] for index in indices):
             return nothing
@@ -149,7 +148,7 @@ class LMCacheStore:
         return found
 
     def _release(self, context: LMCacheContext, retrieval: _Retrieval) -> None:
-        """Nobody waits for it. What a connection that failed has locked is released once its server answers."""
+        """In the background. What a failed connection has locked is released once its server answers."""
         with self._lock:
             if context.retired_at is None:
                 self._ask("release", lambda _: context.release(retrieval.at_server), default=None)
@@ -159,8 +158,8 @@ class LMCacheStore:
         self._settle_retired()
 
     def _settle_retired(self) -> None:
-        """By the thread that releases. The server's memory isn't unmapped under somebody who reads it, and a connection
-        is kept for as long as its server may have locks for it, and is alive.
+        """In the thread that releases. A connection is kept while somebody reads the server's memory through it, and
+        while its server lives and may hold locks for it.
         """
         for context in list(self._retired):
             try:
@@ -172,7 +171,7 @@ class LMCacheStore:
                 self._retired.remove(context)
 
     def _release_stranded(self, context: LMCacheContext) -> None:
-        """Nothing is asked of a server that doesn't answer, but once more at the end."""
+        """A server that doesn't answer is asked once more, at the end."""
         assert context.retired_at is not None
         is_last = self._is_closed or time.monotonic() > context.retired_at + _LOCK_TTL_S
         try:
@@ -185,8 +184,8 @@ class LMCacheStore:
     def _ask(
         self, what: str, call: Callable[[LMCacheContext], Result], *, default: Result, waits: bool = False
     ) -> Result:
-        """`default`, at once, where there is no connection; but the first attempt to connect is waited for. `waits`: as
-        long as other calls take, too, which may be several time-outs of a server that hangs.
+        """The call's result, or `default`: at once where there is no connection, but for the first attempt to connect.
+        `waits`: for other calls to end, however long they take; with a server that hangs, several time-outs.
         """
         self._tried.wait(self.timeout_s)
         if not self._lock.acquire(timeout=-1 if waits else self.timeout_s):
@@ -206,7 +205,7 @@ class LMCacheStore:
             self._lock.release()
 
     def _call(self, call: Callable[[LMCacheContext], Result]) -> Result:
-        """Once more, with a new context, where the server was started anew."""
+        """Again with a new context where the server was restarted."""
         assert self._context is not None
         try:
             return call(self._context)
@@ -216,7 +215,7 @@ class LMCacheStore:
             return call(self._context)
 
     def _disconnect(self) -> None:
-        """With the lock. What may wait for the server is left to the thread that releases."""
+        """To be called with the lock. Whatever may wait for the server is left to the thread that releases."""
         if self._context:
             self._context.retired_at = time.monotonic()
             self._retired.append(self._context)
@@ -262,11 +261,11 @@ class LMCacheStore:
 
     @property
     def _log_level(self) -> int:
-        """An outage is told of once; that it goes on is a detail."""
+        """An outage is a warning once; that it goes on is a detail."""
         return logging.DEBUG if self._tried.is_set() else logging.WARNING
 
     def _ping(self, context: LMCacheContext) -> None:
-        """Without the lock: requests needn't wait for it."""
+        """Without the lock, so that requests needn't wait."""
         try:
             context.ping()
         except Exception as error:
@@ -277,9 +276,9 @@ class LMCacheStore:
 
 
 class _Retrieval:
-    """Chunks looked up in the server, which holds on to them until the end. Without a context nothing is held.
+    """Chunks looked up in the server, which keeps them until the end. Without a context nothing is held.
 
-    The pieces that are taken lie in the server's shared memory, so the context outlives them.
+    The pieces that are taken are in the server's shared memory, so the context outlives them.
     """
 
     def __init__(self, store: LMCacheStore, chunks: Sequence[Chunk]) -> None:
@@ -291,7 +290,7 @@ class _Retrieval:
         self._context: LMCacheContext | None = None
 
     def look_up(self, context: LMCacheContext) -> None:
-        """Called by the store. From now on the context has something to be released, also when this raises."""
+        """Called by the store. From now on the context has something to release, even if this raises."""
         self._context = context
         context.num_retrievals += 1
         try:
@@ -311,12 +310,12 @@ class _Retrieval:
         return scores.mean if scores else None
 
     def take_from(self, context: LMCacheContext, indices: Sequence[int]) -> list[Pieces | None]:
-        """Called by the store, one at a time. A context that isn't the one that looked up has none of them."""
+        """Called by the store. Only the context that looked them up has them."""
         if context is not self._context:
             return [None] * len(indices)
         return context.take([self.at_server.lookups[index] for index in indices], self.at_server)
 
     def end(self) -> LMCacheContext | None:
-        """Nothing can be taken any more. Returns the context that has something to be released, if there is one."""
+        """Nothing can be taken any more. Returns the context that has something to release, if there is one."""
         context, self._context = self._context, None
         return context

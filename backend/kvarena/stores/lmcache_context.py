@@ -1,12 +1,12 @@
-"""A connection to an LMCache server through its public SDK: chunks are looked up, taken, released and stored over it.
+"""A connection to an LMCache server through its public SDK: looking up, taking, releasing and storing chunks.
 
-The model's geometry is given by hand, for the SDK reads it off a registered GPU engine. LMCache keeps whole pieces of
-`--chunk-size` tokens and drops the rest. So a chunk is cut into pieces of one token less, and each is filled up with a
-token that no vocabulary has; the last one with as many as it lacks. Where the last of them would have its KV, a piece
-has its checksum (`PieceChecksum`), and its tokens' scores. A piece that fails it is dropped from the server.
+LMCache keeps whole pieces of `--chunk-size` tokens and drops the rest. So a chunk is cut into pieces of one token less,
+and each is filled up with a token that no vocabulary has; the last one with as many as it lacks. In the row of a
+piece's last token are its checksum (`PieceChecksum`) and its tokens' scores. A piece that fails the check is dropped
+from the server.
 
-What the server has locked for a question that it didn't answer in time can be released over this connection alone,
-once it answers: `stranded`. When it fails, and when that is done, is the store's affair (`kvarena.stores.lmcache`).
+What the server locked for a call that it didn't answer in time can only be released over the same connection, once it
+answers: `stranded`. When a connection is given up, and when this is done, is decided in `kvarena.stores.lmcache`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _GIVE_UP_S = 30.0
 
 
 def piece_names(owner: str, chunk: Chunk, piece_tokens: int) -> list[int]:
-    """Numbers for a chunk's pieces of so many tokens each: of the owner, the salt, the sink, and all tokens up to the
-    piece's end. Chunks that begin alike share pieces, and their names.
+    """A number for each piece of a chunk, by owner, salt, sink, and all tokens up to the piece's end. Chunks that begin
+    alike share pieces, and their names.
     """
     digest = hashlib.blake2b(owner.encode() + b"\0" + chunk.salt.encode(), digest_size=8, person=b"kvarena-piece")
     if len(chunk.sink):
@@ -138,7 +138,7 @@ class PieceChecksum:
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """Shape and dtype of a model's KV, and a name that no model with other KV has."""
+    """Shape and dtype of a model's KV, and a name that is this KV's alone."""
 
     model_id: str
     num_layers: int
@@ -157,10 +157,10 @@ class ChunkLost(LMCacheSDKError):
 
 @dataclass(frozen=True)
 class Lookup:
-    """A chunk's look-up: its session at the server, its token ids, filled up, and how many of these the server has,
-    None until that is known.
+    """A chunk's look-up: its session at the server, its filled-up token ids, and how many of these the server has; None
+    until that is known.
 
-    The server locks what it found against eviction, until it is taken and given back, or freed.
+    The server locks what it finds against eviction, until that is taken and given back, or freed.
     """
 
     chunk: Chunk
@@ -175,11 +175,11 @@ class Lookup:
 
 @dataclass
 class AtServer:
-    """What has to be released there: look-ups, those of them that were taken, and which of their pieces are corrupt, or
-    unwanted. `scores` are those of chunks that were taken.
+    """What has to be released there: look-ups, those of them that were taken, and the pieces to drop, which are corrupt
+    or unwanted. `scores` are those of chunks that were taken.
 
-    `asked`, `freed` and `ended` are the server's answers as far as it was asked: to the look-ups, to the release of
-    what they locked, and to the end of their sessions. Each is asked for once, however long its answer takes.
+    `asked`, `freed` and `ended` are the server's answers: to the look-ups, to the release of what they locked, and to
+    the end of their sessions. Each is asked for once, however long the answer takes.
     """
 
     lookups: list[Lookup] = field(default_factory=list)
@@ -199,7 +199,7 @@ class LMCacheContext(LMCacheSDKContext):
     ) -> None:
         self.num_retrievals = 0
         self.stranded: list[AtServer] = []
-        """What couldn't be released, for the server didn't answer."""
+        """What couldn't be released because the server didn't answer."""
         self.retired_at: float | None = None
         self._answered_at: float | None = None
         self.is_closed = False
@@ -221,7 +221,7 @@ class LMCacheContext(LMCacheSDKContext):
             raise
 
     def close(self) -> None:
-        """Gives back sockets, threads and the server's memory, as far as no tensor is in use there."""
+        """Gives back sockets, threads and the server's memory, unless a tensor there is still in use."""
         self.is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(BufferError):
@@ -233,7 +233,7 @@ class LMCacheContext(LMCacheSDKContext):
             sockets.destroy(linger=0)
 
     def retire(self) -> None:
-        """Leaves the server, which then frees what a failed call may have kept there, and closes."""
+        """Unregisters, so that the server frees what a failed call may have kept, and closes."""
         with contextlib.suppress(Exception):
             self._req_client.unregister_kv_cache_engine_driven_context(self.instance_id).result(timeout=self.mq_timeout)
         self.close()
@@ -252,7 +252,7 @@ class LMCacheContext(LMCacheSDKContext):
 
     @_zmq_context.setter
     def _zmq_context(self, context: zmq.Context[Any]) -> None:
-        """Sockets of a dead server must not keep `close` waiting for messages that nobody will take."""
+        """Closing must not wait to deliver messages to a dead server."""
         context.linger = 0
         self._sockets = context
 
@@ -279,8 +279,8 @@ class LMCacheContext(LMCacheSDKContext):
         return int(self.chunk_size) - 1
 
     def look_up(self, chunks: Sequence[Chunk], at_server: AtServer) -> list[Lookup]:
-        """Side by side: a round trip each, one after the other, would cost more than the data. `at_server` has what
-        is to be released, also when this raises.
+        """All at once: one round trip after the other would cost more than the data. `at_server` has what is to be
+        released, even if this raises.
         """
         at_server.lookups = [Lookup(chunk, f"kvarena-{uuid.uuid4().hex}", self._padded(chunk)) for chunk in chunks]
         deadline = time.monotonic() + self.mq_timeout
@@ -299,7 +299,7 @@ class LMCacheContext(LMCacheSDKContext):
         return at_server.lookups
 
     def _notice_restart(self) -> None:
-        """A server that was started anew doesn't know this context, and finds nothing for it."""
+        """A restarted server doesn't know this context, and finds nothing for it."""
         if time.monotonic() < self._checked_at + _RESTART_CHECK_S:
             return
         self._checked_at = time.monotonic()
@@ -307,7 +307,7 @@ class LMCacheContext(LMCacheSDKContext):
             raise ServerRestarted("it was started anew")
 
     def _server_instance(self) -> str:
-        """A name that the server has from one start to the next."""
+        """A name for the server's present run."""
         return str(self._server_config()["instance_id"])
 
     def _server_config(self) -> dict[str, Any]:
@@ -317,7 +317,7 @@ class LMCacheContext(LMCacheSDKContext):
         return config
 
     def take(self, lookups: Sequence[Lookup], at_server: AtServer) -> list[Pieces | None]:
-        """None for what is not held or corrupt. `at_server` has what is to be released, also when this raises."""
+        """None for what isn't held or is corrupt. `at_server` has what is to be released, even if this raises."""
         taking = [self._threads.submit(self._take, lookup, at_server) for lookup in lookups]
         try:
             return [each.result() for each in taking]
@@ -350,9 +350,9 @@ class LMCacheContext(LMCacheSDKContext):
         return [Piece(slot, size) for slot, size in zip(slots, sizes, strict=True)]
 
     def release(self, at_server: AtServer) -> None:
-        """The server may drop what was taken, and what was only looked up: the end of a session alone frees no lock.
-        What is corrupt is dropped at once, for it would keep a sound copy from being stored. Raises `TimeoutError` when
-        an answer is missing; the rest is for `release_stranded` then.
+        """Unlock what was taken, and what was only looked up: ending a session frees no lock. What is corrupt is
+        dropped, for it would keep a sound copy from being stored. Raises `TimeoutError` where an answer is missing; the
+        rest is left to `release_stranded`.
         """
         try:
             self._release(at_server, self.mq_timeout)
@@ -361,9 +361,9 @@ class LMCacheContext(LMCacheSDKContext):
             raise
 
     def release_stranded(self, present: LMCacheContext | None) -> None:
-        """Over this connection alone: only here are the server's answers to what was asked, and their order. Those that
-        went to an earlier start of the server than `present` has, or don't come though it answers for `_GIVE_UP_S`, are
-        given up.
+        """Release what `release` couldn't. It has to be over this connection, which alone gets the server's answers, in
+        their order. Answers are given up that belong to an earlier run of the server than that of `present`, or that
+        are missing `_GIVE_UP_S` after the server began to answer again.
         """
         self._answered_at = self._answered_at or time.monotonic()
         is_late = time.monotonic() > self._answered_at + _GIVE_UP_S
@@ -401,7 +401,7 @@ class LMCacheContext(LMCacheSDKContext):
         return [*given_back, *freed]
 
     def _drop(self, lookup: Lookup, numbers: Sequence[int]) -> None:
-        """Pieces of a chunk from all tiers, unless others are reading them: they find out by themselves."""
+        """Delete pieces of a chunk from all tiers, unless others are reading them, who will notice by themselves."""
         hasher = TokenHasher(self.chunk_size, self._server_config()["hash_algorithm"])
         salt = _server_salt(lookup.chunk)
         keys, _ = resolve_object_keys(hasher, self._model_name, self._world_size, lookup.padded, salt)
@@ -413,8 +413,8 @@ class LMCacheContext(LMCacheSDKContext):
                 answer.raise_for_status()
 
     def store_padded(self, chunk: Chunk, kv: torch.Tensor, scores: Scores | None = None) -> bool:
-        """Whether the server holds the chunk afterwards. What `store` itself says is not that: no for a chunk that was
-        there already, and yes for one that found no room. Once more, where a corrupt copy was in its place.
+        """Store a chunk, and return whether the server then holds it. `store` itself doesn't tell: it says no for a
+        chunk that was there already, and yes for one that found no room. Tries twice, for a corrupt copy may be there.
         """
         ids = self._padded(chunk)
         full = kv.new_zeros((*kv.shape[:2], len(ids), kv.shape[3]), device="cpu")
@@ -436,8 +436,8 @@ class LMCacheContext(LMCacheSDKContext):
         return False
 
     def add_scores(self, chunk: Chunk, scores: torch.Tensor) -> bool:
-        """Whether the entry has scores afterwards. It can't be written to: it is dropped, and stored anew with what one
-        more prompt showed. While somebody else reads it, it stays as it is. Raises `ChunkLost`.
+        """Whether the entry then has these scores. An entry can't be changed: it is dropped, and stored anew with the
+        scores of one more prompt. While somebody else reads it, it stays as it is. Raises `ChunkLost`.
         """
         at_server = AtServer()
         try:
@@ -457,7 +457,7 @@ class LMCacheContext(LMCacheSDKContext):
         return False
 
     def holds(self, chunk: Chunk, *, with_scores: bool = False) -> bool:
-        """And what it holds is sound."""
+        """Whether the server has the chunk, intact."""
         at_server = AtServer()
         try:
             is_there = self.take(self.look_up([chunk], at_server), at_server) != [None]
@@ -473,7 +473,7 @@ class LMCacheContext(LMCacheSDKContext):
         return [self._num_found(*call, deadline) for call in zip(lookups, asked, strict=True)]
 
     def _num_found(self, lookup: Lookup, answer: Any, deadline: float) -> int:
-        """Tokens that a look-up found; it is asked again for as long as the server has not finished it."""
+        """The tokens that a look-up found; asks again until the server has finished it."""
         while (pieces := answer.result(timeout=_left(deadline))) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"lookup took longer than {self.mq_timeout} s")
@@ -498,18 +498,18 @@ class LMCacheContext(LMCacheSDKContext):
 
 
 def _left(deadline: float) -> float:
-    """The seconds until then, so that many answers together take no longer than one may."""
+    """The seconds until then: many answers together get no more time than one."""
     return max(0.0, deadline - time.monotonic())
 
 
 def _wait_for(answers: Sequence[MessagingFuture[Any]], deadline: float) -> None:
-    """Raises `TimeoutError` when one doesn't come. That the server refused is one: there is nothing to release."""
+    """Raises `TimeoutError` where one is missing. A refusal counts as an answer: then there is nothing to release."""
     for answer in answers:
         if not answer.wait(_left(deadline)):
             raise TimeoutError("no answer in time")
 
 
 def _server_salt(chunk: Chunk) -> str:
-    """What tells equal tokens apart. LMCache forbids some characters in a salt; a digest has none of them."""
+    """Keeps chunks apart by salt and sink. LMCache forbids some characters in a salt, so it gets a digest."""
     own = chunk.salt.encode() + (b"\0sink\0" + chunk.sink.tobytes() if len(chunk.sink) else b"")
     return hashlib.blake2b(own, digest_size=16).hexdigest() if own else ""

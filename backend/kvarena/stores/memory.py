@@ -37,7 +37,7 @@ class MemoryStore:
         yield found
 
     def put(self, chunk: Chunk, kv: torch.Tensor) -> bool:
-        """Into main memory, wherever the KV is: a device has little."""
+        """Into main memory, wherever the KV is: a device has little of its own."""
         kv = to_host(kv)
         with self._lock:
             self._drop(chunk.key)

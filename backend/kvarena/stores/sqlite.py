@@ -1,10 +1,9 @@
 """A SQLite file that several processes of one machine read and write, and the known chunks kept in one.
 
-SQLite does the locking. What is in such a file can be found out again, so no answer fails for it. While others keep the
-file locked, or the disk is full, nothing is read and what is to be written waits; it is tried again after a while. A
-file that is damaged is given up with a warning: reading then gives nothing, and writing does nothing. Of known chunks
-only the token ids are kept, so that they survive a restart; the KV is the store's. A chunk known here and lost there is
-computed again.
+SQLite does the locking. Nothing in such a file is irreplaceable, so no request fails for it. While others keep the file
+locked, or the disk is full, nothing is read, and writes wait for the next try. A damaged file is given up with a
+warning: reading then gives nothing, and writing does nothing. Of known chunks only the token ids are kept, so that they
+survive a restart; the KV is the store's. A chunk that is known here and lost there is computed again.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from kvarena.core.plan import NO_SINK, Chunk, ChunkKey, TokenIds
 logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 0.1
-"""Short, for a scheduler waits; what wasn't written is written later."""
+"""Short, for a scheduler waits; writes can be made later."""
 PAUSE_S = 2.0
-"""After a failure nobody waits again for so long."""
+"""After a failure the file is left alone for so long."""
 MAX_VALUES = 500
-"""In one statement; SQLite has a limit."""
+"""In one statement; SQLite limits it."""
 _PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
-"""Errors that may be gone the next time."""
+"""Errors that may pass."""
 MAX_WAITING_ROWS = 10_000
 
 
@@ -50,7 +49,7 @@ class SharedFile:
         self._opened()
 
     def has_changed(self) -> bool:
-        """Whether others have written since it was last asked; the first time it is true."""
+        """Whether others have written since the last call; at first it is true."""
         version = self.read("PRAGMA data_version")
         if not version or version[0][0] == self._data_version:
             return False
@@ -68,7 +67,7 @@ class SharedFile:
         return None
 
     def write(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
-        """The statement for each of the rows, all or none of them. What couldn't be written before goes first."""
+        """Run the statement for all rows, or none. What couldn't be written before goes first."""
         if self._is_given_up:
             return
         self._waiting.append((statement, rows))
@@ -142,7 +141,7 @@ class KnownChunks:
     KEPT_DAYS = 30
 
     def __init__(self, path: str, model: str, sink: TokenIds = NO_SINK) -> None:
-        """`sink`: what the model's chunks are computed after; those of another sink are another model's."""
+        """`sink`: what the model's chunks are computed after; with another sink they count as another model's."""
         self.index = ChunkIndex()
         self._sink = sink
         self._model = model = f"{model}-after-{'-'.join(map(str, sink))}" if len(sink) else model
@@ -176,18 +175,15 @@ class KnownChunks:
         self._forget(dropped)  # which may be some of the new
 
     def of_other_models(self, chunks: Sequence[Chunk]) -> set[ChunkKey]:
-        """Of these, what is known as a chunk of another model's KV; nothing where no file is kept."""
+        """Those of these chunks that are known for other models; none where no file is kept."""
         found: set[ChunkKey] = set()
         for start in range(0, len(chunks) if self._file is not None else 0, MAX_VALUES):
-            found |= self._of_other_models(chunks[start : start + MAX_VALUES])
+            assert self._file is not None
+            keys = [chunk.key for chunk in chunks[start : start + MAX_VALUES]]
+            marks = ", ".join("?" * len(keys))
+            statement = f"SELECT DISTINCT key FROM chunks WHERE model != ? AND key IN ({marks})"
+            found |= {ChunkKey(key) for (key,) in self._file.read(statement, [self._model, *keys]) or ()}
         return found
-
-    def _of_other_models(self, chunks: Sequence[Chunk]) -> set[ChunkKey]:
-        assert self._file is not None
-        marks = ", ".join("?" * len(chunks))
-        statement = f"SELECT DISTINCT key FROM chunks WHERE model != ? AND key IN ({marks})"
-        rows = self._file.read(statement, [self._model, *(chunk.key for chunk in chunks)])
-        return {ChunkKey(key) for (key,) in rows or ()}
 
     def clear(self) -> None:
         for chunk in list(self.index):

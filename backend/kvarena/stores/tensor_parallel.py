@@ -1,4 +1,4 @@
-"""A rank's own store, used only for what every rank's store holds: one rank alone may lose an entry."""
+"""A rank's own store, used only for what every rank's store holds: a single one may lose an entry."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class _TensorParallelRetrieval:
         return [pieces if is_there else None for pieces, is_there in zip(taken, everywhere, strict=True)]
 
     def scores(self, index: int) -> torch.Tensor | None:
-        """What the ranks have on average: a rank may have lost some, and all have to choose alike."""
+        """The mean of the ranks' scores: a rank may have lost some, and all have to choose alike."""
         own = self.own.scores(index)
         everywhere = self.ranks.all([own is not None])[0]
         if own is None or not everywhere:

@@ -1,4 +1,4 @@
-"""SDPA for Hugging Face models, without copies of the cache where one token decodes, and with a look at the queries.
+"""SDPA for Hugging Face models that decodes without copying the cache, and shows queries to a hook.
 
 With grouped-query attention the stock function repeats keys and values for every query head, or asks SDPA to. A single
 query token has one row of the mask, or none, so the `G` query heads of a group can be `G` query positions of one head
@@ -49,7 +49,7 @@ def attention(
 @contextmanager
 def reading_queries(model: Any, on_queries: QueriesHook) -> Iterator[None]:
     """Call `on_queries(layer, queries)`, `(B, H, T_q, D)` and rotated, before a layer of this model attends, in this
-    thread. A model with another attention gets this one for as long; masks have to be explicit.
+    thread. A model with another attention gets this one meanwhile; masks have to be explicit.
     """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     own = [(config, config._attn_implementation) for config in configs]

@@ -1,8 +1,8 @@
-"""The blend over a Hugging Face model: its forwards are the model's own, over the memory of its `SequenceKV`.
+"""The blend over a Hugging Face model: the model's own forwards, over the memory of its `SequenceKV`.
 
-In order: the cache of a forward over chosen tokens, which ends where the last of their KV is known; a layer that goes
-on with fewer tokens; which models can be blended, and how their keys rotate, tried on a token; the `PrefilledModel` of
-one prompt; `HFBlender`, which plans, blends up to the last chunk's end and prefills the rest.
+In order: the cache of a forward over chosen tokens, which ends when all their KV is known; a layer that goes on with
+fewer tokens; which models can be blended, and how their keys rotate, tried on a token; the `PrefilledModel` of one
+prompt; `HFBlender`, which plans, blends up to the last chunk's end and prefills the rest.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class PromptCache(Cache):
     """Over a prompt's memory `(L, 2, H_kv, T, D)`. Differs from `Cache` in where fresh KV is written.
 
-    `positions` `(T_q,)` are those of the tokens under way, ascending; a mask `(1, 1, T_q, end)` for each window lets
-    each attend to what it sees up to itself, and `end` is after the last. `windows` are those of the kinds of layers.
+    `positions` `(T_q,)` are those of the tokens under way, ascending, and `end` is after the last. `masks` has one
+    `(1, 1, T_q, end)` for each window: what a token attends to. `windows` are those of the kinds of layers.
     `ends_with_last_keys`: what comes after the last layer's keys isn't run.
     """
 
@@ -71,13 +71,13 @@ class PromptCache(Cache):
 
     @property
     def attention_mask(self) -> torch.Tensor | dict[str, torch.Tensor]:
-        """As models take it: one for all layers, or one for each kind."""
+        """As models take it: one mask for all layers, or one for each kind."""
         if len(self.masks) == 1:
             return next(iter(self.masks.values()))
         return {kind: self.masks[window] for kind, window in self._windows.items()}
 
     def probed_kv(self, layer: Callable[..., object], *args: object, **kwargs: object) -> LayerKV:
-        """Runs a layer until its fresh KV is known, and writes nothing."""
+        """Run a layer until its fresh KV is known, and write nothing."""
         found: list[LayerKV] = []
         self._probed = found
         try:
@@ -90,7 +90,7 @@ class PromptCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a layer's `(1, H_kv, T_q, D)`; returns that layer's of all tokens up to the last one under way."""
+        """Write a layer's `(1, H_kv, T_q, D)`; return the layer's KV up to the last token under way."""
         fresh = LayerKV(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         if self._probed is not None:
             self._probed.append(fresh)
@@ -104,7 +104,7 @@ class PromptCache(Cache):
 
 
 class HFFilteredLayer(FilteredLayer):
-    """Over the layers of a Hugging Face model, which are handed a mask and angles for the tokens under way.
+    """Over the layers of a Hugging Face model, whose inputs have a mask and angles for the tokens under way.
 
     Where there is one forward, inputs that only later layers use (angles of another base) are filtered as well.
     """
@@ -145,9 +145,8 @@ def _has_rows(x: Any, num_tokens: int) -> bool:
 
 
 class BlendableModel:
-    """A model, its decoder layers, first to last, and their rotations.
-
-    Raises `UnsupportedModel` with the reason for one whose KV can't be blended.
+    """A model, its decoder layers in order, and their rotations. Raises `UnsupportedModel` with the reason where its KV
+    can't be blended.
     """
 
     def __init__(self, model: HFModel) -> None:
@@ -175,7 +174,7 @@ class BlendableModel:
 
 
 def _kinds_of_layers(model: HFModel) -> Sequence[str]:
-    """Of each layer whether it is `FULL` or `SLIDING`. Raises `ValueError` for attention without masks of ours."""
+    """`FULL` or `SLIDING` for each layer. Raises `ValueError` for attention that can't take our masks."""
     config = model.module.config.get_text_config()
     implementation = config._attn_implementation
     if implementation not in ("sdpa", attention.NAME):
@@ -188,8 +187,8 @@ def _kinds_of_layers(model: HFModel) -> Sequence[str]:
 
 
 def _window_of(kinds: Sequence[str], model: HFModel) -> dict[str, int | None]:
-    """None for a kind of layer that sees the whole context. Raises `ValueError` for a model that takes one mask for
-    layers with different windows.
+    """The window of each kind of layer, None where it sees the whole context. Raises `ValueError` for a model that has
+    layers with different windows and takes only one mask.
     """
     window = getattr(model.module.config.get_text_config(), "sliding_window", None)
     is_short = window is not None and window < model.max_model_len
@@ -204,7 +203,7 @@ def _window_of(kinds: Sequence[str], model: HFModel) -> dict[str, int | None]:
 
 
 def _numbered_parts(module: torch.nn.Module, num_layers: int) -> list[list[torch.nn.Module]]:
-    """Of each layer what knows the number of its KV in the cache: the decoder layer, the attention in it, or both."""
+    """For each layer the modules that have its number in the cache: the decoder layer, its attention, or both."""
     numbered: dict[int, list[torch.nn.Module]] = {}
     for part in module.modules():
         number = getattr(part, "layer_idx", None)
@@ -216,13 +215,13 @@ def _numbered_parts(module: torch.nn.Module, num_layers: int) -> list[list[torch
 
 
 def _scale(parts: Sequence[torch.nn.Module], head_size: int) -> float:
-    """Of a layer's attention, where it isn't the usual one."""
+    """The scale of a layer's attention: its own, or else the usual one."""
     known = (float(scale) for part in parts if (scale := getattr(part, "scaling", None)) is not None)
     return next(known, head_size**-0.5)
 
 
 def _keys_at(model: HFModel, position: int) -> torch.Tensor:
-    """The keys `(L, H_kv, D)` of a token by itself: it attends to nothing else, so only its position shows."""
+    """The keys `(L, H_kv, D)` of a single token: it attends to nothing else, so they depend on its position alone."""
     kv = model.new_kv(1)
     position_ids = torch.tensor([[position]], device=model.kv_shape.device)
     model.forward([model.vocab_size // 2], position_ids=position_ids, past_key_values=kv, use_cache=True)
@@ -232,7 +231,7 @@ def _keys_at(model: HFModel, position: int) -> torch.Tensor:
 class HFPrefilledModel:
     """Implements `kvarena.core.prefilled_model.PrefilledModel`. To be used in the model's thread.
 
-    From the start `kv` counts as filled up to `len(token_ids)`; what it didn't hold is for the caller to fill.
+    `kv` counts as filled up to `len(token_ids)` at once; the caller fills what it didn't hold.
     """
 
     place = None
@@ -312,7 +311,7 @@ class HFPrefilledModel:
         return kv.filled(len(chunk.sink), len(text)).permute(1, 0, 3, 2, 4).flatten(3)  # (2, L, T, H_kv * D)
 
     def _run(self, positions: torch.Tensor) -> None:
-        """Runs these tokens until their KV is complete: nothing is needed after the last layer's keys."""
+        """Run these tokens until their KV is complete: nothing is needed after the last layer's keys."""
         self._cache.go_on_with(positions.to(self.device))
         with suppress(EndForward):
             self._engine.model.forward(
@@ -326,8 +325,8 @@ class HFPrefilledModel:
 
 @dataclass(frozen=True)
 class BlendedPrefill:
-    """`kv` is filled with the whole prompt, and `HFModel.decode` goes on from it; `logits` `(V,)` are those after
-    the prompt's last token; the counts of `report` add up to the prompt's tokens.
+    """`kv` has the whole prompt, for `HFModel.decode` to go on from; `logits` `(V,)` are those after its last token;
+    the counts of `report` add up to its tokens.
     """
 
     kv: SequenceKV
@@ -336,8 +335,8 @@ class BlendedPrefill:
 
 
 class HFBlender:
-    """Blends prompts over one model and one store, and gets to know every chunk that a separator marks. `seams`: chunks
-    are taken as they are after the chunk before them, where `make_seams` has seen both in this order.
+    """Blends prompts over one model and one store, and remembers every chunk that a separator marks. `seams`: chunks
+    are reused as computed after the chunk before them, where `make_seams` has seen both in this order.
 
     Raises `UnsupportedModel` for a model that can't be blended.
     """
@@ -376,25 +375,23 @@ class HFBlender:
         return BlendedPrefill(kv, self._model.prefill(kv, rest, is_cancelled=lambda: False), report)
 
     def make_seams(self, token_ids: Sequence[int]) -> BlendReport:
-        """Computes each chunk of a prompt after the chunk before it, for `seams` to find."""
-        kv = self._model.new_kv(len(token_ids))
-        return self._model.run(self._make_seams, as_token_ids(token_ids), kv)
+        """Compute each chunk of a prompt after the chunk before it, for `seams` to find."""
+        return self._model.run(self._make_seams, as_token_ids(token_ids))
 
     def score(self, token_ids: Sequence[int]) -> BlendReport:
-        """Computes a prompt of several chunks whole, up to its last token, for the scores that it shows of them."""
-        kv = self._model.new_kv(len(token_ids))
-        return self._model.run(self._score, as_token_ids(token_ids), kv)
+        """Compute a prompt of several chunks whole, up to its last token, for the scores that it shows of them."""
+        return self._model.run(self._score, as_token_ids(token_ids))
 
-    def _make_seams(self, token_ids: TokenIds, kv: SequenceKV) -> BlendReport:
+    def _make_seams(self, token_ids: TokenIds) -> BlendReport:
         plan = self._plan(token_ids)
-        prompt = HFPrefilledModel(self._blendable, token_ids[: plan.end], kv)
+        prompt = HFPrefilledModel(self._blendable, token_ids[: plan.end], self._model.new_kv(plan.end))
         seams = self._planner.seams(plan, token_ids)
         return self._blender.blend(
             prompt, BlendTask(plan, 0, plan.end, make_policy(BlendParams("none")), seams=seams, makes_seams=True)
         )
 
-    def _score(self, token_ids: TokenIds, kv: SequenceKV) -> BlendReport:
-        prompt = HFPrefilledModel(self._blendable, token_ids, kv)
+    def _score(self, token_ids: TokenIds) -> BlendReport:
+        prompt = HFPrefilledModel(self._blendable, token_ids, self._model.new_kv(len(token_ids)))
         everything = make_policy(BlendParams("all"))
         task = BlendTask(self._plan(token_ids), 0, len(token_ids) - 1, everything, scores=True)
         return self._blender.blend(prompt, task)
@@ -402,7 +399,7 @@ class HFBlender:
     def _blend(
         self, token_ids: TokenIds, policy: SelectionPolicy, kv: SequenceKV, budget_ms: float | None
     ) -> BlendReport:
-        """Fills `kv` as far as there is something to reuse."""
+        """Fill `kv` as far as there is something to reuse."""
         plan = self._plan(token_ids)
         end = self._planner.blend_end(plan, 0, len(token_ids) - 1, recomputes_none=policy.recomputes_none)
         if not end:

@@ -37,9 +37,9 @@ class UnsupportedModel(ValueError):
 def load_module(
     path: str, *, device: str = "auto", dtype: str = "auto", random: bool = False, kind: Any = AutoModelForCausalLM
 ) -> Any:
-    """A network of a class from Transformers, from a local folder or a hub name; `dtype` "auto" is the checkpoint's.
+    """A model of Transformers, from a local folder or a hub name; `dtype` "auto" is the checkpoint's.
 
-    `random` makes the weights up from the config: any shape, no download. Raises `OSError` when there is no such model.
+    `random` draws the weights by the config: any shape, no download. Raises `OSError` when there is no such model.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,7 +76,7 @@ class HFModel:
         self.eos_token_ids = frozenset(_eos_token_ids(model))
         self.piece_tokens = piece_tokens
         self.num_forwards = 0
-        """How many forward passes were run, and over how many tokens: what reuse has to keep small."""
+        """How many forwards were run, and over how many tokens: what reuse saves."""
         self.num_forward_tokens = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.kv_shape = self.run(self._probe)

@@ -1,9 +1,9 @@
-"""The KV of one sequence while it is being generated, in memory that is there from the start.
+"""The KV of one sequence while it is being generated, in memory that is reserved from the start.
 
 Hugging Face's own cache concatenates: every token copies everything before it. This one writes a token's keys and
 values after the others and hands out views. Large tensors in main memory get a mapping of their own, which goes back
-to the system as soon as nobody holds it: the C library keeps what was freed in between other blocks, and with entries
-of every size coming and going a process grows to several times what it holds.
+to the system as soon as nobody holds it: the C library keeps freed memory between other blocks, and with entries of
+every size coming and going a process would grow to several times what it holds.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class KVShape:
 class SequenceKV(Cache):
     """A `Cache` for a batch of one. `length` tokens of it are filled; it grows when `capacity` is reached.
 
-    Its layers refer to its memory and not to itself, so that the memory is free as soon as the sequence is.
+    Its layers refer to its memory and not to itself, so that the memory is freed with the sequence.
     """
 
     def __init__(self, shape: KVShape, capacity: int) -> None:
@@ -82,7 +82,7 @@ class SequenceKV(Cache):
         return self._memory.capacity
 
     def extend(self, num_tokens: int) -> torch.Tensor:
-        """Counts so many more tokens as filled. Returns their memory `(L, 2, H_kv, T, D)`, for the caller to fill."""
+        """Count so many more tokens as filled. Returns their memory `(L, 2, H_kv, T, D)`, for the caller to fill."""
         start, end = self.length, self.length + num_tokens
         self._memory.reserve(end)
         self._memory.length = end
@@ -94,7 +94,7 @@ class SequenceKV(Cache):
         self._memory.length = num_tokens
 
     def restore(self, kv: torch.Tensor) -> None:
-        """Puts kept KV `(L, 2, H_kv, T, D)` after what is there; from another device it is moved."""
+        """Append kept KV `(L, 2, H_kv, T, D)`, from whichever device."""
         self.extend(kv.shape[3]).copy_(kv, non_blocking=True)
 
     def filled(self, start: int, end: int) -> torch.Tensor:

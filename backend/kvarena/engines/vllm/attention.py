@@ -89,8 +89,8 @@ def _hooked_forward(attention: torch.nn.Module) -> _HookedForward:
 
 @dataclass(frozen=True)
 class ChosenTokens:
-    """In the place of vLLM's metadata of a batch: tokens of one sequence at ascending `positions`, int64 `(T,)` on the
-    CPU, whose cache lies in `block_ids`, int32 `(N,)` on the model's device.
+    """Takes the place of vLLM's metadata for a batch: tokens of one sequence at ascending `positions`, int64 `(T,)` on
+    the CPU, whose cache is in `block_ids`, int32 `(N,)` on the model's device.
     """
 
     positions: torch.Tensor
@@ -102,8 +102,8 @@ class ChosenTokens:
 
 
 class ChosenAttention(ABC):
-    """Over the attention layers of a model in vLLM, in order. `max_row_tokens`: vLLM's own attention is better for runs
-    of more neighbours than this, on average.
+    """Over a model's attention layers, in order. Where runs of neighbours are longer than `max_row_tokens` on average,
+    vLLM's own attention is better.
     """
 
     max_row_tokens: float
@@ -113,7 +113,7 @@ class ChosenAttention(ABC):
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """Meanwhile the layers attend by `attend` where the forward context's metadata is `ChosenTokens`."""
+        """The layers attend by `attend` where the forward context's metadata is `ChosenTokens`."""
         for layer in self._layers:
             layer.impl.forward = partial(self._forward, layer.impl.forward)
         try:
@@ -123,7 +123,7 @@ class ChosenAttention(ABC):
                 del layer.impl.forward
 
     def _forward(self, of_vllm: Callable[..., torch.Tensor], layer: Any, *args: Any, **named: Any) -> torch.Tensor:
-        """In the place of the `forward` of a layer's implementation."""
+        """Takes the place of `forward` of a layer's implementation."""
         kind: Any = type(layer.impl)
         given = _signature(kind).bind(layer.impl, layer, *args, **named).arguments
         if not isinstance(given["attn_metadata"], ChosenTokens):
@@ -143,19 +143,21 @@ class ChosenAttention(ABC):
         output: torch.Tensor,
         window: int | None = None,
     ) -> None:
-        """Each token over all of its sequence up to itself, or over the last `window` tokens of that; queries and
-        `output` are `(T, H, D)`.
+        """Each token attends to its sequence up to itself, or to the last `window` tokens of that; queries and `output`
+        are `(T, H, D)`.
         """
 
 
 @cache
 def _signature(kind: Any) -> inspect.Signature:
-    """Of an implementation's `forward`. Looked at once: to read one takes as long as a small layer."""
+    """Of an implementation's `forward`; cached, for reading one takes as long as a small layer."""
     return inspect.signature(kind.forward)
 
 
 def window_of(impl: Any) -> int | None:
-    """How many tokens a layer's attention sees, the token itself included; None: all. CPUs and GPUs differ in this."""
+    """How many tokens a layer's attention sees, the token itself included; None: all. vLLM says it in one way for CPUs
+    and in another for GPUs.
+    """
     window = impl.sliding_window
     if isinstance(window, tuple):
         return window[0] + 1 if window[0] >= 0 else None
@@ -163,7 +165,7 @@ def window_of(impl: Any) -> int | None:
 
 
 BLOCK_TOKENS = 128
-"""So many chosen tokens attend together, up to the last one's position."""
+"""So many chosen tokens attend together, over the KV up to the last one's position."""
 TRIAL_TOKENS = 2048
 TRIAL_STRIDE = 7
 TRIAL_REPEATS = 3
@@ -174,14 +176,14 @@ Rows = Callable[[Any, torch.Tensor, ChosenTokens, torch.Tensor], None]
 
 
 class GatheredAttention(ChosenAttention):
-    """Over caches `(blocks, H_kv, block_size, 2 * D)`, keys and then values, as vLLM has them on GPUs."""
+    """For vLLM's caches on GPUs, `(blocks, H_kv, block_size, 2 * D)`, keys and then values."""
 
     max_row_tokens = 16.0
 
     @classmethod
     @torch.inference_mode()
     def where_faster(cls, layers: Sequence[Any], rows: Rows) -> GatheredAttention | None:
-        """None where vLLM's rows are as fast, and where it can't be used. To be called before any request: the trial
+        """None where it can't be used, or is no faster than vLLM's rows. To be called before any request: the trial
         writes into the first layer's cache.
         """
         if not all(map(_is_gatherable, layers)):
@@ -226,8 +228,8 @@ class GatheredAttention(ChosenAttention):
             output[own].copy_(by_head.reshape(-1, num_heads, head_size))
 
     def _trial(self, layer: Any, rows: Rows) -> tuple[float, float]:
-        """Milliseconds for one layer's attention of scattered tokens over random KV, ours and vLLM's. Raises
-        `ValueError` where they don't give the same.
+        """Milliseconds of a layer's attention of scattered tokens over random KV, ours and vLLM's. Raises `ValueError`
+        where the results differ.
         """
         cache, num_blocks = layer.kv_cache, _trial_blocks(layer)
         block_ids = torch.arange(1, 1 + num_blocks, dtype=torch.int32, device=cache.device)
@@ -249,7 +251,7 @@ class GatheredAttention(ChosenAttention):
 
 
 def _is_gatherable(layer: Any) -> bool:
-    """Plain causal attention over KV in the model's own numbers."""
+    """Plain causal attention over KV that isn't quantised."""
     impl, cache = layer.impl, layer.kv_cache
     return (
         torch.is_tensor(cache)
@@ -269,13 +271,13 @@ def _is_plain(impl: Any) -> bool:
 
 
 def _trial_blocks(layer: Any) -> int:
-    """Behind the first block, which is no sequence's."""
+    """How many blocks after the first, which is no sequence's, the trial uses."""
     num_blocks, _, block_size, _ = layer.kv_cache.shape
     return int(min(num_blocks - 1, max(1, TRIAL_TOKENS // block_size)))
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
-    """The fastest of some runs, after one that compiles and chooses what it needs to."""
+    """The fastest of some runs, after one to warm up."""
     times = []
     for _ in range(1 + TRIAL_REPEATS):
         wait_for(device)
@@ -287,13 +289,13 @@ def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 MAX_BLOCK_TOKENS = 64
-"""So many chosen tokens attend together: packing the cache for them is then next to nothing."""
+"""So many chosen tokens attend together: packing the cache for them then costs next to nothing."""
 _ALL = 1 << 62
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with the reason in the log, where there are none."""
+    """The compiled kernels; None, with the reason logged, where there are none."""
     try:
         return ctypes.CDLL(str(compiled()))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -303,7 +305,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class CPUKernels(ChosenAttention):
-    """Runs of neighbours and whole prompts take no longer than by vLLM's own attention."""
+    """Also for long runs of neighbours: they take no longer than by vLLM's own attention."""
 
     max_row_tokens = math.inf
 
@@ -317,7 +319,7 @@ class CPUKernels(ChosenAttention):
 
     @classmethod
     def for_layers(cls, layers: Sequence[Any]) -> CPUKernels | None:
-        """None where vLLM's own have to do."""
+        """None where vLLM's own kernels have to do."""
         if not all(map(_has_kernels, layers)) or (found := library()) is None:
             return None
         return cls(layers, found)
@@ -358,7 +360,7 @@ class CPUKernels(ChosenAttention):
         rotations: Sequence[Rotation | None],
         rerotations: Mapping[Rotation, Rerotation],
     ) -> None:
-        """KV `(2, L, t, H_kv * D)` in the cache's dtype into the cache, straight from where each part lies.
+        """Write parts of KV `(2, L, t, H_kv * D)` in the cache's dtype into the cache, from wherever they are.
 
         `slots` has for each layer those of all parts' tokens, int64 `(T,)`; keys are rotated by their layer's
         rerotation, if there is one. Raises `ValueError` for KV of another model.
@@ -388,7 +390,7 @@ class CPUKernels(ChosenAttention):
 
 
 def _has_kernels(layer: Any) -> bool:
-    """Plain causal attention over a cache that our kernels read, on a processor that they are for."""
+    """Plain causal attention over a cache and on a processor that our kernels are for."""
     impl, kv_cache = layer.impl, layer.kv_cache
     return (
         type(impl) is CPUAttentionBackendImpl

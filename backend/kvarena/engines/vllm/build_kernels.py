@@ -1,8 +1,8 @@
-"""Compiles cpu_kernels.cpp, once for each version of it: in the first server that wants it, or in an image's build by
+"""Compiles cpu_kernels.cpp, once for each version of it: in the first server that needs it, or for an image by
 
     python3 -m kvarena.engines.vllm.build_kernels
 
-which needs neither torch nor vLLM, nor the processor that the kernels are for.
+which needs neither torch nor vLLM, nor the processor that they are for.
 """
 
 from __future__ import annotations

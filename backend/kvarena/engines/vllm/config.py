@@ -29,14 +29,14 @@ Unsupported = Literal["refuse", "plain"]
 class BlendConfig(BlendParams):
     """Every setting of the blend.
 
-    The first are the defaults of what a request may choose (`BlendParams`), and so is `max_ttft_ms`: where it is set,
-    it chooses the ratio, which is then what first blends begin with. `separator` marks chunk boundaries in a prompt's
-    text (empty: none). `sink_tokens`: chunks are computed after so many tokens of the beginning that all chat prompts
-    share; 0 computes them alone. `seams`: chunks are taken as they are after the chunk before them, where the store has
-    that. `index_path` is where the known chunks' token ids survive a restart; empty: they
-    don't. `unsupported`: whether a model that can't be blended stops the server, or is served without. `step_tokens`:
-    about how many tokens blends run through the model in one step of the engine; 0: as many as vLLM itself does
-    (`--max-num-batched-tokens`). Sizes are in bytes, times in seconds.
+    The fields of `BlendParams` and `max_ttft_ms` are the defaults of what a request may choose. `max_ttft_ms`, where it
+    is set, chooses the ratio; `ratio` is then what the first blends begin with. `separator` marks chunk boundaries in a
+    prompt's text (empty: none). `sink_tokens`: chunks are computed after so many of the tokens that all chat prompts
+    begin with; 0 computes them alone. `seams`: chunks are reused as computed after the chunk before them, where the
+    store has that. `index_path`: the file in which the known chunks' token ids survive a restart; empty: they don't.
+    `unsupported`: a model that can't be blended stops the server ("refuse"), or is served without blending ("plain").
+    `step_tokens`: about how many tokens blends run through the model in one step of the engine; 0: as many as vLLM
+    itself does (`--max-num-batched-tokens`). Sizes are in bytes, times in seconds.
     """
 
     max_ttft_ms: float | None = None
@@ -110,20 +110,18 @@ MAX_NAMED_CHUNKS = 4096
 AUTO_RATIO = "auto"
 STORE_ALL = "all"
 STORE_SCORES = "scores"
-"""As `STORE_ALL`, and the prompt is computed whole for what it shows of its chunks (`kvarena.core.attention`)."""
-
+"""As `STORE_ALL`, and the prompt is computed whole for its chunks' scores (`kvarena.core.attention`)."""
 STORE_SEAMS = "seams"
-"""As `STORE_ALL`, and each chunk is computed after the one before it, too (`Planner.seams`)."""
+"""As `STORE_ALL`, and each chunk is also computed after the one before it (`Planner.seams`)."""
 
 
 @dataclass(frozen=True)
 class RequestParams:
     """`max_ttft_ms`, where there is one: the time to first token that decides on the ratio. `store_new`: whether chunks
     that this request brings are kept. `store_all`: every marked chunk is looked up, and kept if it isn't there; neither
-    vLLM's prefix cache nor a known chunk that is alike stands in for it. `store_scores`: and the prompt is computed
-    whole, for the scores that it shows of its chunks. `store_seams`: and chunks are kept as they are after the one
-    before them. `chunks`: what is to be reused as wholes, as texts or as their
-    token ids. `token_scores`: the report tells by what each recomputed token was chosen.
+    vLLM's prefix cache nor a similar known chunk takes its place. `store_scores`, `store_seams`: see `STORE_SCORES`
+    and `STORE_SEAMS`. `chunks`: texts, or their token ids, that are to be reused as wholes. `token_scores`: the report
+    tells why each recomputed token was chosen.
     """
 
     blend: BlendParams
@@ -147,7 +145,7 @@ class RequestParams:
 def read_request_params(
     kv_transfer_params: object, defaults: BlendParams, max_ttft_ms: float | None = None
 ) -> RequestParams:
-    """The request's own over the server's. A ratio of the request goes before the server's `max_ttft_ms`.
+    """The request's own before the server's. A ratio of the request goes before the server's `max_ttft_ms`.
 
     Raises `ValueError` naming the key or value and the choices. Keys of other connectors are left alone.
     """

@@ -1,8 +1,8 @@
 """`KVArenaConnector`, the KV connector that vLLM loads by module path: it delegates to its scheduler or worker side.
 
 One is built in the scheduler's process and one in each worker. A blend is complete before the step's forward, so there
-is nothing to wait for, layer by layer or at the end of a step. A long one goes over several steps, for which it is one
-of vLLM's asynchronous loads: its request waits, and others go on.
+is nothing to wait for in a layer or at the end of a step. A long one takes several steps, as one of vLLM's asynchronous
+loads: its request waits, and others go on.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class RequestReport:
     """What a request's prompt was made of; the API's `kvarena` object (docs/http.md).
 
     `lookup_ms`: finding its chunks. `queue_ms`: from its arrival to its blocks, without that. `in_pieces`: its blend
-    went over several steps, before what vLLM takes for its turn.
+    took several steps, in the time that vLLM counts as waiting.
     """
 
     request_id: str
@@ -160,7 +160,7 @@ report_log = ReportLog()
 
 
 async def wait_for_report(request_id: str) -> dict[str, Any] | None:
-    """The report of an answer that was just given. It follows within a step of the engine; None: it doesn't."""
+    """The report of an answer that was just given, within a step of the engine; None where none comes."""
     deadline = asyncio.get_running_loop().time() + REPORT_WAIT_S
     while (report := report_log.get(request_id)) is None and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(_POLL_S)
@@ -252,7 +252,7 @@ class BlendPromMetrics(KVConnectorPromMetrics):
                     self._seconds.labels(*labels, stage).observe(report[f"{stage}_ms"] / 1e3)
 
     def _count(self, labels: list[object], counts: dict[str, Any]) -> None:
-        """Zeros too: a series that has not counted yet is there all the same, as rates need."""
+        """Zeros too: for rates a series has to be there before it counts anything."""
         for name in TOKEN_COUNTS:
             self._tokens.labels(*labels, name.split("_")[1]).inc(counts[name])
         for name in LOOKUP_COUNTS:

@@ -47,9 +47,9 @@ _WITHOUT_PARAMETERS = ("/v1/systemone", "/generative_scoring")
 _REPORT_PATH = "/kvarena/requests/"
 _CHUNKS_PATH = "/kvarena/chunks"
 MAX_CONTEXTS = 4
-"""How many times the model's context the named chunks may have in tokens, all together."""
+"""The named chunks may have so many times the tokens of the model's context, all together."""
 MAX_FULL_SEQUENCES = 4
-"""So many answers are planned with as many chunk tokens as one may have, or more with fewer."""
+"""So many answers may be planned with the most chunk tokens, or more with fewer."""
 MAX_BYTES_PER_TOKEN = 4
 """Longer texts aren't tokenised in the first place."""
 
@@ -76,7 +76,7 @@ class KVArenaMiddleware:
             await self._app(scope, receive, send)
 
     async def _check_and_pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand on the request, changed only where it has chunks; what isn't a JSON object is vLLM's to refuse."""
+        """Pass the request on, changed only where it has chunks; what isn't a JSON object vLLM refuses."""
         body = await _read_whole(receive)
         request = _parse_object(body)
         if request is not None:
@@ -91,7 +91,7 @@ class KVArenaMiddleware:
         await self._app(_with_length(scope, body), replayed([whole], receive), send)
 
     async def _encoded_chunks(self, request: dict[str, Any], scope: Scope) -> Sequence[NamedChunk]:
-        """Message parts are no more than a hint: where they are too much for chunks they are none."""
+        """Message parts are only a hint: where they are too much for chunks, they are left as they are."""
         chunks, transfer = self._chunks_of(scope), request.get("kv_transfer_params")
         if named := given_params(transfer).get("chunks"):
             return await chunks.encode(named, _num_sequences(request))
@@ -138,8 +138,8 @@ class _Chunks:
         self._thread = ThreadPoolExecutor(1, "kvarena chunks")
 
     async def encode(self, chunks: Sequence[NamedChunk], num_sequences: int = 1) -> Sequence[NamedChunk]:
-        """Texts stay what they are where vLLM runs without a tokenizer. Raises `ValueError` for chunks that are too
-        much, in all of so many sequences that are planned with them, and for halves of characters.
+        """Token ids of texts; where vLLM runs without a tokenizer they stay texts. Raises `ValueError` for halves of
+        characters, and for more chunks than `num_sequences` that are planned with them may have.
         """
         num_bytes = sum(len(chunk.encode()) for chunk in chunks if isinstance(chunk, str))
         if num_bytes > (most := MAX_BYTES_PER_TOKEN * self._max_tokens):
@@ -251,7 +251,7 @@ async def _describe(scope: Scope) -> dict[str, Any]:
 
 
 async def _refusal(scope: Scope) -> str:
-    """Why this model is served without blending. Its workers know; it never changes, so they are asked once."""
+    """Why this model is served without blending. The workers are asked once, for it never changes."""
     state = scope["app"].state
     if not hasattr(state, "kvarena_refusal"):
         refusals: list[str] = await state.engine_client.collective_rpc("kvarena_refusal")
@@ -264,13 +264,13 @@ def _num_layers(scope: Scope) -> int:
 
 
 async def _report(request_id: str) -> Response:
-    """A client may ask a moment too early."""
+    """Waits, for a client may ask a moment too early."""
     report = await wait_for_report(request_id)
     return json_response(report) if report else error_response(404, f"no report of a request {request_id!r}")
 
 
 def _check(request: dict[str, Any], scope: Scope) -> None:
-    """Raise `ValueError` for parameters of ours that the engine would not understand, or never see."""
+    """Raise `ValueError` for parameters of ours that are wrong, or that the engine would never see."""
     path = _path(scope)
     if path in _WITHOUT_SALT and request.get("cache_salt"):
         raise ValueError(f"{path} takes no cache_salt")
@@ -286,7 +286,7 @@ def _check(request: dict[str, Any], scope: Scope) -> None:
 
 
 def _num_sequences(request: Mapping[str, Any]) -> int:
-    """How many the engine makes of it, as far as it is well-formed: answers for each prompt, or for each chat."""
+    """How many answers the engine makes of it, if it is well-formed: some for each prompt, or for each chat."""
     n = request.get("n")
     lists = [each for each in (request.get("prompt"), request.get("messages")) if isinstance(each, list) and each]
     num_prompts = max((len(each) for each in lists if isinstance(each[0], str | list)), default=1)
@@ -294,14 +294,14 @@ def _num_sequences(request: Mapping[str, Any]) -> int:
 
 
 def _hidden_params(request: Mapping[str, Any]) -> bool:
-    """vLLM's own sampling parameters, as `/inference/v1/generate` takes them, could carry them past this check."""
+    """Whether vLLM's own sampling parameters, as `/inference/v1/generate` takes them, carry ours past this check."""
     sampling = request.get("sampling_params")
     extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
     return isinstance(extra, dict) and "kv_transfer_params" in extra
 
 
 def _message_parts(request: Mapping[str, Any]) -> Iterator[str]:
-    """The texts of messages that come in several text parts, also of the conversations of a batch."""
+    """The texts of messages with several text parts, also in a batch of conversations."""
     messages = request.get("messages") or request.get("input")
     for entry in messages if isinstance(messages, list) else ():
         for message in entry if isinstance(entry, list) else (entry,):
@@ -318,14 +318,14 @@ def _with_chunks(request: dict[str, Any], chunks: Sequence[NamedChunk]) -> dict[
 
 
 def _path(scope: Scope) -> str:
-    """As the application's routes see it: without what a proxy before it has put in front."""
+    """As the application's routes see it: without the prefix of a proxy."""
     path: str = scope["path"]
     root = scope.get("root_path", "").rstrip("/")
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _is_json(scope: Scope) -> bool:
-    """vLLM refuses other bodies on the paths that generate."""
+    """On the paths that generate, vLLM refuses other bodies."""
     content_type = Headers(scope=scope).get("content-type", "")
     return content_type.partition(";")[0].strip().lower() == "application/json"
 

@@ -4,12 +4,12 @@ Every forward here is the model's own, inside vLLM's `set_forward_context`, with
 own builder, as vLLM's speculative decoder does it. Tokens are forwarded as vLLM's batches are, by rows: a row is a
 run of neighbouring tokens of one sequence, and all of the sequence up to the last of them to attend to. Chunks that no
 store has are prefilled each as a sequence of its own, side by side, on blocks that are free for now. Which layer uses
-which rotation, and in which pairs, shows in the keys of one token at two positions.
+which rotation, and how dimensions pair, shows in the keys of one token at two positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from kvarena.core.devices import wait_for
 from kvarena.core.filtered_layer import FilteredLayer, decoder_layers, forward_filtered
+from kvarena.core.placement import packed
 from kvarena.core.plan import Chunk, TokenIds
 from kvarena.core.prefilled_model import (
     EndForward,
@@ -47,7 +48,7 @@ from kvarena.engines.vllm.supported import attention_layers, refuse_unsupported
 
 
 class TensorParallelRanks:
-    """Over the group's CPU side: what is agreed on is small, and decisions are made there."""
+    """On the CPU: what ranks agree on is small, and decisions are made there."""
 
     def __init__(self) -> None:
         self.num_ranks = get_tp_group().world_size
@@ -85,9 +86,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """`token_ids`, their `positions` and the number of each one's sequence: int64 `(T,)`, in order, on the CPU.
-
-    `block_ids` `(S, G, N)`, int32, are the blocks of each sequence in each group of layers.
+    """`token_ids`, `positions`, and the numbers of the `sequences` that they belong to: int64 `(T,)`, in order, on the
+    CPU. `block_ids` `(S, G, N)`, int32, are the blocks of each sequence in each group of layers.
     """
 
     token_ids: torch.Tensor
@@ -116,7 +116,7 @@ class Batch:
         return len(self.positions)
 
     def split(self, max_tokens: int) -> list[Batch]:
-        """In order, for what comes later may attend to what came before; cut wherever a part is full."""
+        """In order, for later tokens may attend to earlier ones; cut wherever a part is full."""
         parts = (slice(start, start + max_tokens) for start in range(0, len(self), max_tokens))
         return [
             Batch(self.token_ids[part], self.positions[part], self.sequences[part], self.block_ids) for part in parts
@@ -124,7 +124,7 @@ class Batch:
 
     @cached_property
     def row_starts(self) -> torch.Tensor:
-        """The number of each row's first token, and at the end that of all tokens: `(R + 1,)`, int32."""
+        """The index of each row's first token, and last the number of all tokens: `(R + 1,)`, int32."""
         is_first = (self.positions.diff() != 1) | (self.sequences.diff() != 0)
         inner = is_first.nonzero().flatten() + 1
         return torch.cat([torch.tensor([0]), inner, torch.tensor([len(self)])]).int()
@@ -150,7 +150,7 @@ class Batch:
         return self.block_ids[self.sequences[self.row_starts[:-1]], group]
 
     def slots(self, block_size: int) -> torch.Tensor:
-        """Where the tokens lie in each group's cache, `(G, T)`; contiguous, as kernels take them for."""
+        """Where the tokens are in each group's cache, `(G, T)`; contiguous, as kernels expect."""
         blocks = self.block_ids.long()[self.sequences, :, self.positions // block_size]
         return blocks.t().contiguous() * block_size + self.positions % block_size
 
@@ -181,7 +181,7 @@ class PagedFilteredLayer(FilteredLayer):
             found.append(LayerKV(keys.reshape(heads).clone(), values.reshape(heads).clone()))
             raise EndForward
 
-        copied_args, copied_kwargs = tree_map(_copied, (args, kwargs))
+        copied_args, copied_kwargs = tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, (args, kwargs))
         with reading(self._engine.layers, [self._number], stop, before_others=True), suppress(EndForward):
             self.layer(*copied_args, **copied_kwargs)
         return found[0]
@@ -201,63 +201,8 @@ class PagedFilteredLayer(FilteredLayer):
         return None
 
 
-def _copied(x: Any) -> Any:
-    return x.clone() if torch.is_tensor(x) else x
-
-
-def prefill_chunks(
-    engine: VllmModel, chunks: Sequence[Chunk], scratch: torch.Tensor, piece_tokens: int
-) -> InPieces[list[torch.Tensor | None]]:
-    """The KV `(2, L, T, H_kv * D)` of each chunk, read as it passes; None for one that has no room even by itself, or
-    on some rank no memory.
-
-    `scratch` `(G, N)` are the blocks, in each group of layers.
-    """
-    texts = [chunk.after_sink for chunk in chunks]
-    num_blocks = [-(-len(text) // engine.block_size) for text in texts]
-    computed: list[torch.Tensor | None] = [None] * len(texts)
-    is_begun = False
-    for fitting in _fitting_groups(num_blocks, room=scratch.shape[1]):
-        memory = {number: _empty_kv(engine, len(texts[number])) for number in fitting}
-        room = {number: empty for number, empty in memory.items() if empty is not None}
-        everywhere = engine.ranks.all([number in room for number in fitting])
-        numbers = [number for number, has_room in zip(fitting, everywhere, strict=True) if has_room]
-        if not numbers:
-            continue
-        own = [torch.from_numpy(texts[number]).long() for number in numbers]
-        kv = [room[number] for number in numbers]
-        starts = accumulate((num_blocks[number] for number in numbers), initial=0)
-        blocks = [scratch[:, start:end] for start, end in pairwise(starts)]
-        for batch in Batch.of_whole(own, blocks).split(min(engine.max_batch_tokens, piece_tokens)):
-            if is_begun:
-                yield
-            is_begun = True
-            pieces = [kv[row.sequence][:, :, row.start : row.end] for row in batch.rows]
-            with reading(engine.layers, range(len(engine.layers)), partial(_keep, pieces)):
-                engine.forward(batch)
-        for number, whole in zip(numbers, kv, strict=True):
-            computed[number] = whole[:, :, len(chunks[number].sink) :]
-    return computed
-
-
-def _fitting_groups(sizes: Sequence[int], room: int) -> Iterator[list[int]]:
-    """Numbers of those that have room side by side, in order; those that have none are left out."""
-    group: list[int] = []
-    used = 0
-    for number, size in enumerate(sizes):
-        if size > room:
-            continue
-        if used + size > room:
-            yield group
-            group, used = [], 0
-        group.append(number)
-        used += size
-    if group:
-        yield group
-
-
 def _empty_kv(engine: VllmModel, num_tokens: int) -> torch.Tensor | None:
-    """None without memory: forwards that one rank alone begins would wait for the others."""
+    """None without memory, and no error: the other ranks would wait for this one."""
     shape = (2, len(engine.layers), num_tokens, engine.num_kv_heads * engine.head_size)
     with suppress(torch.OutOfMemoryError):
         return torch.empty(shape, dtype=engine.dtype, device=engine.device)
@@ -274,19 +219,19 @@ def _keep(
 
 
 def _rotations_in_tables(model: torch.nn.Module) -> list[Rotation]:
-    """What vLLM's own rotary embeddings have. Raises `ValueError` for one whose frequencies are not constant."""
-    return [_from_table(module) for module in model.modules() if isinstance(module, RotaryEmbeddingBase)]
-
-
-def _from_table(rotary: RotaryEmbeddingBase) -> Rotation:
-    """The frequencies from the table that the module computes, in fp32: the one it uses is rounded to its dtype."""
-    cos, sin = rotary._compute_cos_sin_cache().float().cpu().chunk(2, dim=-1)
-    return Rotation.from_cos_sin(cos, sin, is_neox=rotary.is_neox_style)
+    """Those of vLLM's own rotary embeddings, from the table that each computes in fp32; the one that it uses is rounded
+    to its dtype. Raises `ValueError` where frequencies are not constant.
+    """
+    rotations = []
+    for rotary in (module for module in model.modules() if isinstance(module, RotaryEmbeddingBase)):
+        cos, sin = rotary._compute_cos_sin_cache().float().cpu().chunk(2, dim=-1)
+        rotations.append(Rotation.from_cos_sin(cos, sin, is_neox=rotary.is_neox_style))
+    return rotations
 
 
 def with_rows(vllm_config: VllmConfig, num_rows: int) -> VllmConfig:
-    """The same for metadata builders of our own: with room for so many rows, as many as a batch has tokens when these
-    are scattered, and without CUDA graphs, whose buffers have a fixed size.
+    """The configuration for our own metadata builders: with room for `num_rows`, since each scattered token is a row,
+    and without CUDA graphs, whose buffers have a fixed size.
     """
     scheduler, compilation = copy(vllm_config.scheduler_config), copy(vllm_config.compilation_config)
     scheduler.max_num_seqs = max(scheduler.max_num_seqs, num_rows)
@@ -310,7 +255,7 @@ class LayerGroup:
 
 
 class VllmModel:
-    """The model of this worker. Raises `ValueError` with the reason for one whose KV can't be blended."""
+    """The model of this worker. Raises `ValueError` with the reason where its KV can't be blended."""
 
     def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         refuse_unsupported(model, vllm_config, kv_cache_config)
@@ -344,7 +289,7 @@ class VllmModel:
     def forward(self, batch: Batch, positions: torch.Tensor | None = None) -> None:
         """Run a batch until its KV is complete: nothing is needed after the last layer's keys.
 
-        `positions`: what the model is told of the tokens, where that isn't where they lie in the cache.
+        `positions`: those that the model is told, where they aren't those in the cache.
         """
         metadata, slots = self.attention_metadata(batch)
         told = batch.positions if positions is None else positions
@@ -398,7 +343,7 @@ class VllmModel:
         return len(batch) <= self.chosen_attention.max_row_tokens * len(batch.row_lengths)
 
     def _attend_by_rows(self, layer: Any, queries: torch.Tensor, tokens: ChosenTokens, output: torch.Tensor) -> None:
-        """A layer's own attention, as vLLM has it; the cache stays as it is."""
+        """vLLM's own attention in a layer; leaves the cache as it is."""
         group = self.group_of[layer.layer_name]
         blocks = tokens.block_ids.cpu().expand(len(self.groups), -1)
         batch = Batch.of_one(torch.zeros_like(tokens.positions), tokens.positions, blocks)
@@ -445,7 +390,7 @@ class VllmModel:
 
 
 class PagedPrompt:
-    """One prompt in the paged cache: `[0, start)` is there, the blocks from there on are this prompt's alone."""
+    """One prompt in the paged cache: `[0, start)` is filled; the blocks after it are this prompt's alone."""
 
     def __init__(self, engine: VllmModel, token_ids: TokenIds, block_ids: Sequence[Sequence[int]], start: int) -> None:
         assert start % engine.block_size == 0, f"cached prefix of {start} tokens ends inside a block"
@@ -507,7 +452,34 @@ class PagedPrompt:
         return torch.cat(found)
 
     def prefill_chunks(self, chunks: Sequence[Chunk], piece_tokens: int) -> InPieces[list[torch.Tensor | None]]:
-        return prefill_chunks(self._engine, chunks, self._scratch, piece_tokens)
+        """Read as it passes. None also for a chunk that some rank has no memory for."""
+        engine, room = self._engine, self._scratch.shape[1]
+        texts = [chunk.after_sink for chunk in chunks]
+        num_blocks = [-(-len(text) // engine.block_size) for text in texts]
+        computed: list[torch.Tensor | None] = [None] * len(texts)
+        is_begun = False
+        fitting = [number for number, num_own in enumerate(num_blocks) if num_own <= room]
+        for side_by_side in packed(fitting, num_blocks.__getitem__, room):
+            memory = {number: _empty_kv(engine, len(texts[number])) for number in side_by_side}
+            found = {number: empty for number, empty in memory.items() if empty is not None}
+            everywhere = engine.ranks.all([number in found for number in side_by_side])
+            numbers = [number for number, is_found in zip(side_by_side, everywhere, strict=True) if is_found]
+            if not numbers:
+                continue
+            own = [torch.from_numpy(texts[number]).long() for number in numbers]
+            kv = [found[number] for number in numbers]
+            starts = accumulate((num_blocks[number] for number in numbers), initial=0)
+            blocks = [self._scratch[:, start:end] for start, end in pairwise(starts)]
+            for batch in Batch.of_whole(own, blocks).split(min(engine.max_batch_tokens, piece_tokens)):
+                if is_begun:
+                    yield
+                is_begun = True
+                pieces = [kv[row.sequence][:, :, row.start : row.end] for row in batch.rows]
+                with reading(engine.layers, range(len(engine.layers)), partial(_keep, pieces)):
+                    engine.forward(batch)
+            for number, whole in zip(numbers, kv, strict=True):
+                computed[number] = whole[:, :, len(chunks[number].sink) :]
+        return computed
 
     def _batches(self, positions: torch.Tensor) -> list[Batch]:
         return self._batch(positions).split(self._engine.max_batch_tokens)

@@ -1,4 +1,4 @@
-"""What vLLM loads in every process before the model (`vllm.general_plugins`): it makes the loaded model findable.
+"""What vLLM loads in every process before the model (`vllm.general_plugins`), so that our connector finds the model.
 
 A KV connector isn't given the model, and the blend is the model's own forward. So a worker's `load_model` is wrapped
 to remember what it loaded, for our connector and for LMCache's own. The worker gets two methods for the API server:

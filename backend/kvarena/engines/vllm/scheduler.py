@@ -1,4 +1,4 @@
-"""The connector in the scheduler: what of a new prompt can be reused, in which blocks, and what came of it.
+"""The connector in the scheduler: what of a new prompt can be reused, in which blocks it goes, and its report.
 
 | tokens of a prompt | who fills their KV |
 |---|---|
@@ -43,16 +43,16 @@ RECENT_STEPS = 8
 
 
 class TTFTBudget:
-    """Knows how long it takes beside a blend until a request's step has ended: forwards, over the question and other
-    requests' tokens, and vLLM's own work. The median of the last blends counts; before the first it is taken for
-    nothing. One for blends of a single step, and one for those in pieces, which have other requests' steps in between.
+    """Knows what a request's time to first token has beside the blend: forwards over the question and other requests'
+    tokens, and vLLM's own work. It is the median of the last blends, and 0 before the first. There is one for blends of
+    a single step, and one for those in pieces, which have other requests' steps in between.
     """
 
     def __init__(self) -> None:
         self._beside_ms: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def budget_ms(self, request: Request, max_ttft_ms: float) -> float:
-        """From now to the end of its blend. Negative where it is too late."""
+        """The time from now to the end of its blend; negative where it is too late."""
         waited_ms: float = 1e3 * (time.time() - request.arrival_time)
         beside_ms = statistics.median(self._beside_ms) if self._beside_ms else 0.0
         return max_ttft_ms - waited_ms - beside_ms
@@ -63,8 +63,8 @@ class TTFTBudget:
 
 @dataclass
 class BlendBudget:
-    """What one step may blend: about `step_tokens` of blends that are done in it, at least one of them, and one piece
-    of a longer blend. Each of the two kinds goes first come, first served, and neither waits for the other.
+    """What one step may blend: short blends of about `step_tokens` together, at least one of them, and one piece of a
+    long one. Both kinds go first come, first served, and neither waits for the other.
     """
 
     step_tokens: int
@@ -73,7 +73,7 @@ class BlendBudget:
     long_one: _TrackedRequest | None = None
 
     def allows(self, num_tokens: int) -> bool:
-        """Whether a blend that runs so many tokens may begin in this step. After a short one that may not, none may."""
+        """Whether a blend of so many tokens may begin in this step. If a short one may not, no later short one may."""
         if self.is_long(num_tokens):
             return self.long_one is None
         self.is_spent |= self.num_spent_tokens > 0 and self.num_spent_tokens + num_tokens > self.step_tokens
@@ -83,7 +83,6 @@ class BlendBudget:
         return num_tokens > self.step_tokens
 
     def spend(self, tracked: _TrackedRequest) -> None:
-        """On a blend that begins in this step."""
         if self.is_long(tracked.num_tokens_to_run):
             self.long_one = tracked
         else:
@@ -101,10 +100,10 @@ class BlendBudget:
 class Admission:
     """Whether a chunk that no request brought before is kept.
 
-    While the store loses what it had, it is full, and a chunk that comes but once would push out one that comes often.
-    Then only those that come a second time are kept (as TinyLFU does, Einziger et al., arXiv 1512.00727). An LRU store
-    by itself falls to a hit ratio that new text alone decides. A store that lost even what was used just before was
-    emptied, or started anew, and has room: what it had until then doesn't count.
+    While the store loses chunks it is full, and one that comes only once would push out one that comes often. Then only
+    those that come a second time are kept (as TinyLFU does, Einziger et al., arXiv 1512.00727); an LRU store by itself
+    would be flushed by new text. A store that lost even what was just used was emptied or restarted, and has room: what
+    it had until then doesn't count.
     """
 
     RECENT_CHUNKS = 256
@@ -117,7 +116,7 @@ class Admission:
     _seen: OrderedDict[ChunkKey, None] = field(default_factory=OrderedDict)
 
     def note(self, known: Collection[Chunk], lost: Collection[Chunk]) -> None:
-        """Of a prompt's known chunks the store had lost some. It has them again now."""
+        """The store had lost some of a prompt's known chunks. It has them again now."""
         just_used = set(itertools.islice(reversed(self._held), self.JUST_USED_CHUNKS))
         if any(chunk.key in just_used for chunk in lost):
             self._held.clear()
@@ -147,9 +146,9 @@ logger = logging.getLogger(__name__)
 class _TrackedRequest:
     """A request from its arrival to its end. `answer` is what its response carries, filled in as it becomes known.
 
-    `wanted` is the part of the plan that is blended, `known` those of its chunks that other requests brought.
-    `num_tokens_to_run` is an estimate for its blend, `num_unknown_chunks` those that no store can have. What vLLM says
-    of its computed tokens holds while it isn't blending, and is taken over at its end.
+    `wanted` is the part of the plan that is blended, `known` those of its chunks that earlier requests brought;
+    `num_unknown_chunks` counts the others, which no store can have. `num_tokens_to_run` is an estimate for its blend.
+    `num_computed_tokens` is vLLM's figure at the end, which holds only while the request isn't blending.
     """
 
     request: Request
@@ -171,14 +170,14 @@ class _TrackedRequest:
 
     @property
     def num_done_tokens(self) -> int:
-        """Of its prompt, so many have their KV, or had it before they were preempted."""
+        """How many of its prompt's tokens have their KV, or had it before a preemption."""
         blend = self.report.blend or BlendReport()
         blended = blend.num_reused_tokens + blend.num_recomputed_tokens + blend.num_computed_tokens
         return max(self.report.num_prefix_tokens + blended, self.num_computed_tokens)
 
 
 class SchedulerConnector:
-    """`refusal`, once set: why nothing is blended, so that every prompt is vLLM's own.
+    """`refusal`, once set: why nothing is blended, and every prompt is left to vLLM.
 
     `max_step_tokens`: how many tokens vLLM itself runs in a step.
     """
@@ -219,8 +218,8 @@ class SchedulerConnector:
             _give_own_salt(request, params)
 
     def num_matched_tokens(self, request: Request, num_local_tokens: int) -> tuple[int | None, bool]:
-        """For how many tokens after the prefix cache's a blend will write the KV, and whether the request waits for
-        that while others go on. None: ask again in the next step.
+        """For how many tokens after those of the prefix cache a blend will write the KV, and whether the request waits
+        for it while others go on. None: ask again in the next step.
         """
         tracked = self._tracked[request.request_id]
         if self.refusal:
@@ -336,8 +335,8 @@ class SchedulerConnector:
         return {"kvarena": tracked.answer}
 
     def take_stats(self) -> BlendStats | None:
-        """Reports of the requests that have finished, each once. Aborted ones count as far as they came; one whose
-        blend is under way is taken after that.
+        """Reports of the requests that have finished, each once, and after its blend has ended. Aborted ones count as
+        far as they got.
         """
         finished = [tracked for tracked in self._finished if not tracked.is_blending]
         self._finished = [tracked for tracked in self._finished if tracked.is_blending]
@@ -361,8 +360,8 @@ class SchedulerConnector:
             return RequestParams(self._config.params, self._config.max_ttft_ms)
 
     def _ratio_or_budget(self, tracked: _TrackedRequest) -> tuple[BlendParams, float | None]:
-        """What decides on the ratio of a blend: its parameters, or a time. Blocks that were taken away from a request
-        are filled again as they were the first time.
+        """What decides on a blend's ratio: its parameters, or a time. After a preemption it is what it was the first
+        time.
         """
         blend, max_ttft_ms, before = tracked.params.blend, tracked.params.max_ttft_ms, tracked.report.blend
         if max_ttft_ms is None:
@@ -375,9 +374,9 @@ class SchedulerConnector:
         return self._budget.is_long(tracked.num_tokens_to_run)
 
     def _num_tokens_to_run(self, tracked: _TrackedRequest, start: int, end: int) -> int:
-        """How many tokens a blend runs through the model, about: those of no chunk, those of chunks that aren't stored
-        yet, and the share that is recomputed, which is all where a time decides. After a blend that missed what is
-        known, the store may have lost everything.
+        """About how many tokens a blend runs through the model: those of no chunk, those of chunks that aren't stored
+        yet, and the share that is recomputed, taken for all where a time decides. After a blend that missed known
+        chunks, the store may have lost everything.
         """
         if tracked.params.recomputes_all:
             return end - start
@@ -394,7 +393,7 @@ class SchedulerConnector:
         return not self.refusal and _is_plain_text(request)
 
     def _not_looked_up(self, tracked: _TrackedRequest, end: int) -> list[Miss]:
-        """What stands after the prefix cache's tokens and isn't blended. The prompt's beginning is no chunk."""
+        """Chunks after the prefix cache's tokens that aren't blended. The prompt's beginning is no chunk."""
         low, shortest = max(1, tracked.num_local_tokens), self._config.min_chunk_tokens
         short = [segment for segment in tracked.segments if segment[0] >= low and segment[1] - segment[0] < shortest]
         beyond = [span for span in tracked.plan if span.start >= end]
@@ -404,7 +403,7 @@ class SchedulerConnector:
         ]
 
     def _misses(self, tracked: _TrackedRequest, blend: BlendReport) -> list[Miss]:
-        """Why the store didn't give a chunk: it says whether it failed, and the known chunks say the rest."""
+        """Why the store lacked chunks: it tells whether it failed, and the known chunks tell the rest."""
         if not blend.misses:
             return []
         spans = {span.start: span for span in tracked.wanted}
@@ -436,9 +435,8 @@ class SchedulerConnector:
         return planner.plan(token_ids, segments, chunk_salt(request.cache_salt))
 
     def _stands_on_unfinished_blocks(self, tracked: _TrackedRequest, num_local_tokens: int) -> bool:
-        """Whether the prefix cache offers blocks that another request only fills in this step's forward.
-
-        vLLM may share such blocks, for its own forward fills them layer by layer; a blend runs before it.
+        """Whether the prefix cache offers blocks that another request only fills in this step's forward. For vLLM that
+        is soon enough, as its forward fills them layer by layer; a blend runs before it.
         """
         blocks = tracked.request.block_hashes[: num_local_tokens // self._block_size]
         running = (t.request for t in self._tracked.values() if t.request.status == RequestStatus.RUNNING)
@@ -451,8 +449,8 @@ def _is_filling_one_of(other: Request, blocks: Sequence[bytes], block_size: int)
 
 
 def _tell_reused(tracked: _TrackedRequest, num_reused_tokens: int) -> None:
-    """vLLM takes all that a connector gives for cached, and makes the answer's `cached_tokens` of it; a blend
-    computes most of a new prompt. What it reused is known after the step, before the answer's first token is sent.
+    """Correct the answer's `cached_tokens`: vLLM counts all that a connector gives as cached, but a blend computes most
+    of a new prompt. What it reused is known after the step, before the answer's first token is sent.
     """
     stats = tracked.prefill_stats
     if stats is not None:
@@ -466,7 +464,7 @@ def _answer_id(request_id: str) -> str:
 
 
 def _is_plain_text(request: Request) -> bool:
-    """Whether the KV of this prompt follows from its token ids and may be served from a cache."""
+    """Whether this prompt's KV depends on its token ids alone, and may come from a cache."""
     return bool(
         request.prompt_token_ids
         and request.prompt_embeds is None
@@ -477,7 +475,7 @@ def _is_plain_text(request: Request) -> bool:
 
 
 def chunk_salt(cache_salt: str | None) -> str:
-    """Chunks of one salt are neither found nor used by another."""
+    """A request's salt for its chunks: those of another salt are neither found nor used."""
     return hashlib.blake2b(cache_salt.encode(), digest_size=16).hexdigest() if cache_salt else ""
 
 

@@ -64,7 +64,7 @@ def refuse_unsupported(module: torch.nn.Module, vllm_config: VllmConfig, kv_cach
 
 def refuse_group(group: KVCacheGroupSpec, layers: Mapping[str, Any]) -> None:
     """Raise `ValueError` with the reason when some of these layers aren't the model's own (`layers`, by name), or have
-    kernels that take the cache's blocks for several smaller ones each.
+    kernels that use smaller blocks than the cache.
     """
     if others := [name for name in group.layer_names if name not in layers]:
         raise ValueError(f"layers beside its own keep KV, such as a draft model's ({others[0]}), and would lack it")

@@ -1,6 +1,6 @@
 """The connector in a worker: blends each new prompt into vLLM's paged cache before the step's own forward.
 
-`model_id` names a model's KV: two servers share chunks only when their weights and number format are the same.
+`model_id` names a model's KV: servers share chunks only if their weights and number format are the same.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _BlendUnderWay:
-    """Whoever leaves it before its end closes `pieces`."""
+    """`pieces` have to be closed where they aren't run to the end."""
 
     request_id: str
     report: BlendReport
@@ -81,7 +81,7 @@ class _BlendUnderWay:
 
 
 class WorkerConnector:
-    """Made before the KV cache is; the model is taken up once the cache is there (`attach`)."""
+    """Made before the KV cache; gets the model once the cache is there (`attach`)."""
 
     def __init__(self, config: BlendConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         self._config = config
@@ -95,7 +95,7 @@ class WorkerConnector:
         self.refusal = ""
 
     def attach(self) -> None:
-        """Raises `ValueError` for a model that can't be blended, or keeps the reason as `refusal`, as is set."""
+        """For a model that can't be blended, raises `ValueError` or sets `refusal`, as the settings say."""
         try:
             self._engine = VllmModel(loaded_model(), self._vllm_config, self._kv_cache_config)
         except ValueError as error:
@@ -115,8 +115,8 @@ class WorkerConnector:
     def blend(self, work: BlendJobs) -> None:
         """The jobs of one step, then a piece of the one that goes over several.
 
-        Raises `SystemExit` where this rank's device has no memory or fails: the others wait for it in a collective, and
-        vLLM keeps the exceptions of all workers but one to itself. When a worker ends, it ends the engine at once.
+        Raises `SystemExit` where the device of one of several ranks has no memory or fails: the others wait for it in a
+        collective, and vLLM raises the exceptions of one worker only. When a worker ends, it ends the engine at once.
         """
         try:
             self._blend(work)
@@ -141,8 +141,8 @@ class WorkerConnector:
             self._end_pieces(self._under_way)
 
     def take_filled(self, finished: Collection[str]) -> set[str] | None:
-        """Requests whose blocks nobody writes to any more, each once: filled in pieces, or ended (`finished`) before
-        that was done, of which nothing counts.
+        """Requests whose blocks nobody writes to any more, each once: those filled in pieces, and those that ended
+        (`finished`) before that was done, of which nothing counts.
         """
         if self._under_way and self._under_way.request_id in finished:
             self._under_way.pieces.close()
@@ -176,9 +176,7 @@ class WorkerConnector:
     def missing(
         self, texts: Sequence[Sequence[int]], salt: str, sink: Sequence[int], scores: bool
     ) -> list[Lacking | None]:
-        """Why the store doesn't have the chunk of each of these token ids, after this sink, with `scores` if they are
-        asked for; None where it has it.
-        """
+        """As `Blender.missing`, of chunks by their token ids and sink."""
         if self._blender is None:
             return ["not_stored"] * len(texts)
         after, all_ids = as_token_ids(sink), map(as_token_ids, texts)
