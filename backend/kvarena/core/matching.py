@@ -316,7 +316,10 @@ class _SeparatorFinder:
         self._needs_space_before = separator[:1].isspace()
         self._needs_space_after = separator[-1:].isspace()
         self._token_text = token_text
-        self._may_hold = _tokens_with_any(self._core, vocabulary)
+        characters = {character for character in self._core if not character.isspace()}
+        may_hold = (token is None or not characters.isdisjoint(token) for token in vocabulary)
+        self._may_hold = np.array([*may_hold, True])
+        """Which tokens may hold a part of it: raw forms spell ASCII as itself. The last entry is for all higher ids."""
 
     def segments(self, token_ids: TokenIds) -> list[Segment]:
         """What stands before the first separator, and each separator with what follows it up to the next one.
@@ -382,12 +385,6 @@ def text_segments(token_ids: TokenIds, texts: Sequence[TokenIds]) -> list[Segmen
             index.add(Chunk(ids))
     spans = index.match(token_ids, min_tokens=_TEXT_WINDOW)
     return [(span.start, span.end) for span in spans if 2 * len(span) >= len(span.chunk)]
-
-
-def _tokens_with_any(core: str, vocabulary: Sequence[str | None]) -> npt.NDArray[np.bool_]:
-    """Which tokens may hold a part of `core`: raw forms spell ASCII as itself. The last entry is for all higher ids."""
-    characters = {character for character in core if not character.isspace()}
-    return np.array([*(token is None or not characters.isdisjoint(token) for token in vocabulary), True])
 
 
 class Segmenter:

@@ -205,7 +205,7 @@ class SchedulerConnector:
         token_ids = as_token_ids(request.prompt_token_ids or [])
         segments: Sequence[Segment] = ()
         plan = ReusePlan()
-        if self._may_blend(request):
+        if not self.refusal and _is_plain_text(request):
             segments = self._segmenter.segments(token_ids, params.chunks)
             plan = self._plan(request, params, token_ids, segments)
         approximate = not (plan.is_prefix or params.recomputes_all)
@@ -388,9 +388,6 @@ class SchedulerConnector:
         is_sure = policy.ratio is not None and tracked.params.max_ttft_ms is None
         ratio = 0.0 if policy.recomputes_none else policy.ratio if is_sure else 1.0
         return end - start - stored + share_of(plan.num_reused_tokens, ratio or 0.0)
-
-    def _may_blend(self, request: Request) -> bool:
-        return not self.refusal and _is_plain_text(request)
 
     def _not_looked_up(self, tracked: _TrackedRequest, end: int) -> list[Miss]:
         """Chunks after the prefix cache's tokens that aren't blended. The prompt's beginning is no chunk."""
