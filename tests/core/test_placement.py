@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvarena.core import placement
-from kvarena.core.placement import GROUP_TOKENS, ChunkSource, KVWriter, groups_of, parts_of
+from kvarena.core.placement import GROUP_TOKENS, ChunkSource, KVWriter, groups_of, packed, parts_of
 from kvarena.core.plan import Chunk, Span, as_token_ids
 from kvarena.core.prefilled_model import LayerAttention, PrefilledModel
 from kvarena.core.report import BlendReport
@@ -184,3 +184,9 @@ def test_groups_keep_order_and_are_no_larger_than_they_need() -> None:
     sizes = [[len(span) for span in group] for group in groups]
     assert all(sum(size[:-1]) < GROUP_TOKENS for size in sizes)
     assert all(sum(size) >= GROUP_TOKENS for size in sizes[:-1])
+
+
+def test_as_many_as_have_room_go_together_and_a_larger_one_by_itself() -> None:
+    packs = list(packed([3, 4, 3, 1, 12, 2, 10], lambda size: size, room=10))
+    assert packs == [[3, 4, 3], [1], [12], [2], [10]]
+    assert list(packed([], int, room=10)) == []

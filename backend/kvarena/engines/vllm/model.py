@@ -66,10 +66,6 @@ class TensorParallelRanks:
         return [bool(flag) for flag in found]
 
 
-def make_ranks() -> Ranks:
-    return TensorParallelRanks() if get_tp_group().world_size > 1 else OneRank()
-
-
 def rank_name() -> str:
     """Tells the KV of one rank's heads from another's; empty where there is one rank."""
     group = get_tp_group()
@@ -268,7 +264,7 @@ class VllmModel:
         self.head_size: int = self.layers[0].head_size
         self.dtype: torch.dtype = vllm_config.model_config.dtype
         self.device = next(model.parameters()).device
-        self.ranks = make_ranks()
+        self.ranks: Ranks = TensorParallelRanks() if get_tp_group().world_size > 1 else OneRank()
         self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.max_batch_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._rows_config = with_rows(vllm_config, self.max_batch_tokens)
