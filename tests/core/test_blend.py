@@ -134,11 +134,8 @@ class FakeModel:
             with suppress(EndForward):
                 on_layer(layer, positions, torch.ones(len(positions), NUM_HEADS, HEAD_SIZE), LayerKV(*fresh))
                 continue
+            self.calls[-1] += (layer,)  # where it ended
             return
-
-    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
-        self._note("queries", positions.tolist(), layer)
-        return torch.ones(len(positions), NUM_HEADS, HEAD_SIZE)
 
     def _spend(self, passed_ms: float) -> None:
         if self.lags:
@@ -373,8 +370,8 @@ def test_a_policy_that_asks_the_question_first_gets_its_queries_before_the_forwa
     store: FakeStore, model: FakeModel
 ) -> None:
     report = blended(store, model, QueryAttention(0.2, CHECK_LAYER))
-    assert [name for name, *_ in model.calls][-2:] == ["queries", "forward"]
-    assert model.calls[-2] == ("queries", GAPS, CHECK_LAYER)
+    assert [name for name, *_ in model.calls][-2:] == ["observe", "forward"]
+    assert model.calls[-2] == ("observe", GAPS, CHECK_LAYER)
     assert counts(report) == (10, 0, 10), "all that were chosen are the missing chunk's"
     assert counts(blended(store, model, QueryAttention(0.2, CHECK_LAYER))) == (12, 3, 5)
 

@@ -93,7 +93,15 @@ class BlendContext:
         question = self.question_positions()
         positions = torch.cat([*self.gaps, question[question < self.plan.end]]).sort().values
         rows = torch.isin(positions, question).nonzero().flatten().to(self.model.device)
-        return self.model.queries(positions, layer)[rows]
+        found: list[torch.Tensor] = []
+
+        def keep(number: int, _positions: torch.Tensor, queries: torch.Tensor, _kv: LayerKV) -> None:
+            if number == layer:
+                found.append(queries.clone())
+                raise EndForward
+
+        self.model.observe(positions, keep)
+        return torch.cat(found)[rows]
 
     def question_positions(self) -> torch.Tensor:
         """The last tokens after the last span, or where there are none, of that span."""

@@ -141,10 +141,3 @@ class PrefilledModel(Protocol):
         further, and only the layers before this one have their fresh KV.
         """
         ...
-
-    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
-        """The queries `(T, H, D)` of the tokens at these positions at this layer, rotated.
-
-        The tokens are run as by `forward`, but only up to this layer.
-        """
-        ...

@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from kvarena.core.plan import ReusePlan
 from kvarena.core.policy import Selection, SelectionContext, SelectionPolicy, best_runs, reused_positions, share_of
 from kvarena.policies.kv_deviation import KVDeviation
-from kvarena.policies.registry import (
-    check_layer_parameter,
-    parameter,
-    policy,
-    ratio_parameter,
-    run_tokens_parameter,
-)
+from kvarena.policies.registry import check_layer_parameter, parameter, policy, ratio_parameter, run_tokens_parameter
 
 
 @policy("stored_deviation")

@@ -275,23 +275,9 @@ class HFPrefilledModel:
             keys, values = self._cache.memory[layer][:, :, under_way].transpose(1, 2)
             on_layer(layer, under_way.cpu(), queries[0].transpose(0, 1), LayerKV(keys, values))
 
-        self._run_reading_queries(positions, read)
-
-    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-
-        def keep(number: int, queries: torch.Tensor) -> None:
-            if number == layer:
-                found.append(queries[0].transpose(0, 1))
-                raise EndForward
-
-        self._run_reading_queries(positions, keep)
-        return torch.cat(found)
-
-    def _run_reading_queries(self, positions: torch.Tensor, on_queries: attention.QueriesHook) -> None:
         self._cache.ends_with_last_keys = False
         try:
-            with attention.reading_queries(self._engine.model.module, on_queries):
+            with attention.reading_queries(self._engine.model.module, read):
                 for piece in self._pieces(positions):
                     self._run(piece)
         finally:

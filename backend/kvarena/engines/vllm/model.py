@@ -435,18 +435,6 @@ class PagedPrompt:
             with reading(self._engine.layers, range(len(self._engine.layers)), read):
                 self._engine.forward(batch)
 
-    def queries(self, positions: torch.Tensor, layer: int) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-
-        def keep(_layer: int, queries: torch.Tensor, _keys: torch.Tensor, _values: torch.Tensor) -> None:
-            found.append(queries.reshape(len(queries), -1, self.head_size).clone())
-            raise EndForward
-
-        with reading(self._engine.layers, [layer], keep):
-            for batch in self._batches(positions):
-                self._engine.forward(batch)
-        return torch.cat(found)
-
     def prefill_chunks(self, chunks: Sequence[Chunk], piece_tokens: int) -> InPieces[list[torch.Tensor | None]]:
         """Read as it passes. None also for a chunk that some rank has no memory for."""
         engine, room = self._engine, self._scratch.shape[1]
