@@ -233,17 +233,18 @@ class Blender:
         report.store_entries, report.store_bytes = self._known.num_entries, self._known.num_bytes
 
 
+@dataclass
 class _Run:
     """The run of one task. Its generators yield after about `piece_tokens` each."""
 
-    def __init__(
-        self, blender: Blender, model: PrefilledModel, task: BlendTask, report: BlendReport, piece_tokens: int
-    ) -> None:
-        self.blender = blender
-        self.model = model
-        self.task = task
-        self.report = report
-        self.piece_tokens = piece_tokens
+    blender: Blender
+    model: PrefilledModel
+    task: BlendTask
+    report: BlendReport
+    piece_tokens: int
+
+    def __post_init__(self) -> None:
+        task = self.task
         self.deadline_s = None if task.budget_ms is None else time.perf_counter() + task.budget_ms / 1e3
 
     def blend(self) -> InPieces[None]:

@@ -279,9 +279,6 @@ class VllmModel:
             model, self.single_token_keys, vllm_config.model_config.max_model_len, _rotations_in_tables(model)
         )
 
-    def prompt(self, token_ids: TokenIds, block_ids: Sequence[Sequence[int]], start: int) -> PagedPrompt:
-        return PagedPrompt(self, token_ids, block_ids, start)
-
     def forward(self, batch: Batch, positions: torch.Tensor | None = None) -> None:
         """Run a batch until its KV is complete: nothing is needed after the last layer's keys.
 

@@ -26,7 +26,7 @@ from kvarena.core.report import BlendReport
 from kvarena.core.store import Lacking, ScoredStore
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.engines.vllm.messages import BlendJob, BlendJobs, BlendReports
-from kvarena.engines.vllm.model import VllmModel, rank_name
+from kvarena.engines.vllm.model import PagedPrompt, VllmModel, rank_name
 from kvarena.engines.vllm.plugin import loaded_model
 from kvarena.stores.memory import MemoryStore
 from kvarena.stores.tensor_parallel import TensorParallelStore
@@ -157,7 +157,7 @@ class WorkerConnector:
         report, task = BlendReport(wants_scores=job.token_scores), job.task
         if task.budget_ms is not None:
             task = replace(task, budget_ms=task.budget_ms - 1e3 * (time.perf_counter() - start_s))
-        prompt = self._engine.prompt(job.token_ids, job.block_ids, task.start)
+        prompt = PagedPrompt(self._engine, job.token_ids, job.block_ids, task.start)
         # What a filter leaves is one batch, also of a blend that is done in this step.
         max_tokens = self._engine.max_batch_tokens
         pieces = self._blender.in_pieces(prompt, task, report, min(job.piece_tokens or max_tokens, max_tokens))
