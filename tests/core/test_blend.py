@@ -413,11 +413,21 @@ def test_what_the_store_loses_on_the_way_is_a_miss(store: FakeStore, model: Fake
     assert report.blend_failures == 0
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_computed_chunks_are_kept_where_that_is_wanted(store: FakeStore, model: FakeModel, kept: bool) -> None:
-    blended(store, model, RecomputeNone(), keeps=lambda chunk: kept and chunk == MISSING)
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, True),
+        ({"store_new": False}, False),
+        ({"passing": frozenset({MISSING})}, False),
+        ({"passing": frozenset({SECOND})}, True),
+    ],
+)
+def test_computed_chunks_are_kept_where_that_is_wanted(
+    store: FakeStore, model: FakeModel, settings: dict[str, Any], kept: bool
+) -> None:
+    blended(store, model, RecomputeNone(), **settings)
     assert len(store) == 2 + kept
-    report = blended(store, model, RecomputeNone(), keeps=lambda _: kept)
+    report = blended(store, model, RecomputeNone(), **settings)
     assert report.store_hits == 2 + kept
 
 
