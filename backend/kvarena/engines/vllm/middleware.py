@@ -14,7 +14,6 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +45,7 @@ _WITHOUT_PARAMETERS = ("/v1/systemone", "/generative_scoring")
 """Paths that generate and on which vLLM ignores `kv_transfer_params`."""
 _REPORT_PATH = "/kvarena/requests/"
 _CHUNKS_PATH = "/kvarena/chunks"
+_LOOK_UP_KEYS = ("prompt", "cache_salt", "chunks", "scores")
 MAX_CONTEXTS = 4
 """The named chunks may have so many times the tokens of the model's context, all together."""
 MAX_FULL_SEQUENCES = 4
@@ -111,18 +111,18 @@ class KVArenaMiddleware:
         """Which of a prompt's chunks the store has now."""
         request = _parse_object(await _read_whole(receive))
         try:
-            asked = _ChunkQuery.read(request)
-            token_ids, chunks, sink = await self._chunks_of(scope).find(asked)
+            prompt, cache_salt, named, scores = _read_look_up(request)
+            token_ids, chunks, sink = await self._chunks_of(scope).find(prompt, named)
         except ValueError as error:
             return error_response(400, str(error))
         long_enough = [chunk for chunk in chunks if "reason" not in chunk]
         texts = [token_ids[chunk["start"] : chunk["end"]] for chunk in long_enough]
-        engine, salt = scope["app"].state.engine_client, chunk_salt(asked.cache_salt)
-        question = (texts, salt, sink, asked.scores)
+        engine, salt = scope["app"].state.engine_client, chunk_salt(cache_salt)
+        question = (texts, salt, sink, scores)
         workers = await engine.collective_rpc("kvarena_missing", args=question) if texts else [[]]
         for chunk, lacking in zip(long_enough, workers[0], strict=True):
             is_held = lacking in (None, "not_scored")
-            chunk |= {"held": is_held} | ({"scored": lacking is None} if is_held and asked.scores else {})
+            chunk |= {"held": is_held} | ({"scored": lacking is None} if is_held and scores else {})
             chunk |= {} if is_held else {"reason": lacking}
         return json_response({"num_prompt_tokens": len(token_ids), "chunks": chunks})
 
@@ -158,14 +158,16 @@ class _Chunks:
             return chunks
         return [encode_alone(self._tokenizer, chunk) if isinstance(chunk, str) else chunk for chunk in chunks]
 
-    async def find(self, asked: _ChunkQuery) -> tuple[list[int], list[dict[str, Any]], list[int]]:
+    async def find(
+        self, prompt: str | list[int], named: Sequence[NamedChunk]
+    ) -> tuple[list[int], list[dict[str, Any]], list[int]]:
         """The prompt's token ids, the ranges of its chunks, and the sink that they are computed after. Chunks that are
         too short to be kept are held nowhere.
 
         Raises `ValueError` as `encode`, and for a prompt that doesn't fit the model.
         """
-        named = await self.encode(asked.chunks)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._find, asked.prompt, named)
+        encoded = await self.encode(named)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._find, prompt, encoded)
 
     def _find(
         self, prompt: str | list[int], named: Sequence[NamedChunk]
@@ -195,37 +197,26 @@ class _Chunks:
         return sink
 
 
-@dataclass(frozen=True)
-class _ChunkQuery:
-    """The body of `POST /kvarena/chunks`: a prompt, as a completion has it, the texts in it that are named, and whether
-    to look for their scores.
+def _read_look_up(body: dict[str, Any] | None) -> tuple[str | list[int], str, tuple[NamedChunk, ...], bool]:
+    """The body of `POST /kvarena/chunks`: a prompt, as a completion has it, its salt, the texts in it that are named,
+    and whether to look for their scores. Raises `ValueError` naming the key or value and the choices.
     """
-
-    prompt: str | list[int]
-    cache_salt: str = ""
-    chunks: tuple[NamedChunk, ...] = ()
-    scores: bool = False
-
-    @classmethod
-    def read(cls, body: dict[str, Any] | None) -> _ChunkQuery:
-        """Raises `ValueError` naming the key or value and the choices."""
-        if body is None:
-            raise ValueError("the body must be a JSON object")
-        takes = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(body) - set(takes)):
-            raise ValueError(f"there is no {unknown[0]!r}; it takes {', '.join(takes)}")
-        prompt, cache_salt = body.get("prompt"), body.get("cache_salt") or ""
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(i) is int for i in prompt)):
-            raise ValueError("prompt must be a text or a list of token ids")
-        if not isinstance(cache_salt, str):
-            raise ValueError(f"cache_salt must be a string, not {cache_salt!r}")
-        for text in (prompt, cache_salt):
-            if isinstance(text, str):
-                text.encode()  # raises for halves of characters
-        scores = body.get("scores", False)
-        if not isinstance(scores, bool):
-            raise ValueError(f"scores must be true or false, not {scores!r}")
-        return cls(prompt, cache_salt, read_chunks(body), scores)
+    if body is None:
+        raise ValueError("the body must be a JSON object")
+    if unknown := sorted(set(body) - set(_LOOK_UP_KEYS)):
+        raise ValueError(f"there is no {unknown[0]!r}; it takes {', '.join(_LOOK_UP_KEYS)}")
+    prompt, cache_salt = body.get("prompt"), body.get("cache_salt") or ""
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(i) is int for i in prompt)):
+        raise ValueError("prompt must be a text or a list of token ids")
+    if not isinstance(cache_salt, str):
+        raise ValueError(f"cache_salt must be a string, not {cache_salt!r}")
+    for text in (prompt, cache_salt):
+        if isinstance(text, str):
+            text.encode()  # raises for halves of characters
+    scores = body.get("scores", False)
+    if not isinstance(scores, bool):
+        raise ValueError(f"scores must be true or false, not {scores!r}")
+    return prompt, cache_salt, read_chunks(body), scores
 
 
 async def _describe(scope: Scope) -> dict[str, Any]:
