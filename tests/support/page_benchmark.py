@@ -86,8 +86,9 @@ def num_redraws(messages: Sequence[Message]) -> int:
 
 
 def page_process() -> psutil.Process:
-    """That `page_over` has started."""
-    return next(child for child in psutil.Process().children() if "streamlit" in child.cmdline())
+    """The one that `page_over` started last."""
+    forks = next(child for child in psutil.Process().children() if child.cmdline()[-1].endswith("page_forks.py"))
+    return forks.children()[-1]
 
 
 def cpu_ms(process: psutil.Process) -> float:

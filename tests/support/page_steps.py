@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +15,9 @@ import httpx
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from support.lmcache_server import free_port
+from support.page_forks import FRONTEND, forked_page
 from support.waiting import wait_until
 
-FRONTEND = Path(__file__).resolve().parents[2] / "frontend"
 ANSWER_MS = 120_000
 RUN_MS = 4 * ANSWER_MS
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -33,14 +31,11 @@ def page_over(
     port = free_port()
     settings = {"KVARENA_CONTENDERS": json.dumps(contenders), "KVARENA_DATA_DIR": str(data_dir)}
     settings |= {"KVARENA_SERVICES": json.dumps(services)}
-    command = [sys.executable, "-m", "streamlit", "run", str(FRONTEND / "app.py"), "--server.headless", "true"]
-    command += ["--server.address", "127.0.0.1", "--server.port", str(port), "--browser.gatherUsageStats", "false"]
-    with subprocess.Popen(command, cwd=FRONTEND, env=os.environ | settings) as process:
-        try:
-            wait_until(lambda: _answers(f"http://127.0.0.1:{port}/_stcore/health"))
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
+    arguments = ["run", str(FRONTEND / "app.py"), "--server.headless", "true", "--server.address", "127.0.0.1"]
+    arguments += ["--server.port", str(port), "--browser.gatherUsageStats", "false"]
+    with forked_page(arguments, os.environ | settings):
+        wait_until(lambda: _answers(f"http://127.0.0.1:{port}/_stcore/health"))
+        yield f"http://127.0.0.1:{port}"
 
 
 def _answers(url: str) -> bool:
