@@ -1,10 +1,10 @@
-"""From answers to scores, to a result file's rows, to a table in a terminal.
+"""From answers to scores, to a result file's rows, to tables in a terminal.
 
 Scores: SQuAD's exact match and token F1 (Rajpurkar et al., arXiv 1606.05250), and whether the answer contains a gold
 answer, as Lost in the Middle (arXiv 2307.03172) and RULER (arXiv 2404.06654) count right answers of models that
-answer in sentences. Means come with 95 % bootstrap intervals (percentile method) over questions. There is a row for
-each variant, kind of question and subset: all questions, and those that full prefill answers right, for a weak
-model's answers to the others say little about a method of reuse.
+answer in sentences. Means have 95 % intervals over questions. There is a row for each variant, kind of question and
+subset: all questions, and those that full prefill answers right, since a weak model's other answers say little about a
+method of reuse.
 """
 
 from __future__ import annotations
@@ -13,45 +13,19 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from rich.console import Console
-from rich.table import Column, Table
 
-from kvarena.bench.console import new_table, percent, percent_range
-from kvarena.bench.quality.asking import Attempt, GreedyAnswer, Reuse
+from kvarena.bench.console import Column, percent, percent_range, table_of
+from kvarena.bench.measure import Reuse
+from kvarena.bench.quality.asking import Attempt, GreedyAnswer
 from kvarena.bench.quality.questions import QuestionSet
-from kvarena.bench.results import ALL_KINDS, DIGITS, Row, spread
+from kvarena.bench.results import ALL_KINDS, DIGITS, Row, mean_interval, spread
 from kvarena.bench.variants import Variant
-
-NUM_RESAMPLES = 2_000
-
-
-def mean_interval(values: Sequence[float], seed: int = 0, *, is_share: bool = False) -> dict[str, float] | None:
-    """None without values. Values that are all equal have an interval of no width; not a share of none or of all, which
-    has Wilson's: no resampling shows what few questions leave open.
-    """
-    from scipy.stats import binomtest, bootstrap
-
-    if not values:
-        return None
-    mean = low = high = float(np.mean(values))
-    if len(set(values)) > 1:
-        resampled = bootstrap(
-            (np.asarray(values, dtype=float),),
-            np.mean,
-            n_resamples=NUM_RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-        low, high = map(float, resampled.confidence_interval)
-    elif is_share and mean in (0, 1):
-        low, high = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-    return {"mean": round(mean, DIGITS), "low": round(low, DIGITS), "high": round(high, DIGITS)}
-
+from kvarena.panels.panel import variant_label
 
 _WITHIN_NUMBERS = re.compile(r"(?<=\d)[.,](?=\d)")
 _BETWEEN_WORDS = re.compile(r"[^\w\s]|_")
@@ -130,12 +104,14 @@ class Scored:
 
 
 class ScoreSheet:
-    """The attempts with their scores. What failed is counted, and scored nowhere."""
+    """The attempts with their scores. Failed ones are counted and not scored."""
 
     def __init__(self, question_set: QuestionSet, attempts: Sequence[Attempt], reference: Variant | None) -> None:
         self._exam, self._attempts, self._reference = question_set, attempts, reference
         self._scored = {
-            (one.variant, one.question): self._score(one.answer, self._gold(one)) for one in attempts if one.answer
+            (one.variant, one.question): _scored(one.answer, question_set.questions[one.question].answers)
+            for one in attempts
+            if one.answer
         }
         self._answered = {
             question for (variant, question), one in self._scored.items() if variant == reference and one.correct
@@ -157,7 +133,7 @@ class ScoreSheet:
             attempt
             for attempt in self._attempts
             if attempt.variant == variant
-            and kind in (ALL_KINDS, self._kind(attempt))
+            and kind in (ALL_KINDS, self._exam.questions[attempt.question].kind)
             and (subset == "all" or attempt.question in self._answered)
         ]
         answers = [attempt.answer for attempt in attempts if attempt.answer]
@@ -167,14 +143,14 @@ class ScoreSheet:
             "kind": kind,
             "subset": subset,
             "num_questions": len(attempts),
-            "num_failed": sum(attempt.outcome == "failed" for attempt in attempts),
+            "num_failed": len(attempts) - len(answers),
             "num_cut": sum(not answer.is_complete for answer in answers),
             "num_cached": sum(bool(answer.reuse and answer.reuse.is_mostly_cached) for answer in answers),
             "correct": mean_interval([one.correct for one in scored if one.correct is not None], is_share=True),
             "exact_match": mean_interval([one.score.exact_match for one in scored if one.score], is_share=True),
             "f1": mean_interval([one.score.f1 for one in scored if one.score]),
             **self._against_reference(variant, attempts),
-            "ttft_ms": spread([answer.ttft_ms for answer in answers]) if answers else None,
+            "ttft_ms": spread([answer.ttft_ms for answer in answers]),
             **token_shares(answer.reuse for answer in answers),
         }
 
@@ -197,12 +173,6 @@ class ScoreSheet:
             **closeness_figures(attempts if is_other else ()),
         }
 
-    @staticmethod
-    def _score(answer: GreedyAnswer, gold: Sequence[str]) -> Scored:
-        if not gold:
-            return Scored(answer, None, None)
-        return Scored(answer, squad_score(answer.text, gold), contains_answer(answer.text, gold))
-
     def _answer(self, attempt: Attempt) -> dict[str, Any]:
         scored, close = self._scored.get((attempt.variant, attempt.question)), attempt.closeness
         return {
@@ -220,11 +190,11 @@ class ScoreSheet:
             "detail": attempt.reason,
         }
 
-    def _gold(self, attempt: Attempt) -> Sequence[str]:
-        return self._exam.questions[attempt.question].answers
 
-    def _kind(self, attempt: Attempt) -> str:
-        return self._exam.questions[attempt.question].kind
+def _scored(answer: GreedyAnswer, gold: Sequence[str]) -> Scored:
+    if not gold:
+        return Scored(answer, None, None)
+    return Scored(answer, squad_score(answer.text, gold), contains_answer(answer.text, gold))
 
 
 def closeness_figures(attempts: Sequence[Attempt]) -> dict[str, Any]:
@@ -255,53 +225,41 @@ def token_shares(reuses: Iterable[Reuse | None]) -> dict[str, float | None]:
     }
 
 
-CONTENDER = Column("contender", min_width=14)
 TITLES = {"all": "All {} questions", "answered": "The {} that full prefill answers right"}
 
 
-def show_rows(rows: Sequence[Row], kinds: Sequence[str], console: Console) -> None:
+def show_rows(rows: Sequence[Row], console: Console) -> None:
     """Narrow tables: right answers by kind; then all figures, over all questions and over those answered right."""
-    shown = kinds if len(kinds) > 1 else []
+
+    def show(title: str, shown: Sequence[Row], figures: Mapping[str, Column]) -> None:
+        console.print(table_of(title, shown, {"contender": variant_label}, figures, min_width=14))
+
+    by_kind = {(variant_label(row), row["kind"]): row for row in rows if row["subset"] == "all"}
+
+    def right_of(kind: str) -> Column:
+        return lambda row: percent(by_kind.get((variant_label(row), kind), {}).get("correct"))
+
     of_all = [row for row in rows if row["kind"] == ALL_KINDS]
-    extra = ["recomputed"] if any(_says_no_share(row) for row in of_all) else []
-    figures = (*extra, "all", "interval", *shown)
-    right = new_table("Right answers (%), 95 % intervals", CONTENDER, figures=figures)
-    for row in of_all:
-        if row["subset"] == "all":
-            by_kind = {one["kind"]: one for one in rows if _label(one) == _label(row) and one["subset"] == "all"}
-            right.add_row(
-                _label(row),
-                *("-" if row["recomputed_ratio"] is None else f"{row['recomputed_ratio']:.0%}" for _ in extra),
-                percent(row["correct"]),
-                percent_range(row["correct"]),
-                *(percent(by_kind[kind]["correct"]) if kind in by_kind else "-" for kind in shown),
-            )
-    console.print(right)
+    figures: dict[str, Column] = {"recomputed": "{recomputed_ratio:.0%}"} if any(map(_says_no_share, of_all)) else {}
+    figures |= {"all": lambda row: percent(row["correct"]), "interval": lambda row: percent_range(row["correct"])}
+    figures |= {kind: right_of(kind) for kind in dict.fromkeys(row["kind"] for row in rows) if kind != ALL_KINDS}
+    show("Right answers (%), 95 % intervals", [row for row in of_all if row["subset"] == "all"], figures)
     for subset, title in TITLES.items():
         if found := [row for row in of_all if row["subset"] == subset]:
-            console.print(_figures(found, title.format(max(row["num_questions"] for row in found))))
-
-
-def _figures(rows: Sequence[Row], title: str) -> Table:
-    troubles = [name for name in ("cut", "failed", "cached") if any(row[f"num_{name}"] for row in rows)]
-    figures = ("right", "EM", "F1", "same", "tokens", "KL", "TTFT ms", *troubles)
-    table = new_table(title, CONTENDER, figures=figures)
-    for row in rows:
-        kl, ttft = row["kl_along_answer"], row["ttft_ms"]
-        table.add_row(
-            _label(row),
-            *(percent(row[name]) for name in ("correct", "exact_match", "f1", "agreement", "token_agreement")),
-            f"{kl['mean']:.3f}" if kl else "-",
-            f"{ttft['median']:,.0f}" if ttft else "-",
-            *(str(row[f"num_{name}"]) for name in troubles),
-        )
-    return table
+            figures = {
+                "right": lambda row: percent(row["correct"]),
+                "EM": lambda row: percent(row["exact_match"]),
+                "F1": lambda row: percent(row["f1"]),
+                "same": lambda row: percent(row["agreement"]),
+                "tokens": lambda row: percent(row["token_agreement"]),
+                "KL": "{kl_along_answer[mean]:.3f}",
+                "TTFT ms": "{ttft_ms[median]:,.0f}",
+            }
+            troubles = [name for name in ("cut", "failed", "cached") if any(row[f"num_{name}"] for row in found)]
+            figures |= {name: f"{{num_{name}}}" for name in troubles}
+            show(title.format(max(row["num_questions"] for row in found)), found, figures)
 
 
 def _says_no_share(row: Row) -> bool:
     """Whether the row's label leaves open how much was recomputed, as with a number of tokens or a time."""
     return row["ratio"] is None and row["policy"] not in (None, "none", "all")
-
-
-def _label(row: Row) -> str:
-    return Variant.of_row(row).label

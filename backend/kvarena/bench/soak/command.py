@@ -1,24 +1,30 @@
-"""`kvarena soak`: reads the options, shows progress, prints what was found and saves the result file.
-
-Imported by the command line at its start: everything heavy is imported inside the command.
-"""
+"""The command `kvarena soak`. Heavy imports are inside it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvarena.bench.console import AsJson, ResultFile, console_for, explained, progress, save_and_tell
+from kvarena.bench.console import (
+    AsJson,
+    ResultFile,
+    console_for,
+    explained,
+    progress,
+    read_target,
+    save_and_tell,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from kvarena.bench.results import Row
     from kvarena.bench.soak.campaign import Outcome, SoakServer, Stack
     from kvarena.documents import Documents
-
-DEFAULT_OUTPUT = Path("results/soak.json")
 
 
 def soak(
@@ -45,7 +51,7 @@ def soak(
     ] = 0.25,
     timeout_s: Annotated[float, typer.Option(min=1, help="A request that takes longer counts as hung.")] = 180.0,
     seed: Annotated[int, typer.Option(help="Seed of prompts, streams and faults.")] = 0,
-    output: ResultFile = DEFAULT_OUTPUT,
+    output: ResultFile = Path("results/soak.json"),
     as_json: AsJson = False,
 ) -> None:
     """Ask the running stack's vLLM servers many things at once while parts of it die, hang and fill up, and check that
@@ -81,11 +87,15 @@ def soak(
             except ClientError as error:
                 raise ValueError(str(error)) from error
     details: dict[str, Any] = {
-        "checks": [check.to_json() for check in outcome.checks],
+        "checks": [vars(check) for check in outcome.checks],
         "faults": [vars(struck) for struck in outcome.struck],
         "findings": outcome.findings,
     }
-    save_and_tell(output, run.settings(), outcome.rows, as_json, console, lambda: _show(outcome, console), **details)
+
+    def show(rows: Sequence[Row], console: Console) -> None:
+        _show(outcome, console)
+
+    save_and_tell(output, run.settings(), outcome.rows, as_json, console, show, **details)
     raise typer.Exit(1 if outcome.failed else 0)
 
 
@@ -95,12 +105,7 @@ def _targets(targets: list[str], data: Path | None) -> tuple[list[SoakServer], D
     from kvarena.model import TOWN, find_model
     from kvarena.stack.settings import shown_api_key
 
-    servers = []
-    for target in targets:
-        name, _, url = target.partition("=")
-        if not name or not url:
-            raise ValueError(f"--target is {target!r}; it is NAME=URL")
-        servers.append(SoakServer(name, url if "://" in url else f"http://{url}", shown_api_key()))
+    servers = [SoakServer(*read_target(target), shown_api_key()) for target in targets]
     return servers, load_documents(data or find_model(TOWN, "cpu").data_dir), None
 
 
@@ -129,32 +134,19 @@ def _stack(has_faults: bool, console: Console) -> tuple[list[SoakServer], Docume
 
 
 def _show(outcome: Outcome, console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title="Answers", box=box.SIMPLE_HEAD, collapse_padding=True)
     names = dict.fromkeys(name for row in outcome.rows for name in row if name.startswith("num_"))
-    for name in ("contender", *(name.removeprefix("num_").replace("_", " ") for name in names), "TTFT ms"):
-        table.add_column(name, justify="left" if name == "contender" else "right")
-    for row in outcome.rows:
-        ttft = f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else ""
-        table.add_row(row["contender"], *(f"{row.get(name, 0):,}" for name in names), ttft)
-    console.print(table)
+    rows = [dict.fromkeys(names, 0) | row for row in outcome.rows]
+    figures = {name.removeprefix("num_").replace("_", " "): f"{{{name}:,}}" for name in names}
+    figures["TTFT ms"] = "{ttft_ms[median]:,.0f}"
+    console.print(table_of("Answers", rows, {"contender": "{contender}"}, figures))
     if outcome.struck:
-        table = Table(title="Faults", box=box.SIMPLE_HEAD, collapse_padding=True)
-        for name in ("after s", "service", "fault", "healthy after s"):
-            table.add_column(name, justify="left" if name in ("service", "fault") else "right")
-        for fault in outcome.struck:
-            back = "" if fault.back_s is None else f"{fault.back_s - fault.at_s:.1f}"
-            table.add_row(f"{fault.at_s:.0f}", fault.service, fault.kind, back)
-        console.print(table)
+        struck = [vars(fault) | {"away_s": fault.back_s and fault.back_s - fault.at_s} for fault in outcome.struck]
+        figures = {"after s": "{at_s:.0f}", "healthy after s": "{away_s:.1f}"}
+        console.print(table_of("Faults", struck, {"service": "{service}", "fault": "{kind}"}, figures))
     if outcome.failed:
-        table = Table(title="What doesn't hold", box=box.SIMPLE_HEAD, collapse_padding=True)
-        for name in ("service", "what", "found", "expected"):
-            table.add_column(name, justify="right" if name == "found" else "left")
-        for check in outcome.failed:
-            table.add_row(check.of, check.what, f"{check.found:,.0f}", check.expected)
-        console.print(table)
+        failed = [vars(check) for check in outcome.failed]
+        texts = {"service": "{of}", "what": "{what}", "expected": "{expected}"}
+        console.print(table_of("What doesn't hold", failed, texts, {"found": "{found:,.0f}"}))
     for finding in outcome.findings:
         console.print(finding, markup=False, highlight=False, soft_wrap=True)
     num_ok = len(outcome.checks) - len(outcome.failed)
