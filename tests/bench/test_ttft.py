@@ -43,7 +43,7 @@ def timed(ttft_s: float, *, sent_s: float = 0.0, num_tokens: int = 5, **more: An
 def rows_of(**bursts: list[Burst]) -> list[dict[str, Any]]:
     variants = {"plain": PLAIN, "blend": BLEND, "mine": OTHER}
     measured = [Measured(variants[name], name != "mine", found) for name, found in bursts.items()]
-    return cell_rows(CELL, measured, "plain")
+    return cell_rows(CELL, measured)
 
 
 def test_ratios_are_taken_prompt_by_prompt() -> None:
@@ -124,7 +124,7 @@ def test_the_table_and_what_not_to_believe() -> None:
     missed = {"store_hits": 2, "store_misses": 2, "blend_ms": 1.0}
     answers: list[Timed | str] = [timed(0.1, reuse=Reuse(100, 90), report=missed), "no [memory]"]
     measured = [Measured(PLAIN, True, [Burst([timed(1.0), timed(1.0)])]), Measured(BLEND, True, [Burst(answers)])]
-    rows = cell_rows(CELL, measured, "plain", num_known_chunks=3)
+    rows = cell_rows(CELL, measured, num_known_chunks=3)
     console = Console(file=io.StringIO(), width=200)
     show_rows(rows, console)
     show_warnings(rows, console)

@@ -223,7 +223,7 @@ def ttft(
         wanted = Servers(model, shape, target or (), timeout_s, store, store_gb, kv_cache_gb, hf, dtype)
         workload = replace(workload, has_fixed_opening=wanted.starts_servers)
         with wanted.found(workload.longest_tokens, console) as contenders:
-            bench = Bench.of(contenders, policies, workload, separator, tokenizer, data)
+            bench = Bench(contenders, policies, workload, separator, tokenizer, data)
             settings |= wanted.settings() | bench.settings()
             try:
                 with progress(bench.num_steps, console) as advance:
@@ -285,7 +285,7 @@ def sustained(
             model, shape, (), timeout_s, store_gb=store_gb, with_hf=False, dtype=dtype, contender=contender
         )
         with wanted.found(workload.longest_tokens, console) as contenders:
-            found = Bench.of(contenders, policies, Workload(), None, None)
+            found = Bench(contenders, policies, Workload())
             variants = [*found.policies.get(contender, [Variant(contender)]), Variant(REFERENCE)]
             prompts = SustainedPrompts(found.vocabulary, workload)
             with progress(len(variants) * num_requests, console) as advance:

@@ -1,4 +1,4 @@
-"""What is measured of one answer: its tokens' times, where its prompt's tokens came from, how far memory rose."""
+"""What is measured of an answer (token times, the origin of its prompt's tokens, memory), and who is asked when."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from kvarena.client import Usage
 from kvarena.engines.base import Engine, GenerationRequest, Report, Sampling
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ def timed(engine: Engine, prompt: str | Sequence[int], max_tokens: int, **more: 
         times_s.append(perf_counter())
         token_ids.append(token.token_id)
     return TimedTokens(tuple(token_ids), sent_s, tuple(times_s), perf_counter(), generation.report)
+
+
+def in_turn(items: Sequence[Item], number: int) -> list[Item]:
+    """Another one first with each number, so that each stands in every place."""
+    first = number % len(items) if items else 0
+    return [*items[first:], *items[:first]]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -71,16 +71,6 @@ class Timed:
     @property
     def tpot_ms(self) -> float:
         return (self.total_ms - self.first_token_ms) / max(1, self.num_answer_tokens - 1)
-
-
-class PrefixTarget(Protocol):
-    """What is measured: an engine in this process, or a server."""
-
-    def count(self, text: str) -> int:
-        """How many tokens."""
-        ...
-
-    def generate(self, prompt: str, max_new_tokens: int, options: dict[str, bool]) -> Timed: ...
 
 
 @dataclass(frozen=True)
@@ -207,6 +197,9 @@ class ServerTarget:
             num_prompt_tokens=answer["num_prompt_tokens"],
             num_reused_tokens=timings["prefix_tokens_saved"],
         )
+
+
+PrefixTarget = InProcess | ServerTarget
 
 
 @contextmanager

@@ -40,11 +40,16 @@ def check_writable(path: Path) -> None:
 
 
 def save_results(path: Path, settings: Mapping[str, Any], rows: Sequence[Row], **details: Any) -> None:
-    """Writes the whole file or nothing, and makes its folders. `details` go beside the rows."""
+    """Makes the folders too. `details` go beside the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"settings": dict(settings), "versions": versions(), "machine": machine(), "rows": list(rows), **details}
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The whole file or nothing."""
     part = _part_of(path)
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.write_text(text)
     part.replace(path)
 
 

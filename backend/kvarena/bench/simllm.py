@@ -32,7 +32,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from kvarena.bench.console import Column, percent, percent_range, table_of
-from kvarena.bench.measure import PeakMemory, timed
+from kvarena.bench.measure import PeakMemory, in_turn, timed
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet
 from kvarena.bench.quality.scoring import is_same_answer, squad_score
 from kvarena.bench.results import DIGITS, NO_REUSE, Row, mean_interval, spread
@@ -332,13 +332,12 @@ def run_stream(
     on_step: Callable[[], None] = lambda: None,
 ) -> list[ContenderRun]:
     """A run for each variant. Raises `ValueError` for a prompt that has no room in the model's context."""
-    answers: list[list[MeasuredAnswer]] = [[] for _ in variants]
     with network.contenders(variants, asking) as contenders:
+        answers: list[list[MeasuredAnswer]] = [[] for _ in contenders]
         for number, task in enumerate(tasks):
             prompt = network.token_ids(task.question.messages(asking.system, asking.separator))
-            for turn in range(len(contenders)):
-                place = (turn + number) % len(contenders)
-                answers[place].append(contenders[place].answer(prompt, asking.max_new_tokens))
+            for contender, given in in_turn(list(zip(contenders, answers, strict=True)), number):
+                given.append(contender.answer(prompt, asking.max_new_tokens))
                 on_step()
         return [
             ContenderRun(contender.variant, given, contender.task_bytes)

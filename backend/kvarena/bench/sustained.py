@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from kvarena.bench.console import table_of
+from kvarena.bench.measure import in_turn
 from kvarena.bench.prompts import ContextOfChunks, Vocabulary, longest_tokens
 from kvarena.bench.results import DIGITS, REFERENCE, Row, ratio_spread, spread
 from kvarena.bench.ttft import Contender, Timed
@@ -93,8 +94,8 @@ def run(
                 by_name[variant.contender].ask_at_once([prompt], variant, 1)
     outcomes: dict[Variant, list[Timed | str]] = {variant: [] for variant in variants}
     for number in range(num_requests):
-        prompt, first = prompts.draw(), number % len(variants)
-        for variant in [*variants[first:], *variants[:first]]:
+        prompt = prompts.draw()
+        for variant in in_turn(variants, number):
             outcomes[variant] += by_name[variant.contender].ask_at_once([prompt], variant, 1).outcomes
             on_step()
     (plain,) = (found for variant, found in outcomes.items() if variant.contender == REFERENCE)

@@ -21,7 +21,7 @@ from rich.markup import escape
 from tokenizers import Tokenizer
 
 from kvarena.bench.console import Column, table_of
-from kvarena.bench.measure import PeakMemory, Reuse
+from kvarena.bench.measure import PeakMemory, Reuse, in_turn
 from kvarena.bench.prompts import Cell, Prompts, Vocabulary, Workload
 from kvarena.bench.results import DIGITS, REFERENCE, Row, median_interval, ratio_spread, shown_path, spread
 from kvarena.bench.variants import Variant, is_blend, reads_scores
@@ -191,12 +191,9 @@ class Measured:
         return [one for burst in self.bursts for one in burst.answered]
 
 
-def cell_rows(cell: Cell, measured: Sequence[Measured], reference: str, num_known_chunks: int = 0) -> list[Row]:
-    """`reference` names the contender that the others are compared with, prompt by prompt.
-
-    `num_known_chunks` of each prompt ought to be in a blend's store.
-    """
-    plain = next((one for one in measured if one.variant.contender == reference), None)
+def cell_rows(cell: Cell, measured: Sequence[Measured], num_known_chunks: int = 0) -> list[Row]:
+    """`num_known_chunks` of each prompt ought to be in a blend's store."""
+    plain = next((one for one in measured if one.variant.contender == REFERENCE), None)
     return [{**_row(cell, one, plain), "num_known_chunks": num_known_chunks} for one in measured]
 
 
@@ -318,63 +315,55 @@ def _cell(row: Row) -> str:
     return f"{row['context_tokens']:,} tokens, {chunks}, {row['concurrency']} at once"
 
 
-@dataclass(frozen=True)
 class Bench:
-    """`policies` are what every blend is asked for, `separator` goes between chunks. Known chunks are cut from `text`,
-    the documents of `data`, where there is one.
+    """Every blend is asked for all of `policies`, whichever contender they name; `separator` goes between chunks.
+
+    Without a separator the blend's is taken, without a tokenizer the first server's. Known chunks are cut from the
+    documents of `data`, where it is given. Raises `ValueError` and `OSError` for a tokenizer that isn't there or that
+    has no words, and for a folder without documents.
     """
 
-    contenders: Mapping[str, Contender]
-    policies: Mapping[str, Sequence[Variant]]
-    workload: Workload
-    separator: str
-    vocabulary: Vocabulary
-    data: Path | None = None
-    text: Sequence[int] = ()
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         contenders: Sequence[Contender],
         policies: Sequence[Variant],
         workload: Workload,
-        separator: str | None,
-        tokenizer: str | None,
+        separator: str | None = None,
+        tokenizer: str | None = None,
         data: Path | None = None,
-    ) -> Bench:
-        """Every blend is asked for all of `policies`, whichever contender they name.
-
-        Without a separator the blend's is taken, without a tokenizer the first server's. Raises `ValueError` and
-        `OSError` for a tokenizer that isn't there or that has no words, and for a folder without documents.
-        """
+    ) -> None:
         known = [separator, *(contender.server.separator for contender in contenders), FALLBACK_SEPARATOR]
-        chosen = next(one for one in known if one is not None)
+        self.separator = next(one for one in known if one is not None)
         name = tokenizer or contenders[0].server.root or contenders[0].server.model
         found = load_tokenizer(name)
-        vocabulary = Vocabulary.of(found, chosen)
-        text = _document_ids(data, found, name, chosen) if data else ()
-        blends = {b.name: [replace(one, contender=b.name) for one in policies] for b in contenders if b.is_blend}
-        return cls({one.name: one for one in contenders}, blends, workload, chosen, vocabulary, data, text)
+        self.vocabulary = Vocabulary.of(found, self.separator)
+        self.policies = {
+            blend.name: [replace(one, contender=blend.name) for one in policies]
+            for blend in contenders
+            if blend.is_blend
+        }
+        self._contenders, self._workload = {one.name: one for one in contenders}, workload
+        self._data, self._text = data, _document_ids(data, found, name, self.separator) if data else []
 
     @property
     def num_steps(self) -> int:
-        return self.workload.repeats * sum(len(self.variants(cell.state)) for cell in self.workload.cells)
+        return self._workload.repeats * sum(len(self.variants(cell.state)) for cell in self._workload.cells)
 
     def settings(self) -> dict[str, Any]:
         """As they go into the result file."""
         return {
             "separator": self.separator,
             "policies": {name: [variant.choices for variant in variants] for name, variants in self.policies.items()},
-            "contenders": {name: contender.describe() for name, contender in self.contenders.items()},
-            "data": shown_path(self.data) if self.data else None,
-            "num_document_tokens": len(self.text) if self.data else None,
-            **vars(self.workload),
+            "contenders": {name: contender.describe() for name, contender in self._contenders.items()},
+            "data": shown_path(self._data) if self._data else None,
+            "num_document_tokens": len(self._text) if self._data else None,
+            **vars(self._workload),
         }
 
     def variants(self, state: str) -> list[Variant]:
         """Who is compared. With no chunk in the prompt a blend has nothing to choose."""
         variants: list[Variant] = []
-        for name in self.contenders:
+        for name in self._contenders:
             blends = self.policies.get(name) if state != "none" else None
             variants += blends or [Variant(name)]
         return variants
@@ -384,11 +373,11 @@ class Bench:
 
         An interrupt ends it after the rows of what was measured of its cell, as far as all were asked.
         """
-        rng = random.Random(self.workload.seed)
-        for context_tokens in self.workload.context_tokens:
-            prompts = Prompts(self.vocabulary, self.workload, context_tokens, rng, self.text)
+        rng = random.Random(self._workload.seed)
+        for context_tokens in self._workload.context_tokens:
+            prompts = Prompts(self.vocabulary, self._workload, context_tokens, rng, self._text)
             self._warm_up(prompts)
-            for cell in (cell for cell in self.workload.cells if cell.context_tokens == context_tokens):
+            for cell in (cell for cell in self._workload.cells if cell.context_tokens == context_tokens):
                 bursts: dict[Variant, list[Burst]] = {variant: [] for variant in self.variants(cell.state)}
                 try:
                     self._measure(cell, prompts, bursts, on_step)
@@ -401,26 +390,27 @@ class Bench:
 
     def _warm_up(self, prompts: Prompts) -> None:
         """Every variant meets a prompt of this length once, in the first state it is measured in."""
-        if "warm" in self.workload.states:
+        if "warm" in self._workload.states:
             self._teach(prompts, [(name, "") for name in self.policies])
         first_states: dict[Variant, str] = {}
-        for cell in self.workload.cells:
+        for cell in self._workload.cells:
             for variant in self.variants(cell.state):
                 first_states.setdefault(variant, cell.state)
         for variant, state in first_states.items():
-            self.contenders[variant.contender].ask_at_once([prompts.draw(state)], variant, self.workload.max_new_tokens)
+            contender, prompt = self._contenders[variant.contender], prompts.draw(state)
+            contender.ask_at_once([prompt], variant, self._workload.max_new_tokens)
 
     def _teach(self, prompts: Prompts, places: Iterable[tuple[str, str]]) -> None:
         """Has the known chunks stored by these blends, for these salts."""
         for name, salt in places:
-            self.contenders[name].ask_at_once([prompts.teach()], Variant(name, "none"), 1, salt)
+            self._contenders[name].ask_at_once([prompts.teach()], Variant(name, "none"), 1, salt)
             if any(reads_scores(own.policy) for own in self.policies[name]):
                 for prompt in prompts.teach_scores():
-                    self.contenders[name].ask_at_once([prompt], Variant(name, "none"), 1, salt, "scores")
+                    self._contenders[name].ask_at_once([prompt], Variant(name, "none"), 1, salt, "scores")
 
     def _rows(self, cell: Cell, prompts: Prompts, bursts: Mapping[Variant, Sequence[Burst]]) -> list[Row]:
-        measured = [Measured(one, self.contenders[one.contender].is_told, found) for one, found in bursts.items()]
-        return cell_rows(cell, measured, REFERENCE, num_known_chunks=prompts.num_known(cell.state))
+        measured = [Measured(one, self._contenders[one.contender].is_told, found) for one, found in bursts.items()]
+        return cell_rows(cell, measured, num_known_chunks=prompts.num_known(cell.state))
 
     def _measure(
         self, cell: Cell, prompts: Prompts, bursts: Mapping[Variant, list[Burst]], on_step: Callable[[], None]
@@ -430,12 +420,11 @@ class Bench:
         salts = {variant: _salt(cell, variant) for variant in variants}
         if cell.state == "half":
             self._teach(prompts, [(variant.contender, salt) for variant, salt in salts.items() if salt])
-        for repeat in range(self.workload.repeats):
+        for repeat in range(self._workload.repeats):
             batch = [prompts.draw(cell.state) for _ in range(cell.concurrency)]
-            first = repeat % len(variants)
-            for variant in [*variants[first:], *variants[:first]]:
-                contender = self.contenders[variant.contender]
-                burst = contender.ask_at_once(batch, variant, self.workload.max_new_tokens, salts[variant])
+            for variant in in_turn(variants, repeat):
+                contender = self._contenders[variant.contender]
+                burst = contender.ask_at_once(batch, variant, self._workload.max_new_tokens, salts[variant])
                 bursts[variant].append(burst)
                 on_step()
 

@@ -134,9 +134,8 @@ def _layer_and_sink(row: Mapping[str, Any]) -> list[str]:
 def drawn_name(row: Row) -> str:
     """Whose colour a row has: the policy's where our blend ran, else the contender's and the policy's."""
     contender, policy = row["contender"], row.get("policy")
-    return (
-        str(policy) if policy and contender == "blend" else " ".join(str(part) for part in (contender, policy) if part)
-    )
+    own = (policy,) if policy and contender == "blend" else (contender, policy)
+    return " ".join(str(part) for part in own if part)
 
 
 def readable_ms(ms: float) -> str:
@@ -145,14 +144,18 @@ def readable_ms(ms: float) -> str:
 
 
 def series_of(
-    rows: Sequence[Row], label: Callable[[Row], str], x: str, figures: Callable[[Row], Ends | None]
+    rows: Sequence[Row],
+    label: Callable[[Row], str],
+    x: str,
+    figures: Callable[[Row], Ends | None],
+    name_of: Callable[[Row], str] = drawn_name,
 ) -> list[Series]:
     """A line for each label over the rows' `x`; rows without figures are left out."""
     found: list[Series] = []
     for of_line in grouped(rows, label).values():
         points = sorted((row[x], *ends) for row in of_line if (ends := figures(row)))
         if points:
-            name, (xs, y, low, high) = drawn_name(of_line[0]), zip(*points, strict=True)
+            name, (xs, y, low, high) = name_of(of_line[0]), zip(*points, strict=True)
             variant = sum(other.name == name for other in found)
             found.append(Series(name, label(of_line[0]), xs, y, low, high, variant))
     return found

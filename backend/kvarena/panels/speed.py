@@ -228,31 +228,31 @@ def sustained_panels(result: Result, colours: Colours) -> list[Panel]:
 
 
 PREFIX_COLOURS = {"no KV cache": GREY, "KV cache": BLUE, "prefix cache": ORANGE}
-PREFIX_SCENARIOS = ("cold", "new question", "repeat")
 
 
 def prefix_panels(result: Result, colours: Colours) -> list[Panel]:
-    lines_of = grouped(result["rows"], lambda row: (row["level"], row["scenario"]))
-    title = "Time to first token over prompt length, by level of caching; whiskers to p95"
+    def label(row: Row) -> str:
+        return f"{row['level']}, {row['scenario']}"
+
     return [
         Panel(
-            title,
+            "Time to first token over prompt length, by level of caching; whiskers to p95",
             Axis("prompt tokens", is_log=True, at_points=True),
             Axis("time to first token (ms), median", is_log=True),
-            [
-                _line(level, f"{level}, {scenario}", own, "context_tokens", "ttft_ms", PREFIX_SCENARIOS.index(scenario))
-                for (level, scenario), own in lines_of.items()
-            ],
+            series_of(result["rows"], label, "context_tokens", times_ms, lambda row: str(row["level"])),
             colours=PREFIX_COLOURS,
             height_in=5,
         )
     ]
 
 
-def _line(name: str, label: str, rows: Sequence[Row], x: str, times: str, variant: int = 0) -> Series:
-    """Medians, with whiskers to p95."""
-    medians, p95 = ([row[times][figure] for row in rows] for figure in ("median", "p95"))
-    return Series(name, label, [row[x] for row in rows], medians, medians, p95, variant)
+def _lines(rows: Sequence[Row], x: str, times: Mapping[str, str]) -> list[Series]:
+    """A line for each of the rows' times, by its name."""
+    return [
+        line
+        for name, key in times.items()
+        for line in series_of(rows, lambda row: name, x, to_p95(key), lambda row: name)  # noqa: B023  used at once
+    ]
 
 
 AI100_COLOURS = {"no cache": GREY, "KV slots": ORANGE}
@@ -268,7 +268,7 @@ def ai100_panels(result: Result, colours: Colours) -> list[Panel]:
             "Time to first token, turn by turn, with KV slots and without; whiskers to p95",
             Axis("turn", at_points=True),
             Axis("time to first token (ms), median", is_log=True),
-            [_line(name, name, turns, "turn", key) for name, key in TTFT_KEYS.items()],
+            _lines(turns, "turn", TTFT_KEYS),
             colours=AI100_COLOURS,
             height_in=4,
         ),
@@ -289,10 +289,7 @@ def tasks_panels(result: Result, colours: Colours) -> list[Panel]:
             "A search among earlier tasks, against their number; medians, whiskers to p95",
             Axis("earlier tasks", is_log=True, at_points=True),
             Axis("search (ms)", is_log=True),
-            [
-                _line(name, name, result["rows"], "num_tasks", key)
-                for name, key in (("wall time", "lookup_ms"), ("CPU time", "lookup_cpu_ms"))
-            ],
+            _lines(result["rows"], "num_tasks", {"wall time": "lookup_ms", "CPU time": "lookup_cpu_ms"}),
             colours={"CPU time": ORANGE, "wall time": GREY},
         )
     ]
@@ -300,15 +297,8 @@ def tasks_panels(result: Result, colours: Colours) -> list[Panel]:
 
 def decode_panels(result: Result, colours: Colours) -> list[Panel]:
     title = "Time per output token against context length; medians, whiskers to p95"
-    return [
-        Panel(
-            title,
-            CONTEXT,
-            Axis("time per output token (ms)", limits=(0, math.inf)),
-            over_context(result["rows"], to_p95("tpot_ms")),
-            colours=colours,
-        )
-    ]
+    axis = Axis("time per output token (ms)", limits=(0, math.inf))
+    return [Panel(title, CONTEXT, axis, over_context(result["rows"], to_p95("tpot_ms")), colours=colours)]
 
 
 NO_OUTCOME = ("num_requests", "num_compared_tokens", "num_without_report")

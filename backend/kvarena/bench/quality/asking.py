@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from kvarena.bench.measure import Reuse
+from kvarena.bench.measure import Reuse, in_turn
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant
 from kvarena.documents import TextChunk
@@ -234,20 +234,15 @@ def ask_all(
     for number in range(len(question_set.questions)) if numbers is None else numbers:
         done: dict[Variant, Attempt] = {}
         full: GreedyAnswer | None = None
-        for variant in _in_turn(variants, asking.reference, number):
+        others = [variant for variant in variants if variant != asking.reference]
+        reference = [variant for variant in variants if variant == asking.reference][:1]
+        for variant in [*reference, *in_turn(others, number)]:
             if variant.work not in done:
                 found = attempt(variant, number, full)
                 if variant == asking.reference:
                     full = found.answer
                 done[variant.work] = _compared(found, full)
             on_attempt(replace(done[variant.work], variant=variant))
-
-
-def _in_turn(variants: Sequence[Variant], reference: Variant | None, number: int) -> list[Variant]:
-    """The reference first; each of the others stands in every place once."""
-    others = [variant for variant in variants if variant != reference]
-    start = number % len(others) if others else 0
-    return [*([reference] if reference in variants and reference else []), *others[start:], *others[:start]]
 
 
 def _compared(attempt: Attempt, full: GreedyAnswer | None) -> Attempt:

@@ -22,7 +22,7 @@ from kvarena.bench.console import Column, percent, percent_range, table_of
 from kvarena.bench.quality.asking import Attempt, Closeness
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet, stack_splitter
 from kvarena.bench.quality.scoring import closeness_figures, token_shares
-from kvarena.bench.results import Row, mean_interval, spread
+from kvarena.bench.results import Row, mean_interval, spread, write_whole
 from kvarena.bench.variants import Variant
 from kvarena.documents import load_documents
 from kvarena.panels.panel import policy_label, variant_label
@@ -201,9 +201,7 @@ def write_profile(folder: Path, row: Row, separator: str) -> Path:
     kept = {name: value for name, value in profile.items() if name not in dataclasses.asdict(BlendParams())}
     profile = kept | Variant.of_row(row | {"contender": ""}).profile
     path = folder / MODEL_PROFILE_NAME
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(profile) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps(profile) + "\n")
     return path
 
 
