@@ -249,9 +249,9 @@ def test_gold_answers_hold(shipped: QuestionSet) -> None:
     """What a question needs, and what stood in between, stands in the task's context as in the exam."""
     as_shipped = {(question.question, question.answers): question for question in shipped.questions}
     for task in make_stream(shipped, 240, 0.5) + make_stream(shipped, 100, 0.9, seed=1):
-        shipped = as_shipped[task.question.question, task.question.answers]
-        own = names(shipped)
-        needed = [own.index(name) for name in shipped.needs] or [0, len(own) - 1]
+        original = as_shipped[task.question.question, task.question.answers]
+        own = names(original)
+        needed = [own.index(name) for name in original.needs] or [0, len(own) - 1]
         stretch = "|".join(own[min(needed) : max(needed) + 1])
         assert stretch in "|".join(names(task.question))
 

@@ -29,6 +29,7 @@ from kvarena.bench.console import (
     integers,
     progress,
     save_and_tell,
+    words,
 )
 from kvarena.bench.variants import DEFAULT_POLICIES, read_policies
 
@@ -137,7 +138,7 @@ def simllm(
     with explained(output):
         path = questions or find_model(model, "cpu").data_dir / QUESTIONS_NAME
         question_set = load_questions(path)
-        chosen = variants([mode.strip() for mode in modes.split(",")], decimals(thresholds))
+        chosen = variants(words(modes), decimals(thresholds))
         bench = Bench(question_set, chosen, similar, max_new_tokens, max_cache_size, dtype, seed)
         with progress((num_tasks + num_quality_tasks) * len(chosen), console) as advance:
             speed, speed_answers = bench.speed(shape, num_tasks, advance)
@@ -217,8 +218,9 @@ def ttft(
     settings: dict[str, Any] = {"benchmark": "ttft", "is_interrupted": False}
     with explained(output):
         lengths, at_once = integers(context_tokens), integers(concurrency)
-        states = tuple(one.strip() for one in state.split(","))
-        workload = Workload(lengths, states, at_once, chunk_tokens, question_tokens, max_new_tokens, repeats, seed)
+        workload = Workload(
+            lengths, words(state), at_once, chunk_tokens, question_tokens, max_new_tokens, repeats, seed
+        )
         policies = read_policies(policy or DEFAULT_POLICIES, "blend")
         wanted = Servers(model, shape, target or (), timeout_s, store, store_gb, kv_cache_gb, hf, dtype)
         workload = replace(workload, has_fixed_opening=wanted.starts_servers)
@@ -327,7 +329,7 @@ def device(
     console = console_for(as_json)
     with explained(output):
         workload = bench.DeviceWorkload(
-            shapes=tuple(shape.strip() for shape in shapes.split(",")),
+            shapes=words(shapes),
             context_tokens=integers(context_tokens),
             variants=tuple(read_policies(policy or bench.default_policies(), "blend")),
             chunk_tokens=chunk_tokens,
@@ -379,7 +381,7 @@ def prefix(
     with explained(output):
         workload = PrefixWorkload(
             context_tokens=integers(context_tokens),
-            levels=tuple(level.strip() for level in levels.split(",")),
+            levels=words(levels),
             num_requests=num_requests,
             max_new_tokens=max_new_tokens,
             seed=seed,

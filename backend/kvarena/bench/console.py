@@ -85,6 +85,10 @@ def progress(num_steps: int | None, console: Console, text: str = "measuring") -
         yield advance
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
 def integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))

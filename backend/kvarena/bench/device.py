@@ -298,7 +298,7 @@ class _Rates:
         )
 
 
-def _median_s(work: Callable[[], None], device: torch.device, num: int = 5) -> float:
+def _median_s(work: Callable[[], object], device: torch.device, num: int = 5) -> float:
     def once() -> float:
         start_s = perf_counter()
         work()

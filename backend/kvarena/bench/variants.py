@@ -13,7 +13,7 @@ from typing import Any
 
 from kvarena.client import ServerInfo
 from kvarena.contenders.spec import contender_specs
-from kvarena.panels.panel import policy_label, variant_label
+from kvarena.panels.panel import variant_label
 from kvarena.policies.params import OPTIONS, PARAMETERS, BlendParams, check_max_ttft_ms, make_policy
 from kvarena.policies.registry import Value
 
@@ -44,11 +44,6 @@ class Variant:
         options = tuple((row.get("options") or {}).items())
         layer, max_ttft_ms, sink_tokens = (row.get(key) for key in ("check_layer", "max_ttft_ms", "sink_tokens"))
         return cls(row["contender"], row["policy"], row["ratio"], layer, options, max_ttft_ms, sink_tokens)
-
-    @property
-    def policy_label(self) -> str:
-        """Such as `kv_deviation (deviation values)`; empty where there is none."""
-        return policy_label(self.to_json())
 
     @property
     def label(self) -> str:

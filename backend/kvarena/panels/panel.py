@@ -122,11 +122,11 @@ def variant_label(row: Mapping[str, Any]) -> str:
     ratio, max_ttft_ms = row.get("ratio"), row.get("max_ttft_ms")
     parts = [row["contender"], policy_label(row), None if ratio is None else f"{100 * ratio:g} %"]
     parts.append(None if max_ttft_ms is None else f"{max_ttft_ms:g} ms")
-    parts += _layer_and_sink(row)
+    parts += layer_and_sink(row)
     return " ".join(part for part in parts if part)
 
 
-def _layer_and_sink(row: Mapping[str, Any]) -> list[str]:
+def layer_and_sink(row: Mapping[str, Any]) -> list[str]:
     layer, sink_tokens = row.get("check_layer"), row.get("sink_tokens")
     return [f"@{layer}"] * (layer is not None) + [f"sink {sink_tokens}"] * (sink_tokens is not None)
 

@@ -21,10 +21,10 @@ from kvarena.panels.panel import (
     Result,
     Row,
     Series,
-    _layer_and_sink,
     colours_of,
     drawn_name,
     grouped,
+    layer_and_sink,
     policy_label,
     variant_label,
 )
@@ -179,7 +179,7 @@ def _ttft(row: Row) -> float:
 
 
 def _line_label(row: Row) -> str:
-    return " ".join(part for part in (row["contender"], policy_label(row), *_layer_and_sink(row)) if part)
+    return " ".join(part for part in (row["contender"], policy_label(row), *layer_and_sink(row)) if part)
 
 
 def _level(row: Row, metric: str, scale: float | None = None) -> Level:

@@ -15,13 +15,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
 from kvarena.bench.console import Column, percent, percent_range, table_of
 from kvarena.bench.measure import Reuse
-from kvarena.bench.quality.asking import Attempt, GreedyAnswer
+from kvarena.bench.quality.asking import Attempt
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.results import ALL_KINDS, DIGITS, Row, mean_interval, spread
 from kvarena.bench.variants import Variant
@@ -90,17 +90,16 @@ def _squad_text(text: str) -> str:
 
 
 KL_DIGITS = 6
-Subset = Literal["all", "answered"]
-SUBSETS: tuple[Subset, ...] = ("all", "answered")
+TITLES = {"all": "All {} questions", "answered": "The {} that full prefill answers right"}
+"""The subsets of questions that have rows."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """An answer with its scores, None where no gold answer is known. `correct`: 1 when it contains one, else 0."""
-
-    answer: GreedyAnswer
-    score: Score | None
-    correct: float | None
+def scores(text: str, gold: Sequence[str]) -> dict[str, float]:
+    """Each from 0 to 1; none where no gold answer is known. `correct`: 1 when the text contains one, else 0."""
+    if not gold:
+        return {}
+    squad = squad_score(text, gold)
+    return {"correct": contains_answer(text, gold), "exact_match": squad.exact_match, "f1": squad.f1}
 
 
 class ScoreSheet:
@@ -108,27 +107,23 @@ class ScoreSheet:
 
     def __init__(self, question_set: QuestionSet, attempts: Sequence[Attempt], reference: Variant | None) -> None:
         self._exam, self._attempts, self._reference = question_set, attempts, reference
-        self._scored = {
-            (one.variant, one.question): _scored(one.answer, question_set.questions[one.question].answers)
-            for one in attempts
-            if one.answer
+        self._answers = {(one.variant, one.question): one.answer for one in attempts if one.answer}
+        self._scores = {
+            (variant, question): scores(answer.text, question_set.questions[question].answers)
+            for (variant, question), answer in self._answers.items()
         }
         self._answered = {
-            question for (variant, question), one in self._scored.items() if variant == reference and one.correct
+            question for (variant, question), one in self._scores.items() if variant == reference and one.get("correct")
         }
 
     def rows(self) -> list[Row]:
         """Those without any question are left out."""
         kinds = [ALL_KINDS, *self._exam.kinds] if len(self._exam.kinds) > 1 else [ALL_KINDS]
         variants = dict.fromkeys(attempt.variant for attempt in self._attempts)
-        rows = [self._row(variant, kind, subset) for variant in variants for kind in kinds for subset in SUBSETS]
+        rows = [self._row(variant, kind, subset) for variant in variants for kind in kinds for subset in TITLES]
         return [row for row in rows if row["num_questions"]]
 
-    def answers(self) -> list[dict[str, Any]]:
-        """Every single outcome, for whoever wants to read them."""
-        return [self._answer(attempt) for attempt in self._attempts]
-
-    def _row(self, variant: Variant, kind: str, subset: Subset) -> Row:
+    def _row(self, variant: Variant, kind: str, subset: str) -> Row:
         attempts = [
             attempt
             for attempt in self._attempts
@@ -137,7 +132,7 @@ class ScoreSheet:
             and (subset == "all" or attempt.question in self._answered)
         ]
         answers = [attempt.answer for attempt in attempts if attempt.answer]
-        scored = [found for attempt in attempts if (found := self._scored.get((variant, attempt.question)))]
+        scored = [found for one in attempts if (found := self._scores.get((variant, one.question)))]
         return {
             **variant.to_json(),
             "kind": kind,
@@ -146,9 +141,9 @@ class ScoreSheet:
             "num_failed": len(attempts) - len(answers),
             "num_cut": sum(not answer.is_complete for answer in answers),
             "num_cached": sum(bool(answer.reuse and answer.reuse.is_mostly_cached) for answer in answers),
-            "correct": mean_interval([one.correct for one in scored if one.correct is not None], is_share=True),
-            "exact_match": mean_interval([one.score.exact_match for one in scored if one.score], is_share=True),
-            "f1": mean_interval([one.score.f1 for one in scored if one.score]),
+            "correct": mean_interval([one["correct"] for one in scored], is_share=True),
+            "exact_match": mean_interval([one["exact_match"] for one in scored], is_share=True),
+            "f1": mean_interval([one["f1"] for one in scored]),
             **self._against_reference(variant, attempts),
             "ttft_ms": spread([answer.ttft_ms for answer in answers]),
             **token_shares(answer.reuse for answer in answers),
@@ -156,45 +151,48 @@ class ScoreSheet:
 
     def _against_reference(self, variant: Variant, attempts: Sequence[Attempt]) -> dict[str, Any]:
         """Question by question, over those that both could answer. None where there is nothing to compare with."""
-        is_other = self._reference is not None and variant != self._reference
-        pairs = [
-            (mine, full)
-            for attempt in attempts
-            if is_other and self._reference
-            if (mine := self._scored.get((variant, attempt.question)))
-            if (full := self._scored.get((self._reference, attempt.question)))
+        reference = self._reference or variant
+        compared = attempts if variant != reference else ()
+        keys = [
+            ((variant, one.question), (reference, one.question))
+            for one in compared
+            if one.answer and (reference, one.question) in self._answers
         ]
-        correct = [(m.correct, f.correct) for m, f in pairs if m.correct is not None and f.correct is not None]
-        scores = [(mine.score, full.score) for mine, full in pairs if mine.score and full.score]
+        pairs = [(self._answers[mine], self._answers[full]) for mine, full in keys]
+        scored = [(self._scores[mine], self._scores[full]) for mine, full in keys if self._scores[full]]
         return {
-            "correct_vs_reference": mean_interval([mine - full for mine, full in correct]),
-            "exact_match_vs_reference": mean_interval([m.exact_match - f.exact_match for m, f in scores]),
-            "agreement": mean_interval([_agree(mine.answer, full.answer) for mine, full in pairs], is_share=True),
-            **closeness_figures(attempts if is_other else ()),
+            "correct_vs_reference": mean_interval([mine["correct"] - full["correct"] for mine, full in scored]),
+            "exact_match_vs_reference": mean_interval(
+                [mine["exact_match"] - full["exact_match"] for mine, full in scored]
+            ),
+            "agreement": mean_interval(
+                [agrees(mine.text, mine.is_complete, full.text, full.is_complete) for mine, full in pairs],
+                is_share=True,
+            ),
+            **closeness_figures(compared),
         }
 
-    def _answer(self, attempt: Attempt) -> dict[str, Any]:
-        scored, close = self._scored.get((attempt.variant, attempt.question)), attempt.closeness
+    def answers(self) -> list[dict[str, Any]]:
+        """Every single outcome, for whoever wants to read them."""
+        return [self._outcome(attempt) for attempt in self._attempts]
+
+    def _outcome(self, attempt: Attempt) -> dict[str, Any]:
+        answer, close = attempt.answer, attempt.closeness
+        found = self._scores.get((attempt.variant, attempt.question), {})
         return {
             **attempt.variant.to_json(),
             "question": attempt.question,
             "outcome": attempt.outcome,
-            "text": attempt.answer.text if attempt.answer else None,
-            "is_complete": attempt.answer.is_complete if attempt.answer else None,
-            "correct": scored.correct if scored else None,
-            "exact_match": scored.score.exact_match if scored and scored.score else None,
-            "f1": round(scored.score.f1, DIGITS) if scored and scored.score else None,
+            "text": answer.text if answer else None,
+            "is_complete": answer.is_complete if answer else None,
+            "correct": found.get("correct"),
+            "exact_match": found.get("exact_match"),
+            "f1": round(found["f1"], DIGITS) if found else None,
             "token_agreement": round(close.token_agreement, DIGITS) if close else None,
             "kl_along_answer": round(close.kl, KL_DIGITS) if close else None,
-            "ttft_ms": round(attempt.answer.ttft_ms, 2) if attempt.answer else None,
+            "ttft_ms": round(answer.ttft_ms, 2) if answer else None,
             "detail": attempt.reason,
         }
-
-
-def _scored(answer: GreedyAnswer, gold: Sequence[str]) -> Scored:
-    if not gold:
-        return Scored(answer, None, None)
-    return Scored(answer, squad_score(answer.text, gold), contains_answer(answer.text, gold))
 
 
 def closeness_figures(attempts: Sequence[Attempt]) -> dict[str, Any]:
@@ -208,10 +206,6 @@ def closeness_figures(attempts: Sequence[Attempt]) -> dict[str, Any]:
     }
 
 
-def _agree(mine: GreedyAnswer, full: GreedyAnswer) -> float:
-    return agrees(mine.text, mine.is_complete, full.text, full.is_complete)
-
-
 def token_shares(reuses: Iterable[Reuse | None]) -> dict[str, float | None]:
     """Of all prompts' tokens those reused as they were; of the tokens that came from chunks those recomputed."""
     known = [reuse for reuse in reuses if reuse]
@@ -223,9 +217,6 @@ def token_shares(reuses: Iterable[Reuse | None]) -> dict[str, float | None]:
         "reused_ratio": round(reused / prompt, DIGITS) if prompt else None,
         "recomputed_ratio": round(recomputed / chunks, DIGITS) if chunks else None,
     }
-
-
-TITLES = {"all": "All {} questions", "answered": "The {} that full prefill answers right"}
 
 
 def show_rows(rows: Sequence[Row], console: Console) -> None:
