@@ -57,7 +57,7 @@ class AI100Workload:
 
     @property
     def ctx_len(self) -> int:
-        """What the longest conversation needs, and a quarter more."""
+        """Enough for the longest conversation, and a quarter more."""
         per_turn = self.question_tokens + 16
         first = self.num_turns * (per_turn + self.max_new_tokens)
         whole = (2 * self.num_rounds + 1) * (per_turn + self.throughput_tokens)

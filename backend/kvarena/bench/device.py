@@ -80,7 +80,6 @@ def default_policies() -> list[str]:
 
 
 def settings(workload: DeviceWorkload) -> dict[str, Any]:
-    """As they go into the result file, with the device's name."""
     is_cuda = workload.device != "cpu" and torch.cuda.is_available()
     policies = [variant.choices for variant in workload.variants]
     name = torch.cuda.get_device_name() if is_cuda else "CPU"
@@ -142,7 +141,7 @@ class _Asked:
 
 
 class _Device:
-    """One model on it, with a blender whose store has room for all chunks."""
+    """One model on the device, with a blender whose store has room for all chunks."""
 
     def __init__(self, workload: DeviceWorkload, path: Path) -> None:
         self._workload = workload
@@ -157,7 +156,7 @@ class _Device:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The next model is loaded while this object is still there."""
+        """Frees the memory: the next model is loaded while this object still exists."""
         is_cuda = self._is_cuda
         self._model.close()
         del self._model, self._blender, self._store

@@ -47,7 +47,6 @@ LEGEND_CHARS = 28
 
 
 def save_png(panels: Sequence[Panel], path: Path, picture: Picture) -> None:
-    """Row by row."""
     from matplotlib.figure import Figure
 
     num_rows = max(1, math.ceil(len(panels) / picture.num_columns))
@@ -88,7 +87,7 @@ def _put_legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def _for_html(svg: str, title: str) -> str:
-    """Without XML's prologue and namespaces, the size, and ids that a page with several figures would have twice."""
+    """Drops XML's prologue and namespaces, the size, and ids that a page with several figures would have twice."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

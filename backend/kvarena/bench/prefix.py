@@ -213,7 +213,7 @@ def _as_value_error(url: str) -> Iterator[None]:
 def find_target(
     url: str | None, model: str | None, shape: str | None, cache_gb: float, storage: str
 ) -> tuple[PrefixTarget, dict[str, object]]:
-    """What is measured, and what the result file says of it."""
+    """What is measured, and its settings for the result file."""
     if url:
         if model or shape:
             raise ValueError("--url measures the server's own model; --model and --shape go without it")

@@ -80,7 +80,6 @@ class Workload:
 
 
 def longest_tokens(context_tokens: int, question_tokens: int) -> int:
-    """Of a prompt, at most."""
     return context_tokens + MARGIN_TOKENS + question_tokens
 
 
@@ -155,11 +154,10 @@ class Prompts:
         self.known = [self._context.chunk(size, words) for size in chunk_sizes(context_tokens, workload.chunk_tokens)]
 
     def teach(self) -> list[int]:
-        """A prompt that makes the known chunks known."""
         return self._context.prompt(self.known)
 
     def teach_scores(self) -> list[list[int]]:
-        """Prompts in which each of them stands between others, and that aren't too long to be looked at."""
+        """Prompts in which each of them stands between others, none too long to be scored."""
         size = min(SCORED_CHUNKS, len(self.known))
         windows = range(0, len(self.known), max(1, size - 2))
         around = [[self.known[(at + place) % len(self.known)] for place in range(size)] for at in windows]

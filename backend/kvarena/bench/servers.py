@@ -172,7 +172,7 @@ class Servers:
 
 
 def own_services(plan: Plan, home: Home) -> list[Service]:
-    """Bound to no share of the cores: those that are make way for others on the machine."""
+    """Not bound to cores: bound ones make way for others on the machine."""
     services = [_as_hf(one, home) if one.name == BASE_OF_HF.name else one for one in build_services(plan, home)]
     return [replace(service, cpus=()) for service in services]
 

@@ -95,7 +95,7 @@ class Contender:
     _memory: PeakMemory = field(default_factory=PeakMemory)
 
     def answer(self, prompt: Sequence[int], num_steps: int) -> MeasuredAnswer:
-        """So many tokens are generated, also where the answer ends earlier."""
+        """Generates so many tokens, even past the end of the answer."""
         self._memory.start()
         cpu_s = process_time()
         answer = timed(self.engine, prompt, num_steps, options=SimLLMOptions(reuse=self.variant.mode is not None))
@@ -113,7 +113,7 @@ class Contender:
 
     @property
     def task_bytes(self) -> int:
-        """The KV that is kept of tasks."""
+        """KV kept of tasks."""
         return int(self.engine.simllm.get_statistics()["num_bytes"])
 
 
@@ -131,7 +131,6 @@ class SharedModel:
     def load(
         cls, folder: str, name: str, *, device: str = "auto", dtype: str = "auto", random: bool = False
     ) -> SharedModel:
-        """As `load_llama`."""
         module = load_llama(folder, device=device, dtype=dtype, random=random)
         profile = BlendConfig(**read_blend_profile(folder))
         return cls(name, module, AutoTokenizer.from_pretrained(folder), profile, random)
@@ -189,6 +188,7 @@ def variants(modes: Sequence[str], thresholds: Sequence[float]) -> list[SimLLMVa
 
 
 TaskKind = Literal["new", "same context", "other order"]
+ORDERS: tuple[TaskKind, TaskKind] = ("same context", "other order")
 Context = tuple[TextChunk, ...]
 
 
@@ -212,85 +212,68 @@ class _Topic:
 
 
 def make_stream(question_set: QuestionSet, num_tasks: int, similar_ratio: float, seed: int = 0) -> list[StreamTask]:
-    """Equal arguments make equal streams. Raises `ValueError` for a stream without tasks and a share that is none."""
+    """Similar tasks come in between, at random distances; as long as possible each has a new task of its own.
+
+    Equal arguments make equal streams. Raises `ValueError` for a stream without tasks and a share that is none.
+    """
     if num_tasks < 1:
         raise ValueError(f"a stream has 1 task or more, not {num_tasks}")
     if not 0 <= similar_ratio <= 1:
         raise ValueError(f"the share of similar tasks must be from 0 to 1, not {similar_ratio}")
-    return _StreamMaker(question_set, random.Random(seed)).make(
-        num_tasks, min(round(num_tasks * similar_ratio), num_tasks - 1)
-    )
+    rng, asked = random.Random(seed), Counter[str]()
+    num_similar = min(round(num_tasks * similar_ratio), num_tasks - 1)
+    planned = _planned_questions(question_set, num_tasks - num_similar, rng)
+    tasks: list[StreamTask] = []
+    fresh: list[_Topic] = []
+    used: list[_Topic] = []
 
-
-class _StreamMaker:
-    def __init__(self, question_set: QuestionSet, rng: random.Random) -> None:
-        self._exam, self._rng = question_set, rng
-        self._asked = Counter[str]()
-        self._tasks: list[StreamTask] = []
-        self._fresh: list[_Topic] = []
-        self._used: list[_Topic] = []
-
-    def make(self, num_tasks: int, num_similar: int) -> list[StreamTask]:
-        """Similar tasks come in between, at chance distances, and while they can each have a new task of its own."""
-        planned = self._planned_questions(num_tasks - num_similar)
-        while len(self._tasks) < num_tasks:
-            num_left = num_tasks - len(self._tasks)
-            is_similar = self._rng.random() * num_left >= len(planned)
-            if planned and not (is_similar and self._fresh):
-                self._add_new(planned.pop())
-            else:
-                self._add_similar()
-        return self._tasks
-
-    def _planned_questions(self, count: int) -> list[EvalQuestion]:
-        """In random order; those whose chunks no other has come first."""
-        drawn = self._rng.sample(self._exam.questions, len(self._exam.questions))
-        firsts = {frozenset(question.chunks): question for question in reversed(drawn)}
-        ordered = [*firsts.values(), *(question for question in drawn if question not in firsts.values())]
-        return [ordered[number % len(ordered)] for number in range(count)]
-
-    def _add_new(self, planned: EvalQuestion) -> None:
-        kind: TaskKind = "other order" if (len(self._fresh) + len(self._used)) % 2 else "same context"
-        context = self._reordered(planned.chunks) if kind == "other order" else planned.chunks
-        question = self._another(context, planned)
-        if question is None:
-            kind, question = "same context", planned
-        topic = _Topic(len(self._tasks), question.chunks, planned, kind)
-        self._fresh.append(topic)
-        self._add(StreamTask(question, "new"))
-
-    def _add_similar(self) -> None:
-        if self._fresh:
-            topic = self._fresh.pop(self._rng.randrange(len(self._fresh)))
-            self._used.append(topic)
-            question: EvalQuestion | None = topic.planned
-        else:
-            topic = self._rng.choice(self._used)
-            context = self._reordered(topic.context) if topic.kind == "other order" else topic.context
-            question = self._another(context, self._tasks[topic.place].question)
-        self._add(StreamTask(question or topic.planned, topic.kind, topic.place))
-
-    def _add(self, task: StreamTask) -> None:
-        self._tasks.append(task)
-        self._asked[task.question.question] += 1
-
-    def _another(self, context: Context, than: EvalQuestion) -> EvalQuestion | None:
+    def another(context: Context, than: EvalQuestion) -> EvalQuestion | None:
         """A question that this context answers, of those that were asked least; on this context."""
         others = [
             question
-            for question in self._exam.questions
+            for question in question_set.questions
             if question.question != than.question and is_answered_by(question, context)
         ]
-        self._rng.shuffle(others)
-        least = min(others, key=lambda question: self._asked[question.question], default=None)
+        rng.shuffle(others)
+        least = min(others, key=lambda question: asked[question.question], default=None)
         return least and replace(least, chunks=context)
 
-    def _reordered(self, context: Context) -> Context:
-        if len(context) < 2:
-            return context
-        while (mixed := tuple(self._rng.sample(context, len(context)))) == context:
-            pass
-        return mixed
+    def in_order(context: Context, kind: TaskKind) -> Context:
+        return _reordered(context, rng) if kind == "other order" else context
+
+    while len(tasks) < num_tasks:
+        is_similar = rng.random() * (num_tasks - len(tasks)) >= len(planned)
+        if planned and not (is_similar and fresh):
+            plan, kind = planned.pop(), ORDERS[(len(fresh) + len(used)) % 2]
+            question = another(in_order(plan.chunks, kind), plan)
+            topic = _Topic(len(tasks), (question or plan).chunks, plan, kind if question else "same context")
+            fresh.append(topic)
+            tasks.append(StreamTask(question or plan, "new"))
+        elif fresh:
+            used.append(fresh.pop(rng.randrange(len(fresh))))
+            tasks.append(StreamTask(used[-1].planned, used[-1].kind, used[-1].place))
+        else:
+            topic = rng.choice(used)
+            question = another(in_order(topic.context, topic.kind), tasks[topic.place].question)
+            tasks.append(StreamTask(question or topic.planned, topic.kind, topic.place))
+        asked[tasks[-1].question.question] += 1
+    return tasks
+
+
+def _planned_questions(question_set: QuestionSet, count: int, rng: random.Random) -> list[EvalQuestion]:
+    """In random order; those whose chunks no other has come first."""
+    drawn = rng.sample(question_set.questions, len(question_set.questions))
+    firsts = {frozenset(question.chunks): question for question in reversed(drawn)}
+    ordered = [*firsts.values(), *(question for question in drawn if question not in firsts.values())]
+    return [ordered[number % len(ordered)] for number in range(count)]
+
+
+def _reordered(context: Context, rng: random.Random) -> Context:
+    if len(context) < 2:
+        return context
+    while (mixed := tuple(rng.sample(context, len(context)))) == context:
+        pass
+    return mixed
 
 
 def is_answered_by(question: EvalQuestion, context: Sequence[TextChunk]) -> bool:
@@ -365,7 +348,7 @@ def make_rows(tasks: Sequence[StreamTask], runs: Sequence[ContenderRun], **model
 
 
 def answer_rows(tasks: Sequence[StreamTask], runs: Sequence[ContenderRun], **model: Any) -> list[Row]:
-    """Every single answer, for whoever wants to read them."""
+    """Every single answer, for readers."""
     return [
         {
             **model,

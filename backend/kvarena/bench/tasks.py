@@ -66,7 +66,7 @@ def run(workload: TaskSearchWorkload, on_step: Callable[[], None]) -> list[Row]:
 
 
 def _measured(manager: InterTaskKVManager, queries: Mapping[int, torch.Tensor]) -> Row:
-    """Of queries by the number of the task that each was made from."""
+    """`queries` by the number of the task that each was made from."""
     wall_ms, cpu_ms, num_found = [], [], 0
     manager.search_similar_task(next(iter(queries.values())))  # warm-up
     for number, query in queries.items():

@@ -227,14 +227,14 @@ def _row(cell: Cell, one: Measured, plain: Measured | None) -> Row:
 
 
 def _ttft_speedups(one: Measured, plain: Measured) -> Iterator[float]:
-    """How many times sooner the first token came, on each prompt that both answered."""
+    """Of the first token, on each prompt that both answered."""
     for mine, other in zip(one.outcomes, plain.outcomes, strict=True):
         if isinstance(mine, Timed) and isinstance(other, Timed):
             yield other.ttft_ms / mine.ttft_ms
 
 
 def _throughput_ratios(one: Measured, plain: Measured) -> Iterator[float]:
-    """How many times more requests were answered in a second, burst by burst."""
+    """Of the requests answered per second, burst by burst."""
     for mine, other in zip(one.bursts, plain.bursts, strict=True):
         if mine.requests_per_s and other.requests_per_s:
             yield mine.requests_per_s / other.requests_per_s
@@ -350,7 +350,6 @@ class Bench:
         return self._workload.repeats * sum(len(self.variants(cell.state)) for cell in self._workload.cells)
 
     def settings(self) -> dict[str, Any]:
-        """As they go into the result file."""
         return {
             "separator": self.separator,
             "policies": {name: [variant.choices for variant in variants] for name, variants in self.policies.items()},
@@ -361,7 +360,7 @@ class Bench:
         }
 
     def variants(self, state: str) -> list[Variant]:
-        """Who is compared. With no chunk in the prompt a blend has nothing to choose."""
+        """Who is compared. Without a chunk in the prompt a blend has nothing to choose."""
         variants: list[Variant] = []
         for name in self._contenders:
             blends = self.policies.get(name) if state != "none" else None
@@ -401,7 +400,7 @@ class Bench:
             contender.ask_at_once([prompt], variant, self._workload.max_new_tokens)
 
     def _teach(self, prompts: Prompts, places: Iterable[tuple[str, str]]) -> None:
-        """Has the known chunks stored by these blends, for these salts."""
+        """Makes these blends store the known chunks, for these salts."""
         for name, salt in places:
             self._contenders[name].ask_at_once([prompts.teach()], Variant(name, "none"), 1, salt)
             if any(reads_scores(own.policy) for own in self.policies[name]):

@@ -52,12 +52,12 @@ class Variant:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What was chosen, by its name in `kv_transfer_params.kvarena`."""
+        """The chosen values, by their names in `kv_transfer_params.kvarena`."""
         return self._params | ({} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms})
 
     @property
     def profile(self) -> dict[str, Any]:
-        """The same as settings that a server begins with, by their names in `kvarena.json`: the sink is one."""
+        """The same as settings that a server starts with, by their names in `kvarena.json`; with the sink."""
         return self.choices | ({} if self.sink_tokens is None else {"sink_tokens": self.sink_tokens})
 
     @property

@@ -42,7 +42,7 @@ NO_REUSE = "no reuse"
 
 @dataclass(frozen=True)
 class Axis:
-    """`limits` are those of what the figure can be. `at_points`: a tick at each value that was measured."""
+    """`limits`: what the figure can be. `at_points`: a tick at each measured value."""
 
     title: str
     is_log: bool = False
@@ -175,7 +175,7 @@ times_ms = to_p95("ttft_ms")
 
 
 def colours_of(names: Iterable[str], colours: Mapping[str, str] = COLOURS) -> dict[str, str]:
-    """`colours`, and for names without one of their own those that no other of `names` has, while there are any."""
+    """`colours`, and for names without one a colour that no other of `names` has, while there are any."""
     names = list(dict.fromkeys(names))
     taken = {colours[name] for name in names if name in colours}
     free = [colour for colour in PALETTE if colour not in taken] or PALETTE

@@ -46,7 +46,7 @@ METRICS = {
 
 
 def metric_title(metric: str) -> str:
-    """As a sentence begins with it."""
+    """With a capital letter."""
     return METRICS[metric][0].upper() + METRICS[metric][1:]
 
 
@@ -142,7 +142,7 @@ def _quality_axis(metric: str, asked: str) -> Axis:
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
-    """Every kind of all questions, and all kinds together of those that full prefill answers right, if it's fewer."""
+    """All questions by kind; and those that full prefill answers right, all kinds together, where these are fewer."""
     has_fewer = len({row["num_questions"] for row in rows if row["kind"] == ALL_KINDS}) > 1
     return [row for row in rows if not _is_answered(row) or (row["kind"] == ALL_KINDS and has_fewer)]
 

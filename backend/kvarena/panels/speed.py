@@ -45,7 +45,6 @@ def conditions(row: Row) -> str:
 
 
 def over_context(rows: Sequence[Row], figures: Callable[[Row], Ends | None]) -> list[Series]:
-    """A line for each variant."""
     return series_of(rows, variant_label, "context_tokens", figures)
 
 

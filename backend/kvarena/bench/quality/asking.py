@@ -138,24 +138,16 @@ class Closeness:
 def closeness(full: GreedyAnswer, other: GreedyAnswer) -> Closeness | None:
     """None where an answer has nothing to compare by."""
     if full.forced_logprobs is not None and other.forced_logprobs is not None:
-        return _teacher_forced(full.forced_logprobs, other.forced_logprobs)
+        kl = full_kl(full.forced_logprobs, other.forced_logprobs)
+        agreement = (full.forced_logprobs.argmax(-1) == other.forced_logprobs.argmax(-1)).float().mean()
+        return Closeness(float(kl.mean()), float(kl[0]), float(agreement), len(kl), "teacher_forced")
     if full.logprobs and other.logprobs:
-        return _along_common_prefix(full.logprobs, other.logprobs)
+        num_same = common_prefix([one.token for one in full.logprobs], [one.token for one in other.logprobs])
+        # The first tokens that differ have the same ones before them, so they count too.
+        pairs = list(zip(full.logprobs, other.logprobs, strict=False))[: num_same + 1]
+        kls = [top_kl(mine.top, others.top) for mine, others in pairs]
+        return Closeness(sum(kls) / len(kls), kls[0], num_same / len(full.logprobs), len(kls), "common_prefix_top20")
     return None
-
-
-def _teacher_forced(full: torch.Tensor, other: torch.Tensor) -> Closeness:
-    kl = full_kl(full, other)
-    agreement = (full.argmax(-1) == other.argmax(-1)).float().mean()
-    return Closeness(float(kl.mean()), float(kl[0]), float(agreement), len(kl), "teacher_forced")
-
-
-def _along_common_prefix(full: Sequence[TokenLogprobs], other: Sequence[TokenLogprobs]) -> Closeness:
-    """The first tokens that differ have the same ones before them, so they count too."""
-    num_same = common_prefix([mine.token for mine in full], [others.token for others in other])
-    pairs = list(zip(full, other, strict=False))[: num_same + 1]
-    kl = [top_kl(mine.top, others.top) for mine, others in pairs]
-    return Closeness(sum(kl) / len(kl), kl[0], num_same / len(full), len(kl), "common_prefix_top20")
 
 
 def common_prefix(tokens: Sequence[object], others: Sequence[object]) -> int:

@@ -196,7 +196,7 @@ def _does_the_work_of(row: Row, other: Row) -> bool:
 
 
 def write_profile(folder: Path, row: Row, separator: str) -> Path:
-    """Puts the row's setting into the model's profile, which servers read when they start. The rest of it stays."""
+    """Puts the row's setting into the model's profile, which servers read when they start; the rest of it stays."""
     profile: dict[str, Any] = {"separator": separator, **read_model_profile(str(folder))}
     kept = {name: value for name, value in profile.items() if name not in dataclasses.asdict(BlendParams())}
     profile = kept | Variant.of_row(row | {"contender": ""}).profile

@@ -71,7 +71,7 @@ class PlainAnswerer(Answerer):
         return GreedyAnswer(text, is_complete, ttft_ms, reuse, token_ids=tuple(answer), forced_logprobs=logprobs)
 
     def _greedy(self, kv: SequenceKV, logits: torch.Tensor, begun: list[int], max_tokens: int) -> list[int]:
-        """An answer from its beginning, which `kv` holds, to its end token or to its `max_tokens`-th."""
+        """Goes on with an answer whose beginning `kv` holds, to its end token or its `max_tokens`-th."""
         answer = list(begun)
         while True:
             answer.append(int(logits.argmax()))
@@ -104,7 +104,7 @@ class PlainAnswerer(Answerer):
 
 
 class BlendAnswerer(PlainAnswerer):
-    """Blends over stores in main memory, one for each of the sinks that chunks are computed after."""
+    """Blends over stores in main memory, one for each sink."""
 
     is_blend = True
 

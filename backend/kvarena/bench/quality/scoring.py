@@ -48,7 +48,7 @@ def squad_score(text: str, answers: Sequence[str]) -> Score:
 
 
 def _token_f1(given: Sequence[str], gold: Sequence[str]) -> float:
-    """Of two without words 1, and 0 where only one has none."""
+    """1 for two texts without words, 0 where only one has none."""
     if not given or not gold:
         return float(given == gold)
     num_same = (Counter(given) & Counter(gold)).total()
@@ -70,7 +70,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> float:
 
 
 def agrees(text: str, is_complete: bool, other: str, other_is_complete: bool) -> float:
-    """1 when two answers are the same after SQuAD's normalisation, as far as the shorter one goes where it is cut."""
+    """1 when two answers are the same after SQuAD's normalisation; a cut one is compared as far as it goes."""
     (short, is_whole), (long, _) = sorted(
         ((_squad_text(text), is_complete), (_squad_text(other), other_is_complete)), key=lambda one: len(one[0])
     )
@@ -117,7 +117,7 @@ class ScoreSheet:
         }
 
     def rows(self) -> list[Row]:
-        """Those without any question are left out."""
+        """Rows without a question are left out."""
         kinds = [ALL_KINDS, *self._exam.kinds] if len(self._exam.kinds) > 1 else [ALL_KINDS]
         variants = dict.fromkeys(attempt.variant for attempt in self._attempts)
         rows = [self._row(variant, kind, subset) for variant in variants for kind in kinds for subset in TITLES]
@@ -173,7 +173,7 @@ class ScoreSheet:
         }
 
     def answers(self) -> list[dict[str, Any]]:
-        """Every single outcome, for whoever wants to read them."""
+        """Every single outcome, for readers."""
         return [self._outcome(attempt) for attempt in self._attempts]
 
     def _outcome(self, attempt: Attempt) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def closeness_figures(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def token_shares(reuses: Iterable[Reuse | None]) -> dict[str, float | None]:
-    """Of all prompts' tokens those reused as they were; of the tokens that came from chunks those recomputed."""
+    """The share of all prompt tokens reused as they were, and of the tokens from chunks recomputed."""
     known = [reuse for reuse in reuses if reuse]
     prompt = sum(reuse.num_prompt_tokens for reuse in known)
     reused = sum(reuse.num_reused_tokens for reuse in known)

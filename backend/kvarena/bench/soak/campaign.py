@@ -43,7 +43,7 @@ FINDS_AGAIN_S = 60.0
 
 @dataclass(frozen=True)
 class SoakServer:
-    """A contender to be soaked."""
+    """A contender to put under load."""
 
     name: str
     url: str
@@ -104,7 +104,6 @@ class Soak:
         return self.num_prompts + int(self.rehearsal_s) + int(self.seconds)
 
     def settings(self) -> dict[str, Any]:
-        """As they go into the result file."""
         own = {name: value for name, value in vars(self).items() if name not in ("servers", "documents", "stack")}
         contenders = [server.name for server in self.servers]
         return {"benchmark": "soak", "contenders": contenders, **own, "rehearsal_s": self.rehearsal_s}
@@ -393,11 +392,11 @@ def _adds_up(report: Mapping[str, Any]) -> bool:
 
 
 def answered(target: Target) -> list[Check]:
-    """No answer is another than the reference's, and none failed or is still awaited."""
+    """No answer differs from the reference's, failed, or is still awaited."""
     wrong = [at_most(f"answers {outcome}", target.name, target.outcomes[outcome], 0) for outcome in WRONG]
     return [*wrong, Check("tokens compared", target.name, (num := target.num_compared_tokens), "at least 1", num > 0)]
 
 
 def came_back(struck: Sequence[Struck]) -> list[Check]:
-    """Every service did after every fault."""
+    """Every service, after every fault."""
     return [equal(f"back after {fault.kind}", fault.service, False, True) for fault in struck if fault.back_s is None]

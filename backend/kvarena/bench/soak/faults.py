@@ -76,7 +76,7 @@ class Faults:
                 return
 
     def _course(self) -> Iterator[tuple[str, Service]]:
-        """Without an end, unless there is nothing to do."""
+        """Endless, unless there is nothing to do."""
         servers = [service for target in self._load.targets if (service := self._record.service(target.name))]
         for turn in itertools.count():
             course: list[tuple[str, Service]] = []

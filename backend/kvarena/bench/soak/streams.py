@@ -38,7 +38,7 @@ class Prompt:
     ignores_end: bool
 
     def body(self, model: str) -> dict[str, Any]:
-        """Of a chat, with what its answer is compared by."""
+        """Of a chat request that asks for what answers are compared by."""
         return {
             "model": model,
             "messages": list(self.messages),
@@ -85,7 +85,7 @@ class PromptMaker:
         return [new[0], self._rng.choice(self._texts), *new[1:]]
 
     def records(self) -> list[str]:
-        """Lines that differ in little, as in JSON or logs: hard on whoever looks for known text."""
+        """Lines that hardly differ, as in JSON or logs: hard for a search for known text."""
         lines = [
             json.dumps({"level": "info", "service": "store", "id": self._rng.randrange(10**9), "took_ms": number})
             for number in range(12)
@@ -192,7 +192,7 @@ def compared(answer: StreamedAnswer, reference: Reference, tie_margin: float, is
 
 
 def _lead(entry: Entry, other: Entry) -> float:
-    """Of a token before another one, where it came first."""
+    """How much likelier a token was than another one, where it came first."""
     others = [one["logprob"] for one in entry["top_logprobs"] if one["bytes"] == other["bytes"]]
     return float(entry["logprob"] - max(others, default=-math.inf))
 
@@ -293,7 +293,6 @@ class Load:
         self._late: set[asyncio.Task[None]] = set()
 
     async def run(self, phase: str, num_streams: int, seconds: float) -> None:
-        """All streams for this time, and until their last requests have ended."""
         ends_s = time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
             for number in range(num_streams):
@@ -306,7 +305,7 @@ class Load:
                 await asyncio.sleep(rng.uniform(*RETRY_S))
 
     def _draw(self, target: Target, rng: random.Random) -> Ask:
-        """Half of a blend's requests are exact. A quarter are cold, for their salt is new."""
+        """Half of a blend's requests are exact. A quarter of all are cold: their salt is new."""
         params = None
         if target.is_blend:
             params = EXACT if rng.random() < 0.5 else rng.choice(BLENDS)
@@ -327,7 +326,6 @@ class Load:
         return Ask(rng.choice(answered), f"filling {self._seed} {rng.random()}", EXACT)
 
     async def send(self, target: Target, ask: Ask) -> str:
-        """What became of it."""
         self._num_sent += 1
         request_id = f"{self._name}-{self._num_sent}"
         body = self._prompts[ask.prompt].body(target.info.model)
