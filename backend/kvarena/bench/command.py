@@ -50,50 +50,6 @@ TimeLimit = Annotated[float, typer.Option(min=1, help="Time limit for one answer
 
 
 @app.command()
-def ai100(
-    model: Model = None,
-    shape: Shape = None,
-    runtime: Annotated[str, typer.Option(help="auto, qaic (the card), host, or onnx.")] = "auto",
-    history_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each conversation's first message.")] = 1000,
-    num_turns: Annotated[int, typer.Option(min=2, help="Turns of a conversation.")] = 10,
-    num_repeats: Annotated[int, typer.Option(min=1, help="Conversations for the time to first token.")] = 2,
-    num_conversations: Annotated[int, typer.Option(min=1, help="Conversations at once, for the throughput.")] = 4,
-    num_rounds: Annotated[
-        int, typer.Option(min=1, help="Turns of each of them, run at once and one after the other.")
-    ] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
-    throughput_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, for the throughput.")] = 48,
-    seed: Seed = 0,
-    output: PlottedFile = Path("results/ai100.json"),
-    as_json: AsJson = False,
-) -> None:
-    """Measure what KV slots gain in multi-turn chat: follow-ups with and without them, and several conversations at
-    once."""
-    from kvarena.bench.ai100 import AI100Workload, engine_for, run, show_rows
-
-    console = console_for(as_json)
-    with explained(output):
-        workload = AI100Workload(
-            history_tokens=history_tokens,
-            num_turns=num_turns,
-            num_repeats=num_repeats,
-            num_conversations=num_conversations,
-            max_new_tokens=max_new_tokens,
-            throughput_tokens=throughput_tokens,
-            num_rounds=num_rounds,
-            seed=seed,
-        )
-        engine = engine_for(workload, model, shape, runtime)
-        try:
-            with progress(workload.num_steps, console) as advance:
-                rows = run(engine, workload, advance)
-        finally:
-            engine.close()
-    settings = {"benchmark": "ai100", **engine.describe(), "model": engine.model_name, **vars(workload)}
-    save_and_tell(output, settings, rows, as_json, console, show_rows)
-
-
-@app.command()
 def simllm(
     shape: Annotated[
         str, typer.Option(help="Speed: a model of this size with random weights: 180m, 500m or 1b.")
@@ -151,6 +107,50 @@ def simllm(
 
     answers = [*speed_answers, *quality_answers]
     save_and_tell(output, settings, [*speed, *quality], as_json, console, show, answers=answers)
+
+
+@app.command()
+def ai100(
+    model: Model = None,
+    shape: Shape = None,
+    runtime: Annotated[str, typer.Option(help="auto, qaic (the card), host, or onnx.")] = "auto",
+    history_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each conversation's first message.")] = 1000,
+    num_turns: Annotated[int, typer.Option(min=2, help="Turns of a conversation.")] = 10,
+    num_repeats: Annotated[int, typer.Option(min=1, help="Conversations for the time to first token.")] = 2,
+    num_conversations: Annotated[int, typer.Option(min=1, help="Conversations at once, for the throughput.")] = 4,
+    num_rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of each of them, run at once and one after the other.")
+    ] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
+    throughput_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, for the throughput.")] = 48,
+    seed: Seed = 0,
+    output: PlottedFile = Path("results/ai100.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure what KV slots gain in multi-turn chat: follow-ups with and without them, and several conversations at
+    once."""
+    from kvarena.bench.ai100 import AI100Workload, engine_for, run, show_rows
+
+    console = console_for(as_json)
+    with explained(output):
+        workload = AI100Workload(
+            history_tokens=history_tokens,
+            num_turns=num_turns,
+            num_repeats=num_repeats,
+            num_conversations=num_conversations,
+            max_new_tokens=max_new_tokens,
+            throughput_tokens=throughput_tokens,
+            num_rounds=num_rounds,
+            seed=seed,
+        )
+        engine = engine_for(workload, model, shape, runtime)
+        try:
+            with progress(workload.num_steps, console) as advance:
+                rows = run(engine, workload, advance)
+        finally:
+            engine.close()
+    settings = {"benchmark": "ai100", **engine.describe(), "model": engine.model_name, **vars(workload)}
+    save_and_tell(output, settings, rows, as_json, console, show_rows)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvarena.bench.plotting import to_svg
 from kvarena.bench.results import Row, load_results
-from kvarena.panels.kinds import EVAL, RESULT_KINDS, TTFT, result_summary
+from kvarena.panels.kinds import EVAL, RESULT_KINDS, TTFT, VARIANT, result_summary
 from kvarena.panels.panel import Colours, Panel, colours_in, grouped
 from kvarena.panels.quality import by_share, by_time, main_metric
 from kvarena.panels.speed import throughput_panels, throughput_rows, time_split_panels, ttft_panels
@@ -146,7 +146,6 @@ class Topic:
     benchmark: str = ""
 
 
-VARIANT_KEYS = ("contender", "policy", "ratio", "check_layer", "max_ttft_ms", "sink_tokens", "options")
 RUN_KEYS = ("context_tokens", "store", "prompts", "concurrency", "num_requests", "num_failed")
 
 
@@ -157,14 +156,14 @@ def ttft_part(file: ResultFile, colours: Colours) -> Part:
 
 
 def throughput_part(file: ResultFile, colours: Colours) -> Part:
-    keys = (*VARIANT_KEYS, *RUN_KEYS, "requests_per_s", "throughput_vs_plain", "peak_rss_bytes")
+    keys = (*VARIANT, *RUN_KEYS, "requests_per_s", "throughput_vs_plain", "peak_rss_bytes")
     table = rows_table("Throughput", throughput_rows(file.rows), keys)
     return throughput_panels(file.result, colours), [table]
 
 
 def time_split_part(file: ResultFile, colours: Colours) -> Part:
     timed = [row for row in file.rows if row.get("stages_ms")]
-    keys = (*VARIANT_KEYS, "context_tokens", "store", "concurrency", "stages_ms")
+    keys = (*VARIANT, "context_tokens", "store", "concurrency", "stages_ms")
     return time_split_panels(file.result), [rows_table("Milliseconds by stage, medians", timed, keys)]
 
 

@@ -29,6 +29,7 @@ from kvarena.client import COMPLETIONS, Client, ClientError, ServerInfo
 from kvarena.documents import FALLBACK_SEPARATOR, load_chunks, without_separators
 from kvarena.model import load_tokenizer
 from kvarena.panels.panel import variant_label
+from kvarena.panels.speed import UNKNOWN
 from kvarena.splitting import find_splitter
 
 
@@ -169,7 +170,6 @@ def _can_tokenize(client: Client, server: ServerInfo) -> bool:
     return True
 
 
-UNKNOWN = "unknown"
 BLEND_MS = "blend_ms"
 NOT_STAGES = (BLEND_MS, "max_ttft_ms")
 
