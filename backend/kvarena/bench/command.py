@@ -1,7 +1,7 @@
-"""The commands `kvarena bench ...` and `kvarena report`.
+"""The commands `kvarena bench ...`, `kvarena soak` and `kvarena report`.
 
-Each benchmark shows progress, prints tables and saves a result file. Imported when the command line starts: everything
-heavy is imported inside the commands.
+Each measurement shows progress, prints tables and saves a result file. This is imported when the command line starts:
+everything heavy is imported inside the commands.
 """
 
 from __future__ import annotations
@@ -446,6 +446,78 @@ def decode(
             rows = bench.run_decode(contenders, engine.model.vocab_size, workload, advance)
     settings = {"benchmark": "decode", "model": engine.model_name, "url": url, **vars(workload)}
     save_and_tell(output, settings, rows, as_json, console, bench.show_decode_rows)
+
+
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.1, help="Minutes under load, after a short rehearsal.")] = 10.0,
+    streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 32,
+    faults: Annotated[
+        str,
+        typer.Option(
+            help="What happens meanwhile: all, none, or some of kill-server, kill-engine (of a vLLM server), kill, "
+            "freeze, restart, clear, fill (of LMCache), separated by commas. With --target it is none."
+        ),
+    ] = "all",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=URL of a server elsewhere, one of them called plain; repeatable. [default: the stack]"),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --target: folder of the documents. [default: the town's notes]")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=7, help="Different prompts.")] = 60,
+    tie_margin: Annotated[
+        float,
+        typer.Option(min=0, help="Tokens whose logits differ by less than this count as tied."),
+    ] = 0.25,
+    timeout_s: Annotated[float, typer.Option(min=1, help="A request that takes longer counts as hung.")] = 180.0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, streams and faults.")] = 0,
+    output: ResultFile = Path("results/soak.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Ask the running stack's vLLM servers many things at once while parts of it die, hang and fill up, and check that
+    answers stay right, nothing hangs, nothing leaks and all counts add up.
+
+    Exit status: 0 when all checks hold, 1 when one doesn't or after an error.
+    """
+    import asyncio
+
+    from kvarena.bench.soak.campaign import Soak, of_stack, of_targets, show_outcome
+    from kvarena.bench.soak.faults import NO_FAULTS, read_faults
+    from kvarena.client import ClientError
+
+    console = console_for(as_json)
+    with explained(output):
+        kinds = read_faults(NO_FAULTS if target else faults)
+        servers, documents, stack = of_targets(target, data) if target else of_stack(bool(kinds), console)
+        run = Soak(
+            servers=servers,
+            documents=documents,
+            stack=stack,
+            faults=kinds,
+            seconds=60 * minutes,
+            num_streams=streams,
+            num_prompts=prompts,
+            tie_margin=tie_margin,
+            timeout_s=timeout_s,
+            seed=seed,
+        )
+        with progress(run.num_steps, console, "soaking") as advance:
+            try:
+                outcome = asyncio.run(run.run(advance))
+            except ClientError as error:
+                raise ValueError(str(error)) from error
+    details: dict[str, Any] = {
+        "checks": [vars(check) for check in outcome.checks],
+        "faults": [vars(struck) for struck in outcome.struck],
+        "findings": outcome.findings,
+    }
+
+    def show(rows: Sequence[Row], console: Console) -> None:
+        show_outcome(outcome, console)
+
+    save_and_tell(output, run.settings(), outcome.rows, as_json, console, show, **details)
+    raise typer.Exit(1 if outcome.failed else 0)
 
 
 def report(

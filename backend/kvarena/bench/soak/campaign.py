@@ -17,24 +17,31 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
+from kvarena.bench.console import read_target, table_of
 from kvarena.bench.results import REFERENCE, Row, spread
 from kvarena.bench.soak.faults import Faults, Struck, http_of, until
 from kvarena.bench.soak.streams import TIE_MARGIN, WRONG, Load, Prompt, PromptMaker, Target, ask_alone
 from kvarena.client import AsyncClient, ClientError
 from kvarena.contenders.spec import LMCACHE_SERVER
-from kvarena.documents import FALLBACK_SEPARATOR, Documents
+from kvarena.documents import FALLBACK_SEPARATOR, Documents, load_documents
 from kvarena.engines.base import TOKEN_COUNTS
-from kvarena.home import Home
+from kvarena.home import Home, StackError
+from kvarena.model import TOWN, find_model
+from kvarena.stack import render
 from kvarena.stack.health import probe
 from kvarena.stack.processes import processes_of
 from kvarena.stack.record import Record
 from kvarena.stack.service import Runner, Service
+from kvarena.stack.settings import SPECS, shown_api_key
+from kvarena.stack.supervisord import running_supervisor
 
 REHEARSAL_RATIO = 0.2
 LONGEST_REHEARSAL_S = 60.0
@@ -57,6 +64,29 @@ class Stack:
     home: Home
     record: Record
     runner: Runner
+
+
+def of_targets(targets: Sequence[str], data: Path | None) -> tuple[list[SoakServer], Documents, None]:
+    """Servers elsewhere, given as NAME=URL, and the documents to ask about."""
+    servers = [SoakServer(*read_target(target), shown_api_key()) for target in targets]
+    return servers, load_documents(data or find_model(TOWN, "cpu").data_dir), None
+
+
+def of_stack(has_faults: bool, console: Console) -> tuple[list[SoakServer], Documents, Stack | None]:
+    """The running stack's vLLM servers. Raises `StackError` where none runs, or its processes can't be struck."""
+    home = Home.find()
+    record, runner = running_supervisor(home)
+    if record is None or runner is None:
+        raise StackError("nothing is running; start the stack with ./run-server.sh, or name servers with --target")
+    if record.compose and has_faults:
+        raise StackError("the stack runs in containers, whose processes can't be stopped from here; use --faults none")
+    servers = [
+        SoakServer(service.name, service.address, shown_api_key())
+        for service in record.services
+        if (spec := SPECS.get(service.name)) and spec.is_vllm
+    ]
+    stack = None if record.compose else Stack(home, record, runner)
+    return servers, render.read_documents(record, console), stack
 
 
 @dataclass
@@ -400,3 +430,23 @@ def answered(target: Target) -> list[Check]:
 def came_back(struck: Sequence[Struck]) -> list[Check]:
     """Every service, after every fault."""
     return [equal(f"back after {fault.kind}", fault.service, False, True) for fault in struck if fault.back_s is None]
+
+
+def show_outcome(outcome: Outcome, console: Console) -> None:
+    names = dict.fromkeys(name for row in outcome.rows for name in row if name.startswith("num_"))
+    rows = [dict.fromkeys(names, 0) | row for row in outcome.rows]
+    figures = {name.removeprefix("num_").replace("_", " "): f"{{{name}:,}}" for name in names}
+    figures["TTFT ms"] = "{ttft_ms[median]:,.0f}"
+    console.print(table_of("Answers", rows, {"contender": "{contender}"}, figures))
+    if outcome.struck:
+        struck = [vars(fault) | {"away_s": fault.back_s and fault.back_s - fault.at_s} for fault in outcome.struck]
+        figures = {"after s": "{at_s:.0f}", "healthy after s": "{away_s:.1f}"}
+        console.print(table_of("Faults", struck, {"service": "{service}", "fault": "{kind}"}, figures))
+    if outcome.failed:
+        failed = [vars(check) for check in outcome.failed]
+        texts = {"service": "{of}", "what": "{what}", "expected": "{expected}"}
+        console.print(table_of("What doesn't hold", failed, texts, {"found": "{found:,.0f}"}))
+    for finding in outcome.findings:
+        console.print(finding, markup=False, highlight=False, soft_wrap=True)
+    num_ok = len(outcome.checks) - len(outcome.failed)
+    console.print(f"{num_ok} of {len(outcome.checks)} checks hold.", highlight=False)
