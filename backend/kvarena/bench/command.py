@@ -270,11 +270,11 @@ def sustained(
     Servers are started for it, and stopped at the end.
     """
     from kvarena.bench.prompts import Workload
-    from kvarena.bench.results import REFERENCE
     from kvarena.bench.servers import Servers
     from kvarena.bench.sustained import SustainedPrompts, SustainedWorkload, run, show_rows
     from kvarena.bench.ttft import Bench
     from kvarena.bench.variants import Variant
+    from kvarena.panels.panel import REFERENCE
 
     console = console_for(as_json)
     with explained(output):

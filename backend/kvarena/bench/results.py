@@ -19,9 +19,6 @@ import numpy as np
 import psutil
 
 from kvarena.home import project_root
-from kvarena.panels.panel import ALL_KINDS as ALL_KINDS
-from kvarena.panels.panel import NO_REUSE as NO_REUSE
-from kvarena.panels.panel import REFERENCE as REFERENCE
 from kvarena.panels.panel import Row as Row
 from kvarena.stack.machine import cpu_name, versions
 

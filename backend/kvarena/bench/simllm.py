@@ -35,7 +35,7 @@ from kvarena.bench.console import Column, percent, percent_range, table_of
 from kvarena.bench.measure import PeakMemory, in_turn, timed
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet
 from kvarena.bench.quality.scoring import is_same_answer, squad_score
-from kvarena.bench.results import DIGITS, NO_REUSE, Row, mean_interval, spread
+from kvarena.bench.results import DIGITS, Row, mean_interval, spread
 from kvarena.bench.shapes import model_folder
 from kvarena.contenders.simllm.engine import SimLLMEngine, SimLLMOptions
 from kvarena.contenders.simllm.inference import load_llama
@@ -44,6 +44,7 @@ from kvarena.documents import TextChunk
 from kvarena.engines.base import Report
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.model import find_model
+from kvarena.panels.panel import NO_REUSE
 from kvarena.policies.profile import read_blend_profile
 from kvarena.simllm import AlignedParams, SimLLMInference, SimLLMParams
 

@@ -17,10 +17,10 @@ from rich.console import Console
 from kvarena.bench.console import table_of
 from kvarena.bench.measure import in_turn
 from kvarena.bench.prompts import ContextOfChunks, Vocabulary, longest_tokens
-from kvarena.bench.results import DIGITS, REFERENCE, Row, ratio_spread, spread
+from kvarena.bench.results import DIGITS, Row, ratio_spread, spread
 from kvarena.bench.ttft import Contender, Timed
 from kvarena.bench.variants import Variant
-from kvarena.panels.panel import variant_label
+from kvarena.panels.panel import REFERENCE, variant_label
 
 NUM_PARTS = 5
 

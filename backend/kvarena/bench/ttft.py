@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 from kvarena.bench.console import Column, table_of
 from kvarena.bench.measure import PeakMemory, Reuse, in_turn
 from kvarena.bench.prompts import Cell, Prompts, Vocabulary, Workload
-from kvarena.bench.results import DIGITS, REFERENCE, Row, median_interval, ratio_spread, shown_path, spread
+from kvarena.bench.results import DIGITS, Row, median_interval, ratio_spread, shown_path, spread
 from kvarena.bench.variants import Variant, is_blend, reads_scores
 from kvarena.client import COMPLETIONS, Client, ClientError, ServerInfo
 from kvarena.documents import FALLBACK_SEPARATOR, load_chunks, without_separators
 from kvarena.model import load_tokenizer
-from kvarena.panels.panel import variant_label
+from kvarena.panels.panel import REFERENCE, variant_label
 from kvarena.panels.speed import UNKNOWN
 from kvarena.splitting import find_splitter
 

@@ -23,9 +23,9 @@ from kvarena.bench.console import Column, percent, percent_range, table_of
 from kvarena.bench.measure import Reuse
 from kvarena.bench.quality.asking import Attempt
 from kvarena.bench.quality.questions import QuestionSet
-from kvarena.bench.results import ALL_KINDS, DIGITS, Row, mean_interval, spread
+from kvarena.bench.results import DIGITS, Row, mean_interval, spread
 from kvarena.bench.variants import Variant
-from kvarena.panels.panel import variant_label
+from kvarena.panels.panel import ALL_KINDS, variant_label
 
 _WITHIN_NUMBERS = re.compile(r"(?<=\d)[.,](?=\d)")
 _BETWEEN_WORDS = re.compile(r"[^\w\s]|_")

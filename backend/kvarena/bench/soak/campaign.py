@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from kvarena.bench.console import read_target, table_of
-from kvarena.bench.results import REFERENCE, Row, spread
+from kvarena.bench.results import Row, spread
 from kvarena.bench.soak.faults import Faults, Struck, http_of, until
 from kvarena.bench.soak.streams import TIE_MARGIN, WRONG, Load, Prompt, PromptMaker, Target, ask_alone
 from kvarena.client import AsyncClient, ClientError
@@ -35,6 +35,7 @@ from kvarena.documents import FALLBACK_SEPARATOR, Documents, load_documents
 from kvarena.engines.base import TOKEN_COUNTS
 from kvarena.home import Home, StackError
 from kvarena.model import TOWN, find_model
+from kvarena.panels.panel import REFERENCE
 from kvarena.stack import render
 from kvarena.stack.health import probe
 from kvarena.stack.processes import processes_of
