@@ -118,9 +118,7 @@ def ai100(
     num_turns: Annotated[int, typer.Option(min=2, help="Turns of a conversation.")] = 10,
     num_repeats: Annotated[int, typer.Option(min=1, help="Conversations for the time to first token.")] = 2,
     num_conversations: Annotated[int, typer.Option(min=1, help="Conversations at once, for the throughput.")] = 4,
-    num_rounds: Annotated[
-        int, typer.Option(min=1, help="Turns of each of them, run at once and one after the other.")
-    ] = 4,
+    num_rounds: Annotated[int, typer.Option(min=1, help="Turns of each, at once and one after the other.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
     throughput_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, for the throughput.")] = 48,
     seed: Seed = 0,
@@ -202,10 +200,10 @@ def ttft(
     output: ResultFile = Path("results/ttft.json"),
     as_json: AsJson = False,
 ) -> None:
-    """Measure the time to first token of contenders on the same prompts, one after the other, as a client sees it.
+    """Measure the time to first token of contenders on the same prompts, in turn, as a client sees it.
 
-    Servers are started for --shape or --model, and stopped at the end; else the running stack's are measured, or those
-    of --target; with none of these, servers are started on the town model. Exit status: 0 done, 1 an error or failed
+    With --shape or --model, servers are started, and stopped at the end; else those of --target or of the running stack
+    are measured; with none of these, servers are started on the town model. Exit status: 0 done, 1 an error or failed
     requests, 130 interrupted; the answers so far are saved.
     """
     from kvarena.bench.prompts import Workload
@@ -252,12 +250,12 @@ def sustained(
         list[str] | None,
         typer.Option(help="Selection policy of the blend, POLICY[:RATIO][@LAYER]. [default: chunk_head:0.05]"),
     ] = None,
-    num_requests: Annotated[int, typer.Option("--requests", min=5, help="Requests of the run.")] = 300,
-    num_chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks that come again.")] = 200,
+    num_requests: Annotated[int, typer.Option("--requests", min=5, help="Number of requests.")] = 300,
+    num_chunks: Annotated[int, typer.Option("--chunks", min=1, help="Number of chunks that come again.")] = 200,
     per_request: Annotated[int, typer.Option(min=1, help="Chunks of each request.")] = 8,
-    new_per_request: Annotated[int, typer.Option(min=0, help="Number of these that are used only once.")] = 1,
+    new_per_request: Annotated[int, typer.Option(min=0, help="Number of these that come only once.")] = 1,
     chunk_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each chunk.")] = 256,
-    zipf: Annotated[float, typer.Option(min=0, help="How uneven the chunks' popularity is; 0: all alike.")] = 1.0,
+    zipf: Annotated[float, typer.Option(min=0, help="How uneven the chunks' popularity is; 0: all equal.")] = 1.0,
     store_gb: Annotated[float, typer.Option(min=0.1, help="Memory for chunks, in GiB.")] = 0.4,
     dtype: OwnDtype = None,
     timeout_s: TimeLimit = 900.0,
@@ -399,7 +397,7 @@ def tasks(
     embedding_dim: Annotated[int, typer.Option(min=1, help="Size of a task's embedding.")] = 4096,
     num_queries: Annotated[int, typer.Option(min=1, help="Searches for each number of tasks.")] = 200,
     similarity: Annotated[float, typer.Option(help="Cosine of a query and the task it is made from.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the embeddings.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the embeddings.")] = 0,
     output: ResultFile = Path("results/tasks.json"),
     as_json: AsJson = False,
 ) -> None:
