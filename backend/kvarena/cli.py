@@ -18,11 +18,10 @@ import typer
 
 from ai100.cli import app as ai100
 from kvarena.bench.command import app as bench
+from kvarena.bench.command import report, soak
 from kvarena.bench.console import INTERRUPTED, AsJson, console_for
 from kvarena.bench.quality.command import calibrate, evaluate
-from kvarena.bench.report.command import report
-from kvarena.bench.simllm.demo_command import app as simllm
-from kvarena.bench.soak.command import soak
+from kvarena.bench.simllm_demo import app as simllm
 from kvarena.contenders.spec import FIRST_PORT, STARTED_BY_DEFAULT, contender_specs
 from kvarena.synthetic_qa.command import worlds
 

@@ -9,8 +9,7 @@ from typing import Literal
 import pytest
 from playwright.sync_api import Browser
 
-from kvarena.bench.report.page import render
-from kvarena.bench.report.parts import read_files
+from kvarena.bench.report import read_files, render
 from support.small_eval_result import small_eval_result
 from support.small_ttft_result import small_ttft_result
 

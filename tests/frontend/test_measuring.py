@@ -19,8 +19,8 @@ from typer.main import get_command
 
 from chat import Context
 from contender_api import BlendOffer
+from kvarena.bench.prompts import LEAST_CHUNK_TOKENS, Workload
 from kvarena.bench.quality.questions import load_questions, stack_splitter
-from kvarena.bench.ttft.workload import LEAST_CHUNK_TOKENS, Workload
 from kvarena.cli import app as command_line
 from kvarena.documents import TextChunk, load_chunks
 from kvarena.splitting import find_splitter

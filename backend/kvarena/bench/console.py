@@ -1,22 +1,22 @@
-"""What the measuring commands have in common: options, errors in one line, progress, lists of numbers, results.
+"""What the measuring commands share: options, one-line errors, progress bars, lists of numbers, tables, saved results.
 
-Imported by the command line at its start, so rich is imported inside the functions.
+Imported when the command line starts, so rich is imported inside the functions.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from kvarena.bench.results import Row
 
@@ -32,17 +32,15 @@ AnswerTokens = Annotated[int, typer.Option(min=2, help="Tokens of each answer.")
 Repetitions = Annotated[int, typer.Option(min=1, help="Repetitions of each measurement.")]
 Seed = Annotated[int, typer.Option(help="Seed of the texts.")]
 
-SPEED_WINDOW_S = 600.0
 INTERRUPTED = 130
-"""The exit status of a command that was interrupted, as a shell has it."""
-
-
+"""The exit status of an interrupted command, as in a shell."""
+SPEED_WINDOW_S = 600.0
 WIDTH_WITHOUT_TERMINAL = 240
-"""Paths, addresses and the rows of tables aren't folded where a program reads them, or a file keeps them."""
+"""Wide enough not to fold paths, addresses and table rows in pipes and files."""
 
 
 def console_for(as_json: bool) -> Console:
-    """Where tables and progress go; not to standard output where that is JSON."""
+    """For tables and progress; standard error where standard output is JSON."""
     from rich.console import Console
 
     file = sys.stderr if as_json else sys.stdout
@@ -51,7 +49,7 @@ def console_for(as_json: bool) -> Console:
 
 @contextmanager
 def explained(output: Path | None = None) -> Iterator[None]:
-    """What a user can put right is told in a line; first of all, that `output` can't be written."""
+    """Turns errors that a user can fix into one line and exit status 1; first checks that `output` can be written."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -66,28 +64,29 @@ def explained(output: Path | None = None) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-@contextmanager
-def progress(num_steps: int, console: Console, text: str = "measuring") -> Iterator[Callable[[], None]]:
-    with counted_progress(console, text, num_steps) as advance:
-        yield lambda: advance(None, None)
+class Advance(Protocol):
+    """One step more; or `done` of `total` steps, where the total is only known on the way."""
+
+    def __call__(self, done: int | None = None, total: int | None = None) -> None: ...
 
 
 @contextmanager
-def counted_progress(
-    console: Console, text: str, num_steps: int | None = None
-) -> Iterator[Callable[[int | None, int | None], None]]:
-    """Called with how many of how many steps are done, where that is known only on the way; else with one more."""
+def progress(num_steps: int | None, console: Console, text: str = "measuring") -> Iterator[Advance]:
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    # a step may take seconds or a fraction of one, in turn: what is left goes by many of them
+    # Steps may take seconds or milliseconds, in turn: the time left is estimated over many of them.
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, speed_estimate_period=SPEED_WINDOW_S) as bar:
         task = bar.add_task(text, total=num_steps)
 
-        def advance(done: int | None, total: int | None) -> None:
+        def advance(done: int | None = None, total: int | None = None) -> None:
             bar.advance(task) if done is None else bar.update(task, completed=done, total=total)
 
         yield advance
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -111,18 +110,61 @@ def choice_among(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def new_table(title: str, *texts: str | Column, figures: Sequence[str], **layout: Any) -> Table:
-    """Columns of texts, then of figures. `layout` is rich's."""
+def read_target(text: str, option: str = "--target") -> tuple[str, str]:
+    """Name and address of a server given as NAME=URL. Raises `ValueError`."""
+    name, _, url = text.partition("=")
+    if not name or not url:
+        raise ValueError(f"{option} is {text!r}; it is NAME=URL")
+    return name, url if "://" in url else f"http://{url}"
+
+
+def new_table(title: str, texts: Sequence[str], figures: Sequence[str], min_width: int = 0, **layout: Any) -> Table:
+    """Text columns, then columns of figures. With a `min_width`, texts may be folded down to it. `layout` is rich's."""
     from rich import box
     from rich.table import Column, Table
 
-    columns = [Column(one, no_wrap=True) if isinstance(one, str) else one for one in texts]
+    columns = [Column(name, no_wrap=not min_width, min_width=min_width or None) for name in texts]
     columns += [Column(name, justify="right", no_wrap=True) for name in figures]
     return Table(*columns, title=title, box=box.SIMPLE_HEAD, **layout or {"collapse_padding": True})
 
 
+Column = str | Callable[["Row"], str]
+"""A format string over a row's values, such as `{ttft_ms[median]:,.1f}`, or a function of the row."""
+
+
+def table_of(
+    title: str,
+    rows: Iterable[Row],
+    texts: Mapping[str, Column],
+    figures: Mapping[str, Column],
+    *,
+    section: Callable[[Row], str] | None = None,
+    min_width: int = 0,
+    **layout: Any,
+) -> Table:
+    """A line for each row; a figure that is None is a dash. `section` heads the rows that it has one text for."""
+    table = new_table(title, list(texts), list(figures), min_width, **layout)
+    heading = None
+    for row in rows:
+        if section and section(row) != heading:
+            heading = section(row)
+            table.add_section()
+            table.add_row(f"[bold]{heading}")
+        table.add_row(*(_cell(cell, row) for cell in (*texts.values(), *figures.values())))
+    return table
+
+
+def _cell(cell: Column, row: Row) -> str:
+    if not isinstance(cell, str):
+        return cell(row)
+    try:
+        return cell.format_map(row)
+    except TypeError:  # None has no figures and no number format
+        return "-"
+
+
 def percent(interval: Mapping[str, float] | None) -> str:
-    """Of a mean that is a share; a dash where there is none."""
+    """The mean of a share, in percent; a dash where there is none."""
     return f"{100 * interval['mean']:.1f}" if interval else "-"
 
 
@@ -136,13 +178,13 @@ def save_and_tell(
     rows: Sequence[Row],
     as_json: bool,
     console: Console,
-    show: Callable[[], None],
+    show: Callable[[Sequence[Row], Console], None],
     *,
     has_picture: bool = True,
     **details: Any,
 ) -> None:
-    """The result file, and the picture of its kind beside it; told as JSON on standard output, or as tables by `show`
-    and where they are.
+    """Saves the result file, with the picture of its kind beside it; prints JSON, or the tables and where the files
+    are.
     """
     from kvarena.bench.plotting import save_picture
     from kvarena.bench.results import load_results, save_results
@@ -156,5 +198,5 @@ def save_and_tell(
     if as_json:
         print(json.dumps(load_results(output), indent=1))
     else:
-        show()
+        show(rows, console)
         console.print(f"Figures are in {output}{f', the plot in {image}' if has_picture else ''}.", soft_wrap=True)

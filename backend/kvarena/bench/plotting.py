@@ -1,6 +1,7 @@
-"""Panels drawn with matplotlib: into one PNG file, or each an SVG for a page.
+"""Panels drawn with matplotlib: all into one PNG file, or each as an SVG for a page.
 
-An SVG has the page's text colour, scales with its width, and stays text. matplotlib is imported inside the functions.
+An SVG takes the page's text colour, scales with its width, and keeps its text as text. matplotlib is imported inside
+the functions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 INK = "#010203"
-"""Drawn where the page's own text colour shall be."""
+"""Stands for the page's own text colour."""
 SVG_SETTINGS: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -39,14 +40,13 @@ SVG_SETTINGS: dict[RcKeyType, Any] = {
     "grid.color": INK,
 }
 SVG_WIDTH_IN = 4.6
-"""Narrow, so that its text can still be read on a phone."""
+"""Narrow enough to be read on a phone."""
 LEGEND_LINE_IN = 0.2
 LEGEND_CHARS = 28
-"""Of the longest label where two columns have room."""
+"""The longest label of a legend in two columns."""
 
 
 def save_png(panels: Sequence[Panel], path: Path, picture: Picture) -> None:
-    """Row by row."""
     from matplotlib.figure import Figure
 
     num_rows = max(1, math.ceil(len(panels) / picture.num_columns))
@@ -86,27 +86,8 @@ def _put_legend_below(figure: Figure, axes: Axes) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=8.5, frameon=False)
 
 
-def log_y(axes: Axes) -> None:
-    """A logarithmic scale with plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def log_x(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic scale with a tick at each of the values, in thousands from 1,000 on."""
-    ticks = sorted(set(values))
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick / 1000:.3g}k" if tick >= 1000 else f"{tick:g}" for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.margins(x=0.08)
-
-
 def _for_html(svg: str, title: str) -> str:
-    """Without XML's prologue and namespaces, the size, and ids that a page with several figures would have twice."""
+    """Drops XML's prologue and namespaces, the size, and ids that a page with several figures would have twice."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
@@ -145,6 +126,29 @@ def draw(axes: Axes, panel: Panel) -> None:
     axes.grid(visible=True, which="major", alpha=0.3)
 
 
+def _scale_axes(axes: Axes, panel: Panel) -> None:
+    """A logarithmic x has a tick at each point, in thousands from 1,000 on; a logarithmic y at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    points = sorted({x for series in panel.series for x in series.x})
+    if panel.x.is_log:
+        axes.set_xscale("log")
+        axes.set_xticks(points, [f"{x / 1000:.3g}k" if x >= 1000 else f"{x:g}" for x in points])
+        axes.set_xticks([], minor=True)
+        axes.margins(x=0.08)
+    elif panel.x.at_points:
+        axes.set_xticks(points)
+    if panel.y.is_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif panel.y.limits:
+        low, high = panel.y.limits
+        air = 0.03 * (high - low)
+        axes.set_ylim(low, None) if math.isinf(high) else axes.set_ylim(low - air, high + air)
+
+
 def draw_line(axes: Axes, series: Series, colour: str, marker: str) -> None:
     axes.errorbar(
         series.x,
@@ -164,20 +168,6 @@ def draw_line(axes: Axes, series: Series, colour: str, marker: str) -> None:
     )
     for note, place in zip(series.notes, zip(series.x, series.y, strict=True), strict=False):
         axes.annotate(note, place, textcoords="offset points", xytext=(1, 6), fontsize=7, rotation=55)
-
-
-def _scale_axes(axes: Axes, panel: Panel) -> None:
-    points = sorted({x for series in panel.series for x in series.x})
-    if panel.x.is_log:
-        log_x(axes, points)
-    elif panel.x.at_points:
-        axes.set_xticks(points)
-    if panel.y.is_log:
-        log_y(axes)
-    elif panel.y.limits:
-        low, high = panel.y.limits
-        air = 0.03 * (high - low)
-        axes.set_ylim(low, None) if math.isinf(high) else axes.set_ylim(low - air, high + air)
 
 
 def draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:

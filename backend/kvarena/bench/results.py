@@ -1,7 +1,7 @@
-"""Result files: JSON with the settings, the versions and the machine beside the figures.
+"""Result files, and the statistics in their rows.
 
-`rows` is a list of flat objects; groups of figures in a row (`{"median": .., "p95": ..}`) keep their unit in the
-name.
+A file is JSON: `rows` with settings, versions and machine beside them. Rows are flat objects but for groups of figures
+(`{"median": .., "p95": ..}`), which keep their unit in the name.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ import numpy as np
 import psutil
 
 from kvarena.home import project_root
-from kvarena.panels.panel import ALL_KINDS as ALL_KINDS
-from kvarena.panels.panel import NO_REUSE as NO_REUSE
-from kvarena.panels.panel import REFERENCE as REFERENCE
 from kvarena.panels.panel import Row as Row
 from kvarena.stack.machine import cpu_name, versions
 
@@ -30,7 +27,7 @@ DIGITS = 4
 
 
 def check_writable(path: Path) -> None:
-    """Before hours of measuring: raises `OSError` or `ValueError` where `save_results` couldn't write this file."""
+    """Called before hours of measuring. Raises `OSError` or `ValueError` where `save_results` couldn't write."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file for the results")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,11 +37,16 @@ def check_writable(path: Path) -> None:
 
 
 def save_results(path: Path, settings: Mapping[str, Any], rows: Sequence[Row], **details: Any) -> None:
-    """Writes the file whole or not at all. Folders are made. `details` stand beside the rows."""
+    """Makes the folders too. `details` go beside the rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"settings": dict(settings), "versions": versions(), "machine": machine(), "rows": list(rows), **details}
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The whole file or nothing."""
     part = _part_of(path)
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.write_text(text)
     part.replace(path)
 
 
@@ -64,39 +66,9 @@ def load_results(path: Path) -> dict[str, Any]:
 
 
 def shown_path(path: Path) -> str:
-    """From the project's folder on, where it lies in there: result files go to other machines."""
+    """Relative to the project's folder where it is inside: result files go to other machines."""
     path, root = path.resolve(), project_root()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and 95th percentile."""
-    return {"median": round(float(np.median(values)), 3), "p95": round(float(np.percentile(values, 95)), 3)}
-
-
-def ratio_spread(ratios: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest of ratios taken pair by pair."""
-    return {
-        "median": round(float(np.median(ratios)), 3),
-        "low": round(min(ratios), 3),
-        "high": round(max(ratios), 3),
-    }
-
-
-CONFIDENCE = 0.95
-
-
-def median_interval(values: Sequence[float]) -> dict[str, float] | None:
-    """Where the median of all such values is with 95 % confidence, whatever their distribution: between two of them, by
-    how often as many of so many coins would fall on one side. None for fewer than six, which can't say.
-    """
-    ordered, tail, place = sorted(values), 0.0, 0
-    while place < len(ordered):
-        tail += math.comb(len(ordered), place) / 2 ** len(ordered)
-        if 2 * tail > 1 - CONFIDENCE:
-            break
-        place += 1
-    return {"low": round(ordered[place - 1], 3), "high": round(ordered[-place], 3)} if place else None
 
 
 def machine() -> dict[str, Any]:
@@ -113,9 +85,71 @@ def machine() -> dict[str, Any]:
 
 
 def _gpu_names() -> list[str]:
-    """Those that torch sees; where it isn't installed, only servers are measured, and none are seen."""
+    """Those that torch sees; none where it isn't installed and only servers are measured."""
     if find_spec("torch") is None:
         return []
     import torch
 
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Median and 95th percentile; None without values."""
+    if not values:
+        return None
+    return {"median": round(float(np.median(values)), 3), "p95": round(float(np.percentile(values, 95)), 3)}
+
+
+def ratio_spread(ratios: Sequence[float]) -> dict[str, float] | None:
+    """Median, minimum and maximum of ratios taken pair by pair; None without any."""
+    if not ratios:
+        return None
+    return {
+        "median": round(float(np.median(ratios)), 3),
+        "low": round(min(ratios), 3),
+        "high": round(max(ratios), 3),
+    }
+
+
+CONFIDENCE = 0.95
+
+
+def median_interval(values: Sequence[float]) -> dict[str, float] | None:
+    """The 95 % confidence interval of the median, for any distribution: the order statistics that the binomial
+    distribution gives. None for fewer than six values.
+    """
+    ordered, tail, place = sorted(values), 0.0, 0
+    while place < len(ordered):
+        tail += math.comb(len(ordered), place) / 2 ** len(ordered)
+        if 2 * tail > 1 - CONFIDENCE:
+            break
+        place += 1
+    return {"low": round(ordered[place - 1], 3), "high": round(ordered[-place], 3)} if place else None
+
+
+NUM_RESAMPLES = 2_000
+
+
+def mean_interval(values: Sequence[float], seed: int = 0, *, is_share: bool = False) -> dict[str, float] | None:
+    """Mean and 95 % bootstrap interval (percentile method); None without values.
+
+    Where all values are equal the interval has no width, except for a share of none or all, which gets Wilson's:
+    resampling can't show what few questions leave open.
+    """
+    from scipy.stats import binomtest, bootstrap
+
+    if not values:
+        return None
+    mean = low = high = float(np.mean(values))
+    if len(set(values)) > 1:
+        resampled = bootstrap(
+            (np.asarray(values, dtype=float),),
+            np.mean,
+            n_resamples=NUM_RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+        low, high = map(float, resampled.confidence_interval)
+    elif is_share and mean in (0, 1):
+        low, high = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
+    return {"mean": round(mean, DIGITS), "low": round(low, DIGITS), "high": round(high, DIGITS)}

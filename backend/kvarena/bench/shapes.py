@@ -14,36 +14,25 @@ from typing import Any
 from kvarena.home import Home, project_root
 from kvarena.model import SHIPPED_MODELS, TOWN, find_model
 
-SHAPES: dict[str, dict[str, int]] = {
-    "180m": {
-        "hidden_size": 1024,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-    },
-    "500m": {
-        "hidden_size": 1536,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 6,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
+
+def _shape(
+    hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, num_kv_heads: int, head_dim: int = 64
+) -> dict[str, int]:
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+SHAPES = {
+    "180m": _shape(1024, 2048, 16, 16, 4),
+    "500m": _shape(1536, 4096, 18, 24, 6),
+    "1b": _shape(2048, 8192, 16, 32, 8),
+    "8b": _shape(4096, 14_336, 32, 32, 8, 128),
 }
 VOCAB_SIZE = 32_000
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

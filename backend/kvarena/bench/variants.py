@@ -13,7 +13,7 @@ from typing import Any
 
 from kvarena.client import ServerInfo
 from kvarena.contenders.spec import contender_specs
-from kvarena.panels.panel import policy_label, variant_label
+from kvarena.panels.panel import variant_label
 from kvarena.policies.params import OPTIONS, PARAMETERS, BlendParams, check_max_ttft_ms, make_policy
 from kvarena.policies.registry import Value
 
@@ -46,23 +46,18 @@ class Variant:
         return cls(row["contender"], row["policy"], row["ratio"], layer, options, max_ttft_ms, sink_tokens)
 
     @property
-    def policy_label(self) -> str:
-        """Such as `kv_deviation (deviation values)`; empty where there is none."""
-        return policy_label(self.to_json())
-
-    @property
     def label(self) -> str:
         """Such as `blend kv_deviation 15 % @2` or `blend kv_deviation 300 ms @2`, where 2 is the check layer."""
         return variant_label(self.to_json())
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What was chosen, by its name in `kv_transfer_params.kvarena`."""
+        """The chosen values, by their names in `kv_transfer_params.kvarena`."""
         return self._params | ({} if self.max_ttft_ms is None else {"max_ttft_ms": self.max_ttft_ms})
 
     @property
     def profile(self) -> dict[str, Any]:
-        """The same as settings that a server begins with, by their names in `kvarena.json`: the sink is one."""
+        """The same as settings that a server starts with, by their names in `kvarena.json`; with the sink."""
         return self.choices | ({} if self.sink_tokens is None else {"sink_tokens": self.sink_tokens})
 
     @property

@@ -42,7 +42,7 @@ NO_REUSE = "no reuse"
 
 @dataclass(frozen=True)
 class Axis:
-    """`limits` are those of what the figure can be. `at_points`: a tick at each value that was measured."""
+    """`limits`: what the figure can be. `at_points`: a tick at each measured value."""
 
     title: str
     is_log: bool = False
@@ -122,11 +122,11 @@ def variant_label(row: Mapping[str, Any]) -> str:
     ratio, max_ttft_ms = row.get("ratio"), row.get("max_ttft_ms")
     parts = [row["contender"], policy_label(row), None if ratio is None else f"{100 * ratio:g} %"]
     parts.append(None if max_ttft_ms is None else f"{max_ttft_ms:g} ms")
-    parts += _layer_and_sink(row)
+    parts += layer_and_sink(row)
     return " ".join(part for part in parts if part)
 
 
-def _layer_and_sink(row: Mapping[str, Any]) -> list[str]:
+def layer_and_sink(row: Mapping[str, Any]) -> list[str]:
     layer, sink_tokens = row.get("check_layer"), row.get("sink_tokens")
     return [f"@{layer}"] * (layer is not None) + [f"sink {sink_tokens}"] * (sink_tokens is not None)
 
@@ -134,9 +134,8 @@ def _layer_and_sink(row: Mapping[str, Any]) -> list[str]:
 def drawn_name(row: Row) -> str:
     """Whose colour a row has: the policy's where our blend ran, else the contender's and the policy's."""
     contender, policy = row["contender"], row.get("policy")
-    return (
-        str(policy) if policy and contender == "blend" else " ".join(str(part) for part in (contender, policy) if part)
-    )
+    own = (policy,) if policy and contender == "blend" else (contender, policy)
+    return " ".join(str(part) for part in own if part)
 
 
 def readable_ms(ms: float) -> str:
@@ -145,14 +144,18 @@ def readable_ms(ms: float) -> str:
 
 
 def series_of(
-    rows: Sequence[Row], label: Callable[[Row], str], x: str, figures: Callable[[Row], Ends | None]
+    rows: Sequence[Row],
+    label: Callable[[Row], str],
+    x: str,
+    figures: Callable[[Row], Ends | None],
+    name_of: Callable[[Row], str] = drawn_name,
 ) -> list[Series]:
     """A line for each label over the rows' `x`; rows without figures are left out."""
     found: list[Series] = []
     for of_line in grouped(rows, label).values():
         points = sorted((row[x], *ends) for row in of_line if (ends := figures(row)))
         if points:
-            name, (xs, y, low, high) = drawn_name(of_line[0]), zip(*points, strict=True)
+            name, (xs, y, low, high) = name_of(of_line[0]), zip(*points, strict=True)
             variant = sum(other.name == name for other in found)
             found.append(Series(name, label(of_line[0]), xs, y, low, high, variant))
     return found
@@ -172,7 +175,7 @@ times_ms = to_p95("ttft_ms")
 
 
 def colours_of(names: Iterable[str], colours: Mapping[str, str] = COLOURS) -> dict[str, str]:
-    """`colours`, and for names without one of their own those that no other of `names` has, while there are any."""
+    """`colours`, and for names without one a colour that no other of `names` has, while there are any."""
     names = list(dict.fromkeys(names))
     taken = {colours[name] for name in names if name in colours}
     free = [colour for colour in PALETTE if colour not in taken] or PALETTE

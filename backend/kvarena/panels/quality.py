@@ -21,10 +21,10 @@ from kvarena.panels.panel import (
     Result,
     Row,
     Series,
-    _layer_and_sink,
     colours_of,
     drawn_name,
     grouped,
+    layer_and_sink,
     policy_label,
     variant_label,
 )
@@ -46,7 +46,7 @@ METRICS = {
 
 
 def metric_title(metric: str) -> str:
-    """As a sentence begins with it."""
+    """With a capital letter."""
     return METRICS[metric][0].upper() + METRICS[metric][1:]
 
 
@@ -142,7 +142,7 @@ def _quality_axis(metric: str, asked: str) -> Axis:
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
-    """Every kind of all questions, and all kinds together of those that full prefill answers right, if it's fewer."""
+    """All questions by kind; and those that full prefill answers right, all kinds together, where these are fewer."""
     has_fewer = len({row["num_questions"] for row in rows if row["kind"] == ALL_KINDS}) > 1
     return [row for row in rows if not _is_answered(row) or (row["kind"] == ALL_KINDS and has_fewer)]
 
@@ -179,7 +179,7 @@ def _ttft(row: Row) -> float:
 
 
 def _line_label(row: Row) -> str:
-    return " ".join(part for part in (row["contender"], policy_label(row), *_layer_and_sink(row)) if part)
+    return " ".join(part for part in (row["contender"], policy_label(row), *layer_and_sink(row)) if part)
 
 
 def _level(row: Row, metric: str, scale: float | None = None) -> Level:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from kvarena.panels.panel import (
@@ -44,7 +45,6 @@ def conditions(row: Row) -> str:
 
 
 def over_context(rows: Sequence[Row], figures: Callable[[Row], Ends | None]) -> list[Series]:
-    """A line for each variant."""
     return series_of(rows, variant_label, "context_tokens", figures)
 
 
@@ -54,7 +54,7 @@ def ttft_panels(result: Result, colours: Colours) -> list[Panel]:
     for condition, rows in grouped((row for row in result["rows"] if row["ttft_ms"]), conditions).items():
         contexts = {row["context_tokens"] for row in rows}
         if len(contexts) > 1:
-            panels += _over_context(rows, condition, colours)
+            panels += _over_context(rows, condition, speedup, AS_PLAIN, colours)
         else:
             where = f"at {min(contexts):,} tokens, {condition}"
             title = f"Time to first token {where}; medians, with the speedup over plain at the end"
@@ -63,37 +63,41 @@ def ttft_panels(result: Result, colours: Colours) -> list[Panel]:
 
 
 def ttft_bars(rows: Sequence[Row], colours: Colours) -> list[Bar]:
+    def note(row: Row) -> str:
+        ratio, median = speedup(row), readable_ms(row["ttft_ms"]["median"])
+        return f"{median} ({ratio[0]:.3g}x)" if ratio else median
+
     return [
-        Bar(variant_label(row), [("", row["ttft_ms"]["median"], colours[drawn_name(row)])], _ttft_note(row))
-        for row in rows
+        Bar(variant_label(row), [("", row["ttft_ms"]["median"], colours[drawn_name(row)])], note(row)) for row in rows
     ]
 
 
 def speedup(row: Row) -> Ends | None:
-    ratio = row["speedup_vs_plain"] if row["contender"] != REFERENCE else None
+    return _ends(row["speedup_vs_plain"]) if row["contender"] != REFERENCE else None
+
+
+def _ends(ratio: Mapping[str, float] | None) -> Ends | None:
     return (ratio["median"], ratio["low"], ratio["high"]) if ratio else None
 
 
 CONTEXT = Axis("context (tokens)", is_log=True, at_points=True)
 AS_PLAIN = Level(REFERENCE, REFERENCE, 1.0, 1.0, 1.0)
+AS_FULL = replace(AS_PLAIN, label="full prefill")
 
 
-def _over_context(rows: Sequence[Row], condition: str, colours: Colours) -> list[Panel]:
-    against = f"against context length, {condition}"
-    times, ratios = over_context(rows, times_ms), over_context(rows, speedup)
-    title = f"Time to first token {against}; medians, whiskers to p95"
-    panels = [Panel(title, CONTEXT, Axis("time to first token (ms)", is_log=True), times, colours=colours)]
-    if ratios:
-        title = f"Speedup over plain {against}; medians of pairs, whiskers from the least to the greatest"
-        panels.append(
-            Panel(title, CONTEXT, Axis("speedup over plain", is_log=True), ratios, [AS_PLAIN], colours=colours)
-        )
+def _over_context(
+    rows: Sequence[Row], where: str, ratio: Callable[[Row], Ends | None], reference: Level, colours: Colours
+) -> list[Panel]:
+    """Times, and the speedup over the reference where there is any."""
+    title = f"Time to first token against context length, {where}; medians, whiskers to p95"
+    axis = Axis("time to first token (ms)", is_log=True)
+    panels = [Panel(title, CONTEXT, axis, over_context(rows, times_ms), colours=colours)]
+    if ratios := over_context(rows, ratio):
+        what = f"speedup over {reference.label}"
+        against = f"against context length, {where}; medians of pairs, whiskers from the least to the greatest"
+        axis = Axis(what, is_log=True)
+        panels.append(Panel(f"{what.capitalize()} {against}", CONTEXT, axis, ratios, [reference], colours=colours))
     return panels
-
-
-def _ttft_note(row: Row) -> str:
-    ratio, median = speedup(row), readable_ms(row["ttft_ms"]["median"])
-    return f"{median} ({ratio[0]:.3g}x)" if ratio else median
 
 
 def throughput_rows(rows: Iterable[Row]) -> list[Row]:
@@ -114,19 +118,14 @@ def throughput_panels(result: Result, colours: Colours) -> list[Panel]:
 
 
 def throughput_bars(rows: Sequence[Row], colours: Colours) -> list[Bar]:
+    def note(row: Row) -> str:
+        rate, times = f"{_middle(row['requests_per_s']):.3g}/s", row.get("throughput_vs_plain")
+        return f"{rate} ({_middle(times):.3g}x)" if times and row["contender"] != REFERENCE else rate
+
     return [
-        Bar(
-            variant_label(row),
-            [("", _middle(row["requests_per_s"]), colours[drawn_name(row)])],
-            _throughput_note(row),
-        )
+        Bar(variant_label(row), [("", _middle(row["requests_per_s"]), colours[drawn_name(row)])], note(row))
         for row in rows
     ]
-
-
-def _throughput_note(row: Row) -> str:
-    rate, times = f"{_middle(row['requests_per_s']):.3g}/s", row.get("throughput_vs_plain")
-    return f"{rate} ({_middle(times):.3g}x)" if times and row["contender"] != REFERENCE else rate
 
 
 def _middle(figure: float | dict[str, float]) -> float:
@@ -151,15 +150,14 @@ SHARE_OF_TIME = Axis("share of the request's time (%)", limits=(0, 100))
 
 def time_split_panels(result: Result) -> list[Panel]:
     """A panel for each context and store."""
-    timed = [row for row in result["rows"] if row.get("stages_ms")]
-    groups = grouped(timed, lambda row: (row["context_tokens"], conditions(row)))
+    return _time_splits(result["rows"], conditions, "medians, the sum at the end")
+
+
+def _time_splits(rows: Iterable[Row], where: Callable[[Row], str], note: str) -> list[Panel]:
+    timed = (row for row in rows if row.get("stages_ms"))
     return [
-        Panel(
-            f"Time split at {context:,} tokens, {condition}; medians, the sum at the end",
-            SHARE_OF_TIME,
-            bars=time_bars(rows),
-        )
-        for (context, condition), rows in groups.items()
+        Panel(f"Time split at {at}; {note}", SHARE_OF_TIME, bars=time_bars(own))
+        for at, own in grouped(timed, lambda row: f"{row['context_tokens']:,} tokens, {where(row)}").items()
     ]
 
 
@@ -188,26 +186,15 @@ def all_ttft_panels(result: Result, colours: Colours) -> list[Panel]:
 
 def device_panels(result: Result, colours: Colours) -> list[Panel]:
     """Of each shape: times and speedups over context length, and the stages at each."""
+
+    def speedup_vs_full(row: Row) -> Ends | None:
+        return _ends(row["speedup_vs_full"]) if row["policy"] else None
+
     panels = []
     for shape, rows in grouped((row for row in result["rows"] if row.get("ttft_ms")), lambda row: row["shape"]).items():
-        times, ratios = over_context(rows, times_ms), over_context(rows, speedup_vs_full)
-        time, gain = Axis("time to first token (ms)", is_log=True), Axis("speedup over full prefill", is_log=True)
-        title = f"Time to first token against context length, {shape}; medians, whiskers to p95"
-        panels.append(Panel(title, CONTEXT, time, times, colours=colours))
-        title = f"Speedup over full prefill, {shape}; medians of pairs, whiskers from the least to the greatest"
-        level = replace(AS_PLAIN, label="full prefill")
-        panels.append(Panel(title, CONTEXT, gain, ratios, [level], colours=colours))
-        staged = grouped((row for row in rows if row.get("stages_ms")), lambda row: row["context_tokens"])
-        panels += [
-            Panel(f"Time split at {context:,} tokens, {shape}; the sum at the end", SHARE_OF_TIME, bars=time_bars(own))
-            for context, own in staged.items()
-        ]
+        panels += _over_context(rows, shape, speedup_vs_full, AS_FULL, colours)
+        panels += _time_splits(rows, lambda row: str(row["shape"]), "the sum at the end")
     return panels
-
-
-def speedup_vs_full(row: Row) -> Ends | None:
-    ratio = row["speedup_vs_full"] if row["policy"] else None
-    return (ratio["median"], ratio["low"], ratio["high"]) if ratio else None
 
 
 def sustained_panels(result: Result, colours: Colours) -> list[Panel]:
@@ -218,56 +205,53 @@ def sustained_panels(result: Result, colours: Colours) -> list[Panel]:
         if row["contender"] != REFERENCE
     ]
 
-    def ratio(row: Row) -> Ends | None:
+    def median(row: Row) -> Ends | None:
         found = row["speedup_vs_plain"]
         return (found["median"],) * 3 if found else None
 
-    def share(row: Row, name: str) -> Ends | None:
-        return None if row[name] is None else (100 * row[name],) * 3
+    def share(name: str) -> Callable[[Row], Ends | None]:
+        return lambda row: None if row[name] is None else (100 * row[name],) * 3
 
     def panel(title: str, y: Axis, figures: Callable[[Row], Ends | None], *levels: Level) -> Panel:
         series = series_of(rows, variant_label, "middle", figures)
         return Panel(title, Axis("request"), y, series, levels, colours=colours)
 
     speedups = Axis("speedup over plain", limits=(0, math.inf))
-    found, reused = Axis("chunks found (%)", limits=(0, 100)), Axis("prompt tokens reused (%)", limits=(0, 100))
-    looks_up = any(row["hit_ratio"] is not None for row in rows)
-    return [
-        panel("Speedup over plain in the course of the run; medians of each fifth", speedups, ratio, AS_PLAIN),
-        panel("Chunks that the store had, of those that were looked up", found, lambda row: share(row, "hit_ratio"))
-        if looks_up
-        else panel("Prompt tokens that were reused", reused, lambda row: share(row, "reused_ratio")),
-    ]
+    panels = [panel("Speedup over plain in the course of the run; medians of each fifth", speedups, median, AS_PLAIN)]
+    if any(row["hit_ratio"] is not None for row in rows):
+        found = Axis("chunks found (%)", limits=(0, 100))
+        title = "Chunks that the store had, of those that were looked up"
+        return [*panels, panel(title, found, share("hit_ratio"))]
+    reused = Axis("prompt tokens reused (%)", limits=(0, 100))
+    return [*panels, panel("Prompt tokens that were reused", reused, share("reused_ratio"))]
 
 
 PREFIX_COLOURS = {"no KV cache": GREY, "KV cache": BLUE, "prefix cache": ORANGE}
-PREFIX_SCENARIOS = ("cold", "new question", "repeat")
 
 
 def prefix_panels(result: Result, colours: Colours) -> list[Panel]:
-    lines_of = grouped(result["rows"], lambda row: (row["level"], row["scenario"]))
-    title = "Time to first token over prompt length, by level of caching; whiskers to p95"
+    def label(row: Row) -> str:
+        return f"{row['level']}, {row['scenario']}"
+
     return [
         Panel(
-            title,
+            "Time to first token over prompt length, by level of caching; whiskers to p95",
             Axis("prompt tokens", is_log=True, at_points=True),
             Axis("time to first token (ms), median", is_log=True),
-            [
-                _line(
-                    level, f"{level}, {scenario}", rows, "context_tokens", "ttft_ms", PREFIX_SCENARIOS.index(scenario)
-                )
-                for (level, scenario), rows in lines_of.items()
-            ],
+            series_of(result["rows"], label, "context_tokens", times_ms, lambda row: str(row["level"])),
             colours=PREFIX_COLOURS,
             height_in=5,
         )
     ]
 
 
-def _line(name: str, label: str, rows: Sequence[Row], x: str, times: str, variant: int = 0) -> Series:
-    """Medians, with whiskers to p95."""
-    medians, p95 = ([row[times][figure] for row in rows] for figure in ("median", "p95"))
-    return Series(name, label, [row[x] for row in rows], medians, medians, p95, variant)
+def _lines(rows: Sequence[Row], x: str, times: Mapping[str, str]) -> list[Series]:
+    """A line for each of the rows' times, by its name."""
+    return [
+        line
+        for name, key in times.items()
+        for line in series_of(rows, lambda row: name, x, to_p95(key), lambda row: name)  # noqa: B023  used at once
+    ]
 
 
 AI100_COLOURS = {"no cache": GREY, "KV slots": ORANGE}
@@ -283,7 +267,7 @@ def ai100_panels(result: Result, colours: Colours) -> list[Panel]:
             "Time to first token, turn by turn, with KV slots and without; whiskers to p95",
             Axis("turn", at_points=True),
             Axis("time to first token (ms), median", is_log=True),
-            [_line(name, name, turns, "turn", key) for name, key in TTFT_KEYS.items()],
+            _lines(turns, "turn", TTFT_KEYS),
             colours=AI100_COLOURS,
             height_in=4,
         ),
@@ -304,10 +288,7 @@ def tasks_panels(result: Result, colours: Colours) -> list[Panel]:
             "A search among earlier tasks, against their number; medians, whiskers to p95",
             Axis("earlier tasks", is_log=True, at_points=True),
             Axis("search (ms)", is_log=True),
-            [
-                _line(name, name, result["rows"], "num_tasks", key)
-                for name, key in (("wall time", "lookup_ms"), ("CPU time", "lookup_cpu_ms"))
-            ],
+            _lines(result["rows"], "num_tasks", {"wall time": "lookup_ms", "CPU time": "lookup_cpu_ms"}),
             colours={"CPU time": ORANGE, "wall time": GREY},
         )
     ]
@@ -315,15 +296,8 @@ def tasks_panels(result: Result, colours: Colours) -> list[Panel]:
 
 def decode_panels(result: Result, colours: Colours) -> list[Panel]:
     title = "Time per output token against context length; medians, whiskers to p95"
-    return [
-        Panel(
-            title,
-            CONTEXT,
-            Axis("time per output token (ms)", limits=(0, math.inf)),
-            over_context(result["rows"], to_p95("tpot_ms")),
-            colours=colours,
-        )
-    ]
+    axis = Axis("time per output token (ms)", limits=(0, math.inf))
+    return [Panel(title, CONTEXT, axis, over_context(result["rows"], to_p95("tpot_ms")), colours=colours)]
 
 
 NO_OUTCOME = ("num_requests", "num_compared_tokens", "num_without_report")
@@ -331,45 +305,38 @@ NO_OUTCOME = ("num_requests", "num_compared_tokens", "num_without_report")
 
 def soak_panels(result: Result, colours: Colours) -> list[Panel]:
     """How each contender's requests ended, and how soon they began; how long services were away after a fault."""
-    rows, struck = result["rows"], result.get("faults") or ()
+    rows = result["rows"]
     outcomes = dict.fromkeys(key for row in rows for key in row if key.startswith("num_") and key not in NO_OUTCOME)
-    tints = [colour for _, colour in STAGES.values()]
+    tints = dict(zip(outcomes, itertools.cycle(colour for _, colour in STAGES.values()), strict=False))
+
+    def ends(row: Row) -> list[tuple[str, float, str]]:
+        return [(key[len("num_") :].replace("_", " "), row.get(key, 0), tint) for key, tint in tints.items()]
+
+    def ttft(row: Row) -> Bar:
+        median, p95 = row["ttft_ms"]["median"], row["ttft_ms"]["p95"]
+        note = f"{readable_ms(median)} (p95 {readable_ms(p95)})"
+        return Bar(row["contender"], [("", median, colours[row["contender"]])], note)
+
+    away = [
+        (f"{fault['service']}, {fault['kind']}", fault["back_s"] - fault["at_s"])
+        for fault in result.get("faults") or ()
+        if fault["back_s"] is not None
+    ]
     panels = [
         Panel(
             "How the requests ended; their number at the end",
             Axis("requests"),
-            bars=[
-                Bar(
-                    row["contender"],
-                    [
-                        (key.removeprefix("num_").replace("_", " "), row.get(key, 0), tints[place % len(tints)])
-                        for place, key in enumerate(outcomes)
-                    ],
-                    f"{row['num_requests']:,}",
-                )
-                for row in rows
-            ],
+            bars=[Bar(row["contender"], ends(row), f"{row['num_requests']:,}") for row in rows],
         ),
         Panel(
             "Time to first token under load; medians",
             Axis("time to first token (ms)"),
-            bars=[
-                Bar(row["contender"], [("", row["ttft_ms"]["median"], colours[row["contender"]])], _p95_note(row))
-                for row in rows
-                if row["ttft_ms"]
-            ],
+            bars=[ttft(row) for row in rows if row["ttft_ms"]],
+        ),
+        Panel(
+            "From a fault until the service is healthy again",
+            Axis("seconds"),
+            bars=[Bar(what, [("", seconds, GREY)], f"{seconds:.1f} s") for what, seconds in away],
         ),
     ]
-    back = [fault for fault in struck if fault["back_s"] is not None]
-    if back:
-        bars = [
-            Bar(f"{one['service']}, {one['kind']}", [("", away, GREY)], f"{away:.1f} s")
-            for one in back
-            for away in [one["back_s"] - one["at_s"]]
-        ]
-        panels.append(Panel("From a fault until the service is healthy again", Axis("seconds"), bars=bars))
     return [panel for panel in panels if panel.bars]
-
-
-def _p95_note(row: Row) -> str:
-    return f"{readable_ms(row['ttft_ms']['median'])} (p95 {readable_ms(row['ttft_ms']['p95'])})"

@@ -22,9 +22,8 @@ from kvarena.bench.quality.asking import (
     closeness,
 )
 from kvarena.bench.quality.hf_answerer import engines
-from kvarena.bench.quality.http_answerer import HTTPAnswerer
 from kvarena.bench.quality.questions import load_questions
-from kvarena.bench.quality.session import servers
+from kvarena.bench.quality.session import HTTPAnswerer, servers
 from kvarena.bench.variants import Variant, blend_variants
 from kvarena.server.state import ApiConfig
 from support.question_folder import write_question_folder

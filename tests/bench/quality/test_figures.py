@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvarena.bench.measure import Reuse
 from kvarena.bench.quality.asking import (
     Attempt,
     Closeness,
     GreedyAnswer,
     KLMethod,
-    Reuse,
     TokenLogprobs,
     closeness,
     full_kl,
@@ -29,9 +29,9 @@ from kvarena.bench.quality.scoring import (
     agrees,
     contains_answer,
     is_same_answer,
-    mean_interval,
     squad_score,
 )
+from kvarena.bench.results import mean_interval
 from kvarena.bench.variants import Variant, blend_variants, find_reference
 from support.question_folder import write_question_folder
 

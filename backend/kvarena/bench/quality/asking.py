@@ -1,9 +1,9 @@
-"""The contract with whatever answers questions, and every question put to every variant in turn.
+"""The contract with whatever answers questions, and every question put to every variant.
 
-In turn, so that a slower minute of the machine meets all of them. Each answer is compared with full prefill's: how
-close the next-token distributions along the answer are, on the same tokens before them. In this process that is
-exact: full prefill's answer is fed to the other KV (teacher forcing), so every position is compared, over the whole
-vocabulary. A server tells the likeliest tokens along its own answer alone, so the comparison ends where the answers
+The variants take turns, so that a slower minute of the machine meets all of them. Each answer is compared with full
+prefill's: how close the next-token distributions along it are, after the same tokens. In this process that is exact:
+full prefill's answer is fed to the other KV (teacher forcing), so every position is compared, over the whole
+vocabulary. A server only tells the likeliest tokens along its own answer, so the comparison ends where the answers
 differ.
 """
 
@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
+from kvarena.bench.measure import Reuse, in_turn
 from kvarena.bench.quality.questions import QuestionSet
 from kvarena.bench.variants import Variant
 from kvarena.documents import TextChunk
@@ -27,35 +28,11 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, str]]
 NUM_LOGPROBS = 20
-"""As many of a token's as OpenAI's API gives."""
+"""The most that OpenAI's API gives for a token."""
 
 
 class NoAnswer(Exception):
     """A question wasn't answered; the message says why."""
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """Tokens of a prompt by origin; the rest was computed as usual. Those of a prefix cache are among the reused.
-
-    `unscored_chunks`: those without the scores that the policy goes by, so that it chose as it does without any.
-    """
-
-    num_prompt_tokens: int
-    num_reused_tokens: int
-    num_recomputed_tokens: int = 0
-    num_prefix_tokens: int = 0
-    unscored_chunks: int = 0
-
-    @property
-    def is_mostly_cached(self) -> bool:
-        """Most of the prompt was in the server's own prefix cache, as when it was asked before."""
-        return 2 * self.num_prefix_tokens > self.num_prompt_tokens
-
-    @classmethod
-    def of_report(cls, report: Mapping[str, Any]) -> Reuse:
-        """Of a request report, which has of these counts what its contender knows."""
-        return cls(**{name: int(report.get(name) or 0) for name in cls.__annotations__})
 
 
 @dataclass(frozen=True)
@@ -86,10 +63,10 @@ class GreedyAnswer:
 
 @dataclass(frozen=True)
 class Asking:
-    """How all are asked. Setups are compared with the answers of `reference`, which is asked first.
+    """How all are asked. Variants are compared with the answers of `reference`, which is asked first.
 
-    `compares_only`: nothing but that closeness is wanted of the others, so a contender that can compare without
-    answering may leave the text empty.
+    `compares_only`: only that closeness is wanted, so a contender that can compare without answering may leave the
+    text empty.
     """
 
     separator: str
@@ -98,48 +75,45 @@ class Asking:
     compares_only: bool = False
 
 
-ComputeContexts = Callable[[Sequence[TextChunk], str, Callable[[int, int], None]], None]
-"""Called with chunks, the separator, and who gets how many of how many contexts have been computed."""
+InContexts = Literal["scores", "seams"]
+"""The scores of chunks' tokens, and each chunk as it is after the one before it."""
 
 
-class Answerer(Protocol):
-    """A contender. `warm` and `answer` raise `NoAnswer`."""
+class Answerer:
+    """A contender. `warm`, `compute` and `answer` raise `NoAnswer`. This one keeps nothing of chunks."""
 
     name: str
-    is_blend: bool
-    has_seams: bool
+    is_blend = False
+    has_seams = False
     """Whether it takes chunks as they are after the chunk before them."""
-    separator: str | None
-    """What it cuts chunks at, or its model's profile says; None where nothing is known."""
-    sinks: Sequence[int]
-    """The `sink_tokens` that a variant may have here, its own first; none where nothing is known of them."""
-    num_layers: int | None
-    model_folder: Path | None
-    """The served model's, where it is one on this machine."""
+    separator: str | None = None
+    """Where it cuts chunks, or what its model's profile says; None where neither is known."""
+    sinks: Sequence[int] = ()
+    """The `sink_tokens` that a variant may have here, its own first; empty where that isn't known."""
+    num_layers: int | None = None
+    model_folder: Path | None = None
+    """Of the served model, where it is on this machine."""
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
-        """Has the KV of these chunks ready where the contender keeps any."""
-        ...
+        """Makes the KV of these chunks ready, where the contender keeps any."""
 
-    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
-        """And the scores of their tokens. `on_prompt` gets how many of how many contexts have been computed."""
-        ...
-
-    def make_seams(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
-        """And each chunk as it is after the one before it."""
-        ...
+    def compute(
+        self, what: InContexts, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]
+    ) -> None:
+        """Then what needs chunks in contexts. `on_prompt` gets how many of how many contexts are computed."""
 
     def answer(
         self, messages: Messages, variant: Variant, asking: Asking, full: GreedyAnswer | None = None
     ) -> GreedyAnswer:
         """`full` is full prefill's answer, to be compared with along its tokens; None where this is to become it."""
-        ...
+        raise NotImplementedError
 
     def describe(self) -> dict[str, object]:
-        """What goes into the result file's settings."""
-        ...
+        """As it goes into the result file's settings."""
+        raise NotImplementedError
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives back what it holds."""
 
 
 KLMethod = Literal["teacher_forced", "common_prefix_top20"]
@@ -164,24 +138,22 @@ class Closeness:
 def closeness(full: GreedyAnswer, other: GreedyAnswer) -> Closeness | None:
     """None where an answer has nothing to compare by."""
     if full.forced_logprobs is not None and other.forced_logprobs is not None:
-        return _teacher_forced(full.forced_logprobs, other.forced_logprobs)
+        kl = full_kl(full.forced_logprobs, other.forced_logprobs)
+        agreement = (full.forced_logprobs.argmax(-1) == other.forced_logprobs.argmax(-1)).float().mean()
+        return Closeness(float(kl.mean()), float(kl[0]), float(agreement), len(kl), "teacher_forced")
     if full.logprobs and other.logprobs:
-        return _along_common_prefix(full.logprobs, other.logprobs)
+        num_same = common_prefix([one.token for one in full.logprobs], [one.token for one in other.logprobs])
+        # The first tokens that differ have the same ones before them, so they count too.
+        pairs = list(zip(full.logprobs, other.logprobs, strict=False))[: num_same + 1]
+        kls = [top_kl(mine.top, others.top) for mine, others in pairs]
+        return Closeness(sum(kls) / len(kls), kls[0], num_same / len(full.logprobs), len(kls), "common_prefix_top20")
     return None
 
 
-def _teacher_forced(full: torch.Tensor, other: torch.Tensor) -> Closeness:
-    kl = full_kl(full, other)
-    agreement = (full.argmax(-1) == other.argmax(-1)).float().mean()
-    return Closeness(float(kl.mean()), float(kl[0]), float(agreement), len(kl), "teacher_forced")
-
-
-def _along_common_prefix(full: Sequence[TokenLogprobs], other: Sequence[TokenLogprobs]) -> Closeness:
-    """The first tokens that differ have the same ones before them, so they count too."""
-    pairs = list(zip(full, other, strict=False))
-    num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0].token == pair[1].token, pairs))
-    kl = [top_kl(mine.top, others.top) for mine, others in pairs[: num_same + 1]]
-    return Closeness(sum(kl) / len(kl), kl[0], num_same / len(full), len(kl), "common_prefix_top20")
+def common_prefix(tokens: Sequence[object], others: Sequence[object]) -> int:
+    """The number of tokens before the first that differs."""
+    pairs = zip(tokens, others, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def full_kl(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -206,12 +178,10 @@ def top_kl(full: Mapping[str, float], other: Mapping[str, float]) -> float:
 
 MAX_FAILURES_IN_A_ROW = 5
 
-Outcome = Literal["answered", "failed"]
-
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of a question. `failed`: no answer came, `reason` says why. `closeness` is that to full prefill."""
+    """What became of a question; where no answer came, `reason` says why. `closeness` is that to full prefill."""
 
     variant: Variant
     question: int
@@ -220,7 +190,7 @@ class Attempt:
     closeness: Closeness | None = None
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> str:
         return "failed" if self.answer is None else "answered"
 
 
@@ -232,33 +202,39 @@ def ask_all(
     on_attempt: Callable[[Attempt], None],
     numbers: Sequence[int] | None = None,
 ) -> None:
-    """`on_attempt` gets every outcome as it comes. Setups that do the same work share a question's answer.
+    """`on_attempt` gets every attempt as it comes. Variants that do the same work share a question's answer.
 
     `numbers` are the places of the questions to ask, all by default. Distributions are compared at once and not kept:
-    those of full prefill's answer are in memory for one question at a time. A contender that fails too often in a row
-    isn't asked any more.
+    only those of full prefill's answer to the present question are in memory. A contender that fails too often in a
+    row isn't asked any more.
     """
     failures_in_a_row = Counter[str]()
-    for number in range(len(question_set.questions)) if numbers is None else numbers:
+
+    def attempt(variant: Variant, number: int, full: GreedyAnswer | None) -> Attempt:
+        name = variant.contender
+        if failures_in_a_row[name] >= MAX_FAILURES_IN_A_ROW:
+            return Attempt(variant, number, None, f"not asked after {MAX_FAILURES_IN_A_ROW} failures in a row")
         messages = question_set.questions[number].messages(question_set.system, asking.separator)
+        try:
+            answer = answerers[name].answer(messages, variant, asking, full)
+        except NoAnswer as error:
+            failures_in_a_row[name] += 1
+            return Attempt(variant, number, None, str(error))
+        failures_in_a_row[name] = 0
+        return Attempt(variant, number, answer)
+
+    for number in range(len(question_set.questions)) if numbers is None else numbers:
         done: dict[Variant, Attempt] = {}
         full: GreedyAnswer | None = None
-        for variant in _in_turn(variants, asking.reference, number):
+        others = [variant for variant in variants if variant != asking.reference]
+        reference = [variant for variant in variants if variant == asking.reference][:1]
+        for variant in [*reference, *in_turn(others, number)]:
             if variant.work not in done:
-                attempt = _attempt(
-                    answerers[variant.contender], messages, variant, number, asking, full, failures_in_a_row
-                )
+                found = attempt(variant, number, full)
                 if variant == asking.reference:
-                    full = attempt.answer
-                done[variant.work] = _compared(attempt, full)
+                    full = found.answer
+                done[variant.work] = _compared(found, full)
             on_attempt(replace(done[variant.work], variant=variant))
-
-
-def _in_turn(variants: Sequence[Variant], reference: Variant | None, number: int) -> list[Variant]:
-    """The reference first; each of the others stands in every place once."""
-    others = [variant for variant in variants if variant != reference]
-    start = number % len(others) if others else 0
-    return [*([reference] if reference in variants and reference else []), *others[start:], *others[:start]]
 
 
 def _compared(attempt: Attempt, full: GreedyAnswer | None) -> Attempt:
@@ -267,23 +243,3 @@ def _compared(attempt: Attempt, full: GreedyAnswer | None) -> Attempt:
         return attempt
     found = closeness(full, attempt.answer) if full else None
     return replace(attempt, answer=replace(attempt.answer, logprobs=(), forced_logprobs=None), closeness=found)
-
-
-def _attempt(
-    answerer: Answerer,
-    messages: Messages,
-    variant: Variant,
-    number: int,
-    asking: Asking,
-    full: GreedyAnswer | None,
-    failures_in_a_row: Counter[str],
-) -> Attempt:
-    if failures_in_a_row[answerer.name] >= MAX_FAILURES_IN_A_ROW:
-        return Attempt(variant, number, None, f"not asked after {MAX_FAILURES_IN_A_ROW} failures in a row")
-    try:
-        answer = answerer.answer(messages, variant, asking, full)
-    except NoAnswer as error:
-        failures_in_a_row[answerer.name] += 1
-        return Attempt(variant, number, None, str(error))
-    failures_in_a_row[answerer.name] = 0
-    return Attempt(variant, number, answer)

@@ -1,9 +1,9 @@
-"""Which policy, check layer, ratio and sink a model needs: the fastest blend that stays close to full prefill on given
-documents.
+"""`kvarena calibrate`: the policy, check layer, ratio and sink with which a blend is fastest and still close to full
+prefill, on given documents.
 
-Compared are the next tokens along full prefill's own answers, so no question needs a gold answer, and a model that
-answers badly can be calibrated too. Settings that can't be chosen any more aren't asked on (a race: Maron and
-Moore, Hoeffding Races, 1993).
+The next tokens along full prefill's own answers are compared, so no question needs a gold answer, and a model that
+answers badly can be calibrated too. Settings that can no longer win are not asked on (a race: Maron and Moore,
+Hoeffding Races, 1993).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column
 
-from kvarena.bench.console import new_table, percent, percent_range
+from kvarena.bench.console import Column, percent, percent_range, table_of
 from kvarena.bench.quality.asking import Attempt, Closeness
 from kvarena.bench.quality.questions import EvalQuestion, QuestionSet, stack_splitter
-from kvarena.bench.quality.scoring import closeness_figures, mean_interval, token_shares
-from kvarena.bench.results import Row, spread
+from kvarena.bench.quality.scoring import closeness_figures, token_shares
+from kvarena.bench.results import Row, mean_interval, spread, write_whole
 from kvarena.bench.variants import Variant
 from kvarena.documents import load_documents
+from kvarena.panels.panel import policy_label, variant_label
 from kvarena.policies.params import MODEL_PROFILE_NAME, BlendParams, read_model_profile
 
 PROMPTS = (
@@ -74,20 +74,23 @@ def calibration_rows(attempts: Sequence[Attempt]) -> list[Row]:
     `same_answer` is the share of answers that are full prefill's from the first token to the last. `num_unscored` are
     those with a chunk without scores, where the policy goes by them.
     """
+    by_variant: dict[Variant, list[Attempt]] = {}
+    for attempt in attempts:
+        by_variant.setdefault(attempt.variant, []).append(attempt)
     rows = []
-    for variant, of_setup in _by_setup(attempts).items():
-        answers = [attempt.answer for attempt in of_setup if attempt.answer]
-        found = [attempt.closeness for attempt in of_setup if attempt.closeness]
+    for variant, own in by_variant.items():
+        answers = [attempt.answer for attempt in own if attempt.answer]
+        found = [attempt.closeness for attempt in own if attempt.closeness]
         reuses = [answer.reuse for answer in answers]
         rows.append(
             {
                 **variant.to_json(),
-                "num_questions": len(of_setup),
-                "num_failed": len(of_setup) - len(answers),
+                "num_questions": len(own),
+                "num_failed": len(own) - len(answers),
                 "num_unscored": sum(reuse.unscored_chunks > 0 for reuse in reuses if reuse),
-                **closeness_figures(of_setup),
+                **closeness_figures(own),
                 "same_answer": mean_interval([float(one.token_agreement == 1) for one in found]),
-                "ttft_ms": spread([answer.ttft_ms for answer in answers]) if answers else None,
+                "ttft_ms": spread([answer.ttft_ms for answer in answers]),
                 **token_shares(reuses),
             }
         )
@@ -183,13 +186,6 @@ def _time_ms(row: Row, rows: Sequence[Row]) -> float:
     return min(float(other["ttft_ms"]["median"]) for other in as_much_or_more)
 
 
-def _by_setup(attempts: Sequence[Attempt]) -> dict[Variant, list[Attempt]]:
-    found: dict[Variant, list[Attempt]] = {}
-    for attempt in attempts:
-        found.setdefault(attempt.variant, []).append(attempt)
-    return found
-
-
 def _does_the_work_of(row: Row, other: Row) -> bool:
     """Whether a row recomputes what `other` does, and perhaps more."""
     if not row["ttft_ms"]:
@@ -199,41 +195,33 @@ def _does_the_work_of(row: Row, other: Row) -> bool:
 
 
 def write_profile(folder: Path, row: Row, separator: str) -> Path:
-    """Puts the row's setting into the model's profile, which servers read when they start. The rest of it stays."""
+    """Puts the row's setting into the model's profile, which servers read when they start; the rest of it stays."""
     profile: dict[str, Any] = {"separator": separator, **read_model_profile(str(folder))}
     kept = {name: value for name, value in profile.items() if name not in dataclasses.asdict(BlendParams())}
     profile = kept | Variant.of_row(row | {"contender": ""}).profile
     path = folder / MODEL_PROFILE_NAME
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(profile) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps(profile) + "\n")
     return path
 
 
 def show_rows(rows: Sequence[Row], sinks: Sequence[Row], chosen: Row | None, console: Console) -> None:
-    table = new_table(
-        "Agreement with full prefill (%), along its answers",
-        Column("policy", min_width=17),
-        figures=("layer", "ratio", "sink", "tokens", "interval", "KL", "same", "TTFT ms", "asked", ""),
-        padding=0,  # 80 columns are enough
-        pad_edge=False,
-    )
-    for row in rows:
-        found, kl = row["token_agreement"], row["kl_along_answer"]
-        table.add_row(
-            Variant.of_row(row).policy_label,
-            "-" if row["check_layer"] is None else str(row["check_layer"]),
-            "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
-            str(row.get("sink_tokens", "-")),
-            percent(found),
-            percent_range(found),
-            f"{kl['mean']:.3f}" if kl else "-",
-            percent(row["same_answer"]),
-            f"{row['ttft_ms']['median']:,.0f}" if row["ttft_ms"] else "-",
-            f"{row['num_questions']}" + (f" ({row['num_failed']} failed)" if row["num_failed"] else ""),
-            "<" if row is chosen else "",
-        )
-    console.print(table)
+    figures: dict[str, Column] = {
+        "layer": "{check_layer:d}",
+        "ratio": lambda row: "-" if row["ratio"] is None else f"{100 * row['ratio']:g} %",
+        "sink": lambda row: str(row.get("sink_tokens", "-")),
+        "tokens": lambda row: percent(row["token_agreement"]),
+        "interval": lambda row: percent_range(row["token_agreement"]),
+        "KL": "{kl_along_answer[mean]:.3f}",
+        "same": lambda row: percent(row["same_answer"]),
+        "TTFT ms": "{ttft_ms[median]:,.0f}",
+        "asked": lambda row: (
+            "{num_questions} ({num_failed} failed)".format_map(row) if row["num_failed"] else str(row["num_questions"])
+        ),
+        "": lambda row: "<" if row is chosen else "",
+    }
+    title = "Agreement with full prefill (%), along its answers"
+    layout: dict[str, Any] = {"min_width": 17, "padding": 0, "pad_edge": False}  # 80 columns are enough
+    console.print(table_of(title, rows, {"policy": policy_label}, figures, **layout))
     for row in sinks:
         console.print(
             f"Sink of {row['sink_tokens']}: {percent(row['token_agreement'])} % of the tokens agree, KL "
@@ -243,4 +231,4 @@ def show_rows(rows: Sequence[Row], sinks: Sequence[Row], chosen: Row | None, con
             soft_wrap=True,
         )
     if chosen:
-        console.print(f"<: chosen, {Variant.of_row(chosen).label}", highlight=False, soft_wrap=True)
+        console.print(f"<: chosen, {variant_label(chosen)}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`kvarena eval` and `kvarena calibrate`: read the command line, show progress, print tables, save the result file.
+"""The commands `kvarena eval` and `kvarena calibrate`.
 
 `eval` asks questions with gold answers and draws a plot. `calibrate` tries policies, check layers, ratios and sinks on
 a sample, and makes the best setting the model's own. Heavy imports are inside the commands.
@@ -111,13 +111,7 @@ def evaluate(
 
     from kvarena.bench.quality.questions import Redraw, load_questions, stack_splitter
     from kvarena.bench.quality.scoring import ScoreSheet, show_rows
-    from kvarena.bench.quality.session import (
-        ContenderOptions,
-        default_data_dir,
-        nothing_reused_note,
-        reuses_nothing,
-        session,
-    )
+    from kvarena.bench.quality.session import ContenderOptions, default_data_dir, nothing_reused
     from kvarena.bench.results import shown_path
     from kvarena.bench.variants import find_reference
     from kvarena.documents import QUESTIONS_NAME
@@ -131,7 +125,7 @@ def evaluate(
         question_set = load_questions(path, data, limit, Redraw.of(seed, num_chunks), splitter)
         ratios, layers = decimals(ratio), integers(check_layer) if check_layer else ()
         show_problems(question_set.problems, console)
-        with session(wanted, console) as asked:
+        with wanted.session(console) as asked:
             variants = asked.variants(policy or [DEFAULT_POLICY], ratios, layers)
             if warm:
                 asked.warm(question_set, variants)
@@ -153,23 +147,11 @@ def evaluate(
     sheet = ScoreSheet(question_set, attempts, reference)
     rows = sheet.rows()
     with_gold = [question.to_json() for question in question_set.questions]
-    save_and_tell(
-        output,
-        settings,
-        rows,
-        as_json,
-        console,
-        lambda: show_rows(rows, question_set.kinds, console),
-        has_picture=any(row["correct"] for row in rows),
-        questions=with_gold,
-        answers=sheet.answers(),
-    )
-    if reuses_nothing(attempts):
-        console.print(f"[yellow]{escape(nothing_reused_note(asked.separator))}[/yellow]", soft_wrap=True)
-    _exit(attempts, is_interrupted, console)
-
-
-def _exit(attempts: Sequence[Attempt], is_interrupted: bool, console: Console) -> None:
+    details = {"questions": with_gold, "answers": sheet.answers()}
+    has_picture = any(row["correct"] for row in rows)
+    save_and_tell(output, settings, rows, as_json, console, show_rows, has_picture=has_picture, **details)
+    if note := nothing_reused(attempts, asked.separator):
+        console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
     failed = [attempt for attempt in attempts if attempt.outcome == "failed"]
     if failed:
         console.print(f"[red]{len(failed)} answers failed[/red], the first: {failed[0].reason}", soft_wrap=True)
@@ -237,13 +219,7 @@ def calibrate(
     """
     from kvarena.bench.quality import calibration
     from kvarena.bench.quality.questions import Redraw, load_questions
-    from kvarena.bench.quality.session import (
-        ContenderOptions,
-        default_data_dir,
-        nothing_reused_note,
-        reuses_nothing,
-        session,
-    )
+    from kvarena.bench.quality.session import ContenderOptions, default_data_dir, nothing_reused
     from kvarena.bench.results import shown_path
     from kvarena.bench.variants import Variant, blend_variants, reads_scores
     from kvarena.core.matching import DEFAULT_SINK_TOKENS
@@ -264,7 +240,7 @@ def calibrate(
             else calibration.document_questions(folder, num_questions, seed or 0, num_chunks)
         )
         show_problems(question_set.problems, console)
-        with session(wanted, console) as asked:
+        with wanted.session(console) as asked:
             (blend,) = asked.answerers.values()
             if not blend.is_blend:
                 raise ValueError(f"{blend.name} doesn't blend; there is nothing to calibrate")
@@ -286,8 +262,8 @@ def calibrate(
             if not is_interrupted and not any(row["token_agreement"] for row in rows):
                 reasons = sorted({attempt.reason for attempt in attempts if attempt.reason})
                 raise ValueError(f"nothing could be compared: {'; '.join(reasons) or 'no log-probabilities came'}")
-            if not is_interrupted and reuses_nothing(attempts):
-                raise ValueError(nothing_reused_note(asked.separator))
+            if not is_interrupted and (note := nothing_reused(attempts, asked.separator)):
+                raise ValueError(note)
     if is_interrupted:
         console.print("Interrupted: nothing was decided.")
         raise typer.Exit(INTERRUPTED)
@@ -307,17 +283,13 @@ def calibrate(
         "sinks": calibration.sink_rows(attempts),
         "chosen": chosen and Variant.of_row(chosen).profile,
     }
-    save_and_tell(
-        output,
-        settings,
-        rows,
-        as_json,
-        console,
-        lambda: calibration.show_rows(rows, settings["sinks"], chosen, console),
-    )
-    for note in (sample_note(num_questions), unscored_note(rows), one_sink_note(blend.sinks)):
-        if note:
-            console.print(note, soft_wrap=True, highlight=False)
+
+    def show(rows: Sequence[Row], console: Console) -> None:
+        calibration.show_rows(rows, settings["sinks"], chosen, console)
+
+    save_and_tell(output, settings, rows, as_json, console, show)
+    for note in filter(None, (sample_note(num_questions), unscored_note(rows), one_sink_note(blend.sinks))):
+        console.print(note, soft_wrap=True, highlight=False)
     if chosen is None:
         best = calibration.closest(rows)
         console.print(
@@ -348,8 +320,8 @@ def _race(
 ) -> tuple[list[Attempt], bool]:
     """The candidates' attempts, and whether it was interrupted.
 
-    All are asked the first questions; from round to round only those that may still be chosen are asked on. Full
-    prefill answers each question once.
+    All get the first questions; from round to round only those that may still be chosen are asked on. Full prefill
+    answers each question once.
     """
     from kvarena.bench.quality import calibration
 
@@ -370,7 +342,7 @@ def _race(
 
 
 def sample_note(num_questions: int) -> str:
-    """What the finding rests on, and that it is little where it is."""
+    """What the finding rests on, with a warning where that is little."""
     found = f"This rests on {num_questions} question{'' if num_questions == 1 else 's'}"
     if num_questions >= ENOUGH_QUESTIONS:
         return f"{found}."
@@ -381,7 +353,7 @@ def sample_note(num_questions: int) -> str:
 
 
 def unscored_note(rows: Sequence[Row]) -> str:
-    """Where a policy that goes by stored scores had to do without them; empty where none had to."""
+    """Says where a policy had to do without the stored scores it goes by; else empty."""
     found = [row for row in rows if row["num_unscored"]]
     if not found:
         return ""
@@ -393,7 +365,7 @@ def unscored_note(rows: Sequence[Row]) -> str:
 
 
 def one_sink_note(sinks: Sequence[int]) -> str:
-    """What wasn't compared, where a server had one sink only."""
+    """Says what wasn't compared where a server had only one sink; else empty."""
     if len(sinks) != 1:
         return ""
     (sink,) = sinks

@@ -1,11 +1,10 @@
 """Contenders in this process, on a Hugging Face model: `plain` prefills every prompt whole, `blend` blends chunks.
 
-The only part of the measuring commands that computes: the others ask servers, and run without torch.
+The only part of `eval` and `calibrate` that needs torch: the others ask servers.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from time import perf_counter
 
 import torch
 
-from kvarena.bench.quality.asking import Answerer, Asking, GreedyAnswer, Messages, NoAnswer, Reuse
+from kvarena.bench.measure import Reuse
+from kvarena.bench.quality.asking import Answerer, Asking, GreedyAnswer, InContexts, Messages, NoAnswer, common_prefix
 from kvarena.bench.variants import Variant
 from kvarena.contenders.servers import GIB
 from kvarena.documents import TextChunk, contexts_for_scores, contexts_for_seams, join_chunks
@@ -28,27 +28,14 @@ from kvarena.stores.memory import MemoryStore
 CONTENDERS = ("plain", "blend")
 
 
-class PlainAnswerer:
+class PlainAnswerer(Answerer):
     """Full prefill and greedy decoding."""
-
-    is_blend = False
 
     def __init__(self, name: str, model: HFModel, source: Model, separator: str | None) -> None:
         self.name, self.separator = name, separator
-        self.num_layers: int | None = model.kv_shape.num_layers
+        self.num_layers = model.kv_shape.num_layers
         self.model_folder = Path(source.name) if source.is_local else None
-        self.sinks: Sequence[int] = ()
-        self.has_seams = False
         self._model, self._model_name = model, source.served_name
-
-    def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
-        """Keeps nothing."""
-
-    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
-        """Chooses nothing."""
-
-    def make_seams(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
-        """Keeps nothing."""
 
     def answer(
         self, messages: Messages, variant: Variant, asking: Asking, full: GreedyAnswer | None = None
@@ -72,7 +59,7 @@ class PlainAnswerer:
         else:
             forced = self._forced(kv, len(token_ids), logits, full.token_ids)
             likeliest = [first, *forced[1:].argmax(-1).tolist()]
-            num_same = _common_prefix(likeliest, full.token_ids)
+            num_same = common_prefix(likeliest, full.token_ids)
             answer = list(full.token_ids[:num_same])
             if num_same < len(full.token_ids) and not asking.compares_only:
                 kv.truncate(len(token_ids) + num_same)
@@ -83,7 +70,7 @@ class PlainAnswerer:
         return GreedyAnswer(text, is_complete, ttft_ms, reuse, token_ids=tuple(answer), forced_logprobs=logprobs)
 
     def _greedy(self, kv: SequenceKV, logits: torch.Tensor, begun: list[int], max_tokens: int) -> list[int]:
-        """An answer from its beginning, which `kv` holds, to its end token or to its `max_tokens`-th."""
+        """Goes on with an answer whose beginning `kv` holds, to its end token or its `max_tokens`-th."""
         answer = list(begun)
         while True:
             answer.append(int(logits.argmax()))
@@ -115,13 +102,8 @@ class PlainAnswerer:
         return kv, self._model.prefill(kv, token_ids, lambda: False), Reuse(len(token_ids), 0)
 
 
-def _common_prefix(tokens: Sequence[int], others: Sequence[int]) -> int:
-    pairs = zip(tokens, others, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
 class BlendAnswerer(PlainAnswerer):
-    """Blends over stores in main memory, one for each of the sinks that chunks are computed after."""
+    """Blends over stores in main memory, one for each sink."""
 
     is_blend = True
 
@@ -149,37 +131,26 @@ class BlendAnswerer(PlainAnswerer):
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         for chunk in chunks:
-            token_ids = self._joined([chunk], separator)
+            text = join_chunks([chunk.text], separator)
+            token_ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False)
             if len(token_ids) > self._model.max_model_len:
                 raise NoAnswer(f"chunk {chunk.name} has {len(token_ids)} tokens, more than the model's contexts")
             for blender in self._blenders.values():
                 blender.prefill(token_ids, BlendParams("none"), len(token_ids))
             on_chunk()
 
-    def score(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
-        contexts = contexts_for_scores(chunks, [chunk.name for chunk in chunks], self._model.max_model_len)
+    def compute(
+        self, what: InContexts, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]
+    ) -> None:
+        is_scores, longest = what == "scores", self._model.max_model_len
+        names = [chunk.name for chunk in chunks]
+        contexts = contexts_for_scores(chunks, names, longest) if is_scores else contexts_for_seams(chunks, longest)
         for number, context in enumerate(contexts, start=1):
+            chat = [{"role": "user", "content": join_chunks([chunk.text for chunk in context], separator)}]
+            token_ids = self._model.tokenizer.apply_chat_template(chat, return_dict=False)
             for blender in self._blenders.values():
-                blender.score(self._chat_over(context, separator))
+                blender.score(token_ids) if is_scores else blender.make_seams(token_ids)
             on_prompt(number, len(contexts))
-
-    def make_seams(self, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]) -> None:
-        contexts = contexts_for_seams(chunks, self._model.max_model_len)
-        for number, context in enumerate(contexts, start=1):
-            for blender in self._blenders.values():
-                blender.make_seams(self._chat_over(context, separator))
-            on_prompt(number, len(contexts))
-
-    def _chat_over(self, chunks: Sequence[TextChunk], separator: str) -> list[int]:
-        text = join_chunks([chunk.text for chunk in chunks], separator)
-        messages = [{"role": "user", "content": text}]
-        token_ids: list[int] = self._model.tokenizer.apply_chat_template(messages, return_dict=False)
-        return token_ids
-
-    def _joined(self, chunks: Sequence[TextChunk], separator: str) -> list[int]:
-        text = join_chunks([chunk.text for chunk in chunks], separator)
-        token_ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False)
-        return token_ids
 
     def _prefill(
         self, token_ids: Sequence[int], variant: Variant, capacity: int
@@ -188,13 +159,12 @@ class BlendAnswerer(PlainAnswerer):
         sink = self.sinks[0] if variant.sink_tokens is None else variant.sink_tokens
         blended = self._blenders[sink].prefill(token_ids, params, capacity)
         report = blended.report
-        reuse = Reuse(
-            len(token_ids),
-            report.num_reused_tokens,
-            report.num_recomputed_tokens,
-            unscored_chunks=report.unscored_chunks,
+        reused, recomputed = report.num_reused_tokens, report.num_recomputed_tokens
+        return (
+            blended.kv,
+            blended.logits,
+            Reuse(len(token_ids), reused, recomputed, unscored_chunks=report.unscored_chunks),
         )
-        return blended.kv, blended.logits, reuse
 
 
 def engines(

@@ -47,7 +47,7 @@ class EvalQuestion:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions over one folder of chunks, the system prompt that goes with it, and its files that can't be used."""
+    """Questions on one folder of chunks, its system prompt, and its files that can't be used."""
 
     system: str
     questions: tuple[EvalQuestion, ...]
@@ -55,7 +55,7 @@ class QuestionSet:
 
     @property
     def chunks(self) -> list[TextChunk]:
-        """All that a question uses, each once."""
+        """All that the questions use, each once."""
         return list(dict.fromkeys(chunk for question in self.questions for chunk in question.chunks))
 
     @property
@@ -75,13 +75,13 @@ class Redraw:
 
     @classmethod
     def of(cls, seed: int | None, num_chunks: int | None) -> Redraw | None:
-        """As the command line has them; None without a seed. Raises `ValueError` for a size without one."""
+        """None without a seed. Raises `ValueError` for a size without one."""
         if num_chunks and seed is None:
             raise ValueError("--num-chunks is the size of contexts that --seed draws")
         return None if seed is None else cls(seed, num_chunks)
 
     def context(self, question: str, needs: Sequence[str], size: int, names: Sequence[str]) -> list[str]:
-        """As many names as wanted, `needs` among them in their order. The same for the same seed and question."""
+        """So many names, with `needs` among them in their order; the same for the same seed and question."""
         rng = random.Random(f"{self.seed} {question}")
         others = [name for name in names if name not in needs]
         num_others = max(0, (self.num_chunks or size) - len(needs))

@@ -1,7 +1,7 @@
-"""What is done to the services of the stack during a soak run. Only where they are processes of this machine.
+"""What is done to the services of the stack during a soak run, where they are processes of this machine.
 
-One fault at a time, each over when its service is healthy again. A round is everything that can happen to LMCache, in
-an order that the seed decides, and after the first of it one kill of a vLLM server.
+One fault at a time, until its service is healthy again. A round has every fault of LMCache in a random order, and after
+the first of them the kill of a vLLM server, or of its engine.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import operator
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import psutil
 
@@ -26,15 +28,8 @@ from kvarena.stack.processes import processes_of
 from kvarena.stack.record import Record
 from kvarena.stack.service import Runner, Service
 
-FAULTS = {
-    "kill-server": "a vLLM server is killed",
-    "kill-engine": "a vLLM server's engine is killed",
-    "kill": "LMCache is killed",
-    "freeze": "LMCache hangs for some seconds",
-    "restart": "LMCache is restarted",
-    "clear": "LMCache is emptied",
-    "fill": "LMCache is filled up",
-}
+Found = TypeVar("Found")
+
 NO_FAULTS = "none"
 OF_VLLM = ("kill-server", "kill-engine")
 ENGINE = "EngineCore"
@@ -58,16 +53,6 @@ class Struck:
     back_s: float | None = None
 
 
-def read_faults(text: str) -> tuple[str, ...]:
-    """Of the command line; raises `ValueError` naming the choices."""
-    if text == NO_FAULTS:
-        return ()
-    kinds = tuple(FAULTS) if text == "all" else tuple(kind.strip() for kind in text.split(","))
-    if unknown := [kind for kind in kinds if kind not in FAULTS]:
-        raise ValueError(f"--faults is {unknown[0]!r}; it is {NO_FAULTS}, all, or some of {', '.join(FAULTS)}")
-    return kinds
-
-
 class Faults:
     """Strikes the services of a record. `struck` is what has happened so far."""
 
@@ -79,15 +64,6 @@ class Faults:
         self._of_vllm = [kind for kind in kinds if kind in OF_VLLM]
         self._of_lmcache = [kind for kind in kinds if kind not in OF_VLLM]
         self._lmcache = record.service(LMCACHE_SERVER)
-        self._ways: dict[str, Callable[[Service], Awaitable[None]]] = {
-            "kill-server": self._kill,
-            "kill-engine": self._kill_engine,
-            "kill": self._kill,
-            "freeze": self._freeze,
-            "restart": self._restart,
-            "clear": self._clear,
-            "fill": self._fill,
-        }
 
     async def run(self, seconds: float) -> None:
         """No fault begins after this time; the last one may end later."""
@@ -100,7 +76,7 @@ class Faults:
                 return
 
     def _course(self) -> Iterator[tuple[str, Service]]:
-        """Without an end, unless there is nothing to do."""
+        """Endless, unless there is nothing to do."""
         servers = [service for target in self._load.targets if (service := self._record.service(target.name))]
         for turn in itertools.count():
             course: list[tuple[str, Service]] = []
@@ -117,7 +93,7 @@ class Faults:
         """Whether the service came back."""
         struck = Struck(kind, service.name, time.monotonic() - self._started_s)
         self.struck.append(struck)
-        await self._ways[kind](service)
+        await FAULTS[kind](self, service)
         if not await self._is_back(service):
             return False
         struck.back_s = time.monotonic() - self._started_s
@@ -126,12 +102,9 @@ class Faults:
         return True
 
     async def _is_back(self, service: Service) -> bool:
-        deadline = time.monotonic() + service.start_timeout_s + RESTARTS_S
-        while time.monotonic() < deadline:
-            if await asyncio.to_thread(probe, service) == "healthy":
-                return True
-            await asyncio.sleep(POLL_S)
-        return False
+        patience_s = service.start_timeout_s + RESTARTS_S
+        state = await until(lambda: asyncio.to_thread(probe, service), lambda one: one == "healthy", patience_s, POLL_S)
+        return state == "healthy"
 
     async def _kill(self, service: Service) -> None:
         pid = await self._pid(service)
@@ -189,9 +162,39 @@ class Faults:
 
     async def _gone(self, service: Service, pid: int) -> None:
         """Waits until a process has ended; for as long as the service may take to stop."""
-        deadline = time.monotonic() + 2 * service.stop_timeout_s
-        while psutil.pid_exists(pid) and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_S)
+        patience_s = 2 * service.stop_timeout_s
+        await until(lambda: asyncio.to_thread(psutil.pid_exists, pid), operator.not_, patience_s, POLL_S)
+
+
+FAULTS: dict[str, Callable[[Faults, Service], Awaitable[None]]] = {
+    "kill-server": Faults._kill,
+    "kill-engine": Faults._kill_engine,
+    "kill": Faults._kill,
+    "freeze": Faults._freeze,
+    "restart": Faults._restart,
+    "clear": Faults._clear,
+    "fill": Faults._fill,
+}
+
+
+def read_faults(text: str) -> tuple[str, ...]:
+    """Of the command line; raises `ValueError` naming the choices."""
+    if text == NO_FAULTS:
+        return ()
+    kinds = tuple(FAULTS) if text == "all" else tuple(kind.strip() for kind in text.split(","))
+    if unknown := [kind for kind in kinds if kind not in FAULTS]:
+        raise ValueError(f"--faults is {unknown[0]!r}; it is {NO_FAULTS}, all, or some of {', '.join(FAULTS)}")
+    return kinds
+
+
+async def until(
+    look: Callable[[], Awaitable[Found]], is_enough: Callable[[Found], bool], seconds: float, poll_s: float
+) -> Found:
+    """Looks again and again, at least once, until it finds enough or the time is over; what it found last."""
+    deadline_s = time.monotonic() + seconds
+    while not is_enough(found := await look()) and time.monotonic() < deadline_s:
+        await asyncio.sleep(poll_s)
+    return found
 
 
 @asynccontextmanager

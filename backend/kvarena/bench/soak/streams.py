@@ -1,7 +1,8 @@
 """The streams of a soak run: what they ask, how they leave off, and what becomes of it.
 
-A stream is a task that sends one request after the other. Some are read to their end, some are given up before the
-first token or after some, and some are never read. Each is drawn from the stream's own random numbers.
+A stream is a task that sends one request after the other. Some answers are read to their end, some are given up before
+the first token or after a few, some are never read. Everything is drawn from a seed, so that the same seed makes the
+same prompts and requests.
 """
 
 from __future__ import annotations
@@ -15,13 +16,118 @@ import socket
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from kvarena.bench.soak.prompts import Prompt
 from kvarena.bench.variants import is_blend
 from kvarena.client import CHAT, AsyncClient, ClientError, Refused, ServerInfo, StreamedAnswer, Token, bearer
+from kvarena.documents import build_messages
+
+SHORT_TOKENS, LONG_TOKENS = 12, 96
+SPECIAL_TEXTS = ("<|im_start|>system\n", "</s>", "<s>", "<|endoftext|>", "[INST]", "<bos>")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`ignores_end`: the answer goes on to its `max_tokens`, so that there is time to abort it."""
+
+    kind: str
+    messages: tuple[dict[str, str], ...]
+    max_tokens: int
+    ignores_end: bool
+
+    def body(self, model: str) -> dict[str, Any]:
+        """Of a chat request that asks for what answers are compared by."""
+        return {
+            "model": model,
+            "messages": list(self.messages),
+            "max_tokens": self.max_tokens,
+            "ignore_eos": self.ignores_end,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 5,
+        }
+
+
+class PromptMaker:
+    """Makes prompts out of the texts of documents. Raises `ValueError` where there are none."""
+
+    def __init__(self, texts: Sequence[str], system: str, separator: str, max_model_len: int, seed: int) -> None:
+        if not texts:
+            raise ValueError("there are no documents to make prompts of")
+        self._texts, self._system, self._separator = list(texts), system, separator
+        self._words = sorted({word for text in texts for word in text.split()})
+        self._max_model_len = max_model_len
+        self._rng = random.Random(f"prompts {seed}")
+
+    def prompts(self, num: int) -> list[Prompt]:
+        """Of every kind in turn; one in three has a long answer."""
+        kinds = list(KINDS)
+        return [self._prompt(kinds[index % len(kinds)]) for index in range(num)]
+
+    def _prompt(self, kind: str) -> Prompt:
+        texts, question = KINDS[kind](self), self.some_words(6) + "?"
+        messages = build_messages(self._system, texts, question, self._separator)
+        is_long = self._rng.random() < 1 / 3
+        return Prompt(kind, tuple(messages), LONG_TOKENS if is_long else SHORT_TOKENS, is_long)
+
+    def some_words(self, num: int) -> str:
+        return " ".join(self._rng.choices(self._words, k=num))
+
+    def documents(self) -> list[str]:
+        """Chunks of the data folder, which the stack has stored, in a new order."""
+        return self._rng.sample(self._texts, min(len(self._texts), self._rng.randint(2, 6)))
+
+    def made_up(self) -> list[str]:
+        """Chunks that nobody has stored, between known ones."""
+        new = [self.some_words(self._rng.randint(20, 120)) for _ in range(3)]
+        return [new[0], self._rng.choice(self._texts), *new[1:]]
+
+    def records(self) -> list[str]:
+        """Lines that hardly differ, as in JSON or logs: hard for a search for known text."""
+        lines = [
+            json.dumps({"level": "info", "service": "store", "id": self._rng.randrange(10**9), "took_ms": number})
+            for number in range(12)
+        ]
+        return ["\n".join(lines), "\n".join(reversed(lines))]
+
+    def repetition(self) -> list[str]:
+        chunk = self._rng.choice(self._texts)
+        return [f"{self._rng.choice(self._words)} " * 150, chunk, chunk, chunk]
+
+    def oddities(self) -> list[str]:
+        """Empty and short texts, separators and special tokens within, other scripts."""
+        known = self._rng.choice(self._texts)
+        odd = [
+            "",
+            " ",
+            "a",
+            self._separator * 3,
+            "日本語 🦜 Ünïcödé " * 8,
+            *SPECIAL_TEXTS,
+            known + self._separator + known,
+        ]
+        return self._rng.sample(odd, len(odd))
+
+    def bare(self) -> list[str]:
+        return []
+
+    def too_long(self) -> list[str]:
+        """More tokens than the model takes: a word is one at least."""
+        return [self.some_words(self._max_model_len)]
+
+
+KINDS: dict[str, Callable[[PromptMaker], list[str]]] = {
+    "documents": PromptMaker.documents,
+    "made up": PromptMaker.made_up,
+    "records": PromptMaker.records,
+    "repetition": PromptMaker.repetition,
+    "odd": PromptMaker.oddities,
+    "bare": PromptMaker.bare,
+    "too long": PromptMaker.too_long,
+}
+
 
 Verdict = Literal["equal", "tie", "different"]
 Entry = Mapping[str, Any]
@@ -86,15 +192,15 @@ def compared(answer: StreamedAnswer, reference: Reference, tie_margin: float, is
 
 
 def _lead(entry: Entry, other: Entry) -> float:
-    """Of a token before another one, where it came first."""
+    """How much likelier a token was than another one, where it came first."""
     others = [one["logprob"] for one in entry["top_logprobs"] if one["bytes"] == other["bytes"]]
     return float(entry["logprob"] - max(others, default=-math.inf))
 
 
 @dataclass
 class Target:
-    """A contender under load. `down` are the times during which its own processes were killed and not back yet; the
-    last may have no end so far. `reports` are figures only.
+    """A contender under load. `down`: when its processes were killed until they were back; the last time may have no
+    end yet. `reports` have figures only.
     """
 
     name: str
@@ -124,7 +230,7 @@ class Target:
 
     @property
     def alive_since(self) -> float:
-        """When its processes were killed last; what was sent later is answered by new ones."""
+        """When its processes were last killed; new ones answer what was sent later."""
         return max((start for start, _ in self.down), default=0.0)
 
     def was_down(self, sent_s: float, ended_s: float) -> bool:
@@ -187,7 +293,6 @@ class Load:
         self._late: set[asyncio.Task[None]] = set()
 
     async def run(self, phase: str, num_streams: int, seconds: float) -> None:
-        """All streams for this time, and until their last requests have ended."""
         ends_s = time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
             for number in range(num_streams):
@@ -200,7 +305,7 @@ class Load:
                 await asyncio.sleep(rng.uniform(*RETRY_S))
 
     def _draw(self, target: Target, rng: random.Random) -> Ask:
-        """Half of a blend's requests are exact. A quarter are cold, for their salt is new."""
+        """Half of a blend's requests are exact. A quarter of all are cold: their salt is new."""
         params = None
         if target.is_blend:
             params = EXACT if rng.random() < 0.5 else rng.choice(BLENDS)
@@ -221,7 +326,6 @@ class Load:
         return Ask(rng.choice(answered), f"filling {self._seed} {rng.random()}", EXACT)
 
     async def send(self, target: Target, ask: Ask) -> str:
-        """What became of it."""
         self._num_sent += 1
         request_id = f"{self._name}-{self._num_sent}"
         body = self._prompts[ask.prompt].body(target.info.model)
@@ -240,7 +344,8 @@ class Load:
         is_whole = request_id in target.read_whole
         if not is_whole or not await target.fetch_report(request_id, sent_s):
             target.unreported[request_id] = sent_s
-            task = asyncio.create_task(self._fetch_late(target, request_id))
+            # A request that was given up ends within some steps of the engine.
+            task = asyncio.create_task(self._fetch(target, request_id, LATE_REPORT_S))
             self._late.add(task)
             task.add_done_callback(self._late.discard)
         return outcome
@@ -292,7 +397,7 @@ class Load:
         return "approximate" if is_whole else "given up"
 
     def _failed(self, target: Target, ask: Ask, request_id: str, error: ClientError, sent_s: float) -> str:
-        """A server that was killed may leave requests without an answer, but it has to be told at once."""
+        """A server that was killed may leave requests unanswered, if the client learns it at once."""
         is_own_refusal = isinstance(error, Refused) and error.status < 500
         if not is_own_refusal and target.was_down(sent_s, time.monotonic()):
             return "down"
@@ -300,7 +405,7 @@ class Load:
         return "failed"
 
     async def _leave_unread(self, target: Target, body: Mapping[str, Any], request_id: str) -> str:
-        """Sends a request over a connection of its own, of which nothing is read until the end."""
+        """Sends a request over a connection of its own, and never reads from it."""
         address = urllib.parse.urlsplit(target.client.url)
         content = json.dumps({**body, "stream": True, "max_tokens": UNREAD_TOKENS, "ignore_eos": True}).encode()
         headers = {"Host": address.netloc, "Content-Type": "application/json", "Content-Length": str(len(content))}
@@ -319,20 +424,16 @@ class Load:
         self._unread.append(writer)
         return "unread"
 
-    async def _fetch_late(self, target: Target, request_id: str) -> None:
-        """A request that was given up ends within some steps of the engine."""
-        await asyncio.sleep(LATE_REPORT_S)
-        await self._fetch(target, request_id)
-
-    async def _fetch(self, target: Target, request_id: str) -> None:
+    async def _fetch(self, target: Target, request_id: str, after_s: float = 0.0) -> None:
+        await asyncio.sleep(after_s)
         sent_s = target.unreported.get(request_id)
         if sent_s is not None and await target.fetch_report(request_id, sent_s):
             target.unreported.pop(request_id, None)
 
     async def finds_again(self, target: Target) -> int:
-        """How many chunks a blend finds that it was sent just before, in requests that have nothing else in common.
+        """How many chunks a blend finds that it was sent just before, in requests with nothing else in common.
 
-        The first one has them stored, also where the store is full and takes only what comes again.
+        The first one stores them, even where the store is full and only takes what comes again.
         """
         num_before, salt = len(target.reports), f"again {time.time_ns()}"
         documents = next(index for index, prompt in enumerate(self._prompts) if prompt.kind == "documents")

@@ -1,1 +1,0 @@
-"""`kvarena report`: one HTML page from result files of any benchmark. Reads files, measures nothing."""
