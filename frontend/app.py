@@ -32,8 +32,7 @@ def main() -> None:
         st.toggle(
             "Big screen",
             key=state.BIG_SCREEN,
-            persist_state="session",
-            bind="query-params",
+            **state.LINKED,
             help="Large type, readable from the back of a room.",
         )
 

@@ -90,8 +90,7 @@ def draw_uploads(busy: bool, chosen: Sequence[str], choose: Callable[[Sequence[s
         "Fill the KV at once",
         value=True,
         key="fill-at-once",
-        persist_state="session",
-        bind="query-params",
+        **state.LINKED,
         help="Compute and store the KV of a document when it comes. Off: it stays cold, so that the first question "
         "over it shows what a cold store costs.",
     )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import streamlit as st
 from streamlit_sortables import sort_items  # type: ignore[import-untyped]
 
 import state
-from chat import Context, Draft, Turn
+from chat import Context, Draft
 from chat_session import ChatSession, SlotSession
 from contender_api import MAX_TTFT_MS, POLICY, BlendOffer, Parameter, Sampling
 from documents_view import bring_back, draw_new_in_folder, draw_remarks, draw_uploads, watch_folder
@@ -31,8 +31,6 @@ NUM_DEFAULT_CHUNKS = 6
 DEFAULT_MAX_TTFT_MS = 500.0
 ORIGIN = "CacheBlend"
 """After whose method blends are called, whichever policy selects the tokens."""
-KEEP: Final = "session"  # what a widget holds outlives a look at another page
-LINK: Final = "query-params"  # and stands in the page's address, for a reload
 SORTABLE_STYLE = """
 :root { color-scheme: light dark; }
 .sortable-component.vertical .sortable-container, .sortable-container-body { padding: 0;
@@ -60,13 +58,12 @@ def draw_arena_sidebar(opened: OpenChat) -> ArenaChoices:
     uploaded = state.uploaded_chunks().values()
     chunks = state.chunk_files() | {chunk.name: chunk for named in uploaded for chunk in named}
     with st.sidebar:
-        st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened])
+        st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened, "chat"])
         sessions, in_sequence = _draw_contenders(opened.busy)
         blind = st.toggle(
             "Blind",
             key="blind",
-            persist_state=KEEP,
-            bind=LINK,
+            **state.LINKED,
             help="Shuffles the answers and hides who gave them, and all figures, until you have voted.",
         )
         context = _draw_arena_context(chunks, opened.busy)
@@ -145,7 +142,7 @@ def begin_arena(opened: OpenChat, names: list[str]) -> None:
     """A page's first script run takes up where its chat stands; a new chat opens on the folder's examples."""
     if "chunks" in st.session_state:
         return
-    if draft := opened.chat.draft or _draft_of(opened.chat.turns):
+    if draft := opened.chat.draft:
         _take_up(draft, names)
         return
     st.session_state["system-prompt"] = state.folder_documents().system
@@ -169,38 +166,9 @@ def _set_controls(controls: Mapping[str, Any]) -> None:
     st.session_state.update(told)
 
 
-def _draft_of(turns: Sequence[Turn]) -> Draft | None:
-    """Of a chat that was kept without one: where its last question was asked."""
-    if not turns:
-        return None
-    turn = turns[-1]
-    sampling, recomputing = turn.sampling, dict(turn.sampling.recomputing)
-    max_ttft_ms = recomputing.pop(MAX_TTFT_MS, None)
-    controls = {
-        **{f"run-{name}": name in turn.answers for name in state.chat_sessions()},
-        **{parameter_key(name): value for name, value in recomputing.items()},
-        "has-max-ttft": max_ttft_ms is not None,
-        "max-ttft-ms": max_ttft_ms,
-        "mode": sampling.mode,
-        "similarity-threshold": sampling.similarity_threshold,
-        "temperature": sampling.temperature,
-        "max-tokens": sampling.max_tokens,
-        "ignore-eos": sampling.ignore_eos,
-        "probabilities": sampling.probabilities,
-        "in-sequence": turn.in_sequence,
-        "blind": bool(turn.order),
-    }
-    return Draft(turn.context, controls)
-
-
-def _start_new_chat(opened: OpenChat) -> None:
-    _leave(opened)
-    state.new_chat()
-
-
-def _leave(opened: OpenChat) -> None:
-    """Another tab may be watching what is under way."""
-    opened.leave(str(st.session_state.get("watcher", "")))
+def _start_new_chat(opened: OpenChat, page: str) -> None:
+    opened.leave(str(st.session_state.get("watcher", "")))  # another tab may be watching what is under way
+    state.new_chat(page)
 
 
 def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
@@ -214,16 +182,14 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
             session.contender.title,
             value=True,
             key=f"run-{name}",
-            persist_state=KEEP,
-            bind=LINK,
+            **state.LINKED,
             help=_explained(session.contender),
         )
     }
     in_sequence = st.toggle(
         "One after the other",
         key="in-sequence",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="Off: all answer at the same time. On: each is asked when the one before is done, so that they don't slow "
         "each other down on a shared machine.",
     )
@@ -242,7 +208,7 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
         "Chunks",
         list(chunks),
         key="chunks",
-        persist_state=KEEP,
+        persist_state="session",
         placeholder="Pick chunks",
         help=f"Documents in {state.page_settings().data_dir} and your own. Long ones are split into numbered chunks. "
         "New files appear by themselves.",
@@ -252,7 +218,7 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
     watch_folder(state.folder_documents(), busy)
     order = _draw_order(picked)
     draw_uploads(busy, order, choose_chunks)
-    system = st.text_area("System prompt", key="system-prompt", height=80, persist_state=KEEP)
+    system = st.text_area("System prompt", key="system-prompt", height=80, persist_state="session")
     return Context(system.strip(), tuple(chunks[name] for name in order), state.separator())
 
 
@@ -289,21 +255,19 @@ def _draw_sampling() -> Sampling:
     recomputing = _draw_blend()
     mode, similarity_threshold = _draw_simllm()
     st.subheader("Answer")
-    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state=KEEP, bind=LINK)
-    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens", persist_state=KEEP, bind=LINK)
+    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", **state.LINKED)
+    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens", **state.LINKED)
     ignore_eos = st.toggle(
         "Always max tokens",
         key="ignore-eos",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="Keep generating after the end of the answer (`ignore_eos`). Both sides then have the same length, "
         "which makes tokens per second comparable.",
     )
     probabilities = st.toggle(
         "Show probabilities",
         key="probabilities",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="Colours each token of the answers by its probability; point at one for the five likeliest at its place. "
         "The prompt's recomputed tokens then say by what score the policy chose them, and which chunk they lean on. "
         "That takes a blend some time before its first token: turn it off to compare times.",
@@ -347,15 +311,14 @@ def _draw_max_ttft(offer: BlendOffer) -> dict[str, float]:
         "Keep to a time",
         offer.max_ttft_ms is not None,
         key="has-max-ttft",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="Recompute as many tokens as fit into this time to first token. The server learns from earlier blends "
         "what a token costs.",
     ):
         return {}
     default_ms = offer.max_ttft_ms or DEFAULT_MAX_TTFT_MS
     time_ms = st.number_input(
-        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", persist_state=KEEP, bind=LINK
+        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", **state.LINKED
     )
     return {MAX_TTFT_MS: time_ms}
 
@@ -371,12 +334,7 @@ def _draw_parameter(one: Parameter) -> Any:
     key = parameter_key(one.name)
     if key in st.session_state and not one.takes(st.session_state[key]):
         del st.session_state[key]
-    own: dict[str, Any] = {
-        "key": key,
-        "help": one.help,
-        "persist_state": KEEP,
-        "bind": LINK,
-    }
+    own: dict[str, Any] = {"key": key, "help": one.help, **state.LINKED}
     if one.choices:
         index = one.choices.index(one.default) if one.default in one.choices else 0
         return st.selectbox(one.label, one.choices, index=index, **own)
@@ -399,8 +357,7 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         offer.modes,
         index=offer.modes.index(offer.mode),
         key="mode",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="What is reused from a similar earlier prompt. `aligned`: the KV of all layers, where both prompts have "
         "the same text. `top_layer`: the KV of the last layer, as in the Sim-LLM paper; `sandwich`: the same, with the "
         "first and the last two layers run. Both are fast, but give wrong answers on a model that wasn't trained for "
@@ -417,8 +374,7 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         0.001,
         format="%.4f",
         key="similarity-threshold",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="Minimum cosine similarity between the mean embeddings of two prompts. Prompts over the same long texts "
         "are all close to 1.",
     )
@@ -449,7 +405,13 @@ class ConversationChoices:
 def draw_conversation_sidebar(opened: OpenChat) -> ConversationChoices:
     _begin_conversation(opened)
     with st.sidebar:
-        st.button("New conversation", key="new-chat", width="stretch", on_click=_start_new_conversation, args=[opened])
+        st.button(
+            "New conversation",
+            key="new-chat",
+            width="stretch",
+            on_click=_start_new_chat,
+            args=[opened, "conversation"],
+        )
         sessions = state.slot_sessions()
         server = {name: session for name, session in sessions.items() if name == CACHED.name}
         if server:
@@ -457,8 +419,12 @@ def draw_conversation_sidebar(opened: OpenChat) -> ConversationChoices:
         modes, in_sequence = _draw_modes()
         context = _draw_conversation_context()
         st.subheader("Answer")
-        temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="conversation-temperature", persist_state=KEEP)
-        max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="conversation-max-tokens", persist_state=KEEP)
+        temperature = st.slider(
+            "Temperature", 0.0, 2.0, 0.0, 0.1, key="conversation-temperature", persist_state="session"
+        )
+        max_tokens = st.number_input(
+            "Max tokens", 1, 32768, 128, key="conversation-max-tokens", persist_state="session"
+        )
     draft = Draft(context, _controls(CONVERSATION_CONTROLS))
     _keep_draft(opened, draft)
     return ConversationChoices(
@@ -479,7 +445,7 @@ def _draw_modes() -> tuple[list[str], bool]:
         default=BOTH,
         required=True,
         key="modes",
-        persist_state=KEEP,
+        persist_state="session",
         help="With slots, a follow-up prefills only its own tokens. Without slots, it prefills the topic's whole "
         "history. Both get the same messages.",
     )
@@ -487,7 +453,7 @@ def _draw_modes() -> tuple[list[str], bool]:
         "One after the other",
         value=True,
         key="conversation-in-sequence",
-        persist_state=KEEP,
+        persist_state="session",
         help="Off: both run at the same time, in one batch, and slow each other down.",
     )
     return [mode.name for mode in MODE_CHOICES[chosen or BOTH]], in_sequence
@@ -499,12 +465,12 @@ def _draw_conversation_context() -> Context:
     notes = st.toggle(
         "Notes for each topic",
         key="conversation-notes",
-        persist_state=KEEP,
+        persist_state="session",
         help="The server puts the notes from the data folder that fit a topic's first message into the system message, "
         "and adds to later messages what they need beyond that. Changing this starts a new conversation.",
     )
     draw_remarks(state.folder_documents())
-    system = st.text_area("System prompt", key="conversation-system", height=80, persist_state=KEEP)
+    system = st.text_area("System prompt", key="conversation-system", height=80, persist_state="session")
     return Context(system.strip(), notes=notes)
 
 
@@ -512,29 +478,7 @@ def _begin_conversation(opened: OpenChat) -> None:
     """A page's first script run takes up where its chat stands, or with the folder's system prompt and notes."""
     if "conversation-notes" in st.session_state:
         return
-    draft = opened.chat.draft or _conversation_draft_of(opened.chat.turns)
-    if draft is None:
-        draft = Draft(Context(state.folder_documents().system, notes=True))
+    draft = opened.chat.draft or Draft(Context(state.folder_documents().system, notes=True))
     st.session_state["conversation-system"] = draft.context.system
     st.session_state["conversation-notes"] = draft.context.notes
     _set_controls(draft.controls)
-
-
-def _conversation_draft_of(turns: Sequence[Turn]) -> Draft | None:
-    """As `_draft_of`."""
-    if not turns:
-        return None
-    turn = turns[-1]
-    modes = [title for title, modes in MODE_CHOICES.items() if {mode.name for mode in modes} == turn.answers.keys()]
-    controls = {
-        "conversation-temperature": turn.sampling.temperature,
-        "conversation-max-tokens": turn.sampling.max_tokens,
-        "conversation-in-sequence": turn.in_sequence,
-        "modes": modes[0] if modes else BOTH,
-    }
-    return Draft(turn.context, controls)
-
-
-def _start_new_conversation(opened: OpenChat) -> None:
-    _leave(opened)
-    state.new_chat("conversation")

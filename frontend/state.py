@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
+from typing import Any
 
 import streamlit as st
 
@@ -37,6 +38,8 @@ OF_MEASURE = "measure"
 """How the keys of Measure's controls begin."""
 OF_BLEND = ("policy", "has-max-ttft", "max-ttft-ms")
 OF_SIMLLM = ("mode", "similarity-threshold")
+LINKED: Any = {"persist_state": "session", "bind": "query-params"}
+"""Of a control whose value outlives a look at another page, and stands in the page's address for a reload."""
 
 
 @dataclass(frozen=True)
@@ -135,25 +138,20 @@ def uploaded_chunks() -> dict[str, tuple[TextChunk, ...]]:
     return dict(zip(uploads(), name_chunks(documents, chunk_files().keys()), strict=True))
 
 
-@st.cache_data(max_entries=256, show_spinner=False)
-def _counted(_session: ChatSession, url: str, model: str, context: Context) -> TokenCount:
-    return count_context(_session, context)
+def _server_and_model(session: ChatSession) -> tuple[str, str]:
+    return session.contender.url, session.server.model if session.server else ""
 
 
+@st.cache_data(max_entries=256, show_spinner=False, hash_funcs={ChatSession: _server_and_model})
 def token_count(session: ChatSession, context: Context) -> TokenCount:
     """As `count_context`, kept for as long as the same server serves the same model."""
-    model = session.server.model if session.server else ""
-    return _counted(session, session.contender.url, model, context)
+    return count_context(session, context)
 
 
-@st.cache_data(max_entries=64, show_spinner="Reading the prompt's tokens")
-def _prompt_tokens(_session: ChatSession, url: str, model: str, messages: list[dict[str, str]]) -> list[str]:
-    return _session.prompt_tokens(messages)
-
-
+@st.cache_data(max_entries=64, show_spinner="Reading the prompt's tokens", hash_funcs={ChatSession: _server_and_model})
 def prompt_tokens(session: ChatSession, messages: list[dict[str, str]]) -> list[str]:
     """The texts of a prompt's tokens, kept as `token_count` is. Raises `ContenderError`."""
-    return _prompt_tokens(session, session.contender.url, session.server.model if session.server else "", messages)
+    return session.prompt_tokens(messages)
 
 
 def refresh_servers(sessions: Mapping[str, ChatSession]) -> None:

@@ -19,12 +19,11 @@ from chat import Context
 from chat_session import ChatSession
 from contender_api import POLICY, RATIO, BlendOffer
 from context_lengths import LEAST_PAIRS, failures, length_verdicts, lengths_table, verdicts_html
-from eval_results import read_eval, read_result
-from eval_tables import cached_note, measured_panels, measured_table, times
+from eval_results import cached_note, measured_panels, measured_table, read_eval, read_result, times
 from examples import gold_answers
 from kvarena.documents import QUESTIONS_NAME, TextChunk
 from kvarena.panels.kinds import TTFT
-from kvarena.panels.panel import ALL_KINDS, REFERENCE, colours_in
+from kvarena.panels.panel import REFERENCE, colours_in
 from kvarena.panels.speed import ttft_panels
 from kvarena.splitting import ESTIMATED_BYTES_PER_TOKEN
 from measuring import (
@@ -49,7 +48,7 @@ from panel_charts import draw_chart, draw_panels, ttft_chart
 from question_box import literal
 from result_picker import choose_file
 from settings import Contender
-from sidebar import KEEP, LINK, begin_arena, parameter_key
+from sidebar import begin_arena, parameter_key
 
 POLL_S = 0.5
 CONTAINER = "kvarena-page"  # as compose.yaml calls it
@@ -104,8 +103,7 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
         default=list(titles),
         format_func=lambda contender: titles[contender],
         key="measured",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
     )
     questions = state.page_settings().data_dir / QUESTIONS_NAME
     offered = [QUESTIONS, OWN, LENGTHS] if questions.is_file() else [OWN, LENGTHS]
@@ -115,8 +113,7 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
         default=offered[0],
         required=True,
         key=f"measure-what-{len(offered)}",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
     )
     if what != LENGTHS and not questions.is_file():
         st.info(
@@ -167,10 +164,8 @@ def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -
     """Those of this file, or one's own in many orders. None while something is missing."""
     own = [] if questions else _draw_own_questions()
     left, middle, right = st.columns(3)
-    number = int(left.number_input("How many", 1, 1000, 12, key="measure-number", persist_state=KEEP, bind=LINK))
-    max_tokens = int(
-        middle.number_input("Max tokens", 1, 4096, 32, key="measure-max-tokens", persist_state=KEEP, bind=LINK)
-    )
+    number = int(left.number_input("How many", 1, 1000, 12, key="measure-number", **state.LINKED))
+    max_tokens = int(middle.number_input("Max tokens", 1, 4096, 32, key="measure-max-tokens", **state.LINKED))
     offer = state.blend_offer()
     policies, ratios = _draw_settings(offer, right)
     if not questions and not own:
@@ -208,7 +203,7 @@ def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSess
     usual = default_lengths(min((limit for limit in limits.values() if limit), default=None), num_tokens)
     left, middle, right = st.columns(3)
     typed = left.text_input(
-        "Context lengths (tokens)", ", ".join(map(str, usual)), key="measure-lengths", persist_state=KEEP, bind=LINK
+        "Context lengths (tokens)", ", ".join(map(str, usual)), key="measure-lengths", **state.LINKED
     )
     num_repeats = middle.number_input(
         "Repetitions",
@@ -216,8 +211,7 @@ def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSess
         100,
         DEFAULT_REPEATS,
         key="measure-repeats",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="Of each length, with the chunks in another order. From six on there is a 95 % interval of the median; "
         "with fewer the whole range stands for it.",
     )
@@ -270,8 +264,7 @@ def _draw_settings(
         "Shares to recompute",
         _usual_ratios(offer),
         key="measure-ratios",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="Of the reused tokens: from 0 (none, fastest) to 1 (all, exact), separated by commas.",
     )
     policies = st.multiselect(
@@ -279,8 +272,7 @@ def _draw_settings(
         offer.policy.choices,
         default=[_arenas(POLICY, offer.policy.default)],
         key="measure-policies",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
     )
     try:
         ratios = tuple(float(part) for part in typed.split(","))
@@ -316,8 +308,7 @@ def _draw_own_questions() -> list[OwnQuestion]:
         "\n".join(asked),
         key="measure-own-questions",
         placeholder="One in each line. After a bar, if you like, what counts as right: Who runs the trams? | Carris",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.LINKED,
         help="They take turns until as many prompts as below were asked. A right answer may follow a bar (|).",
     )
     names = [chunk.name for chunk in _context().chunks]
@@ -438,13 +429,13 @@ def draw_questions(found: Mapping[str, Any]) -> None:
     result = read_eval(found)
     if result.settings.get("is_interrupted"):
         st.warning("Stopped: the figures are of the questions until then.")
-    if note := cached_note(found):
+    if note := cached_note(result):
         st.caption(note)
     if records := times(result):
         st.markdown("**Time to first token, every answer**")
         draw_chart(ttft_chart(records))
     draw_panels(measured_panels(found))
-    _draw_table(measured_table(result, ALL_KINDS), shares=("Agreement", "Right"))
+    _draw_table(measured_table(result), shares=("Agreement", "Right"))
 
 
 def draw_lengths(result: Mapping[str, Any]) -> None:

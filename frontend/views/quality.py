@@ -14,8 +14,16 @@ from streamlit.delta_generator import DeltaGenerator
 
 import state
 from comparing import comparison
-from eval_results import ALL_QUESTIONS, EvalResult, Variant, read_eval
-from eval_tables import answer_table, metrics_of, problems, summary, table, variant_name
+from eval_results import (
+    ALL_QUESTIONS,
+    EvalResult,
+    answer_table,
+    metrics_of,
+    problems,
+    read_eval,
+    summary,
+    table,
+)
 from kvarena.panels.kinds import EVAL, panels_of, result_summary
 from kvarena.panels.panel import ALL_KINDS, colours_in, grouped
 from kvarena.panels.quality import metric_title, rows_with, share_panel, time_panel
@@ -183,7 +191,6 @@ def draw_answers(result: EvalResult, kind: str) -> None:
             "Answers of",
             result.variants,
             default=reference_first(result)[:NUM_ANSWER_COLUMNS],
-            format_func=lambda variant: variant_name(result, variant),
         )
         only_different = st.toggle(
             "Only where they differ from full prefill", disabled=result.reference is None, key="only-different"
@@ -195,7 +202,7 @@ def draw_answers(result: EvalResult, kind: str) -> None:
             st.caption("No answer differs." if only_different else "The file has no single answers of this kind.")
 
 
-def reference_first(result: EvalResult) -> list[Variant]:
+def reference_first(result: EvalResult) -> list[str]:
     return sorted(result.variants, key=lambda variant: variant != result.reference)
 
 
