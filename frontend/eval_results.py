@@ -46,8 +46,8 @@ def read_result(text: str) -> dict[str, Any]:
 class EvalResult:
     """A file of `kvarena eval`. A variant is a contender and how it was asked, named as in charts and reports.
 
-    `answers` is by variant and by the question's place in `questions`; single ones may be missing. `reference` is the
-    variant that the others are compared with, as a rule plain vLLM; else a blend that recomputes everything.
+    `answers` is by variant and index in `questions`; some may be missing. `reference` is the variant that the others
+    are compared with: usually plain vLLM, else a blend that recomputes everything.
     """
 
     def __init__(self, found: Result) -> None:
@@ -78,7 +78,7 @@ class EvalResult:
 
 
 def read_eval(found: Result) -> EvalResult:
-    """Raises `ValueError` for what lacks what it should have: every figure and answer is looked at once."""
+    """Checks every figure and answer. Raises `ValueError` for what is missing or has the wrong type."""
     if not found["rows"]:
         raise ValueError("rows is empty")
     try:
@@ -95,19 +95,19 @@ def read_eval(found: Result) -> EvalResult:
 
 
 def metrics_of(result: EvalResult) -> list[str]:
-    """Those that the file has; older ones lack some. All for a file that has none."""
+    """Those that the file has, since older ones lack some; all if it has none."""
     return [metric for metric in METRICS if any(row.get(metric) for row in result.rows)] or list(METRICS)
 
 
 def table(result: EvalResult, kind: str, subset: str = ALL_QUESTIONS) -> list[Record]:
-    """Columns that this file has no figure of are left out where older files lack them."""
+    """Without the columns of newer figures that this file lacks."""
     records = [_table_row(row) for row in result.rows_of(kind, subset)]
     unknown = [name for name in NEW_COLUMNS if all(record[name] is None for record in records)]
     return [{name: value for name, value in record.items() if name not in unknown} for record in records]
 
 
 def measured_table(result: EvalResult) -> list[Record]:
-    """Of the table over all questions, what a run is started for."""
+    """The figures over all questions that a run is started for."""
     records = []
     for row in result.rows_of(ALL_KINDS):
         figures = _table_row(row)
@@ -118,7 +118,7 @@ def measured_table(result: EvalResult) -> list[Record]:
 
 
 def cached_note(result: EvalResult) -> str:
-    """Of which contenders' first tokens came from prompts that were asked before; empty where none did."""
+    """Which variants answered prompts that were asked before from a prefix cache; empty if none did."""
     told = [
         f"{variant_label(row)}: {row['num_cached']} of {row['num_questions']}"
         for row in result.rows_of(ALL_KINDS)
@@ -130,7 +130,7 @@ def cached_note(result: EvalResult) -> str:
 
 
 def measured_panels(found: Result) -> list[Panel]:
-    """How often the answers were full prefill's, and right, with intervals; as far as the result file has it."""
+    """How often the answers were those of full prefill, and how often right, as far as the file has it."""
     of_all, colours = EvalResult(found).rows_of(ALL_KINDS), colours_in([found])
     return [
         share_panel(rows, metric, "all questions", colours)
@@ -165,14 +165,14 @@ def summary(result: EvalResult) -> str:
 
 
 def problems(result: EvalResult, kind: str, subset: str = ALL_QUESTIONS) -> str:
-    """How many answers there weren't; empty when all were there."""
+    """How many answers failed; empty if none did."""
     rows = result.rows_of(kind, subset)
     failed = sum(row["num_failed"] for row in rows)
     return f"Of {sum(row['num_questions'] for row in rows):,} answers {failed:,} failed." if failed else ""
 
 
 def answer_table(result: EvalResult, kind: str, variants: Sequence[str], only_different: bool) -> list[Record]:
-    """A line per question of this kind, a column per variant; `only_different` from the reference in any of them."""
+    """A line per question of this kind, a column per variant. `only_different`: if one differs from the reference."""
     lines = []
     for index, question in enumerate(result.questions):
         if kind not in (ALL_KINDS, question["kind"]):
@@ -232,7 +232,7 @@ def _differs(result: EvalResult, index: int, answer: Record | None) -> bool:
 
 
 def _cell(answer: Record | None) -> str | None:
-    """`outcome` is answered or failed, in older files unparsed too."""
+    """`outcome` is answered or failed, in older files also unparsed."""
     if answer is None:
         return None
     if answer["outcome"] == "failed":

@@ -1,7 +1,7 @@
-"""The sidebars of Arena and of Conversations. They return the choices and ask nobody.
+"""The sidebars of Arena and of Conversations: they return the choices.
 
-Arena: which servers, which chunks in which order, and how to ask. Conversations: which modes, what the model knows,
-and how to ask.
+Arena: which servers, which chunks in which order, and how to ask. Conversations: which modes, what the model knows, and
+how to ask.
 """
 
 from __future__ import annotations
@@ -17,20 +17,28 @@ from streamlit_sortables import sort_items  # type: ignore[import-untyped]
 import state
 from chat import Context, Draft
 from chat_session import ChatSession, SlotSession
+from chat_view import draw_servers
 from contender_api import MAX_TTFT_MS, POLICY, BlendOffer, Parameter, Sampling
-from documents_view import bring_back, draw_new_in_folder, draw_remarks, draw_uploads, watch_folder
+from documents_view import (
+    bring_back,
+    draw_new_in_folder,
+    draw_remarks,
+    draw_uploads,
+    kept_documents,
+    loaded_chunks,
+    uploads,
+    watch_folder,
+)
 from examples import opening_chunks
 from kvarena.documents import Document, TextChunk
-from question_box import draw_servers
 from runs import OpenChat
 from settings import Contender
 from slots import CACHED, MODES, UNCACHED
-from uploads import kept_documents
 
 NUM_DEFAULT_CHUNKS = 6
 DEFAULT_MAX_TTFT_MS = 500.0
 ORIGIN = "CacheBlend"
-"""After whose method blends are called, whichever policy selects the tokens."""
+"""The method that every blend is named after; one policy is its own."""
 SORTABLE_STYLE = """
 :root { color-scheme: light dark; }
 .sortable-component.vertical .sortable-container, .sortable-container-body { padding: 0;
@@ -40,7 +48,7 @@ SORTABLE_STYLE = """
   border: 1px solid light-dark(#c9d3e3, #343d4d); padding: 4px 10px; text-align: left; height: auto;
   font-family: "Source Sans", "Source Sans Pro", sans-serif; font-size: 13px; }
 """
-LARGE_SORTABLE_STYLE = SORTABLE_STYLE.replace("13px", "24px")  # the page's own letters are in another document
+LARGE_SORTABLE_STYLE = SORTABLE_STYLE.replace("13px", "24px")  # it is in a document of its own
 
 
 @dataclass(frozen=True)
@@ -54,22 +62,20 @@ class ArenaChoices:
 
 
 def draw_arena_sidebar(opened: OpenChat) -> ArenaChoices:
-    begin_arena(opened, list(state.chunk_files()))
-    uploaded = state.uploaded_chunks().values()
-    chunks = state.chunk_files() | {chunk.name: chunk for named in uploaded for chunk in named}
+    begin_arena(opened)
+    chunks = loaded_chunks()
     with st.sidebar:
         st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened, "chat"])
         sessions, in_sequence = _draw_contenders(opened.busy)
         blind = st.toggle(
             "Blind",
-            key="blind",
-            **state.LINKED,
+            **state.linked("blind"),
             help="Shuffles the answers and hides who gave them, and all figures, until you have voted.",
         )
         context = _draw_arena_context(chunks, opened.busy)
         sampling = _draw_sampling()
     controls = _controls(ARENA_CONTROLS, OF_ANY_CONTENDER)
-    draft = Draft(context, controls, kept_documents(state.uploads().values()))
+    draft = Draft(context, controls, kept_documents(uploads().values()))
     _keep_draft(opened, draft)
     return ArenaChoices(context, sampling, sessions, in_sequence, blind, draft)
 
@@ -107,14 +113,14 @@ OF_ANY_CONTENDER = ("run-", f"{POLICY}-")
 
 
 def _controls(names: Collection[str], beginnings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What they are at now."""
+    """Their current values."""
     keys = map(str, st.session_state)
     return {key: st.session_state[key] for key in keys if key in names or key.startswith(beginnings)}
 
 
 def _keep_draft(opened: OpenChat, draft: Draft) -> None:
     """For a reload. A chat in which nobody has set or asked anything isn't written to the file, and a page on which
-    nobody has set anything leaves another's draft as it is.
+    nobody has set anything leaves another's draft alone.
     """
     key = f"drawn-{type(opened.chat).__name__}"
     chat_key, drawn = st.session_state.get(key, (opened.chat.key, draft))
@@ -126,8 +132,8 @@ def _keep_draft(opened: OpenChat, draft: Draft) -> None:
 
 
 def is_set_otherwise(before: Draft, now: Draft) -> bool:
-    """Whether a person has set something. The chunks' texts, the separator, and which controls there are change by
-    themselves: a file is edited, a server comes up.
+    """Whether a person changed something. The chunks' texts, the separator, and which controls exist change by
+    themselves, when a file is edited or a server comes up.
     """
     known = before.controls.keys() & now.controls.keys()
     return _set_context(before) != _set_context(now) or any(before.controls[k] != now.controls[k] for k in known)
@@ -138,30 +144,31 @@ def _set_context(draft: Draft) -> tuple[object, ...]:
     return context.system, context.notes, [chunk.name for chunk in context.chunks], draft.documents
 
 
-def begin_arena(opened: OpenChat, names: list[str]) -> None:
-    """A page's first script run takes up where its chat stands; a new chat opens on the folder's examples."""
+def begin_arena(opened: OpenChat) -> None:
+    """A page's first script run continues its chat's draft; a new chat opens with the folder's examples."""
     if "chunks" in st.session_state:
         return
     if draft := opened.chat.draft:
-        _take_up(draft, names)
+        _take_up(draft)
         return
+    names = list(state.chunk_files())
     st.session_state["system-prompt"] = state.folder_documents().system
     choose_chunks(opening_chunks(state.page_settings().data_dir, names) or names[:NUM_DEFAULT_CHUNKS])
 
 
-def _take_up(draft: Draft, names: Collection[str]) -> None:
-    """Texts that neither the folder nor the chat's documents have are brought along, as if they had been pasted."""
+def _take_up(draft: Draft) -> None:
+    """Texts that neither the folder nor the chat's documents have are added as if they had been pasted."""
     _set_controls(draft.controls)
     st.session_state["system-prompt"] = draft.context.system
     choose_chunks([chunk.name for chunk in draft.context.chunks])
     bring_back(draft.documents)
-    known = {*names, *(chunk.name for named in state.uploaded_chunks().values() for chunk in named)}
+    known = loaded_chunks()
     lost = [chunk for chunk in draft.context.chunks if chunk.name not in known]
     bring_back(Document(f"{chunk.name}.txt", (chunk.text,)) for chunk in lost)
 
 
 def _set_controls(controls: Mapping[str, Any]) -> None:
-    """But for those that the page's address tells."""
+    """Except those in the page's address."""
     told = {key: value for key, value in controls.items() if value is not None and key not in st.query_params}
     st.session_state.update(told)
 
@@ -181,15 +188,13 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
         if st.checkbox(
             session.contender.title,
             value=True,
-            key=f"run-{name}",
-            **state.LINKED,
+            **state.linked(f"run-{name}"),
             help=_explained(session.contender),
         )
     }
     in_sequence = st.toggle(
         "One after the other",
-        key="in-sequence",
-        **state.LINKED,
+        **state.linked("in-sequence"),
         help="Off: all answer at the same time. On: each is asked when the one before is done, so that they don't slow "
         "each other down on a shared machine.",
     )
@@ -255,19 +260,17 @@ def _draw_sampling() -> Sampling:
     recomputing = _draw_blend()
     mode, similarity_threshold = _draw_simllm()
     st.subheader("Answer")
-    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", **state.LINKED)
-    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens", **state.LINKED)
+    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, **state.linked("temperature"))
+    max_tokens = st.number_input("Max tokens", 1, 32768, 128, **state.linked("max-tokens"))
     ignore_eos = st.toggle(
         "Always max tokens",
-        key="ignore-eos",
-        **state.LINKED,
+        **state.linked("ignore-eos"),
         help="Keep generating after the end of the answer (`ignore_eos`). Both sides then have the same length, "
         "which makes tokens per second comparable.",
     )
     probabilities = st.toggle(
         "Show probabilities",
-        key="probabilities",
-        **state.LINKED,
+        **state.linked("probabilities"),
         help="Colours each token of the answers by its probability; point at one for the five likeliest at its place. "
         "The prompt's recomputed tokens then say by what score the policy chose them, and which chunk they lean on. "
         "That takes a blend some time before its first token: turn it off to compare times.",
@@ -284,9 +287,8 @@ def _draw_sampling() -> Sampling:
 
 
 def _draw_blend() -> dict[str, Any]:
-    """The policy and its parameters, as the first contender that blends describes them; the first parameter in sight.
-
-    Empty where nobody blends.
+    """The policy and its parameters, as the first contender that blends describes them; the first parameter is always
+    visible. Empty if nobody blends.
     """
     offer = state.blend_offer()
     if not offer or not offer.policy:
@@ -306,19 +308,18 @@ def _draw_blend() -> dict[str, Any]:
 
 
 def _draw_max_ttft(offer: BlendOffer) -> dict[str, float]:
-    """The time in place of the ratio, if it is wanted."""
+    """The time that replaces the ratio, if wanted."""
     if not st.toggle(
         "Keep to a time",
         offer.max_ttft_ms is not None,
-        key="has-max-ttft",
-        **state.LINKED,
+        **state.linked("has-max-ttft"),
         help="Recompute as many tokens as fit into this time to first token. The server learns from earlier blends "
         "what a token costs.",
     ):
         return {}
     default_ms = offer.max_ttft_ms or DEFAULT_MAX_TTFT_MS
     time_ms = st.number_input(
-        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", **state.LINKED
+        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", **state.linked("max-ttft-ms")
     )
     return {MAX_TTFT_MS: time_ms}
 
@@ -328,13 +329,13 @@ def parameter_key(name: str) -> str:
 
 
 def _draw_parameter(one: Parameter) -> Any:
-    """A slider for a share, a field for a number of things, a box for a word. What a chat brought along and this server
-    doesn't take is forgotten.
+    """A slider for a share, a field for a number, a box for a word. A chat's value that this server doesn't take is
+    forgotten.
     """
     key = parameter_key(one.name)
     if key in st.session_state and not one.takes(st.session_state[key]):
         del st.session_state[key]
-    own: dict[str, Any] = {"key": key, "help": one.help, **state.LINKED}
+    own: dict[str, Any] = {"help": one.help, **state.linked(key)}
     if one.choices:
         index = one.choices.index(one.default) if one.default in one.choices else 0
         return st.selectbox(one.label, one.choices, index=index, **own)
@@ -345,7 +346,7 @@ def _draw_parameter(one: Parameter) -> Any:
 
 
 def _draw_simllm() -> tuple[str | None, float | None]:
-    """Mode and similarity threshold, where there is a contender for them."""
+    """Mode and similarity threshold, if a contender has them."""
     offer = state.simllm_offer()
     if not offer:
         return None, None
@@ -356,8 +357,7 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         "Mode",
         offer.modes,
         index=offer.modes.index(offer.mode),
-        key="mode",
-        **state.LINKED,
+        **state.linked("mode"),
         help="What is reused from a similar earlier prompt. `aligned`: the KV of all layers, where both prompts have "
         "the same text. `top_layer`: the KV of the last layer, as in the Sim-LLM paper; `sandwich`: the same, with the "
         "first and the last two layers run. Both are fast, but give wrong answers on a model that wasn't trained for "
@@ -373,8 +373,7 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         offer.similarity_threshold,
         0.001,
         format="%.4f",
-        key="similarity-threshold",
-        **state.LINKED,
+        **state.linked("similarity-threshold"),
         help="Minimum cosine similarity between the mean embeddings of two prompts. Prompts over the same long texts "
         "are all close to 1.",
     )
@@ -387,7 +386,7 @@ MODE_CHOICES = {BOTH: MODES, CACHED.title: (CACHED,), UNCACHED.title: (UNCACHED,
 
 @dataclass(frozen=True)
 class ConversationChoices:
-    """`sessions` are those that answer the next message."""
+    """`sessions` answer the next message."""
 
     context: Context
     sessions: dict[str, SlotSession]
@@ -475,7 +474,7 @@ def _draw_conversation_context() -> Context:
 
 
 def _begin_conversation(opened: OpenChat) -> None:
-    """A page's first script run takes up where its chat stands, or with the folder's system prompt and notes."""
+    """A page's first script run continues its chat's draft, or begins with the folder's system prompt and notes."""
     if "conversation-notes" in st.session_state:
         return
     draft = opened.chat.draft or Draft(Context(state.folder_documents().system, notes=True))

@@ -1,6 +1,6 @@
-"""Quality: how good the answers of each variant are, and how soon they begin; and what every other result file has.
+"""Quality: how good each variant's answers are and how soon they begin, and the charts of every other result file.
 
-Draws result files, asks nobody.
+Draws result files; asks no server.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 import state
+from chat_view import literal
 from comparing import comparison
 from eval_results import (
     ALL_QUESTIONS,
@@ -28,7 +29,6 @@ from kvarena.panels.kinds import EVAL, panels_of, result_summary
 from kvarena.panels.panel import ALL_KINDS, colours_in, grouped
 from kvarena.panels.quality import metric_title, rows_with, share_panel, time_panel
 from panel_charts import draw_panels
-from question_box import literal
 from result_picker import UPLOADED, Opened, pick_result
 
 NUM_ANSWER_COLUMNS = 4
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def draw_unknown(place: DeltaGenerator) -> None:
-    """Of the page's address. A file from elsewhere doesn't outlast a reload."""
+    """Names choices of the page's address that don't exist. A file from elsewhere doesn't survive a reload."""
     unknown = state.unknown_links()
     told = ["The file from elsewhere has to be opened again." for one in unknown if one.linked == UPLOADED]
     told += [
@@ -116,7 +116,9 @@ def draw_comparison(chosen: Opened, other: Opened, metric: str = "") -> None:
 
 
 def draw_rows(result: Mapping[str, Any]) -> None:
-    """As they are in the file, nested figures in columns of their own; a table for each `measure` where it has some."""
+    """As they are in the file, nested figures in columns of their own; with a table for each `measure`, if rows have
+    one.
+    """
     for measure, rows in grouped(result["rows"], lambda row: str(row.get("measure", ""))).items():
         st.markdown(f"**{measure.capitalize() or 'Figures'}**")
         frame = pd.json_normalize(rows, sep=" ").dropna(axis="columns", how="all")
@@ -190,7 +192,7 @@ def draw_answers(result: EvalResult, kind: str) -> None:
         chosen = st.multiselect(
             "Answers of",
             result.variants,
-            default=reference_first(result)[:NUM_ANSWER_COLUMNS],
+            default=sorted(result.variants, key=lambda variant: variant != result.reference)[:NUM_ANSWER_COLUMNS],
         )
         only_different = st.toggle(
             "Only where they differ from full prefill", disabled=result.reference is None, key="only-different"
@@ -200,10 +202,6 @@ def draw_answers(result: EvalResult, kind: str) -> None:
             st.dataframe(pd.DataFrame(answers), hide_index=True, placeholder="–", key="answer-table")
         else:
             st.caption("No answer differs." if only_different else "The file has no single answers of this kind.")
-
-
-def reference_first(result: EvalResult) -> list[str]:
-    return sorted(result.variants, key=lambda variant: variant != result.reference)
 
 
 main()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from chat import Context, Turn
+from chat_view import speed_html
 from contender_api import Sampling
 from figures import Done, Figures, FirstToken, Text
 from settings import Contender
-from turns_view import speed_html
 from verdict import LENGTHS_OPEN, are_comparable, verdict_html, verdicts
 
 BLEND = Contender("blend", "Blend", "http://127.0.0.1:1", approximate=True)
