@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvarena.client import ClientError, ServerInfo, Unreachable
-from settings import Service
+from settings import Service, read_fields
 
 Message = Mapping[str, str]
 
@@ -27,10 +27,10 @@ class Parameter:
     kind: str
     default: Any
     help: str
-    policies: tuple[str, ...]
+    policies: Sequence[str]
     at_least: float = 0.0
     at_most: float = 0.0
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
     explanations: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -44,17 +44,8 @@ class Parameter:
 
     @classmethod
     def read(cls, name: str, described: Mapping[str, Any], defaults: Mapping[str, Any]) -> Parameter:
-        return cls(
-            name=name,
-            kind=described["type"],
-            default=defaults.get(name, described["default"]),
-            help=described["help"],
-            policies=tuple(described["policies"]),
-            at_least=described.get("at_least", 0.0),
-            at_most=described.get("at_most", 0.0),
-            choices=tuple(described.get("choices") or ()),
-            explanations=described.get("explanations") or {},
-        )
+        default = defaults.get(name, described["default"])
+        return read_fields(cls, {**described, "name": name, "kind": described["type"], "default": default})
 
 
 NUM_ALTERNATIVES = 5

@@ -13,26 +13,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from kvarena.client import StreamedAnswer
+from settings import read_fields
 from tokens import NO_SCORES, AnswerToken, Span, TokenScores, read_answer_tokens
 from waterfall import read_stages, shown_ms
 
 Tone = Literal["gain", "tie", "loss"]
 """How a comparison turned out; the page colours it."""
-Told = TypeVar("Told", "SimilarTask", "SlotTurn")
-
-
-def _of_report(kind: type[Told], report: Mapping[str, Any]) -> Told:
-    """With the report's values of its fields; null stands for the default. Raises `TypeError` where one is missing."""
-    return kind(
-        **{
-            one.name: report[one.name]
-            for one in dataclasses.fields(kind)
-            if one.name in report and (report[one.name] is not None or one.default is dataclasses.MISSING)
-        }
-    )
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,7 @@ class SimilarTask:
     def read(cls, report: Mapping[str, Any]) -> SimilarTask:
         check = report.get("check") or {}
         checked = {"checked_similarity": check.get("similarity"), "check_agrees": check.get("agrees")}
-        return _of_report(cls, {**report, **checked})
+        return read_fields(cls, {**report, **checked})
 
     @property
     def num_skipped_passes(self) -> int:
@@ -147,7 +136,7 @@ class SlotTurn:
 
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> SlotTurn:
-        return _of_report(cls, {**report, **report["timings"]})
+        return read_fields(cls, {**report, **report["timings"]})
 
 
 def slot_turn_html(turn: SlotTurn) -> str:

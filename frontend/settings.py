@@ -27,10 +27,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kvarena.client import API_KEY_VARIABLE, TIMEOUT_S
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = ROOT / "data"
@@ -40,6 +43,18 @@ SHIPPED_RESULTS_DIR = ROOT / "docs" / "results"
 DEFAULT_SEPARATOR = " # # "
 REPORT_VIEWS = ("", "blend", "similar_task", "slots")
 """How the page can show what a contender reports of a request; the first: by the counts that all have."""
+
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def read_fields(kind: type[T], told: Mapping[str, Any]) -> T:
+    """A dataclass with what was told of its fields, by name; null stands for the default. Raises `KeyError` for a field
+    that is missing.
+    """
+    required = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
+    optional = [one.name for one in fields(kind) if told.get(one.name) is not None]
+    return kind(**{name: told[name] for name in {*required, *optional}})
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,9 @@ class Service:
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Self:
         """From an environment variable. Raises `ValueError`, `KeyError` and the like for another form."""
-        told = {one.name: entry[one.name] for one in fields(cls) if one.name in entry or one.default is MISSING}
-        return cls(**{name: value.rstrip("/") if name.endswith("url") else value for name, value in told.items()})
+        return read_fields(
+            cls, {name: value.rstrip("/") if name.endswith("url") else value for name, value in entry.items()}
+        )
 
 
 @dataclass(frozen=True)

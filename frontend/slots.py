@@ -16,7 +16,7 @@ from typing import Any
 
 from chat import Chat, Context, Turn
 from figures import Figures, Tone
-from settings import Contender
+from settings import Contender, read_fields
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,8 @@ class SlotTable:
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> SlotTable:
-        slots = tuple(
-            Slot(
-                index=row["slot"],
-                topic=row["topic"],
-                conversation=row["conversation"],
-                num_tokens=row["position"],
-                has_pending_token=row["has_pending_token"],
-                in_use=row["in_use"],
-                last_used=row["last_used"],
-                is_aside=row.get("is_aside", False),
-            )
-            for row in table["slots"]
-        )
-        return cls(slots, table["ctx_len"])
+        slots = [{**row, "index": row["slot"], "num_tokens": row["position"]} for row in table["slots"]]
+        return cls(tuple(read_fields(Slot, slot) for slot in slots), table["ctx_len"])
 
     def conversation_of(self, index: int) -> str | None:
         return next((slot.conversation for slot in self.slots if slot.index == index), None)
