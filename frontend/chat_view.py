@@ -382,7 +382,7 @@ def speed_html(turn: Turn) -> str:
     first = min(answers, key=lambda answer: answer.figures.first_token_ms or 0.0)
     exact = exact_answer(turn)
     if any(one.figures.is_mostly_cached for one in answers if one is exact or one.contender.approximate):
-        line = "No fair race: most of this prompt was in a prefix cache"
+        line = "Not a fair race: most of this prompt was in a prefix cache"
     return (
         f'<div class="ka-one-sample" data-testid="speed-up" data-winner="{escape(first.contender.name)}">'
         f"<span>{escape(line)}</span>{small}</div>"

@@ -216,7 +216,7 @@ def draw_uploads(busy: bool, chosen: Sequence[str], choose: Callable[[Sequence[s
         "Fill the KV at once",
         value=True,
         **state.linked("fill-at-once"),
-        help="Compute and store the KV of a document when it comes. Off: it stays cold, so that the first question "
+        help="Compute and store a document's KV as soon as it is added. Off: it stays cold, so that the first question "
         "over it shows what a cold store costs.",
     )
     if files:

@@ -146,7 +146,7 @@ def read_lengths(text: str, limits: Iterable[tuple[str, int | None]]) -> tuple[i
     try:
         lengths = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise ValueError(f"{text!r} is no list of lengths in tokens, separated by commas.") from error
+        raise ValueError(f"{text!r} isn't a list of lengths in tokens, separated by commas.") from error
     if lengths[0] < LEAST_LENGTH:
         raise ValueError(f"A context has at least {LEAST_LENGTH} tokens, not {lengths[0]:,}.")
     for title, limit in limits:

@@ -60,8 +60,8 @@ NO_FIGURES = "Stopped before the first answer: there are no figures."
 NOT_SAVED = "Ended before the answers were saved: there are no figures."
 SPEEDUP_HELP = {
     "Speedup": "Plain's time to first token divided by this one's, prompt by prompt; the median",
-    "Low": "Where that median may begin: its 95 % interval, or with fewer than six repetitions the least of all",
-    "High": "Where it may end",
+    "Low": "Lower end of its 95 % interval; with fewer than six repetitions the lowest value",
+    "High": "Upper end of its 95 % interval; with fewer than six repetitions the highest value",
 }
 
 
@@ -116,8 +116,8 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
     )
     if what != LENGTHS and not questions.is_file():
         st.info(
-            f"There is no {questions}. Questions of your own can be asked over many orders of the arena's chunks; how "
-            "often the answers are full prefill's is measured without knowing what is right."
+            f"There is no {questions}. You can ask questions of your own over many orders of the arena's chunks: how "
+            "often the answers are full prefill's can be measured without knowing the right ones."
         )
     if what == LENGTHS:
         make_plan = _draw_lengths(tuple(contenders), [one for one in sessions if one.contender in contenders])
@@ -273,7 +273,7 @@ def _draw_settings(
     except ValueError:
         ratios = ()
     if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
-        st.warning(f"{typed!r} is no list of shares from 0 to 1, separated by commas.")
+        st.warning(f"{typed!r} isn't a list of shares from 0 to 1, separated by commas.")
         return policies, ()
     return policies, ratios
 
@@ -297,14 +297,14 @@ def _draw_own_questions() -> dict[str, str]:
         "\n".join(asked),
         placeholder="One in each line. After a bar, if you like, what counts as right: Who runs the trams? | Carris",
         **state.linked("measure-own-questions"),
-        help="They take turns until as many prompts as below were asked. A right answer may follow a bar (|).",
+        help="Questions take turns until the number of prompts below is reached. A right answer may follow a bar (|).",
     )
     names = [chunk.name for chunk in _context().chunks]
     folder = state.page_settings().data_dir
     own = read_own_questions(typed, lambda question: gold_answer(folder, question, names))
     if own:
         told = "; ".join(f"{question} {answer}" for question, answer in own.items() if answer)
-        st.caption(f"Counts as right: {literal(told)}" if told else "Nothing says what is right; answers are compared.")
+        st.caption(f"Counts as right: {literal(told)}" if told else "No right answers known; answers are compared.")
     return own
 
 
@@ -340,12 +340,12 @@ def draw_progress(measurement: Measurement) -> None:
     progress = measurement.progress()
     if not measurement.is_stopped:
         st.progress(progress.share, progress.text)
-        st.button("Stop", key="measure-stop", on_click=measurement.stop, help="What was answered so far is kept.")
+        st.button("Stop", key="measure-stop", on_click=measurement.stop, help="The answers so far are kept.")
         return
     st.progress(progress.share, STOPPING)
     if measurement.may_end:
         st.button(
-            "End now", key="measure-end", on_click=measurement.end, help="What was answered and not yet saved is lost."
+            "End now", key="measure-end", on_click=measurement.end, help="Answers that aren't saved yet are lost."
         )
 
 

@@ -50,13 +50,13 @@ HELP = {
     "EM low": "Lower end of the interval of the exact match",
     "EM high": "Upper end of the interval of the exact match",
     "vs. reference": "Exact match, less that of the reference on the same questions",
-    "KL": "Of the first token's probabilities, from full prefill's; lower is better",
-    "Reused": "Share of the prompt that was not computed anew",
+    "KL": "Divergence of the first token's probabilities from full prefill's; lower is better",
+    "Reused": "Share of the prompt that wasn't computed",
     "Cut": "Answers that didn't end within the tokens allowed; in older files those that were not scored",
     "Right": "Answers that contain a gold answer",
     "vs. full prefill": "Right answers, less those of the reference on the same questions",
-    "Tokens": "Share of full prefill's answer tokens that come out here too, after the same ones before them",
-    "KL along answer": "Of the next tokens' probabilities along full prefill's answer, nats; lower is better",
+    "Tokens": "Share of full prefill's answer tokens that are predicted here too, given the ones before them",
+    "KL along answer": "KL in nats from full prefill's next-token probabilities along its answer; lower is better",
 }
 
 
@@ -112,7 +112,7 @@ def draw_comparison(chosen: Opened, other: Opened, metric: str = "") -> None:
     found = comparison(chosen.result, other.result, metric)
     draw_panels(found)
     if not found:
-        st.info("The two files have measured nothing in common.")
+        st.info("The two files have no measurements in common.")
 
 
 def draw_rows(result: Mapping[str, Any]) -> None:

@@ -197,10 +197,10 @@ def test_lengths_are_read_in_order_and_each_once() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("many", "'many' is no list of lengths in tokens, separated by commas."),
-        ("", "'' is no list"),
-        ("512,,1000", "is no list"),
-        ("512.5", "is no list"),
+        ("many", "'many' isn't a list of lengths in tokens, separated by commas."),
+        ("", "'' isn't a list"),
+        ("512,,1000", "isn't a list"),
+        ("512.5", "isn't a list"),
         ("15, 512", "A context has at least 16 tokens, not 15."),
         ("-5", "A context has at least 16 tokens, not -5."),
         (
