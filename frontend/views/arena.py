@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import streamlit as st
 
@@ -406,14 +407,7 @@ def draw_examples(chat: Chat) -> None:
         st.caption("Pick chunks on the left, then ask below.")
         return
     st.caption("Pick chunks on the left and ask below, or begin with one of these; it brings its chunks along.")
-    for index, (column, example) in enumerate(zip(st.columns(NUM_EXAMPLES), examples, strict=False)):
-        column.button(
-            literal(example.question),
-            key=f"example-{index}",
-            width="stretch",
-            on_click=_take_example,
-            args=[chat, example],
-        )
+    draw_offered("example", [(one.question, partial(_take_example, chat, one)) for one in examples])
 
 
 def draw_follow_ups(opened: OpenChat, choices: ArenaChoices) -> None:
@@ -421,15 +415,14 @@ def draw_follow_ups(opened: OpenChat, choices: ArenaChoices) -> None:
     if opened.busy:
         return
     asked = [turn.question for turn in opened.chat.conversation(choices.context)]
-    found = follow_ups(state.page_settings().data_dir, state.chunk_files().keys(), asked)[:NUM_EXAMPLES]
-    for index, (column, question) in enumerate(zip(st.columns(NUM_EXAMPLES), found, strict=False)):
-        column.button(
-            literal(question),
-            key=f"follow-up-{index}",
-            width="stretch",
-            on_click=put_question,
-            args=[opened.chat, question],
-        )
+    found = follow_ups(state.page_settings().data_dir, state.chunk_files().keys(), asked)
+    draw_offered("follow-up", [(question, partial(put_question, opened.chat, question)) for question in found])
+
+
+def draw_offered(key: str, questions: Sequence[tuple[str, Callable[[], None]]]) -> None:
+    """Each with what a click on it does."""
+    for index, (column, (question, take)) in enumerate(zip(st.columns(NUM_EXAMPLES), questions, strict=False)):
+        column.button(literal(question), key=f"{key}-{index}", width="stretch", on_click=take)
 
 
 def _take_example(chat: Chat, example: Example) -> None:
