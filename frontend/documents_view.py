@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -196,10 +196,8 @@ def draw_remarks(documents: Documents) -> None:
         st.caption("Sizes of chunks are estimated at 4 bytes a token: the model's tokenizer.json isn't here.")
 
 
-def draw_uploads(busy: bool, chosen: Sequence[str], choose: Callable[[Sequence[str]], None]) -> None:
-    """Where to drop or paste documents, and those that are here. `chosen` are the names of the context's chunks;
-    `choose` replaces them.
-    """
+def draw_uploads(busy: bool, chosen: Sequence[str]) -> None:
+    """Where to drop or paste documents, and those that are here. `chosen` are the names of the context's chunks."""
     number = st.session_state.setdefault("num-dropped", 0)
     files = st.file_uploader(
         f"Drop your documents: {', '.join(DOCUMENT_SUFFIXES)}, up to {MAX_UPLOAD_MB} MB each",
@@ -228,11 +226,12 @@ def draw_uploads(busy: bool, chosen: Sequence[str], choose: Callable[[Sequence[s
     chunks = uploaded_chunks()
     usable = [[chunk.name for chunk in named] for named in chunks.values() if named]
     if len(usable) > 1:
-        st.button("Use all my documents", key="use-all", on_click=choose, args=[list(itertools.chain(*usable))])
+        names = list(itertools.chain(*usable))
+        st.button("Use all my documents", key="use-all", on_click=state.choose_chunks, args=[names])
     kept = kept_documents(uploads().values())
     for key, upload in list(uploads().items()):
         with st.container(key=f"upload-{key}"):
-            _draw_upload(key, upload, chunks[key], busy, chosen, choose, upload.document in kept)
+            _draw_upload(key, upload, chunks[key], busy, chosen, upload.document in kept)
 
 
 def _take(files: Sequence[tuple[str, bytes]]) -> None:
@@ -319,7 +318,6 @@ def _draw_upload(
     chunks: Sequence[TextChunk],
     busy: bool,
     chosen: Sequence[str],
-    choose: Callable[[Sequence[str]], None],
     is_kept: bool,
 ) -> None:
     st.fragment(_draw_status, run_every=POLL_S if upload.is_filling else None)(upload, upload.is_filling, busy, is_kept)
@@ -329,7 +327,7 @@ def _draw_upload(
             st.button(
                 "Only this",
                 key=f"use-{key}",
-                on_click=choose,
+                on_click=state.choose_chunks,
                 args=[names],
                 help="Select the chunks of this document, and no others.",
             )
@@ -337,7 +335,7 @@ def _draw_upload(
             st.button(
                 "Add",
                 key=f"add-{key}",
-                on_click=choose,
+                on_click=state.choose_chunks,
                 args=[[*chosen, *new]],
                 disabled=not new,
                 help="Put the chunks of this document after those selected.",

@@ -7,7 +7,7 @@ how to ask.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,6 @@ def draw_arena_sidebar(opened: OpenChat) -> ArenaChoices:
     return ArenaChoices(context, sampling, sessions, in_sequence, blind, draft)
 
 
-def choose_chunks(names: Sequence[str]) -> None:
-    """Sets the selection and its order; only before the sidebar is drawn."""
-    st.session_state["chunks"] = list(names)
-    st.session_state["order"] = st.session_state["dealt"] = list(names)
-
-
 ARENA_CONTROLS = (
     POLICY,
     "has-max-ttft",
@@ -153,14 +147,14 @@ def begin_arena(opened: OpenChat) -> None:
         return
     names = list(state.chunk_files())
     st.session_state["system-prompt"] = state.folder_documents().system
-    choose_chunks(opening_chunks(state.page_settings().data_dir, names) or names[:NUM_DEFAULT_CHUNKS])
+    state.choose_chunks(opening_chunks(state.page_settings().data_dir, names) or names[:NUM_DEFAULT_CHUNKS])
 
 
 def _take_up(draft: Draft) -> None:
     """Texts that neither the folder nor the chat's documents have are added as if they had been pasted."""
     _set_controls(draft.controls)
     st.session_state["system-prompt"] = draft.context.system
-    choose_chunks([chunk.name for chunk in draft.context.chunks])
+    state.choose_chunks([chunk.name for chunk in draft.context.chunks])
     bring_back(draft.documents)
     known = loaded_chunks()
     lost = [chunk for chunk in draft.context.chunks if chunk.name not in known]
@@ -222,7 +216,7 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
     draw_new_in_folder(busy)
     watch_folder(state.folder_documents(), busy)
     order = _draw_order(picked)
-    draw_uploads(busy, order, choose_chunks)
+    draw_uploads(busy, order)
     system = st.text_area("System prompt", key="system-prompt", height=80, persist_state="session")
     return Context(system.strip(), tuple(chunks[name] for name in order), state.separator())
 

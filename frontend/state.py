@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +113,12 @@ def splitter() -> Splitter:
     """Splits as `kvarena warm` does. The tokenizer may come later, with the download of a hub model."""
     settings = page_settings()
     return find_splitter(settings.tokenizer, settings.chunk_tokens)
+
+
+def choose_chunks(names: Sequence[str]) -> None:
+    """Sets the arena's chunks and their order; only before its sidebar is drawn."""
+    st.session_state["chunks"] = list(names)
+    st.session_state["order"] = st.session_state["dealt"] = list(names)
 
 
 def read_folder() -> Documents:

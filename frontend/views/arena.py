@@ -36,7 +36,7 @@ from result_picker import measured_results
 from runs import OpenChat, Run
 from servers_view import Watched, server_html
 from settings import Service
-from sidebar import ArenaChoices, choose_chunks, draw_arena_sidebar
+from sidebar import ArenaChoices, draw_arena_sidebar
 from tokens import Span, kinds_of, tokens_html
 from verdict import verdict_html
 from votes import ballots_of, standings
@@ -201,7 +201,7 @@ def _warn_of_length(chat: Chat, choices: ArenaChoices, count: TokenCount) -> Non
         st.button(
             f"Drop the last {num_chunks - fitting} chunks" if num_chunks - fitting > 1 else "Drop the last chunk",
             key="drop-chunks",
-            on_click=choose_chunks,
+            on_click=state.choose_chunks,
             args=[[chunk.name for chunk in choices.context.chunks[:fitting]]],
         )
 
@@ -426,7 +426,7 @@ def draw_offered(key: str, questions: Sequence[tuple[str, Callable[[], None]]]) 
 
 
 def _take_example(chat: Chat, example: Example) -> None:
-    choose_chunks(example.chunks)
+    state.choose_chunks(example.chunks)
     put_question(chat, example.question)
 
 
