@@ -1,6 +1,6 @@
 """KV Arena in the browser: `streamlit run frontend/app.py`. The frame around the pages in `views/`.
 
-Their folder is not called `pages`: Streamlit would take it for pages without a frame when one is opened first.
+The folder isn't called `pages`: Streamlit would then show its files without this frame when one is opened first.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import state
 
 
 def main() -> None:
-    # Streamlit 1.67 leaves the place of a sidebar's fragment behind when a script run follows it in the same thread, as
-    # when a click comes while the fragment runs: the whole page would be drawn into the sidebar.
+    # If a click comes while a fragment of the sidebar runs, Streamlit 1.67 runs the script in the same thread and would
+    # draw the whole page into the sidebar.
     context_dg_stack.set(get_default_dg_stack_value())
     st.set_page_config(page_title="KV Arena", page_icon="⚔️", layout="wide")
     st.html(Path(__file__).with_name("style.css"))
@@ -31,9 +31,7 @@ def main() -> None:
     with st.sidebar:
         st.toggle(
             "Big screen",
-            key=state.BIG_SCREEN,
-            persist_state="session",
-            bind="query-params",
+            **state.linked(state.BIG_SCREEN),
             help="Large type, readable from the back of a room.",
         )
 

@@ -34,7 +34,7 @@ State = Literal["waiting", "streaming", "done", "interrupted", "failed"]
 class Context:
     """What the question is asked about. Equal contexts give equal prompts.
 
-    `notes`: a server with KV slots adds those of its folder that fit a topic.
+    `notes`: a server with KV slots adds the notes of its folder that fit a topic.
     """
 
     system: str = ""
@@ -50,7 +50,7 @@ class Context:
 @dataclass
 class Answer:
     """One contender's answer in one turn. `started_s` is on `time.perf_counter`, None until it was asked. `request` is
-    what was sent, but for the messages, which are the chat's.
+    what was sent, without the messages, which the chat has.
     """
 
     contender: Contender
@@ -92,7 +92,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Vote:
-    """`best` names the contender whose answer is; empty: they are equally good, or none is of use."""
+    """`best` names the contender whose answer was chosen; empty for a tie and for "all bad"."""
 
     kind: Literal["best", "tie", "bad"]
     best: str = ""
@@ -100,8 +100,8 @@ class Vote:
 
 @dataclass
 class Turn:
-    """`request_id` is the `X-Request-Id` of its requests, by which the servers' logs tell of it. `repeats` is the place
-    of the turn that it asks again. `asked_s` is on the clock, in seconds. `order` is that of a blind turn's sides.
+    """`request_id` was sent as `X-Request-Id` and is in the servers' logs. `repeats` is the index of the turn that it
+    asks again, `asked_s` a Unix time, `order` the order of a blind turn's answers.
     """
 
     question: str
@@ -116,13 +116,13 @@ class Turn:
     vote: Vote | None = None
 
     def shuffle(self) -> None:
-        """Makes it a blind turn, if there is something to compare."""
+        """Makes it a blind turn, if it has several answers."""
         if len(self.answers) > 1:
             self.order = tuple(random.sample(list(self.answers), len(self.answers)))
 
     @property
     def is_blind(self) -> bool:
-        """Whether who answered is hidden: until the vote, or until it is clear that there can be none."""
+        """Whether the page hides who answered: until the vote, or until an answer failed so that there can be none."""
         lost = any(answer.state in ("failed", "interrupted") for answer in self.answers.values())
         return bool(self.order) and self.vote is None and not lost
 
@@ -131,7 +131,7 @@ class Turn:
         return self.is_blind and all(answer.over for answer in self.answers.values())
 
     def sides(self) -> list[tuple[str, Answer]]:
-        """The answers as the page shows them, each with its letter; that is empty where the turn was never blind."""
+        """The answers in the order of the page, each with its letter; no letter where the turn was never blind."""
         if not self.order:
             return [("", answer) for answer in self.answers.values()]
         return [(letter, self.answers[name]) for letter, name in zip(ascii_uppercase, self.order, strict=False)]
@@ -150,8 +150,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a chat's page is set to, asked or not: the next question's context, the controls by their keys, and the
-    documents that were brought along, picked or not.
+    """How a chat's page is set, whether or not anything was asked: the next question's context, the controls by their
+    keys, and the uploaded documents, used or not.
     """
 
     context: Context
@@ -161,7 +161,7 @@ class Draft:
 
 @dataclass
 class Chat:
-    """The turns of one chat, oldest first. `draft` is for a reload of its page."""
+    """The turns of one chat, oldest first. `draft` restores the page after a reload."""
 
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     turns: list[Turn] = field(default_factory=list)
@@ -182,7 +182,7 @@ class Chat:
         return dataclasses.replace(self, turns=self.turns[:index])
 
     def over(self, index: int, context: Context) -> Chat:
-        """What a turn, or the one that it repeats, followed on from, as if that had been over another context."""
+        """The chat that a turn, or the turn that it repeats, followed on from, as if held over another context."""
         return dataclasses.replace(
             self, turns=[dataclasses.replace(turn, context=context) for turn in self.followed(index)]
         )
@@ -207,7 +207,7 @@ class Chat:
         return index if repeats is None else repeats
 
     def again_text(self, index: int) -> str:
-        """What is other in a repeat than in the turn that it repeats."""
+        """How a repeat differs from the turn that it repeats."""
         turn, origin = self.turns[index], self.turns[self.origin(index)]
         changes = []
         if turn.context != origin.context:
@@ -226,7 +226,7 @@ class Chat:
         return turns
 
     def missed(self, index: int) -> dict[str, int]:
-        """Of each contender of a turn: how many of the turns that it follows on from others answered, and it didn't."""
+        """For each contender of a turn, how many of the earlier turns it didn't answer although others did."""
         followed = self.over(index, self.turns[index].context).turns
         earlier = [{n for n, answer in turn.answers.items() if answer.text.strip()} for turn in followed]
         return {
@@ -235,7 +235,7 @@ class Chat:
         }
 
     def messages(self, contender: str, context: Context, question: str) -> list[dict[str, str]]:
-        """The request's messages for this contender, its own earlier answers in them."""
+        """The request's messages for this contender, with its own earlier answers."""
         answered = [
             (turn.question, turn.answers[contender].text)
             for turn in self.conversation(context)

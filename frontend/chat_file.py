@@ -1,9 +1,9 @@
 """Chats that outlast the page: a SQLite file in the state folder. No Streamlit.
 
-Each chat is one document, found by its key alone: no list of them is read anywhere. A file that can't be read or
-written costs lasting and nothing else: `problem` says why, and chats then live as long as the page does. Several
-threads and processes may use one file. At most `max_chats` and `max_bytes` are kept; the chat that was written last
-always is, and those that were not for the longest time go first. Votes are kept beside them, and stay longer.
+Each chat is one document, found by its key alone; nothing lists them. If the file can't be read or written, `problem`
+says why, and chats then live only as long as the page. Several threads and processes may use one file. At most
+`max_chats` and `max_bytes` are kept: the chat written last always is, and the longest unwritten ones go first. Votes
+are kept beside the chats, and longer.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ _DROP_OLDEST = """DELETE FROM chats WHERE key IN (
     WHERE place > 1 AND (place > ? OR num_bytes > ?))"""
 
 SomeChat = TypeVar("SomeChat", bound=Chat)
-
-
 _BALLOT = TypeAdapter(Ballot)
 _FORMS: dict[type[Chat], TypeAdapter[Any]] = {}
 
@@ -52,7 +50,7 @@ def chat_form(kind: type[SomeChat]) -> TypeAdapter[SomeChat]:
 
 
 class ChatFile:
-    """`problem` is why chats don't last, empty while they do."""
+    """`problem` says why chats don't last; empty while they do."""
 
     def __init__(self, path: Path, max_chats: int = MAX_KEPT_CHATS, max_bytes: int = MAX_KEPT_BYTES) -> None:
         self.problem = ""
@@ -78,14 +76,14 @@ class ChatFile:
             self.problem = ""
 
     def ballots(self) -> list[Ballot]:
-        """All votes, also those of chats that are no longer kept."""
+        """All votes, including those of chats that are no longer kept."""
         with self._explained(), self._opened() as file:
             rows = file.execute("SELECT ballot FROM votes ORDER BY number").fetchall()
             return [_BALLOT.validate_json(ballot) for (ballot,) in rows]
         return []
 
     def load(self, key: str, kind: type[SomeChat]) -> SomeChat | None:
-        """A chat of this kind; one that can't be read is not known. What was under way in it is interrupted."""
+        """None if there is no such chat of this kind, or it can't be read. Unfinished answers are interrupted."""
         rows: list[tuple[bytes]] = []
         with self._explained(), self._opened() as file:
             rows = file.execute(
@@ -102,7 +100,7 @@ class ChatFile:
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
-        """All that is done in it is written, or nothing. Readable by its owner only."""
+        """A transaction: all of it is written, or nothing. Only the owner can read the file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if not self._path.exists():
             os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))

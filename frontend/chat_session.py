@@ -1,9 +1,9 @@
-"""All HTTP of the page: one `ChatSession` per contender, `SlotSession` for the one with KV slots, `StoreSession` for an
-LMCache server. No Streamlit.
+"""All HTTP of the page: one `ChatSession` for each contender, `SlotSession` for the one with KV slots, `StoreSession`
+for an LMCache server. No Streamlit.
 
-A session owns one client (`kvarena.client`), which runs in a worker thread for as long as the page's process lives.
-An answer is a stream of events (`figures.py`) that the worker hands to a callback; cancelling its future closes the
-connection, upon which the server stops generating.
+A session owns one client (`kvarena.client`), which runs in a worker thread for as long as the page's process lives. An
+answer is a stream of events (`figures.py`) that the worker passes to a callback; cancelling its future closes the
+connection, and the server stops generating.
 """
 
 from __future__ import annotations
@@ -15,45 +15,25 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from contender_api import (
-    ContenderError,
-    Message,
-    Sampling,
-    Server,
-    completion_request,
-    explained,
-)
-from figures import (
-    Done,
-    Event,
-    Failed,
-    Figures,
-    FirstToken,
-    Sent,
-    Stopwatch,
-    Text,
-    from_usage,
-    with_report,
-    without_report,
-)
+from contender_api import ContenderError, Message, Sampling, Server, completion_request, explained
+from figures import Done, Event, Failed, Figures, FirstToken, Sent, Text, of_answer, with_report, without_report
 from kvarena.client import CHAT, TIMEOUT_S, ChunkOutcome, Client, ClientError, Refused, StreamedAnswer, Token
 from kvarena.documents import TextChunk
 from servers_view import Watched, lmcache_watched, read_metrics
 from settings import Contender, Service
 from slots import NextTopic, SlotTable
-from tokens import read_answer_tokens, token_texts
-from waterfall import read_stages
+from tokens import token_texts
 
 STATE_TIMEOUT_S = 2.0
 TOKENIZE_TIMEOUT_S = 20.0
-FILLS_AT_ONCE = 2  # questions are answered meanwhile
+FILLS_AT_ONCE = 2  # so that questions are answered meanwhile
 
 
 class ChatSession:
-    """The page's line to one contender. Every method may be called from any thread.
+    """The page's connection to one contender. Every method may be called from any thread.
 
-    `server` is what the last `refresh` that got through saw, and stays when the server goes down;
-    `problem` is why the latest one didn't get through, empty while the server is up.
+    `server` is what the last successful `refresh` saw, and stays when the server goes down; `problem` says why the
+    latest one failed, and is empty while the server is up.
     """
 
     def __init__(self, contender: Contender, api_key: str = "", timeout_s: float = TIMEOUT_S) -> None:
@@ -72,9 +52,8 @@ class ChatSession:
         return self._client.start(self._refresh())
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's token ids as this server's chat template and tokenizer make them.
-
-        Raises `ContenderError`, as `text_ids` does.
+        """The prompt's token ids by this server's chat template and tokenizer. Raises `ContenderError`, as `text_ids`
+        does.
         """
         return self._client.start(self._token_ids({"messages": list(messages)})).result()
 
@@ -90,21 +69,21 @@ class ChatSession:
     def answer(
         self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None], request_id: str
     ) -> Future[None]:
-        """Starts an answer. `put` gets, in the worker's thread: Sent, Text and one FirstToken, then Done or Failed.
-        `request_id` goes along as `X-Request-Id`, and stands in the server's log.
+        """Starts an answer. The worker's thread calls `put` with Sent, then Text and one FirstToken, then Done or
+        Failed. `request_id` goes along as `X-Request-Id`, and is in the server's log.
 
-        Cancelling the future ends the stream; nothing is put after that but what was under way.
+        Cancelling the future ends the stream; after that at most one event more is put.
         """
         return self._client.start(self._answer(list(messages), sampling, put, request_id))
 
     def fill(self, chunks: Sequence[TextChunk], put: Callable[[ChunkOutcome], None]) -> Future[None]:
-        """Fills this server's chunk cache, a few chunks at a time; `put` gets the outcome of each in the worker's
-        thread. Cancelling the future leaves out those that haven't ended.
+        """Fills this server's chunk cache, a few chunks at a time; the worker's thread calls `put` with the outcome of
+        each. Cancelling the future leaves out the chunks that aren't done.
         """
         return self._client.start(self._fill(chunks, put))
 
     def watch(self, request_id: str) -> Future[Watched]:
-        """What the server is doing now, and what its log says of a request. Its result raises `ContenderError`."""
+        """What the server is doing now, and its log's lines on a request. The result raises `ContenderError`."""
         return self._client.start(self._watch(request_id))
 
     def close(self) -> None:
@@ -168,7 +147,7 @@ class ChatSession:
         separator = server.blend.separator
         await self._client.aio.warm(server.model, chunks, separator, FILLS_AT_ONCE, put)
         if server.blend.has_seams:
-            with suppress(ClientError):  # the chunks are there, and are reused without
+            with suppress(ClientError):  # the chunks are there, and are reused without seams
                 await self._client.aio.make_seams(server.model, chunks, separator, lambda _done, _total: None)
 
     async def _watch(self, request_id: str) -> Watched:
@@ -186,14 +165,8 @@ class ChatSession:
         return self.server
 
     async def _figures(self, server: Server, answer: StreamedAnswer) -> Figures:
-        """With the request report, where the contender keeps one."""
-        stopwatch = Stopwatch(answer.sent_s, answer.tokens[0].time_s, answer.tokens[-1].time_s)
-        figures = from_usage(stopwatch, answer.usage, self.contender.approximate)
-        figures = dataclasses.replace(
-            figures,
-            tokens=read_answer_tokens(answer.text, answer.logprobs),
-            stages=read_stages({}, answer.timings),
-        )
+        """With the request report, if the contender keeps one."""
+        figures = of_answer(answer, self.contender.approximate)
         if not server.keeps_reports:
             return figures
         try:
@@ -206,7 +179,7 @@ class ChatSession:
 
 
 class SlotSession(ChatSession):
-    """A `ChatSession` that says in every request whether the slots are used, and whose conversation it is."""
+    """A `ChatSession` whose every request says whether slots are used, and to which conversation it belongs."""
 
     def __init__(self, contender: Contender, use_cache: bool, api_key: str = "", timeout_s: float = TIMEOUT_S) -> None:
         super().__init__(contender, api_key, timeout_s)
@@ -215,19 +188,19 @@ class SlotSession(ChatSession):
     def answer(
         self, messages: Sequence[Message], sampling: Sampling, put: Callable[[Event], None], request_id: str
     ) -> Future[None]:
-        """The two modes' conversations have names of their own, so that neither goes on with the other's turns; and so
-        have their requests, which one server gets.
+        """Both modes ask one server. Their conversations and requests have names of their own, so that neither goes on
+        with the other's turns.
         """
         named = self._named(sampling.conversation)
         chosen = dataclasses.replace(sampling, use_cache=self._use_cache, conversation=named)
         return super().answer(messages, chosen, put, f"{request_id}-{self.contender.name}")
 
     def slots(self) -> Future[SlotTable]:
-        """What lies in the slots now. Its result raises `ContenderError`."""
+        """What the slots hold now. The result raises `ContenderError`."""
         return self._client.start(self._slots())
 
     def topic(self, messages: Sequence[Message], conversation: str) -> Future[NextTopic]:
-        """Where the last message would go, asked for without sending it. Its result raises `ContenderError`."""
+        """Which topic the last message would go to, without sending it. The result raises `ContenderError`."""
         return self._client.start(self._topic(list(messages), self._named(conversation)))
 
     def _named(self, conversation: str) -> str:
@@ -246,14 +219,14 @@ class SlotSession(ChatSession):
 
 
 class StoreSession:
-    """The page's line to an LMCache server's own HTTP, which asks for no key. `server` is what it is called."""
+    """The page's connection to the HTTP of an LMCache server, which asks for no key."""
 
     def __init__(self, server: Service) -> None:
         self.server = server
         self._client = Client(server.url, timeout_s=STATE_TIMEOUT_S)
 
     def watch(self) -> Future[Watched]:
-        """How it is, and how full. Its result raises `ContenderError`."""
+        """Its state, and how full it is. The result raises `ContenderError`."""
         return self._client.start(self._watch())
 
     def close(self) -> None:

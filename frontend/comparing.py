@@ -1,7 +1,7 @@
-"""Two result files of one kind: how much the second differs from the first, on what both have measured.
+"""Two result files of one kind: how the second differs from the first, on what both have measured.
 
-Of an eval that keeps its single answers: differences question by question, with intervals; of an older one those of the
-means. Of all others: ratios of times or rates, row by row. Panels only; draws nothing.
+Evals that keep single answers are compared question by question, with intervals, older ones by their means. All other
+kinds are compared by ratios of times or rates, row by row. Makes panels; draws nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from kvarena.panels.panel import (
     Colours,
     Level,
     Panel,
+    Result,
+    Row,
     colours_in,
     grouped,
     readable_ms,
@@ -29,14 +31,12 @@ from kvarena.panels.panel import (
 from kvarena.panels.quality import IN_NATS, lines_over_share, metric_title
 from kvarena.panels.speed import CONTEXT, conditions
 
-Result = Mapping[str, Any]
-Record = dict[str, Any]
 SURE = 1.96
 """Standard errors of a 95 % interval."""
 
 
 def comparison(first: Result, second: Result, metric: str) -> list[Panel]:
-    """Of two files of one kind; empty where they have nothing in common. `metric` is that of an eval."""
+    """Empty if they have measured nothing in common. `metric` is an eval's."""
     if first["settings"]["benchmark"] == EVAL:
         return _differences(first, second, metric)
     return _ratios(first, second)
@@ -66,12 +66,12 @@ def _differences(first: Result, second: Result, metric: str) -> list[Panel]:
     ]
 
 
-def _is_paired(rows: Sequence[Record]) -> bool:
+def _is_paired(rows: Sequence[Row]) -> bool:
     return all(row["difference"]["is_paired"] for row in rows)
 
 
-def _compared_rows(first: Result, second: Result, metric: str, scale: float) -> Iterator[tuple[Record, Record]]:
-    """The first file's rows over all questions, with the difference; of variants that both have."""
+def _compared_rows(first: Result, second: Result, metric: str, scale: float) -> Iterator[tuple[Row, Row]]:
+    """The first file's rows over all questions with the difference, for the variants that both have."""
     answers, others = _answers(first, metric), _answers(second, metric)
     means = {variant_label(row): row.get(metric) for row in _overall(second)}
     for row in _overall(first):
@@ -85,12 +85,12 @@ def _compared_rows(first: Result, second: Result, metric: str, scale: float) -> 
             yield row, dict.fromkeys(("mean", "low", "high"), difference) | {"is_paired": False}
 
 
-def _overall(result: Result) -> list[Record]:
+def _overall(result: Result) -> list[Row]:
     return [row for row in result["rows"] if row["kind"] == "all" and row.get("subset", "all") == "all"]
 
 
 def _answers(result: Result, metric: str) -> dict[tuple[str, str, int], float]:
-    """The metric by variant, question, and how often that question came before: a shuffled one comes again."""
+    """The metric by variant, question, and how often that question came before: shuffled ones come several times."""
     questions, seen = result.get("questions") or (), Counter[str]()
     places = []
     for question in questions:
@@ -103,8 +103,8 @@ def _answers(result: Result, metric: str) -> dict[tuple[str, str, int], float]:
     }
 
 
-def _interval(values: Sequence[float]) -> Record:
-    """Of a mean, by its standard error."""
+def _interval(values: Sequence[float]) -> Row:
+    """Of a mean, from its standard error."""
     middle = mean(values)
     error = SURE * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return {"mean": middle, "low": max(-100.0, middle - error), "high": min(100.0, middle + error)}
@@ -128,7 +128,7 @@ def _ratios(first: Result, second: Result) -> list[Panel]:
     return [_ratio_panel(own, keys, figure, condition, colours) for condition, own in groups.items() if own]
 
 
-def _ratio_panel(rows: Sequence[Record], keys: Sequence[str], figure: str, condition: str, colours: Colours) -> Panel:
+def _ratio_panel(rows: Sequence[Row], keys: Sequence[str], figure: str, condition: str, colours: Colours) -> Panel:
     what = {"ttft_ms": "Time to first token", "tpot_ms": "Time per output token", "lookup_ms": "Search"}
     title = f"{what.get(figure, 'Time to first token with KV slots')} of the second file, times the first's"
     title += f", {condition}" * bool(condition)
@@ -149,12 +149,12 @@ def _key(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(repr(row.get(key) or None) for key in keys)
 
 
-def _told(row: Record, keys: Sequence[str]) -> str:
-    """What tells the row apart, in words."""
+def _told(row: Row, keys: Sequence[str]) -> str:
+    """What distinguishes the row, in words."""
     names = [variant_label(row)] if "contender" in row else []
     others = [key for key in keys if key not in VARIANT and row.get(key) is not None]
     return ", ".join([*names, *(f"{key.replace('_', ' ')} {row[key]}" for key in others)]) or "no reuse"
 
 
-def _note(row: Record) -> str:
+def _note(row: Row) -> str:
     return f"{row['times']:.3g}x ({readable_ms(row['before'])} → {readable_ms(row['after'])})"

@@ -1,4 +1,4 @@
-"""What a contender says it is, the request that it gets, and what can go wrong, in words for the person at the page.
+"""What a contender says it is, the request that it gets, and what can go wrong, in words for the page's user.
 
 Data and texts only; `chat_session.py` does the HTTP.
 """
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvarena.client import ClientError, ServerInfo, Unreachable
-from settings import Service
+from settings import Service, read_fields
 
 Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One of a policy, as the server describes it: a number with bounds, or one of `choices`.
+    """A parameter of a policy as the server describes it: a number within bounds, or one of `choices`.
 
     `default` is the server's own. `policies` are those that have it. `explanations` has a line on each choice.
     """
@@ -27,10 +27,10 @@ class Parameter:
     kind: str
     default: Any
     help: str
-    policies: tuple[str, ...]
+    policies: Sequence[str]
     at_least: float = 0.0
     at_most: float = 0.0
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
     explanations: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -44,33 +44,23 @@ class Parameter:
 
     @classmethod
     def read(cls, name: str, described: Mapping[str, Any], defaults: Mapping[str, Any]) -> Parameter:
-        return cls(
-            name=name,
-            kind=described["type"],
-            default=defaults.get(name, described["default"]),
-            help=described["help"],
-            policies=tuple(described["policies"]),
-            at_least=described.get("at_least", 0.0),
-            at_most=described.get("at_most", 0.0),
-            choices=tuple(described.get("choices") or ()),
-            explanations=described.get("explanations") or {},
-        )
+        default = defaults.get(name, described["default"])
+        return read_fields(cls, {**described, "name": name, "kind": described["type"], "default": default})
 
 
 NUM_ALTERNATIVES = 5
 RATIO_LABEL = "Recompute share (0 fastest, 1 exact)"
 POLICY, RATIO, MAX_TTFT_MS = "policy", "ratio", "max_ttft_ms"
-"""What a request always calls the policy, and the two ways to say how much it recomputes: a time stands in place of the
-ratio."""
+"""A request's names for the policy, and for how much it recomputes: a ratio, or a time in its place."""
 
 
 @dataclass(frozen=True)
 class BlendOffer:
     """What `GET /kvarena` of a contender that blends offers.
 
-    `policy` is None where it says of none. `timed_policies` are those whose ratio can be left to a time to first token,
-    `max_ttft_ms` the server's own. `tells_scores`: by what it chose tokens, when a request asks. `has_seams`:
-    chunks are taken as they are after the chunk before them.
+    `policy` is None if it names none. `timed_policies` can choose their ratio by a time to first token; `max_ttft_ms`
+    is the server's own. `tells_scores`: reports can have the scores that tokens were chosen by. `has_seams`: a chunk is
+    also kept as it is after the chunk before it.
     """
 
     policy: Parameter | None
@@ -104,9 +94,8 @@ class BlendOffer:
 
 @dataclass(frozen=True)
 class SimLLMOffer:
-    """What `GET /kvarena` of a contender that reuses similar earlier prompts offers.
-
-    `similarity_threshold` None: the server finds its own.
+    """What `GET /kvarena` of a contender that reuses similar earlier prompts offers. `similarity_threshold` None: the
+    server finds its own.
     """
 
     modes: tuple[str, ...]
@@ -137,7 +126,7 @@ class Server:
 
     @classmethod
     def read(cls, info: ServerInfo, report: str = "") -> Server:
-        """`report` is the contender's; what it names is there only where the server offers something."""
+        """`report` is the contender's; the offer of that name exists only if the server offers something."""
         offer = info.offer
         return cls(
             model=info.model,
@@ -151,11 +140,11 @@ class Server:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is asked of every contender alike. `recomputing`, a policy and its parameters by their names, goes to those
-    that blend, `mode` and `similarity_threshold` to those that look for similar prompts, `use_cache`, `notes` (whether
-    the server adds notes of its own) and `topic` (empty: the server finds it) to those with KV slots; None: their
-    default. `user` names a conversation, where it isn't empty. `probabilities`: of each token of the answer, with the
-    likeliest ones beside it; and of each recomputed token of the prompt the score that it was chosen by.
+    """What is asked of every contender alike. `recomputing`, a policy and its parameters by name, goes to those that
+    blend; `mode` and `similarity_threshold` to those that look for similar prompts; `use_cache`, `notes` (whether the
+    server adds its own) and `topic` (empty: the server finds it) to those with KV slots. None means the server's
+    default. `conversation` names one, if not empty. `probabilities`: of each token of the answer and its likeliest
+    alternatives, and the score that each recomputed token of the prompt was chosen by.
     """
 
     temperature: float = 0.0
@@ -172,7 +161,7 @@ class Sampling:
 
 
 def completion_request(server: Server, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
-    """The body of `POST /v1/chat/completions`: OpenAI's fields, and vLLM's where the question needs them."""
+    """The body of `POST /v1/chat/completions`: OpenAI's fields, and vLLM's where they are needed."""
     body: dict[str, Any] = {
         "model": server.model,
         "messages": list(messages),
@@ -191,7 +180,7 @@ def completion_request(server: Server, messages: Sequence[Message], sampling: Sa
 
 
 def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
-    """What this kind of contender can be told about its reuse, as far as it was chosen."""
+    """What was chosen of what this kind of contender can be told about reuse."""
     chosen: dict[str, Any] = {}
     if server.blend:
         chosen = dict(sampling.recomputing)
@@ -205,7 +194,7 @@ def _reuse_choices(server: Server, sampling: Sampling) -> dict[str, Any]:
 
 
 class ContenderError(Exception):
-    """A contender could not be reached, refused, or broke off. The message is shown in its pane as it is."""
+    """A contender couldn't be reached, refused, or broke off. Its pane shows the message as it is."""
 
 
 @contextmanager

@@ -1,28 +1,24 @@
-"""From what context length on a contender is faster than plain, by the rows of `kvarena bench ttft`.
+"""From which context length on a contender is faster than plain, by the rows of `kvarena bench ttft`.
 
-A length counts as faster or slower only where the whole interval of the median speedup is on one side of 1; else it
-is a tie. Nothing is said of lengths outside those measured. Reads rows; draws nothing and knows nothing of Streamlit.
+A length counts as faster or slower only if the whole interval of the median speedup is on one side of 1; else it is a
+tie. Nothing is said of lengths that weren't measured. Reads rows; draws nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal
 
-from figures import Figures
-from kvarena.panels.panel import REFERENCE, grouped, variant_label
+from figures import Figures, Tone
+from kvarena.panels.panel import REFERENCE, Result, Row, grouped, variant_label
 from settings import Contender
 
 STATE = "warm"
 LEAST_PAIRS = 3
-"""Fewer say nothing of a median."""
+"""Fewer pairs say nothing of a median."""
 DIGITS = 2
-Record = dict[str, Any]
-Result = Mapping[str, Any]
-Tone = Literal["gain", "tie", "loss"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +37,8 @@ class Point:
 
 @dataclass(frozen=True)
 class LengthVerdict:
-    """Of a contender with one setting. `points` go from the shortest context on; none where nothing was answered, and
-    `failure` says why. `failed` are the lengths at which none was.
+    """On a contender with one setting. `points` are in ascending order of length, none if nothing was answered;
+    `failure` then says why. `failed` are the lengths without an answer.
     """
 
     label: str
@@ -52,7 +48,7 @@ class LengthVerdict:
 
     @property
     def paying(self) -> tuple[Point, ...]:
-        """The lengths at which it is faster, and at all longer ones too."""
+        """The lengths at which it is faster, and stays faster at all longer ones."""
         num = 0
         while num < len(self.points) and self.points[-1 - num].tone == "gain":
             num += 1
@@ -66,8 +62,8 @@ class LengthVerdict:
 
     @property
     def crossing_tokens(self) -> int | None:
-        """The length from which on it is faster, where that is between a length at which it is slower and the next one:
-        on the straight line between the two medians, both axes logarithmic as in the chart.
+        """Where it becomes faster, if that is between a length at which it is slower and the next one: on the straight
+        line between the two medians, both axes logarithmic as in the chart.
         """
         if not self.paying or not self.before or self.before.tone != "loss":
             return None
@@ -108,7 +104,7 @@ class LengthVerdict:
         return f"faster than plain from {self.paying[0].num_tokens:,} tokens on, {longest}"
 
     def note(self) -> str:
-        """What the text stands on."""
+        """What the text is based on."""
         if not self.paying or not self.before:
             return ""
         before, first = self.before, self.paying[0]
@@ -133,19 +129,19 @@ def at_lengths(points: Sequence[Point]) -> str:
 
 
 def length_verdicts(result: Result) -> list[LengthVerdict]:
-    """One for each contender with each setting, but for plain itself; empty where plain wasn't measured."""
+    """One for each contender and setting besides plain; empty if plain wasn't measured."""
     groups = grouped(measured_rows(result), variant_label)
     if not any(rows[0]["contender"] == REFERENCE for rows in groups.values()):
         return []
     return [verdict_of(label, rows) for label, rows in groups.items() if rows[0]["contender"] != REFERENCE]
 
 
-def measured_rows(result: Result) -> list[Record]:
+def measured_rows(result: Result) -> list[Row]:
     """Of known chunks, one request at a time."""
     return [row for row in result["rows"] if row.get("prompts", row["store"]) == STATE and row["concurrency"] == 1]
 
 
-def verdict_of(label: str, rows: Sequence[Record]) -> LengthVerdict:
+def verdict_of(label: str, rows: Sequence[Row]) -> LengthVerdict:
     points = sorted((point for row in rows if (point := point_of(row))), key=lambda point: point.num_tokens)
     failure = next((str(row["failure"]) for row in rows if row.get("failure")), "")
     failed = {row["context_tokens"] for row in rows} - {point.num_tokens for point in points}
@@ -156,8 +152,8 @@ def _listed(lengths: Sequence[int]) -> str:
     return " and ".join(f"{length:,}" for length in lengths)
 
 
-def point_of(row: Record) -> Point | None:
-    """None without a pair of answers. Where there is no interval, or too few pairs for one, the range stands for it."""
+def point_of(row: Row) -> Point | None:
+    """None without a pair of answers. Without an interval, or with too few pairs for one, the range stands in."""
     speedup = row.get("speedup_vs_plain")
     if not speedup:
         return None
@@ -180,12 +176,12 @@ def _line_html(verdict: LengthVerdict) -> str:
     )
 
 
-def lengths_table(result: Result) -> list[Record]:
-    """A line for each contender, setting and length. A speedup of plain over itself is left out."""
+def lengths_table(result: Result) -> list[Row]:
+    """A line for each contender, setting and length. Plain has no speedup over itself."""
     return [_table_row(row) for row in measured_rows(result)]
 
 
-def _table_row(row: Record) -> Record:
+def _table_row(row: Row) -> Row:
     ttft_ms = row["ttft_ms"] or {}
     point = point_of(row) if row["contender"] != REFERENCE else None
     return {
@@ -204,7 +200,7 @@ def _table_row(row: Record) -> Record:
 
 
 def failures(result: Result) -> list[str]:
-    """One for each contender and setting of which requests failed, with the first reason."""
+    """For each contender and setting with failed requests: how many, and the first reason."""
     found = []
     for label, rows in grouped([row for row in result["rows"] if row.get("num_failed")], variant_label).items():
         failed, asked = (sum(row[key] for row in rows) for key in ("num_failed", "num_requests"))
@@ -213,34 +209,27 @@ def failures(result: Result) -> list[str]:
 
 
 def note_of(result: Result, contender: Contender, figures: Figures, model: str) -> str:
-    """What a measurement of this server, serving this model, says of an answer's setting; empty where it says nothing.
+    """What a measurement of this server with this model says on an answer's setting; empty if nothing.
 
-    Whatever isn't the same server is another machine, and a file in another form is somebody else's.
+    Any other server is another machine, and a file of another form is somebody else's.
     """
     try:
-        return _note_of(result, contender, figures, model)
+        servers = result["settings"].get("contenders") or {}
+        measured = servers.get(contender.name) or {}
+        is_same_server = (measured.get("url"), measured.get("model")) == (contender.url, model)
+        if not model or REFERENCE not in servers or not is_same_server:
+            return ""
+        rows = [row for row in measured_rows(result) if row["contender"] == contender.name and _is_of(row, figures)]
+        verdict = verdict_of("", rows)
+        if not verdict.points or figures.task or len({variant_label(row) for row in rows}) > 1:
+            return ""
+        return f"Measured over context lengths: {verdict.text()}. {verdict.note()}".strip()
     except (KeyError, TypeError, AttributeError, ValueError):
         return ""
 
 
-def _note_of(result: Result, contender: Contender, figures: Figures, model: str) -> str:
-    servers = result["settings"].get("contenders") or {}
-    described = servers.get(contender.name) or {}
-    if (
-        not model
-        or REFERENCE not in servers
-        or (described.get("url"), described.get("model")) != (contender.url, model)
-    ):
-        return ""
-    rows = [row for row in measured_rows(result) if row["contender"] == contender.name and _is_of(row, figures)]
-    verdict = verdict_of("", rows)
-    if not verdict.points or figures.task or len({variant_label(row) for row in rows}) > 1:
-        return ""
-    return f"Measured over context lengths: {verdict.text()}. {verdict.note()}".strip()
-
-
-def _is_of(row: Record, figures: Figures) -> bool:
-    """By what an answer tells of its setting: of check layers and options it tells nothing."""
+def _is_of(row: Row, figures: Figures) -> bool:
+    """By what an answer says of its setting, which leaves out check layers and options."""
     mine, theirs = (row.get("policy"), row.get("max_ttft_ms")), (figures.policy, figures.max_ttft_ms)
     return mine == theirs and (figures.max_ttft_ms is not None or _is_same(row.get("ratio"), figures.ratio))
 

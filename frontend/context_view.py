@@ -1,9 +1,8 @@
-"""The context as it will be sent: system prompt, separators, chunks in their order, each with its tokens.
+"""The context as it will be sent: system prompt, separators and chunks in order, each with its tokens.
 
-The prompt's ids and each chunk's ids come from the server's own tokenizer. A chunk is looked up in the prompt in
-order; since a tokenizer may join a chunk's end with its neighbour, up to `MAX_EDGE` tokens at either end may differ
-and are then counted as the chunk's own. Texts are escaped: a chunk is shown letter for letter, whatever markup is in
-it.
+The token ids of prompt and chunks come from the server's tokenizer. Each chunk is looked up in the prompt, in order. A
+tokenizer may join a chunk's end with what is next to it, so up to `MAX_EDGE` tokens at either end may differ; they
+count as the chunk's own. Texts are escaped: a chunk is shown letter for letter.
 """
 
 from __future__ import annotations
@@ -16,29 +15,20 @@ from html import escape
 from chat import Context
 from chat_session import ChatSession
 from kvarena.documents import build_messages, without_separators
+from tokens import common_prefix
 
 MAX_EDGE = 3
 MAX_ROLE_WORDS = 3
-"""A template without a system prompt has the names of roles, and no more."""
+"""What a template without a system prompt begins with: the names of roles."""
 
 
 @dataclass(frozen=True)
 class ChunkSpan:
-    """Tokens `[start, end)` of the prompt; both None where the chunk could not be found as it stands alone."""
+    """Tokens `[start, end)` of the prompt; both None if the chunk wasn't found in it."""
 
     num_tokens: int
     start: int | None = None
     end: int | None = None
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two prompts share from their beginning."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
 
 
 def chunk_spans(prompt: Sequence[int], chunks: Sequence[Sequence[int]], start: int = 0) -> list[ChunkSpan]:
@@ -67,11 +57,8 @@ def _find_with_edges(prompt: Sequence[int], chunk: Sequence[int], start: int) ->
 
 
 def _find(prompt: Sequence[int], wanted: Sequence[int], start: int) -> int | None:
-    wanted = list(wanted)
-    for at in range(start, len(prompt) - len(wanted) + 1):
-        if prompt[at] == wanted[0] and list(prompt[at : at + len(wanted)]) == wanted:
-            return at
-    return None
+    places = range(start, len(prompt) - len(wanted) + 1)
+    return next((at for at in places if prompt[at] == wanted[0] and prompt[at : at + len(wanted)] == wanted), None)
 
 
 NUM_SHADES = 6
@@ -79,8 +66,8 @@ NUM_SHADES = 6
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Of a context without a question. `spans` has one entry per chunk. `template`: the system prompt that the model's
-    chat template brings where the context has none, in the template's own words; empty where it brings none.
+    """Of a context without a question. `spans` has one entry for each chunk. `template` is the system prompt that the
+    model's chat template adds if the context has none; empty if it adds none.
     """
 
     total: int
@@ -109,7 +96,7 @@ def _own_system_prompt(session: ChatSession) -> str:
 
 
 def num_fitting(count: TokenCount, limit: int) -> int:
-    """How many of the chunks, from the first on, leave a prompt of at most so many tokens."""
+    """How many of the chunks, from the first on, make a prompt of at most `limit` tokens."""
     sizes = [span.num_tokens for span in count.spans]
     dropped = 0
     while dropped < len(sizes) and count.total - sum(sizes[len(sizes) - dropped :]) > limit:
@@ -118,7 +105,7 @@ def num_fitting(count: TokenCount, limit: int) -> int:
 
 
 def summary(context: Context, count: TokenCount | None, ratio: float | None = None) -> str:
-    """`ratio`: the share of the chunks' tokens that is recomputed, where one was chosen."""
+    """`ratio` is the share of the chunks' tokens that is recomputed, if one was chosen."""
     chunks = f"Context: {len(context.chunks)} chunk{'' if len(context.chunks) == 1 else 's'}"
     if not count:
         return chunks
@@ -171,5 +158,5 @@ def _span_text(span: ChunkSpan | None) -> str:
 
 
 def _visible(separator: str) -> str:
-    """White space at the ends of a separator counts, so it is made visible."""
+    """Makes the white space of a separator visible, since it counts."""
     return separator.replace(" ", "␣").replace("\n", "⏎") or "(no separator)"

@@ -1,8 +1,7 @@
 """Questions that come with the chunk folder (`questions.jsonl`), each with the chunks it is about.
 
-The file is optional, and so is every line of it: one that can't be used is left out. Lines with `"example": true` are
-those that the page offers; where no line has it, all are. A line with `history` is offered after the questions in
-it.
+The file is optional, and unusable lines are left out. The page offers lines with `"example": true`, or all lines if
+none has it. A line with `history` is offered after the questions in it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from kvarena.documents import DEFAULT_KIND, QUESTIONS_NAME
 
 @dataclass(frozen=True)
 class Example:
-    """`kind` is `across` where a chunk leans on the one before. `after` are the questions asked before it."""
+    """`kind` is `across` if it takes several chunks to answer. `after` are the questions that were asked before it."""
 
     question: str
     kind: str
@@ -27,7 +26,7 @@ class Example:
 
 
 def load_examples(folder: Path, chunk_names: Collection[str]) -> list[Example]:
-    """Examples that open a chat and whose chunks are all there: as in the file where it says which, else the two kinds
+    """Examples that open a chat and whose chunks all exist: in the file's order if it chooses them; else the two kinds
     alternate, `across` first.
     """
     found, are_chosen = _read_all(folder, chunk_names)
@@ -41,15 +40,13 @@ def load_examples(folder: Path, chunk_names: Collection[str]) -> list[Example]:
 
 
 def opening_chunks(folder: Path, chunk_names: Collection[str]) -> tuple[str, ...]:
-    """The context that the page opens on: the first example's, where the file chooses any; else none."""
+    """The context that a new page opens with: the first example's, if the file chooses examples."""
     found, are_chosen = _read_all(folder, chunk_names)
     return next((example.chunks for example in found if not example.after), ()) if are_chosen else ()
 
 
-def gold_answers(folder: Path, question: str, chunk_names: Collection[str]) -> str:
-    """The first right answer that the folder has for a question; empty for others, and where a chunk is missing that it
-    needs.
-    """
+def gold_answer(folder: Path, question: str, chunk_names: Collection[str]) -> str:
+    """The folder's first right answer to a question; empty if there is none, or a chunk that it needs is missing."""
     for line in _lines(folder):
         try:
             entry = json.loads(line)
@@ -61,13 +58,13 @@ def gold_answers(folder: Path, question: str, chunk_names: Collection[str]) -> s
 
 
 def follow_ups(folder: Path, chunk_names: Collection[str], asked: Sequence[str]) -> list[str]:
-    """Questions that lean on those that were asked in this conversation."""
+    """Questions that continue those asked in this conversation."""
     found, _ = _read_all(folder, chunk_names)
     return list(dict.fromkeys(example.question for example in found if asked and example.after == tuple(asked)))
 
 
 def _read_all(folder: Path, chunk_names: Collection[str]) -> tuple[list[Example], bool]:
-    """All that can be used, and whether the file says which ones to offer."""
+    """All usable examples, and whether the file says which ones to offer."""
     read = [found for line in _lines(folder) if (found := _read(line, chunk_names))]
     chosen = [example for example, is_chosen in read if is_chosen]
     return (chosen, True) if chosen else ([example for example, _ in read], False)

@@ -1,6 +1,6 @@
-"""A chat to take along: as JSON, as Markdown, and its requests as curl commands; and where the page offers that.
+"""A chat as JSON, as Markdown, and as curl commands that repeat its requests; and the controls that offer these.
 
-None of them has the chat's key, which would open it, or an API key.
+None of them contains the chat's key, which would open it, or an API key.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ _END = "END_OF_BODY"
 
 
 def as_json(chat: Chat) -> str:
-    """All of it but the messages, which the turns' contexts, questions and answers make; and what all of it says of
-    speed, agreement and votes.
-    """
+    """Everything except the messages, which follow from contexts, questions and answers; with verdicts and votes."""
     told = chat_form(type(chat)).dump_python(chat, mode="json", exclude=_KEPT_BACK)
     votes = [asdict(one) for group in standings(ballots_of(chat)) for one in group]
     said = [_verdict_json(verdict) for verdict in verdicts(chat.turns)]
@@ -39,9 +37,7 @@ def as_json(chat: Chat) -> str:
 
 
 def as_markdown(chat: Chat) -> str:
-    """To read: what it says of speed and agreement, then questions, settings, answers with their figures, and the texts
-    at the end.
-    """
+    """To read: the verdicts; questions, settings and answers with their figures; votes; and the texts at the end."""
     said = [f"- {_line(' · '.join(_verdict_parts(verdict)))}" for verdict in verdicts(chat.turns)]
     turns = [part for index in range(len(chat.turns)) for part in _turn_parts(chat, index)]
     texts = {(chunk.name, chunk.text): None for turn in chat.turns for chunk in turn.context.chunks}
@@ -58,7 +54,7 @@ def as_markdown(chat: Chat) -> str:
 
 
 def as_curl(chat: Chat) -> str:
-    """A shell script that sends every request again, in their order."""
+    """A shell script that sends every request again, in order."""
     commands = [
         f"# {index + 1}. {_line(answer.contender.title)}\n{curl_command(chat, index, name) or '# nothing was sent'}\n"
         for index, turn in enumerate(chat.turns)
@@ -68,7 +64,7 @@ def as_curl(chat: Chat) -> str:
 
 
 def curl_command(chat: Chat, index: int, name: str) -> str:
-    """Sends this contender the very body of a turn; empty where none was sent."""
+    """Sends exactly a turn's body to this contender; empty if nothing was sent."""
     answer = chat.turns[index].answers[name]
     if not answer.request:
         return ""
@@ -85,7 +81,7 @@ def curl_command(chat: Chat, index: int, name: str) -> str:
 
 
 def draw_export(chat: Chat, page: str = "chat") -> None:
-    """The chat's link and its files, to copy and to save."""
+    """The chat's link and its files, to copy and save."""
     with st.popover("Share", key="share", icon=":material/share:"):
         st.caption("Anyone with this link can read the chat and go on with it.")
         st.code(f"{st.context.url or ''}?{page}={chat.key}", language=None, wrap_lines=True)
@@ -101,7 +97,7 @@ def draw_export(chat: Chat, page: str = "chat") -> None:
 
 
 def draw_copies(chat: Chat, index: int) -> None:
-    """A turn's answers and requests, each with a button that copies it."""
+    """A turn's answers and requests, each with a copy button."""
     for name, answer in chat.turns[index].answers.items():
         st.caption(f"{answer.contender.title}: the answer, and the request")
         st.code(answer.text.strip(), language=None, wrap_lines=True)
@@ -113,7 +109,7 @@ def _verdict_parts(verdict: Verdict) -> list[str]:
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, object]:
-    """`speedup`: the median of the prompts that are timed; `agrees`: of each answer that is compared."""
+    """`speedup` is the median over the timed prompts; `agrees` has an entry for each compared answer."""
     return {
         "contender": verdict.title,
         "reference": verdict.reference,
@@ -166,11 +162,11 @@ def _figures(answer: Answer) -> dict[str, str | None]:
 
 
 def _line(text: str) -> str:
-    """Fit for a heading: on one line, with nothing that Markdown or a shell's comment would read."""
+    """For a heading or a comment: on one line, with Markdown's characters escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
 
 
 def _fenced(text: str) -> str:
-    """As it is, letter for letter."""
+    """Exactly as it is, in a fence that doesn't occur in it."""
     fence = next(ticks for number in itertools.count(3) if (ticks := "`" * number) not in text)
     return f"{fence}text\n{text}\n{fence}"

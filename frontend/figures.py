@@ -1,9 +1,9 @@
-"""The figures under an answer, what two answers' figures say about each other, and the events that bring them.
+"""The figures of an answer, what figures of several answers say about each other, and the events that bring them.
 
-Times are the client's: taken where the bytes arrive. Token counts are the server's: from `usage`, and from the
-contender's request report where it keeps one. A figure that nobody reported is None, never 0. Also here: what
-became of the search for a similar earlier prompt, and what a turn on KV slots did, from the report to HTML. A worker
-tells the page of an answer in this order: Sent, FirstToken and Text, then Done or Failed.
+Times are measured here, where the bytes arrive. Token counts are the server's: from `usage`, and from the contender's
+request report if it keeps one. A figure that nobody reported is None, never 0. Also here: the search for a similar
+earlier prompt and a turn on KV slots, from the report to HTML. A worker sends the page these events for an answer:
+Sent, FirstToken and Text, then Done or Failed.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
-from kvarena.client import Usage
-from tokens import NO_SCORES, AnswerToken, Span, TokenScores
+from kvarena.client import StreamedAnswer
+from settings import read_fields
+from tokens import NO_SCORES, AnswerToken, Span, TokenScores, read_answer_tokens
 from waterfall import read_stages, shown_ms
+
+Tone = Literal["gain", "tie", "loss"]
+"""How a comparison turned out; the page colours it."""
 
 
 @dataclass(frozen=True)
 class SimilarTask:
-    """`similarity` is the cosine to the earlier prompt that lent its KV; None: none was similar enough, or none asked.
-    `similarity_threshold` None: the server finds none good enough at present. `checked_similarity` is there when reuse
-    was only compared with full prefill, to find the threshold; `check_agrees`: it gave the same first token.
+    """`similarity` is the cosine to the earlier prompt that lent its KV; None if none was similar enough.
+    `similarity_threshold` None: the server currently finds none good enough. `checked_similarity` is set if reuse was
+    only compared with full prefill, to find the threshold; `check_agrees` says whether the first token was the same.
 
-    A layer pass is one prompt token through one layer. `matched_prompt` is empty where the server keeps it to itself.
+    A layer pass is one prompt token through one layer. `matched_prompt` is empty if the server doesn't show it.
     """
 
     mode: str
@@ -43,22 +47,12 @@ class SimilarTask:
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> SimilarTask:
         check = report.get("check") or {}
-        return cls(
-            mode=report["mode"],
-            similarity_threshold=report["similarity_threshold"],
-            similarity=report["similarity"],
-            num_layer_passes=report["num_layer_passes"],
-            num_layer_passes_without_reuse=report["num_layer_passes_without_reuse"],
-            matched_prompt=report.get("matched_prompt") or "",
-            num_matched_prompt_tokens=report.get("num_matched_prompt_tokens"),
-            checked_similarity=check.get("similarity"),
-            check_agrees=check.get("agrees", False),
-            warning=report.get("warning") or "",
-        )
+        checked = {"checked_similarity": check.get("similarity"), "check_agrees": check.get("agrees")}
+        return read_fields(cls, {**report, **checked})
 
     @property
     def num_skipped_passes(self) -> int:
-        """Negative where choosing what to recompute cost more than was reused."""
+        """Negative if choosing what to recompute cost more than was reused."""
         return self.num_layer_passes_without_reuse - self.num_layer_passes
 
 
@@ -122,40 +116,27 @@ STATUS_LABELS = {
 
 @dataclass(frozen=True)
 class SlotTurn:
-    """`turn` counts those of the topic, `prefill_ms` ends with the first token; times are the server's.
+    """`turn` counts the topic's turns, `prefill_ms` ends with the first token; times are the server's.
 
-    `slot` and `status` are None for a turn that ended before it had a slot, `reason` says why a topic was reset,
-    `notes` names those in its prompt.
+    `slot` and `status` are None for a turn that ended before it got a slot, `reason` says why a topic was reset,
+    `notes` names the notes in its prompt.
     """
 
     topic: str
     slot: int | None
     turn: int
     status: str | None
-    reason: str
     num_prefilled_tokens: int
     num_decoded_tokens: int
     prefill_ms: float
     decode_ms: float
     total_ms: float
+    reason: str = ""
     notes: str = ""
 
     @classmethod
     def read(cls, report: Mapping[str, Any]) -> SlotTurn:
-        timings = report["timings"]
-        return cls(
-            topic=report["topic"],
-            slot=report["slot"],
-            turn=report["turn"],
-            status=report["status"],
-            reason=report.get("reason") or "",
-            num_prefilled_tokens=report["num_prefilled_tokens"],
-            num_decoded_tokens=report["num_decoded_tokens"],
-            prefill_ms=timings["prefill_ms"],
-            decode_ms=timings["decode_ms"],
-            total_ms=timings["total_ms"],
-            notes=report.get("notes") or "",
-        )
+        return read_fields(cls, {**report, **report["timings"]})
 
 
 def slot_turn_html(turn: SlotTurn) -> str:
@@ -188,12 +169,11 @@ MIN_DECODE_TOKENS = 5
 class Figures:
     """`num_prompt_tokens = num_reused_tokens + num_recomputed_tokens + num_computed_tokens`.
 
-    `num_prefix_tokens` is the part of `num_reused_tokens` from the server's own prefix cache. `task` is what a
-    contender that looks for similar prompts says of its search, `slot_turn` what one with KV slots says of its turn.
-    `misses`: how many chunks weren't reused, by reason; `system_miss`: why the system prompt wasn't. `stages`: where
-    the time to the first token went, as far as the server said. `recomputed`: the ranges of the prompt that were, None
-    where the server doesn't say; `scores`: by what they were chosen. `tokens` of the answer are there where their
-    probabilities were asked for.
+    `num_prefix_tokens` are those of `num_reused_tokens` from the server's own prefix cache. `misses` counts chunks that
+    weren't reused, by reason; `system_miss` says why the system prompt wasn't. `stages` is where the time to the first
+    token went, as far as the server says. `recomputed` are ranges of the prompt, None if the server doesn't say;
+    `scores` are what they were chosen by. `tokens` are the answer's, if probabilities were asked for. `task` is set by
+    contenders that look for similar prompts, `slot_turn` by those with KV slots.
     """
 
     first_token_ms: float | None = None
@@ -221,9 +201,7 @@ class Figures:
 
     @property
     def setting(self) -> str:
-        """What was chosen of a contender: the policy and the share that it recomputes, or the time that it is given; or
-        the mode. Empty: nothing.
-        """
+        """What was chosen of a contender: a policy with its share or time, or a mode; empty if nothing."""
         if self.task:
             return self.task.mode
         if self.policy and self.max_ttft_ms is not None:
@@ -241,46 +219,15 @@ class Figures:
         return None if self.num_reused_tokens is None else self.num_reused_tokens - (self.num_prefix_tokens or 0)
 
 
-@dataclass(frozen=True)
-class Stopwatch:
-    """Readings of one clock, in seconds. `last_token_s` is when the last token, or the end, arrived."""
-
-    sent_s: float
-    first_token_s: float | None
-    last_token_s: float | None
-
-    @property
-    def first_token_ms(self) -> float | None:
-        return None if self.first_token_s is None else (self.first_token_s - self.sent_s) * 1000
-
-    @property
-    def total_ms(self) -> float | None:
-        return None if self.last_token_s is None else (self.last_token_s - self.sent_s) * 1000
-
-    def tokens_per_s(self, num_output_tokens: int | None) -> float | None:
-        """Decode speed: the first token belongs to the prefill and is left out.
-
-        None for a few tokens, whose rate says little, and for tokens that came together.
-        """
-        if (
-            self.first_token_s is None
-            or self.last_token_s is None
-            or num_output_tokens is None
-            or num_output_tokens < MIN_DECODE_TOKENS
-            or self.last_token_s - self.first_token_s < MIN_DECODE_S
-        ):
-            return None
-        return (num_output_tokens - 1) / (self.last_token_s - self.first_token_s)
-
-
-def from_usage(stopwatch: Stopwatch, usage: Usage, approximate: bool = False) -> Figures:
-    """The figures of a server without reports. An exact one reuses prefixes only; of another only the sum is known."""
-    prompt, output, cached = usage.num_prompt_tokens, usage.num_output_tokens, usage.num_cached_tokens
+def of_answer(answer: StreamedAnswer, approximate: bool = False) -> Figures:
+    """Figures without a report. An exact server reuses only prefixes; of an approximate one only the sum is known."""
+    usage = answer.usage
+    prompt, cached = usage.num_prompt_tokens, usage.num_cached_tokens
     return Figures(
-        first_token_ms=stopwatch.first_token_ms,
-        total_ms=stopwatch.total_ms,
-        tokens_per_s=stopwatch.tokens_per_s(output),
-        num_output_tokens=output,
+        first_token_ms=answer.ttft_ms,
+        total_ms=1000 * (answer.tokens[-1].time_s - answer.sent_s),
+        tokens_per_s=_decode_speed(answer),
+        num_output_tokens=usage.num_output_tokens,
         num_prompt_tokens=prompt,
         num_reused_tokens=cached,
         num_recomputed_tokens=None if cached is None or approximate else 0,
@@ -288,29 +235,43 @@ def from_usage(stopwatch: Stopwatch, usage: Usage, approximate: bool = False) ->
         num_prefix_tokens=None if approximate else cached,
         approximate=approximate,
         spans=() if approximate else _prefix_spans(prompt, cached),
+        stages=read_stages({}, answer.timings),
+        tokens=read_answer_tokens(answer.text, answer.logprobs),
     )
+
+
+def _decode_speed(answer: StreamedAnswer) -> float | None:
+    """Tokens per second, without the first token, which belongs to the prefill.
+
+    None for a few tokens, whose rate means little, and for tokens that arrived together.
+    """
+    num_tokens, decode_s = answer.usage.num_output_tokens, answer.tokens[-1].time_s - answer.tokens[0].time_s
+    if num_tokens is None or num_tokens < MIN_DECODE_TOKENS or decode_s < MIN_DECODE_S:
+        return None
+    return (num_tokens - 1) / decode_s
+
+
+_REPORTED = (
+    *("num_reused_tokens", "num_recomputed_tokens", "num_computed_tokens", "num_prefix_tokens"),
+    *("approximate", "policy", "ratio", "max_ttft_ms"),
+)
+"""What only the report knows, if the contender keeps reports."""
 
 
 def with_report(
     figures: Figures, report: Mapping[str, Any], view: str = "", metrics: Mapping[str, float] = {}
 ) -> Figures:
-    """The same figures with the counts and spans of the contender's own request report, and what its view shows.
-    `metrics`: vLLM's own times of the request.
+    """The same figures with the counts and spans of the contender's request report, and what its `view` shows.
+    `metrics` are vLLM's own times of the request.
     """
+    told: dict[str, Any] = {name: report.get(name) for name in _REPORTED}
     system_miss = _system_miss(report)
     misses = Counter(report.get("misses_by_reason") or {})
     misses.subtract([system_miss] if system_miss else [])
     return dataclasses.replace(
         figures,
+        **told,
         num_prompt_tokens=report.get("num_prompt_tokens", figures.num_prompt_tokens),
-        num_reused_tokens=report.get("num_reused_tokens"),
-        num_recomputed_tokens=report.get("num_recomputed_tokens"),
-        num_computed_tokens=report.get("num_computed_tokens"),
-        num_prefix_tokens=report.get("num_prefix_tokens"),
-        approximate=report.get("approximate"),
-        policy=report.get("policy"),
-        ratio=report.get("ratio"),
-        max_ttft_ms=report.get("max_ttft_ms"),
         spans=tuple(Span(s["start"], s["end"], s["source"]) for s in report.get("spans") or ()),
         misses=tuple((+misses).items()),
         system_miss=system_miss,
@@ -325,30 +286,22 @@ def with_report(
 
 
 def _system_miss(report: Mapping[str, Any]) -> str:
-    """Why the text before the first chunk wasn't reused: in a chat, nothing else begins with the prompt. Empty where it
-    was, and where it isn't known: of one that the prefix cache has begun, the report has the rest as any chunk.
+    """Why the text before the first chunk wasn't reused; in a chat, nothing else begins at position 0. Empty if it was
+    reused. Also if the prefix cache had its beginning: the report has the rest like any chunk.
     """
     return next((miss["reason"] for miss in report.get("misses") or () if miss["start"] == 0), "")
 
 
 def without_report(figures: Figures) -> Figures:
-    """The figures of a contender that keeps request reports, for a request whose report never came."""
-    return dataclasses.replace(
-        figures,
-        num_reused_tokens=None,
-        num_recomputed_tokens=None,
-        num_computed_tokens=None,
-        num_prefix_tokens=None,
-        approximate=None,
-        spans=(),
-        stages=(),
-    )
+    """For a contender that keeps reports, if this request's never came."""
+    unknown: dict[str, Any] = dict.fromkeys(_REPORTED)
+    return dataclasses.replace(figures, **unknown, spans=(), stages=())
 
 
 def speed_line(first_tokens: Sequence[tuple[str, float]]) -> str:
-    """Who was first, and by what factor, from measured times to the first token: (title, ms) per contender.
+    """Who was first, and by what factor, from (title, ms to the first token) of each contender.
 
-    Names all that it compares: others may stand on the page that failed, or have no token yet.
+    Names everyone it compares, since the page may show others that failed or have no token yet.
     """
     if len(first_tokens) < 2:
         return ""
@@ -371,7 +324,7 @@ def format_factor(factor: float) -> str:
 
 
 def prefix_cache_note(answers: Sequence[tuple[str, Figures]]) -> str:
-    """Says whose prompt was partly in its prefix cache already. If most of it was, it is no fair race."""
+    """Whose prompt was partly in its prefix cache. If most of it was, the race isn't fair."""
     notes = [
         f"{title} had {figures.num_prefix_tokens:,} of {figures.num_prompt_tokens:,} prompt tokens"
         for title, figures in answers
@@ -391,14 +344,14 @@ def _prefix_spans(num_prompt_tokens: int | None, num_cached_tokens: int | None) 
 
 @dataclass(frozen=True)
 class Sent:
-    """The body of the request, but for its messages."""
+    """The request's body without its messages."""
 
     request: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """The first token is there: `first_token_ms` after the request was sent."""
+    """`first_token_ms` after the request was sent."""
 
     first_token_ms: float
 

@@ -1,7 +1,7 @@
 """A run over many questions, or over context lengths: `kvarena eval` or `kvarena bench ttft` in a process of its own,
-with its progress, its end and its result file.
+with its progress, end and result file.
 
-The page shows the same command, so that a terminal can repeat what was measured. No Streamlit.
+The page shows the same command, so that it can be repeated in a terminal. No Streamlit.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import permutations
+from itertools import cycle, permutations
 from math import factorial
 from pathlib import Path
 
@@ -33,11 +33,11 @@ from settings import ROOT, Contender
 
 PROGRAM = "kvarena"
 PACKAGES = ("matplotlib", "scipy")
-MAX_ENUMERATED = 6  # chunks, of which all orders are listed
+MAX_ENUMERATED = 6  # of so many chunks all orders are listed
 TAIL_BYTES = 4096
 END_AFTER_S = 5.0
 MIN_TIMED_S = 3.0
-"""Of a stage under way: from then on its speed says how long the rest of it takes."""
+"""From then on, a stage's speed says how long the rest of it takes."""
 PROGRESS = re.compile(r"(warming|scoring|joining|asking|measuring)\D[^\r\n]*?(\d+)/(\d+)")
 COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -54,7 +54,7 @@ class Plan(ABC):
         """Of the command that measures it."""
 
     def command(self, output: Path, on_the_host: Callable[[Path], Path] = Path) -> str:
-        """For a terminal: with the contenders' addresses for people, and with the host's paths."""
+        """For a terminal: with the contenders' addresses for people, and the host's paths."""
         addresses = {f"{one.name}={one.url}": f"{one.name}={one.address}" for one in self.contenders}
         words = [addresses.get(word, word) for word in self.arguments(output)]
         words = [str(on_the_host(Path(word))) if word.startswith("/") else word for word in words]
@@ -63,7 +63,7 @@ class Plan(ABC):
 
 @dataclass(frozen=True)
 class QuestionsPlan(Plan):
-    """`questions` is the file, over the documents beside it, which are split as the page does."""
+    """`questions` is a file; the documents beside it are split as the page splits them."""
 
     questions: Path
     policies: tuple[str, ...]
@@ -91,14 +91,14 @@ DEFAULT_LENGTHS = (512, 1000, 2000, 4000, 8000, 16_000, 32_000)
 USUAL_LONGEST = 4000
 LEAST_LENGTH = 16
 ROOM_TOKENS = 85
-"""Of a prompt beside its context: what stands before it, the question, and the answer."""
+"""For what a prompt has besides its context: the text before it, the question, and the answer."""
 
 
 @dataclass(frozen=True)
 class LengthsPlan(Plan):
-    """`lengths` of the context, in tokens; `data` is the folder of the documents that contexts are made of.
+    """`lengths` of the context are in tokens; `data` is the folder of documents that contexts are made of.
 
-    `settings` are a blend's, such as `kv_deviation:0.15`. Without a `tokenizer` the first server's is used.
+    `settings` are a blend's, such as `kv_deviation:0.15`. Without `tokenizer` the first server's is used.
     """
 
     data: Path
@@ -119,7 +119,7 @@ class LengthsPlan(Plan):
 
 
 def blend_settings(offer: BlendOffer, policies: Sequence[str], ratios: Sequence[float]) -> tuple[str, ...]:
-    """Every policy with every ratio, where it has one; the server's own policy where none is chosen."""
+    """Every policy with every ratio, if it takes one; the server's own policy if none is chosen."""
     assert offer.policy, "a blend has policies"
     found = []
     for policy in policies or [offer.policy.default]:
@@ -129,7 +129,7 @@ def blend_settings(offer: BlendOffer, policies: Sequence[str], ratios: Sequence[
 
 
 def default_lengths(limit: int | None, num_document_tokens: int) -> list[int]:
-    """Those that fit into a context of at most `limit` tokens, up to the usual longest, or as long as all documents."""
+    """Those that fit into a context of `limit` tokens, up to the usual longest or the size of all documents."""
     room = max(LEAST_LENGTH, limit - ROOM_TOKENS) if limit else max(DEFAULT_LENGTHS)
     longest = min(room, max(USUAL_LONGEST, num_document_tokens))
     fitting = [length for length in DEFAULT_LENGTHS if length <= longest]
@@ -137,7 +137,7 @@ def default_lengths(limit: int | None, num_document_tokens: int) -> list[int]:
 
 
 def read_lengths(text: str, limits: Iterable[tuple[str, int | None]]) -> tuple[int, ...]:
-    """From the shortest on, each once. `limits` are the contenders' titles with the tokens that each takes, if known.
+    """In ascending order, each once. `limits` are the contenders' titles with their longest contexts, if known.
 
     Raises `ValueError` in words for the page.
     """
@@ -146,7 +146,7 @@ def read_lengths(text: str, limits: Iterable[tuple[str, int | None]]) -> tuple[i
     try:
         lengths = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise ValueError(f"{text!r} is no list of lengths in tokens, separated by commas.") from error
+        raise ValueError(f"{text!r} isn't a list of lengths in tokens, separated by commas.") from error
     if lengths[0] < LEAST_LENGTH:
         raise ValueError(f"A context has at least {LEAST_LENGTH} tokens, not {lengths[0]:,}.")
     for title, limit in limits:
@@ -159,8 +159,8 @@ def read_lengths(text: str, limits: Iterable[tuple[str, int | None]]) -> tuple[i
 
 
 def missing_for_measuring() -> list[str]:
-    """What the command needs of the extra `bench` and isn't installed beside the page. The servers are asked by HTTP,
-    so torch isn't needed.
+    """What the command needs of the extra `bench` and isn't installed. Servers are asked by HTTP, so torch isn't
+    needed.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     return missing if _program().is_file() else [PROGRAM, *missing]
@@ -171,7 +171,7 @@ def install_command() -> str:
 
 
 def folder_for_results(wanted: Path, own: Path) -> Path:
-    """`wanted` where this user can write there, else `own`. Raises `OSError` where neither can be made."""
+    """`wanted` if this user can write there, else `own`. Raises `OSError` if neither can be made."""
     try:
         wanted.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -188,45 +188,35 @@ def _program() -> Path:
     return Path(sys.executable).with_name(PROGRAM)
 
 
-@dataclass(frozen=True)
-class OwnQuestion:
-    """`answer` is what counts as right; empty: nobody knows."""
-
-    question: str
-    answer: str = ""
-
-
-def read_own_questions(text: str, known: Callable[[str], str]) -> list[OwnQuestion]:
-    """One in each line, each once; what counts as right follows a bar. `known`: the right answer to a question that has
-    none there, if there is one.
+def read_own_questions(text: str, known: Callable[[str], str]) -> dict[str, str]:
+    """One in each line; after a bar the answer that counts as right, else the one that is `known`; empty if nobody
+    knows.
     """
-    found: dict[str, OwnQuestion] = {}
+    found: dict[str, str] = {}
     for line in text.splitlines():
         question, _, answer = map(str.strip, line.partition("|"))
         if question:
-            found.setdefault(question, OwnQuestion(question, answer or known(question)))
-    return list(found.values())
+            found.setdefault(question, answer or known(question))
+    return found
 
 
-def write_own_questions(folder: Path, context: Context, asked: Sequence[OwnQuestion], num_prompts: int) -> Path:
-    """The context's documents, and questions over them by turns, so many prompts in all, each over another order of
-    the chunks; returns the questions' file.
+def write_own_questions(folder: Path, context: Context, asked: Mapping[str, str], num_prompts: int) -> Path:
+    """Writes the context's documents and a file of questions over them, and returns that file: `num_prompts` prompts,
+    the questions taking turns, each prompt with another order of the chunks.
 
     There are no more orders than the chunks have. The same context gives the same orders.
     """
     names = write_documents(folder, context.texts)
     if context.system:
         (folder / SYSTEM_PROMPT_NAME).write_text(context.system, encoding="utf-8")
-    found = orders(names, num_prompts)  # each prompt has one of its own, as long as there are some
+    found = orders(names, num_prompts)  # one for each prompt, as far as there are enough
     prompts = [
         (own, found[(turn + place) % len(found)]) for turn in range(len(found)) for place, own in enumerate(asked)
     ]
     if len(found) == num_prompts:
-        prompts = [(asked[place % len(asked)], order) for place, order in enumerate(found)]
+        prompts = list(zip(cycle(asked), found, strict=False))
     lines = [
-        json.dumps(
-            {"question": own.question, "answers": [own.answer] * bool(own.answer), "chunks": order, "kind": "shuffled"}
-        )
+        json.dumps({"question": own, "answers": [asked[own]] * bool(asked[own]), "chunks": order, "kind": "shuffled"})
         for own, order in prompts[:num_prompts]
     ]
     path = folder / QUESTIONS_NAME
@@ -235,7 +225,7 @@ def write_own_questions(folder: Path, context: Context, asked: Sequence[OwnQuest
 
 
 def write_documents(folder: Path, texts: Sequence[str]) -> list[str]:
-    """Into a new folder, in this order; returns the names of the chunks that they are."""
+    """Into a new folder, in this order; returns the names of their chunks."""
     folder.mkdir(parents=True)
     names = [f"{number:02}" for number in range(1, len(texts) + 1)]
     for name, text in zip(names, texts, strict=True):
@@ -244,7 +234,7 @@ def write_documents(folder: Path, texts: Sequence[str]) -> list[str]:
 
 
 def orders(names: Sequence[str], num_orders: int) -> list[list[str]]:
-    """Different ones. The given one, which a chat may have asked in, only where all are wanted."""
+    """All different. The given one, which a chat may have used, comes only if all are wanted."""
     rng = random.Random(0)
     wanted = min(num_orders, factorial(len(names)))
     if len(names) <= MAX_ENUMERATED:
@@ -270,7 +260,7 @@ class Progress:
 
 
 class Measurement:
-    """One run of the command. Whoever makes it owns the process, and calls `stop` or waits for its end."""
+    """One run of the command. Owns the process: call `stop`, or wait for its end."""
 
     def __init__(self, plan: Plan, output: Path, api_key: str = "") -> None:
         """Starts it. Raises `OSError` where the folder of the results can't be written."""
@@ -308,7 +298,7 @@ class Measurement:
         return Progress(f"{text}: {done} of {total}{self._time_left(text, share)}", share)
 
     def _time_left(self, stage: str, share: float) -> str:
-        """Of the stage under way, as fast as it went so far; empty as long as that isn't known."""
+        """Of the current stage, at its speed so far; empty if that isn't known yet."""
         if stage != self._stage:
             self._stage, self._stage_from = stage, (time.monotonic(), share)
         began_s, done = self._stage_from
@@ -319,12 +309,12 @@ class Measurement:
 
     @property
     def has_result(self) -> bool:
-        """Also of a run that ended early, as far as it came."""
+        """Also of a run that ended early."""
         return not self.is_running and self.output.is_file()
 
     def problem(self) -> str:
-        """What the command said last, where it ended by itself without a result, or in the middle of one, which is
-        saved as it grows. Empty otherwise.
+        """The command's last line, if it ended by itself without a whole result, which is saved as it grows; else
+        empty.
         """
         if self.is_running or self.is_stopped or (self.has_result and self._is_whole()):
             return ""
@@ -332,7 +322,7 @@ class Measurement:
         return lines[-1] if lines else f"The command ended with status {self._process.returncode}."
 
     def _is_whole(self) -> bool:
-        """Failed requests give the status 1, and so does an error of the command: then lengths are missing."""
+        """Failed requests give status 1, and so does an error of the command, but then lengths are missing."""
         if self._process.returncode not in (0, 1):
             return False
         if not isinstance(self.plan, LengthsPlan):
@@ -344,18 +334,18 @@ class Measurement:
             return False
 
     def stop(self) -> None:
-        """As Ctrl-C in a terminal: what was answered so far is saved, which a second one could prevent."""
+        """Like Ctrl-C in a terminal: what was answered so far is saved, unless a second one interrupts that."""
         if self.is_running and not self.is_stopped:
             self.is_stopped, self._stopped_s = True, time.monotonic()
             self._process.send_signal(signal.SIGINT)
 
     @property
     def may_end(self) -> bool:
-        """Whether it was stopped some time ago and still runs, as when a server doesn't answer."""
+        """Whether it was stopped a while ago and still runs, for instance if a server doesn't answer."""
         return self.is_stopped and self.is_running and time.monotonic() - self._stopped_s >= END_AFTER_S
 
     def end(self) -> None:
-        """At once; what was answered and not yet saved is lost."""
+        """At once; unsaved answers are lost."""
         if self.is_running:
             self.is_stopped = self.is_ended = True
             self._process.terminate()

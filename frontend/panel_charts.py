@@ -1,6 +1,6 @@
 """The panels of result files in a browser: lines as Vega-Lite charts, bars and legends as HTML that wraps.
 
-What is drawn is computed in `kvarena.panels`, for reports alike. Texts are escaped.
+`kvarena.panels` computes what is drawn, as it does for reports. Texts are escaped.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Record = dict[str, Any]
 HEIGHT = 360
 DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (6, 4), (2, 3), (8, 3, 2, 3))
 SHAPES = ("circle", "square", "diamond", "triangle-up")
-"""Of the points of lines of one colour: single points have no dashes to tell them apart."""
-MIN_SPAN = 10.0  # of an axis of percents: equal figures shall look equal
-NARROW_PX = (300, 250)  # a chart's field on a phone
+"""For lines of one colour, since single points have no dashes."""
+MIN_SPAN = 10.0  # of a percentage axis, so that equal figures look equal
+NARROW_PX = (300, 250)  # a chart on a phone
 NOTE_PX = (36, 13)
 BIG_LETTERS_PX = 22
 IN_THOUSANDS = "datum.value >= 1000 ? format(datum.value / 1000, '.3~g') + 'k' : format(datum.value, '.3~g')"
@@ -42,7 +42,7 @@ def draw_panels(drawn: Sequence[Panel]) -> None:
 
 
 def draw_chart(chart: alt.LayerChart) -> None:
-    """As wide as there is room, with letters that the back of a room reads where the screen is big."""
+    """As wide as there is room; with large type on a big screen."""
     if state.is_big_screen():
         chart = chart.configure_axis(labelFontSize=BIG_LETTERS_PX, titleFontSize=BIG_LETTERS_PX)
         chart = chart.configure_text(fontSize=BIG_LETTERS_PX)
@@ -145,7 +145,7 @@ def x_domain(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
 
 
 def y_domain(panel: Panel) -> tuple[float, float]:
-    """From the lowest to the highest end of an interval with some air, within what the figure can be."""
+    """From the lowest to the highest end of an interval with some margin, within what the figure can be."""
     ends = [end for line in panel.series for ends in (line.low, line.y, line.high) for end in ends]
     ends += [end for level in panel.levels for end in (level.low, level.y, level.high)]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
@@ -159,13 +159,13 @@ def y_domain(panel: Panel) -> tuple[float, float]:
 
 
 def _round_values(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of each power of ten in between."""
+    """1, 2 and 5 times each power of ten in between."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [value for power in powers for step in (1, 2, 5) if low <= (value := step * 10.0**power) <= high]
 
 
 def _with_room(records: Sequence[Record], panel: Panel) -> list[Record]:
-    """Those whose notes don't lie over one another even on a phone; what is left out the tooltip tells."""
+    """Those whose notes don't overlap even on a phone; the tooltip has the others."""
     x_ends = x_domain(panel.x, sorted({record["x"] for record in records}))
     y_ends = y_domain(panel)
     kept: list[tuple[float, float]] = []
@@ -203,7 +203,7 @@ def _line_key(line: Series, colour: str) -> str:
 
 
 def _stroke(colour: str, dash: Iterable[int]) -> str:
-    """A piece of the line: its dashes as stripes."""
+    """A piece of the line, with its dashes as stripes."""
     lengths = list(dash)
     stops, at = [], 0
     for place, length in enumerate(lengths):
@@ -213,7 +213,7 @@ def _stroke(colour: str, dash: Iterable[int]) -> str:
 
 
 def bars_html(bars: Sequence[Bar]) -> str:
-    """From the top down, each under its label, with its note at the end."""
+    """From top to bottom, each under its label, with its note at the end."""
     longest = max((sum(length for _, length, _ in bar.parts) for bar in bars), default=1.0) or 1.0
     return f'<div class="ka-bars">{"".join(_bar_html(bar, longest) for bar in bars)}</div>'
 

@@ -1,6 +1,6 @@
-"""Which result is looked at: one of the files in the folders, or one that is opened from elsewhere.
+"""Which result is shown: one of the files in the folders, or one that is opened from elsewhere.
 
-The files are those of the results folder and of the page's own, newest first, then those that came with the project.
+First come the files of the results folder and of the page's own, newest first, then those shipped with the project.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SHIPPED, OWN = "docs/", "page/"
 
 @dataclass(frozen=True)
 class FoundFile:
-    """`modified_ns` beside the path tells a file that was written anew from the one before."""
+    """`modified_ns` distinguishes a file from an earlier one at the same path."""
 
     path: Path
     name: str
     modified_ns: int
     folder: str = ""
-    """Which one it is in, as the page's address has it: `SHIPPED`, `OWN`, or empty for the results folder."""
+    """As in the page's address: `SHIPPED`, `OWN`, or empty for the results folder."""
 
     @property
     def link(self) -> str:
@@ -46,14 +46,13 @@ class FoundFile:
 
 
 def find_result_files(results_dir: Path, shipped_dir: Path, own_dir: Path | None = None) -> list[FoundFile]:
-    """Every JSON file of these folders and theirs, each once; whose it is, its content must say."""
+    """Every JSON file below these folders, each once, whatever is in it."""
     files = [*measured_files(results_dir, own_dir), *_newest_first(_files_of(shipped_dir, SHIPPED))]
     return list({file.path: file for file in reversed(files)}.values())[::-1]
 
 
 def measured_files(results_dir: Path, own_dir: Path | None) -> list[FoundFile]:
-    own = _files_of(own_dir, OWN) if own_dir else []
-    return _newest_first([*_files_of(results_dir), *own])
+    return _newest_first([*_files_of(results_dir), *(_files_of(own_dir, OWN) if own_dir else [])])
 
 
 def _files_of(place: Path, folder: str = "") -> list[FoundFile]:
@@ -89,8 +88,8 @@ class Opened:
 
 
 def pick_result() -> tuple[Opened, Opened | None] | None:
-    """One file, and another of its kind to compare it with; the page's address names both. None where there is none;
-    the page then says what to do about it. Files that can't be read are named there.
+    """One file, and another of its kind to compare it with; the page's address names both. None if there is none: the
+    page then says how to make one. Files that can't be read are named there.
     """
     files = _results_in_folders()
     choice, other, opener = st.columns([4, 3, 1.4], vertical_alignment="bottom")
@@ -125,7 +124,7 @@ NOT_MEASURED_HERE = (
 
 
 def opened_first(files: Mapping[str, Opened], served: Collection[str] = ()) -> str:
-    """The newest that was measured here of quality or time to first token, else a shipped eval, best of a model that is
+    """The newest eval or time to first token measured here, else a shipped eval, preferably of a model that is
     `served`, else any.
     """
     own = [key for key, file in files.items() if not key.startswith(SHIPPED) and file.benchmark in (EVAL, TTFT)]
@@ -135,7 +134,7 @@ def opened_first(files: Mapping[str, Opened], served: Collection[str] = ()) -> s
 
 
 def _draw_choice(place: DeltaGenerator, label: str, titles: Mapping[str, str], key: str, default: str) -> str:
-    """The default where what was chosen before is gone."""
+    """The default if the earlier choice is gone."""
     state.choose_linked(key, titles, label)
     if st.session_state.get(key) not in titles:
         st.session_state.pop(key, None)
@@ -155,7 +154,7 @@ def _draw_choice(place: DeltaGenerator, label: str, titles: Mapping[str, str], k
 
 
 def choose_file(path: Path) -> None:
-    """The file that the page opens with, which is one that was measured here."""
+    """Chooses the file that Quality opens with, one that was measured here."""
     st.session_state[CHOICE] = next(file.link for file in _measured_files() if file.path == path.resolve())
 
 
@@ -166,7 +165,7 @@ def _measured_files() -> list[FoundFile]:
 
 @st.cache_resource(ttl=MEASURED_AGE_S, show_spinner=False)
 def measured_results(benchmark: str) -> list[Mapping[str, Any]]:
-    """Without those that came with the project, the newest first; what can't be read is left out."""
+    """Newest first, without those shipped with the project; unreadable ones are left out."""
     found: list[Mapping[str, Any]] = []
     try:
         files = _measured_files()[:MOST_MEASURED]
@@ -194,8 +193,7 @@ def _results_in_folders() -> dict[str, Opened]:
         except (OSError, ValueError) as error:
             _draw_broken(str(file.path), error)
             continue
-        opened = Opened(file.title, result)
-        found[file.link] = Opened(f"{file.title} · {opened.benchmark}", result)
+        found[file.link] = Opened(f"{file.title} · {result['settings']['benchmark']}", result)
     return found
 
 

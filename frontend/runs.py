@@ -1,12 +1,11 @@
-"""Questions in progress, and the chats of this page process by key, so that a reloaded page finds its chat again.
+"""Questions in progress, and this process's chats by key, so that a reloaded page finds its chat again.
 
-Every chosen contender answers a question, at the same time or one after the other. The workers put their events on
-one queue; whoever draws the page calls `advance`, which applies them to the turn's answers and, one after the other,
-asks the next contender. So a run that nobody watches starts nothing new. Several pages may watch one run, which ends
-with the last of them: `advance` and `stop` take a lock. All contenders get one request id, by which their logs tell of
-the same question. A page that is loaded again goes on watching.
-A chat's key is random and stands in the page's address (`?chat=...`). At most `MAX_CHATS` are in memory, the longest
-unused one goes first; a `ChatFile` has those that were asked something.
+All chosen contenders answer a question, at the same time or one after the other. The workers put their events on one
+queue; whoever draws the page calls `advance`, which applies them to the turn's answers and, in sequence, asks the next
+contender. So a run that nobody watches starts nothing new. Several pages may watch one run, which ends with the last of
+them: `advance` and `stop` take a lock. A page that is reloaded goes on watching. All contenders get the same request
+id, by which their logs can be compared. A chat's key is random and in the page's address (`?chat=...`). At most
+`MAX_CHATS` are in memory; the longest unused goes first. A `ChatFile` keeps those in which something was asked.
 """
 
 from __future__ import annotations
@@ -27,76 +26,50 @@ from figures import Event
 
 
 class Run:
-    """Owns the futures of its answers; the turn belongs to the chat and outlives the run. `watchers` names the pages
-    that look on.
+    """Owns the futures of its answers; the turn belongs to the chat and outlives the run. `watchers` are the ids of
+    pages.
     """
 
     def __init__(
         self,
-        turn: Turn,
-        messages: Mapping[str, list[dict[str, str]]],
-        sessions: Mapping[str, ChatSession],
-        sampling: Sampling,
-        in_sequence: bool,
-    ) -> None:
-        self.turn = turn
-        self.watchers: set[str] = set()
-        self._messages = messages
-        self._sessions = sessions
-        self._sampling = sampling
-        self._in_sequence = turn.in_sequence = in_sequence
-        self._request_id = turn.request_id = uuid.uuid4().hex
-        self._events: queue.Queue[tuple[str, Event]] = queue.Queue()
-        self._futures: dict[str, Future[None]] = {}
-        self._lock = threading.Lock()
-
-    @classmethod
-    def of_question(
-        cls,
         chat: Chat,
         context: Context,
         question: str,
         sessions: Mapping[str, ChatSession],
         sampling: Sampling,
         in_sequence: bool = False,
-    ) -> Run:
-        """Appends the turn to the chat; nothing is sent before the first `advance`."""
-        messages = {name: chat.messages(name, context, question) for name in sessions}
-        turn = Turn.ask(question, context, [session.contender for session in sessions.values()], sampling)
-        chat.turns.append(turn)
-        return cls(turn, messages, sessions, sampling, in_sequence)
-
-    @classmethod
-    def of_repeat(
-        cls,
-        chat: Chat,
-        index: int,
-        context: Context,
-        sessions: Mapping[str, ChatSession],
-        sampling: Sampling,
-        in_sequence: bool = False,
-    ) -> Run:
-        """As `of_question`, with the question of an earlier turn and what that one followed on from."""
-        at = chat.origin(index)
-        earlier, question = chat.over(at, context), chat.turns[at].question
-        messages = {name: earlier.messages(name, context, question) for name in sessions}
-        turn = Turn.ask(question, context, [session.contender for session in sessions.values()], sampling, repeats=at)
-        chat.turns.append(turn)
-        return cls(turn, messages, sessions, sampling, in_sequence)
+        repeats: int | None = None,
+    ) -> None:
+        """Appends the turn to the chat; nothing is sent before the first `advance`. `repeats`: the index of the turn to
+        ask again, after the turns that it followed on from.
+        """
+        earlier = chat if repeats is None else chat.over(repeats, context)
+        self._messages = {name: earlier.messages(name, context, question) for name in sessions}
+        contenders = [session.contender for session in sessions.values()]
+        self.turn = Turn.ask(question, context, contenders, sampling, repeats)
+        chat.turns.append(self.turn)
+        self.watchers: set[str] = set()
+        self._sessions = sessions
+        self._sampling = sampling
+        self._in_sequence = self.turn.in_sequence = in_sequence
+        self._request_id = self.turn.request_id = uuid.uuid4().hex
+        self._events: queue.Queue[tuple[str, Event]] = queue.Queue()
+        self._futures: dict[str, Future[None]] = {}
+        self._lock = threading.Lock()
 
     @property
     def over(self) -> bool:
         return all(answer.over for answer in self.turn.answers.values())
 
     def advance(self) -> bool:
-        """Applies what has arrived and asks whoever's turn it is; whether the run goes on."""
+        """Applies what has arrived and asks whose turn it is; whether the run goes on."""
         with self._lock:
             self._apply_events()
             self._ask_next()
         return not self.over
 
     def stop(self) -> None:
-        """Closes the streams. What has arrived stays; answers that were not over are marked as interrupted."""
+        """Closes the streams. What has arrived stays; unfinished answers are marked as interrupted."""
         with self._lock:
             for future in self._futures.values():
                 future.cancel()
@@ -129,12 +102,12 @@ class Run:
 
 MAX_CHATS = 64
 RELOAD_S = 20.0
-"""A page is loaded again within this time, also on a slow machine."""
+"""Within this time a page reloads, even on a slow machine."""
 
 
 @dataclass
 class OpenChat:
-    """A chat and the question that is under way in it, if any. `keep` is told of each change that should last."""
+    """A chat and the question under way in it, if any. `keep` is called after each change that should last."""
 
     chat: Chat = field(default_factory=Chat)
     run: Run | None = None
@@ -147,11 +120,11 @@ class OpenChat:
 
     @property
     def state(self) -> tuple[object, ...]:
-        """What a page draws of it; when it is another, another page has gone on with the chat."""
+        """What a page draws of it: if it changes, another page has gone on with the chat."""
         return self.busy, len(self.chat.turns), sum(turn.vote is not None for turn in self.chat.turns)
 
     def begin(self, make_run: Callable[[], Run], draft: Draft | None = None) -> bool:
-        """Starts a run; False while another page's is under way. `draft`: where the page stands that asks."""
+        """Starts a run; False if another page's is under way. `draft` is how the asking page is set."""
         with self._lock:
             if self.run is not None:
                 return False
@@ -161,12 +134,12 @@ class OpenChat:
         return True
 
     def change(self, draft: Draft) -> None:
-        """Somebody has set the page otherwise."""
+        """Somebody changed the page's settings."""
         self.chat.draft = draft
         self.keep(self.chat)
 
     def end(self, run: Run) -> None:
-        """Call for a run that is over; only the first call does something."""
+        """Call for a run that is over; only the first call has an effect."""
         with self._lock:
             if self.run is not run:
                 return
@@ -183,7 +156,7 @@ class OpenChat:
         self.keep(self.chat)
 
     def leave(self, watcher: str, within_s: float = 0) -> None:
-        """A page is gone: the run ends with the last of those that watched it, unless one comes within so long."""
+        """A page has gone. The run ends with the last one that watched it, unless another comes within `within_s`."""
         if (run := self.run) is None:
             return
         run.watchers.discard(watcher)
@@ -206,7 +179,7 @@ class OpenChat:
 
 
 class ChatStore:
-    """Safe to use from several sessions at once. `kind` is that of its chats."""
+    """May be used by several sessions at once. `kind` is the class of its chats."""
 
     def __init__(self, max_chats: int = MAX_CHATS, kind: type[Chat] = Chat, file: ChatFile | None = None) -> None:
         self._kind, self._file = kind, file
@@ -215,7 +188,7 @@ class ChatStore:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> OpenChat | None:
-        """The chat in memory, else that of the file."""
+        """From memory, else from the file."""
         with self._lock:
             if key in self._chats:
                 self._chats.move_to_end(key)
@@ -229,7 +202,7 @@ class ChatStore:
             return self._open(self._kind())
 
     def _open(self, chat: Chat) -> OpenChat:
-        """The longest unused ones are stopped and leave the memory to make room."""
+        """Stops and drops the longest unused chats to make room."""
         opened = self._chats[chat.key] = OpenChat(chat)
         if self._file:
             opened.keep = self._file.keep

@@ -1,5 +1,5 @@
-"""The drawer that shows the servers: what each is doing, its memory and store, and its log's lines on one request. The
-LMCache server behind them stands there too.
+"""The drawer that shows the servers: what each does, its memory and store, and its log's lines on one request; and the
+LMCache server behind them.
 
 Data and HTML only; `chat_session.py` asks the servers.
 """
@@ -29,8 +29,8 @@ _SAMPLE = re.compile(r"^([a-zA-Z_:]+)(?:\{(.*)\})? ([-+.\deE]+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Watched:
-    """`metrics` has what of `/metrics` is shown, under the names of `_METRICS`, as far as the server has it. `state` is
-    in words, `about_lines` says why a server has no lines, where it never has.
+    """`metrics` has what is shown of `/metrics`, under the names of `_METRICS`, as far as the server has it. `state` is
+    in words; `about_lines` says why a server never has lines.
     """
 
     log_lines: tuple[str, ...]
@@ -40,7 +40,7 @@ class Watched:
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    """Sums over engines and models, of Prometheus' text format."""
+    """From Prometheus' text format, summed over engines and models."""
     sums: dict[str, float] = {}
     for name, labels, value in _SAMPLE.findall(text):
         outcome = re.search(r'outcome="\w+"', labels)
@@ -50,7 +50,7 @@ def read_metrics(text: str) -> dict[str, float]:
 
 
 def lmcache_watched(memory: Mapping[str, Any], metrics: Mapping[str, float]) -> Watched:
-    """Of an LMCache server, by what it says of its memory."""
+    """From what an LMCache server says of its memory."""
     store = {
         "store_entries": memory["total_object_count"],
         "store_bytes": memory["memory_used_bytes"],
@@ -66,7 +66,9 @@ LMCACHE_HAS_NO_LINES = (
 
 
 def server_html(name: str, title: str, watched: Watched | None, problem: str, wanted: str = "") -> str:
-    """`problem` stands in place of what couldn't be asked. Of log lines, what has `wanted` in its name or value."""
+    """`problem` replaces what couldn't be asked. A log line shows the figures that have `wanted` in their name or
+    value.
+    """
     state = escape(problem if watched is None else _state(watched))
     lines = "".join(_line_html(line, wanted) for line in watched.log_lines) if watched else ""
     about = (watched.about_lines or "No log line of this request yet.") if watched and not lines else ""
@@ -101,7 +103,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _line_html(line: str, wanted: str) -> str:
-    """The line's figures, those of its details beside the others."""
+    """The line's figures, with those of its details."""
     fields = json.loads(line)
     shown = {key: _shown(value) for key, value in (fields | (fields.pop("details", None) or {})).items()}
     cells = "".join(

@@ -25,12 +25,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kvarena.client import API_KEY_VARIABLE, TIMEOUT_S
 from kvarena.splitting import DEFAULT_CHUNK_TOKENS, MIN_CHUNK_TOKENS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA_DIR = ROOT / "data"
@@ -42,33 +45,44 @@ REPORT_VIEWS = ("", "blend", "similar_task", "slots")
 """How the page can show what a contender reports of a request; the first: by the counts that all have."""
 
 
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def read_fields(kind: type[T], told: Mapping[str, Any]) -> T:
+    """A dataclass with what was told of its fields, by name; null stands for the default. Raises `KeyError` for a field
+    that is missing.
+    """
+    required = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
+    optional = [one.name for one in fields(kind) if told.get(one.name) is not None]
+    return kind(**{name: told[name] for name in {*required, *optional}})
+
+
 @dataclass(frozen=True)
 class Service:
-    """A server of the stack. `name` identifies it (letters, digits, - and _), `title` is what people read."""
+    """A server of the stack. `name` identifies it (letters, digits, - and _), `title` is for people."""
 
     name: str
     title: str
     url: str
 
     def __post_init__(self) -> None:
+        kind = type(self).__name__.lower()
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise ValueError(f"a {self.kind}'s name is made of letters, digits, - and _, not {self.name!r}")
+            raise ValueError(f"a {kind}'s name is made of letters, digits, - and _, not {self.name!r}")
         if not re.match(r"https?://[^/]", self.url):
-            raise ValueError(f"a {self.kind}'s url begins with http:// or https://, not {self.url!r}")
-
-    @property
-    def kind(self) -> str:
-        return "service"
+            raise ValueError(f"a {kind}'s url begins with http:// or https://, not {self.url!r}")
 
     @property
     def log_name(self) -> str:
-        """What the stack calls it."""
+        """The stack's name for it."""
         return self.name
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Self:
-        """Raises `ValueError`, `KeyError` and the like for another form."""
-        return cls(entry["name"], entry["title"], entry["url"].rstrip("/"))
+        """From an environment variable. Raises `ValueError`, `KeyError` and the like for another form."""
+        return read_fields(
+            cls, {name: value.rstrip("/") if name.endswith("url") else value for name, value in entry.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -76,10 +90,9 @@ class Contender(Service):
     """A server in the arena.
 
     `explanation` is one line on what it reuses. `report` is how its request reports are shown, and what its requests
-    can choose; empty: by the counts that all have. `approximate` is what its answers are where it keeps no request
-    reports that say so. `service` is what the stack calls the server, where one server stands in the arena more than
-    once. `public_url` is its address for people, where the page itself uses another one. `icon` stands before its
-    title.
+    can choose; empty: by the counts that all have. `approximate` says what its answers are if no request report does.
+    `service` is the stack's name for a server that is in the arena more than once. `public_url` is its address for
+    people, if the page uses another. `icon` stands before its title.
     """
 
     explanation: str = ""
@@ -95,10 +108,6 @@ class Contender(Service):
         return self.public_url or self.url
 
     @property
-    def kind(self) -> str:
-        return "contender"
-
-    @property
     def log_name(self) -> str:
         return self.service or self.name
 
@@ -106,20 +115,6 @@ class Contender(Service):
         super().__post_init__()
         if self.report not in REPORT_VIEWS:
             raise ValueError(f"a contender's report is one of {REPORT_VIEWS}, not {self.report!r}")
-
-    @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> Self:
-        """Of KVARENA_CONTENDERS; raises `ValueError`, `KeyError` and the like for another form."""
-        return cls(
-            entry["name"],
-            entry["title"],
-            entry["url"].rstrip("/"),
-            explanation=entry.get("explanation", ""),
-            approximate=bool(entry.get("approximate", False)),
-            report=entry.get("report", ""),
-            public_url=entry.get("public_url", "").rstrip("/"),
-            icon=entry.get("icon", ""),
-        )
 
 
 # >>> default contenders: written by python -m kvarena.stack.generate
@@ -165,11 +160,11 @@ class Settings:
 
     @property
     def own_results_dir(self) -> Path:
-        """The page's own folder, for where it can't write into `results_dir`."""
+        """The page's own folder, if it can't write into `results_dir`."""
         return self.home / "results"
 
     def on_the_host(self, path: Path) -> Path:
-        """Where a terminal finds it; the path itself where the page runs in no container."""
+        """Where a terminal finds it; the same path unless the page runs in a container."""
         for folder, on_host in self.host_folders.items():
             if path.is_relative_to(folder):
                 return on_host / path.relative_to(folder)
@@ -177,7 +172,7 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
-    """Raises `ValueError` that names the variable and what it should hold."""
+    """Raises `ValueError` naming the variable and what it should hold."""
     contenders = environment.get("KVARENA_CONTENDERS", "")
     return Settings(
         contenders=_contenders(contenders, _texts("KVARENA_PUBLIC_URLS", environment)),
@@ -207,7 +202,7 @@ def _contenders(text: str, public_urls: Mapping[str, str]) -> tuple[Contender, .
 
 
 def _texts(variable: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Of a JSON object."""
+    """A JSON object."""
     text = environment.get(variable, "")
     try:
         found = json.loads(text) if text.strip() else {}
@@ -219,7 +214,7 @@ def _texts(variable: str, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _services(text: str, *, by_default: bool) -> tuple[Service, ...]:
-    """Those of the stack's default ports go with its contenders."""
+    """The default ones go with the default contenders."""
     if not text.strip():
         return DEFAULT_SERVICES if by_default else ()
     return _servers("KVARENA_SERVICES", text, Service)

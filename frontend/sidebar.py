@@ -1,38 +1,44 @@
-"""The sidebars of Arena and of Conversations. They return the choices and ask nobody.
+"""The sidebars of Arena and of Conversations: they return the choices.
 
-Arena: which servers, which chunks in which order, and how to ask. Conversations: which modes, what the model knows,
-and how to ask.
+Arena: which servers, which chunks in which order, and how to ask. Conversations: which modes, what the model knows, and
+how to ask.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import streamlit as st
 from streamlit_sortables import sort_items  # type: ignore[import-untyped]
 
 import state
-from chat import Context, Draft, Turn
+from chat import Context, Draft
 from chat_session import ChatSession, SlotSession
+from chat_view import draw_servers
 from contender_api import MAX_TTFT_MS, POLICY, BlendOffer, Parameter, Sampling
-from documents_view import bring_back, draw_new_in_folder, draw_remarks, draw_uploads, watch_folder
+from documents_view import (
+    bring_back,
+    draw_new_in_folder,
+    draw_remarks,
+    draw_uploads,
+    kept_documents,
+    loaded_chunks,
+    uploads,
+    watch_folder,
+)
 from examples import opening_chunks
 from kvarena.documents import Document, TextChunk
-from question_box import draw_servers
 from runs import OpenChat
 from settings import Contender
 from slots import CACHED, MODES, UNCACHED
-from uploads import kept_documents
 
 NUM_DEFAULT_CHUNKS = 6
 DEFAULT_MAX_TTFT_MS = 500.0
 ORIGIN = "CacheBlend"
-"""After whose method blends are called, whichever policy selects the tokens."""
-KEEP: Final = "session"  # what a widget holds outlives a look at another page
-LINK: Final = "query-params"  # and stands in the page's address, for a reload
+"""The method that every blend is named after; one policy is its own."""
 SORTABLE_STYLE = """
 :root { color-scheme: light dark; }
 .sortable-component.vertical .sortable-container, .sortable-container-body { padding: 0;
@@ -42,7 +48,7 @@ SORTABLE_STYLE = """
   border: 1px solid light-dark(#c9d3e3, #343d4d); padding: 4px 10px; text-align: left; height: auto;
   font-family: "Source Sans", "Source Sans Pro", sans-serif; font-size: 13px; }
 """
-LARGE_SORTABLE_STYLE = SORTABLE_STYLE.replace("13px", "24px")  # the page's own letters are in another document
+LARGE_SORTABLE_STYLE = SORTABLE_STYLE.replace("13px", "24px")  # it is in a document of its own
 
 
 @dataclass(frozen=True)
@@ -56,31 +62,22 @@ class ArenaChoices:
 
 
 def draw_arena_sidebar(opened: OpenChat) -> ArenaChoices:
-    begin_arena(opened, list(state.chunk_files()))
-    uploaded = state.uploaded_chunks().values()
-    chunks = state.chunk_files() | {chunk.name: chunk for named in uploaded for chunk in named}
+    begin_arena(opened)
+    chunks = loaded_chunks()
     with st.sidebar:
-        st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened])
+        st.button("New chat", key="new-chat", width="stretch", on_click=_start_new_chat, args=[opened, "chat"])
         sessions, in_sequence = _draw_contenders(opened.busy)
         blind = st.toggle(
             "Blind",
-            key="blind",
-            persist_state=KEEP,
-            bind=LINK,
+            **state.linked("blind"),
             help="Shuffles the answers and hides who gave them, and all figures, until you have voted.",
         )
         context = _draw_arena_context(chunks, opened.busy)
         sampling = _draw_sampling()
     controls = _controls(ARENA_CONTROLS, OF_ANY_CONTENDER)
-    draft = Draft(context, controls, kept_documents(state.uploads().values()))
+    draft = Draft(context, controls, kept_documents(uploads().values()))
     _keep_draft(opened, draft)
     return ArenaChoices(context, sampling, sessions, in_sequence, blind, draft)
-
-
-def choose_chunks(names: Sequence[str]) -> None:
-    """Sets the selection and its order; only before the sidebar is drawn."""
-    st.session_state["chunks"] = list(names)
-    st.session_state["order"] = st.session_state["dealt"] = list(names)
 
 
 ARENA_CONTROLS = (
@@ -110,14 +107,14 @@ OF_ANY_CONTENDER = ("run-", f"{POLICY}-")
 
 
 def _controls(names: Collection[str], beginnings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What they are at now."""
+    """Their current values."""
     keys = map(str, st.session_state)
     return {key: st.session_state[key] for key in keys if key in names or key.startswith(beginnings)}
 
 
 def _keep_draft(opened: OpenChat, draft: Draft) -> None:
     """For a reload. A chat in which nobody has set or asked anything isn't written to the file, and a page on which
-    nobody has set anything leaves another's draft as it is.
+    nobody has set anything leaves another's draft alone.
     """
     key = f"drawn-{type(opened.chat).__name__}"
     chat_key, drawn = st.session_state.get(key, (opened.chat.key, draft))
@@ -129,8 +126,8 @@ def _keep_draft(opened: OpenChat, draft: Draft) -> None:
 
 
 def is_set_otherwise(before: Draft, now: Draft) -> bool:
-    """Whether a person has set something. The chunks' texts, the separator, and which controls there are change by
-    themselves: a file is edited, a server comes up.
+    """Whether a person changed something. The chunks' texts, the separator, and which controls exist change by
+    themselves, when a file is edited or a server comes up.
     """
     known = before.controls.keys() & now.controls.keys()
     return _set_context(before) != _set_context(now) or any(before.controls[k] != now.controls[k] for k in known)
@@ -141,66 +138,38 @@ def _set_context(draft: Draft) -> tuple[object, ...]:
     return context.system, context.notes, [chunk.name for chunk in context.chunks], draft.documents
 
 
-def begin_arena(opened: OpenChat, names: list[str]) -> None:
-    """A page's first script run takes up where its chat stands; a new chat opens on the folder's examples."""
+def begin_arena(opened: OpenChat) -> None:
+    """A page's first script run continues its chat's draft; a new chat opens with the folder's examples."""
     if "chunks" in st.session_state:
         return
-    if draft := opened.chat.draft or _draft_of(opened.chat.turns):
-        _take_up(draft, names)
+    if draft := opened.chat.draft:
+        _take_up(draft)
         return
+    names = list(state.chunk_files())
     st.session_state["system-prompt"] = state.folder_documents().system
-    choose_chunks(opening_chunks(state.page_settings().data_dir, names) or names[:NUM_DEFAULT_CHUNKS])
+    state.choose_chunks(opening_chunks(state.page_settings().data_dir, names) or names[:NUM_DEFAULT_CHUNKS])
 
 
-def _take_up(draft: Draft, names: Collection[str]) -> None:
-    """Texts that neither the folder nor the chat's documents have are brought along, as if they had been pasted."""
+def _take_up(draft: Draft) -> None:
+    """Texts that neither the folder nor the chat's documents have are added as if they had been pasted."""
     _set_controls(draft.controls)
     st.session_state["system-prompt"] = draft.context.system
-    choose_chunks([chunk.name for chunk in draft.context.chunks])
+    state.choose_chunks([chunk.name for chunk in draft.context.chunks])
     bring_back(draft.documents)
-    known = {*names, *(chunk.name for named in state.uploaded_chunks().values() for chunk in named)}
+    known = loaded_chunks()
     lost = [chunk for chunk in draft.context.chunks if chunk.name not in known]
     bring_back(Document(f"{chunk.name}.txt", (chunk.text,)) for chunk in lost)
 
 
 def _set_controls(controls: Mapping[str, Any]) -> None:
-    """But for those that the page's address tells."""
+    """Except those in the page's address."""
     told = {key: value for key, value in controls.items() if value is not None and key not in st.query_params}
     st.session_state.update(told)
 
 
-def _draft_of(turns: Sequence[Turn]) -> Draft | None:
-    """Of a chat that was kept without one: where its last question was asked."""
-    if not turns:
-        return None
-    turn = turns[-1]
-    sampling, recomputing = turn.sampling, dict(turn.sampling.recomputing)
-    max_ttft_ms = recomputing.pop(MAX_TTFT_MS, None)
-    controls = {
-        **{f"run-{name}": name in turn.answers for name in state.chat_sessions()},
-        **{parameter_key(name): value for name, value in recomputing.items()},
-        "has-max-ttft": max_ttft_ms is not None,
-        "max-ttft-ms": max_ttft_ms,
-        "mode": sampling.mode,
-        "similarity-threshold": sampling.similarity_threshold,
-        "temperature": sampling.temperature,
-        "max-tokens": sampling.max_tokens,
-        "ignore-eos": sampling.ignore_eos,
-        "probabilities": sampling.probabilities,
-        "in-sequence": turn.in_sequence,
-        "blind": bool(turn.order),
-    }
-    return Draft(turn.context, controls)
-
-
-def _start_new_chat(opened: OpenChat) -> None:
-    _leave(opened)
-    state.new_chat()
-
-
-def _leave(opened: OpenChat) -> None:
-    """Another tab may be watching what is under way."""
-    opened.leave(str(st.session_state.get("watcher", "")))
+def _start_new_chat(opened: OpenChat, page: str) -> None:
+    opened.leave(str(st.session_state.get("watcher", "")))  # another tab may be watching what is under way
+    state.new_chat(page)
 
 
 def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
@@ -213,17 +182,13 @@ def _draw_contenders(busy: bool) -> tuple[dict[str, ChatSession], bool]:
         if st.checkbox(
             session.contender.title,
             value=True,
-            key=f"run-{name}",
-            persist_state=KEEP,
-            bind=LINK,
+            **state.linked(f"run-{name}"),
             help=_explained(session.contender),
         )
     }
     in_sequence = st.toggle(
         "One after the other",
-        key="in-sequence",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("in-sequence"),
         help="Off: all answer at the same time. On: each is asked when the one before is done, so that they don't slow "
         "each other down on a shared machine.",
     )
@@ -242,7 +207,7 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
         "Chunks",
         list(chunks),
         key="chunks",
-        persist_state=KEEP,
+        persist_state="session",
         placeholder="Pick chunks",
         help=f"Documents in {state.page_settings().data_dir} and your own. Long ones are split into numbered chunks. "
         "New files appear by themselves.",
@@ -251,8 +216,8 @@ def _draw_arena_context(chunks: dict[str, TextChunk], busy: bool) -> Context:
     draw_new_in_folder(busy)
     watch_folder(state.folder_documents(), busy)
     order = _draw_order(picked)
-    draw_uploads(busy, order, choose_chunks)
-    system = st.text_area("System prompt", key="system-prompt", height=80, persist_state=KEEP)
+    draw_uploads(busy, order)
+    system = st.text_area("System prompt", key="system-prompt", height=80, persist_state="session")
     return Context(system.strip(), tuple(chunks[name] for name in order), state.separator())
 
 
@@ -289,21 +254,17 @@ def _draw_sampling() -> Sampling:
     recomputing = _draw_blend()
     mode, similarity_threshold = _draw_simllm()
     st.subheader("Answer")
-    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state=KEEP, bind=LINK)
-    max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="max-tokens", persist_state=KEEP, bind=LINK)
+    temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, **state.linked("temperature"))
+    max_tokens = st.number_input("Max tokens", 1, 32768, 128, **state.linked("max-tokens"))
     ignore_eos = st.toggle(
         "Always max tokens",
-        key="ignore-eos",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("ignore-eos"),
         help="Keep generating after the end of the answer (`ignore_eos`). Both sides then have the same length, "
         "which makes tokens per second comparable.",
     )
     probabilities = st.toggle(
         "Show probabilities",
-        key="probabilities",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("probabilities"),
         help="Colours each token of the answers by its probability; point at one for the five likeliest at its place. "
         "The prompt's recomputed tokens then say by what score the policy chose them, and which chunk they lean on. "
         "That takes a blend some time before its first token: turn it off to compare times.",
@@ -320,9 +281,8 @@ def _draw_sampling() -> Sampling:
 
 
 def _draw_blend() -> dict[str, Any]:
-    """The policy and its parameters, as the first contender that blends describes them; the first parameter in sight.
-
-    Empty where nobody blends.
+    """The policy and its parameters, as the first contender that blends describes them; the first parameter is always
+    visible. Empty if nobody blends.
     """
     offer = state.blend_offer()
     if not offer or not offer.policy:
@@ -342,20 +302,18 @@ def _draw_blend() -> dict[str, Any]:
 
 
 def _draw_max_ttft(offer: BlendOffer) -> dict[str, float]:
-    """The time in place of the ratio, if it is wanted."""
+    """The time that replaces the ratio, if wanted."""
     if not st.toggle(
         "Keep to a time",
         offer.max_ttft_ms is not None,
-        key="has-max-ttft",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("has-max-ttft"),
         help="Recompute as many tokens as fit into this time to first token. The server learns from earlier blends "
         "what a token costs.",
     ):
         return {}
     default_ms = offer.max_ttft_ms or DEFAULT_MAX_TTFT_MS
     time_ms = st.number_input(
-        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", key="max-ttft-ms", persist_state=KEEP, bind=LINK
+        "Time to first token (ms)", 1.0, None, default_ms, 50.0, "%g", **state.linked("max-ttft-ms")
     )
     return {MAX_TTFT_MS: time_ms}
 
@@ -365,18 +323,13 @@ def parameter_key(name: str) -> str:
 
 
 def _draw_parameter(one: Parameter) -> Any:
-    """A slider for a share, a field for a number of things, a box for a word. What a chat brought along and this server
-    doesn't take is forgotten.
+    """A slider for a share, a field for a number, a box for a word. A chat's value that this server doesn't take is
+    forgotten.
     """
     key = parameter_key(one.name)
     if key in st.session_state and not one.takes(st.session_state[key]):
         del st.session_state[key]
-    own: dict[str, Any] = {
-        "key": key,
-        "help": one.help,
-        "persist_state": KEEP,
-        "bind": LINK,
-    }
+    own: dict[str, Any] = {"help": one.help, **state.linked(key)}
     if one.choices:
         index = one.choices.index(one.default) if one.default in one.choices else 0
         return st.selectbox(one.label, one.choices, index=index, **own)
@@ -387,7 +340,7 @@ def _draw_parameter(one: Parameter) -> Any:
 
 
 def _draw_simllm() -> tuple[str | None, float | None]:
-    """Mode and similarity threshold, where there is a contender for them."""
+    """Mode and similarity threshold, if a contender has them."""
     offer = state.simllm_offer()
     if not offer:
         return None, None
@@ -398,9 +351,7 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         "Mode",
         offer.modes,
         index=offer.modes.index(offer.mode),
-        key="mode",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("mode"),
         help="What is reused from a similar earlier prompt. `aligned`: the KV of all layers, where both prompts have "
         "the same text. `top_layer`: the KV of the last layer, as in the Sim-LLM paper; `sandwich`: the same, with the "
         "first and the last two layers run. Both are fast, but give wrong answers on a model that wasn't trained for "
@@ -416,9 +367,7 @@ def _draw_simllm() -> tuple[str | None, float | None]:
         offer.similarity_threshold,
         0.001,
         format="%.4f",
-        key="similarity-threshold",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("similarity-threshold"),
         help="Minimum cosine similarity between the mean embeddings of two prompts. Prompts over the same long texts "
         "are all close to 1.",
     )
@@ -431,7 +380,7 @@ MODE_CHOICES = {BOTH: MODES, CACHED.title: (CACHED,), UNCACHED.title: (UNCACHED,
 
 @dataclass(frozen=True)
 class ConversationChoices:
-    """`sessions` are those that answer the next message."""
+    """`sessions` answer the next message."""
 
     context: Context
     sessions: dict[str, SlotSession]
@@ -449,7 +398,13 @@ class ConversationChoices:
 def draw_conversation_sidebar(opened: OpenChat) -> ConversationChoices:
     _begin_conversation(opened)
     with st.sidebar:
-        st.button("New conversation", key="new-chat", width="stretch", on_click=_start_new_conversation, args=[opened])
+        st.button(
+            "New conversation",
+            key="new-chat",
+            width="stretch",
+            on_click=_start_new_chat,
+            args=[opened, "conversation"],
+        )
         sessions = state.slot_sessions()
         server = {name: session for name, session in sessions.items() if name == CACHED.name}
         if server:
@@ -457,8 +412,12 @@ def draw_conversation_sidebar(opened: OpenChat) -> ConversationChoices:
         modes, in_sequence = _draw_modes()
         context = _draw_conversation_context()
         st.subheader("Answer")
-        temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="conversation-temperature", persist_state=KEEP)
-        max_tokens = st.number_input("Max tokens", 1, 32768, 128, key="conversation-max-tokens", persist_state=KEEP)
+        temperature = st.slider(
+            "Temperature", 0.0, 2.0, 0.0, 0.1, key="conversation-temperature", persist_state="session"
+        )
+        max_tokens = st.number_input(
+            "Max tokens", 1, 32768, 128, key="conversation-max-tokens", persist_state="session"
+        )
     draft = Draft(context, _controls(CONVERSATION_CONTROLS))
     _keep_draft(opened, draft)
     return ConversationChoices(
@@ -479,7 +438,7 @@ def _draw_modes() -> tuple[list[str], bool]:
         default=BOTH,
         required=True,
         key="modes",
-        persist_state=KEEP,
+        persist_state="session",
         help="With slots, a follow-up prefills only its own tokens. Without slots, it prefills the topic's whole "
         "history. Both get the same messages.",
     )
@@ -487,7 +446,7 @@ def _draw_modes() -> tuple[list[str], bool]:
         "One after the other",
         value=True,
         key="conversation-in-sequence",
-        persist_state=KEEP,
+        persist_state="session",
         help="Off: both run at the same time, in one batch, and slow each other down.",
     )
     return [mode.name for mode in MODE_CHOICES[chosen or BOTH]], in_sequence
@@ -499,42 +458,20 @@ def _draw_conversation_context() -> Context:
     notes = st.toggle(
         "Notes for each topic",
         key="conversation-notes",
-        persist_state=KEEP,
+        persist_state="session",
         help="The server puts the notes from the data folder that fit a topic's first message into the system message, "
         "and adds to later messages what they need beyond that. Changing this starts a new conversation.",
     )
     draw_remarks(state.folder_documents())
-    system = st.text_area("System prompt", key="conversation-system", height=80, persist_state=KEEP)
+    system = st.text_area("System prompt", key="conversation-system", height=80, persist_state="session")
     return Context(system.strip(), notes=notes)
 
 
 def _begin_conversation(opened: OpenChat) -> None:
-    """A page's first script run takes up where its chat stands, or with the folder's system prompt and notes."""
+    """A page's first script run continues its chat's draft, or begins with the folder's system prompt and notes."""
     if "conversation-notes" in st.session_state:
         return
-    draft = opened.chat.draft or _conversation_draft_of(opened.chat.turns)
-    if draft is None:
-        draft = Draft(Context(state.folder_documents().system, notes=True))
+    draft = opened.chat.draft or Draft(Context(state.folder_documents().system, notes=True))
     st.session_state["conversation-system"] = draft.context.system
     st.session_state["conversation-notes"] = draft.context.notes
     _set_controls(draft.controls)
-
-
-def _conversation_draft_of(turns: Sequence[Turn]) -> Draft | None:
-    """As `_draft_of`."""
-    if not turns:
-        return None
-    turn = turns[-1]
-    modes = [title for title, modes in MODE_CHOICES.items() if {mode.name for mode in modes} == turn.answers.keys()]
-    controls = {
-        "conversation-temperature": turn.sampling.temperature,
-        "conversation-max-tokens": turn.sampling.max_tokens,
-        "conversation-in-sequence": turn.in_sequence,
-        "modes": modes[0] if modes else BOTH,
-    }
-    return Draft(turn.context, controls)
-
-
-def _start_new_conversation(opened: OpenChat) -> None:
-    _leave(opened)
-    state.new_chat("conversation")

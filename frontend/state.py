@@ -1,6 +1,6 @@
-"""What outlives a script run: the sessions with the contenders, the chats, and what this page has chosen.
+"""What outlives a script run: the sessions with the contenders, the chats, and this page's choices.
 
-Resources are shared by every page of the process; `st.session_state` is this page's alone.
+All pages of the process share the resources; `st.session_state` is one page's.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
+from typing import Any
 
 import streamlit as st
 
@@ -19,14 +20,15 @@ from chat_file import ChatFile
 from chat_session import ChatSession, SlotSession, StoreSession
 from contender_api import BlendOffer, Server, SimLLMOffer
 from context_view import TokenCount, count_context
-from kvarena.documents import DocumentCache, Documents, TextChunk, load_documents, name_chunks
+from kvarena.documents import DocumentCache, Documents, TextChunk, load_documents
 from kvarena.splitting import Splitter, find_splitter
 from runs import ChatStore, OpenChat
 from settings import Settings, read_settings
 from slots import MODES, SlotChat
-from uploads import Upload
 
 REFRESH_AGE_S = 3.0
+FORETELL_WAIT_S = 0.3
+"""How long a page waits to hear where a message would go."""
 _LOST = "lost-link"
 _LINKED = "linked-settings"
 _REFUSED = "refused-settings"
@@ -41,15 +43,20 @@ OF_SIMLLM = ("mode", "similarity-threshold")
 
 @dataclass(frozen=True)
 class UnknownLink:
-    """A choice that the page's address names and that isn't here; `instead` is what was shown."""
+    """A choice in the page's address that doesn't exist here; `instead` is what was shown."""
 
     label: str
     linked: str
     instead: str = ""
 
 
+def linked(key: str) -> dict[str, Any]:
+    """For a control whose value outlives a look at another page, and is in the page's address under this name."""
+    return {"key": key, "persist_state": "session", "bind": "query-params"}
+
+
 def is_big_screen() -> bool:
-    """Also before its switch is drawn, which is the last thing that a script run does."""
+    """Works before its switch is drawn, which is the last thing that a script run does."""
     return bool(st.session_state.get(BIG_SCREEN, st.query_params.get(BIG_SCREEN) == "true"))
 
 
@@ -60,7 +67,7 @@ def page_settings() -> Settings:
 
 @st.cache_resource(show_spinner=False)
 def chat_sessions() -> dict[str, ChatSession]:
-    """One line per contender, kept open for as long as the page's process lives."""
+    """One per contender, open for as long as the page's process lives."""
     settings = page_settings()
     return {
         contender.name: ChatSession(contender, settings.api_key, settings.timeout_s)
@@ -70,7 +77,7 @@ def chat_sessions() -> dict[str, ChatSession]:
 
 @st.cache_resource(show_spinner=False)
 def slot_sessions() -> dict[str, SlotSession]:
-    """Two lines to the contender with KV slots, one that uses them and one that doesn't; none without such a one."""
+    """Two for the contender with KV slots, with and without using them; none if there is no such contender."""
     settings = page_settings()
     server = next((contender for contender in settings.contenders if contender.report == "slots"), None)
     if server is None:
@@ -82,7 +89,7 @@ def slot_sessions() -> dict[str, SlotSession]:
 
 @st.cache_resource(show_spinner=False)
 def store_sessions() -> tuple[StoreSession, ...]:
-    """A line to each LMCache server."""
+    """One per LMCache server."""
     return tuple(map(StoreSession, page_settings().services))
 
 
@@ -93,7 +100,7 @@ def chat_file() -> ChatFile:
 
 @st.cache_resource(show_spinner=False)
 def chat_store(page: str = "chat") -> ChatStore:
-    """Of the arena (`chat`) or of the conversations (`conversation`)."""
+    """The arena's (`chat`) or that of the conversations (`conversation`)."""
     return ChatStore(kind=SlotChat if page == "conversation" else Chat, file=chat_file())
 
 
@@ -103,13 +110,19 @@ def _document_cache() -> DocumentCache:
 
 
 def splitter() -> Splitter:
-    """As `kvarena warm` splits; its tokenizer may come later, with the download of a hub model."""
+    """Splits as `kvarena warm` does. The tokenizer may come later, with the download of a hub model."""
     settings = page_settings()
     return find_splitter(settings.tokenizer, settings.chunk_tokens)
 
 
+def choose_chunks(names: Sequence[str]) -> None:
+    """Sets the arena's chunks and their order; only before its sidebar is drawn."""
+    st.session_state["chunks"] = list(names)
+    st.session_state["order"] = st.session_state["dealt"] = list(names)
+
+
 def read_folder() -> Documents:
-    """The data folder's documents; only files that have changed are read and split again."""
+    """The data folder's documents; only changed files are read and split again."""
     return load_documents(page_settings().data_dir, splitter(), _document_cache())
 
 
@@ -123,67 +136,52 @@ def chunk_files() -> dict[str, TextChunk]:
     return {chunk.name: chunk for chunk in folder_documents().chunks}
 
 
-def uploads() -> dict[str, Upload]:
-    """What was dropped on this page, by the key of each; gone with the session."""
-    found: dict[str, Upload] = st.session_state.setdefault("uploads", {})
-    return found
+def _server_and_model(session: ChatSession) -> tuple[str, str]:
+    return session.contender.url, session.server.model if session.server else ""
 
 
-def uploaded_chunks() -> dict[str, tuple[TextChunk, ...]]:
-    """The chunks of each upload by its key, under names that no chunk of the data folder has."""
-    documents = [upload.document for upload in uploads().values()]
-    return dict(zip(uploads(), name_chunks(documents, chunk_files().keys()), strict=True))
-
-
-@st.cache_data(max_entries=256, show_spinner=False)
-def _counted(_session: ChatSession, url: str, model: str, context: Context) -> TokenCount:
-    return count_context(_session, context)
-
-
+@st.cache_data(max_entries=256, show_spinner=False, hash_funcs={ChatSession: _server_and_model})
 def token_count(session: ChatSession, context: Context) -> TokenCount:
-    """As `count_context`, kept for as long as the same server serves the same model."""
-    model = session.server.model if session.server else ""
-    return _counted(session, session.contender.url, model, context)
+    """See `count_context`; cached while the same server serves the same model."""
+    return count_context(session, context)
 
 
-@st.cache_data(max_entries=64, show_spinner="Reading the prompt's tokens")
-def _prompt_tokens(_session: ChatSession, url: str, model: str, messages: list[dict[str, str]]) -> list[str]:
-    return _session.prompt_tokens(messages)
-
-
+@st.cache_data(max_entries=64, show_spinner="Reading the prompt's tokens", hash_funcs={ChatSession: _server_and_model})
 def prompt_tokens(session: ChatSession, messages: list[dict[str, str]]) -> list[str]:
-    """The texts of a prompt's tokens, kept as `token_count` is. Raises `ContenderError`."""
-    return _prompt_tokens(session, session.contender.url, session.server.model if session.server else "", messages)
+    """The texts of a prompt's tokens, cached like `token_count`. Raises `ContenderError`."""
+    return session.prompt_tokens(messages)
 
 
 def refresh_servers(sessions: Mapping[str, ChatSession]) -> None:
-    """Asks all of them at once what they are, unless that is known from a moment ago."""
+    """Asks all of them at once what they are, unless that was a moment ago."""
     now_s = time.monotonic()
     stale = [s for s in sessions.values() if now_s - s.refreshed_s > REFRESH_AGE_S]
     wait([session.refresh() for session in stale])
 
 
 def servers_seen(sessions: Mapping[str, ChatSession]) -> tuple[tuple[str, str, Server | None], ...]:
-    """What the page draws of the servers; a change of it is worth a new drawing."""
+    """What the page draws of the servers: it is redrawn when this changes."""
     return tuple((name, s.problem, s.server) for name, s in sessions.items())
 
 
 def blend_offer() -> BlendOffer | None:
-    """The first blending contender's offer, the last known one when it is down."""
-    offers = (session.server.blend for session in chat_sessions().values() if session.server)
-    return next((offer for offer in offers if offer), None)
+    """The first blending contender's; the last known one if it is down."""
+    return next((server.blend for server in _known_servers() if server.blend), None)
 
 
 def blending_session() -> ChatSession | None:
-    """The line to the first contender whose chunk cache can be filled."""
+    """The first contender whose chunk cache can be filled."""
     found = (s for s in chat_sessions().values() if s.server and s.server.blend and s.server.blend.policy)
     return next(found, None)
 
 
 def simllm_offer() -> SimLLMOffer | None:
-    """As `blend_offer`, of the first contender that looks for similar prompts."""
-    offers = (session.server.simllm for session in chat_sessions().values() if session.server)
-    return next((offer for offer in offers if offer), None)
+    """See `blend_offer`, for the first contender that looks for similar prompts."""
+    return next((server.simllm for server in _known_servers() if server.simllm), None)
+
+
+def _known_servers() -> list[Server]:
+    return [session.server for session in chat_sessions().values() if session.server]
 
 
 def separator() -> str:
@@ -193,7 +191,7 @@ def separator() -> str:
 
 
 def open_chat(page: str = "chat") -> OpenChat:
-    """The chat of the page's address, else the one that was open before another page was; a new one at first."""
+    """The chat in the page's address, else the one open before another page was, else a new one."""
     st.session_state.setdefault(_LINKED, dict(st.query_params))
     linked = st.query_params.get(page, "")
     if opened := chat_store(page).get(linked or st.session_state.get(page, "")):
@@ -205,7 +203,7 @@ def open_chat(page: str = "chat") -> OpenChat:
 
 
 def is_for_lost_link(opened: OpenChat) -> bool:
-    """Whether this chat is new because the one that the page's address named is not known."""
+    """Whether this chat is new because the one in the page's address isn't known."""
     return bool(st.session_state.get(_LOST) == opened.chat.key)
 
 
@@ -214,7 +212,7 @@ def new_chat(page: str = "chat") -> OpenChat:
 
 
 def choose_linked(key: str, choices: Collection[str], label: str) -> None:
-    """Before a choice is drawn for the first time: the one that the page's address names, if it is one."""
+    """Before a choice is drawn for the first time: takes it from the page's address, if it is one of `choices`."""
     linked = st.query_params.get(key)
     if linked is None or key in st.session_state:
         return
@@ -225,8 +223,8 @@ def choose_linked(key: str, choices: Collection[str], label: str) -> None:
 
 
 def link(key: str, chosen: str) -> None:
-    """Puts a choice into the page's address, for a reload, with the next `send_links`. One that was not known is
-    forgotten with the next choice.
+    """Puts a choice into the page's address, for a reload, with the next `send_links`. The next choice forgets an
+    unknown one.
     """
     if (unknown := _unknown().get(key)) and unknown.instead not in ("", chosen):
         del _unknown()[key]
@@ -236,7 +234,7 @@ def link(key: str, chosen: str) -> None:
 
 
 def send_links() -> None:
-    """All choices of this script run at once: each change of the address is an entry in the browser's history."""
+    """All choices of this script run at once, since each change of the address is an entry in the browser's history."""
     chosen: dict[str, str] = st.session_state.pop(_CHOSEN, {})
     if any(st.query_params.get(key) != value for key, value in chosen.items()):
         st.query_params.update(chosen)
@@ -252,9 +250,9 @@ def _unknown() -> dict[str, UnknownLink]:
 
 
 def refused_settings(opened: OpenChat) -> dict[str, str]:
-    """What the page's address said of its controls when it was opened, and none has taken. Call once they are drawn.
+    """What the page's address set when it was opened and no control has taken. Call once the controls are drawn.
 
-    Of the chat that it was opened with, until something is asked there. A server that is still to come up may bring a
+    Only for the chat that it was opened with, until something is asked there. A server that comes up later may bring a
     control that takes its setting.
     """
     if _REFUSED not in st.session_state:
@@ -272,7 +270,7 @@ def refused_settings(opened: OpenChat) -> dict[str, str]:
 
 
 def _is_drawn_by_now(key: str) -> bool:
-    """Whether a control of this key would be on the page, if there were one."""
+    """Whether a control with this key would be on the page, if there were one."""
     if key.startswith(OF_BLEND):
         is_offered = blend_offer() is not None
     elif key in OF_SIMLLM:
@@ -283,7 +281,7 @@ def _is_drawn_by_now(key: str) -> bool:
 
 
 def _is_taken(key: str, value: str) -> bool:
-    """Streamlit drops a value from the address that is the control's default, or not one of its values."""
+    """Streamlit drops a value from the address if it is the control's default or not one of its values."""
     held = st.session_state.get(key)
     if isinstance(held, int | float) and not isinstance(held, bool):
         try:
@@ -294,6 +292,6 @@ def _is_taken(key: str, value: str) -> bool:
 
 
 def _remember(opened: OpenChat, page: str) -> OpenChat:
-    """In the address, for a reload; and in this session, for a page that is left takes its address along."""
+    """In the address, for a reload; and in the session, since leaving a page clears the address."""
     st.query_params[page] = st.session_state[page] = opened.chat.key
     return opened

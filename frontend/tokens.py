@@ -1,5 +1,5 @@
-"""Tokens as a person reads them: those of a prompt, coloured by where their KV came from; those of an answer, by their
-probability; and where two answers differ. Data and HTML only. Texts are escaped.
+"""Tokens for people: a prompt's, coloured by where their KV came from; an answer's, by their probability; and where two
+answers differ. Data and HTML only. Texts are escaped.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ import codecs
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import lru_cache
 from html import escape
-from itertools import groupby, zip_longest
+from itertools import groupby, takewhile
 from typing import Any
 
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -25,7 +25,7 @@ _SPACE = "▁"  # in SentencePiece's vocabularies
 
 
 def token_texts(names: Sequence[str]) -> list[str]:
-    """The texts of tokens by their names in the vocabulary. A letter of several tokens stands with its last one."""
+    """The texts of tokens by their names in the vocabulary. A letter made of several tokens goes with the last."""
     if any(_SPACE in name for name in names):
         return [name.replace(_SPACE, " ") for name in names]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -53,7 +53,7 @@ class Span:
 
 
 def kinds_of(num_tokens: int, spans: Sequence[Span]) -> list[str]:
-    """The kind of each token; later spans lie over earlier ones, empty is where none lies."""
+    """The kind of each token, empty if no span has it; later spans cover earlier ones."""
     kinds = [""] * num_tokens
     for span in spans:
         kinds[span.start : span.end] = [span.source] * (min(span.end, num_tokens) - span.start)
@@ -62,9 +62,9 @@ def kinds_of(num_tokens: int, spans: Sequence[Span]) -> list[str]:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """By what recomputed tokens were chosen: `what` it is in words, the score by position, and where the policy knows
-    it the position that looks at the token most. `leans_on`: the beginning and the end of the other chunk that a token
-    attends to most, and `leaning`, by position, what part of its attention that is, which `what_leaning` says in words.
+    """What recomputed tokens were chosen by: `what` names it, `scores` is by position, and `seen_from`, if the policy
+    knows it, is the position that attends to the token most. `leans_on` is the span of the other chunk that a token
+    attends to most, by position, `leaning` the share of its attention, which `what_leaning` names.
     """
 
     what: str = ""
@@ -88,7 +88,7 @@ class TokenScores:
         )
 
     def told(self, at: int, tokens: Sequence[str], name_of: Callable[[int], str]) -> str:
-        """In a line or two; empty where nothing is known. `name_of` has the name of the chunk at a position, if any."""
+        """In a line or two; empty if nothing is known. `name_of` gives the name of the chunk at a position."""
         lines = []
         if at in self.scores:
             source = self.seen_from.get(at)
@@ -104,6 +104,11 @@ class TokenScores:
 NO_SCORES = TokenScores()
 
 
+def legend_html(entries: Iterable[tuple[str, str]]) -> str:
+    """The entries of a legend, from the class of each colour and its text."""
+    return "".join(f'<span class="ka-key"><i class="ka-{kind}"></i>{escape(text)}</span>' for kind, text in entries)
+
+
 def tokens_html(
     title: str,
     tokens: Sequence[str],
@@ -111,9 +116,8 @@ def tokens_html(
     chunks: Sequence[tuple[int, str]],
     scores: TokenScores = NO_SCORES,
 ) -> str:
-    """A prompt's text. `chunks`: the positions at which each begins and ends, ascending, with its name and nothing.
-
-    What is known of a token is told when it is pointed at or clicked.
+    """A prompt's text. `chunks` has the position of each chunk's start with its name, and of its end with an empty one,
+    ascending. Pointing at a token, or clicking it, shows what is known of it.
     """
     starts = [start for start, _ in chunks]
 
@@ -128,11 +132,7 @@ def tokens_html(
     for kind, members in groupby(range(len(tokens)), key=lambda at: kinds[at]):
         cells = "".join(f'<u tabindex="-1" title="{escape(told(at))}">{_shown(tokens[at])}</u>' for at in members)
         runs.append(f'<span class="ka-token-{kind}" data-kind="{kind}">{cells}</span>')
-    legend = "".join(
-        f'<span class="ka-key"><i class="ka-{kind}"></i>{kinds.count(kind):,} {label}</span>'
-        for kind, label in KINDS.items()
-        if kind in kinds
-    )
+    legend = legend_html((kind, f"{kinds.count(kind):,} {label}") for kind, label in KINDS.items() if kind in kinds)
     return (
         f'<b>{escape(title)}</b><div class="ka-legend">{legend}</div>'
         f'<div class="ka-tokens ka-text" data-testid="prompt-tokens">{"".join(runs)}</div>'
@@ -148,7 +148,7 @@ def _shown(token: str) -> str:
 
 @dataclass(frozen=True)
 class AnswerToken:
-    """`alternatives`: the likeliest tokens at its place with their probabilities, this one among them as a rule."""
+    """`alternatives`: the likeliest tokens at its place with their probabilities, usually including this one."""
 
     text: str
     probability: float
@@ -156,8 +156,8 @@ class AnswerToken:
 
 
 def read_answer_tokens(text: str, logprobs: Sequence[Mapping[str, Any]]) -> tuple[AnswerToken, ...]:
-    """OpenAI's entries, aligned with the answer's `text`: servers leave out white space before a token. Tokens after
-    the text, such as the end of the sequence, are left out.
+    """OpenAI's entries, aligned with the answer's `text`, since servers leave out white space before a token. Without
+    tokens after the text, such as the end of the sequence.
     """
     return tuple(_aligned(text, logprobs))
 
@@ -175,9 +175,7 @@ def _aligned(text: str, logprobs: Sequence[Mapping[str, Any]]) -> Iterator[Answe
 
 
 def answer_tokens_html(tokens: Sequence[AnswerToken]) -> str:
-    """Each token on a ground that is the stronger, the less probable it was. Without the white space that they begin
-    with.
-    """
+    """The less probable a token, the stronger its background. Without leading white space."""
     first = next((index for index, token in enumerate(tokens) if token.text.strip()), 0)
     return "".join(
         f'<u class="ka-p" style="--p:{1 - token.probability:.3f}" data-probability="{token.probability:.4f}" '
@@ -191,37 +189,36 @@ def _alternatives(token: AnswerToken) -> str:
     return f"{token.probability:.1%}{others}"
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\S+", text)
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many members two sequences share from their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def first_difference(text: str, exact: str) -> int | None:
-    """The number, from 1, of the first word that differs; None: all are the same."""
-    pairs = enumerate(zip_longest(_words(text), _words(exact)), start=1)
-    return next((number for number, (ours, theirs) in pairs if ours != theirs), None)
+    """The number, from 1, of the first word that differs; None if none does."""
+    ours, theirs = text.split(), exact.split()
+    return None if ours == theirs else common_prefix(ours, theirs) + 1
 
 
 def first_token_difference(tokens: Sequence[AnswerToken], exact: Sequence[AnswerToken]) -> int | None:
-    """The number, from 1, of the first token that differs; None where none does, or tokens aren't known."""
-    if not tokens or not exact:
-        return None
-    pairs = enumerate(zip_longest((t.text for t in tokens), (t.text for t in exact)), start=1)
-    return next((number for number, (ours, theirs) in pairs if ours != theirs), None)
+    """The number, from 1, of the first token that differs; None if none does, or tokens aren't known."""
+    ours, theirs = [token.text for token in tokens], [token.text for token in exact]
+    return None if not ours or not theirs or ours == theirs else common_prefix(ours, theirs) + 1
 
 
 MIN_ALIKE = 0.5
-"""Of texts that share fewer words, those in common stand among the others by chance."""
+"""Texts that are less alike share words only by chance."""
 
 
 @lru_cache(maxsize=256)
 def diff_html(text: str, exact: str) -> str:
-    """The text, with the words that the exact answer hasn't marked, and those that only it has struck out. Blanks go
-    with the word before them, and don't differ. Texts that go different ways are told apart as wholes from the first
-    other word on.
+    """The text with words marked that the exact answer doesn't have, and the exact answer's other words struck out.
+    White space goes with the word before it, and doesn't count. Texts that diverge are shown as wholes from the first
+    difference on.
     """
     ours, theirs = re.findall(r"\S+\s*", text), re.findall(r"\S+\s*", exact)
     parts = []
-    for kind, a, b, c, d in _opcodes(_words(exact), _words(text)):
+    for kind, a, b, c, d in _opcodes(exact.split(), text.split()):
         gone, own = escape("".join(theirs[a:b])), escape("".join(ours[c:d]))
         if kind == "equal":
             parts.append(own)
@@ -231,9 +228,8 @@ def diff_html(text: str, exact: str) -> str:
 
 
 def _opcodes(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
-    """As of `SequenceMatcher`."""
-    pairs = enumerate(zip(theirs, ours, strict=False))
-    same = next((at for at, (one, other) in pairs if one != other), min(len(theirs), len(ours)))
+    """Like those of `SequenceMatcher`."""
+    same = common_prefix(theirs, ours)
     rest = SequenceMatcher(None, theirs[same:], ours[same:], autojunk=False)
     if rest.ratio() < MIN_ALIKE:
         return [("equal", 0, same, 0, same), ("replace", same, len(theirs), same, len(ours))]

@@ -1,8 +1,8 @@
 """What a chat's turns say together: how much faster first tokens came, and how often the answers agreed.
 
-Each contender is compared with the exact one, turn by turn. Times are left out where they say nothing of reuse: most of
-the prompt was in vLLM's prefix cache, with the exact contender or the other, as for a follow-up; or nothing was reused,
-and it was faster all the same. Answers are left out where they follow on from earlier ones that differ.
+Each contender is compared with the exact one, turn by turn. Times are left out if they say nothing of reuse: most of
+the prompt was in vLLM's prefix cache, on either side, as for a follow-up; or nothing was reused, and it was faster
+anyway. Answers are left out if the earlier ones that they follow on from differ.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from statistics import median
-from typing import Literal
 
 from chat import Answer, Chat, Turn
-from figures import Figures, format_factor
+from figures import Figures, Tone, format_factor
 from tokens import first_difference
 
-Tone = Literal["gain", "tie", "loss"]
 SAME_PROMPT_RATIO = 0.5
 MIN_GAIN = 1.1
-"""Smaller gains than this are a tie: they come and go from one run to the next."""
+"""Less is a tie: it is noise between runs."""
 FindMeasured = Callable[[Answer], str]
-"""What was measured over context lengths with an answer's contender and setting; empty: nothing."""
+"""Says what was measured over context lengths with an answer's contender and setting; empty if nothing was."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One turn, of two contenders. `speedup` is the exact one's time to first token by the other's. `is_cached`: most
-    of the prompt was in a prefix cache. `is_drawn`: at a temperature, where equal ways give different answers, too.
-    `follows_others`: the earlier answers that it follows on from differ. `is_late`: after the time that it was given.
+    """One turn of two contenders. `speedup` is the exact one's time to first token divided by the other's. `is_cached`:
+    most of the prompt was in a prefix cache. `is_drawn`: at a temperature, where equal methods give different answers
+    too. `follows_others`: the earlier answers differ. `is_late`: after the time that it was given.
     """
 
     num_tokens: int
@@ -48,8 +46,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one contender against `reference`; `samples` has at least one. `agrees` None: an answer was cut short, or the
-    answers are drawn, or had other histories. `measured` says from what length on it pays, if that was measured.
+    """Of one contender against `reference`; `samples` has at least one. `agrees` None: an answer was cut short, drawn
+    at a temperature, or had another history. `measured` says from which length on it pays, if that was measured.
     """
 
     title: str
@@ -63,7 +61,7 @@ class Verdict:
 
     @property
     def speedup(self) -> float | None:
-        """None where no time says anything."""
+        """The median; None if no time means anything."""
         return median(sample.speedup for sample in self.timed) if self.timed else None
 
     @property
@@ -74,7 +72,7 @@ class Verdict:
 
     @property
     def leaves_lengths_open(self) -> bool:
-        """Whether times were compared, but of prompts that are all about as long, and nothing else was measured."""
+        """Whether times were compared, but only of prompts of about one length, and nothing else was measured."""
         return bool(self.timed) and not self.measured and not self.length_text()
 
     @property
@@ -86,29 +84,25 @@ class Verdict:
         return not all(self.compared)
 
     def speed_text(self) -> str:
-        timed = self.timed
         if self.speedup is None:
             return f"{self.title}: no first token that could be compared with {self.reference}'s"
-        prompts = "one prompt only" if len(timed) == 1 else f"median of {_prompts(len(timed))}"
+        prompts = "one prompt only" if len(self.timed) == 1 else f"median of {_prompts(len(self.timed))}"
         if self.tone == "tie":
             speed = f"{self.title} and {self.reference} are equally fast to the first token"
-        elif self.tone == "gain":
-            speed = f"{self.title}: {format_factor(self.speedup)} times faster to the first token than {self.reference}"
         else:
-            times = format_factor(1 / self.speedup)
-            speed = f"{self.title}: {times} times slower to the first token than {self.reference}"
+            speed = f"{self.title}: {self._times(self.speedup)} to the first token than {self.reference}"
         return f"{speed} ({prompts})"
 
     def short_speed_text(self) -> str:
         if self.speedup is None:
             return f"{self.title}: not timed"
-        if self.tone == "tie":
-            speed = "equally fast"
-        elif self.tone == "gain":
-            speed = f"{format_factor(self.speedup)} times faster"
-        else:
-            speed = f"{format_factor(1 / self.speedup)} times slower"
+        speed = "equally fast" if self.tone == "tie" else self._times(self.speedup)
         return f"{self.title}: {speed} ({_prompts(len(self.timed))})"
+
+    def _times(self, speedup: float) -> str:
+        if self.tone == "gain":
+            return f"{format_factor(speedup)} times faster"
+        return f"{format_factor(1 / speedup)} times slower"
 
     def agreement_text(self) -> str:
         compared = self.compared
@@ -124,7 +118,7 @@ class Verdict:
         return f"the answers differ: {sum(compared)} of {len(compared)} agree"
 
     def notes(self) -> list[str]:
-        """From what length on it pays, and what the times don't count."""
+        """From which length on it pays, and which times and answers don't count."""
         told = [self.measured] if self.measured else [length] if (length := self.length_text()) else []
         late = sum(sample.is_late for sample in self.samples)
         if late:
@@ -141,7 +135,7 @@ class Verdict:
         return told
 
     def length_text(self) -> str:
-        """By the prompts that were asked; empty while all of them are about as long."""
+        """From the prompts that were asked; empty if all are about as long."""
         by_length = sorted(self.timed, key=lambda sample: sample.num_tokens)
         if not by_length:
             return ""
@@ -160,7 +154,7 @@ class Verdict:
 
 
 def verdicts(turns: Sequence[Turn], measured: FindMeasured = lambda answer: "") -> list[Verdict]:
-    """One for each contender and its settings that was asked together with an exact one, in the order of asking."""
+    """One for each contender and setting that was asked together with an exact one, in the order of asking."""
     found: dict[tuple[str, str, str], list[Sample]] = {}
     latest: dict[tuple[str, str, str], Answer] = {}
     chat = Chat(turns=list(turns))
@@ -181,8 +175,8 @@ def verdicts(turns: Sequence[Turn], measured: FindMeasured = lambda answer: "") 
 
 
 def exact_answer(turn: Turn) -> Answer | None:
-    """That all others are compared with: the first whole one that is exact, of a contender that always is if there is
-    one.
+    """What all others are compared with: the first complete exact answer, preferably of a contender that is always
+    exact.
     """
     exact = (a for a in turn.answers.values() if a.state == "done" and a.figures.approximate is False)
     return min(exact, key=lambda answer: answer.contender.approximate, default=None)
@@ -212,8 +206,8 @@ def _sample(answer: Answer, reference: Answer, turn: Turn, earlier: Sequence[Tur
 
 
 def are_comparable(answer: Answer, reference: Answer, turn: Turn, earlier: Sequence[Turn]) -> bool:
-    """Whether equal ways would give equal answers: whole ones to the same prompt, drawn at no temperature. `earlier`
-    are the turns that this one follows on from.
+    """Whether exact methods would give equal answers: complete ones to the same prompt, without sampling. `earlier` are
+    the turns that this one follows on from.
     """
     if turn.sampling.temperature > 0 or not answer.state == reference.state == "done":
         return False
@@ -223,13 +217,13 @@ def are_comparable(answer: Answer, reference: Answer, turn: Turn, earlier: Seque
 
 
 def _has_other_prompt(ours: Figures, theirs: Figures) -> bool:
-    """One is less than half of the other, as where a slot begins a topic without the chunks of the conversation."""
+    """One is less than half of the other, as if a slot begins a topic without the conversation's chunks."""
     sizes = sorted(figures.num_prompt_tokens or 0 for figures in (ours, theirs))
     return 0 < sizes[0] < SAME_PROMPT_RATIO * sizes[1]
 
 
 def _said(turn: Turn, answer: Answer) -> list[str]:
-    """The words that the answer's contender answered in an earlier turn."""
+    """The words of the same contender's answer in an earlier turn."""
     earlier = turn.answers.get(answer.contender.name)
     return earlier.text.split() if earlier else []
 
@@ -242,7 +236,7 @@ LENGTHS_OPEN = "To find out from what length on reuse pays, open Measure and cho
 
 
 def verdict_html(turns: Sequence[Turn], measured: FindMeasured = lambda answer: "") -> str:
-    """Speed and agreement in letters of one size: neither is read without the other."""
+    """Speed and agreement in one size: neither should be read without the other."""
     found = verdicts(turns, measured)
     lines = "".join(map(_line_html, found))
     if any(verdict.leaves_lengths_open for verdict in found):

@@ -1,8 +1,8 @@
 """What blind votes say together: how often each setting's answer is preferred, with an interval. Data only.
 
 A setting is a contender with the policy and share, or the mode, that it answered with. Votes are counted by Luce's
-choice model, which for two sides is that of Bradley and Terry: the answer of strength p is preferred with probability p
-divided by the sum of the strengths shown. A tie, and "all bad", count as an equal part of a vote for each side, as in
+choice model, which for two sides is that of Bradley and Terry: an answer of strength p is preferred with probability p
+divided by the sum of the strengths shown. A tie or "all bad" counts as an equal part of a vote for each side, as in
 Chatbot Arena (arXiv 2403.04132).
 """
 
@@ -38,7 +38,7 @@ class Ballot:
 @dataclass(frozen=True)
 class Standing:
     """Of one setting among those that it met, directly or through others. `share` is the probability that its answer is
-    preferred to the average rival's; `low` and `high` are the ends of its 95 % interval.
+    preferred to the average rival's, `low` and `high` the ends of its 95 % interval.
     """
 
     setting: str
@@ -56,7 +56,7 @@ def setting_of(answer: Answer) -> str:
 
 
 def ballot_of(turn: Turn) -> Ballot | None:
-    """None without a vote, and where two sides are the same setting."""
+    """None without a vote, or if two sides are the same setting."""
     settings = {name: setting_of(answer) for name, answer in turn.answers.items()}
     if turn.vote is None or len(set(settings.values())) < len(settings):
         return None

@@ -1,8 +1,8 @@
 """Where the time to the first token went: a lane for each contender, all on one time axis that begins at the request.
 
-A server's report names the stages that it measured; vLLM tells its queue and its prefill with the answer.
-What lies between their sum and the first token, which the client measured, is a stage too. What the rest of the answer
-took stands beside it in words: on the axis it would leave the bars no room. Data and HTML only.
+A server's report names the stages that it measured; vLLM reports its queue and prefill with the answer. What lies
+between their sum and the first token, which the client measured, is a stage too. How long the rest of the answer took
+is beside it in words: on the axis it would leave no room for the bars. Data and HTML only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from tokens import legend_html
 
 Stages = tuple[tuple[str, float], ...]
 
@@ -42,10 +44,10 @@ LABELS = {
     "rest": "the rest: HTTP, queue and prefill",
     "later": "until the first token; its stages are told when the answer ends",
 }
-"""Of the stages in a chart. `question` is what a blend leaves to prefill, `rest` what a server didn't tell apart."""
+"""`question` is what a blend leaves to prefill, `rest` what a server doesn't break down."""
 MIN_SHOWN_MS = 0.05
 MAX_STEPS = 5
-WHOLE_MS = 1000  # a tenth of so long a time says nothing
+WHOLE_MS = 1000  # from here on without tenths
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,15 @@ class Row:
 
 
 def read_stages(report: Mapping[str, Any], metrics: Mapping[str, float] = {}) -> Stages:
-    """Those that a request's report tells, and vLLM's own `metrics` of it."""
+    """From a request's report, and vLLM's own `metrics` of the request."""
     times = {**report, **(report.get("timings") or {}), **_vllm_times(report, metrics)}
     told = {stage: [times[key] for key in keys if times.get(key) is not None] for stage, keys in _REPORTED.items()}
     return tuple((stage, sum(ms)) for stage, ms in told.items() if ms)
 
 
 def _vllm_times(report: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, float]:
-    """vLLM's time to the first token is that from a request's turn on. A blend has its time in it; one in pieces comes
-    before the turn. The report's own queue has the tokenizing in it, too.
+    """vLLM's time to the first token begins when a request is scheduled. It includes a blend, except one in pieces,
+    which comes before that. The report's own queue also includes tokenizing.
     """
     queue_ms, prefill_ms = metrics.get("queue_time_ms"), metrics.get("time_to_first_token_ms")
     blend_ms, in_pieces = report.get("blend_ms", 0.0), report.get("in_pieces")
@@ -84,8 +86,8 @@ def _vllm_times(report: Mapping[str, Any], metrics: Mapping[str, float]) -> dict
 def bars(row: Row) -> list[tuple[str, float, float]]:
     """Stage, begin and end in ms; the last one ends with the first token.
 
-    A stage that has no room before the first token came after it, as the transfer of a prefix whose logits are kept
-    does. What a server that tells its prefill didn't measure is the way there and back.
+    A stage that doesn't fit before the first token came after it, such as storing a prefix whose logits are kept. What
+    a server that reports its prefill didn't measure is the way there and back.
     """
     stages, rest_ms = {}, row.first_token_ms
     for stage, ms in row.stages:
@@ -110,11 +112,7 @@ def waterfall_html(rows: Sequence[Row]) -> str:
     axis_ms = max(row.first_token_ms for row in rows)
     lanes = "".join(_lane_html(row, axis_ms) for row in rows)
     used = {stage for row in rows for stage, _, _ in bars(row)}
-    legend = "".join(
-        f'<span class="ka-key"><i class="ka-stage-{stage}"></i>{escape(label)}</span>'
-        for stage, label in LABELS.items()
-        if stage in used
-    )
+    legend = legend_html((f"stage-{stage}", label) for stage, label in LABELS.items() if stage in used)
     return (
         '<div class="ka-waterfall" data-testid="waterfall"><b>Where the time to the first token goes</b>'
         f'{lanes}<div class="ka-lane"><b></b><div class="ka-ticks">{_ticks_html(axis_ms)}</div></div>'
@@ -155,5 +153,5 @@ def _ticks_html(axis_ms: float) -> str:
 
 
 def shown_ms(ms: float) -> str:
-    """A time on the page, in a pane as in the chart."""
+    """A time, everywhere on the page."""
     return f"{ms:,.{0 if round(ms, 1) >= WHOLE_MS else 1}f} ms"

@@ -3,11 +3,11 @@
 Answers are streamed through the `openai` package, the project's own paths go through `httpx`, both over the same
 connections. `AsyncClient` does the work. `Client` runs one in a worker thread of its own, for callers without an event
 loop and for several threads at once. Keep a client for as long as a server is asked: making one takes longer than many
-a first token. Time stamps are taken where the bytes arrive, in the worker. Whatever goes wrong is a `ClientError`,
-whose message is for people.
+a first token. Times are taken in the worker, where the bytes arrive. Whatever goes wrong is a `ClientError`, whose
+message is for people.
 
-The servers and the stack import the API key's name from here, so `httpx` and `openai` are imported when a client is
-made, and when it first needs them.
+The servers and the stack import only the API key's name from here, so `httpx` and `openai` are imported when a client
+is made and when it first needs them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from kvarena.documents import TextChunk, build_messages, contexts_for_scores, contexts_for_seams, join_chunks
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import openai
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 API_KEY_VARIABLE = "KVARENA_API_KEY"
 CHAT = "/v1/chat/completions"
@@ -38,13 +39,13 @@ CHUNKS = "/kvarena/chunks"
 
 TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 5.0
-KEEPALIVE_S = 2.0  # shorter than uvicorn's 5 s by what a busy machine sleeps: nothing is sent where a server is closing
+KEEPALIVE_S = 2.0  # well below uvicorn's 5 s, so that nothing is sent on a connection that is being closed
 REPORT_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 MAX_DETAIL_CHARS = 600
 
 
 def bearer(api_key: str) -> dict[str, str]:
-    """The headers that show a key; none for an empty one, which lets in everybody where no key is set."""
+    """The headers with an API key; none for an empty one, which is right where no key is set."""
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
@@ -97,8 +98,8 @@ class Unexpected(ClientError):
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """`root` is the served model's folder or hub name, `max_model_len` its longest context in tokens; None where the
-    server doesn't say. `offer` is what `GET /kvarena` tells, None where there is no such path, as in stock vLLM.
+    """`root` is the served model's folder or hub name, `max_model_len` its longest context in tokens; None if the
+    server doesn't say. `offer` is the answer of `GET /kvarena`, None if there is no such path, as in stock vLLM.
     """
 
     model: str
@@ -112,13 +113,13 @@ class ServerInfo:
 
     @property
     def separator(self) -> str | None:
-        """What it cuts chunks at, where it says so."""
+        """What separates chunks for it, if it says so."""
         return (self.offer or {}).get("separator")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """OpenAI's `usage`. `num_cached_tokens` is the part of the prompt that wasn't prefilled; None: not told."""
+    """OpenAI's `usage`. `num_cached_tokens` is the part of the prompt that wasn't prefilled; None: unknown."""
 
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None
@@ -133,7 +134,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of an answer, which has no text where it only ends it. `time_s`: when it arrived."""
+    """A piece of an answer; without text if it only ends the answer. `time_s` is when it arrived."""
 
     text: str
     time_s: float
@@ -142,10 +143,10 @@ class Token:
 
 @dataclass
 class StreamedAnswer:
-    """An answer as far as it has come; a whole one has a token. Times are of `time.perf_counter`, in seconds.
+    """An answer as far as it has come; a complete one has a token. Times are `time.perf_counter`'s, in seconds.
 
-    The opening of a chat, which has a role and no text, is no token; a finish without text is one. `logprobs` are
-    OpenAI's entries for a chat's tokens, `timings` vLLM's milliseconds of this request, where it tells them.
+    A chat's opening, which has a role and no text, is no token; a finish without text is one. `logprobs` are OpenAI's
+    entries for a chat's tokens, `timings` vLLM's milliseconds for this request, if it sends them.
     """
 
     sent_s: float
@@ -164,7 +165,7 @@ class StreamedAnswer:
 
     @property
     def ttft_ms(self) -> float:
-        """Of an answer that has a token."""
+        """Only of an answer that has a token."""
         return 1000 * (self.tokens[0].time_s - self.sent_s)
 
     def add(self, event: Mapping[str, Any], now_s: float) -> Iterator[Token]:
@@ -186,13 +187,11 @@ class StreamedAnswer:
 
 
 OnToken = Callable[[StreamedAnswer, Token], None]
-"""Called in the worker with the answer so far and the token that came; the answer stays as it is when a request ends
-early.
-"""
+"""Called in the worker with the answer so far and its new token. It still has the answer if a request ends early."""
 
 
 def ignore_token(answer: StreamedAnswer, token: Token) -> None:
-    """An `OnToken` for who only wants the whole answer."""
+    """An `OnToken` for callers that only want the whole answer."""
 
 
 def streamed(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +216,7 @@ class ChunkOutcome:
 def warm_request(model: str, texts: Sequence[str], separator: str, store: str = "all") -> dict[str, Any]:
     """The completion that puts chunks into the chunk cache: one token, after the chunks between separators.
 
-    `store`: "scores" for what they show of each other, "seams" for what each is after the one before (docs/http.md).
+    `store`: "scores" for what chunks show of each other, "seams" for what each is after the one before (docs/http.md).
     """
     return {
         "model": model,
@@ -237,15 +236,15 @@ OUTCOMES: dict[str, tuple[Outcome, str]] = {
     STORE_DOWN: ("failed", "the store doesn't answer"),
 }
 STORE_WAIT_S = 12.0
-"""For a store that was started again: a blend notices that within some seconds."""
+"""For a store that was restarted, which a blend notices within seconds."""
 STORE_POLL_S = 0.5
 LOST_AGAIN = "the store kept it, but not until the end; it may be too small for all chunks"
 
 
 def look_up_state(answer: Mapping[str, Any]) -> str:
-    """`HELD`, or why a chunk isn't, by the answer to a look into the store.
+    """`HELD`, or why a chunk isn't held, from the answer to a look-up in the store.
 
-    A text that has the separator in it is several chunks, and all of them have to be there.
+    A text that contains the separator is several chunks, and all of them have to be there.
     """
     if not answer["chunks"]:
         return UNMARKED
@@ -275,7 +274,7 @@ class AsyncClient:
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
             trust_env=False,
-            verify=not self.url.startswith("http://"),  # else certificates are read that nobody shows: 20 ms
+            verify=not self.url.startswith("http://"),  # reading certificates that nobody shows takes 20 ms
         )
 
     async def get(self, path: str, timeout_s: float | None = None) -> Any:
@@ -283,18 +282,18 @@ class AsyncClient:
         return await self._json("GET", path, None, timeout_s)
 
     async def text(self, path: str, timeout_s: float | None = None) -> str:
-        """What is at a path, as it is."""
+        """The text at a path."""
         return (await self._request("GET", path, None, timeout_s)).text
 
     async def post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:
         return await self._json("POST", path, body, timeout_s)
 
     async def describe(self, timeout_s: float | None = None) -> ServerInfo:
-        """What the server is. Gets the client ready for streams too, so that no stream waits for that."""
+        """What the server is. Also readies the client for streams, so that no stream waits for that."""
         try:
             await self._request("GET", "/health", None, timeout_s)
         except Refused as error:
-            if error.status >= 500:  # a server may outlive its engine; one without such a path has none to ask for
+            if error.status >= 500:  # a server may outlive its engine; a 404 only means that there is no such path
                 raise
         models = await self.get("/v1/models", timeout_s)
         try:
@@ -330,7 +329,7 @@ class AsyncClient:
         with self._explained(self._timeout_s), _explained_by_openai():
             events = await client.post(
                 path,
-                cast_to=object,  # events as they come: building models of them would take a part of a fast token's time
+                cast_to=object,  # raw events: building models of them would take part of a fast token's time
                 body=streamed(body),
                 options={"headers": headers},
                 stream=True,
@@ -351,8 +350,8 @@ class AsyncClient:
         return answer
 
     async def report(self, request_id: str, timeout_s: float | None = None) -> dict[str, Any] | None:
-        """The request report of a contender that keeps reports, which may come a moment after the stream's end; None
-        when it doesn't come.
+        """The request report of a contender that keeps reports, which may come a moment after the stream's end; None if
+        it doesn't come.
         """
         for delay_s in REPORT_DELAYS_S:
             await asyncio.sleep(delay_s)
@@ -364,7 +363,7 @@ class AsyncClient:
         return None
 
     async def lmcache_memory(self, timeout_s: float | None = None) -> Mapping[str, Any]:
-        """Of an LMCache server's own HTTP: how full its memory is, and what is locked in it."""
+        """From an LMCache server's own HTTP: how full its memory is, and what is locked in it."""
         status = await self.get("/status", timeout_s)
         try:
             memory: Mapping[str, Any] = status["storage_manager"]["l1_manager"]
@@ -382,9 +381,9 @@ class AsyncClient:
     ) -> list[ChunkOutcome]:
         """Puts chunks into the chunk cache, a few at a time; one that is refused doesn't stop the others.
 
-        Whether a chunk is there is looked up in the store, and at the end once more: later ones may have taken its
-        room. A store that doesn't answer is waited for a little. `on_chunk` gets each outcome in the worker as it
-        comes, and then once more that of a chunk that was lost. Cancelling it leaves out what hasn't ended.
+        The store is asked whether a chunk is there, and at the end once more, since later ones may have evicted it. A
+        store that doesn't answer is given a little time. The worker calls `on_chunk` with each outcome as it comes, and
+        again for a chunk that was lost. Cancelling leaves out what hasn't ended.
         """
         gate = asyncio.Semaphore(num_parallel)
         deadline_s = time.monotonic() + STORE_WAIT_S
@@ -408,8 +407,8 @@ class AsyncClient:
         return await asyncio.gather(*map(look_again, chunks, outcomes))
 
     async def warm_beginning(self, model: str, system: str, separator: str) -> None:
-        """Puts into the chunk cache what stands before the first chunk of a chat: the template's own words and the
-        system prompt. Nothing is done where the model has no template for a chat.
+        """Puts into the chunk cache what comes before the first chunk of a chat: the template's own words and the
+        system prompt. Does nothing if the model has no chat template.
         """
         request = warm_request(model, [], separator)
         del request["prompt"]
@@ -424,10 +423,10 @@ class AsyncClient:
         separator: str,
         on_prompt: Callable[[int, int], None],
     ) -> None:
-        """Has the server find out which tokens of these chunks need their context, where it doesn't know yet: contexts
-        of several are computed whole, which takes a few times as long as filling the cache. Raises `ClientError`.
+        """Makes the server compute the scores of chunks that don't have them: which of their tokens need context.
+        Prompts of several chunks are computed in full, which takes a few times as long as filling the cache.
 
-        `on_prompt` gets how many of how many have been computed.
+        `on_prompt` gets how many prompts of how many are done.
         """
         lacking = [chunk.name for chunk in chunks if not await self._is_scored(chunk.text, separator)]
         contexts = contexts_for_scores(chunks, lacking, (await self.describe()).max_model_len)
@@ -440,9 +439,9 @@ class AsyncClient:
         separator: str,
         on_prompt: Callable[[int, int], None],
     ) -> None:
-        """Has the server compute each chunk once more, after the one before it, where it hasn't. Raises `ClientError`.
+        """Makes the server compute each chunk once more, after the chunk before it, if it hasn't.
 
-        `on_prompt` gets how many contexts of how many are done.
+        `on_prompt` gets how many prompts of how many are done.
         """
         contexts = contexts_for_seams(chunks, (await self.describe()).max_model_len)
         await self._compute_contexts(model, contexts, separator, "seams", on_prompt)
@@ -464,7 +463,7 @@ class AsyncClient:
             on_prompt(number, len(contexts))
 
     async def _compute_context(self, model: str, context: Sequence[TextChunk], separator: str, store: str) -> None:
-        """In a chat, as requests come, where the model has a template for one."""
+        """As a chat, like real requests, if the model has a chat template."""
         request = warm_request(model, [chunk.text for chunk in context], separator, store)
         prompt = request.pop("prompt")
         try:
@@ -509,14 +508,14 @@ class AsyncClient:
 
     @cached_property
     def _openai(self) -> openai.AsyncOpenAI:
-        """Over our connections, which show the API key."""
+        """Over our connections, which send the API key."""
         import openai
 
         http: Any = self._http
         client = openai.AsyncOpenAI(
             base_url=self.url, api_key="none", http_client=http, timeout=http.timeout, max_retries=0
         )
-        client.platform_headers()  # finds out once what every request says of this machine, in milliseconds
+        client.platform_headers()  # collects, once, what every request says of this machine: takes milliseconds
         return client
 
     async def _json(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> Any:
@@ -552,6 +551,23 @@ class AsyncClient:
             ) from error
 
 
+def _in_worker(
+    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Client, P], T]:
+    """The same method of a `Client`, which waits for it. An interrupt ends the work."""
+
+    @wraps(method)
+    def waiting(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        future = client.start(method(client.aio, *args, **kwargs))
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    return waiting
+
+
 class Client:
     """An `AsyncClient` in a worker thread. Every method may be called from any thread, and raises `ClientError`."""
 
@@ -566,48 +582,16 @@ class Client:
         """Runs what uses `aio` in the worker; cancelling the future ends it there."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def get(self, path: str, timeout_s: float | None = None) -> Any:
-        return self._wait(self.aio.get(path, timeout_s))
-
-    def post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = None) -> Any:
-        return self._wait(self.aio.post(path, body, timeout_s))
-
-    def describe(self, timeout_s: float | None = None) -> ServerInfo:
-        return self._wait(self.aio.describe(timeout_s))
-
-    def token_ids(self, prompt: Mapping[str, Any], timeout_s: float | None = None) -> list[int]:
-        return self._wait(self.aio.token_ids(prompt, timeout_s))
-
-    def stream(
-        self, path: str, body: Mapping[str, Any], on_token: OnToken = ignore_token, request_id: str = ""
-    ) -> StreamedAnswer:
-        return self._wait(self.aio.stream(path, body, on_token, request_id))
-
-    def report(self, request_id: str, timeout_s: float | None = None) -> dict[str, Any] | None:
-        return self._wait(self.aio.report(request_id, timeout_s))
-
-    def warm(
-        self,
-        model: str,
-        chunks: Sequence[TextChunk],
-        separator: str,
-        num_parallel: int,
-        on_chunk: Callable[[ChunkOutcome], None],
-    ) -> list[ChunkOutcome]:
-        return self._wait(self.aio.warm(model, chunks, separator, num_parallel, on_chunk))
-
-    def warm_beginning(self, model: str, system: str, separator: str) -> None:
-        self._wait(self.aio.warm_beginning(model, system, separator))
-
-    def score(
-        self, model: str, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]
-    ) -> None:
-        self._wait(self.aio.score(model, chunks, separator, on_prompt))
-
-    def make_seams(
-        self, model: str, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]
-    ) -> None:
-        self._wait(self.aio.make_seams(model, chunks, separator, on_prompt))
+    get = _in_worker(AsyncClient.get)
+    post = _in_worker(AsyncClient.post)
+    describe = _in_worker(AsyncClient.describe)
+    token_ids = _in_worker(AsyncClient.token_ids)
+    stream = _in_worker(AsyncClient.stream)
+    report = _in_worker(AsyncClient.report)
+    warm = _in_worker(AsyncClient.warm)
+    warm_beginning = _in_worker(AsyncClient.warm_beginning)
+    score = _in_worker(AsyncClient.score)
+    make_seams = _in_worker(AsyncClient.make_seams)
 
     def close(self) -> None:
         """Cancels what is under way and ends the worker."""
@@ -633,15 +617,6 @@ class Client:
         await asyncio.gather(*under_way, return_exceptions=True)
         await self.aio.aclose()
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """An interrupt ends the work."""
-        future = self.start(work)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
 
 def connect(name: str, url: str, api_key: str = "", timeout_s: float = TIMEOUT_S) -> tuple[Client, ServerInfo]:
     """A client for a command line's server. Raises `ValueError` when nothing that speaks OpenAI's API answers there."""
@@ -660,7 +635,7 @@ def connect(name: str, url: str, api_key: str = "", timeout_s: float = TIMEOUT_S
 
 
 def error_message(body: Any) -> str:
-    """The message in an error object of OpenAI's, vLLM's older or FastAPI's form, as text or parsed; else the text."""
+    """The message in an error object of OpenAI's, vLLM's older or FastAPI's form, parsed or not; else the text."""
     found = body
     if isinstance(body, str):
         try:
@@ -676,7 +651,7 @@ def error_message(body: Any) -> str:
 
 @contextmanager
 def _reading(answer: object) -> Iterator[None]:
-    """Raises `Unexpected` for an answer of another form than the one that is read."""
+    """Raises `Unexpected` if the answer hasn't the form that is read."""
     try:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -685,7 +660,7 @@ def _reading(answer: object) -> Iterator[None]:
 
 @contextmanager
 def _explained_by_openai() -> Iterator[None]:
-    """Turns what the `openai` package raises into `ClientError`, and a lost connection into its cause, `httpx`'s."""
+    """Turns what `openai` raises into `ClientError`, and a lost connection into its cause, which is `httpx`'s."""
     import httpx
     import openai
 

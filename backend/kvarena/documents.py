@@ -1,10 +1,9 @@
 """The documents of a folder, or uploaded on the page, as text chunks; and the prompt that is built from chunks.
 
-A document is a `.txt`, `.md` or `.pdf` file. One that fits is one chunk, named after its file; a longer one is split,
-and its chunks are numbered (`manual 01`). A file that can't be used never hides the others: it becomes a remark that
-says why. Whatever a document says is text: an invisible character goes into what a tokenizer would read as a special
-token (`</s>`), and into what a server would take for the separator. It is put in here, so that every contender gets the
-same prompt. Used by whatever builds a context: the page, the warm-up, the benchmarks. No tokens, no HTTP.
+A document is a `.txt`, `.md` or `.pdf` file. One that fits is one chunk, named after its file; a longer one is split
+into numbered chunks (`manual 01`). A file that can't be used never hides the others: a remark says why. Whatever a
+document says is text: what a tokenizer would read as a special token (`</s>`), or a server as the separator, gets an
+invisible character. That is done here, so that every contender gets the same prompt. No tokens, no HTTP.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ if TYPE_CHECKING:
 DOCUMENT_SUFFIXES = (".txt", ".md", ".pdf")
 SYSTEM_PROMPT_NAME = "sys_prompt.txt"
 QUESTIONS_NAME = "questions.jsonl"
-"""Questions on a folder's chunks; those that name no kind are of the default one."""
+"""Questions on a folder's chunks; without a kind they are of the default one."""
 DEFAULT_KIND = "question"
 FALLBACK_SEPARATOR = "\n\n"
-"""Between chunks where neither the server nor its model's profile says what goes there."""
+"""Between chunks if neither the server nor its model's profile names a separator."""
 BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 LIKELY_ENCODINGS = (
     *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "mac_roman"),
     *("cp932", "euc_jp", "gb18030", "big5", "cp949"),
 )
 MIN_LANGUAGE_COHERENCE_PERCENT = 40.0
-"""From here on a guessed encoding makes a known language of the text; short texts don't reach it."""
+"""From here on, a guessed encoding makes the text a known language; short texts don't reach it."""
 LATIN_ALPHABETS = {
     "cp1252": {
         "English": "àáâäçèéêëíîïñóôöûü",  # in names and loan words
@@ -64,9 +63,9 @@ LATIN_ALPHABETS = {
     },
     "cp1254": {"Turkish": "âçîöüğış" + "İ".lower()},
 }
-"""Code pages that are taken for each other, the likeliest first, and the letters beyond ASCII of their languages."""
+"""Code pages that are mistaken for each other, likeliest first, and their languages' letters beyond ASCII."""
 MAX_COHERENCE_LOSS, MAX_ADDED_CHAOS = 0.15, 0.05
-"""How much worse than its guess charset-normalizer may find an encoding that is taken instead."""
+"""How much worse than its guess charset-normalizer may rate the encoding that is taken instead."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class Remark:
-    """What there is to say about one file."""
+    """Something to say about one file."""
 
     file: str
     text: str
@@ -90,8 +89,8 @@ class Remark:
 
 @dataclass(frozen=True)
 class Document:
-    """A file that was read. `path` is its path within the folder, every character printable. One that can't be used has
-    no `parts`, and `problem` says why; `note` is what should be known of one that can.
+    """A file that was read. `path` is its path within the folder, with only printable characters. If it can't be used
+    it has no `parts`, and `problem` says why; `note` is what one should know of a usable one.
     """
 
     path: str
@@ -102,8 +101,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Documents:
-    """All of a folder: its chunks, its system prompt (empty without one), the files that can't be used, and notes on
-    some that can. `is_split`: a document is more than one chunk.
+    """A folder's chunks, its system prompt (empty without one), the files that can't be used, and notes on others.
+    `is_split`: some document is more than one chunk.
     """
 
     chunks: tuple[TextChunk, ...] = ()
@@ -114,14 +113,14 @@ class Documents:
 
 
 DocumentCache = dict[Path, tuple[object, Document]]
-"""Documents read before, by file, with the state of the file and the splitter that they hold for."""
+"""Documents read before, by file, with the file's state and the splitter."""
 
 
 def load_documents(folder: Path, splitter: Splitter | None = None, cache: DocumentCache | None = None) -> Documents:
-    """Everything below `folder` in natural order (2 before 10); hidden files and folders are left out.
+    """Everything below `folder` in natural order (2 before 10), without hidden files and folders.
 
-    Files whose size and time are those in `cache` aren't read again. Raises `ValueError` when there is no such folder,
-    and for nothing that is in it.
+    Files with the size and time that `cache` has aren't read again. Raises `ValueError` if there is no such folder, and
+    for nothing that is in it.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder of chunk files at {folder}")
@@ -155,17 +154,17 @@ def load_documents(folder: Path, splitter: Splitter | None = None, cache: Docume
 
 
 def load_chunks(folder: Path, splitter: Splitter | None = None) -> list[TextChunk]:
-    """The chunks alone. Raises as `load_documents` does."""
+    """Only the chunks. Raises as `load_documents` does."""
     return list(load_documents(folder, splitter).chunks)
 
 
 def load_system_prompt(folder: Path) -> str:
-    """Empty where the folder has none that can be read."""
+    """Empty if the folder has none that can be read."""
     return "".join(_system_prompt(folder).parts)
 
 
 def read_text(path: Path) -> str:
-    """A file's text without byte order mark. Raises `ValueError` naming a file that can't be read, or isn't UTF-8."""
+    """A file's text without byte order mark. Raises `ValueError` if it can't be read or isn't UTF-8."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -174,7 +173,7 @@ def read_text(path: Path) -> str:
 
 
 def read_document(path: str, data: bytes, splitter: Splitter) -> Document:
-    """The document that a file's bytes are; its suffix says of which kind."""
+    """From the bytes of a file, whose suffix says its kind."""
     path = printable(path)
     suffix = PurePosixPath(path).suffix.lower()
     try:
@@ -190,8 +189,8 @@ def read_document(path: str, data: bytes, splitter: Splitter) -> Document:
 def name_chunks(documents: Sequence[Document], taken: Collection[str] = ()) -> list[tuple[TextChunk, ...]]:
     """The chunks of each document, all names different and none of `taken`.
 
-    A chunk is called after its file without suffix, and its number where there are several; files that would share a
-    name all keep their suffix. What then is still the same (two uploads of one name) is counted: `a.txt (2)`.
+    A chunk is named after its file without suffix, and its number if there are several; files that would share a name
+    all keep their suffix. Names that are still the same (two uploads of one name) are counted: `a.txt (2)`.
     """
     with_suffix: set[int] = set()
     while True:
@@ -220,7 +219,7 @@ def name_chunks(documents: Sequence[Document], taken: Collection[str] = ()) -> l
 
 
 def printable(name: str) -> str:
-    """A file's name as it can be shown and sent: line breaks, control characters and bytes not of UTF-8 are escaped."""
+    """A file's name, fit to be shown and sent: line breaks, control characters and broken UTF-8 are escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
     )
@@ -245,7 +244,7 @@ def _claimed(base: str, document: Document) -> set[str]:
 
 
 def _files(folder: Path) -> list[tuple[Path, str]]:
-    """Every path below that could be a document, and why it can't be one, if so; in natural order."""
+    """Every path below that could be a document, and why it can't be, if so; in natural order."""
     found: list[tuple[Path, str]] = []
 
     def unreadable(error: OSError) -> None:
@@ -270,7 +269,7 @@ def _is_document(name: str) -> bool:
 
 
 def _no_file(path: Path) -> str:
-    """Why a path isn't a file that can be read; a pipe would never end."""
+    """Why a path isn't a readable file; reading a pipe would never end."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -297,7 +296,7 @@ def _os_reason(error: OSError) -> str:
 
 
 def _system_prompt(folder: Path) -> Document:
-    """Of the folder itself, whatever the case of its name; without a path where there is none."""
+    """The folder's own, in any case of its name; without a path if there is none."""
     try:
         names = [name for name in os.listdir(folder) if name.lower() == SYSTEM_PROMPT_NAME]
     except OSError:
@@ -305,7 +304,7 @@ def _system_prompt(folder: Path) -> Document:
     files = [name for name in names if not (folder / name).is_dir()]
     if not files:
         return Document("")
-    name = max(files)  # small letters first
+    name = max(files)  # lower case first
     try:
         if reason := _no_file(folder / name):
             return Document(name, problem=reason)
@@ -332,7 +331,7 @@ def _without_words(suffix: str, text: str) -> str:
 
 
 def _decoded(data: bytes) -> tuple[str, str]:
-    """A text file's text, and a note where its encoding was guessed. Raises `ValueError` with the reason."""
+    """A text file's text, and a note if its encoding was guessed. Raises `ValueError` with the reason."""
     encoding = BYTE_ORDER_MARKS.get(data[:2], "utf-8-sig")
     try:
         text = data.decode(encoding)
@@ -346,7 +345,7 @@ def _decoded(data: bytes) -> tuple[str, str]:
 
 
 def _guessed(data: bytes, error: UnicodeDecodeError) -> tuple[str, str]:
-    """Only where the guess makes a known language of it: a wrong one is worse than none."""
+    """Only if the guess makes the text a known language: a wrong guess is worse than none."""
     from charset_normalizer import from_bytes
 
     if b"\0" in data:
@@ -366,8 +365,8 @@ def _guessed(data: bytes, error: UnicodeDecodeError) -> tuple[str, str]:
 
 
 def _latin_encoding(data: bytes, guess: CharsetMatch, matches: Iterable[CharsetMatch]) -> str:
-    """The code page in which a text has the letters of one language and that fits about as well as the guess. Empty
-    where there is none, where the guess has the letters of the language that it seems to be, or isn't Latin.
+    """The code page in which a text has only one language's letters, and that fits about as well as the guess. Empty if
+    there is none, or the guess isn't Latin, or already has the letters of its language.
     """
     if guess.encoding not in (*LATIN_ALPHABETS, "mac_roman"):
         return ""
@@ -389,7 +388,7 @@ def _latin_encoding(data: bytes, guess: CharsetMatch, matches: Iterable[CharsetM
 
 
 def _letters(text: str) -> set[str]:
-    """What is beyond ASCII in words: letters, and what a wrong code page made of them. Quotation marks are the same in
+    """What words have beyond ASCII: letters, and what a wrong code page made of them. Quotation marks are the same in
     all these code pages.
     """
     found = re.findall(r"(?<=[^\W\d_])[^\x00-\x7f‘’“”–—…]|[^\x00-\x7f‘’“”„–—…](?=[^\W\d_])", text)
@@ -397,7 +396,7 @@ def _letters(text: str) -> set[str]:
 
 
 def _pdf_text(data: bytes) -> tuple[str, str]:
-    """The text of all pages; a line that goes on in lower case is one with the line before.
+    """The text of all pages; a line that continues in lower case is joined to the line before.
 
     Raises `ValueError` with the reason.
     """
@@ -406,7 +405,7 @@ def _pdf_text(data: bytes) -> tuple[str, str]:
 
     if not data.strip():
         raise ValueError("empty")
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of every oddity that it mends
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of every oddity that it repairs
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
@@ -431,16 +430,16 @@ def _clean(text: str) -> str:
 
 
 WORD_JOINER = "\u2060"
-"""Invisible, no white space, and between any two characters without effect on a text."""
+"""Invisible, not white space, and without effect between any two characters."""
 
 
 def without_special_tokens(text: str, special_tokens: Iterable[str]) -> str:
-    """The text with special tokens made text."""
+    """The text with special tokens turned into text."""
     return _broken_up(text, "|".join(re.escape(token) for token in special_tokens))
 
 
 def without_separators(text: str, separator: str) -> str:
-    """A chunk as it goes into a prompt: it has no separator in it, nor one that only ends in the separator after it.
+    """A chunk as it goes into a prompt: without a separator in it, or one that ends in the separator after it.
 
     A separator's own white space may be any.
     """
@@ -450,7 +449,7 @@ def without_separators(text: str, separator: str) -> str:
 
 
 def _broken_up(text: str, pattern: str, then: str = "") -> str:
-    """With a word joiner after the first character of whatever matches where `then` follows the text."""
+    """With a word joiner after the first character of each match in the text with `then` after it."""
     found = re.finditer(f"(?={pattern})", text + then) if pattern else ()
     cuts = [0, *(match.start() + 1 for match in found if match.start() < len(text)), len(text)]
     return WORD_JOINER.join(text[start:end] for start, end in itertools.pairwise(cuts))
@@ -462,16 +461,16 @@ def join_chunks(texts: Sequence[str], separator: str) -> str:
 
 
 SCORED_CHARACTERS = 10_000
-"""About so many has a context that is computed for what it shows of its chunks."""
+"""Roughly, of a context that is computed for its chunks' scores."""
 SCORED_PROMPTS = 2
-"""So many show something of each chunk: more told little more (docs/quality.md)."""
+"""How many contexts score each chunk; more gain little (docs/quality.md)."""
 
 
 def contexts_for_scores(
     chunks: Sequence[TextChunk], lacking: Collection[str], max_model_len: int | None
 ) -> list[list[TextChunk]]:
-    """Contexts in which every chunk whose name is in `lacking` stands between others, in `SCORED_PROMPTS` of them, in
-    drawn orders. None where there are fewer than three chunks.
+    """Contexts in random order, in `SCORED_PROMPTS` of which each chunk named in `lacking` stands between others. None
+    if there are fewer than three chunks.
     """
     max_characters = min(SCORED_CHARACTERS, 2 * max_model_len) if max_model_len else SCORED_CHARACTERS
     contexts: list[list[TextChunk]] = []
@@ -494,7 +493,7 @@ SEAM_CHUNKS = 16
 
 
 def contexts_for_seams(chunks: Sequence[TextChunk], max_model_len: int | None) -> list[list[TextChunk]]:
-    """All chunks in their order, in contexts that begin with the last chunk of the one before."""
+    """All chunks in order, in contexts that each begin with the last chunk of the one before."""
     max_characters = min(SCORED_CHARACTERS, 2 * max_model_len) if max_model_len else SCORED_CHARACTERS
     contexts: list[list[TextChunk]] = []
     for chunk in chunks:

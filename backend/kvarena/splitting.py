@@ -1,6 +1,6 @@
-"""Cuts a long text into chunks of at most so many tokens: at headings, paragraphs and sentences, in this order.
+"""Splits a long text into chunks of at most so many tokens: at headings, paragraphs and sentences, in this order.
 
-The cutting is semantic-text-splitter's; here are the size, the tokenizer that counts, and what becomes of crumbs. The
+semantic-text-splitter does the splitting; here are the size, the tokenizer that counts, and what becomes of crumbs. The
 same text, size and tokenizer give the same chunks everywhere, or the chunk cache would find nothing again.
 """
 
@@ -41,11 +41,11 @@ class Splitter:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """The texts that the tokenizer reads as special tokens; unknown without one."""
+        """Texts that the tokenizer reads as special tokens; unknown without one."""
         return special_tokens(_tokenizer(self.tokenizer_file)) if self.tokenizer_file else ()
 
     def split(self, text: str, is_markdown: bool = False) -> list[str]:
-        """Its chunks in order, without white space around them; the text itself where it fits."""
+        """Its chunks in order, without surrounding white space; the text itself if it fits."""
         if self.count(text) <= self.chunk_tokens:
             return [text]
         crumb = self.chunk_tokens // CRUMB_SHARE
@@ -79,7 +79,7 @@ def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 def find_splitter(model_place: str, chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> Splitter:
     """Counts with the `tokenizer.json` of a model's folder, or of its repository in a hub cache, which may still be to
-    come; estimates where there is none that can be read.
+    come; estimates if none can be read.
     """
     path = _tokenizer_file(Path(model_place)) if model_place else None
     try:

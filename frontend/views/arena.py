@@ -8,29 +8,38 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import streamlit as st
 
 import state
-from chat import Answer, Chat, Context, Turn
+from chat import Answer, Chat, Context, Turn, Vote
+from chat_view import (
+    draw_notices,
+    draw_question_box,
+    draw_turns,
+    literal,
+    put_question,
+    take_asked,
+    waiting_question,
+    watch,
+)
 from contender_api import RATIO, ContenderError
 from context_lengths import note_of
 from context_view import TokenCount, context_html, num_fitting, summary
 from examples import Example, follow_ups, load_examples
 from export import draw_copies, draw_export
 from kvarena.panels.kinds import TTFT
-from question_box import draw_notices, draw_question_box, literal, put_question, take_asked, waiting_question
 from result_picker import measured_results
 from runs import OpenChat, Run
 from servers_view import Watched, server_html
 from settings import Service
-from sidebar import ArenaChoices, choose_chunks, draw_arena_sidebar
+from sidebar import ArenaChoices, draw_arena_sidebar
 from tokens import Span, kinds_of, tokens_html
-from turns_view import draw_turns, watch
 from verdict import verdict_html
-from vote_view import draw_ballot, draw_tally, vote_text
+from votes import ballots_of, standings
 
 NUM_EXAMPLES = 4
 NUM_TOKEN_COLUMNS = 3
@@ -61,7 +70,7 @@ def main() -> None:
     if html := verdict_html(opened.chat.turns, measured_note):
         verdict.html(html)
     drawers: list[LiveDrawer] = []
-    view = draw_turns(opened, below=lambda _, index: draw_below(opened, index, drawers), below_live=True)
+    view = draw_turns(opened, lambda index, is_live: draw_below(opened, index, is_live, drawers))
     draw_follow_ups(opened, choices)
     draw_input(opened, choices, count)
     if (run := opened.run) and view and view.turn is run.turn:
@@ -69,34 +78,31 @@ def main() -> None:
 
 
 def measured_note(answer: Answer) -> str:
-    """Of the newest measurement over context lengths that says something of its contender and setting."""
+    """From the newest measurement over context lengths that covers its contender and setting."""
     model = str(answer.request.get("model", ""))
     notes = (note_of(result, answer.contender, answer.figures, model) for result in measured_results(TTFT))
     return next((note for note in notes if note), "")
 
 
 def ask(opened: OpenChat, choices: ArenaChoices) -> None:
-    """Turns the question that was typed or clicked into a run, with the choices that are on the page now. What comes
-    while another is under way, in this tab or in another, waits for it.
+    """Turns the question that was typed or clicked into a run with the page's current choices. A question that comes
+    while another is under way, in any tab, waits for it.
     """
     if not choices.sessions or opened.busy:
         return
     if question := waiting_question(opened.chat):
-        take_asked(opened, lambda: _shuffled(_question(opened.chat, choices, question), choices), choices.draft)
+        take_asked(opened, lambda: _run(opened.chat, choices, question), choices.draft)
     elif waits_to_repeat(opened.chat):
         _, index, kind = st.session_state[AGAIN]
-        if opened.begin(lambda: _shuffled(_repeat(opened.chat, choices, index, kind), choices)):
+        if opened.begin(lambda: _repeat(opened.chat, choices, index, kind)):
             del st.session_state[AGAIN]
 
 
-def _shuffled(run: Run, choices: ArenaChoices) -> Run:
+def _run(chat: Chat, choices: ArenaChoices, question: str, repeats: int | None = None) -> Run:
+    run = Run(chat, choices.context, question, choices.sessions, choices.sampling, choices.in_sequence, repeats)
     if choices.blind:
         run.turn.shuffle()
     return run
-
-
-def _question(chat: Chat, choices: ArenaChoices, question: str) -> Run:
-    return Run.of_question(chat, choices.context, question, choices.sessions, choices.sampling, choices.in_sequence)
 
 
 AGAIN = "again"
@@ -133,11 +139,12 @@ def _repeat(chat: Chat, choices: ArenaChoices, index: int, kind: str) -> Run:
     turn = chat.turns[index]
     context = shuffled(turn.context) if kind == "order" else turn.context
     sampling = choices.sampling if kind == "settings" else turn.sampling
-    return Run.of_repeat(chat, index, context, choices.sessions, sampling, choices.in_sequence)
+    again = dataclasses.replace(choices, context=context, sampling=sampling)
+    return _run(chat, again, turn.question, repeats=chat.origin(index))
 
 
 def shuffled(context: Context) -> Context:
-    """Another order of its chunks, never the same one. Wants two different ones."""
+    """Another order of its chunks, never the same. Needs two different ones."""
     while (other := tuple(random.sample(context.chunks, len(context.chunks)))) == context.chunks:
         pass
     return dataclasses.replace(context, chunks=other)
@@ -157,7 +164,7 @@ def draw_input(opened: OpenChat, choices: ArenaChoices, count: TokenCount | None
 
 
 def draw_context(choices: ArenaChoices) -> TokenCount | None:
-    """With its tokens, where a contender that is up has counted them."""
+    """With its tokens, if a contender that is up has counted them."""
     count, problem = _count(choices.context)
     with st.expander(summary(choices.context, count, _ratio(choices)), expanded=True, key="context-view"):
         st.html(context_html(choices.context, count))
@@ -167,14 +174,14 @@ def draw_context(choices: ArenaChoices) -> TokenCount | None:
 
 
 def _ratio(choices: ArenaChoices) -> float | None:
-    """Of the chunks' tokens that are recomputed; None where nobody does, or no share was chosen."""
+    """Of the chunks' tokens that are recomputed; None if nobody blends, or no share was chosen."""
     blends = any(session.server and session.server.blend for session in choices.sessions.values())
     ratio: float | None = choices.sampling.recomputing.get(RATIO) if blends else None
     return ratio
 
 
 def _warn_of_length(chat: Chat, choices: ArenaChoices, count: TokenCount) -> None:
-    """Before the question: whose context is too short for it, and how many chunks would fit."""
+    """Before the question: for whom the context is too long, and how many chunks would fit."""
     said = _num_said(chat, choices.context)
     total = max(count.total, said)
     limits = {
@@ -194,20 +201,20 @@ def _warn_of_length(chat: Chat, choices: ArenaChoices, count: TokenCount) -> Non
         st.button(
             f"Drop the last {num_chunks - fitting} chunks" if num_chunks - fitting > 1 else "Drop the last chunk",
             key="drop-chunks",
-            on_click=choose_chunks,
+            on_click=state.choose_chunks,
             args=[[chunk.name for chunk in choices.context.chunks[:fitting]]],
         )
 
 
 def _num_said(chat: Chat, context: Context) -> int:
-    """Tokens of the conversation that a question over this context goes on: the longest that a contender told."""
+    """Tokens of the conversation that a question over this context continues: the most that a contender reported."""
     turns = chat.conversation(context)
     figures = [answer.figures for answer in turns[-1].answers.values()] if turns else []
     return max(((one.num_prompt_tokens or 0) + (one.num_output_tokens or 0) for one in figures), default=0)
 
 
 def _count(context: Context) -> tuple[TokenCount | None, str]:
-    """By the first contender that is up; the reason why not, otherwise."""
+    """By the first contender that is up, or the reason why not."""
     problem = "No contender is up."
     for session in state.chat_sessions().values():
         if session.up:
@@ -218,13 +225,11 @@ def _count(context: Context) -> tuple[TokenCount | None, str]:
     return None, problem
 
 
-def draw_below(opened: OpenChat, index: int, drawers: list[LiveDrawer]) -> None:
-    """The vote on a blind turn; then how to ask it again, and what is shown of it when it is wanted. While a turn is
-    under way that is the servers alone, at the place that they have afterwards; of a blind turn they would tell who is
-    who.
+def draw_below(opened: OpenChat, index: int, is_live: bool, drawers: list[LiveDrawer]) -> None:
+    """The vote on a blind turn; else how to ask the turn again, and more on it if wanted. While a turn is under way
+    that is only the servers, at the place that they keep; those of a blind turn would show who is who.
     """
     chat, turn = opened.chat, opened.chat.turns[index]
-    is_live = opened.run is not None and opened.run.turn is turn
     if turn.is_blind:
         if not is_live:
             draw_ballot(opened, index)
@@ -239,7 +244,9 @@ def draw_below(opened: OpenChat, index: int, drawers: list[LiveDrawer]) -> None:
     with st.container(horizontal=True):
         servers = st.toggle("See the servers", key=f"servers-{chat.key}-{index}")
         tokens = bool(answers) and st.toggle("What was reused, token by token", key=f"tokens-{chat.key}-{index}")
-        copies = not is_live and draw_copy_switch(chat, index)
+        copies = not is_live and st.toggle(
+            "Copy", key=f"copy-{chat.key}-{index}", help="The answers and the requests, as text."
+        )
     if servers:
         draw_drawer(opened, index, drawers)
     if tokens:
@@ -248,12 +255,50 @@ def draw_below(opened: OpenChat, index: int, drawers: list[LiveDrawer]) -> None:
         draw_copies(chat, index)
 
 
-def draw_copy_switch(chat: Chat, index: int) -> bool:
-    return st.toggle("Copy", key=f"copy-{chat.key}-{index}", help="The answers and the requests, as text.")
+VOTES_WITHOUT_BEST = {"tie": "Tie", "bad": "All bad"}
+
+
+def draw_ballot(opened: OpenChat, index: int) -> None:
+    """Which side is best; the first vote shows who answered."""
+    turn = opened.chat.turns[index]
+    choices = [(f"{side} is best", Vote("best", answer.contender.name)) for side, answer in turn.sides()]
+    choices += [(VOTES_WITHOUT_BEST["tie"], Vote("tie")), (VOTES_WITHOUT_BEST["bad"], Vote("bad"))]
+    with st.container(horizontal=True, key=f"vote-{index}"):
+        for number, (label, vote) in enumerate(choices):
+            st.button(label, key=f"vote-{index}-{number}", on_click=opened.vote, args=[index, vote])
+
+
+def vote_text(turn: Turn, vote: Vote) -> str:
+    found = (f"{side}, {answer.contender.title}" for side, answer in turn.sides() if answer.contender.name == vote.best)
+    return next(found, VOTES_WITHOUT_BEST.get(vote.kind, vote.best))
+
+
+def draw_tally(chat: Chat) -> None:
+    """Of all votes that are kept, whichever chat they were given in; of this chat's if none are."""
+    file = state.chat_file()
+    ballots = ballots_of(chat) if file.problem else file.ballots()
+    if not ballots:
+        return
+    with st.popover(f"Votes: {len(ballots)}", key="votes", icon=":material/how_to_vote:"):
+        st.caption("Blind votes on this page. Preferred: how likely the answer is taken to be better than a rival's.")
+        for group in standings(ballots):
+            st.table(
+                [
+                    {
+                        "setting": one.setting,
+                        "preferred": f"{one.share:.0%} ({one.low:.0%} to {one.high:.0%})",
+                        "votes": one.num_votes,
+                        "best": one.num_best,
+                        "tie": one.num_ties,
+                        "all bad": one.num_bad,
+                    }
+                    for one in group
+                ]
+            )
 
 
 def draw_drawer(opened: OpenChat, index: int, drawers: list[LiveDrawer]) -> None:
-    """No fragment runs while a question is under way: whoever watches it keeps `drawers` up to date."""
+    """No fragment runs while a question is under way: whoever watches it updates `drawers`."""
     chat = opened.chat
     wanted = st.text_input("Only figures with", key=f"wanted-{chat.key}-{index}", placeholder="such as: ms")
     if opened.busy:
@@ -263,7 +308,7 @@ def draw_drawer(opened: OpenChat, index: int, drawers: list[LiveDrawer]) -> None
 
 
 def ask_servers(turn: Turn) -> list[tuple[Service, Future[Watched]]]:
-    """What the contenders of a turn do, and the LMCache server behind them."""
+    """What a turn's contenders do, and the LMCache servers behind them."""
     sessions = [session for name, session in state.chat_sessions().items() if name in turn.answers]
     return [
         *((session.contender, session.watch(turn.request_id)) for session in sessions),
@@ -290,7 +335,7 @@ def draw_servers(turn: Turn, wanted: str) -> None:
 
 
 class LiveDrawer:
-    """The servers while a question is under way. It never waits: the answers go on."""
+    """The servers while a question is under way. Never waits, since the answers go on."""
 
     def __init__(self, turn: Turn, wanted: str) -> None:
         self._turn, self._wanted = turn, wanted
@@ -337,7 +382,7 @@ def draw_tokens(chat: Chat, index: int, answers: list[Answer]) -> None:
 
 
 def _keeps_scores_back(turn: Turn, answer: Answer) -> bool:
-    """Whether nobody asked by what it chose the tokens that it recomputed."""
+    """Whether its recomputed tokens have scores that nobody asked for."""
     server = state.chat_sessions()[answer.contender.name].server
     tells_scores = server is not None and server.blend is not None and server.blend.tells_scores
     return tells_scores and bool(answer.figures.recomputed) and not turn.sampling.probabilities
@@ -362,34 +407,26 @@ def draw_examples(chat: Chat) -> None:
         st.caption("Pick chunks on the left, then ask below.")
         return
     st.caption("Pick chunks on the left and ask below, or begin with one of these; it brings its chunks along.")
-    for index, (column, example) in enumerate(zip(st.columns(NUM_EXAMPLES), examples, strict=False)):
-        column.button(
-            literal(example.question),
-            key=f"example-{index}",
-            width="stretch",
-            on_click=_take_example,
-            args=[chat, example],
-        )
+    draw_offered("example", [(one.question, partial(_take_example, chat, one)) for one in examples])
 
 
 def draw_follow_ups(opened: OpenChat, choices: ArenaChoices) -> None:
-    """Questions of the folder's that go on from the last one."""
+    """The folder's questions that continue the last one."""
     if opened.busy:
         return
     asked = [turn.question for turn in opened.chat.conversation(choices.context)]
-    found = follow_ups(state.page_settings().data_dir, state.chunk_files().keys(), asked)[:NUM_EXAMPLES]
-    for index, (column, question) in enumerate(zip(st.columns(NUM_EXAMPLES), found, strict=False)):
-        column.button(
-            literal(question),
-            key=f"follow-up-{index}",
-            width="stretch",
-            on_click=put_question,
-            args=[opened.chat, question],
-        )
+    found = follow_ups(state.page_settings().data_dir, state.chunk_files().keys(), asked)
+    draw_offered("follow-up", [(question, partial(put_question, opened.chat, question)) for question in found])
+
+
+def draw_offered(key: str, questions: Sequence[tuple[str, Callable[[], None]]]) -> None:
+    """Each with what a click on it does."""
+    for index, (column, (question, take)) in enumerate(zip(st.columns(NUM_EXAMPLES), questions, strict=False)):
+        column.button(literal(question), key=f"{key}-{index}", width="stretch", on_click=take)
 
 
 def _take_example(chat: Chat, example: Example) -> None:
-    choose_chunks(example.chunks)
+    state.choose_chunks(example.chunks)
     put_question(chat, example.question)
 
 

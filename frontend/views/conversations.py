@@ -5,27 +5,32 @@ Draws only; `chat_session.py` does all HTTP.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 from html import escape
 from pathlib import Path
 
 import streamlit as st
 
 import state
-from contender_api import ContenderError
+from chat_session import SlotSession
+from chat_view import draw_notices, draw_question_box, draw_turns, put_question, take_asked, waiting_question, watch
+from contender_api import ContenderError, Message
 from export import draw_export
-from question_box import draw_notices, draw_question_box, put_question, take_asked, waiting_question
 from runs import OpenChat, Run
 from settings import SLOTS_CONTENDER
 from sidebar import ConversationChoices, draw_conversation_sidebar
-from slots import CACHED, NextTopic, SlotChat, topic_name
-from slots_view import FORETELL_S, SlotsView, foretold_topic, next_topic_html
-from turns_view import draw_turns, watch
+from slots import CACHED, NextTopic, SlotChat, SlotTable, next_topic_html, slots_html, topic_name
 
 START_COMMAND = f"./run-server.sh --contenders {SLOTS_CONTENDER}"
 NUM_HISTORY_LINES = 3
 SERVER_CHOOSES = "The server finds it"
-FORCED, CHOSEN = "forced-topic", "chosen-topic"
+FORCED, CHOSEN, FORETOLD = "forced-topic", "chosen-topic", "foretold-topic"
 TOPIC_WIDTH_PX = 220
+FOLLOW_S = 0.3
+FORETELL_S = 1.0
 typed_text = st.components.v2.component("typed_text", js=(Path(__file__).parent.parent / "typed.js").read_text())
 
 
@@ -46,7 +51,7 @@ def main() -> None:
         draw_not_running()
     if chat.turns:
         draw_export(chat, "conversation")
-    view = draw_turns(opened, below=lambda chat, index: draw_topic(opened, index))
+    view = draw_turns(opened, lambda index, is_live: None if is_live else draw_topic(opened, chat, index))
     message = _message_key(chat)
     if choices.is_up and not opened.busy and not waiting_question(chat):
         _carry_choice(chat, message)
@@ -62,18 +67,45 @@ def ask(opened: OpenChat, chat: SlotChat, choices: ConversationChoices) -> None:
     question = waiting_question(chat)
     if question and choices.is_up and not opened.busy:
         sampling = choices.sampling(chat.name(choices.context), st.session_state.get(FORCED, ""))
-        context, sessions, in_sequence = choices.context, choices.sessions, choices.in_sequence
-
-        def make_run() -> Run:
-            return Run.of_question(chat, context, question, sessions, sampling, in_sequence)
-
+        make_run = partial(Run, chat, choices.context, question, choices.sessions, sampling, choices.in_sequence)
         if take_asked(opened, make_run, choices.draft):
             st.session_state.pop(FORCED, None)
 
 
+class SlotsView:
+    """The slots' place on the page. `follow` updates it while an answer is under way, without waiting."""
+
+    def __init__(self, session: SlotSession, chat: SlotChat) -> None:
+        self._session, self._chat = session, chat
+        self._place = st.empty()
+        self._asked: Future[SlotTable] | None = None
+        self._asked_s = 0.0
+
+    def draw(self) -> SlotTable | None:
+        """Asks and waits; None when the server doesn't say."""
+        try:
+            table = self._session.slots().result()
+        except ContenderError as error:
+            self._place.caption(str(error))
+            return None
+        self.show(table)
+        return table
+
+    def follow(self) -> None:
+        if self._asked is None and time.monotonic() - self._asked_s >= FOLLOW_S:
+            self._asked, self._asked_s = self._session.slots(), time.monotonic()
+        if self._asked is not None and self._asked.done():
+            asked, self._asked = self._asked, None
+            if asked.exception() is None:
+                self.show(asked.result())
+
+    def show(self, table: SlotTable) -> None:
+        self._place.html(slots_html(table, self._chat.conversations))
+
+
 @st.fragment(run_every=FORETELL_S)
 def draw_next_topic(chat: SlotChat, choices: ConversationChoices, message: str) -> None:
-    """Where the message that is being typed would go, and another topic in its place, if one is chosen."""
+    """Where the message being typed would go, or the topic chosen for it."""
     text = typed_text(key=f"typed-{message}", default={"text": ""}, on_text_change=lambda: None)["text"]
     topics = chat.topics()
     with st.container(horizontal=True, vertical_alignment="center", key="next-topic"):
@@ -95,6 +127,21 @@ def draw_next_topic(chat: SlotChat, choices: ConversationChoices, message: str) 
             place.html(_foretold_html(chat, choices, text))
 
 
+def foretold_topic(session: SlotSession, messages: Sequence[Message], conversation: str) -> NextTopic | None:
+    """Where the last message would go. None: the server hasn't said yet, so call it again. Each message is asked once;
+    an earlier one is given up. Raises `ContenderError`.
+    """
+    wanted = session.contender.name, conversation, list(messages)
+    for_what, asked = st.session_state.get(FORETOLD, (None, None))
+    if for_what != wanted:
+        if asked:
+            asked.cancel()
+        asked = session.topic(messages, conversation)
+        st.session_state[FORETOLD] = wanted, asked
+    wait([asked], state.FORETELL_WAIT_S)
+    return asked.result() if asked.done() else None
+
+
 def _foretold_html(chat: SlotChat, choices: ConversationChoices, text: str) -> str:
     if not text:
         return next_topic_html(None)
@@ -107,8 +154,8 @@ def _foretold_html(chat: SlotChat, choices: ConversationChoices, text: str) -> s
 
 
 def _message_key(chat: SlotChat) -> str:
-    """Of the controls that are for one message: after each turn they begin anew. As they were drawn, for another page
-    may go on with the chat before the message is sent.
+    """For the controls of one message, which begin anew after each turn. Taken when they are drawn, since another page
+    may continue the chat before the message is sent.
     """
     return f"{chat.key}-{chat.turns[-1].request_id if chat.turns else ''}"
 
@@ -124,7 +171,7 @@ def _chosen_topic(message: str) -> str:
 
 
 def _carry_choice(chat: SlotChat, message: str) -> None:
-    """What is typed stays in the box when another page goes on with the chat, and so does the topic chosen for it."""
+    """The text in the box stays when another page continues the chat, and so does the topic chosen for it."""
     chat_key, chosen = st.session_state.get(CHOSEN, ("", ""))
     if chosen and chat_key == chat.key:
         st.session_state.setdefault(_choice_key(message), chosen)
@@ -136,10 +183,8 @@ def _keep_choice(message: str) -> None:
     st.session_state.pop(CHOSEN, None)
 
 
-def draw_topic(opened: OpenChat, index: int) -> None:
+def draw_topic(opened: OpenChat, chat: SlotChat, index: int) -> None:
     """The last message's topic, which can be corrected: the message is then asked again in the other one."""
-    chat = opened.chat
-    assert isinstance(chat, SlotChat)
     turns = [answer.figures.slot_turn for answer in chat.turns[index].answers.values()]
     topic = next((turn.topic for turn in turns if turn), None)
     if topic is None or index + 1 < len(chat.turns):
@@ -158,7 +203,7 @@ def draw_topic(opened: OpenChat, index: int) -> None:
 
 
 def _correct_topic(opened: OpenChat, chat: SlotChat, index: int, key: str) -> None:
-    """Of the last message only: another page may have gone on meanwhile."""
+    """Only of the last message: another page may have continued meanwhile."""
     topic = topic_name(st.session_state[key] or "")
     if topic and index + 1 == len(chat.turns) and not opened.busy:
         st.session_state[FORCED] = topic
@@ -166,12 +211,12 @@ def _correct_topic(opened: OpenChat, chat: SlotChat, index: int, key: str) -> No
 
 
 def draw_slots(opened: OpenChat, chat: SlotChat) -> SlotsView:
-    """The picture, what the turns did to it, and what it saved so far."""
+    """The slots, what the turns did to them, and what they saved so far."""
     with st.container(key="slots"):
         view = SlotsView(state.slot_sessions()[CACHED.name], chat)
         if (table := view.draw()) and not opened.busy:
             chat.note_slots(table)
-            view.show(table)  # it may be known only now which slots are this chat's
+            view.show(table)  # only now is it known which slots are this chat's
         if told := _history_html(chat) + _saved_html(chat):
             st.html(told)
     return view

@@ -1,7 +1,7 @@
-"""Measure: many questions, or one over many orders of its chunks, or contexts of several lengths, to the chosen
-contenders and settings.
+"""Measure: many questions, or own questions over many orders of the chunks, or contexts of several lengths, to the
+chosen contenders and settings.
 
-One measurement at a time, for all tabs alike: two would slow each other down. It goes on when the page is left.
+One measurement at a time for all tabs, since two would slow each other down. It goes on when the page is left.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import streamlit as st
 import state
 from chat import Context
 from chat_session import ChatSession
+from chat_view import literal
 from contender_api import POLICY, RATIO, BlendOffer
 from context_lengths import LEAST_PAIRS, failures, length_verdicts, lengths_table, verdicts_html
-from eval_results import read_eval, read_result
-from eval_tables import cached_note, measured_panels, measured_table, times
-from examples import gold_answers
-from kvarena.documents import QUESTIONS_NAME, TextChunk
+from documents_view import loaded_chunks, uploads
+from eval_results import cached_note, measured_panels, measured_table, read_eval, read_result, times
+from examples import gold_answer
+from kvarena.documents import QUESTIONS_NAME
 from kvarena.panels.kinds import TTFT
-from kvarena.panels.panel import ALL_KINDS, REFERENCE, colours_in
+from kvarena.panels.panel import REFERENCE, colours_in
 from kvarena.panels.speed import ttft_panels
 from kvarena.splitting import ESTIMATED_BYTES_PER_TOKEN
 from measuring import (
     LengthsPlan,
     Measurement,
-    OwnQuestion,
     Plan,
     QuestionsPlan,
     blend_settings,
@@ -46,22 +46,22 @@ from measuring import (
     write_own_questions,
 )
 from panel_charts import draw_chart, draw_panels, ttft_chart
-from question_box import literal
 from result_picker import choose_file
 from settings import Contender
-from sidebar import KEEP, LINK, begin_arena, parameter_key
+from sidebar import begin_arena, parameter_key
 
 POLL_S = 0.5
 CONTAINER = "kvarena-page"  # as compose.yaml calls it
 QUESTIONS, OWN, LENGTHS = "Questions of the folder", "My own questions", "Context lengths"
 DEFAULT_REPEATS = 6
+USUAL_RATIO = 0.15
 STOPPING = "Stopping: saving what was answered"
 NO_FIGURES = "Stopped before the first answer: there are no figures."
 NOT_SAVED = "Ended before the answers were saved: there are no figures."
 SPEEDUP_HELP = {
     "Speedup": "Plain's time to first token divided by this one's, prompt by prompt; the median",
-    "Low": "Where that median may begin: its 95 % interval, or with fewer than six repetitions the least of all",
-    "High": "Where it may end",
+    "Low": "Lower end of its 95 % interval; with fewer than six repetitions the lowest value",
+    "High": "Upper end of its 95 % interval; with fewer than six repetitions the highest value",
 }
 
 
@@ -91,8 +91,8 @@ def main() -> None:
         draw_measurement(_measurements()[-1])
 
 
-# Given the result's file, beside which it may write what is to be asked; raises `OSError`. Streamlit would draw a
-# docstring here.
+# Gets the result's file, beside which it may write what is to be asked; raises `OSError`. No docstring: Streamlit would
+# show it on the page.
 MakePlan = Callable[[Path], Plan]
 
 
@@ -103,9 +103,7 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
         list(titles),
         default=list(titles),
         format_func=lambda contender: titles[contender],
-        key="measured",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("measured"),
     )
     questions = state.page_settings().data_dir / QUESTIONS_NAME
     offered = [QUESTIONS, OWN, LENGTHS] if questions.is_file() else [OWN, LENGTHS]
@@ -114,14 +112,12 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
         offered,
         default=offered[0],
         required=True,
-        key=f"measure-what-{len(offered)}",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked(f"measure-what-{len(offered)}"),
     )
     if what != LENGTHS and not questions.is_file():
         st.info(
-            f"There is no {questions}. Questions of your own can be asked over many orders of the arena's chunks; how "
-            "often the answers are full prefill's is measured without knowing what is right."
+            f"There is no {questions}. You can ask questions of your own over many orders of the arena's chunks: how "
+            "often the answers are full prefill's can be measured without knowing the right ones."
         )
     if what == LENGTHS:
         make_plan = _draw_lengths(tuple(contenders), [one for one in sessions if one.contender in contenders])
@@ -142,13 +138,13 @@ def draw_choices(sessions: Sequence[ChatSession]) -> None:
 
 
 def _results_folder() -> Path:
-    """Raises `OSError` where there is none to write into."""
+    """Raises `OSError` if there is none to write into."""
     settings = state.page_settings()
     return folder_for_results(settings.results_dir, settings.own_results_dir)
 
 
 def _draw_where_results_go() -> None:
-    """Only where it isn't the folder of the results."""
+    """Only if it isn't the results folder."""
     settings = state.page_settings()
     try:
         folder = _results_folder()
@@ -164,13 +160,11 @@ def _draw_where_results_go() -> None:
 
 
 def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -> MakePlan | None:
-    """Those of this file, or one's own in many orders. None while something is missing."""
-    own = [] if questions else _draw_own_questions()
+    """Those of this file, or own ones in many orders. None while something is missing."""
+    own = {} if questions else _draw_own_questions()
     left, middle, right = st.columns(3)
-    number = int(left.number_input("How many", 1, 1000, 12, key="measure-number", persist_state=KEEP, bind=LINK))
-    max_tokens = int(
-        middle.number_input("Max tokens", 1, 4096, 32, key="measure-max-tokens", persist_state=KEEP, bind=LINK)
-    )
+    number = int(left.number_input("How many", 1, 1000, 12, **state.linked("measure-number")))
+    max_tokens = int(middle.number_input("Max tokens", 1, 4096, 32, **state.linked("measure-max-tokens")))
     offer = state.blend_offer()
     policies, ratios = _draw_settings(offer, right)
     if not questions and not own:
@@ -201,23 +195,19 @@ def _draw_questions(contenders: tuple[Contender, ...], questions: Path | None) -
 
 def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSession]) -> MakePlan | None:
     """Contexts of the loaded chunks. None while something is missing."""
-    chunks = _loaded_chunks()
+    chunks = loaded_chunks()
     num_tokens = sum(len(chunk.text.encode("utf-8", "replace")) for chunk in chunks.values())
     num_tokens //= ESTIMATED_BYTES_PER_TOKEN
     limits = {session.contender: session.server.max_model_len for session in sessions if session.server}
     usual = default_lengths(min((limit for limit in limits.values() if limit), default=None), num_tokens)
     left, middle, right = st.columns(3)
-    typed = left.text_input(
-        "Context lengths (tokens)", ", ".join(map(str, usual)), key="measure-lengths", persist_state=KEEP, bind=LINK
-    )
+    typed = left.text_input("Context lengths (tokens)", ", ".join(map(str, usual)), **state.linked("measure-lengths"))
     num_repeats = middle.number_input(
         "Repetitions",
         LEAST_PAIRS,
         100,
         DEFAULT_REPEATS,
-        key="measure-repeats",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("measure-repeats"),
         help="Of each length, with the chunks in another order. From six on there is a 95 % interval of the median; "
         "with fewer the whole range stands for it.",
     )
@@ -243,7 +233,7 @@ def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSess
 
     def make_plan(output: Path) -> Plan:
         data = state.page_settings().data_dir
-        if state.uploads():
+        if uploads():
             data = output.with_suffix("")
             write_documents(data, [chunk.text for chunk in chunks.values()])
         tokenizer = state.splitter().tokenizer_file
@@ -263,74 +253,63 @@ def _draw_lengths(contenders: tuple[Contender, ...], sessions: Sequence[ChatSess
 def _draw_settings(
     offer: BlendOffer | None, ratio_place: st.delta_generator.DeltaGenerator
 ) -> tuple[list[str], tuple[float, ...]]:
-    """Policies and ratios; every policy with every ratio."""
+    """Policies and ratios: every policy with every ratio."""
     if not offer or not offer.policy:
         return [], (0.0,)
     typed = ratio_place.text_input(
         "Shares to recompute",
         _usual_ratios(offer),
-        key="measure-ratios",
-        persist_state=KEEP,
-        bind=LINK,
+        **state.linked("measure-ratios"),
         help="Of the reused tokens: from 0 (none, fastest) to 1 (all, exact), separated by commas.",
     )
     policies = st.multiselect(
         "Policies",
         offer.policy.choices,
-        default=[_arenas(POLICY, offer.policy.default)],
-        key="measure-policies",
-        persist_state=KEEP,
-        bind=LINK,
+        default=[st.session_state.get(POLICY, offer.policy.default)],
+        **state.linked("measure-policies"),
     )
     try:
         ratios = tuple(float(part) for part in typed.split(","))
     except ValueError:
         ratios = ()
     if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
-        st.warning(f"{typed!r} is no list of shares from 0 to 1, separated by commas.")
+        st.warning(f"{typed!r} isn't a list of shares from 0 to 1, separated by commas.")
         return policies, ()
     return policies, ratios
 
 
-def _loaded_chunks() -> dict[str, TextChunk]:
-    """The data folder's and the uploaded ones, by name."""
-    return state.chunk_files() | {c.name: c for named in state.uploaded_chunks().values() for c in named}
-
-
 def _context() -> Context:
-    """The arena's, also where this page was opened first."""
-    begin_arena(state.open_chat(), list(state.chunk_files()))
-    chunks = _loaded_chunks()
+    """The arena's, even if this page was opened first."""
+    begin_arena(state.open_chat())
+    chunks = loaded_chunks()
     names: list[str] = st.session_state["order"]
     system = st.session_state.get("system-prompt", state.folder_documents().system)
     return Context(system.strip(), tuple(chunks[name] for name in names if name in chunks), state.separator())
 
 
-def _draw_own_questions() -> list[OwnQuestion]:
-    """At first those of the chat."""
+def _draw_own_questions() -> dict[str, str]:
+    """Initially those of the chat."""
     num_chunks = len(_context().chunks)
     what = "chunk of the arena" if num_chunks == 1 else f"{num_chunks} chunks of the arena, each time in another order"
     asked = dict.fromkeys(turn.question for turn in state.open_chat().chat.turns)
     typed = st.text_area(
         f"Questions over the {what}",
         "\n".join(asked),
-        key="measure-own-questions",
         placeholder="One in each line. After a bar, if you like, what counts as right: Who runs the trams? | Carris",
-        persist_state=KEEP,
-        bind=LINK,
-        help="They take turns until as many prompts as below were asked. A right answer may follow a bar (|).",
+        **state.linked("measure-own-questions"),
+        help="Questions take turns until the number of prompts below is reached. A right answer may follow a bar (|).",
     )
     names = [chunk.name for chunk in _context().chunks]
     folder = state.page_settings().data_dir
-    own = read_own_questions(typed, lambda question: gold_answers(folder, question, names))
+    own = read_own_questions(typed, lambda question: gold_answer(folder, question, names))
     if own:
-        told = "; ".join(f"{one.question} {one.answer}" for one in own if one.answer)
-        st.caption(f"Counts as right: {literal(told)}" if told else "Nothing says what is right; answers are compared.")
+        told = "; ".join(f"{question} {answer}" for question, answer in own.items() if answer)
+        st.caption(f"Counts as right: {literal(told)}" if told else "No right answers known; answers are compared.")
     return own
 
 
 def _duration(contenders: Sequence[Contender], num_prompts: int, num_variants: int) -> str:
-    """How many requests that makes, and how long they take if each takes as long as the chat's last ones."""
+    """How many requests that makes, and how long they take at the speed of the chat's last answers."""
     times_ms = {
         answer.contender.name: answer.figures.total_ms
         for turn in state.open_chat().chat.turns
@@ -345,16 +324,12 @@ def _duration(contenders: Sequence[Contender], num_prompts: int, num_variants: i
     return f"{told}, {readable_time(seconds)} at the speed of this chat's answers"
 
 
-def _arenas(key: str, default: Any) -> Any:
-    """What a control of the arena is set to."""
-    return st.session_state.get(key, default)
-
-
 def _usual_ratios(offer: BlendOffer) -> str:
-    """None, and as much as in the arena."""
+    """0, and the arena's."""
     assert offer.policy, "it blends"
-    parameters = offer.parameters_of(_arenas(POLICY, offer.policy.default), within_time=False)
-    own = next((_arenas(parameter_key(RATIO), one.default) for one in parameters if one.name == RATIO), 0.15)
+    policy = st.session_state.get(POLICY, offer.policy.default)
+    ratios = [one.default for one in offer.parameters_of(policy, within_time=False) if one.name == RATIO]
+    own = st.session_state.get(parameter_key(RATIO), ratios[0]) if ratios else USUAL_RATIO
     return ", ".join(dict.fromkeys(["0", f"{float(own):g}"]))
 
 
@@ -365,12 +340,12 @@ def draw_progress(measurement: Measurement) -> None:
     progress = measurement.progress()
     if not measurement.is_stopped:
         st.progress(progress.share, progress.text)
-        st.button("Stop", key="measure-stop", on_click=measurement.stop, help="What was answered so far is kept.")
+        st.button("Stop", key="measure-stop", on_click=measurement.stop, help="The answers so far are kept.")
         return
     st.progress(progress.share, STOPPING)
     if measurement.may_end:
         st.button(
-            "End now", key="measure-end", on_click=measurement.end, help="What was answered and not yet saved is lost."
+            "End now", key="measure-end", on_click=measurement.end, help="Answers that aren't saved yet are lost."
         )
 
 
@@ -416,14 +391,14 @@ def draw_result(measurement: Measurement) -> None:
     with st.container(horizontal=True):
         if st.button("Open in Quality", key="open-in-quality"):
             choose_file(path)
-            st.switch_page("views/quality.py", query_params={})  # else Streamlit refuses to drop those of widgets
+            st.switch_page("views/quality.py", query_params={})  # without it Streamlit refuses to drop the widgets' own
         st.download_button("Download the JSON", text, path.name, "application/json", key="measure-download")
     draw = draw_lengths if result["settings"]["benchmark"] == TTFT else draw_questions
     draw(result)
 
 
 def _title(measurement: Measurement) -> str:
-    """Which run it was: the choices above may be others by now."""
+    """Which run it was: the choices above may have changed."""
     plan, written = measurement.plan, measurement.output.with_suffix("")
     if isinstance(plan, QuestionsPlan):
         what = OWN if plan.questions.is_relative_to(written) else QUESTIONS
@@ -438,13 +413,13 @@ def draw_questions(found: Mapping[str, Any]) -> None:
     result = read_eval(found)
     if result.settings.get("is_interrupted"):
         st.warning("Stopped: the figures are of the questions until then.")
-    if note := cached_note(found):
+    if note := cached_note(result):
         st.caption(note)
     if records := times(result):
         st.markdown("**Time to first token, every answer**")
         draw_chart(ttft_chart(records))
     draw_panels(measured_panels(found))
-    _draw_table(measured_table(result, ALL_KINDS), shares=("Agreement", "Right"))
+    _draw_table(measured_table(result), shares=("Agreement", "Right"))
 
 
 def draw_lengths(result: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Quality: how good the answers of each variant are, and how soon they begin; and what every other result file has.
+"""Quality: how good each variant's answers are and how soon they begin, and the charts of every other result file.
 
-Draws result files, asks nobody.
+Draws result files; asks no server.
 """
 
 from __future__ import annotations
@@ -13,14 +13,22 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 import state
+from chat_view import literal
 from comparing import comparison
-from eval_results import ALL_QUESTIONS, EvalResult, Variant, read_eval
-from eval_tables import answer_table, metrics_of, problems, summary, table, variant_name
+from eval_results import (
+    ALL_QUESTIONS,
+    EvalResult,
+    answer_table,
+    metrics_of,
+    problems,
+    read_eval,
+    summary,
+    table,
+)
 from kvarena.panels.kinds import EVAL, panels_of, result_summary
 from kvarena.panels.panel import ALL_KINDS, colours_in, grouped
 from kvarena.panels.quality import metric_title, rows_with, share_panel, time_panel
 from panel_charts import draw_panels
-from question_box import literal
 from result_picker import UPLOADED, Opened, pick_result
 
 NUM_ANSWER_COLUMNS = 4
@@ -42,13 +50,13 @@ HELP = {
     "EM low": "Lower end of the interval of the exact match",
     "EM high": "Upper end of the interval of the exact match",
     "vs. reference": "Exact match, less that of the reference on the same questions",
-    "KL": "Of the first token's probabilities, from full prefill's; lower is better",
-    "Reused": "Share of the prompt that was not computed anew",
+    "KL": "Divergence of the first token's probabilities from full prefill's; lower is better",
+    "Reused": "Share of the prompt that wasn't computed",
     "Cut": "Answers that didn't end within the tokens allowed; in older files those that were not scored",
     "Right": "Answers that contain a gold answer",
     "vs. full prefill": "Right answers, less those of the reference on the same questions",
-    "Tokens": "Share of full prefill's answer tokens that come out here too, after the same ones before them",
-    "KL along answer": "Of the next tokens' probabilities along full prefill's answer, nats; lower is better",
+    "Tokens": "Share of full prefill's answer tokens that are predicted here too, given the ones before them",
+    "KL along answer": "KL in nats from full prefill's next-token probabilities along its answer; lower is better",
 }
 
 
@@ -76,7 +84,7 @@ def main() -> None:
 
 
 def draw_unknown(place: DeltaGenerator) -> None:
-    """Of the page's address. A file from elsewhere doesn't outlast a reload."""
+    """Names choices of the page's address that don't exist. A file from elsewhere doesn't survive a reload."""
     unknown = state.unknown_links()
     told = ["The file from elsewhere has to be opened again." for one in unknown if one.linked == UPLOADED]
     told += [
@@ -104,11 +112,13 @@ def draw_comparison(chosen: Opened, other: Opened, metric: str = "") -> None:
     found = comparison(chosen.result, other.result, metric)
     draw_panels(found)
     if not found:
-        st.info("The two files have measured nothing in common.")
+        st.info("The two files have no measurements in common.")
 
 
 def draw_rows(result: Mapping[str, Any]) -> None:
-    """As they are in the file, nested figures in columns of their own; a table for each `measure` where it has some."""
+    """As they are in the file, nested figures in columns of their own; with a table for each `measure`, if rows have
+    one.
+    """
     for measure, rows in grouped(result["rows"], lambda row: str(row.get("measure", ""))).items():
         st.markdown(f"**{measure.capitalize() or 'Figures'}**")
         frame = pd.json_normalize(rows, sep=" ").dropna(axis="columns", how="all")
@@ -182,8 +192,7 @@ def draw_answers(result: EvalResult, kind: str) -> None:
         chosen = st.multiselect(
             "Answers of",
             result.variants,
-            default=reference_first(result)[:NUM_ANSWER_COLUMNS],
-            format_func=lambda variant: variant_name(result, variant),
+            default=sorted(result.variants, key=lambda variant: variant != result.reference)[:NUM_ANSWER_COLUMNS],
         )
         only_different = st.toggle(
             "Only where they differ from full prefill", disabled=result.reference is None, key="only-different"
@@ -193,10 +202,6 @@ def draw_answers(result: EvalResult, kind: str) -> None:
             st.dataframe(pd.DataFrame(answers), hide_index=True, placeholder="–", key="answer-table")
         else:
             st.caption("No answer differs." if only_different else "The file has no single answers of this kind.")
-
-
-def reference_first(result: EvalResult) -> list[Variant]:
-    return sorted(result.variants, key=lambda variant: variant != result.reference)
 
 
 main()

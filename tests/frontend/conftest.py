@@ -28,4 +28,4 @@ def small_server() -> Iterator[Callable[..., SmallServer]]:
 def patient_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is busy answers within two seconds, most of the time."""
     monkeypatch.setattr("chat_session.STATE_TIMEOUT_S", 30.0)
-    monkeypatch.setattr("slots_view.FORETELL_WAIT_S", 30.0)
+    monkeypatch.setattr("state.FORETELL_WAIT_S", 30.0)

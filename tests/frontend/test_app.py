@@ -15,10 +15,10 @@ from streamlit.testing.v1 import AppTest
 
 import state
 from chat import Context
+from chat_view import NUM_DRAWN
 from contender_api import Sampling
 from runs import Run
 from support.small_openai_server import OFFER, REPORT, SIMLLM_OFFER, SIMLLM_REPORT, SmallServer, StartServer, report_of
-from turns_view import NUM_DRAWN
 
 APP = Path(__file__).resolve().parents[2] / "frontend" / "app.py"
 Open = Callable[..., AppTest]
@@ -468,7 +468,7 @@ def test_a_question_while_another_tabs_is_under_way_waits_for_it(small_server: S
     opened = state.chat_store("chat").get(page.session_state["chat"])
     assert opened
     assert opened.begin(
-        lambda: Run.of_question(opened.chat, Context(), "First?", state.chat_sessions(), Sampling(), in_sequence=True)
+        lambda: Run(opened.chat, Context(), "First?", state.chat_sessions(), Sampling(), in_sequence=True)
     )
     threading.Timer(1.0, plain.go_on.set).start()
     page.chat_input[0].set_value("Second?").run()
@@ -601,7 +601,7 @@ def test_a_filling_that_fails_is_shown_and_can_be_tried_again(small_server: Star
 def test_documents_say_which_of_them_come_back_with_the_chat(
     small_server: StartServer, open_page: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uploads.MAX_KEPT_BYTES", 100)
+    monkeypatch.setattr("documents_view.MAX_KEPT_BYTES", 100)
     page = open_page(small_server(offer=OFFER), small_server())
     drop(page, ("long.txt", b"The sea is wide. " * 9), ("short.txt", b"The sea."), ("scan.pdf", b"no pdf"))
     shown = {name: html(page).partition(f'data-document="{name}"')[2] for name in ("long.txt", "short.txt", "scan.pdf")}

@@ -1,4 +1,6 @@
-"""The HTTP of the page against a real server on loopback: figures, requests, and every way it can go wrong."""
+"""The HTTP of the page against a real server on loopback: figures, requests, and every way it can go wrong; and what a
+contender is asked, by what it says of itself.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,16 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from typing import Any
 
 import pytest
 
 from chat_session import ChatSession
-from contender_api import ContenderError, Sampling
+from contender_api import ContenderError, Sampling, Server, completion_request
 from figures import Done, Event, Failed, FirstToken, Sent, Text
+from kvarena.client import ServerInfo
 from settings import Contender
-from support.small_openai_server import OFFER, REPORT, SmallServer, StartServer
+from support.small_openai_server import OFFER, REPORT, SIMLLM_OFFER, SmallServer, StartServer
 from support.waiting import wait_until
 
 QUESTION = [{"role": "user", "content": "Who keeps bees?"}]
@@ -227,3 +231,38 @@ def test_tokens_are_counted_by_the_server(small_server: StartServer, connect: Co
     server.stop()
     with pytest.raises(ContenderError):
         session.text_ids("bees")
+
+
+# -- what a contender says of itself -----------------------------------------------------------------------------------
+
+
+BLEND = {"contender": "blend", "policies": ["none"], "defaults": {"policy": "none", "ratio": 0.1}, "separator": "|"}
+
+
+@pytest.mark.parametrize(
+    ("offer", "report", "blends", "keeps_reports"),
+    [
+        (None, "", False, False),
+        (None, "blend", False, False),
+        (BLEND, "blend", True, True),
+        ({"contender": "prefix", "defaults": {}}, "", False, True),
+    ],
+)
+def test_what_a_server_is(offer: dict[str, Any] | None, report: str, blends: bool, keeps_reports: bool) -> None:
+    server = Server.read(ServerInfo("town", max_model_len=4096, offer=offer), report)
+    assert (server.model, server.max_model_len) == ("town", 4096)
+    assert (server.blend is not None, server.keeps_reports) == (blends, keeps_reports)
+    body = completion_request(server, [], Sampling(recomputing={"policy": "none", "ratio": 0.5}, mode="top_layer"))
+    assert ("kv_transfer_params" in body) == blends
+
+
+def test_each_kind_of_contender_gets_its_own_choices() -> None:
+    chosen = Sampling(recomputing={"policy": "none", "ratio": 0.5}, mode="top_layer", similarity_threshold=0.9)
+    blend = Server.read(ServerInfo("town", offer=BLEND), "blend")
+    simllm = Server.read(ServerInfo("town", offer=SIMLLM_OFFER), "similar_task")
+    assert simllm.simllm is not None
+    assert (simllm.simllm.mode, simllm.simllm.similarity_threshold) == ("aligned", 0.998)
+    assert completion_request(blend, [], chosen)["kv_transfer_params"]["kvarena"] == {"policy": "none", "ratio": 0.5}
+    to_simllm = completion_request(simllm, [], chosen)["kv_transfer_params"]["kvarena"]
+    assert to_simllm == {"mode": "top_layer", "similarity_threshold": 0.9}
+    assert "kv_transfer_params" not in completion_request(simllm, [], Sampling())

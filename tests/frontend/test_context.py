@@ -10,13 +10,14 @@ import pytest
 
 from chat import Answer, Context
 from chat_session import ChatSession
-from context_view import ChunkSpan, chunk_spans, common_prefix, context_html, count_context
+from chat_view import answer_html
+from context_view import ChunkSpan, chunk_spans, context_html, count_context
 from examples import follow_ups, load_examples, opening_chunks
 from kvarena.contenders.spec import ReportView
 from kvarena.documents import TextChunk, load_chunks, load_system_prompt
 from settings import DEFAULT_CONTENDERS, REPORT_VIEWS, Contender, Service, read_settings
 from support.small_openai_server import StartServer
-from turns_view import answer_html
+from tokens import common_prefix
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert(1)</script> **bold** $x^2$ :smile: 🐝 &amp; "quoted"'

@@ -250,7 +250,7 @@ def test_typing_does_not_wait_for_a_slow_server(
 ) -> None:
     server = slot_server(small_server, hold_topics=True)
     page = open_page(server)
-    monkeypatch.setattr("slots_view.FORETELL_WAIT_S", 0.1)
+    monkeypatch.setattr("state.FORETELL_WAIT_S", 0.1)
     type_text(page, "Whose is it?")
     assert "Its topic shows as you type" in html(page)
     server.go_on.set()
@@ -316,7 +316,7 @@ def test_a_correction_takes_no_turn_that_another_tab_has_under_way(small_server:
     chat = opened.chat
     assert isinstance(chat, SlotChat)
     taken = chat.take_back()
-    assert opened.begin(lambda: Run.of_question(chat, taken.context, "Who?", {}, taken.sampling))
+    assert opened.begin(lambda: Run(chat, taken.context, "Who?", {}, taken.sampling))
     next(box for box in page.selectbox if box.label == "Topic").set_value("<i>cooking</i>")
     page.session_state[f"topic-{chat.key}-0-<i>cooking</i>"] = "mine"
     page.run()

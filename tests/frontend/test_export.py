@@ -44,8 +44,8 @@ def asked(small_server: StartServer) -> Iterator[Asked]:
     }
     chat = Chat()
     for _ in range(2):
-        _run_out(Run.of_question(chat, CONTEXT, NASTY, sessions, SAMPLING))
-    _run_out(Run.of_repeat(chat, 1, CONTEXT, sessions, SAMPLING))
+        _run_out(Run(chat, CONTEXT, NASTY, sessions, SAMPLING))
+    _run_out(Run(chat, CONTEXT, NASTY, sessions, SAMPLING, repeats=1))
     yield Asked(chat, servers)
     for session in sessions.values():
         session.close()

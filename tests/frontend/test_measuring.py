@@ -29,7 +29,6 @@ from measuring import (
     ROOM_TOKENS,
     LengthsPlan,
     Measurement,
-    OwnQuestion,
     QuestionsPlan,
     blend_settings,
     default_lengths,
@@ -61,7 +60,7 @@ def test_orders_are_different_and_no_more_than_there_are() -> None:
 
 
 def test_the_command_can_read_the_shuffles_that_were_written(tmp_path: Path) -> None:
-    path = write_own_questions(tmp_path / "run", CONTEXT, [OwnQuestion("Who?", "Ann")], 4)
+    path = write_own_questions(tmp_path / "run", CONTEXT, {"Who?": "Ann"}, 4)
     read = load_questions(path)
     assert read.system == "Be brief."
     assert [question.answers for question in read.questions] == [("Ann",)] * 4
@@ -71,7 +70,7 @@ def test_the_command_can_read_the_shuffles_that_were_written(tmp_path: Path) -> 
 
 
 def test_own_questions_take_turns_and_the_orders_change_with_every_round(tmp_path: Path) -> None:
-    asked = [OwnQuestion("Who?", "Ann"), OwnQuestion("Where?")]
+    asked = {"Who?": "Ann", "Where?": ""}
     read = load_questions(write_own_questions(tmp_path / "run", CONTEXT, asked, 5))
     assert [(question.question, question.answers) for question in read.questions] == [
         ("Who?", ("Ann",)),
@@ -90,11 +89,8 @@ def test_own_questions_take_turns_and_the_orders_change_with_every_round(tmp_pat
 
 def test_what_counts_as_right_follows_a_bar_or_is_known() -> None:
     text = " Who? | Ann \n\nWhere?\nWho?|Ben\n| nothing\nWhen?|"
-    assert read_own_questions(text, lambda question: {"Where?": "Inver"}.get(question, "")) == [
-        OwnQuestion("Who?", "Ann"),
-        OwnQuestion("Where?", "Inver"),
-        OwnQuestion("When?", ""),
-    ]
+    own = read_own_questions(text, lambda question: {"Where?": "Inver"}.get(question, ""))
+    assert list(own.items()) == [("Who?", "Ann"), ("Where?", "Inver"), ("When?", "")]
 
 
 @pytest.mark.parametrize(
@@ -201,10 +197,10 @@ def test_lengths_are_read_in_order_and_each_once() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("many", "'many' is no list of lengths in tokens, separated by commas."),
-        ("", "'' is no list"),
-        ("512,,1000", "is no list"),
-        ("512.5", "is no list"),
+        ("many", "'many' isn't a list of lengths in tokens, separated by commas."),
+        ("", "'' isn't a list"),
+        ("512,,1000", "isn't a list"),
+        ("512.5", "isn't a list"),
         ("15, 512", "A context has at least 16 tokens, not 15."),
         ("-5", "A context has at least 16 tokens, not -5."),
         (
@@ -234,7 +230,7 @@ def ended(run: Measurement, timeout_s: float = 200.0) -> Measurement:
 
 @pytest.mark.timeout(400)
 def test_a_run_that_cannot_start_says_why(tmp_path: Path) -> None:
-    path = write_own_questions(tmp_path / "run", CONTEXT, [OwnQuestion("Who?", "Ann")], 4)
+    path = write_own_questions(tmp_path / "run", CONTEXT, {"Who?": "Ann"}, 4)
     plain = Contender("plain", "Plain", "http://127.0.0.1:9")
     run = ended(Measurement(QuestionsPlan((plain,), " # ", path, (), (), 9), tmp_path / "out.json"))
     assert "http://127.0.0.1:9" in run.problem()
@@ -245,7 +241,7 @@ def test_a_run_shows_its_progress_and_keeps_what_was_answered_when_it_is_stopped
     small_server: StartServer, tmp_path: Path
 ) -> None:
     """While an answer of the other server is under way."""
-    path = write_own_questions(tmp_path / "run", CONTEXT, [OwnQuestion("Who?", "Hello")], 6)
+    path = write_own_questions(tmp_path / "run", CONTEXT, {"Who?": "Hello"}, 6)
     plain = Contender("plain", "Plain", small_server().url)
     other = Contender("other", "Other", small_server(hold_after=1).url)
     run = Measurement(QuestionsPlan((plain, other), " # ", path, (), (), 9), tmp_path / "out.json")

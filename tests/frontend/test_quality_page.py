@@ -92,7 +92,7 @@ def test_answers_that_differ_from_full_prefill(open_page: Open) -> None:
     assert len(page.dataframe[1].value) == 8
     page.toggle(key="only-different").set_value(True).run()
     assert len(page.dataframe[1].value) == 5
-    assert page.dataframe[1].value["none · 0 %"][0] == "⚠ failed: HTTP 500"
+    assert page.dataframe[1].value["blend none 0 % @1"][0] == "⚠ failed: HTTP 500"
 
 
 def test_without_results_the_page_says_how_to_make_one(open_page: Open) -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from chat import Chat, Context
 from chat_session import ChatSession
+from chat_view import speed_html
 from contender_api import Sampling
 from runs import ChatStore, Run
 from settings import Contender
 from support.small_openai_server import OFFER, SmallServer, StartServer
 from support.waiting import wait_until
-from turns_view import speed_html
 
 Prepare = Callable[..., Run]
 CONTEXT = Context("Be brief.")
@@ -33,7 +33,7 @@ def prepare() -> Iterator[Prepare]:
         contenders = [Contender(name, name, server.url) for name, server in zip("abc", servers, strict=False)]
         sessions = {contender.name: ChatSession(contender) for contender in contenders}
         opened.extend(sessions.values())
-        return Run.of_question(chat or Chat(), CONTEXT, "Who?", sessions, Sampling(), in_sequence)
+        return Run(chat or Chat(), CONTEXT, "Who?", sessions, Sampling(), in_sequence)
 
     yield run
     for session in opened:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from chat import Context, Turn
+from chat_view import speed_html
 from contender_api import Sampling
 from figures import Done, Figures, FirstToken, Text
 from settings import Contender
-from turns_view import speed_html
 from verdict import LENGTHS_OPEN, are_comparable, verdict_html, verdicts
 
 BLEND = Contender("blend", "Blend", "http://127.0.0.1:1", approximate=True)
@@ -73,7 +73,7 @@ def test_the_short_form_says_how_many_prompts_it_stands_on(blend_ms: float, word
 def test_the_line_of_a_turn_names_no_winner_of_an_unfair_race() -> None:
     assert "times faster" in speed_html(turn(50, 100))
     unfair = speed_html(turn(100, 50, cached=900))
-    assert "No fair race: most of this prompt was in a prefix cache" in unfair
+    assert "Not a fair race: most of this prompt was in a prefix cache" in unfair
     assert "times faster" not in unfair
     assert "Not a fresh prompt: Plain had 900 of" in unfair
 

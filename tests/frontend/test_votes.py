@@ -10,12 +10,12 @@ import pytest
 
 from chat import Chat, Context, Turn, Vote
 from chat_file import ChatFile
+from chat_view import blind_html
 from contender_api import Sampling
 from export import as_json, as_markdown
 from figures import Figures
 from runs import ChatStore
 from settings import Contender
-from turns_view import blind_html
 from votes import Ballot, ballot_of, fit, standings
 
 

@@ -32,6 +32,7 @@ from playwright.sync_api import Browser, Page, WebSocket, expect, sync_playwrigh
 
 from chat import Answer, Chat, Context, Turn  # noqa: E402
 from chat_file import ChatFile  # noqa: E402
+from chat_view import TICK_S  # noqa: E402
 from contender_api import Sampling  # noqa: E402
 from figures import Figures  # noqa: E402
 from kvarena.documents import TextChunk  # noqa: E402
@@ -39,7 +40,6 @@ from settings import Contender  # noqa: E402
 from support.page_steps import ANSWER_MS, page_over, settle  # noqa: E402
 from support.small_openai_server import OFFER, SmallServer, report_of  # noqa: E402
 from tokens import Span  # noqa: E402
-from turns_view import TICK_S  # noqa: E402
 
 NUM_CONTENDERS = 6
 NUM_CHUNKS = 32

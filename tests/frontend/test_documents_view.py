@@ -5,10 +5,17 @@ from __future__ import annotations
 import re
 from concurrent.futures import Future
 
-from documents_view import total_html, upload_html
+from documents_view import (
+    MAX_KEPT_BYTES,
+    Filling,
+    Upload,
+    document_key,
+    kept_documents,
+    total_html,
+    upload_html,
+)
 from kvarena.client import ChunkOutcome, Outcome
 from kvarena.documents import Document
-from uploads import MAX_KEPT_BYTES, Filling, Upload, document_key, kept_documents
 
 
 def test_documents_come_back_up_to_a_size_and_without_those_that_could_not_be_read() -> None:

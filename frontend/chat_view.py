@@ -1,12 +1,13 @@
-"""Draws the chat: per turn the question, who was first by how much, and a pane per contender; and the live turn.
+"""What both chat pages draw: the servers' states, the turns with a pane for each contender, and the question box.
 
-A pane has title, answer, error, figures and token bar, as HTML without a chart library. Texts are escaped: an answer
-is shown letter for letter. Elements that a script may want to read carry `data-testid`, figures also `data-figure`
-and `data-value` (empty: unknown).
+A pane has title, answer, error, figures and token bar, as HTML without a chart library. Texts are escaped: an answer is
+shown letter for letter. Elements that a script may want to read have a `data-testid`, figures also `data-figure` and
+`data-value` (empty: unknown).
 """
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,12 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 from streamlit.runtime.scriptrunner import StopException
 
-from chat import Answer, Chat, Turn
+import state
+from chat import Answer, Chat, Draft, Turn
+from chat_session import ChatSession
 from figures import Figures, prefix_cache_note, similar_task_html, slot_turn_html, speed_line
 from runs import RELOAD_S, OpenChat, Run
-from tokens import Span, answer_tokens_html, diff_html, first_difference, first_token_difference
+from tokens import Span, answer_tokens_html, diff_html, first_difference, first_token_difference, legend_html
 from verdict import are_comparable, exact_answer
 from waterfall import Row, shown_ms, waterfall_html
 
@@ -48,7 +51,7 @@ def token_parts(figures: Figures) -> list[Part]:
 
 
 def token_bar(figures: Figures) -> str:
-    """A stacked bar of `token_parts` with its legend, and below it where in the prompt they stand."""
+    """A stacked bar of `token_parts` with its legend, and below it where in the prompt they are."""
     parts = token_parts(figures)
     total = sum(part.num_tokens for part in parts)
     if not total:
@@ -58,9 +61,7 @@ def token_bar(figures: Figures) -> str:
         f'title="{part.num_tokens:,} tokens {part.label}"></span>'
         for part in parts
     )
-    legend = "".join(
-        f'<span class="ka-key"><i class="ka-{part.kind}"></i>{part.num_tokens:,} {part.label}</span>' for part in parts
-    )
+    legend = legend_html((part.kind, f"{part.num_tokens:,} {part.label}") for part in parts)
     strip = _strip(figures.spans)
     where = '<span class="ka-key">below: where in the prompt</span>' if strip else ""
     return (
@@ -81,7 +82,7 @@ MISS_REASONS = {
 
 
 def misses_line(figures: Figures) -> str:
-    """Why chunks and the system prompt weren't reused; empty where all was."""
+    """Why chunks and the system prompt weren't reused; empty if all were."""
     chunks = ", ".join(f"{count:,} {MISS_REASONS.get(reason, reason)}" for reason, count in figures.misses)
     system = MISS_REASONS.get(figures.system_miss, figures.system_miss)
     told = [f"{what} not reused: {why}" for what, why in (("Chunks", chunks), ("System prompt", system)) if why]
@@ -102,13 +103,8 @@ def _strip(spans: Sequence[Span]) -> str:
     return f'<div class="ka-strip" data-testid="span-strip">{cells}</div>'
 
 
-STATE_LABELS = {
-    "waiting": "waiting",
-    "streaming": "answering",
-    "done": "",
-    "interrupted": "interrupted",
-    "failed": "failed",
-}
+STATE_LABELS = {"streaming": "answering", "done": ""}
+"""Where the page has another word for the state."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +121,8 @@ class Figure:
 def answer_html(
     answer: Answer, note: str = "", exact: Answer | None = None, as_row: bool = False, side: str = ""
 ) -> str:
-    """The pane without its place on the page; changes whenever the answer does. `note` is about its prompt, `exact` the
-    answer that this one is compared with, `side` what it was called in a blind turn.
+    """A pane; it changes whenever the answer does. `note` is on its prompt, `exact` is the answer that it is compared
+    with, `side` its letter in a blind turn.
     """
     shown = answer_tokens_html(answer.figures.tokens) or escape(answer.text.lstrip())
     name, difference = escape(answer.contender.name), difference_html(answer, exact) if exact else ""
@@ -142,7 +138,9 @@ def answer_html(
 
 
 def blind_html(side: str, answer: Answer, can_vote: bool) -> str:
-    """A side of a blind turn: the text alone, and that only when all are there, for the first to come would tell."""
+    """One side of a blind turn: only the text, and only once all are there, since the first to arrive would give it
+    away.
+    """
     shown = escape(answer.text.strip()) or "<i>no text</i>"
     return (
         f'<div class="ka-pane" data-testid="pane-{side}" data-state="{"done" if can_vote else "waiting"}">'
@@ -155,7 +153,7 @@ def blind_html(side: str, answer: Answer, can_vote: bool) -> str:
 def _badges(answer: Answer) -> str:
     figures = answer.figures
     badges: list[tuple[str, str]] = []
-    if label := STATE_LABELS[answer.state]:
+    if label := STATE_LABELS.get(answer.state, answer.state):
         badges.append((answer.state, label))
     if figures.approximate is not None and answer.state == "done":
         kind = "approximate" if figures.approximate else "exact"
@@ -164,7 +162,7 @@ def _badges(answer: Answer) -> str:
 
 
 def _way(figures: Figures) -> str:
-    """How the contender reused, where there are several ways."""
+    """How the contender reused, if it has several ways."""
     if figures.task and figures.task.similarity is not None:
         return f" · {figures.task.mode}"
     if not figures.policy or not figures.approximate:
@@ -193,7 +191,7 @@ def _cut_html(answer: Answer) -> str:
 
 
 def difference_html(answer: Answer, exact: Answer) -> str:
-    """Whether this answer is the exact one, else from where on it isn't and how."""
+    """Whether this answer equals the exact one, or where it begins to differ, and how."""
     if answer is exact or answer.state != "done":
         return ""
     name, title = escape(answer.contender.name), escape(exact.contender.title)
@@ -230,7 +228,7 @@ def _figures_html(answer: Answer) -> str:
         Figure("num_computed_tokens", "computed", figures.num_computed_tokens),
         Figure("num_output_tokens", "output tokens", figures.num_output_tokens),
     ]
-    if not answer.over:  # the words have the room until there are more figures
+    if not answer.over:  # until there are more figures, the words have the room
         large, small = ([one for one in group if one.value is not None] for group in (large, small))
     return (
         f"{similar_task_html(figures.task) if figures.task else ''}"
@@ -297,22 +295,22 @@ def _rows(turn: Turn) -> list[Row]:
 
 
 def _decode_ms(answer: Answer) -> float | None:
-    """None for an answer without an end."""
+    """None for an answer that hasn't ended."""
     first_ms, total_ms = answer.figures.first_token_ms, answer.figures.total_ms
     return None if answer.state != "done" or first_ms is None or total_ms is None else total_ms - first_ms
 
 
+SERVERS_POLL_S = 4.0
+FOLLOW_S = 1.5
 MANY_AT_ONCE = 3
 AT_ONCE = "All were asked at once, and may have slowed each other down. “One after the other” on the left avoids that."
 NUM_DRAWN = 8
-"""Turns that are drawn unless all are wanted: a script run draws them anew, so a long chat would make clicks slow."""
+"""Of the latest turns, unless all are wanted: each script run draws them, so a long chat would make clicks slow."""
 
 
-def draw_turns(
-    opened: OpenChat, below: Callable[[Chat, int], None] = lambda chat, index: None, below_live: bool = False
-) -> TurnView | None:
-    """The chat's last turns, or all where that is wanted; the view of the live one, if there is one. `below` draws what
-    stands under each of them, or each but the live one.
+def draw_turns(opened: OpenChat, below: Callable[[int, bool], None]) -> TurnView | None:
+    """Draws the chat's last turns, or all if wanted, and returns the view of the live one, if there is one. `below`
+    draws what stands under a turn: it gets the turn's index, and whether it is live.
     """
     chat, live = opened.chat, None
     first = _first_drawn(chat)
@@ -327,8 +325,7 @@ def draw_turns(
         view.draw()
         if is_live:
             live = view
-        if below_live or not is_live:
-            below(chat, index)
+        below(index, is_live)
     return live
 
 
@@ -340,7 +337,7 @@ def _first_drawn(chat: Chat) -> int:
 
 
 def _prompt_notes(chat: Chat, index: int) -> dict[str, str]:
-    """Says whose prompt lacks earlier turns that others' have."""
+    """Which prompts lack earlier turns that others have."""
     missed = chat.missed(index)
     return {
         name: f"Another prompt than the others': {count} earlier turn{'' if count == 1 else 's'} of this conversation "
@@ -351,11 +348,11 @@ def _prompt_notes(chat: Chat, index: int) -> dict[str, str]:
 
 
 def watch(opened: OpenChat, run: Run, view: TurnView, also: Callable[[], None] = lambda: None) -> None:
-    """Draws a run until it is over, then the page anew; `also` draws whatever else changes meanwhile.
+    """Draws a run until it is over, then the whole page again; `also` draws whatever else changes meanwhile.
 
-    A click elsewhere on the page ends this script run but not the answers: the next script run goes on watching.
-    When the last page that watches goes and none comes for a while, its workers are stopped. Either reaches this loop
-    as an exception out of `view.draw`.
+    A click elsewhere on the page ends this script run but not the answers: the next script run goes on watching. When
+    the last page that watches has gone and none comes back in time, the run is stopped. Both end this loop by an
+    exception in `view.draw`.
     """
     watcher = str(st.session_state.setdefault("watcher", uuid.uuid4().hex))
     run.watchers.add(watcher)
@@ -372,7 +369,7 @@ def watch(opened: OpenChat, run: Run, view: TurnView, also: Callable[[], None] =
 
 
 def speed_html(turn: Turn) -> str:
-    """From measured times only, and only once there are two to compare."""
+    """From measured times only, and only if there are two to compare."""
     answers = [answer for answer in turn.answers.values() if answer.figures.first_token_ms is not None]
     times = [(answer.contender.title, answer.figures.first_token_ms or 0.0) for answer in answers]
     line = speed_line(times)
@@ -385,7 +382,7 @@ def speed_html(turn: Turn) -> str:
     first = min(answers, key=lambda answer: answer.figures.first_token_ms or 0.0)
     exact = exact_answer(turn)
     if any(one.figures.is_mostly_cached for one in answers if one is exact or one.contender.approximate):
-        line = "No fair race: most of this prompt was in a prefix cache"
+        line = "Not a fair race: most of this prompt was in a prefix cache"
     return (
         f'<div class="ka-one-sample" data-testid="speed-up" data-winner="{escape(first.contender.name)}">'
         f"<span>{escape(line)}</span>{small}</div>"
@@ -397,3 +394,105 @@ def _divider_html(chat: Chat, index: int) -> str:
     chunks = f"{num_chunks} chunk{'' if num_chunks == 1 else 's'}"
     text = f"Conversation over {chunks}" if index == 0 else f"New context: conversation over {chunks}"
     return f'<div class="ka-divider" data-testid="divider">{text}</div>'
+
+
+# -- servers, notices and the question box -----------------------------------------------------------------------------
+
+
+def draw_servers(sessions: Mapping[str, ChatSession], busy: bool) -> None:
+    """Asks the servers first, unless an answer is under way."""
+    if not busy:
+        state.refresh_servers(sessions)
+    _draw_live_servers(sessions, state.servers_seen(sessions), busy)
+
+
+@st.fragment(run_every=SERVERS_POLL_S)
+def _draw_live_servers(sessions: Mapping[str, ChatSession], drawn: tuple[object, ...], busy: bool) -> None:
+    """Redraws the page when a server went up or down."""
+    if not busy:
+        state.refresh_servers(sessions)
+        if state.servers_seen(sessions) != drawn:
+            st.rerun()
+    st.html("".join(_server_html(session) for session in sessions.values()))
+
+
+def _server_html(session: ChatSession) -> str:
+    contender, server = session.contender, session.server
+    up = "up" if session.up else "down"
+    detail = server.model if session.up and server else session.problem
+    if session.up and server and server.max_model_len:
+        detail += f", context of {server.max_model_len:,} tokens"
+    return (
+        f'<div class="ka-server" data-testid="server-{escape(contender.name)}" data-state="{up}"><i></i>'
+        f"<div>{escape(contender.title)}: {up}<small>{escape(detail)}</small></div></div>"
+    )
+
+
+_ASKED = "asked"
+"""A chat's key and the question that waits in it."""
+
+
+def waiting_question(chat: Chat) -> str:
+    """What was typed or clicked and isn't under way yet; empty if nothing was."""
+    key, question = st.session_state.get(_ASKED, ("", ""))
+    return str(question) if key == chat.key else ""
+
+
+def take_asked(opened: OpenChat, make_run: Callable[[], Run], draft: Draft) -> bool:
+    """Starts a run of it. False: another page with this chat was first, so it goes on waiting."""
+    if begun := opened.begin(make_run, draft):
+        del st.session_state[_ASKED]
+    return begun
+
+
+def put_question(chat: Chat, question: str) -> None:
+    st.session_state[_ASKED] = (chat.key, question)
+
+
+def literal(text: str) -> str:
+    """For places that read Markdown: shows what a person typed as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!$:~<>|&])", r"\\\1", " ".join(text.split()))
+
+
+def draw_notices(opened: OpenChat) -> None:
+    """Says if the chat won't last, or if it or its settings aren't those of the address. Call after the sidebar."""
+    if problem := state.chat_file().problem:
+        st.warning(problem, icon=":material/save:")
+    if state.is_for_lost_link(opened) and not opened.chat.turns:
+        st.warning("The chat of this link isn't known here. This is a new one.", icon=":material/link_off:")
+    if refused := state.refused_settings(opened):
+        named = ", ".join(f"{literal(key)} = {literal(value)}" for key, value in refused.items())
+        st.warning(f"The page's address has settings that nothing here takes: {named}", icon=":material/link_off:")
+
+
+@st.fragment(run_every=FOLLOW_S)
+def _follow(opened: OpenChat, drawn: tuple[object, ...]) -> None:
+    """Redraws the page when another page has gone on with the chat."""
+    if opened.state != drawn:
+        st.rerun()
+
+
+def draw_question_box(
+    opened: OpenChat, placeholder: str, enabled: bool, on_ask: Callable[[], None] = lambda: None
+) -> None:
+    """`on_ask` is called once something was sent, before the page is drawn again."""
+    _follow(opened, opened.state)
+    if waiting := waiting_question(opened.chat):
+        st.caption(f"Next in line: {literal(waiting)}")
+    with st.bottom:  # explicitly, or Streamlit would scroll the page to its end
+        if opened.busy:
+            st.button("Stop", key="stop", type="primary", on_click=opened.stop)
+        # A box of its own for large type: Streamlit measures a box's height once, in pixels.
+        key = "question-big" if state.is_big_screen() else "question"
+        st.chat_input(
+            "Answering" if opened.busy else placeholder,
+            key=key,
+            disabled=opened.busy or not enabled,
+            on_submit=_take_typed,
+            args=[key, opened.chat, on_ask],
+        )
+
+
+def _take_typed(key: str, chat: Chat, on_ask: Callable[[], None]) -> None:
+    put_question(chat, (st.session_state[key] or "").strip())
+    on_ask()

@@ -11,25 +11,24 @@ from typing import Any
 
 import pytest
 
-from eval_results import EvalResult, Interval, Variant, read_eval, read_result
-from eval_tables import (
+from eval_results import (
+    EvalResult,
     answer_table,
     cached_note,
-    line_name,
     measured_panels,
     metrics_of,
     problems,
+    read_eval,
+    read_result,
     summary,
     table,
-    variant_name,
 )
-from kvarena.panels.panel import COLOURS, variant_label
+from kvarena.panels.panel import COLOURS
 from kvarena.panels.quality import METRICS, share_panel
 from result_picker import find_result_files
 from support.small_eval_result import small_eval_result
 
-PLAIN = Variant("plain")
-BLIND = Variant("blend", "none", 0.0, 1)
+PLAIN, BLIND = "plain", "blend none 0 % @1"
 
 
 @pytest.fixture
@@ -45,10 +44,10 @@ def test_a_result_is_read_with_its_gaps(result: EvalResult) -> None:
     assert result.kinds == ["all", "single", "across"]
     assert result.reference == PLAIN
     assert len(result.variants) == 4
-    row = result.rows_of("all")[0]
-    assert row.metrics["exact_match"] == Interval(0.9, 0.8, 1.0)
-    assert not {"agreement", "first_token_kl"} & row.metrics.keys()
-    assert result.answers[BLIND, 0].detail == "HTTP 500"
+    row = table(result, "all")[0]
+    assert (row["Exact match"], row["EM low"], row["EM high"]) == (0.9, 0.8, 1.0)
+    assert (row["Agreement"], row["KL"]) == (None, None)
+    assert result.answers[BLIND, 0]["detail"] == "HTTP 500"
     assert summary(result) == "town, engine http · 8 questions · full prefill: plain · A small one, 2 cores"
 
 
@@ -126,22 +125,24 @@ def test_files_are_found_newest_first_and_shipped_ones_last(tmp_path: Path) -> N
     assert find_result_files(tmp_path / "nowhere", tmp_path / "nor-here") == []
 
 
-def test_lines_are_named_by_what_tells_them_apart(result: EvalResult) -> None:
-    assert variant_name(result, Variant("blend", "kv_deviation", 0.1, 1)) == "kv_deviation · 10 %"
+def test_variants_are_named_by_what_tells_them_apart(result: EvalResult) -> None:
+    assert "blend kv_deviation 10 % @1" in result.variants
 
     found = small_eval_result()
     found["rows"] += [{**copy.deepcopy(found["rows"][-1]), "check_layer": 2}]
-    assert line_name(read(found), Variant("blend", "kv_deviation", 0.1, 2)) == "kv_deviation · layer 2"
+    assert read(found).variants == [*result.variants, "blend kv_deviation 50 % @2"]
     found["rows"] += [{**copy.deepcopy(found["rows"][-1]), "contender": "other"}]
-    assert line_name(read(found), Variant("other", "kv_deviation", 0.1, 2)) == "other · kv_deviation · layer 2"
+    assert read(found).variants[-1] == "other kv_deviation 50 % @2"
 
 
 def test_a_setting_has_one_label_in_files_and_on_the_page() -> None:
     """By it a file names its reference."""
-    row = {"contender": "blend", "policy": "kv_deviation", "ratio": 1.0, "check_layer": 2}
-    assert Variant("blend", "kv_deviation", 1.0, 2).label == variant_label(row) == "blend kv_deviation 100 % @2"
-    row = {"contender": "blend", "policy": "kv_deviation", "ratio": 0.15, "options": {"deviation": "values"}}
-    assert Variant("blend", "kv_deviation", 0.15, options="deviation values").label == variant_label(row)
+    whole = {"contender": "blend", "policy": "kv_deviation", "ratio": 1.0, "check_layer": 2}
+    some = {"contender": "blend", "policy": "kv_deviation", "ratio": 0.15, "options": {"deviation": "values"}}
+    labels = ("blend kv_deviation 100 % @2", "blend kv_deviation (deviation values) 15 %")
+    for row, label in zip((whole, some), labels, strict=True):
+        result = EvalResult({"settings": {"reference": label}, "rows": [row]})
+        assert result.reference == result.variants[0] == label
 
 
 def test_a_blend_of_everything_can_be_the_reference() -> None:
@@ -152,7 +153,7 @@ def test_a_blend_of_everything_can_be_the_reference() -> None:
             row.update(policy="all", ratio=None, check_layer=None, recomputed_ratio=None)
     found["settings"]["reference"] = "blend all"
     result = read(found)
-    assert result.reference == Variant("blend", "all")
+    assert result.reference == "blend all"
     panel = share_panel([row for row in found["rows"] if row["kind"] == "all"], "exact_match", "all", COLOURS)
     assert {level.label for level in panel.levels} == {"blend all"}
 
@@ -198,7 +199,7 @@ def test_answers_side_by_side(result: EvalResult) -> None:
         "Question": "",
         "Gold": "cider",
         "plain": "✓ cider",
-        "none · 0 %": "⚠ failed: HTTP 500",
+        BLIND: "⚠ failed: HTTP 500",
     }
     assert len(answer_table(result, "all", [PLAIN, BLIND], only_different=True)) == 5
     assert answer_table(result, "single", [PLAIN], only_different=True) == []
@@ -222,6 +223,10 @@ def test_measure_draws_agreement_and_right_answers_with_intervals_as_far_as_they
 
 def test_prompts_that_a_prefix_cache_had_are_told() -> None:
     row = {"kind": "all", "subset": "all", "contender": "plain", "policy": None, "ratio": None, "num_questions": 3}
-    assert cached_note({"rows": [row | {"num_cached": 0}, row]}) == ""
-    told = cached_note({"rows": [row | {"num_cached": 2}, row | {"num_cached": 1, "kind": "single"}]})
+
+    def result_of(*rows: dict[str, Any]) -> EvalResult:
+        return EvalResult({"settings": {}, "rows": rows})
+
+    assert cached_note(result_of(row | {"num_cached": 0}, row)) == ""
+    told = cached_note(result_of(row | {"num_cached": 2}, row | {"num_cached": 1, "kind": "single"}))
     assert told == "Prompts that were mostly in a prefix cache, and are fast for that reason: plain: 2 of 3."
