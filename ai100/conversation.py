@@ -172,8 +172,9 @@ class PromptWriter:
         answers = [turn.answer for turn in turns]
         talk = [message for pair in zip(said, answers, strict=False) for message in pair]
         messages = [*_system(chat, of_topic), *talk, said[-1]]
+        arguments = {"add_generation_prompt": True, **chat.template_arguments}
         try:
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(chat)))
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
         except Exception as error:  # A template is a program of the model's author.
             raise ValueError(f"the model's chat template can't render these messages: {error}") from error
         token_ids = self.tokenizer.encode(text, add_special_tokens=chat.add_special_tokens)
@@ -234,10 +235,6 @@ def _system(chat: Chat, notes: Sequence[Note]) -> list[Message]:
 
 def _with_notes(chat: Chat, question: Message, notes: Sequence[Note]) -> Message:
     return {**question, "content": chat.notes.joined(notes) + text_of(question)} if notes else question
-
-
-def _arguments(chat: Chat) -> dict[str, Any]:
-    return {"add_generation_prompt": True, **chat.template_arguments}
 
 
 MAX_CONVERSATIONS = 1024

@@ -10,8 +10,8 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
-from ai100.cli_options import SettingsMaker, with_settings
-from ai100.engine import AI100Engine
+from ai100.cli import SettingsMaker, with_settings
+from ai100.engine import AI100Engine, SlotRow
 from ai100.settings import START_ERRORS, open_engine
 from kvarena.contenders.ai100 import SPEC
 from kvarena.contenders.command_line import Host, LoadFormat, Port, ServedModelName
@@ -31,21 +31,6 @@ _one_teller = CapacityLimiter(1)
 EngineDep = Annotated[AI100Engine, Depends(engine_of(AI100Engine))]
 
 
-class SlotRow(BaseModel):
-    """`position` tokens have their KV in the slot; the larger `last_used`, the later. `is_aside`: no topic gets it, for
-    it is kept for turns without slots.
-    """
-
-    slot: int
-    topic: str | None
-    conversation: str | None
-    position: int
-    has_pending_token: bool
-    in_use: bool
-    last_used: int
-    is_aside: bool
-
-
 class SlotRows(BaseModel):
     """`num_evictions`: slots that were taken from a topic for another."""
 
@@ -56,8 +41,8 @@ class SlotRows(BaseModel):
 
 @router.get("/slots")
 async def slots(engine: EngineDep) -> SlotRows:
-    rows = [SlotRow(**row) for row in engine.slot_rows()]
-    return SlotRows(slots=rows, ctx_len=engine.max_model_len, num_evictions=engine.batcher.slots.num_evictions)
+    num_evictions = engine.batcher.slots.num_evictions
+    return SlotRows(slots=engine.slot_rows(), ctx_len=engine.max_model_len, num_evictions=num_evictions)
 
 
 class TopicRequest(TemplateFields):

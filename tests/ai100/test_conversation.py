@@ -151,7 +151,7 @@ def test_prompts_that_are_no_chat(ai100: AI100) -> None:
 def test_an_empty_message_is_refused(ai100: AI100, text: str) -> None:
     with pytest.raises(ValueError, match="empty"):
         ai100.ask(text)
-    assert all(row["topic"] is None for row in ai100.engine.slot_rows())
+    assert all(row.topic is None for row in ai100.engine.slot_rows())
 
 
 def test_samples_of_one_question(ai100: AI100) -> None:
@@ -190,10 +190,11 @@ def test_the_oldest_conversations_are_forgotten() -> None:
     assert begin("rain", "a") != first
 
 
-class NotedTopics:
+class NotedTopics(KeywordTopics):
     """Notes how many turns each message is told by, and whether others can use the memory meanwhile."""
 
     def __init__(self) -> None:
+        super().__init__({})
         self.nums_earlier: list[int] = []
         self.memory = ConversationMemory(self)
         self.was_locked = False
