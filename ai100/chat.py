@@ -16,7 +16,7 @@ from rich.table import Table
 from ai100.engine import AI100Engine, AI100Options
 from ai100.slots import Status
 from kvarena.engines.base import EngineUnavailable, GenerationRequest, Sampling
-from kvarena.server.detokenizer import StopRule, TextStream
+from kvarena.server.text import StopRule, TextStream
 
 TAGS = {
     Status.NEW_TOPIC: "NEW",

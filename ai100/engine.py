@@ -32,7 +32,7 @@ from ai100.topics import Topics
 from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report, spans_of
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.store_metrics import StoreFigures
-from kvarena.server.detokenizer import Detokenizer
+from kvarena.server.text import Detokenizer
 
 
 class AI100Options(BaseModel):

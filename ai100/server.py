@@ -16,7 +16,7 @@ from ai100.settings import START_ERRORS, open_engine
 from kvarena.contenders.ai100 import SPEC
 from kvarena.contenders.command_line import Host, LoadFormat, Port, ServedModelName
 from kvarena.engines.store_metrics import StoreCollector
-from kvarena.server.app import serve
+from kvarena.server.app import create_app, serve
 from kvarena.server.errors import ApiError
 from kvarena.server.protocol import Messages, Salt, TemplateFields
 from kvarena.server.requests import JsonRoute, conversation_of, render_chat
@@ -106,7 +106,8 @@ def main(
     except START_ERRORS as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
-    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
+    config = ApiConfig.from_environment()
+    serve(create_app(engine, config, routers=[router], collectors=[StoreCollector(engine)]), host, port)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from fastapi import Depends, Request
 from kvarena.client import API_KEY_VARIABLE
 from kvarena.engines.base import Engine, ReportLog
 from kvarena.server.errors import ApiError, shown
-from kvarena.server.logprobs import TokenTexts
 from kvarena.server.metrics import Metrics
 from kvarena.server.protocol import MAX_SAMPLES, ErrorAnswer
 from kvarena.server.runner import Runner
+from kvarena.server.text import TokenTexts
 
 
 @dataclass(frozen=True)
