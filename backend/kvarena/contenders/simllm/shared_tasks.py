@@ -244,16 +244,6 @@ class TaskFormat:
         return kv.shape == expected and kv.dtype == shape.dtype
 
 
-@dataclass(frozen=True, eq=False)
-class SharedMatch:
-    """A task that was found, with its KV, and how similar it is. `whole_kv` is there in mode "aligned"."""
-
-    task: ListedTask
-    similarity: float
-    top_layer_kv: TopLayerKV
-    whole_kv: WholeKV | None
-
-
 class SharedTasks:
     """Tasks of one format in one store, listed in the file `path`. Thread-safe."""
 
@@ -312,15 +302,19 @@ class SharedTasks:
 
     def find(
         self, query_embedding: torch.Tensor, above: float, is_usable: Callable[[KnownTask], bool]
-    ) -> SharedMatch | None:
-        """The most similar usable task above a similarity. One is fetched: if it is lost, none is found."""
+    ) -> tuple[ListedTask, float, TopLayerKV, WholeKV | None] | None:
+        """The most similar usable task above a similarity, how similar it is, and its KV, that of all layers in mode
+        "aligned". One is fetched: if it is lost, none is found.
+        """
         with self._lock:
             listed = self._directory.near(query_embedding)
-        found = most_similar_first(query_embedding, listed)
-        for task, similarity in found:
+        for task, similarity in most_similar_first(query_embedding, listed):
             if similarity > above and is_usable(task):
-                kv = self._fetch(task)
-                return None if kv is None else self._match(task, similarity, kv)
+                if (kv := self._fetch(task)) is None:
+                    return None
+                shape = self.task_format.kv_shape
+                heads = kv[:, -1].view(2, task.num_tokens, shape.num_kv_heads, shape.head_size).transpose(1, 2)
+                return task, similarity, (heads[:1], heads[1:]), WholeKV(task.chunk, kv) if task.chunk else None
         return None
 
     def clear(self) -> None:
@@ -362,12 +356,6 @@ class SharedTasks:
                 self._directory.remove(task)
                 self._num_lost += 1
         return kv if is_sound else None
-
-    def _match(self, task: ListedTask, similarity: float, kv: torch.Tensor) -> SharedMatch:
-        shape = self.task_format.kv_shape
-        heads = kv[:, -1].view(2, task.num_tokens, shape.num_kv_heads, shape.head_size).transpose(1, 2)
-        whole_kv = WholeKV(task.chunk, kv) if task.chunk else None
-        return SharedMatch(task, similarity, (heads[:1], heads[1:]), whole_kv)
 
     def _chunk(self, task: ListedTask) -> Chunk:
         """A name for its KV, made of what it holds; the token ids only say how long it is."""
