@@ -128,26 +128,6 @@ class EngineSettings:
         own: Any = self.own  # filled
         return StaticShapes(own.prefill_seq_len, own.ctx_len, own.full_batch_size, own.kv_cache_batch_size)
 
-    @property
-    def model_path(self) -> str:
-        return self.found.name
-
-    @property
-    def notes_folder(self) -> Path | None:
-        own = self.found.data_dir
-        return self.data or (own if own.is_dir() else None)
-
-    @property
-    def notes_budget(self) -> int:
-        """Notes leave most of a slot to what is said."""
-        own: Any = self.own  # filled
-        return int(min(own.notes_tokens, own.ctx_len // CONTEXT_SHARE))
-
-    @property
-    def notes_separator(self) -> str:
-        profile = read_model_profile(self.model_path) if self.found.is_local else {}
-        return self.separator or str(profile.get("separator") or FALLBACK_SEPARATOR)
-
 
 def open_engine(settings: EngineSettings) -> AI100Engine:
     """Raises `ValueError` naming a bad value and the choices, and what `open_runtime` raises."""
@@ -155,7 +135,7 @@ def open_engine(settings: EngineSettings) -> AI100Engine:
     lists = load_topics(own.topics_file or TOPICS_FILE)
     runtime = open_runtime(
         own.runtime,
-        settings.model_path,
+        settings.found.name,
         settings.shapes,
         options=settings.compile_options,
         device=settings.device,
@@ -168,7 +148,7 @@ def open_engine(settings: EngineSettings) -> AI100Engine:
         topic_notes = notes if knows_sentences or embed is None else NO_NOTES
         return AI100Engine(
             runtime,
-            settings.served_model_name or settings.model_path,
+            settings.served_model_name or settings.found.name,
             EmbeddingTopics(embed, lists, own.threshold, topic_notes)
             if embed
             else KeywordTopics(lists, own.threshold, topic_notes),
@@ -189,11 +169,17 @@ def _embedding(settings: EngineSettings, runtime: Runtime) -> tuple[Embed | None
         return None, False
     from ai100.embeddings import local_embedding
 
-    return local_embedding(settings.model_path, runtime.tokenizer, settings.sentence_model)
+    return local_embedding(settings.found.name, runtime.tokenizer, settings.sentence_model)
 
 
 def _notes(settings: EngineSettings, runtime: Runtime, embed: Embed | None) -> Notes:
-    folder = settings.notes_folder
-    if folder is None:
-        return Notes(separator=settings.notes_separator)
-    return load_notes(folder, runtime.tokenizer, settings.notes_budget, settings.notes_separator, embed)
+    """They leave most of a slot to what is said."""
+    found, own = settings.found, settings.own
+    profile = read_model_profile(found.name) if found.is_local else {}
+    separator = settings.separator or str(profile.get("separator") or FALLBACK_SEPARATOR)
+    if settings.data is None and not found.data_dir.is_dir():
+        return Notes(separator=separator)
+    assert own.notes_tokens is not None, "the settings are filled"
+    assert own.ctx_len is not None, "the settings are filled"
+    budget = min(own.notes_tokens, own.ctx_len // CONTEXT_SHARE)
+    return load_notes(settings.data or found.data_dir, runtime.tokenizer, budget, separator, embed)

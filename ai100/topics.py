@@ -1,15 +1,7 @@
 """Which topic a message belongs to. A topic has a name; messages of one name share a slot.
 
-Both kinds follow one rule, and differ in how near a message is to a topic:
-
-| the message | its topic |
-|---|---|
-| refers back ("What is his highest score?") | the nearest of this conversation's, else the most recent |
-| is near one of this conversation's, of the file or of the notes | the nearest; of equals the most recent |
-| is short and names nothing ("When was the wedding?") | the most recent of this conversation's |
-| anything else | a new one, named by its first few words |
-
-What a topic is known by: its words in the file, the messages in it, the notes about it; and, for a message that
+Both kinds follow one rule (`Topics.topic_of`, as a table in docs/ai100.md), and differ in how near a message is to a
+topic. What a topic is known by: its words in the file, the messages in it, the notes about it; and, for a message that
 refers back, the answers in it and the notes it was answered from. Notes are about the topic whose words their titles
 have, else about one that has the name of their series.
 """

@@ -1,6 +1,6 @@
 """The HTTP application over an engine, and serving it with uvicorn until it is told to end.
 
-On SIGTERM or SIGINT all running generations are closed first, so that no client and no connection delays the end.
+On SIGTERM or SIGINT all running generations are closed first, so that no client delays the shutdown.
 """
 
 from __future__ import annotations

@@ -1,12 +1,5 @@
-"""The paths of a server, but for those of an engine's own.
-
-| path | |
-|---|---|
-| `POST /v1/chat/completions`, `POST /v1/completions` | generation; prompts are messages, texts or token ids |
-| `POST /tokenize`, `POST /detokenize` | as vLLM has them |
-| `GET /v1/models`, `GET /kvarena`, `GET /kvarena/requests/{id}` | models, settings, reports of requests |
-| `GET /docs`, `GET /openapi.json` | all of these, for a browser and for programs |
-| `GET /health`, `GET /metrics` | open: no API key is asked for |
+"""The paths of a server, but for those of an engine's own: health and metrics, models, settings and reports, tokenising,
+chat and text completions. docs/http.md is their reference.
 """
 
 from __future__ import annotations

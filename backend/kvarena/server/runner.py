@@ -1,4 +1,4 @@
-"""Runs the server's generations: so many at once, the others in the order of their arrival, each accounted for once.
+"""Runs the server's generations: at most `max_running` at once, the others in order of arrival.
 
 Each runs on a thread of its own; its events arrive on the event loop, in order, through a callback.
 
@@ -7,9 +7,9 @@ Each runs on a thread of its own; its events arrive on the event loop, in order,
 | event loop | `start`, `close`; every event is emitted there, and `Ended` is the last one and comes once |
 | thread | the engine: `generate`, each token, `close`; and the text of each token |
 
-A token that is under way when a generation is closed ends first; nobody waits for it. "Accounted for" is one log line,
-the metrics, and, by the caller, who is told of each outcome, the report. It happens when a generation has really ended,
-also where its client went away long before.
+A token that is under way when a generation is closed ends first; nobody waits for it. A generation is accounted for
+once, when it has really ended, which may be long after its client left: in the log, the metrics and, by whoever handed
+it in, the report.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class RunningGeneration:
 
 
 class Ticket:
-    """A generation that was handed in. `close` ends it, whether it runs yet or not; its events then end at once."""
+    """A generation that was handed in. `close` ends it, running or not, and its events end at once."""
 
     def __init__(self, emit: Callable[[Event], None], tell: Callable[[Outcome], None]) -> None:
         self._emit = emit
@@ -168,8 +168,8 @@ class Runner:
         emit: Callable[[Event], None],
         tell: Callable[[Outcome], None],
     ) -> Ticket:
-        """Events go to `emit`, on the loop; `Ended` is the last one. What is accounted for goes to `tell`, before that
-        or long after.
+        """Events go to `emit`, on the loop; `Ended` is the last one. The outcome that is accounted for goes to `tell`,
+        before that or long after.
         """
         ticket = Ticket(emit, tell)
         task = asyncio.create_task(self._drive(ticket, request, stop))

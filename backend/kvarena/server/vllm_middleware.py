@@ -58,7 +58,7 @@ _NOT_IN_DETAILS = ("request_id", "contender", "misses_by_reason", "token_scores"
 
 
 class AccessLog:
-    """Goes inside of `RequestIds`. A blend's line waits for its report, which follows the answer by a moment."""
+    """Goes inside of `RequestIdMiddleware`. A blend's line waits for its report, which comes just after the answer."""
 
     def __init__(self, app: ASGIApp, contender: str, *, has_reports: bool) -> None:
         self._app = app
@@ -85,9 +85,7 @@ class AccessLog:
         finally:
             if completes:
                 await self._log_completion(request_id, answer_id, seen)
-            elif seen.is_refused and not (
-                seen.status == 404 and scope["method"] == "GET"
-            ):  # clients look what there is
+            elif seen.is_refused and (seen.status, scope["method"]) != (404, "GET"):  # clients look what there is
                 fields = {"finish": seen.finish, "method": scope["method"], "path": path_of(scope)}
                 log_request(self._contender, request_id, seen.status, fields)
 
@@ -218,7 +216,7 @@ class AccessMiddleware:
         self._app = app
         self._layers: ASGIApp | None = None
         write_to_standard_output()
-        _tell_memory()
+        _register_memory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -229,7 +227,7 @@ class AccessMiddleware:
 
 
 @cache
-def _tell_memory() -> None:
+def _register_memory() -> None:
     """At vLLM's own `/metrics`, once in a process."""
     REGISTRY.register(ServerMemory())
 

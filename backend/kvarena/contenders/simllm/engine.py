@@ -1,7 +1,7 @@
 """The Sim-LLM engine: reuse between similar tasks, readable from top to bottom in `SimLLMGeneration._steps`.
 
 What it is not: a batching server. Requests take turns with the model; batches are `SimLLMInference.batch_generate`'s.
-`TaskPrefiller` is one prompt's prefill with reuse, for who draws the answer's tokens itself.
+`TaskPrefiller` is one prompt's prefill with reuse, for callers that draw the answer's tokens themselves.
 """
 
 from __future__ import annotations

@@ -4,15 +4,9 @@
 
 **Hit**: the prompt skips layers, and the last layer runs over the earlier prompt's KV there. The layers at the ends
 that it doesn't skip are `num_end_layers`: none at the beginning and the last one (mode "top_layer"), or more at both
-(mode "sandwich"). With an earlier prompt of `T_e` tokens and a new one of `T`:
+(mode "sandwich"). docs/simllm.md has, as a table, what each token attends to.
 
-| token | position | runs through | attends to, in the last layer | in the other layers at the ends | in those between |
-|---|---|---|---|---|---|
-| earlier prompt's | 0 .. T_e-1 | nothing: its KV is as it was kept | | | |
-| new prompt's i-th | T_e + i | the layers at the ends | all T_e, new tokens 0 .. i | new tokens 0 .. i | |
-| answer's j-th | T_e + T + j | all layers | all T_e, all T, answer 0 .. j | all T, answer 0 .. j | answer 0 .. j |
-
-So the new prompt stands after the earlier one, whose keys need no moving, and attends to all of it however long it is.
+The new prompt stands after the earlier one, whose keys need no moving, and attends to all of it however long it is.
 The KV of a batch (`TaskKV`) holds, by layer:
 
 | layer | a prompt that missed | a prompt that hit |
