@@ -240,7 +240,7 @@ def _with_notes(chat: Chat, question: Message, notes: Sequence[Note]) -> Message
 MAX_CONVERSATIONS = 1024
 MAX_TURNS = 4096
 """Of a conversation; more can't be sent, and of one that goes on without its history the oldest are forgotten."""
-MAX_TELLING_TURNS = 64
+MAX_TOPIC_TURNS = 64
 MAX_TOKENISED = 8
 """How many of a topic's turns keep their tokens: a client may go back and ask otherwise."""
 MAX_HISTORIES = 256
@@ -311,13 +311,13 @@ class ConversationMemory:
                 self._keep(conversation, salt)
             return OpenTurn(conversation, conversation.system, earlier, turn)
 
-    def foretell(self, exchange: ParsedMessages, salt: str, name: str | None) -> tuple[str, bool]:
-        """The topic that `begin` would find for this turn, and whether it is the conversation's first in it. Nothing is
-        remembered, and nothing made or moved. Of turns that aren't remembered the last `MAX_TELLING_TURNS` count.
+    def preview(self, exchange: ParsedMessages, salt: str, name: str | None) -> tuple[str, bool]:
+        """The topic that `begin` would find for this turn, and whether it is new to the conversation. Changes nothing.
+        Of turns that aren't remembered the last `MAX_TOPIC_TURNS` count.
         """
         with self._lock:
             remembered = list(self._find(exchange, salt, name).turns)
-        turns = self._turns_before(exchange, name, remembered, MAX_TELLING_TURNS)
+        turns = self._turns_before(exchange, name, remembered, MAX_TOPIC_TURNS)
         topic = self._topic_of(exchange.question, turns)
         return topic, not any(turn.topic == topic and turn.answer is not None for turn in turns)
 
@@ -346,10 +346,10 @@ class ConversationMemory:
                 turns.remove(begun.turn)
 
     def _topic_of(self, question: Message, earlier: Sequence[TopicTurn]) -> str:
-        """By the last `MAX_TELLING_TURNS` of the turns before it."""
+        """By the last `MAX_TOPIC_TURNS` of the turns before it."""
         said = [
             PastTurn(turn.topic, self._question_in(text_of(turn.question)), text_of(turn.answer) if turn.answer else "")
-            for turn in earlier[-MAX_TELLING_TURNS:]
+            for turn in earlier[-MAX_TOPIC_TURNS:]
         ]
         return self._topics.topic_of(self._question_in(text_of(question)), said)
 

@@ -116,7 +116,7 @@ class AI100Engine:
         or moved in the slots. Raises `ValueError` as a generation does.
         """
         exchange = ParsedMessages.of(messages)
-        return (PLAIN_TEXT, True) if exchange is None else self.memory.foretell(exchange, salt, conversation)
+        return (PLAIN_TEXT, True) if exchange is None else self.memory.preview(exchange, salt, conversation)
 
     def describe(self) -> dict[str, Any]:
         return {

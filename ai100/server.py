@@ -24,9 +24,9 @@ from kvarena.server.state import ERRORS, ApiConfig, ServerDep, engine_of
 
 router = APIRouter(route_class=JsonRoute)
 
-MAX_WAITING_TO_BE_TOLD = 16
-_one_teller = CapacityLimiter(1)
-"""Pages ask at each pause in typing; the threads of all other requests are no place to wait in."""
+MAX_WAITING = 16
+_one_at_a_time = CapacityLimiter(1)
+"""Pages ask for the topic at each pause in typing; these requests must not take the threads of all others."""
 
 EngineDep = Annotated[AI100Engine, Depends(engine_of(AI100Engine))]
 
@@ -65,13 +65,13 @@ class TopicAnswer(BaseModel):
 async def topic(body: TopicRequest, request: Request, server: ServerDep, engine: EngineDep) -> TopicAnswer:
     """Which topic the last message would go to. Nothing is answered or remembered, and no slot is touched."""
     server.check_model(body.model)
-    if _one_teller.statistics().tasks_waiting >= MAX_WAITING_TO_BE_TOLD:
+    if _one_at_a_time.statistics().tasks_waiting >= MAX_WAITING:
         raise ApiError(503, "too many topics are asked for; the answer tells its own")
-    tell = partial(_foretell, body, conversation_of(request, body.session_id), engine)
-    return await to_thread.run_sync(tell, limiter=_one_teller)
+    find = partial(_find_topic, body, conversation_of(request, body.session_id), engine)
+    return await to_thread.run_sync(find, limiter=_one_at_a_time)
 
 
-def _foretell(body: TopicRequest, conversation: str | None, engine: AI100Engine) -> TopicAnswer:
+def _find_topic(body: TopicRequest, conversation: str | None, engine: AI100Engine) -> TopicAnswer:
     messages = render_chat(engine.tokenizer, body.messages, body).messages
     try:
         name, is_new = engine.topic_of(messages, body.cache_salt or "", conversation)

@@ -117,19 +117,15 @@ class Session(Protocol):
 
     def skip_buffers(self, skipped_buffer_names: list[str]) -> None:
         """These stay on the device: they are neither given nor given back."""
-        ...
 
     def set_buffers(self, buffers: Buffers) -> None:
         """Sets inputs, and the shapes of outputs."""
-        ...
 
     def run(self, inputs: Buffers) -> Buffers:
         """Every failure is an exception, of many types; the retained state is lost with it."""
-        ...
 
     def deactivate(self) -> None:
         """Gives the device back."""
-        ...
 
 
 def compile_model(path: str, shapes: StaticShapes, options: CompileOptions) -> tuple[Path, ContextLengths]:

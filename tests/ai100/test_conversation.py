@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ai100 import conversation
-from ai100.conversation import MAX_HISTORIES, MAX_TELLING_TURNS, MAX_TURNS, ConversationMemory, ParsedMessages
+from ai100.conversation import MAX_HISTORIES, MAX_TOPIC_TURNS, MAX_TURNS, ConversationMemory, ParsedMessages
 from ai100.runtimes.runtime import StaticShapes
 from ai100.topics import KeywordTopics, PastTurn
 from kvarena.engines.base import GenerationRequest, Sampling
@@ -214,7 +214,7 @@ def test_a_long_history_that_nobody_remembers_stops_nobody() -> None:
     begun = topics.memory.begin(exchange, "", None)
     assert len(begun.earlier) == 2000
     assert len(topics.nums_earlier) == 2001
-    assert max(topics.nums_earlier) == MAX_TELLING_TURNS
+    assert max(topics.nums_earlier) == MAX_TOPIC_TURNS
     assert not topics.was_locked
 
 

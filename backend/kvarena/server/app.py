@@ -38,9 +38,8 @@ def create_app(
     routers: Iterable[APIRouter] = (),
     collectors: Iterable[Collector] = (),
 ) -> FastAPI:
-    """`routers`: paths of the engine's own. They find the server in `app.state.server`; those that take a body use
-    `route_class=JsonRoute`. `collectors`: figures of the engine's own, for `/metrics`. The engine stays its caller's,
-    who closes it.
+    """`routers`: the engine's own paths. They find the server in `app.state.server`; those that take a body use
+    `route_class=JsonRoute`. `collectors`: the engine's own figures for `/metrics`.
     """
     config = config or ApiConfig()
     app = FastAPI(
@@ -83,7 +82,7 @@ def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's, but that generations are closed before it waits for connections, and the engine after."""
+    """Differs from uvicorn's: generations are closed before it waits for connections, and the engine after."""
 
     def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
         settings = uvicorn.Config(

@@ -96,7 +96,7 @@ def log_outcome(contender: str, request: GenerationRequest, outcome: Outcome, ar
 
 
 def lines_of_request(request_id: str) -> list[str]:
-    """Its lines among the last ones of this process, oldest first."""
+    """Its lines among the last of this process, oldest first."""
     return [line for of, line in list(_recent) if of == request_id]
 
 
@@ -112,7 +112,7 @@ def write_to_standard_output() -> None:
 
 
 def figures(details: Mapping[str, object]) -> dict[str, object]:
-    """Single values of a report, also those that stand together in an object; lists are too long for a line."""
+    """A report's single values, nested ones too; lists are too long for a line."""
     found: dict[str, object] = {}
     for key, value in details.items():
         if isinstance(value, Mapping):

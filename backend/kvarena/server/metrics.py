@@ -129,7 +129,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _show_zeros(self) -> None:
-        """Series that have not counted yet are there all the same, as rates need."""
+        """Series are there from the start, at 0, as rates need."""
         for name in TOKEN_COUNTS:
             self._origins.labels(*self._values, name.split("_")[1])
         for reason in ("stop", "length", "abort", "refused", "error"):

@@ -39,7 +39,7 @@ class JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """Parsed as vLLM parses it, and without half characters, which no tokenizer takes."""
+        """Parsed as vLLM parses it, and without lone surrogates, which no tokenizer takes."""
         body = await self.body()
         try:
             parsed = json.loads(body)

@@ -1,5 +1,5 @@
-"""The paths of a server, but for those of an engine's own: health and metrics, models, settings and reports, tokenising,
-chat and text completions. docs/http.md is their reference.
+"""The paths of a server, but for an engine's own: health and metrics, models, settings, reports, tokenising, chat and
+text completions. docs/http.md is their reference.
 """
 
 from __future__ import annotations

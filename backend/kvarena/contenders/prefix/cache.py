@@ -35,15 +35,12 @@ class Segment(Protocol):
 
     def __len__(self) -> int:
         """How many tokens."""
-        ...
 
     def slice(self, start: int, end: int) -> Self:
         """The part `[start, end)`, as a view: it lives no longer than the whole is wanted."""
-        ...
 
     def copy(self) -> Self:
         """The same in memory of its own, where the tree keeps its payloads."""
-        ...
 
 
 class Tail(Protocol):
