@@ -270,7 +270,7 @@ class OpenTurn:
 
 
 class ConversationMemory:
-    """Thread-safe. Keeps the last `max_conversations`. `question_in` a message is what tells its topic."""
+    """Thread-safe. Keeps the last `max_conversations`. `question_in` a message is what decides its topic."""
 
     def __init__(
         self,
@@ -289,14 +289,16 @@ class ConversationMemory:
     def begin(
         self, exchange: ParsedMessages, salt: str, name: str | None, *, keep: bool = True, topic: str | None = None
     ) -> OpenTurn:
-        """The next turn of the conversation that this belongs to. Without `keep` it is a turn on the side: nobody
-        remembers it. Without a `topic` the message's words tell it.
+        """The next turn of the conversation that this belongs to. Without `keep` it is a turn on the side that isn't
+        remembered. Without a `topic` the message's words decide it.
         """
         with self._lock:
             conversation = self._find(exchange, salt, name) if keep else Conversation()
-            self._mark_used(conversation, exchange, salt)
+            history = _history_before(exchange, salt)
+            if exchange.past and history in conversation.histories:  # it is the last used one now
+                conversation.histories[history] = conversation.histories.pop(history)
             remembered = list(conversation.turns)
-        # Telling topics takes its time, and whoever answers a turn needs the lock.
+        # Finding topics takes its time, and whoever answers a turn needs the lock.
         turns = self._turns_before(exchange, name, remembered)
         turn = TopicTurn(topic or self._topic_of(exchange.question, turns), exchange.question)
         with self._lock:
@@ -356,14 +358,12 @@ class ConversationMemory:
     def _turns_before(
         self, exchange: ParsedMessages, name: str | None, remembered: list[TopicTurn], most_new: int = MAX_TURNS
     ) -> list[TopicTurn]:
-        """What the conversation has said before this turn."""
-        return remembered if _goes_on_alone(exchange, name) else self._aligned(remembered, exchange.past, most_new)
-
-    def _aligned(
-        self, remembered: Sequence[TopicTurn], past: Sequence[tuple[Message, Message]], most_new: int
-    ) -> list[TopicTurn]:
-        """The client's turns: as remembered up to the first that differs, then the last `most_new` anew."""
-        turns: list[TopicTurn] = []
+        """What the conversation has said before this turn. The turns that a client sends are taken as remembered up to
+        the first that differs, then the last `most_new` anew.
+        """
+        if _goes_on_alone(exchange, name):
+            return remembered
+        past, turns = exchange.past, list[TopicTurn]()
         for (question, answer), turn in zip(past, remembered, strict=False):
             if not _is_same(turn, question, answer):
                 break
@@ -384,13 +384,6 @@ class ConversationMemory:
                 return conversation
         return Conversation()
 
-    def _mark_used(self, conversation: Conversation, exchange: ParsedMessages, salt: str) -> None:
-        """The history that it was found by is its last used one."""
-        if not conversation.histories or not exchange.past:
-            return
-        if (history := _history_before(exchange, salt)) in conversation.histories:
-            conversation.histories[history] = conversation.histories.pop(history)
-
     def _by_name(self, salt: str, name: str) -> Conversation:
         return self._named.get((salt, name)) or Conversation(name=(salt, name))
 
@@ -407,13 +400,11 @@ class ConversationMemory:
                 if len(conversation.histories) > MAX_HISTORIES:
                     self._forget_history(conversation, next(iter(conversation.histories)))
         while len(self._conversations) > self._max_conversations:
-            self._forget(self._conversations.popitem(last=False)[1])
-
-    def _forget(self, conversation: Conversation) -> None:
-        if conversation.name is not None:
-            del self._named[conversation.name]
-        for history in list(conversation.histories):
-            self._forget_history(conversation, history)
+            _, oldest = self._conversations.popitem(last=False)
+            if oldest.name is not None:
+                del self._named[oldest.name]
+            for history in list(oldest.histories):
+                self._forget_history(oldest, history)
 
     def _forget_history(self, conversation: Conversation, history: str) -> None:
         del conversation.histories[history]

@@ -49,7 +49,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.server = Server.of(engine, config)
+    app.state.server = Server(engine, config)
     for collector in collectors:
         app.state.server.metrics.registry.register(collector)
     install_error_handlers(app)

@@ -95,6 +95,13 @@ def log_outcome(contender: str, request: GenerationRequest, outcome: Outcome, ar
     log_request(contender, request.http_request_id, outcome.status, fields)
 
 
+def log_refusal(contender: str, scope: Mapping[str, Any], status: int, **why: str) -> None:
+    """A request that came to no generation; its path is cut where it is long."""
+    finish = "error" if status >= 500 else "refused"
+    where = {"method": scope["method"], "path": str(scope["path"])[:_MAX_PATH_CHARS]}
+    log_request(contender, scope["state"]["request_id"], status, {"finish": finish, **where, **why})
+
+
 def lines_of_request(request_id: str) -> list[str]:
     """Its lines among the last of this process, oldest first."""
     return [line for of, line in list(_recent) if of == request_id]
@@ -120,11 +127,6 @@ def figures(details: Mapping[str, object]) -> dict[str, object]:
         elif value is None or isinstance(value, str | int | float):
             found[key] = _rounded(key, value)
     return found
-
-
-def path_of(scope: Mapping[str, Any]) -> str:
-    """The request's path, cut where it is long."""
-    return str(scope["path"])[:_MAX_PATH_CHARS]
 
 
 def _rounded(key: str, value: object) -> object:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvarena.asgi import error_response, json_response, read_body, replayed
-from kvarena.server.log import lines_of_request, log_request, path_of
+from kvarena.server.log import lines_of_request, log_refusal
 
 _USABLE = re.compile(r"[A-Za-z0-9._:@+=~-]{1,128}")
 
@@ -133,6 +133,5 @@ def _refusal(
     scope: Scope, contender: str, status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> Response:
     """With its line in the log."""
-    fields = {"finish": "refused", "method": scope["method"], "path": path_of(scope), "error": message}
-    log_request(contender, scope["state"]["request_id"], status, fields)
+    log_refusal(contender, scope, status, error=message)
     return error_response(status, message, headers)

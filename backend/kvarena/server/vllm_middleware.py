@@ -35,7 +35,7 @@ from kvarena.engines.base import TOKEN_COUNTS
 from kvarena.engines.vllm.config import CONNECTOR, CONTENDER_VARIABLE
 from kvarena.engines.vllm.messages import report_log, wait_for_report
 from kvarena.server.errors import CONTEXT_LENGTH_EXCEEDED
-from kvarena.server.log import CLIENT_GONE, figures, log_request, path_of, write_to_standard_output
+from kvarena.server.log import CLIENT_GONE, figures, log_refusal, log_request, write_to_standard_output
 from kvarena.server.metrics import ServerMemory
 from kvarena.server.middleware import (
     ApiKeyMiddleware,
@@ -86,8 +86,7 @@ class AccessLog:
             if completes:
                 await self._log_completion(request_id, answer_id, seen)
             elif seen.is_refused and (seen.status, scope["method"]) != (404, "GET"):  # clients look what there is
-                fields = {"finish": seen.finish, "method": scope["method"], "path": path_of(scope)}
-                log_request(self._contender, request_id, seen.status, fields)
+                log_refusal(self._contender, scope, seen.status)
 
     async def _log_completion(self, request_id: str, answer_id: str, seen: _SeenResponse) -> None:
         report = await wait_for_report(answer_id) if self._has_reports and not seen.is_refused else None
