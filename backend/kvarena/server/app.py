@@ -39,7 +39,8 @@ def create_app(
     collectors: Iterable[Collector] = (),
 ) -> FastAPI:
     """`routers`: the engine's own paths. They find the server in `app.state.server`; those that take a body use
-    `route_class=JsonRoute`. `collectors`: the engine's own figures for `/metrics`.
+    `route_class=JsonRoute`. `collectors`: the engine's own figures for `/metrics`. The caller closes the
+    engine.
     """
     config = config or ApiConfig()
     app = FastAPI(

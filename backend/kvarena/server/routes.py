@@ -139,7 +139,7 @@ def _tokenize(body: TokenizeRequest, server: Server) -> Tokens:
     if body.prompt is not None:
         text, adds_special = body.prompt, body.add_special_tokens or "add_special_tokens" not in body.model_fields_set
     else:
-        text, adds_special = render_chat(tokenizer, body.messages or [], body).texts[0], body.add_special_tokens
+        text, adds_special = str(render_chat(tokenizer, body.messages or [], body).texts[0]), body.add_special_tokens
     ids = tokenizer.encode(text, add_special_tokens=adds_special)
     names = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return Tokens(count=len(ids), max_model_len=server.engine.max_model_len, tokens=ids, token_strs=names)

@@ -469,9 +469,11 @@ class PrefixCache(Generic[S, T]):
                 return False
             self._roots[salt] = root  # making room may have emptied it
             if match.num_tokens < len(tokens):
-                assert tokens[match.num_tokens] not in node.children
-                child = Node(tokens[match.num_tokens :], rest.copy(), parent=node)
-                node = node.children[tokens[match.num_tokens]] = child
+                rest_tokens = tokens[match.num_tokens :]
+                assert len(rest) == len(rest_tokens), f"{len(rest)} tokens' payload for {len(rest_tokens)} tokens"
+                assert rest_tokens[0] not in node.children
+                child = Node(rest_tokens, rest.copy(), parent=node)
+                node = node.children[rest_tokens[0]] = child
             if new_tail is not None:
                 node.tail = new_tail.copy()
             self.num_bytes += num_new_bytes

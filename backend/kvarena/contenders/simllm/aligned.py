@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 
 import torch
 
-from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch
+from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch, if_possible
 from kvarena.contenders.simllm.params import AlignedParams
 from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome, WholeKV
 from kvarena.core.blend import Blender, BlendTask
@@ -106,9 +106,8 @@ class AlignedReuse:
             return
         keys, values = kv[-1][:, None]  # (1, H_kv, T, D) each
         whole_kv = WholeKV(Chunk(task.token_ids), kv.permute(1, 0, 3, 2, 4).flatten(3))
-        self._manager.keep_task(
-            task.outcome.task_id, task.embedding, (keys, values), whole_kv, salt=salt, token_ids=task.token_ids
-        )
+        with if_possible(task_id := task.outcome.task_id):
+            self._manager.add_task(task_id, task.embedding, (keys, values), whole_kv, salt, task.token_ids)
 
     def _try_beside(self, missed: AlignedTask, match: TaskMatch, plan: ReusePlan) -> AlignedTask:
         ids, outcome = missed.token_ids, missed.outcome

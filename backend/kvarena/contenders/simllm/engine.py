@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from kvarena.contenders.simllm.aligned import AlignedReuse
 from kvarena.contenders.simllm.inference import SimLLMInference
-from kvarena.contenders.simllm.manager import TaskMatch, TaskSearch
+from kvarena.contenders.simllm.manager import TaskMatch, TaskSearch, if_possible
 from kvarena.contenders.simllm.modeling import TaskKV
 from kvarena.contenders.simllm.params import WARNINGS, Mode
 from kvarena.contenders.simllm.task import TaskOutcome
@@ -134,11 +134,10 @@ class TaskPrefiller:
         return search
 
     def _keep(self, token_ids: Sequence[int], embedding: torch.Tensor, computed: TaskPrefill, salt: str) -> None:
-        outcome = computed.outcome
-        keys, values = computed.kv.filled(0, outcome.num_prompt_tokens)[-1][:, None]  # (1, H_kv, T, D) each
-        self.model.module.model.manager.keep_task(
-            outcome.task_id, embedding, (keys, values), salt=salt, token_ids=as_token_ids(token_ids)
-        )
+        task_id, manager = computed.outcome.task_id, self.model.module.model.manager
+        keys, values = computed.kv.filled(0, len(token_ids))[-1][:, None]  # (1, H_kv, T, D) each
+        with if_possible(task_id):
+            manager.add_task(task_id, embedding, (keys, values), salt=salt, token_ids=as_token_ids(token_ids))
 
     def _checked(self, kv: TaskKV, token_ids: Sequence[int], match: TaskMatch, computed: TaskPrefill) -> TaskPrefill:
         ids, logits = self._tensor(token_ids), computed.logits

@@ -14,7 +14,8 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,15 @@ def _is_there(device: torch.device) -> bool:
         and accelerator.type == device.type
         and (device.index or 0) < torch.accelerator.device_count()
     )
+
+
+@contextmanager
+def if_possible(task_id: str) -> Iterator[None]:
+    """Around `add_task`: an answer doesn't fail because its KV couldn't be kept."""
+    try:
+        yield
+    except ValueError:
+        logger.exception("the KV of task %s was not kept", task_id)
 
 
 @dataclass(frozen=True)
@@ -229,22 +239,6 @@ class InterTaskKVManager:
             self._insert(entry)
         if self._shared and shared_kv is not None:
             self._shared.add(entry, shared_kv)
-
-    def keep_task(
-        self,
-        task_id: str,
-        task_embedding: torch.Tensor,
-        top_layer_kv: TopLayerKV,
-        whole_kv: WholeKV | None = None,
-        *,
-        salt: str,
-        token_ids: TokenIds,
-    ) -> None:
-        """As `add_task`; but an answer doesn't fail because its KV couldn't be kept."""
-        try:
-            self.add_task(task_id, task_embedding, top_layer_kv, whole_kv, salt, token_ids)
-        except ValueError:
-            logger.exception("the KV of task %s was not kept", task_id)
 
     def get_statistics(self) -> dict[str, Any]:
         """Counts since the manager was made or reset. `num_damaged`: entries that were dropped as unusable.

@@ -37,7 +37,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch, TaskSearch
+from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch, TaskSearch, if_possible
 from kvarena.contenders.simllm.params import WARNINGS
 from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome
 from kvarena.core.plan import as_token_ids
@@ -276,7 +276,8 @@ class LlamaModelWithKVReuse(LlamaModel):
             kv.outcomes.append(self._outcome(task_id, len(prompt), search.match, kv))
             if search.match is None:
                 top_layer_kv, token_ids = kv.prompt_top_layer_kv(row, len(prompt)), as_token_ids(prompt.tolist())
-                self.manager.keep_task(task_id, search.embedding, top_layer_kv, salt=kv.salt, token_ids=token_ids)
+                with if_possible(task_id):
+                    self.manager.add_task(task_id, search.embedding, top_layer_kv, salt=kv.salt, token_ids=token_ids)
             if search.check is not None:
                 kv.checks[row] = (search.check, prompt)
         return hidden
