@@ -9,6 +9,7 @@ have, else about one that has the name of their series.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,8 +55,9 @@ class Topics(ABC):
         open_topics = list(dict.fromkeys(turn.topic for turn in reversed(earlier)))  # the most recent first
         follows = bool(open_topics) and is_follow_up(message)
         candidates = open_topics if follows else list(dict.fromkeys([*open_topics, *self.lists, *self._subjects]))
-        turns = {name: [turn for turn in earlier if turn.topic == name] for name in candidates}
-        nearness = self._nearness(message)
+        nearness, turns = self._nearness(message), defaultdict[str, list[PastTurn]](list)
+        for turn in earlier:
+            turns[turn.topic].append(turn)
         near = {name: nearness(name, self._texts(turns[name], with_answers=follows)) for name in candidates}
         nearest = max(candidates, key=near.__getitem__, default=None)
         if nearest is not None and near[nearest] >= self.threshold:
