@@ -179,7 +179,7 @@ def test_a_cache_that_fails_costs_no_answer(prefix: Prefix, monkeypatch: pytest.
         raise MemoryError("no room")
 
     prompt = prompts_with_shared_parts(300, 1, seed=10)[0]
-    monkeypatch.setattr("kvarena.contenders.prefix.engine._copy", fail)
+    monkeypatch.setattr("kvarena.contenders.prefix.engine.Kept.copy", fail)
     assert prefix.ask(prompt).token_ids == prefix.generate(prompt)
     assert prefix.engine.num_store_errors > 0
     prefix.engine.cache.check_integrity()

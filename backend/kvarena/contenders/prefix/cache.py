@@ -473,7 +473,8 @@ class PrefixCache(Generic[S, T]):
                 assert len(rest) == len(rest_tokens), f"{len(rest)} tokens' payload for {len(rest_tokens)} tokens"
                 assert rest_tokens[0] not in node.children
                 child = Node(rest_tokens, rest.copy(), parent=node)
-                node = node.children[rest_tokens[0]] = child
+                node.children[rest_tokens[0]] = child
+                node = child
             if new_tail is not None:
                 node.tail = new_tail.copy()
             self.num_bytes += num_new_bytes
