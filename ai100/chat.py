@@ -1,4 +1,4 @@
-"""One chat over an engine in this process: asks, keeps what every turn cost, and shows it in a terminal."""
+"""A chat over an engine in this process: asks, keeps what every turn cost, and shows it in a terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rich.table import Table
 
 from ai100.engine import AI100Engine, AI100Options
 from ai100.slots import Status
-from kvarena.engines.base import GenerationRequest, Sampling
-from kvarena.server.detokenizer import StopRule, TextStream
+from kvarena.engines.base import EngineUnavailable, GenerationRequest, Sampling
+from kvarena.server.text import StopRule, TextStream
 
 TAGS = {
     Status.NEW_TOPIC: "NEW",
@@ -183,8 +183,8 @@ def slots_table(engine: AI100Engine) -> Table:
     for name in ("slot", "topic", "tokens", "last used"):
         table.add_column(name, justify="left" if name == "topic" else "right", no_wrap=True)
     for row in engine.slot_rows():
-        tokens = f"{row['position']:,} of {engine.max_model_len:,}"
-        table.add_row(str(row["slot"]), row["topic"] or "", tokens if row["topic"] else "", str(row["last_used"] or ""))
+        tokens = f"{row.position:,} of {engine.max_model_len:,}" if row.topic else ""
+        table.add_row(str(row.slot), row.topic or "", tokens, str(row.last_used or ""))
     return table
 
 
@@ -193,3 +193,59 @@ def totals(cached: Sequence[Reply], uncached: Sequence[Reply], console: Console)
     with_it, without = (sum(reply.total_ms for reply in replies) for replies in (cached, uncached))
     saved = f"{len(cached)} turns: {with_it:,.0f} ms with the cache, {without:,.0f} ms without"
     console.print(f"{saved}; saved {without - with_it:,.0f} ms", highlight=False)
+
+
+class ChatLoop:
+    """`chats`: the one that is shown, and with `--compare` its twin without the cache."""
+
+    def __init__(self, chats: list[ChatSession], console: Console, verbose: bool) -> None:
+        self.chats = chats
+        self._console = console
+        self._verbose = verbose
+
+    def batch(self, messages: list[str]) -> bool:
+        """Whether one failed."""
+        failed = False
+        for message in messages:
+            self._console.print(f"> {message}", style="bold", markup=False, highlight=False)
+            failed |= not self._ask(message)
+        self._show_end()
+        return failed
+
+    def interactive(self) -> bool:
+        self._console.print(HELP, markup=False, highlight=False)
+        while True:
+            try:
+                line = self._console.input("[bold]> [/bold]").strip()
+            except (EOFError, KeyboardInterrupt):
+                line = "quit"
+            match line.lower():
+                case "quit" | "exit" | "q":
+                    self._show_end()
+                    return False
+                case "stats" | "status":
+                    show_stats(self.chats[0], self._console)
+                case "help" | "?":
+                    self._console.print(HELP, markup=False, highlight=False)
+                case "":
+                    continue
+                case _:
+                    self._ask(line)
+
+    def _ask(self, message: str) -> bool:
+        """Whether it was answered. Ctrl-C ends an answer and not the chat."""
+        shown, *twins = self.chats
+        try:
+            reply = ask_and_show(shown, message, self._console, verbose=self._verbose)
+            for twin in twins:
+                show_comparison(reply, twin.ask(message), self._console)
+        except KeyboardInterrupt:
+            self._console.print("\n(stopped)")
+        except (ValueError, EngineUnavailable) as error:
+            self._console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            return False
+        return True
+
+    def _show_end(self) -> None:
+        if len(self.chats) == 2:
+            totals(self.chats[0].replies, self.chats[1].replies, self._console)

@@ -1,24 +1,74 @@
-"""`kvarena ai100 chat`: multi-turn chat on KV slots in a terminal, with the engine in this process.
+"""`kvarena ai100 chat`: multi-turn chat on KV slots in a terminal, with the engine in this process. Its options but for
+those of the chat itself are the server's too.
 
-Heavy imports are inside the commands.
+Heavy imports are inside the functions: `kvarena` imports this at its start.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from ai100.cli_options import SettingsMaker, with_settings
+from kvarena.contenders.ai100 import SPEC
+from kvarena.contenders.command_line import with_options
+from kvarena.contenders.command_line import with_settings as with_spec_settings
 
-if TYPE_CHECKING:
-    from rich.console import Console
+SettingsMaker = Callable[..., Any]
+"""Makes `EngineSettings` of the options that were given, and of more fields by keyword."""
 
-    from ai100.chat import ChatSession
-    from ai100.engine import AI100Engine
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `_make_settings` in place of its parameter `make_settings`."""
+    options = [one for one in inspect.signature(_make_settings).parameters.values() if one.name != "more"]
+    return with_options(command, "make_settings", options, lambda given: partial(_make_settings, **given))
+
+
+@with_spec_settings(SPEC)
+def _make_settings(
+    settings: Any,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A local folder, a Hugging Face model name, or town. "
+            "[default: meta-llama/Llama-3.2-1B-Instruct on the card, else the stack's]"
+        ),
+    ] = None,
+    sentence_model: Annotated[
+        str | None,
+        typer.Option(help="For --topics embedding. [default: all-MiniLM-L6-v2 if installed, else word embeddings]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Host runtime: auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Host runtime: auto, float32, bfloat16 or float16.")] = "float32",
+    num_cores: Annotated[int, typer.Option(help="Card: cores to compile for.")] = 16,
+    num_devices: Annotated[int, typer.Option(help="Card: devices to spread the model over.")] = 1,
+    mxfp6_matmul: Annotated[bool, typer.Option("--mxfp6-matmul", help="Card: weights in MXFP6.")] = False,
+    mxint8_kv_cache: Annotated[bool, typer.Option("--mxint8-kv-cache", help="Card: KV in MXINT8.")] = False,
+    comp_ctx_lengths: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Card: context lengths to compile besides --ctx-len (repeatable). Attention uses the shortest that is "
+            "long enough. [default: always all of --ctx-len]"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of notes; each topic gets those that fit it. [default: the model's]")
+    ] = None,
+    **more: Any,
+) -> Any:
+    from ai100.runtimes.card import CompileOptions
+    from ai100.settings import EngineSettings
+
+    lengths = tuple(comp_ctx_lengths or ())
+    compiled = CompileOptions(num_cores, num_devices, mxfp6_matmul, mxint8_kv_cache, lengths)
+    return EngineSettings(settings, model, sentence_model, device, dtype, compiled, data, **more)
 
 
 MAX_CONTEXT = 800
@@ -50,6 +100,7 @@ def chat(
     """Chat; every topic keeps its KV slot, and a follow-up prefills only what is new."""
     from rich.console import Console
 
+    from ai100.chat import ChatLoop, ChatSession
     from ai100.settings import START_ERRORS, open_engine
 
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
@@ -63,7 +114,8 @@ def chat(
     except START_ERRORS as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    talk = _ChatLoop.over(engine, console, compare=compare, use_cache=not no_cache, verbose=verbose)
+    modes = (True, False) if compare else (not no_cache,)
+    talk = ChatLoop([ChatSession(engine, use_cache=mode) for mode in modes], console, verbose)
     try:
         failed = talk.batch(messages or []) if batch else talk.interactive()
     finally:
@@ -71,76 +123,6 @@ def chat(
     if as_json:
         print(json.dumps([[reply.to_json() for reply in chat.replies] for chat in talk.chats], indent=1))
     raise typer.Exit(1 if failed else 0)
-
-
-class _ChatLoop:
-    """`chats`: the one that is shown, and with `--compare` its twin without the cache."""
-
-    def __init__(self, chats: list[ChatSession], console: Console, verbose: bool) -> None:
-        self.chats = chats
-        self._console = console
-        self._verbose = verbose
-
-    @classmethod
-    def over(cls, engine: AI100Engine, console: Console, *, compare: bool, use_cache: bool, verbose: bool) -> _ChatLoop:
-        from ai100.chat import ChatSession
-
-        modes = (True, False) if compare else (use_cache,)
-        return cls([ChatSession(engine, use_cache=mode) for mode in modes], console, verbose)
-
-    def batch(self, messages: list[str]) -> bool:
-        """Whether one failed."""
-        failed = False
-        for message in messages:
-            self._console.print(f"> {message}", style="bold", markup=False, highlight=False)
-            failed |= not self._ask(message)
-        self._show_end()
-        return failed
-
-    def interactive(self) -> bool:
-        from ai100.chat import HELP, show_stats
-
-        self._console.print(HELP, markup=False, highlight=False)
-        while True:
-            try:
-                line = self._console.input("[bold]> [/bold]").strip()
-            except (EOFError, KeyboardInterrupt):
-                line = "quit"
-            match line.lower():
-                case "quit" | "exit" | "q":
-                    self._show_end()
-                    return False
-                case "stats" | "status":
-                    show_stats(self.chats[0], self._console)
-                case "help" | "?":
-                    self._console.print(HELP, markup=False, highlight=False)
-                case "":
-                    continue
-                case _:
-                    self._ask(line)
-
-    def _ask(self, message: str) -> bool:
-        """Whether it was answered. Ctrl-C ends an answer and not the chat."""
-        from ai100.chat import ask_and_show, show_comparison
-        from kvarena.engines.base import EngineUnavailable
-
-        shown, *twins = self.chats
-        try:
-            reply = ask_and_show(shown, message, self._console, verbose=self._verbose)
-            for twin in twins:
-                show_comparison(reply, twin.ask(message), self._console)
-        except KeyboardInterrupt:
-            self._console.print("\n(stopped)")
-        except (ValueError, EngineUnavailable) as error:
-            self._console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            return False
-        return True
-
-    def _show_end(self) -> None:
-        from ai100.chat import totals
-
-        if len(self.chats) == 2:
-            totals(self.chats[0].replies, self.chats[1].replies, self._console)
 
 
 def _check_mode(messages: list[str], *, batch: bool, as_json: bool, no_cache: bool, compare: bool) -> None:

@@ -172,8 +172,9 @@ class PromptWriter:
         answers = [turn.answer for turn in turns]
         talk = [message for pair in zip(said, answers, strict=False) for message in pair]
         messages = [*_system(chat, of_topic), *talk, said[-1]]
+        arguments = {"add_generation_prompt": True, **chat.template_arguments}
         try:
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(chat)))
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
         except Exception as error:  # A template is a program of the model's author.
             raise ValueError(f"the model's chat template can't render these messages: {error}") from error
         token_ids = self.tokenizer.encode(text, add_special_tokens=chat.add_special_tokens)
@@ -236,14 +237,10 @@ def _with_notes(chat: Chat, question: Message, notes: Sequence[Note]) -> Message
     return {**question, "content": chat.notes.joined(notes) + text_of(question)} if notes else question
 
 
-def _arguments(chat: Chat) -> dict[str, Any]:
-    return {"add_generation_prompt": True, **chat.template_arguments}
-
-
 MAX_CONVERSATIONS = 1024
 MAX_TURNS = 4096
 """Of a conversation; more can't be sent, and of one that goes on without its history the oldest are forgotten."""
-MAX_TELLING_TURNS = 64
+MAX_TOPIC_TURNS = 64
 MAX_TOKENISED = 8
 """How many of a topic's turns keep their tokens: a client may go back and ask otherwise."""
 MAX_HISTORIES = 256
@@ -273,7 +270,7 @@ class OpenTurn:
 
 
 class ConversationMemory:
-    """Thread-safe. Keeps the last `max_conversations`. `question_in` a message is what tells its topic."""
+    """Thread-safe. Keeps the last `max_conversations`. `question_in` a message is what decides its topic."""
 
     def __init__(
         self,
@@ -292,14 +289,16 @@ class ConversationMemory:
     def begin(
         self, exchange: ParsedMessages, salt: str, name: str | None, *, keep: bool = True, topic: str | None = None
     ) -> OpenTurn:
-        """The next turn of the conversation that this belongs to. Without `keep` it is a turn on the side: nobody
-        remembers it. Without a `topic` the message's words tell it.
+        """The next turn of the conversation that this belongs to. Without `keep` it is a turn on the side that isn't
+        remembered. Without a `topic` the message's words decide it.
         """
         with self._lock:
             conversation = self._find(exchange, salt, name) if keep else Conversation()
-            self._mark_used(conversation, exchange, salt)
+            history = _history_before(exchange, salt)
+            if exchange.past and history in conversation.histories:  # it is the last used one now
+                conversation.histories[history] = conversation.histories.pop(history)
             remembered = list(conversation.turns)
-        # Telling topics takes its time, and whoever answers a turn needs the lock.
+        # Finding topics takes its time, and whoever answers a turn needs the lock.
         turns = self._turns_before(exchange, name, remembered)
         turn = TopicTurn(topic or self._topic_of(exchange.question, turns), exchange.question)
         with self._lock:
@@ -314,13 +313,13 @@ class ConversationMemory:
                 self._keep(conversation, salt)
             return OpenTurn(conversation, conversation.system, earlier, turn)
 
-    def foretell(self, exchange: ParsedMessages, salt: str, name: str | None) -> tuple[str, bool]:
-        """The topic that `begin` would find for this turn, and whether it is the conversation's first in it. Nothing is
-        remembered, and nothing made or moved. Of turns that aren't remembered the last `MAX_TELLING_TURNS` count.
+    def preview(self, exchange: ParsedMessages, salt: str, name: str | None) -> tuple[str, bool]:
+        """The topic that `begin` would find for this turn, and whether it is new to the conversation. Changes nothing.
+        Of turns that aren't remembered the last `MAX_TOPIC_TURNS` count.
         """
         with self._lock:
             remembered = list(self._find(exchange, salt, name).turns)
-        turns = self._turns_before(exchange, name, remembered, MAX_TELLING_TURNS)
+        turns = self._turns_before(exchange, name, remembered, MAX_TOPIC_TURNS)
         topic = self._topic_of(exchange.question, turns)
         return topic, not any(turn.topic == topic and turn.answer is not None for turn in turns)
 
@@ -349,24 +348,22 @@ class ConversationMemory:
                 turns.remove(begun.turn)
 
     def _topic_of(self, question: Message, earlier: Sequence[TopicTurn]) -> str:
-        """By the last `MAX_TELLING_TURNS` of the turns before it."""
+        """By the last `MAX_TOPIC_TURNS` of the turns before it."""
         said = [
             PastTurn(turn.topic, self._question_in(text_of(turn.question)), text_of(turn.answer) if turn.answer else "")
-            for turn in earlier[-MAX_TELLING_TURNS:]
+            for turn in earlier[-MAX_TOPIC_TURNS:]
         ]
         return self._topics.topic_of(self._question_in(text_of(question)), said)
 
     def _turns_before(
         self, exchange: ParsedMessages, name: str | None, remembered: list[TopicTurn], most_new: int = MAX_TURNS
     ) -> list[TopicTurn]:
-        """What the conversation has said before this turn."""
-        return remembered if _goes_on_alone(exchange, name) else self._aligned(remembered, exchange.past, most_new)
-
-    def _aligned(
-        self, remembered: Sequence[TopicTurn], past: Sequence[tuple[Message, Message]], most_new: int
-    ) -> list[TopicTurn]:
-        """The client's turns: as remembered up to the first that differs, then the last `most_new` anew."""
-        turns: list[TopicTurn] = []
+        """What the conversation has said before this turn. The turns that a client sends are taken as remembered up to
+        the first that differs, then the last `most_new` anew.
+        """
+        if _goes_on_alone(exchange, name):
+            return remembered
+        past, turns = exchange.past, list[TopicTurn]()
         for (question, answer), turn in zip(past, remembered, strict=False):
             if not _is_same(turn, question, answer):
                 break
@@ -387,13 +384,6 @@ class ConversationMemory:
                 return conversation
         return Conversation()
 
-    def _mark_used(self, conversation: Conversation, exchange: ParsedMessages, salt: str) -> None:
-        """The history that it was found by is its last used one."""
-        if not conversation.histories or not exchange.past:
-            return
-        if (history := _history_before(exchange, salt)) in conversation.histories:
-            conversation.histories[history] = conversation.histories.pop(history)
-
     def _by_name(self, salt: str, name: str) -> Conversation:
         return self._named.get((salt, name)) or Conversation(name=(salt, name))
 
@@ -410,13 +400,11 @@ class ConversationMemory:
                 if len(conversation.histories) > MAX_HISTORIES:
                     self._forget_history(conversation, next(iter(conversation.histories)))
         while len(self._conversations) > self._max_conversations:
-            self._forget(self._conversations.popitem(last=False)[1])
-
-    def _forget(self, conversation: Conversation) -> None:
-        if conversation.name is not None:
-            del self._named[conversation.name]
-        for history in list(conversation.histories):
-            self._forget_history(conversation, history)
+            _, oldest = self._conversations.popitem(last=False)
+            if oldest.name is not None:
+                del self._named[oldest.name]
+            for history in list(oldest.histories):
+                self._forget_history(oldest, history)
 
     def _forget_history(self, conversation: Conversation, history: str) -> None:
         del conversation.histories[history]

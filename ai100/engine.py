@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
@@ -27,13 +26,13 @@ from ai100.conversation import (
     text_of,
 )
 from ai100.notes import NO_NOTES, Notes
-from ai100.runtimes.runtime import Logits, Runtime
+from ai100.runtimes.runtime import Runtime
 from ai100.slots import SlotKey
 from ai100.topics import Topics
 from kvarena.engines.base import FinishReason, GeneratedToken, GenerationRequest, Report, spans_of
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.store_metrics import StoreFigures
-from kvarena.server.detokenizer import Detokenizer
+from kvarena.server.text import Detokenizer
 
 
 class AI100Options(BaseModel):
@@ -48,6 +47,21 @@ class AI100Options(BaseModel):
     use_cache: StrictBool = True
     notes: StrictBool | None = None
     topic: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=80)] | None = None
+
+
+class SlotRow(BaseModel):
+    """`position` tokens have their KV in the slot; the larger `last_used`, the later. `is_aside`: no topic gets it, for
+    it is kept for turns without slots.
+    """
+
+    slot: int
+    topic: str | None
+    conversation: str | None
+    position: int
+    has_pending_token: bool
+    in_use: bool
+    last_used: int
+    is_aside: bool
 
 
 GEN_LEN = 500
@@ -102,7 +116,7 @@ class AI100Engine:
         or moved in the slots. Raises `ValueError` as a generation does.
         """
         exchange = ParsedMessages.of(messages)
-        return (PLAIN_TEXT, True) if exchange is None else self.memory.foretell(exchange, salt, conversation)
+        return (PLAIN_TEXT, True) if exchange is None else self.memory.preview(exchange, salt, conversation)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -123,32 +137,24 @@ class AI100Engine:
         num_topics = sum(slot.key is not None for slot in slots.rows())
         return StoreFigures(slots.num_hits, slots.num_misses, slots.num_evictions, num_topics)
 
-    def slot_rows(self) -> list[dict[str, Any]]:
-        """What lies in the slots now, the most recently used marked by the largest `last_used`."""
+    def slot_rows(self) -> list[SlotRow]:
+        """What lies in the slots now."""
         return [
-            {
-                "slot": slot.index,
-                "topic": slot.key.topic if slot.key else None,
-                "conversation": slot.key.conversation if slot.key else None,
-                "position": slot.position,
-                "has_pending_token": slot.pending is not None,
-                "in_use": slot.in_use,
-                "last_used": slot.last_used,
-                "is_aside": slot.is_aside,
-            }
+            SlotRow(
+                slot=slot.index,
+                topic=slot.key.topic if slot.key else None,
+                conversation=slot.key.conversation if slot.key else None,
+                position=slot.position,
+                has_pending_token=slot.pending is not None,
+                in_use=slot.in_use,
+                last_used=slot.last_used,
+                is_aside=slot.is_aside,
+            )
             for slot in self.batcher.slots.rows()
         ]
 
     def close(self) -> None:
         self.batcher.close()
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A request that knows whose slot it needs; `begun` is `None` for one that is no chat."""
-
-    key: SlotKey
-    begun: OpenTurn | None = None
 
 
 class AI100Generation:
@@ -164,6 +170,7 @@ class AI100Generation:
         self._use_cache = options.use_cache and engine.use_cache
         self._wants_notes = options.notes
         self._topic = options.topic
+        self._begun: OpenTurn | None = None  # stays `None` for a prompt that is no chat
         self._turn: BatchedRequest | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -180,11 +187,11 @@ class AI100Generation:
 
     def _steps(self) -> Iterator[GeneratedToken]:
         # 1. Which conversation and topic is it?
-        planned = self._plan()
-        self.report.texts["topic"] = planned.key.topic
+        key = self._begin()
+        self.report.texts["topic"] = key.topic
 
         # 2. Queue it. The batcher has the prompt made when the topic's earlier turns have ended.
-        turn = self._batched(planned)
+        turn = self._batched(key)
         with self._lock:
             self._turn = turn
             turn.closed = self._closed
@@ -199,36 +206,37 @@ class AI100Generation:
             self.close()
             turn.ended.wait()
             if turn.num_taken < len(turn.answer_ids):
-                self._remember(planned, turn)
-            self._fill_report(planned)
+                self._remember(turn)
+            self._fill_report(turn)
 
-    def _plan(self) -> _Planned:
+    def _begin(self) -> SlotKey:
+        """Whose slot the request needs."""
         request, memory = self._request, self._engine.memory
         name, salt = request.conversation_id, request.cache_salt
         exchange = ParsedMessages.of(request.messages) if request.messages else None
         if exchange is None:
             named = memory.named(salt, name) if name is not None and request.sample == 0 else uuid.uuid4().hex
-            return _Planned(SlotKey(salt, named, PLAIN_TEXT))
+            return SlotKey(salt, named, PLAIN_TEXT)
         if request.num_samples > 1 and name is not None and not exchange.past:
             raise ValueError(f"n is {request.num_samples}; a conversation that goes on by its name takes one answer")
-        begun = memory.begin(exchange, salt, name, keep=request.sample == 0, topic=self._topic)
-        return _Planned(SlotKey(salt, begun.conversation.id, begun.turn.topic), begun)
+        begun = self._begun = memory.begin(exchange, salt, name, keep=request.sample == 0, topic=self._topic)
+        return SlotKey(salt, begun.conversation.id, begun.turn.topic)
 
-    def _batched(self, planned: _Planned) -> BatchedRequest:
+    def _batched(self, key: SlotKey) -> BatchedRequest:
         sampling = self._request.sampling
         sampler = Sampler(sampling, torch.device("cpu"))
         return BatchedRequest(
-            key=planned.key,
-            prepare=partial(self._prompt, planned),
-            draw=partial(_draw, sampler),
-            on_end=partial(self._remember, planned),
+            key=key,
+            prepare=self._prompt,
+            draw=lambda logits: sampler.draw(torch.from_numpy(logits)),
+            on_end=self._remember,
             eos_token_ids=frozenset() if sampling.ignore_eos else self._engine.runtime.eos_token_ids,
             use_cache=self._use_cache,
         )
 
-    def _prompt(self, planned: _Planned) -> Prompt:
+    def _prompt(self) -> Prompt:
         """In the batcher's thread for prompts."""
-        request, begun, writer = self._request, planned.begun, self._engine.writer
+        request, begun, writer = self._request, self._begun, self._engine.writer
         if begun is None:
             prompt = writer.of_text(request)
         else:
@@ -252,28 +260,27 @@ class AI100Generation:
             wanted = not begun.system and not any(map(notes.is_context, asked))
         return notes if wanted else NO_NOTES
 
-    def _remember(self, planned: _Planned, turn: BatchedRequest) -> None:
+    def _remember(self, turn: BatchedRequest) -> None:
         """The answer, as far as it was read where it was given up; a turn of which nothing was read never was."""
-        if planned.begun is None:
+        if (begun := self._begun) is None:
             return
         given_up = turn.finish_reason is None or (self._closed and turn.num_taken < len(turn.answer_ids))
         said = turn.answer_ids[: turn.num_taken] if given_up else turn.answer_ids
         if turn.prompt is None or turn.error is not None or (given_up and not said):
-            self._engine.memory.drop(planned.begun)
+            self._engine.memory.drop(begun)
             return
         text = Detokenizer(self._engine.tokenizer, turn.prompt.token_ids)
-        self._engine.memory.remember(planned.begun, turn.prompt, "".join(map(text.push, said)), said)
+        self._engine.memory.remember(begun, turn.prompt, "".join(map(text.push, said)), said)
 
-    def _fill_report(self, planned: _Planned) -> None:
-        assert self._turn is not None, "a report is filled after its turn"
-        figures, report = self._turn.figures, self.report
+    def _fill_report(self, turn: BatchedRequest) -> None:
+        figures, prompt, report = turn.figures, turn.prompt, self.report
         report.num_prompt_tokens = figures.num_prompt_tokens
         report.num_reused_tokens = figures.num_reused_tokens
         report.num_computed_tokens = figures.num_prompt_tokens - figures.num_reused_tokens
         report.details |= {
             "cache_enabled": self._use_cache,
             "slot": figures.slot,
-            "turn": 1 + (self._turn.prompt.num_earlier_turns if self._turn.prompt else 0),
+            "turn": 1 + (prompt.num_earlier_turns if prompt else 0),
             "status": figures.status,
             "reason": figures.reason,
             "num_prefilled_tokens": report.num_computed_tokens,
@@ -283,9 +290,4 @@ class AI100Generation:
             },
             "spans": spans_of([(0, figures.num_reused_tokens, "reused")], figures.num_prompt_tokens),
         }
-        prompt = self._turn.prompt
         report.texts["notes"] = ", ".join(dict.fromkeys(note.name for note in prompt.notes)) if prompt else ""
-
-
-def _draw(sampler: Sampler, logits: Logits) -> GeneratedToken:
-    return sampler.draw(torch.from_numpy(logits))

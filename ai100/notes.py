@@ -1,12 +1,8 @@
 """Which notes of a folder a topic is answered from: those nearest to its first message, within a budget of tokens.
 
-A note is a paragraph of a file, under the file's title. The choice depends on what was asked alone, never on what is
-in a slot, so a prompt is the same with slots and without.
-
-| notes | chosen | stand |
-|---|---|---|
-| of a topic | for its first message: the nearest, as many as the budget takes | in the system message, for good |
-| of a turn | for a later message: the nearest that aren't there yet, in half the budget | before its question |
+A note is a paragraph of a file, under the file's title. The choice depends only on what was asked, never on what is in
+a slot, so a prompt is the same with slots and without. A topic's notes are chosen for its first message, and stand in
+the system message; a later message gets those it needs besides, in half the budget, before its question.
 
 Files of a series (`kohli-1-...`, `kohli-2-...`) are about one subject. How near a note is to a message is told by
 BM25 (Robertson and Zaragoza 2009), or by the cosine of sentence vectors.
@@ -21,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,25 +59,12 @@ class Note:
         return " ".join(re.findall(r"[^\W_]+", re.split(r"\d", self.name, maxsplit=1)[0]))
 
 
-class Similarity(Protocol):
-    """How near notes are to a message. `least`: what a note must have to be told to the model at all; `kept`: what the
-    next best need of the best one's.
-    """
-
-    least: float
-    kept: float
-
-    def own(self, message: str) -> Vectors:
-        """`(N,)`, from 0 to 1: how much of the message each note covers."""
-        ...
-
-    def ranked(self, message: str, earlier: Sequence[str]) -> Vectors:
-        """`(N,)`, to compare notes by; the topic's earlier messages say what a follow-up is about."""
-        ...
-
-
 class BM25Similarity:
-    """By the words that a note and a message share, the rarer the more. A note's title counts twice."""
+    """How near notes are to a message: by the words that they share, the rarer the more. A note's title counts twice.
+
+    `least`: what a note must have to be shown to the model at all; `kept`: what share of the best one's score the
+    others need.
+    """
 
     least = 0.3
     kept = 0.5
@@ -102,12 +84,14 @@ class BM25Similarity:
         return math.log(1 + (len(self._counts) - num_with + 0.5) / (num_with + 0.5))
 
     def own(self, message: str) -> Vectors:
+        """`(N,)`, from 0 to 1: how much of the message each note covers."""
         said = content_words(message)
         return np.array(
             [sum(word in counts for word in said) / max(1, len(said)) for counts in self._counts], np.float32
         )
 
     def ranked(self, message: str, earlier: Sequence[str]) -> Vectors:
+        """`(N,)`, to compare notes by; the topic's earlier messages say what a follow-up is about."""
         weights = {word: EARLIER_WEIGHT for text in earlier for word in content_words(text)}
         weights |= dict.fromkeys(content_words(message), 1.0)
         scores = np.zeros(len(self._counts), np.float32)
@@ -118,7 +102,7 @@ class BM25Similarity:
 
 
 class CosineSimilarity:
-    """By the cosine of sentence vectors."""
+    """The same by the cosine of sentence vectors."""
 
     least = 0.3
     kept = 0.6
@@ -158,7 +142,9 @@ class Notes:
         self.system = system if budget else ""
         self.separator = separator
         self.words = BM25Similarity(self.notes)
-        self._nearness: Similarity = CosineSimilarity(self.notes, embed) if embed and self.notes else self.words
+        self._nearness: BM25Similarity | CosineSimilarity = self.words
+        if embed and self.notes:
+            self._nearness = CosineSimilarity(self.notes, embed)
         self._remembered_ranks = lru_cache(maxsize=1024)(self._rank)
 
     def of_topic(self, message: str) -> tuple[Note, ...]:

@@ -10,13 +10,13 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
-from ai100.cli_options import SettingsMaker, with_settings
-from ai100.engine import AI100Engine
+from ai100.cli import SettingsMaker, with_settings
+from ai100.engine import AI100Engine, SlotRow
 from ai100.settings import START_ERRORS, open_engine
 from kvarena.contenders.ai100 import SPEC
 from kvarena.contenders.command_line import Host, LoadFormat, Port, ServedModelName
 from kvarena.engines.store_metrics import StoreCollector
-from kvarena.server.app import serve
+from kvarena.server.app import create_app, serve
 from kvarena.server.errors import ApiError
 from kvarena.server.protocol import Messages, Salt, TemplateFields
 from kvarena.server.requests import JsonRoute, conversation_of, render_chat
@@ -24,26 +24,11 @@ from kvarena.server.state import ERRORS, ApiConfig, ServerDep, engine_of
 
 router = APIRouter(route_class=JsonRoute)
 
-MAX_WAITING_TO_BE_TOLD = 16
-_one_teller = CapacityLimiter(1)
-"""Pages ask at each pause in typing; the threads of all other requests are no place to wait in."""
+MAX_WAITING = 16
+_one_at_a_time = CapacityLimiter(1)
+"""Pages ask for the topic at each pause in typing; these requests must not take the threads of all others."""
 
 EngineDep = Annotated[AI100Engine, Depends(engine_of(AI100Engine))]
-
-
-class SlotRow(BaseModel):
-    """`position` tokens have their KV in the slot; the larger `last_used`, the later. `is_aside`: no topic gets it, for
-    it is kept for turns without slots.
-    """
-
-    slot: int
-    topic: str | None
-    conversation: str | None
-    position: int
-    has_pending_token: bool
-    in_use: bool
-    last_used: int
-    is_aside: bool
 
 
 class SlotRows(BaseModel):
@@ -56,8 +41,8 @@ class SlotRows(BaseModel):
 
 @router.get("/slots")
 async def slots(engine: EngineDep) -> SlotRows:
-    rows = [SlotRow(**row) for row in engine.slot_rows()]
-    return SlotRows(slots=rows, ctx_len=engine.max_model_len, num_evictions=engine.batcher.slots.num_evictions)
+    num_evictions = engine.batcher.slots.num_evictions
+    return SlotRows(slots=engine.slot_rows(), ctx_len=engine.max_model_len, num_evictions=num_evictions)
 
 
 class TopicRequest(TemplateFields):
@@ -80,13 +65,13 @@ class TopicAnswer(BaseModel):
 async def topic(body: TopicRequest, request: Request, server: ServerDep, engine: EngineDep) -> TopicAnswer:
     """Which topic the last message would go to. Nothing is answered or remembered, and no slot is touched."""
     server.check_model(body.model)
-    if _one_teller.statistics().tasks_waiting >= MAX_WAITING_TO_BE_TOLD:
+    if _one_at_a_time.statistics().tasks_waiting >= MAX_WAITING:
         raise ApiError(503, "too many topics are asked for; the answer tells its own")
-    tell = partial(_foretell, body, conversation_of(request, body.session_id), engine)
-    return await to_thread.run_sync(tell, limiter=_one_teller)
+    find = partial(_find_topic, body, conversation_of(request, body.session_id), engine)
+    return await to_thread.run_sync(find, limiter=_one_at_a_time)
 
 
-def _foretell(body: TopicRequest, conversation: str | None, engine: AI100Engine) -> TopicAnswer:
+def _find_topic(body: TopicRequest, conversation: str | None, engine: AI100Engine) -> TopicAnswer:
     messages = render_chat(engine.tokenizer, body.messages, body).messages
     try:
         name, is_new = engine.topic_of(messages, body.cache_salt or "", conversation)
@@ -121,7 +106,8 @@ def main(
     except START_ERRORS as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
-    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
+    config = ApiConfig.from_environment()
+    serve(create_app(engine, config, routers=[router], collectors=[StoreCollector(engine)]), host, port)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class SlotTable:
         is_own = key is not None and slot.key == key
         if not is_own:
             self.num_evictions += slot.key is not None
-            self._empty(slot)
+            self.forget(slot)
         self._clock += 1
         slot.key, slot.in_use, slot.last_used = key, True, self._clock
         return Taken(slot, not is_own)
@@ -133,16 +133,16 @@ class SlotTable:
         """The turn has ended; the topic keeps the slot until somebody needs it more."""
         self._check_held(slot)
         if slot.key is None:
-            self._empty(slot)
+            self.forget(slot)
         slot.in_use = False
 
     def forget(self, slot: Slot) -> None:
         """Nothing in the slot can be relied on; it is nobody's now."""
-        self._empty(slot)
+        slot.key, slot.token_ids, slot.pending, slot.in_use, slot.last_used = None, [], None, False, 0
 
     def forget_all(self) -> None:
         for slot in self.slots:
-            self._empty(slot)
+            self.forget(slot)
 
     def rows(self) -> list[Slot]:
         """Copies. From any thread: a row is read while it may change, so it is a picture and no basis for decisions."""
@@ -172,9 +172,6 @@ class SlotTable:
             return min(empty, key=lambda slot: not slot.is_aside, default=None)
         topics = [slot for slot in idle if not slot.is_aside]
         return min(topics, key=lambda slot: (slot.key is not None, slot.last_used), default=None)
-
-    def _empty(self, slot: Slot) -> None:
-        slot.key, slot.token_ids, slot.pending, slot.in_use, slot.last_used = None, [], None, False, 0
 
     def _check_held(self, slot: Slot) -> None:
         assert slot.in_use, f"slot {slot.index} is nobody's to change"

@@ -1,21 +1,30 @@
-"""The card: is there a Cloud AI 100 that this machine can use; compile a model for it; open a session on it.
+"""The card: is there a Cloud AI 100 that this machine can use; compile a model for it; run slots in a session on it.
 
 The places looked at are those of Qualcomm's SDK, as QEfficient knows them (COMPILER in
 QEfficient/utils/constants.py, cloud_infer.py, device_utils.py). QEfficient is imported only here.
+
+A session holds a compiled graph on a device, and between runs the graph's retained state: every `past_*` input, whose
+next value is the output of the same name plus `_RetainedState`. `Session` is the part of QEfficient's
+`QAICInferenceSession` that is used (QEfficient/generation/cloud_infer.py). It is injected, so that `QEfficientRuntime`
+runs over ONNX Runtime too (`onnx_session.py`). Not here: QEfficient's own decode loop, which is greedy only and writes
+into the slots of idle rows.
 """
 
 from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ai100.runtimes.qefficient import ContextLengths, Session
-from ai100.runtimes.runtime import StaticShapes
+import numpy as np
+from numpy.typing import NDArray
+
+from ai100.runtimes.runtime import DeviceLost, Logits, ModelFiles, Runtime, SlotRange, StaticShapes
 
 SDK = Path("/opt/qti-aic")
 QUERY_TIMEOUT_S = 30
@@ -79,6 +88,46 @@ class CompileOptions:
             raise ValueError(f"comp_ctx_lengths must be at least 1, not {min(self.comp_ctx_lengths)}")
 
 
+Buffers = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ContextLengths:
+    """Over how many positions a run can attend, in ascending order; none: over all `ctx_len`, however few are filled.
+    They are the shapes of the graph's input `comp_ctx_lengths`."""
+
+    prefill: tuple[int, ...] = ()
+    decode: tuple[int, ...] = ()
+
+    def check(self, ctx_len: int) -> None:
+        """Raises `ValueError` where one doesn't reach to the end."""
+        for name, lengths in (("prefill", self.prefill), ("decode", self.decode)):
+            if lengths and lengths[-1] < ctx_len:
+                raise ValueError(f"{name} attends over {lengths[-1]} positions at most, and ctx_len is {ctx_len}")
+
+
+class Session(Protocol):
+    """One thread at a time."""
+
+    @property
+    def input_names(self) -> Sequence[str]: ...
+
+    @property
+    def output_names(self) -> Sequence[str]: ...
+
+    def skip_buffers(self, skipped_buffer_names: list[str]) -> None:
+        """These stay on the device: they are neither given nor given back."""
+
+    def set_buffers(self, buffers: Buffers) -> None:
+        """Sets inputs, and the shapes of outputs."""
+
+    def run(self, inputs: Buffers) -> Buffers:
+        """Every failure is an exception, of many types; the retained state is lost with it."""
+
+    def deactivate(self) -> None:
+        """Gives the device back."""
+
+
 def compile_model(path: str, shapes: StaticShapes, options: CompileOptions) -> tuple[Path, ContextLengths]:
     """Exports and compiles, or finds what was compiled before with the same settings, in QEfficient's own cache.
 
@@ -101,14 +150,10 @@ def compile_model(path: str, shapes: StaticShapes, options: CompileOptions) -> t
     model = QEFFAutoModelForCausalLM.from_pretrained(path, continuous_batching=True, **config)
     try:
         program = Path(model.compile(**arguments))
-        return program, _context_lengths(model)
+        prefill, decode = model.comp_ctx_lengths_prefill, model.comp_ctx_lengths_decode
+        return program, ContextLengths(tuple(prefill or ()), tuple(decode or ()))
     except Exception as error:
         raise CompileFailed(f"{path} can't be compiled for {shapes} with {options}: {error}") from error
-
-
-def _context_lengths(model: Any) -> ContextLengths:
-    """Of one that has been compiled."""
-    return ContextLengths(tuple(model.comp_ctx_lengths_prefill or ()), tuple(model.comp_ctx_lengths_decode or ()))
 
 
 def open_on_card(program: Path, device_ids: Sequence[int] | None = None) -> Session:
@@ -120,3 +165,109 @@ def open_on_card(program: Path, device_ids: Sequence[int] | None = None) -> Sess
     except Exception as error:  # no SDK, no card, no free cores: each its own type
         raise CardUnavailable(f"no session on the card: {error}") from error
     return session
+
+
+NOWHERE = -1
+"""The position of padding and of idle rows: what they compute is written into no slot, and their logits mean
+nothing."""
+WIPING_TOKEN = 0
+
+
+ALL_OF_THE_CONTEXT = ContextLengths()
+
+
+class QEfficientRuntime(Runtime):
+    """`Runtime` over a session. `open_session` opens one with empty slots, at the start and after each loss.
+
+    Once a run has failed, what the device holds is unknown, whatever the reason was: that is a lost device.
+    """
+
+    def __init__(
+        self,
+        open_session: Callable[[], Session],
+        files: ModelFiles,
+        shapes: StaticShapes,
+        name: str = "qaic",
+        context_lengths: ContextLengths = ALL_OF_THE_CONTEXT,
+    ) -> None:
+        """Raises what `open_session` raises, and `ValueError` for context lengths that end before `ctx_len`."""
+        super().__init__(files, shapes)
+        context_lengths.check(shapes.ctx_len)
+        self._context_lengths = context_lengths
+        self.name = name
+        self._open_session = open_session
+        self.session: Session | None = None
+        """None while the device is lost or closed."""
+        self._open()
+
+    def clear(self, slot: int) -> None:
+        """Overwrites what the slot held: a host has no other hand on one slot of the device."""
+        self._opened()
+        step = self.shapes.prefill_seq_len
+        num_tokens = self._filled.num_touched(slot)
+        for position in range(0, num_tokens, step):
+            self.prefill(slot, [WIPING_TOKEN] * min(step, num_tokens - position), position)
+        self._filled.empty(slot)
+
+    def reopen(self) -> None:
+        self.close()
+        try:
+            self._open()
+        except Exception as error:
+            raise DeviceLost(f"the device doesn't come back: {error}") from error
+
+    def close(self) -> None:
+        session, self.session = self.session, None
+        self._filled.empty_all()
+        if session is not None:
+            with suppress(Exception):  # a lost device can't be given back properly
+                session.deactivate()
+
+    def _open(self) -> None:
+        self.session = session = self._open_session()
+        names = [*session.input_names, *session.output_names]
+        session.skip_buffers([name for name in names if name.startswith("past_")])
+
+    def _run(self, token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange], *, decodes: bool) -> Logits:
+        """Padded to the compiled shape, over the shortest compiled context that has all positions."""
+        session, shapes, context_lengths = self._opened(), self.shapes, self._context_lengths.prefill
+        batch_size, seq_len = shapes.prefill_batch_size, shapes.prefill_seq_len
+        if decodes:
+            context_lengths, batch_size, seq_len = self._context_lengths.decode, shapes.full_batch_size, 1
+        inputs = padded_inputs(token_ids, written, batch_size, seq_len)
+        if context_lengths:
+            end = max(row.end for row in written)
+            length = next(length for length in context_lengths if length >= end)
+            inputs["comp_ctx_lengths"] = np.zeros(length, dtype=np.int64)
+        try:
+            session.set_buffers({"logits": np.zeros((batch_size, 1, self.vocab_size), dtype=np.float32)})
+            logits = session.run(inputs)["logits"]
+        except Exception as error:
+            self.close()
+            raise DeviceLost(f"the device is lost: {error or type(error).__name__}") from error
+        self._filled.touch(written)
+        self._filled.fill(written)
+        return np.array(logits[: len(written), 0], dtype=np.float32)
+
+    def _opened(self) -> Session:
+        if self.session is None:
+            raise DeviceLost("the device is lost or closed; reopen it")
+        return self.session
+
+
+def padded_inputs(
+    token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange], batch_size: int, seq_len: int
+) -> Buffers:
+    """`input_ids` and `position_ids` `(batch_size, seq_len)`, `batch_index` `(batch_size, 1)`, all int64.
+
+    Padding and idle rows are at NOWHERE; idle rows get slots of their own, so that no slot stands in a batch twice.
+    """
+    input_ids = np.zeros((batch_size, seq_len), dtype=np.int64)
+    position_ids = np.full((batch_size, seq_len), NOWHERE, dtype=np.int64)
+    for number, (row, tokens) in enumerate(zip(written, token_ids, strict=True)):
+        input_ids[number, : len(tokens)] = tokens
+        position_ids[number, : len(tokens)] = np.arange(row.start, row.end)
+    busy = [row.slot for row in written]
+    idle = [slot for slot in range(batch_size) if slot not in busy]
+    batch_index = np.array((busy + idle)[:batch_size], dtype=np.int64)[:, None]
+    return {"input_ids": input_ids, "position_ids": position_ids, "batch_index": batch_index}

@@ -17,8 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
-from ai100.runtimes.model_files import ModelFiles, kv_shape
-from ai100.runtimes.runtime import DecodeRow, DeviceLost, FilledSlots, Logits, SlotRange, StaticShapes
+from ai100.runtimes.runtime import DeviceLost, Logits, ModelFiles, Runtime, SlotRange, StaticShapes, kv_shape
 
 ATTENTION = "ai100_slots"
 """The name that Hugging Face's models know the attention by."""
@@ -102,7 +101,7 @@ CHECK_TOLERANCE = {torch.float32: 1e-3}
 CHECK_TOLERANCE_ROUNDED = 0.05
 
 
-class HostRuntime:
+class HostRuntime(Runtime):
     """`Runtime` over a Hugging Face causal language model with keys and values of one shape in every layer.
 
     In float32 the seam's equation holds up to the order of sums; in 16 bits, up to their rounding.
@@ -112,13 +111,8 @@ class HostRuntime:
 
     def __init__(self, model: Any, files: ModelFiles, shapes: StaticShapes) -> None:
         """Raises `ValueError` when this model doesn't run over slots."""
-        files.check(shapes)
-        self.shapes = shapes
-        self.tokenizer = files.tokenizer
-        self.vocab_size = files.vocab_size
-        self.eos_token_ids = files.eos_token_ids
+        super().__init__(files, shapes)
         self._model = model.eval()
-        self._filled = FilledSlots(shapes, self.vocab_size)
         self._kv: SlotKV | None = self._new_kv()
         self._check_model()
 
@@ -143,15 +137,6 @@ class HostRuntime:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         return cls(model.to(device), files, shapes)
 
-    def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Logits:
-        written = self._filled.prefill_range(slot, token_ids, position)
-        logits: Logits = self._run([token_ids], [written])[0]
-        return logits
-
-    def decode(self, rows: Sequence[DecodeRow]) -> Logits:
-        written = self._filled.decode_ranges(rows)
-        return self._run([[row.token_id] for row in rows], written)
-
     def clear(self, slot: int) -> None:
         touched = self._filled.num_touched(slot)
         with self._device_errors():
@@ -171,8 +156,7 @@ class HostRuntime:
         """What the slot's memory holds, for whoever wants to look: a view `(L, 2, H_kv, ctx_len, D)`."""
         return self._opened().memory[:, :, slot]
 
-    def _run(self, token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange]) -> Logits:
-        """One forward over rows of equal length. Returns the logits `(B, V)` of each row's last token."""
+    def _run(self, token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange], *, decodes: bool) -> Logits:
         kv, device = self._opened(), self._model.device
         kv.go_on_with(written)
         self._filled.touch(written)  # a forward that fails may have written some of it

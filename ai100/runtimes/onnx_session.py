@@ -28,9 +28,8 @@ from onnxruntime import InferenceSession, OrtValue, SessionOptions
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
 
-from ai100.runtimes.model_files import kv_shape
-from ai100.runtimes.qefficient import Buffers
-from ai100.runtimes.runtime import StaticShapes
+from ai100.runtimes.card import Buffers
+from ai100.runtimes.runtime import StaticShapes, kv_shape
 
 NOWHERE_IN_GRAPH = torch.iinfo(torch.int32).max
 HIDDEN = -1e9
@@ -141,7 +140,7 @@ NOWHERE = np.iinfo(np.int32).max
 
 
 class OnnxSession:
-    """`Session` over a graph of QEfficient's, or of `export.py`. Everything retained is zero at first.
+    """`Session` over a graph of QEfficient's, or of `export`. Everything retained is zero at first.
 
     Differs from the card's: index NOWHERE becomes -1, the last position, and one spare position is there to be it;
     positions stay below `ctx_len`, so the model never looks at the spare.

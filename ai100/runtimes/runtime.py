@@ -16,16 +16,19 @@ text can't show, even where a device can't be told to wipe it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from kvarena.engines.base import Tokenizer
 
 Logits = NDArray[np.float32]
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,58 @@ class StaticShapes:
         return self.full_batch_size if self.prefill_seq_len == 1 else 1
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a runtime has to know of a model beside its weights. `path` is a local folder or a hub name."""
+
+    path: str
+    config: Any
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def read(cls, path: str) -> ModelFiles:
+        """Raises `OSError` when there is no such model."""
+        config = AutoConfig.from_pretrained(path)
+        return cls(path, config, AutoTokenizer.from_pretrained(path), _eos_token_ids(path, config))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    def check(self, shapes: StaticShapes) -> None:
+        """Raises `ValueError` when slots of this length can't hold the model's KV exactly."""
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest and shapes.ctx_len > longest:
+            raise ValueError(f"ctx_len {shapes.ctx_len} is more than the {longest} positions of {self.path}")
+        window = getattr(self.config, "sliding_window", None)
+        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]
+        if window and "sliding_attention" in kinds and window < shapes.ctx_len:
+            raise ValueError(f"ctx_len {shapes.ctx_len} is more than the sliding window of {window} tokens")
+        rope = str((getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default"))
+        if rope in LENGTH_DEPENDENT_ROPE:
+            raise ValueError(f"rope_type {rope!r}: frequencies that depend on the length don't fit kept keys")
+
+
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, KV heads and head size of a model whose layers are alike. Raises `ValueError` for any other."""
+    try:
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_hidden_layers, config.num_key_value_heads, head_size
+    except AttributeError as error:
+        raise ValueError(f"a {config.model_type} doesn't run over KV slots: {error}") from error
+
+
+def _eos_token_ids(path: str, config: Any) -> frozenset[int]:
+    try:
+        found = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a model without generation_config.json
+        found = None
+    if found is None:
+        found = config.eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
     """One token to be run at the position of its slot."""
@@ -76,7 +131,7 @@ class DeviceLost(RuntimeError):
     """
 
 
-class Runtime(Protocol):
+class Runtime(ABC):
     """One model on one device. Not thread-safe: one call at a time, from any thread.
 
     Equation: the logits of a slot that was filled by any cut of a text into `prefill` and `decode` calls are those of
@@ -88,36 +143,50 @@ class Runtime(Protocol):
     """
 
     name: str
-    shapes: StaticShapes
-    tokenizer: Tokenizer
-    vocab_size: int
-    eos_token_ids: frozenset[int]
+
+    def __init__(self, files: ModelFiles, shapes: StaticShapes) -> None:
+        """Raises `ValueError` when slots of these shapes can't hold the model's KV exactly."""
+        files.check(shapes)
+        self.shapes = shapes
+        self.tokenizer = files.tokenizer
+        self.vocab_size = files.vocab_size
+        self.eos_token_ids = files.eos_token_ids
+        self._filled = FilledSlots(shapes, files.vocab_size)
 
     def prefill(self, slot: int, token_ids: Sequence[int], position: int) -> Logits:
         """Runs 1 to `prefill_seq_len` tokens from `position` on, one run of the device.
 
         Returns the logits `(V,)` of the last token.
         """
-        ...
+        written = self._filled.prefill_range(slot, token_ids, position)
+        logits: Logits = self._run([token_ids], [written], decodes=False)[0]
+        return logits
 
     def decode(self, rows: Sequence[DecodeRow]) -> Logits:
         """Runs one token in each of 1 to `full_batch_size` slots, one run of the device; other slots stay as they are.
 
         Returns the logits `(len(rows), V)`.
         """
-        ...
+        written = self._filled.decode_ranges(rows)
+        return self._run([[row.token_id] for row in rows], written, decodes=True)
 
+    @abstractmethod
     def clear(self, slot: int) -> None:
         """Nothing that the slot held can show in any later call."""
-        ...
 
+    @abstractmethod
     def reopen(self) -> None:
         """Brings a lost or closed device back with empty slots. Raises `DeviceLost` when it can't."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Gives the device back; more than once is no error."""
-        ...
+
+    @abstractmethod
+    def _run(self, token_ids: Sequence[Sequence[int]], written: Sequence[SlotRange], *, decodes: bool) -> Logits:
+        """One run over rows of equal length, in the shapes of a decode step or of a prefill. Writes and counts what
+        each row brings. Returns the logits `(B, V)` of each row's last token.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """In ASCII: halves of characters, which a request's JSON may escape, can be told back so."""
+    """In ASCII, so that a lone surrogate, which a request's JSON may escape, can be quoted."""
     return Response(json.dumps(content), status, headers, "application/json")
 
 

@@ -235,7 +235,7 @@ def test_an_error_in_one_turn_is_that_turns_alone(make: Make) -> None:
     assert [answer.token_ids for answer in answers_of([first, third])] == [expected[0], expected[2]]
     assert all(isinstance(error, RuntimeError) and "out of memory" in str(error) for error in (second, fourth))
     broken.engine.batcher.slots.check_integrity()
-    assert [row["topic"] for row in broken.engine.slot_rows()] == ["water", None, "land", None, None]
+    assert [row.topic for row in broken.engine.slot_rows()] == ["water", None, "land", None, None]
     broken.runtime.before = lambda kind, slots: None
     again = read(started(broken, "bread", "bread"), broken.engine)
     assert (again.token_ids, again.details["turn"], again.details["status"]) == (expected[1], 1, "NEW_TOPIC")
@@ -373,4 +373,4 @@ def test_at_once_and_in_turn_over_a_while(make: Make) -> None:
     answers = at_once([partial(last_answer, user) for user in range(8)])
     assert len(answers) == 8
     ai100.engine.batcher.slots.check_integrity()
-    assert not any(row["in_use"] for row in ai100.engine.slot_rows())
+    assert not any(row.in_use for row in ai100.engine.slot_rows())

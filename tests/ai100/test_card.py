@@ -17,11 +17,18 @@ import pytest
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
 from ai100.runtimes import card
-from ai100.runtimes.card import CardUnavailable, CompileFailed, CompileOptions, compile_model, open_on_card
+from ai100.runtimes.card import (
+    CardUnavailable,
+    CompileFailed,
+    CompileOptions,
+    ContextLengths,
+    Session,
+    compile_model,
+    open_on_card,
+)
 from ai100.runtimes.host import HostRuntime
-from ai100.runtimes.qefficient import ContextLengths, Session
-from ai100.runtimes.registry import chosen, open_runtime
 from ai100.runtimes.runtime import StaticShapes
+from ai100.settings import chosen, open_runtime
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
 SHAPES = StaticShapes(prefill_seq_len=8, ctx_len=48, full_batch_size=2, kv_cache_batch_size=4)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ai100 import conversation
-from ai100.conversation import MAX_HISTORIES, MAX_TELLING_TURNS, MAX_TURNS, ConversationMemory, ParsedMessages
+from ai100.conversation import MAX_HISTORIES, MAX_TOPIC_TURNS, MAX_TURNS, ConversationMemory, ParsedMessages
 from ai100.runtimes.runtime import StaticShapes
 from ai100.topics import KeywordTopics, PastTurn
 from kvarena.engines.base import GenerationRequest, Sampling
@@ -151,7 +151,7 @@ def test_prompts_that_are_no_chat(ai100: AI100) -> None:
 def test_an_empty_message_is_refused(ai100: AI100, text: str) -> None:
     with pytest.raises(ValueError, match="empty"):
         ai100.ask(text)
-    assert all(row["topic"] is None for row in ai100.engine.slot_rows())
+    assert all(row.topic is None for row in ai100.engine.slot_rows())
 
 
 def test_samples_of_one_question(ai100: AI100) -> None:
@@ -190,10 +190,11 @@ def test_the_oldest_conversations_are_forgotten() -> None:
     assert begin("rain", "a") != first
 
 
-class NotedTopics:
+class NotedTopics(KeywordTopics):
     """Notes how many turns each message is told by, and whether others can use the memory meanwhile."""
 
     def __init__(self) -> None:
+        super().__init__({})
         self.nums_earlier: list[int] = []
         self.memory = ConversationMemory(self)
         self.was_locked = False
@@ -213,7 +214,7 @@ def test_a_long_history_that_nobody_remembers_stops_nobody() -> None:
     begun = topics.memory.begin(exchange, "", None)
     assert len(begun.earlier) == 2000
     assert len(topics.nums_earlier) == 2001
-    assert max(topics.nums_earlier) == MAX_TELLING_TURNS
+    assert max(topics.nums_earlier) == MAX_TOPIC_TURNS
     assert not topics.was_locked
 
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ai100.engine import AI100Engine
-from ai100.runtimes.registry import open_runtime
 from ai100.runtimes.runtime import StaticShapes
+from ai100.settings import open_runtime
 from ai100.topics import KeywordTopics, load_topics
 from kvarena.engines.base import Sampling
 from kvarena.model import find_model

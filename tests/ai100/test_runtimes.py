@@ -15,12 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ai100.runtimes import card
+from ai100.runtimes.card import Buffers, ContextLengths, QEfficientRuntime, Session
 from ai100.runtimes.host import HostRuntime
-from ai100.runtimes.model_files import ModelFiles
 from ai100.runtimes.onnx_session import OnnxSession, export
-from ai100.runtimes.qefficient import Buffers, ContextLengths, QEfficientRuntime, Session
-from ai100.runtimes.registry import open_runtime
-from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, Runtime, StaticShapes
+from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, ModelFiles, Runtime, StaticShapes
+from ai100.settings import open_runtime
 from support.tiny_models import FAMILIES, save_tiny_model
 
 SHAPES = StaticShapes(prefill_seq_len=8, ctx_len=48, full_batch_size=3, kv_cache_batch_size=5)

@@ -17,7 +17,7 @@ from support.request_lines import lines_of
 TESTS = Path(__file__).parents[1]
 PROGRAM = (
     "from support.scripted_engine import ScriptedEngine; "
-    "from kvarena.server.app import serve; serve(ScriptedEngine(), port=0)"
+    "from kvarena.server.app import create_app, serve; serve(create_app(ScriptedEngine()), port=0)"
 )
 
 

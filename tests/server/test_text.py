@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from kvarena.engines.base import GeneratedToken
-from kvarena.server.detokenizer import Detokenizer, StopRule, StopStrings, TextStream
-from kvarena.server.logprobs import TokenTexts
+from kvarena.server.text import Detokenizer, StopRule, StopStrings, TextStream, TokenTexts
 from support.scripted_engine import tokenizer
 
 texts = st.text(max_size=40).filter(lambda text: "\ufffd" not in text)

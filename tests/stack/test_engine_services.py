@@ -82,7 +82,7 @@ def test_what_runs_on_a_card_leaves_cores_and_memory_to_the_others(
 def test_a_card_has_its_own_default_model(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is asked for, and where there is one and QEfficient, which drives it."""
     assert make(home, tmp_path, contenders="ai100", ai100_runtime="qaic")[0].model.name == DEFAULT_CARD_MODEL
-    assert EngineSettings(AI100Settings("qaic")).model_path == DEFAULT_CARD_MODEL
+    assert EngineSettings(AI100Settings("qaic")).found.name == DEFAULT_CARD_MODEL
     monkeypatch.setattr(machine, "cards", lambda: [Path("/dev/accel/accel0")])
     assert make(home, tmp_path, contenders="ai100")[0].model.served_name == "town", "QEfficient isn't there"
     monkeypatch.setattr("kvarena.stack.plan.find_spec", lambda name: object())

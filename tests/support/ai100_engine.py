@@ -133,7 +133,7 @@ class AI100:
 
 def read(generation: AI100Generation, engine: AI100Engine) -> Answer:
     """To the end, as the server does; the end-of-sequence token is left out."""
-    from kvarena.server.detokenizer import Detokenizer
+    from kvarena.server.text import Detokenizer
 
     tokens = [token.token_id for token in generation if not token.is_end]
     text = Detokenizer(engine.tokenizer, generation.prompt_token_ids)

@@ -16,7 +16,7 @@ from fastapi import APIRouter
 from prometheus_client.registry import Collector
 
 from kvarena.engines.base import Engine
-from kvarena.server.app import HttpServer, make_server
+from kvarena.server.app import HttpServer, create_app
 from kvarena.server.state import ApiConfig
 
 E = TypeVar("E", bound=Engine)
@@ -40,7 +40,7 @@ def serving(
     collectors: Iterable[Collector] = (),
 ) -> Iterator[RealServer[E]]:
     """Listens when the block begins. The engine is closed with the server."""
-    server = make_server(engine, config=config, routers=routers, collectors=collectors)
+    server = HttpServer(create_app(engine, config, routers=routers, collectors=collectors))
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # Named, for else asyncio leaves Nagle's algorithm on.
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

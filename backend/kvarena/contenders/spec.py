@@ -83,22 +83,6 @@ class Container:
     shm_size: str = ""
 
 
-def _nothing(launch: Launch) -> tuple[str, ...]:
-    return ()
-
-
-def _no_packages(launch: Launch) -> Mapping[str, str]:
-    return {}
-
-
-def _no_memory(launch: Launch) -> float:
-    return 0
-
-
-def _on_the_host(launch: Launch) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class ContenderSpec:
     """A server in the arena.
@@ -123,11 +107,11 @@ class ContenderSpec:
     report: ReportView = ""
     icon: str = ""
     settings: type | None = None
-    needs: Callable[[Launch], tuple[str, ...]] = _nothing
-    packages: Callable[[Launch], Mapping[str, str]] = _no_packages
-    cache_gb: Callable[[Launch], float] = _no_memory
-    chunk_store_gb: Callable[[Launch], float] = _no_memory
-    on_card: Callable[[Launch], bool] = _on_the_host
+    needs: Callable[[Launch], tuple[str, ...]] = lambda launch: ()
+    packages: Callable[[Launch], Mapping[str, str]] = lambda launch: {}
+    cache_gb: Callable[[Launch], float] = lambda launch: 0
+    chunk_store_gb: Callable[[Launch], float] = lambda launch: 0
+    on_card: Callable[[Launch], bool] = lambda launch: False
     model_types: tuple[str, ...] = ()
     health_path: str = "/health"
     container: Container = Container()

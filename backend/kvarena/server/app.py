@@ -1,6 +1,6 @@
 """The HTTP application over an engine, and serving it with uvicorn until it is told to end.
 
-On SIGTERM or SIGINT all running generations are closed first, so that no client and no connection delays the end.
+On SIGTERM or SIGINT all running generations are closed first, so that no client delays the shutdown.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def create_app(
     routers: Iterable[APIRouter] = (),
     collectors: Iterable[Collector] = (),
 ) -> FastAPI:
-    """`routers`: paths of the engine's own. They find the server in `app.state.server`; those that take a body use
-    `route_class=JsonRoute`. `collectors`: figures of the engine's own, for `/metrics`. The engine stays its caller's,
-    who closes it.
+    """`routers`: the engine's own paths. They find the server in `app.state.server`; those that take a body use
+    `route_class=JsonRoute`. `collectors`: the engine's own figures for `/metrics`. The caller closes the
+    engine.
     """
     config = config or ApiConfig()
     app = FastAPI(
@@ -50,7 +50,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.server = Server.of(engine, config)
+    app.state.server = Server(engine, config)
     for collector in collectors:
         app.state.server.metrics.registry.register(collector)
     install_error_handlers(app)
@@ -63,13 +63,7 @@ def create_app(
         secured = [Depends(HTTPBearer(auto_error=False))]  # For the OpenAPI document; the middleware checks.
     app.add_middleware(RequestIdMiddleware)
     app.include_router(open_router)
-    for router in (
-        info_router,
-        chat_router,
-        completions_router,
-        tokenization_router,
-        *routers,
-    ):
+    for router in (info_router, chat_router, completions_router, tokenization_router, *routers):
         app.include_router(router, dependencies=secured)
     return app
 
@@ -78,52 +72,31 @@ _SHUTDOWN_S = 5
 _LOG_FORMAT = "%(levelname)s %(asctime)s [%(name)s] %(message)s"
 
 
-def serve(
-    engine: Engine,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    config: ApiConfig | None = None,
-    *,
-    routers: Iterable[APIRouter] = (),
-    collectors: Iterable[Collector] = (),
-) -> None:
+def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Returns, or ends the process, after SIGTERM or SIGINT; the engine is closed then. Port 0 takes a free one, which
     the log names. Logs to standard output: a line of JSON for each request, and, unless logging is set up already, all
     else.
     """
     write_to_standard_output()
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, stream=sys.stdout)
-    make_server(engine, host, port, config, routers=routers, collectors=collectors).run()
-
-
-def make_server(
-    engine: Engine,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    config: ApiConfig | None = None,
-    *,
-    routers: Iterable[APIRouter] = (),
-    collectors: Iterable[Collector] = (),
-) -> HttpServer:
-    app = create_app(engine, config, routers=routers, collectors=collectors)
-    settings = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=_SHUTDOWN_S,
-        server_header=False,
-    )
-    return HttpServer(settings, app.state.server)
+    HttpServer(app, host, port).run()
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's, but that generations are closed before it waits for connections, and the engine after."""
+    """Differs from uvicorn's: generations are closed before it waits for connections, and the engine after."""
 
-    def __init__(self, settings: uvicorn.Config, server: Server) -> None:
+    def __init__(self, app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
+        settings = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+            server_header=False,
+        )
         super().__init__(settings)
-        self._server = server
+        self._server: Server = app.state.server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._server.runner.close()

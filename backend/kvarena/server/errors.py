@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from kvarena.asgi import error_body
-from kvarena.server.log import log_request, path_of
+from kvarena.server.log import log_refusal
 
 _MAX_SHOWN_CHARS = 80
 
@@ -135,8 +135,6 @@ def _refuse(
 ) -> Response:
     """`said_in_log`: instead of a message that may quote a prompt."""
     if not logged:
-        fields = {"method": request.method, "path": path_of(request.scope), "error": said_in_log or message}
-        finish = "error" if status >= 500 else "refused"
         contender = request.app.state.server.engine.contender
-        log_request(contender, request.state.request_id, status, {"finish": finish, **fields})
+        log_refusal(contender, request.scope, status, error=said_in_log or message)
     return JSONResponse(error_body(status, message, param, code), status, dict(headers or {}))

@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from kvarena.engines.base import TOKEN_COUNTS
-from kvarena.server.generation import Outcome, finish_of
+from kvarena.server.log import Outcome
 
 _LABELS = ("model_name", "engine")
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -111,7 +111,7 @@ class Metrics:
         self._generated_tokens.inc(outcome.num_tokens)
         for name in TOKEN_COUNTS:
             self._origins.labels(*self._values, name.split("_")[1]).inc(getattr(report, name))
-        self._finished.labels(*self._values, finish_of(outcome)).inc()
+        self._finished.labels(*self._values, outcome.finish).inc()
         if outcome.refused:
             return
         self._request_s.observe(outcome.ended_at - arrived_at)
@@ -129,7 +129,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _show_zeros(self) -> None:
-        """Series that have not counted yet are there all the same, as rates need."""
+        """Series are there from the start, at 0, as rates need."""
         for name in TOKEN_COUNTS:
             self._origins.labels(*self._values, name.split("_")[1])
         for reason in ("stop", "length", "abort", "refused", "error"):

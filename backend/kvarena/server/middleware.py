@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvarena.asgi import error_response, json_response, read_body, replayed
-from kvarena.server.log import lines_of_request, log_request, path_of
+from kvarena.server.log import lines_of_request, log_refusal
 
 _USABLE = re.compile(r"[A-Za-z0-9._:@+=~-]{1,128}")
 
@@ -67,9 +67,8 @@ OPEN_PATHS = frozenset({"/health", "/metrics"})
 
 
 class ApiKeyMiddleware:
-    """Answers 401 before the body is read, to all that show none of the keys. Goes inside of `RequestIds`.
-
-    Keys are compared in a time that doesn't depend on how much is right.
+    """Answers 401, before the body is read, to a request with none of the keys; they are compared in constant time.
+    Goes inside of `RequestIdMiddleware`.
     """
 
     def __init__(self, app: ASGIApp, contender: str, api_keys: Sequence[str]) -> None:
@@ -102,8 +101,8 @@ BODY_TIMEOUT_S = 60.0
 
 
 class BodyLimitMiddleware:
-    """Answers 413 to a larger body: by the length that its client says, else as soon as so much has come; and 408 to
-    one that doesn't go on. Goes inside of `RequestIds`.
+    """Answers 413 to a larger body, by its `Content-Length` or as soon as so much has come, and 408 to one that stalls.
+    Goes inside of `RequestIdMiddleware`.
     """
 
     def __init__(self, app: ASGIApp, contender: str, max_bytes: int) -> None:
@@ -115,10 +114,10 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        length = Headers(scope=scope).get("content-length", "")
+        is_too_large = length.isdecimal() and int(length[:20]) > self._max_bytes
         try:
-            read = (
-                None if self._is_said_to_be_larger(scope) else await read_body(receive, self._max_bytes, BODY_TIMEOUT_S)
-            )
+            read = None if is_too_large else await read_body(receive, self._max_bytes, BODY_TIMEOUT_S)
         except TimeoutError:
             message = f"nothing of the body came for {BODY_TIMEOUT_S:g} s"
             await _refusal(scope, self._contender, 408, message, {"connection": "close"})(scope, receive, send)
@@ -129,15 +128,10 @@ class BodyLimitMiddleware:
             return
         await self._app(scope, replayed(read, receive), send)
 
-    def _is_said_to_be_larger(self, scope: Scope) -> bool:
-        length = Headers(scope=scope).get("content-length", "")
-        return length.isdecimal() and int(length[:20]) > self._max_bytes
-
 
 def _refusal(
     scope: Scope, contender: str, status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> Response:
     """With its line in the log."""
-    fields = {"finish": "refused", "method": scope["method"], "path": path_of(scope), "error": message}
-    log_request(contender, scope["state"]["request_id"], status, fields)
+    log_refusal(contender, scope, status, error=message)
     return error_response(status, message, headers)

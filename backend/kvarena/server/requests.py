@@ -39,7 +39,7 @@ class JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """Parsed as vLLM parses it, and without half characters, which no tokenizer takes."""
+        """Parsed as vLLM parses it, and without lone surrogates, which no tokenizer takes."""
         body = await self.body()
         try:
             parsed = json.loads(body)
@@ -88,15 +88,16 @@ _IGNORED_TEMPLATE_ARGUMENTS = frozenset(
 
 
 @dataclass(frozen=True)
-class RenderedChat:
-    """The prompt's text, special tokens written out, the messages that it was made of, and the template's arguments."""
+class Prompts:
+    """Texts with their special tokens written out, or token ids; of a chat also what its one text was made of."""
 
-    text: str
-    messages: tuple[dict[str, Any], ...]
-    template_arguments: Mapping[str, Any]
+    texts: Sequence[EnginePrompt]
+    add_special_tokens: bool
+    messages: tuple[Mapping[str, Any], ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-def render_chat(tokenizer: Tokenizer, chat: Sequence[Message], how: TemplateFields) -> RenderedChat:
+def render_chat(tokenizer: Tokenizer, chat: Sequence[Message], how: TemplateFields) -> Prompts:
     if not tokenizer.chat_template:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
     messages = tuple(_plain(message) for message in chat)
@@ -116,7 +117,7 @@ def render_chat(tokenizer: Tokenizer, chat: Sequence[Message], how: TemplateFiel
     except Exception as error:
         # A template is a program of the model's author; it fails on messages that it wasn't written for.
         raise ApiError(400, f"the model's chat template can't render these messages: {error}", "messages") from error
-    return RenderedChat(str(text), messages, arguments)
+    return Prompts([str(text)], how.add_special_tokens, messages, arguments)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -150,14 +151,6 @@ def check_token_ids(token_ids: Sequence[int], tokenizer: Tokenizer, param: str) 
 
 OPTIONS_KEY = "kvarena"
 _OPTIONS_PATH = f"kv_transfer_params.{OPTIONS_KEY}"
-
-
-@dataclass(frozen=True)
-class Prompts:
-    texts: Sequence[EnginePrompt]
-    add_special_tokens: bool
-    messages: tuple[Mapping[str, Any], ...] = ()
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def generation_requests(

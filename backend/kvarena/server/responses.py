@@ -15,11 +15,13 @@ it is gone, or the answer is complete, the group is closed and what still runs e
 from __future__ import annotations
 
 import asyncio
+import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -33,16 +35,15 @@ from kvarena.engines.base import (
     GenerationRequest,
     PromptTooLong,
     Report,
+    Sampling,
 )
-from kvarena.server.detokenizer import StopRule, TextDelta
 from kvarena.server.errors import CONTEXT_LENGTH_EXCEEDED, ApiError
-from kvarena.server.generation import Ended, Event, Outcome
+from kvarena.server.log import Outcome
 from kvarena.server.protocol import PromptTokensDetails, ResponseModel, SamplingFields, Usage
+from kvarena.server.requests import Prompts, generation_requests
+from kvarena.server.runner import Ended, Event
 from kvarena.server.state import Server
-
-
-class Closeable(Protocol):
-    def close(self) -> None: ...
+from kvarena.server.text import StopRule, TextDelta, TokenTexts
 
 
 class ClientWatch:
@@ -51,7 +52,7 @@ class ClientWatch:
     `keep` leaves it open beyond the block: for a stream, which closes it itself.
     """
 
-    def __init__(self, request: Request, answer: Closeable) -> None:
+    def __init__(self, request: Request, answer: GenerationGroup) -> None:
         self._request = request
         self._answer = answer
         self._kept = False
@@ -237,29 +238,39 @@ class Choice:
         return {"usage": usage_of(self.num_prompt_tokens, self.num_tokens)} if self.tells_usage else {}
 
 
-class ResponseBuilder(Protocol):
+@dataclass(frozen=True)
+class ResponseBuilder(ABC):
     """The objects of one kind of completion."""
 
-    @property
-    def answer_id(self) -> str: ...
+    answer_id: str
+    model: str
+    token_texts: TokenTexts
+    wants_logprobs: bool
+    created: int = field(default_factory=lambda: int(time.time()))
 
-    @property
-    def wants_logprobs(self) -> bool: ...
-
+    @abstractmethod
     def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> ResponseModel: ...
 
     def opening(self, choice: Choice) -> ResponseModel | None:
-        """What a choice's stream begins with."""
-        ...
+        """What a choice's stream begins with, if not with its first piece."""
+        return None
 
+    @abstractmethod
     def piece(self, choice: Choice, text: str, token: GeneratedToken | None) -> ResponseModel: ...
 
+    @abstractmethod
     def closing(self, choice: Choice) -> ResponseModel: ...
 
+    @abstractmethod
     def usage(self, usage: Usage) -> ResponseModel: ...
 
 
-async def respond(request: Request, answer: GenerationGroup, form: ResponseBuilder, body: SamplingFields) -> Response:
+async def respond(
+    request: Request, server: Server, form: ResponseBuilder, body: SamplingFields, sampling: Sampling, prompts: Prompts
+) -> Response:
+    requests = generation_requests(server, request, form.answer_id, body, sampling, prompts)
+    stop = StopRule(body.stop_strings, body.include_stop_str_in_output)
+    answer = GenerationGroup(server, form.answer_id, requests, stop, body.num_samples)
     with ClientWatch(request, answer) as watch:
         await answer.first()
         if body.stream:

@@ -1,20 +1,11 @@
-"""The paths of a server, but for those of an engine's own.
-
-| path | |
-|---|---|
-| `POST /v1/chat/completions`, `POST /v1/completions` | generation; prompts are messages, texts or token ids |
-| `POST /tokenize`, `POST /detokenize` | as vLLM has them |
-| `GET /v1/models`, `GET /kvarena`, `GET /kvarena/requests/{id}` | models, settings, reports of requests |
-| `GET /docs`, `GET /openapi.json` | all of these, for a browser and for programs |
-| `GET /health`, `GET /metrics` | open: no API key is asked for |
+"""The paths of a server, but for an engine's own: health and metrics, models, settings, reports, tokenising, chat and
+text completions. docs/http.md is their reference.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
-from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -23,9 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from kvarena.engines.base import GeneratedToken
-from kvarena.server.detokenizer import StopRule
 from kvarena.server.errors import ApiError, shown
-from kvarena.server.logprobs import TokenTexts, chat_logprobs, text_logprobs
 from kvarena.server.protocol import (
     ChatChoice,
     ChatChunkChoice,
@@ -53,13 +42,13 @@ from kvarena.server.requests import (
     JsonRoute,
     Prompts,
     check_token_ids,
-    generation_requests,
     render_chat,
     sampling_of,
     split_prompts,
 )
-from kvarena.server.responses import Choice, GenerationGroup, respond
+from kvarena.server.responses import Choice, ResponseBuilder, respond
 from kvarena.server.state import ERRORS, Server, ServerDep
+from kvarena.server.text import chat_logprobs, text_logprobs
 
 open_router = APIRouter()
 """Paths that ask for no API key."""
@@ -150,7 +139,7 @@ def _tokenize(body: TokenizeRequest, server: Server) -> Tokens:
     if body.prompt is not None:
         text, adds_special = body.prompt, body.add_special_tokens or "add_special_tokens" not in body.model_fields_set
     else:
-        text, adds_special = render_chat(tokenizer, body.messages or [], body).text, body.add_special_tokens
+        text, adds_special = str(render_chat(tokenizer, body.messages or [], body).texts[0]), body.add_special_tokens
     ids = tokenizer.encode(text, add_special_tokens=adds_special)
     names = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
     return Tokens(count=len(ids), max_model_len=server.engine.max_model_len, tokens=ids, token_strs=names)
@@ -176,30 +165,15 @@ _ANSWER = "The completion; with `stream` true, server-sent events with its chunk
 )
 async def create_chat_completion(body: ChatCompletionRequest, request: Request, server: ServerDep) -> Response:
     server.check_model(body.model)
-    chat = await asyncio.to_thread(render_chat, server.engine.tokenizer, body.messages, body)
+    prompts = await asyncio.to_thread(render_chat, server.engine.tokenizer, body.messages, body)
     sampling = sampling_of(body, (body.top_logprobs or 0) if body.logprobs else None)
     form = ChatResponseBuilder(
         f"chatcmpl-{request.state.request_id}", server.engine.model_name, server.token_texts, bool(body.logprobs)
     )
-    prompts = Prompts([chat.text], body.add_special_tokens, chat.messages, chat.template_arguments)
-    requests = generation_requests(server, request, form.answer_id, body, sampling, prompts)
-    stop = StopRule(body.stop_strings, body.include_stop_str_in_output)
-    answer = GenerationGroup(server, form.answer_id, requests, stop, body.num_samples)
-    return await respond(request, answer, form, body)
+    return await respond(request, server, form, body, sampling, prompts)
 
 
-@dataclass(frozen=True)
-class AnswerFields:
-    """What the answers of both paths have in common."""
-
-    answer_id: str
-    model: str
-    token_texts: TokenTexts
-    wants_logprobs: bool
-    created: int = field(default_factory=lambda: int(time.time()))
-
-
-class ChatResponseBuilder(AnswerFields):
+class ChatResponseBuilder(ResponseBuilder):
     def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> ChatCompletion:
         return ChatCompletion(
             id=self.answer_id,
@@ -220,33 +194,29 @@ class ChatResponseBuilder(AnswerFields):
         )
 
     def opening(self, choice: Choice) -> ChatCompletionChunk:
-        return self._chunk(choice, ChatDelta(role="assistant", content=""))
+        return self._delta(choice, ChatDelta(role="assistant", content=""))
 
     def piece(self, choice: Choice, text: str, token: GeneratedToken | None) -> ChatCompletionChunk:
-        return self._chunk(choice, ChatDelta(content=text), self._logprobs([token] if token else []))
+        return self._delta(choice, ChatDelta(content=text), self._logprobs([token] if token else []))
 
     def closing(self, choice: Choice) -> ChatCompletionChunk:
-        return self._chunk(choice, ChatDelta())
+        return self._delta(choice, ChatDelta())
 
     def usage(self, usage: Usage) -> ChatCompletionChunk:
-        return ChatCompletionChunk(
-            id=self.answer_id,
-            object="chat.completion.chunk",
-            created=self.created,
-            model=self.model,
-            choices=[],
-            usage=usage,
-        )
+        return self._chunk([], usage=usage)
 
-    def _chunk(self, choice: Choice, delta: ChatDelta, logprobs: ChatLogprobs | None = None) -> ChatCompletionChunk:
+    def _delta(self, choice: Choice, delta: ChatDelta, logprobs: ChatLogprobs | None = None) -> ChatCompletionChunk:
         shown = ChatChunkChoice(index=choice.index, delta=delta, logprobs=logprobs, finish_reason=choice.finish_reason)
+        return self._chunk([shown], **choice.usage())
+
+    def _chunk(self, choices: list[ChatChunkChoice], **usage: Usage) -> ChatCompletionChunk:
         return ChatCompletionChunk(
             id=self.answer_id,
             object="chat.completion.chunk",
             created=self.created,
             model=self.model,
-            choices=[shown],
-            **choice.usage(),
+            choices=choices,
+            **usage,
         )
 
     def _logprobs(self, tokens: list[GeneratedToken]) -> ChatLogprobs | None:
@@ -263,57 +233,38 @@ completions_router = APIRouter(route_class=JsonRoute)
 )
 async def create_completion(body: CompletionRequest, request: Request, server: ServerDep) -> Response:
     server.check_model(body.model)
-    prompts = split_prompts(body.prompt, server.engine.tokenizer)
+    prompts = Prompts(split_prompts(body.prompt, server.engine.tokenizer), body.add_special_tokens)
     sampling = sampling_of(body, body.logprobs)
     form = CompletionResponseBuilder(
         f"cmpl-{request.state.request_id}", server.engine.model_name, server.token_texts, body.logprobs is not None
     )
-    prompted = Prompts(prompts, body.add_special_tokens)
-    requests = generation_requests(server, request, form.answer_id, body, sampling, prompted)
-    stop = StopRule(body.stop_strings, body.include_stop_str_in_output)
-    answer = GenerationGroup(server, form.answer_id, requests, stop, body.num_samples)
-    return await respond(request, answer, form, body)
+    return await respond(request, server, form, body, sampling, prompts)
 
 
-class CompletionResponseBuilder(AnswerFields):
+class CompletionResponseBuilder(ResponseBuilder):
+    """A stream's chunks are of the same kind as the whole."""
+
     def whole(self, choices: list[Choice], usage: Usage, report: dict[str, Any]) -> Completion:
-        return Completion(
-            id=self.answer_id,
-            object="text_completion",
-            created=self.created,
-            model=self.model,
-            choices=[self._choice(choice, "".join(choice.texts), choice.tokens) for choice in choices],
-            usage=usage,
-            kv_transfer_params={"kvarena": report},
-        )
-
-    def opening(self, choice: Choice) -> None:
-        """A text begins with its first piece."""
+        shown = [self._choice(choice, "".join(choice.texts), choice.tokens) for choice in choices]
+        return self._completion(shown, usage=usage, kv_transfer_params={"kvarena": report})
 
     def piece(self, choice: Choice, text: str, token: GeneratedToken | None) -> Completion:
-        return self._chunk(choice, text, [token] if token else [])
+        return self._completion([self._choice(choice, text, [token] if token else [])], **choice.usage())
 
     def closing(self, choice: Choice) -> Completion:
-        return self._chunk(choice, "", [])
+        return self._completion([self._choice(choice, "", [])], **choice.usage())
 
     def usage(self, usage: Usage) -> Completion:
-        return Completion(
-            id=self.answer_id,
-            object="text_completion",
-            created=self.created,
-            model=self.model,
-            choices=[],
-            usage=usage,
-        )
+        return self._completion([], usage=usage)
 
-    def _chunk(self, choice: Choice, text: str, tokens: list[GeneratedToken]) -> Completion:
+    def _completion(self, choices: list[TextChoice], **more: Any) -> Completion:
         return Completion(
             id=self.answer_id,
             object="text_completion",
             created=self.created,
             model=self.model,
-            choices=[self._choice(choice, text, tokens)],
-            **choice.usage(),
+            choices=choices,
+            **more,
         )
 
     def _choice(self, choice: Choice, text: str, tokens: list[GeneratedToken]) -> TextChoice:

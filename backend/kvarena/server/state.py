@@ -16,10 +16,10 @@ from fastapi import Depends, Request
 from kvarena.client import API_KEY_VARIABLE
 from kvarena.engines.base import Engine, ReportLog
 from kvarena.server.errors import ApiError, shown
-from kvarena.server.logprobs import TokenTexts
 from kvarena.server.metrics import Metrics
 from kvarena.server.protocol import MAX_SAMPLES, ErrorAnswer
 from kvarena.server.runner import Runner
+from kvarena.server.text import TokenTexts
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,17 @@ class ApiConfig:
         return cls(api_key=environment.get(API_KEY_VARIABLE) or None)
 
 
-@dataclass(frozen=True)
 class Server:
     """`app.state.server`."""
 
-    engine: Engine
-    config: ApiConfig
-    metrics: Metrics
-    runner: Runner
-    reports: ReportLog
-    token_texts: TokenTexts
-    created: int
-
-    @classmethod
-    def of(cls, engine: Engine, config: ApiConfig) -> Server:
-        metrics = Metrics(engine.model_name, engine.max_model_len)
-        runner = Runner(engine, metrics, config.max_running)
-        return cls(engine, config, metrics, runner, ReportLog(), TokenTexts(engine.tokenizer), int(time.time()))
+    def __init__(self, engine: Engine, config: ApiConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.metrics = Metrics(engine.model_name, engine.max_model_len)
+        self.runner = Runner(engine, self.metrics, config.max_running)
+        self.reports = ReportLog()
+        self.token_texts = TokenTexts(engine.tokenizer)
+        self.created = int(time.time())
 
     def check_model(self, name: str | None) -> None:
         if name and name != self.engine.model_name:

@@ -35,7 +35,7 @@ from kvarena.engines.base import TOKEN_COUNTS
 from kvarena.engines.vllm.config import CONNECTOR, CONTENDER_VARIABLE
 from kvarena.engines.vllm.messages import report_log, wait_for_report
 from kvarena.server.errors import CONTEXT_LENGTH_EXCEEDED
-from kvarena.server.log import CLIENT_GONE, figures, log_request, path_of, write_to_standard_output
+from kvarena.server.log import CLIENT_GONE, figures, log_refusal, log_request, write_to_standard_output
 from kvarena.server.metrics import ServerMemory
 from kvarena.server.middleware import (
     ApiKeyMiddleware,
@@ -58,7 +58,7 @@ _NOT_IN_DETAILS = ("request_id", "contender", "misses_by_reason", "token_scores"
 
 
 class AccessLog:
-    """Goes inside of `RequestIds`. A blend's line waits for its report, which follows the answer by a moment."""
+    """Goes inside of `RequestIdMiddleware`. A blend's line waits for its report, which comes just after the answer."""
 
     def __init__(self, app: ASGIApp, contender: str, *, has_reports: bool) -> None:
         self._app = app
@@ -85,11 +85,8 @@ class AccessLog:
         finally:
             if completes:
                 await self._log_completion(request_id, answer_id, seen)
-            elif seen.is_refused and not (
-                seen.status == 404 and scope["method"] == "GET"
-            ):  # clients look what there is
-                fields = {"finish": seen.finish, "method": scope["method"], "path": path_of(scope)}
-                log_request(self._contender, request_id, seen.status, fields)
+            elif seen.is_refused and (seen.status, scope["method"]) != (404, "GET"):  # clients look what there is
+                log_refusal(self._contender, scope, seen.status)
 
     async def _log_completion(self, request_id: str, answer_id: str, seen: _SeenResponse) -> None:
         report = await wait_for_report(answer_id) if self._has_reports and not seen.is_refused else None
@@ -218,7 +215,7 @@ class AccessMiddleware:
         self._app = app
         self._layers: ASGIApp | None = None
         write_to_standard_output()
-        _tell_memory()
+        _register_memory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -229,7 +226,7 @@ class AccessMiddleware:
 
 
 @cache
-def _tell_memory() -> None:
+def _register_memory() -> None:
     """At vLLM's own `/metrics`, once in a process."""
     REGISTRY.register(ServerMemory())
 

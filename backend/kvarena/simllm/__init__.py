@@ -10,9 +10,8 @@ from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch
 from kvarena.contenders.simllm.modeling import LlamaForCausalLMWithKVReuse, LlamaModelWithKVReuse
 from kvarena.contenders.simllm.params import AlignedParams, AutoThresholdParams, SimLLMParams
 from kvarena.contenders.simllm.shared_tasks import SharedTasks, TaskFormat
-from kvarena.contenders.simllm.similarity import LSHIndex
+from kvarena.contenders.simllm.similarity import AgreementSample, LSHIndex
 from kvarena.contenders.simllm.task import TaskCacheEntry, TaskOutcome
-from kvarena.contenders.simllm.threshold import AgreementSample
 
 __all__ = [
     "AgreementSample",

@@ -51,8 +51,8 @@ def test_an_entry_has_the_models_own_kv_and_last_logits(any_prefix: Prefix) -> N
     assert entry.last_logits is not None
     with torch.inference_mode():
         expected = any_prefix.reference(torch.tensor([prompt]), use_cache=True)
-    torch.testing.assert_close(entry.last_logits.logits, expected.logits[0, -1], rtol=1e-4, atol=1e-4)
-    kept = torch.cat([segment.kv for segment in entry.past_key_values], dim=3)
+    torch.testing.assert_close(entry.last_logits.tensor, expected.logits[0, -1], rtol=1e-4, atol=1e-4)
+    kept = torch.cat([segment.tensor for segment in entry.past_key_values], dim=3)
     assert entry.num_tokens == kept.shape[3] == len(prompt)
     for own, layer in zip(kept, expected.past_key_values.layers, strict=True):
         torch.testing.assert_close(own[0], layer.keys[0], rtol=1e-4, atol=1e-4)
@@ -179,7 +179,7 @@ def test_a_cache_that_fails_costs_no_answer(prefix: Prefix, monkeypatch: pytest.
         raise MemoryError("no room")
 
     prompt = prompts_with_shared_parts(300, 1, seed=10)[0]
-    monkeypatch.setattr("kvarena.contenders.prefix.engine._copy", fail)
+    monkeypatch.setattr("kvarena.contenders.prefix.engine.Kept.copy", fail)
     assert prefix.ask(prompt).token_ids == prefix.generate(prompt)
     assert prefix.engine.num_store_errors > 0
     prefix.engine.cache.check_integrity()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from kvarena.contenders.simllm.threshold import AutoThreshold, chosen_threshold, wilson_lower_bound
+from kvarena.contenders.simllm.similarity import AutoThreshold, chosen_threshold, wilson_lower_bound
 from kvarena.simllm import AgreementSample, AutoThresholdParams, InterTaskKVManager
 
 DIM = 16

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvarena.contenders.simllm.aligned import AlignedReuse
+from kvarena.contenders.simllm.modeling import TaskKV
 from kvarena.contenders.simllm.params import WARNINGS
 from kvarena.engines.hf.model import HFModel
 from kvarena.simllm import AlignedParams, InterTaskKVManager, LlamaForCausalLMWithKVReuse
@@ -82,7 +83,7 @@ def test_logits_and_what_each_answer_token_attends_to(tasks: Tasks) -> None:
     tasks.ask(earlier)
     module = tasks.simllm.model.module
     earlier_ids, ids = tasks.encode(earlier), tasks.encode(prompt)
-    kv = module.new_task_kv(["new"])
+    kv = TaskKV(module.config, ["new"])
     tokens, expected = PlainLlama(tasks.reference).answer_of_a_hit(earlier_ids, ids, NUM_TOKENS)
     with torch.inference_mode():
         logits = [module(torch.tensor([ids]), past_key_values=kv).logits[0, -1]]

@@ -13,7 +13,7 @@ from kvarena.contenders.prefix.spec import SPEC, PrefixSettings
 from kvarena.contenders.servers import GIB
 from kvarena.engines.hf.model import PREFILL_PIECE_TOKENS, HFModel
 from kvarena.engines.store_metrics import StoreCollector
-from kvarena.server.app import serve
+from kvarena.server.app import create_app, serve
 from kvarena.server.state import ApiConfig
 
 
@@ -42,7 +42,8 @@ def main(
         max_entries=settings.max_entries,
         max_age_s=settings.max_age_s,
     )
-    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
+    config = ApiConfig.from_environment()
+    serve(create_app(engine, config, routers=[router], collectors=[StoreCollector(engine)]), host, port)
 
 
 if __name__ == "__main__":

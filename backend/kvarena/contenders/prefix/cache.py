@@ -35,15 +35,12 @@ class Segment(Protocol):
 
     def __len__(self) -> int:
         """How many tokens."""
-        ...
 
     def slice(self, start: int, end: int) -> Self:
         """The part `[start, end)`, as a view: it lives no longer than the whole is wanted."""
-        ...
 
     def copy(self) -> Self:
         """The same in memory of its own, where the tree keeps its payloads."""
-        ...
 
 
 class Tail(Protocol):
@@ -173,21 +170,6 @@ def split(node: Node[S, T], at: int) -> Node[S, T]:
     return upper
 
 
-def add_child(parent: Node[S, T], tokens: TokenIds, segment: S) -> Node[S, T]:
-    assert len(segment) == len(tokens) > 0, f"{len(segment)} tokens' payload for {len(tokens)} tokens"
-    assert tokens[0] not in parent.children
-    child = Node(tokens=tokens, segment=segment, parent=parent)
-    parent.children[tokens[0]] = child
-    return child
-
-
-def remove_leaf(node: Node[S, T]) -> None:
-    assert not node.children, "only a leaf can be taken out"
-    assert node.parent is not None
-    del node.parent.children[node.tokens[0]]
-    node.parent = None
-
-
 MIN_TOKENS = 20
 CAPACITY_BYTES = 2**30
 
@@ -217,14 +199,8 @@ class PrefixCacheStats:
     expirations: int
     tokens_saved: int
     waits: int
-
-    @property
-    def total_requests(self) -> int:
-        return self.hits + self.misses
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / self.total_requests if self.total_requests else 0.0
+    total_requests: int
+    hit_rate: float
 
 
 class Lease(Generic[S, T]):
@@ -240,10 +216,7 @@ class Lease(Generic[S, T]):
         self._cache = cache
 
     def insert(self, segment: S, tail: T | None) -> bool:
-        """Keeps `segment`, made for the tokens from `num_tokens` on, and the tail of the whole; see the cache's own.
-
-        Requests that waited for it go on.
-        """
+        """Keeps `segment`, made for the tokens from `num_tokens` on, and the tail of the whole; see the cache's own."""
         try:
             return self._cache.insert(self.token_ids, self.num_tokens, segment, tail, self.salt)
         finally:
@@ -336,12 +309,15 @@ class PrefixCache(Generic[S, T]):
             return len(tokens) >= self.min_tokens and self._insert(tokens, start, segment, tail, salt)
 
     def end_computing(self, lease: Lease[S, T]) -> None:
+        """Requests that waited for it go on."""
         with self._changed:
-            self._end_computing(lease)
+            if lease in self._computing:
+                self._computing.remove(lease)
+                self._changed.notify_all()
 
     def release(self, lease: Lease[S, T]) -> None:
         with self._changed:
-            self._end_computing(lease)
+            self.end_computing(lease)
             if lease.pinned is not None:
                 for node in lease.pinned.path():
                     node.num_pins -= 1
@@ -376,7 +352,7 @@ class PrefixCache(Generic[S, T]):
 
     def stats(self) -> PrefixCacheStats:
         with self._changed:
-            nodes = self._nodes()
+            nodes, total_requests = self._nodes(), self._hits + self._misses
             return PrefixCacheStats(
                 cache_size=sum(node.tail is not None for node in nodes),
                 num_nodes=len(nodes),
@@ -388,6 +364,8 @@ class PrefixCache(Generic[S, T]):
                 expirations=self._expirations,
                 tokens_saved=self._tokens_saved,
                 waits=self._waits,
+                total_requests=total_requests,
+                hit_rate=self._hits / total_requests if total_requests else 0.0,
             )
 
     def get_stats(self) -> dict[str, float]:
@@ -475,11 +453,6 @@ class PrefixCache(Generic[S, T]):
             for other in self._computing
         )
 
-    def _end_computing(self, lease: Lease[S, T]) -> None:
-        if lease in self._computing:
-            self._computing.remove(lease)
-            self._changed.notify_all()
-
     def _insert(self, tokens: TokenIds, start: int, segment: S, tail: T | None, salt: str) -> bool:
         root = self._roots.setdefault(salt, Root(salt=salt))
         match = find_longest(root, tokens)
@@ -496,7 +469,12 @@ class PrefixCache(Generic[S, T]):
                 return False
             self._roots[salt] = root  # making room may have emptied it
             if match.num_tokens < len(tokens):
-                node = add_child(node, tokens[match.num_tokens :], rest.copy())
+                rest_tokens = tokens[match.num_tokens :]
+                assert len(rest) == len(rest_tokens), f"{len(rest)} tokens' payload for {len(rest_tokens)} tokens"
+                assert rest_tokens[0] not in node.children
+                child = Node(rest_tokens, rest.copy(), parent=node)
+                node.children[rest_tokens[0]] = child
+                node = child
             if new_tail is not None:
                 node.tail = new_tail.copy()
             self.num_bytes += num_new_bytes
@@ -548,7 +526,8 @@ class PrefixCache(Generic[S, T]):
                 if node.num_pins:
                     pinned.append(entry)
                     continue
-                self._evict(node)
+                self._remove(node)
+                self._evictions += 1
                 return True
             return False
         finally:
@@ -574,14 +553,11 @@ class PrefixCache(Generic[S, T]):
                 self._remove(left)
                 left = above
 
-    def _evict(self, node: Node[S, T]) -> None:
-        self._remove(node)
-        self._evictions += 1
-
     def _remove(self, node: Node[S, T]) -> None:
-        parent = node.parent
+        parent, node.parent = node.parent, None
         assert parent is not None
-        remove_leaf(node)
+        assert not node.children, "only a leaf can be taken out"
+        del parent.children[node.tokens[0]]
         self.num_bytes -= node.num_bytes
         self._remember_leaf(parent)
         if isinstance(parent, Root):

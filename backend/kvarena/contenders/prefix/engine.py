@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, StrictBool
@@ -37,47 +37,39 @@ class PrefixOptions(BaseModel):
 
 
 @dataclass(frozen=True)
-class KVSegment:
-    """KV `(L, 2, H_kv, T, D)`; `storage` is where copies go."""
+class Kept:
+    """A tensor in the cache, or on its way there; `storage` is where copies go."""
 
-    kv: torch.Tensor
+    tensor: torch.Tensor
     storage: torch.device
 
     @property
     def num_bytes(self) -> int:
-        return self.kv.nbytes
+        return self.tensor.nbytes
 
-    def __len__(self) -> int:
-        return self.kv.shape[3]
+    def copy(self) -> Self:
+        tensor, storage = self.tensor, self.storage
+        if storage.type != "cpu":
+            copied = torch.empty(tensor.shape, dtype=tensor.dtype, device=storage).copy_(tensor)
+        elif tensor.device.type != "cpu":
+            copied = to_host(tensor)
+        else:
+            copied = empty_host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
+        return replace(self, tensor=copied)
 
-    def slice(self, start: int, end: int) -> KVSegment:
-        return KVSegment(self.kv[:, :, :, start:end], self.storage)
 
-    def copy(self) -> KVSegment:
-        return KVSegment(_copy(self.kv, self.storage), self.storage)
-
-
-@dataclass(frozen=True)
-class LastLogits:
+class LastLogits(Kept):
     """Logits `(V,)` in the model's own type, so that they come back as they were."""
 
-    logits: torch.Tensor
-    storage: torch.device
 
-    @property
-    def num_bytes(self) -> int:
-        return self.logits.nbytes
+class KVSegment(Kept):
+    """KV `(L, 2, H_kv, T, D)`."""
 
-    def copy(self) -> LastLogits:
-        return LastLogits(_copy(self.logits, self.storage), self.storage)
+    def __len__(self) -> int:
+        return self.tensor.shape[3]
 
-
-def _copy(tensor: torch.Tensor, storage: torch.device) -> torch.Tensor:
-    if storage.type != "cpu":
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=storage).copy_(tensor)
-    if tensor.device.type != "cpu":
-        return to_host(tensor)
-    return empty_host_tensor(tensor.shape, tensor.dtype).copy_(tensor)
+    def slice(self, start: int, end: int) -> Self:
+        return replace(self, tensor=self.tensor[:, :, :, start:end])
 
 
 Cache = PrefixCache[KVSegment, LastLogits]
@@ -188,7 +180,7 @@ class PrefixGeneration(EngineGeneration):
             if not suffix:
                 assert lease is not None
                 assert lease.tail is not None, "a whole prompt is matched only with its logits"
-                logits = lease.tail.logits.to(model.kv_shape.device)
+                logits = lease.tail.tensor.to(model.kv_shape.device)
             else:
                 if kv is not None:
                     with timed("transfer_ms"):
@@ -253,7 +245,7 @@ class PrefixGeneration(EngineGeneration):
 
     def _restore(self, kv: SequenceKV, segments: list[KVSegment]) -> None:
         for segment in segments:
-            self._model.run(kv.restore, segment.kv)
+            self._model.run(kv.restore, segment.tensor)
 
     def _keep(
         self, insert: Callable[[KVSegment, LastLogits], bool], kv: SequenceKV, start: int, logits: torch.Tensor

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
+from kvarena.contenders.prefix.cache import PrefixCacheStats
 from kvarena.contenders.prefix.engine import PrefixEngine, PrefixOptions
 from kvarena.engines.base import GenerationRequest, Sampling
-from kvarena.server.detokenizer import StopRule
-from kvarena.server.generation import Ended
 from kvarena.server.protocol import INT64, RequestModel
 from kvarena.server.requests import JsonRoute
 from kvarena.server.responses import ClientWatch, GenerationGroup
+from kvarena.server.runner import Ended
 from kvarena.server.state import ERRORS, ServerDep, engine_of
+from kvarena.server.text import StopRule
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -52,25 +53,14 @@ class GenerateAnswer(BaseModel):
     timings: dict[str, int | float]
 
 
-class CacheStats(BaseModel):
+@dataclass(frozen=True)
+class CacheStats(PrefixCacheStats):
     """`cache_size`: whole prefixes, with their logits; `num_bytes` is what they and all between them take.
 
     `evictions_lru`, `evictions_ttl` and `cached_tokens_reused` are `evictions`, `expirations` and `tokens_saved` under
     names that clients may expect.
     """
 
-    cache_size: int
-    num_nodes: int
-    num_bytes: int
-    capacity_bytes: int
-    hits: int
-    misses: int
-    hit_rate: float
-    total_requests: int
-    evictions: int
-    expirations: int
-    tokens_saved: int
-    waits: int
     store_errors: int
     evictions_lru: int
     evictions_ttl: int
@@ -127,9 +117,7 @@ def _generation_request(body: GenerateRequest, request_id: str) -> GenerationReq
 async def cache_stats(engine: EngineDep) -> CacheStats:
     stats = engine.cache.stats()
     return CacheStats(
-        **asdict(stats),
-        hit_rate=round(stats.hit_rate, 4),
-        total_requests=stats.total_requests,
+        **asdict(replace(stats, hit_rate=round(stats.hit_rate, 4))),
         store_errors=engine.num_store_errors,
         evictions_lru=stats.evictions,
         evictions_ttl=stats.expirations,

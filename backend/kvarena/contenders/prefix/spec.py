@@ -31,11 +31,6 @@ def _options(launch: Launch) -> Options:
     return {**own_options(launch), "--cache-gb": cache_gb, "--max-model-len": launch.max_model_len}
 
 
-def _prefixes_gb(launch: Launch) -> float:
-    is_in_main_memory = launch.profile == "cpu" or launch.settings.storage == "cpu"
-    return float(launch.settings.cache_gb) if is_in_main_memory else 0
-
-
 SPEC = ContenderSpec(
     name="prefix",
     title="PyTorch + prefix cache with logits",
@@ -43,5 +38,5 @@ SPEC = ContenderSpec(
     port=8002,
     server=EngineServer("kvarena.contenders.prefix", _options),
     settings=PrefixSettings,
-    cache_gb=_prefixes_gb,
+    cache_gb=lambda launch: launch.settings.cache_gb if "cpu" in (launch.profile, launch.settings.storage) else 0,
 )

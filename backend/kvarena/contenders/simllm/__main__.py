@@ -17,7 +17,7 @@ from kvarena.contenders.simllm.spec import SPEC
 from kvarena.engines.store_metrics import StoreCollector
 from kvarena.policies.params import PARAMETERS, profiled_params
 from kvarena.policies.registry import Parameter, Value
-from kvarena.server.app import serve
+from kvarena.server.app import create_app, serve
 from kvarena.server.state import ApiConfig
 
 
@@ -60,7 +60,8 @@ def main(
         model, params, device=device, dtype=dtype, max_model_len=max_model_len, random=load_format == "dummy"
     )
     engine = SimLLMEngine(loaded, served_model_name or model)
-    serve(engine, host, port, ApiConfig.from_environment(), routers=[router], collectors=[StoreCollector(engine)])
+    config = ApiConfig.from_environment()
+    serve(create_app(engine, config, routers=[router], collectors=[StoreCollector(engine)]), host, port)
 
 
 if __name__ == "__main__":

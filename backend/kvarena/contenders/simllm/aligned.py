@@ -7,7 +7,6 @@ by the model's own forward. A prompt that repeats the earlier one, or its beginn
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,9 +14,9 @@ from functools import lru_cache, partial
 
 import torch
 
-from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch
+from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch, if_possible
 from kvarena.contenders.simllm.params import AlignedParams
-from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome, TopLayerKV, WholeKV
+from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome, WholeKV
 from kvarena.core.blend import Blender, BlendTask
 from kvarena.core.matching import ChunkIndex
 from kvarena.core.plan import Chunk, ReusePlan, TokenIds, as_token_ids
@@ -26,8 +25,6 @@ from kvarena.engines.hf.model import HFModel
 from kvarena.engines.hf.sequence_kv import SequenceKV
 from kvarena.policies.params import make_policy
 from kvarena.stores.memory import MemoryStore
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,16 +101,13 @@ class AlignedReuse:
         return replace(task.outcome, check=check)
 
     def keep(self, task: AlignedTask, kv: torch.Tensor, salt: str = "") -> None:
-        """Keeps a prompt's KV `(L, 2, H_kv, T, D)`. An answer doesn't fail because it couldn't be kept."""
+        """Keeps a prompt's KV `(L, 2, H_kv, T, D)`, if it is worth it."""
         if not task.is_worth_keeping:
             return
         keys, values = kv[-1][:, None]  # (1, H_kv, T, D) each
-        top_layer_kv: TopLayerKV = (keys, values)
         whole_kv = WholeKV(Chunk(task.token_ids), kv.permute(1, 0, 3, 2, 4).flatten(3))
-        try:
-            self._manager.add_task(task.outcome.task_id, task.embedding, top_layer_kv, whole_kv, salt, task.token_ids)
-        except ValueError:
-            logger.exception("the KV of task %s was not kept", task.outcome.task_id)
+        with if_possible(task_id := task.outcome.task_id):
+            self._manager.add_task(task_id, task.embedding, (keys, values), whole_kv, salt, task.token_ids)
 
     def _try_beside(self, missed: AlignedTask, match: TaskMatch, plan: ReusePlan) -> AlignedTask:
         ids, outcome = missed.token_ids, missed.outcome

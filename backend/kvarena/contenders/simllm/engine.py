@@ -1,7 +1,7 @@
 """The Sim-LLM engine: reuse between similar tasks, readable from top to bottom in `SimLLMGeneration._steps`.
 
 What it is not: a batching server. Requests take turns with the model; batches are `SimLLMInference.batch_generate`'s.
-`TaskPrefiller` is one prompt's prefill with reuse, for who draws the answer's tokens itself.
+`TaskPrefiller` is one prompt's prefill with reuse, for callers that draw the answer's tokens themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from kvarena.contenders.simllm.aligned import AlignedReuse
 from kvarena.contenders.simllm.inference import SimLLMInference
-from kvarena.contenders.simllm.manager import TaskMatch, TaskSearch
+from kvarena.contenders.simllm.manager import TaskMatch, TaskSearch, if_possible
 from kvarena.contenders.simllm.modeling import TaskKV
 from kvarena.contenders.simllm.params import WARNINGS, Mode
 from kvarena.contenders.simllm.task import TaskOutcome
@@ -97,8 +97,15 @@ class TaskPrefiller:
         `similarity_threshold` None is the manager's own. Raises `Cancelled` when it was given up or the model closed.
         """
         if self.aligned is not None:
-            return self._aligned(self.aligned, token_ids, task_id, salt, similarity_threshold, is_cancelled)
-        kv = self.model.module.new_task_kv(
+            capacity = len(token_ids) + FIRST_CAPACITY_TOKENS
+            task = self.model.run(self.aligned.begin, token_ids, task_id, capacity, salt, similarity_threshold)
+            filled = task.kv or self.model.new_kv(capacity)
+            logits = self.model.prefill(filled, token_ids[filled.length :], is_cancelled)
+            outcome = self.model.run(self.aligned.outcome_of, task, logits)
+            self.model.run(self.aligned.keep, task, filled.filled(0, len(token_ids)), salt)
+            return TaskPrefill(filled, logits, outcome, len(token_ids))
+        kv = TaskKV(
+            self.model.module.config,
             [task_id],
             max_new_tokens=max_new_tokens,
             salt=salt,
@@ -126,9 +133,10 @@ class TaskPrefiller:
         return search
 
     def _keep(self, token_ids: Sequence[int], embedding: torch.Tensor, computed: TaskPrefill, salt: str) -> None:
-        outcome = computed.outcome
-        keys, values = computed.kv.filled(0, outcome.num_prompt_tokens)[-1][:, None]  # (1, H_kv, T, D) each
-        self.model.module.model.keep_task(outcome.task_id, as_token_ids(token_ids), embedding, (keys, values), salt)
+        task_id, manager = computed.outcome.task_id, self.model.module.model.manager
+        keys, values = computed.kv.filled(0, len(token_ids))[-1][:, None]  # (1, H_kv, T, D) each
+        with if_possible(task_id):
+            manager.add_task(task_id, embedding, (keys, values), salt=salt, token_ids=as_token_ids(token_ids))
 
     def _checked(self, kv: TaskKV, token_ids: Sequence[int], match: TaskMatch, computed: TaskPrefill) -> TaskPrefill:
         ids, logits = self._tensor(token_ids), computed.logits
@@ -136,23 +144,6 @@ class TaskPrefiller:
 
     def _tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(token_ids, dtype=torch.int64, device=self.model.kv_shape.device)
-
-    def _aligned(
-        self,
-        aligned: AlignedReuse,
-        token_ids: Sequence[int],
-        task_id: str,
-        salt: str,
-        similarity_threshold: float | None,
-        is_cancelled: Callable[[], bool],
-    ) -> TaskPrefill:
-        capacity = len(token_ids) + FIRST_CAPACITY_TOKENS
-        task = self.model.run(aligned.begin, token_ids, task_id, capacity, salt, similarity_threshold)
-        kv = task.kv or self.model.new_kv(capacity)
-        logits = self.model.prefill(kv, token_ids[kv.length :], is_cancelled)
-        outcome = self.model.run(aligned.outcome_of, task, logits)
-        self.model.run(aligned.keep, task, kv.filled(0, len(token_ids)), salt)
-        return TaskPrefill(kv, logits, outcome, len(token_ids))
 
 
 MIN_ANSWER_TOKENS = 256

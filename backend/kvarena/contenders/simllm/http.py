@@ -20,7 +20,7 @@ EngineDep = Annotated[SimLLMEngine, Depends(engine_of(SimLLMEngine))]
 
 
 class AutoThresholdStats(BaseModel):
-    """What "auto" chose and why, as `threshold.py` explains it; `threshold` None: nothing is reused."""
+    """What "auto" chose and why, as `similarity.py` explains it; `threshold` None: nothing is reused."""
 
     threshold: float | None
     target_agreement: float

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvarena.contenders.simllm.aligned import AlignedReuse
 from kvarena.contenders.simllm.manager import InterTaskKVManager, available_device
-from kvarena.contenders.simllm.modeling import LlamaForCausalLMWithKVReuse, llama_config, refuse_repeated_prefill
+from kvarena.contenders.simllm.modeling import (
+    LlamaForCausalLMWithKVReuse,
+    TaskKV,
+    llama_config,
+    refuse_repeated_prefill,
+)
 from kvarena.contenders.simllm.params import (
     MAX_CACHE_BYTES,
     WARNINGS,
@@ -44,19 +50,14 @@ from kvarena.policies.params import profiled_params
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PaddedBatch:
-    """`input_ids` and `attention_mask` are `(B, T)`."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-
-    @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> PaddedBatch:
-        longest = max(map(len, prompts))
-        rows = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        return cls(torch.tensor(rows, device=device), torch.tensor(mask, device=device))
+def padded_batch(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask`, `(B, T)`."""
+    longest = max(map(len, prompts))
+    rows = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
 
 def joined_cache(
@@ -67,9 +68,9 @@ def joined_cache(
     missing = [prompt for prompt, kv in zip(prompts, known, strict=True) if kv is None]
     longest = max(map(len, missing), default=0)
     if longest:
-        batch = PaddedBatch.of(missing, pad_token_id, shape.device)
-        positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
-        model.module.model(batch.input_ids, batch.attention_mask, positions, past_key_values=cache, use_cache=True)
+        input_ids, attention_mask = padded_batch(missing, pad_token_id, shape.device)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        model.module.model(input_ids, attention_mask, positions, past_key_values=cache, use_cache=True)
     computed = (
         unpadded_kv(cache, row, longest - len(prompt), longest) if prompt else shape.empty(0)
         for row, prompt in enumerate(missing)
@@ -325,7 +326,8 @@ class SimLLMInference:
     def _run_last_layers(
         self, rows: list[list[int]], task_ids: list[str], settings: dict[str, Any]
     ) -> tuple[list[list[int]], list[TaskOutcome]]:
-        kv = self.model.module.new_task_kv(
+        kv = TaskKV(
+            self.model.module.config,
             task_ids,
             max_new_tokens=settings["max_new_tokens"],
             num_end_layers=self.params.end_layers_of(self.params.mode),
@@ -351,16 +353,11 @@ class SimLLMInference:
         return answers, [outcome_of(task, row_logits) for task, row_logits in zip(tasks, logits[0][:, -1], strict=True)]
 
     def _generate(self, rows: list[list[int]], settings: dict[str, Any], cache: Cache | None) -> list[list[int]]:
-        batch = PaddedBatch.of(rows, self._pad_token_id(), self.model.kv_shape.device)
-        output = self.model.module.generate(
-            batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, **settings
-        )
-        answers: list[list[int]] = output[:, batch.input_ids.shape[1] :].tolist()
-        return [self._until_end(answer) for answer in answers]
-
-    def _until_end(self, answer: list[int]) -> list[int]:
-        ends = [place for place, token in enumerate(answer) if token in self.model.eos_token_ids]
-        return answer[: ends[0]] if ends else answer
+        input_ids, mask = padded_batch(rows, self._pad_token_id(), self.model.kv_shape.device)
+        output = self.model.module.generate(input_ids, attention_mask=mask, past_key_values=cache, **settings)
+        answers: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
+        eos_token_ids = self.model.eos_token_ids
+        return [list(takewhile(lambda token: token not in eos_token_ids, answer)) for answer in answers]
 
     # -- in the caller's thread ------------------------------------------------------------------------------------
 

@@ -8,23 +8,34 @@ after the tasks of this process those that it shares with others.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvarena.contenders.simllm.params import MAX_CACHE_BYTES, AutoThresholdParams, SimilarityThreshold
-from kvarena.contenders.simllm.shared_tasks import SharedMatch, SharedTasks
-from kvarena.contenders.simllm.similarity import ROUNDING, LSHIndex, most_similar_first
+from kvarena.contenders.simllm.shared_tasks import SharedTasks
+from kvarena.contenders.simllm.similarity import (
+    ROUNDING,
+    AgreementSample,
+    LSHIndex,
+    Threshold,
+    finite_or_none,
+    most_similar_first,
+    threshold_of,
+)
 from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskCacheEntry, TopLayerKV, WholeKV
-from kvarena.contenders.simllm.threshold import AgreementSample, FixedThreshold, finite_or_none, threshold_of
 from kvarena.core.plan import TokenIds
+
+logger = logging.getLogger(__name__)
 
 
 def available_device(name: str) -> torch.device:
@@ -49,6 +60,15 @@ def _is_there(device: torch.device) -> bool:
         and accelerator.type == device.type
         and (device.index or 0) < torch.accelerator.device_count()
     )
+
+
+@contextmanager
+def if_possible(task_id: str) -> Iterator[None]:
+    """Around `add_task`: an answer doesn't fail because its KV couldn't be kept."""
+    try:
+        yield
+    except ValueError:
+        logger.exception("the KV of task %s was not kept", task_id)
 
 
 @dataclass(frozen=True)
@@ -174,7 +194,9 @@ class InterTaskKVManager:
         """As `search`; but with the threshold "auto" a sample of the tasks that are found, near misses among them, is
         given out for comparison, and counts as a miss. `record_check` wants to know the outcome.
         """
-        threshold = self._threshold if similarity_threshold is None else FixedThreshold(similarity_threshold)
+        threshold = self._threshold
+        if similarity_threshold is not None:
+            threshold = Threshold(similarity_threshold, similarity_threshold)
         is_check = threshold.draws_check()
         found = self._find(query_embedding, is_usable, threshold.lowest if is_check else threshold.value)
         if not is_check:
@@ -286,27 +308,24 @@ class InterTaskKVManager:
     ) -> TaskMatch | None:
         """The most similar usable task, at least `lowest`, of this process or of those that share with it."""
         with self._lock:
-            nearest = most_similar_first(query_embedding, self._neighbours(query_embedding))
+            neighbours = [self._entries[task_id] for task_id in self._index.neighbours(query_embedding)]
+            nearest = most_similar_first(query_embedding, neighbours)
             found = (TaskMatch(*near) for near in nearest if near[1] >= lowest - ROUNDING)
             match = next((match for match in found if self._serves(match.entry, is_usable)), None)
         if self._shared is None:
             return match
         above = match.similarity + ROUNDING if match else lowest - ROUNDING
         shared = self._shared.find(query_embedding, above, is_usable)
-        return self._taken_over(shared) if shared else match
-
-    def _neighbours(self, query_embedding: torch.Tensor) -> list[TaskCacheEntry]:
-        return [self._entries[task_id] for task_id in self._index.neighbours(query_embedding)]
-
-    def _taken_over(self, shared: SharedMatch) -> TaskMatch:
-        """A shared task becomes one of this process too."""
-        task, kv, whole_kv = shared.task, shared.top_layer_kv, shared.whole_kv
+        if shared is None:
+            return match
+        # A shared task becomes one of this process too.
+        task, similarity, top_layer_kv, whole_kv = shared
         with self._lock:
             entry = self._entry(
-                task.task_id, task.task_embedding, kv, whole_kv, task.salt, task.token_ids, task.timestamp
+                task.task_id, task.task_embedding, top_layer_kv, whole_kv, task.salt, task.token_ids, task.timestamp
             )
             self._insert(entry)
-        return TaskMatch(entry, shared.similarity)
+        return TaskMatch(entry, similarity)
 
     def _entry(
         self,

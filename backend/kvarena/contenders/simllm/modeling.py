@@ -4,15 +4,9 @@
 
 **Hit**: the prompt skips layers, and the last layer runs over the earlier prompt's KV there. The layers at the ends
 that it doesn't skip are `num_end_layers`: none at the beginning and the last one (mode "top_layer"), or more at both
-(mode "sandwich"). With an earlier prompt of `T_e` tokens and a new one of `T`:
+(mode "sandwich"). docs/simllm.md has, as a table, what each token attends to.
 
-| token | position | runs through | attends to, in the last layer | in the other layers at the ends | in those between |
-|---|---|---|---|---|---|
-| earlier prompt's | 0 .. T_e-1 | nothing: its KV is as it was kept | | | |
-| new prompt's i-th | T_e + i | the layers at the ends | all T_e, new tokens 0 .. i | new tokens 0 .. i | |
-| answer's j-th | T_e + T + j | all layers | all T_e, all T, answer 0 .. j | all T, answer 0 .. j | answer 0 .. j |
-
-So the new prompt stands after the earlier one, whose keys need no moving, and attends to all of it however long it is.
+The new prompt stands after the earlier one, whose keys need no moving, and attends to all of it however long it is.
 The KV of a batch (`TaskKV`) holds, by layer:
 
 | layer | a prompt that missed | a prompt that hit |
@@ -43,10 +37,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch, TaskSearch
+from kvarena.contenders.simllm.manager import InterTaskKVManager, TaskMatch, TaskSearch, if_possible
 from kvarena.contenders.simllm.params import WARNINGS
-from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome, TopLayerKV
-from kvarena.core.plan import TokenIds, as_token_ids
+from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome
+from kvarena.core.plan import as_token_ids
 from kvarena.engines.hf.sequence_kv import grown
 
 MIN_FREE_TOKENS = 64
@@ -84,7 +78,7 @@ class TaskKV(DynamicCache):
     runs some rows only.
 
     `task_ids` name the prompts, one for each row; those that hit leave out the layers `skipped`. An earlier task is
-    used when its salt is the same, and when its prompt, the new one and `max_new_tokens` have room in `max_positions`.
+    used when its salt is the same, and when its prompt, the new one and `max_new_tokens` have room in the context.
     `similarity_threshold` None is the manager's. The prefill searches where `searches` are not
     there yet; after it there are `outcomes`, and `checks`: by row, an earlier task and the prompt `(T,)` for which its
     reuse is still to be compared with full prefill.
@@ -95,7 +89,6 @@ class TaskKV(DynamicCache):
         config: Any,
         task_ids: Sequence[str],
         *,
-        max_positions: int,
         max_new_tokens: int = 0,
         salt: str = "",
         similarity_threshold: float | None = None,
@@ -112,7 +105,7 @@ class TaskKV(DynamicCache):
         self.num_end_layers = num_end_layers
         num_layers, (num_first, num_last) = len(self.layers), num_end_layers
         self.skipped = range(min(num_first, num_layers - 1), max(min(num_first, num_layers - 1), num_layers - num_last))
-        self._max_tokens = max_positions - max_new_tokens
+        self._max_tokens = config.max_position_embeddings - max_new_tokens
         self._missed = torch.ones(len(task_ids), dtype=torch.bool)
         self._earlier_mask = torch.zeros(len(task_ids), 0, dtype=torch.bool)
         self._num_prompt_columns = 0
@@ -250,22 +243,13 @@ class LlamaModelWithKVReuse(LlamaModel):
     def search_task(self, input_ids: torch.Tensor, kv: TaskKV) -> TaskSearch:
         """The earlier task that a prompt `(T,)` without padding can start from. Raises `ValueError` for an empty one.
 
-        Without one to reuse, the prompt's task is to be kept by `keep_task`.
+        Without one to reuse, the prompt's task is to be kept.
         """
         if not len(input_ids):
             raise ValueError("a prompt is empty; it needs at least one token")
         embedding = self.task_embedding(input_ids)
         can_use = partial(kv.can_use, num_tokens=len(input_ids))
         return self.manager.search_or_check(embedding, can_use, kv.similarity_threshold)
-
-    def keep_task(
-        self, task_id: str, token_ids: TokenIds, embedding: torch.Tensor, top_layer_kv: TopLayerKV, salt: str
-    ) -> None:
-        """An answer doesn't fail because its KV couldn't be kept."""
-        try:
-            self.manager.add_task(task_id, embedding, top_layer_kv, salt=salt, token_ids=token_ids)
-        except ValueError:
-            logger.exception("the KV of task %s was not kept", task_id)
 
     @property
     def manager(self) -> InterTaskKVManager:
@@ -291,16 +275,16 @@ class LlamaModelWithKVReuse(LlamaModel):
         for row, (task_id, prompt, search) in enumerate(zip(kv.task_ids, prompts, searches, strict=True)):
             kv.outcomes.append(self._outcome(task_id, len(prompt), search.match, kv))
             if search.match is None:
-                top_layer_kv = kv.prompt_top_layer_kv(row, len(prompt))
-                self.keep_task(task_id, as_token_ids(prompt.tolist()), search.embedding, top_layer_kv, kv.salt)
+                top_layer_kv, token_ids = kv.prompt_top_layer_kv(row, len(prompt)), as_token_ids(prompt.tolist())
+                with if_possible(task_id):
+                    self.manager.add_task(task_id, search.embedding, top_layer_kv, salt=kv.salt, token_ids=token_ids)
             if search.check is not None:
                 kv.checks[row] = (search.check, prompt)
         return hidden
 
     def last_hidden_over(self, match: TaskMatch, prompt: torch.Tensor, num_end_layers: tuple[int, int]) -> torch.Tensor:
         """What a hit would give after the last token of a prompt `(T,)`: `(E,)`."""
-        max_positions = self.config.max_position_embeddings
-        kv = TaskKV(self.config, [match.entry.task_id], max_positions=max_positions, num_end_layers=num_end_layers)
+        kv = TaskKV(self.config, [match.entry.task_id], num_end_layers=num_end_layers)
         embeddings = self.embed_tokens(prompt[None])
         kv.begin([match], embeddings, len(prompt))
         return self._forward_tasks(embeddings, torch.ones_like(prompt[None]), kv)[0, -1]
@@ -414,26 +398,6 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
         manager.expect(self.config.hidden_size, shape, self)
         self.model.kv_manager = manager
 
-    def new_task_kv(
-        self,
-        task_ids: Sequence[str],
-        *,
-        max_new_tokens: int = 0,
-        salt: str = "",
-        similarity_threshold: float | None = None,
-        num_end_layers: tuple[int, int] = (0, 1),
-    ) -> TaskKV:
-        """The cache for a forward over prompts, one for each id, that reuse is to be tried for."""
-        return TaskKV(
-            self.config,
-            task_ids,
-            max_positions=self.config.max_position_embeddings,
-            max_new_tokens=max_new_tokens,
-            salt=salt,
-            similarity_threshold=similarity_threshold,
-            num_end_layers=num_end_layers,
-        )
-
     def generate_with_kv_reuse(self, input_ids: torch.Tensor, task_id: str | Sequence[str], **kwargs: Any) -> Any:
         """`generate` for prompts `(B, T)`, padded on the left, each of which may hit or miss; the same result.
 
@@ -452,7 +416,8 @@ class LlamaForCausalLMWithKVReuse(LlamaForCausalLM):
             logger.warning("%s", WARNINGS["top_layer"])
         config = kwargs.get("generation_config") or self.generation_config
         refuse_repeated_prefill(kwargs, config)
-        kv = self.new_task_kv(task_ids, max_new_tokens=kwargs.get("max_new_tokens") or config.max_new_tokens or 0)
+        num_new_tokens = kwargs.get("max_new_tokens") or config.max_new_tokens or 0
+        kv = TaskKV(self.config, task_ids, max_new_tokens=num_new_tokens)
         return self.generate(input_ids, past_key_values=kv, **kwargs)
 
 

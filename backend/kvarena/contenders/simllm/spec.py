@@ -60,6 +60,6 @@ SPEC = ContenderSpec(
     is_approximate=True,
     report="similar_task",
     settings=SimLLMSettings,
-    cache_gb=lambda launch: float(launch.settings.cache_gb) if launch.profile == "cpu" else 0,
+    cache_gb=lambda launch: launch.settings.cache_gb if launch.profile == "cpu" else 0,
     model_types=("llama",),
 )

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from kvarena.contenders.simllm.threshold import AgreementSample
+from kvarena.contenders.simllm.similarity import AgreementSample
 from kvarena.core.plan import Chunk, TokenIds
 from kvarena.core.store import is_finite
 
