@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from kvarena.engines.base import Tokenizer
 
@@ -75,6 +74,8 @@ class ModelFiles:
     @classmethod
     def read(cls, path: str) -> ModelFiles:
         """Raises `OSError` when there is no such model."""
+        from transformers import AutoConfig, AutoTokenizer  # here, for the command line knows cards without it
+
         config = AutoConfig.from_pretrained(path)
         return cls(path, config, AutoTokenizer.from_pretrained(path), _eos_token_ids(path, config))
 
@@ -106,6 +107,8 @@ def kv_shape(config: Any) -> tuple[int, int, int]:
 
 
 def _eos_token_ids(path: str, config: Any) -> frozenset[int]:
+    from transformers import GenerationConfig
+
     try:
         found = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a model without generation_config.json

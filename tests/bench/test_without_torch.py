@@ -54,3 +54,13 @@ def test_ttft_over_http(absent: list[str], addresses: list[str], tmp_path: Path)
     run = run_without(absent, COMMAND, "bench", "ttft", *asked, *place)
     assert run.returncode == 0, run.stdout + run.stderr
     assert all(row["num_requests"] == 3 and not row["num_failed"] for row in json.loads(output.read_text())["rows"])
+
+
+def test_doctor(absent: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what can't run and why, before anything is installed for it, and doesn't take seconds to import."""
+    monkeypatch.setenv("KVARENA_HOME", str(tmp_path))
+    run = run_without(absent, COMMAND, "doctor", "--json")
+    assert run.returncode == 1, run.stdout + run.stderr
+    found = json.loads(run.stdout)
+    assert not found["ready"]
+    assert all("not installed: " in contender["problem"] for contender in found["contenders"])
