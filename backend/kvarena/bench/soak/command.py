@@ -108,7 +108,7 @@ def _stack(has_faults: bool, console: Console) -> tuple[list[SoakServer], Docume
     from kvarena.bench.soak.campaign import SoakServer, Stack
     from kvarena.contenders.spec import contender_specs
     from kvarena.home import Home, StackError
-    from kvarena.stack import render
+    from kvarena.stack.chunk_cache import read_documents
     from kvarena.stack.settings import shown_api_key
     from kvarena.stack.supervisord import running_supervisor
 
@@ -125,7 +125,7 @@ def _stack(has_faults: bool, console: Console) -> tuple[list[SoakServer], Docume
         if service.name in specs and specs[service.name].is_vllm
     ]
     stack = None if record.compose else Stack(home, record, runner)
-    return servers, render.read_documents(record, console), stack
+    return servers, read_documents(record, console), stack
 
 
 def _show(outcome: Outcome, console: Console) -> None:
