@@ -251,7 +251,7 @@ def test_ctrl_c(module_home: Home, port_base: int) -> None:
     with subprocess.Popen(
         [KVARENA, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        wait_until(lambda: len(processes_of(module_home)) >= 3)
+        wait_until(lambda: len(processes_of(module_home)) >= 3, timeout_s=300)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
