@@ -6,6 +6,7 @@ Imports of the stack are inside the commands, so that `--help` and `status` answ
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -22,7 +23,8 @@ from kvarena.bench.command import report, soak
 from kvarena.bench.console import INTERRUPTED, AsJson, console_for
 from kvarena.bench.quality.command import calibrate, evaluate
 from kvarena.bench.simllm_demo import app as simllm
-from kvarena.contenders.spec import FIRST_PORT, STARTED_BY_DEFAULT, contender_specs
+from kvarena.contenders.spec import FIRST_PORT, LMCACHE_SERVER, STARTED_BY_DEFAULT, contender_specs
+from kvarena.home import Home, StackError
 from kvarena.synthetic_qa.command import worlds
 
 if TYPE_CHECKING:
@@ -111,10 +113,9 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start the stack, wait until it is healthy and fill the chunk cache."""
-    from kvarena.home import Home, StackError
-    from kvarena.stack import lifecycle, render
+    from kvarena.stack import chunk_cache, lifecycle
     from kvarena.stack.settings import load_settings
-    from kvarena.stack.status import stack_status
+    from kvarena.stack.status import show_status, stack_status
 
     console, errors = _consoles(as_json)
     home = Home.find()
@@ -132,34 +133,32 @@ def up(
         chunk_tokens=chunk_tokens,
         blend_unsupported=blend_unsupported,
     )
-    warmed: list[WarmResult] = []
-    filled: list[tuple[Record, Documents]] = []
+    filled: list[tuple[Record, Documents, WarmResult]] = []
 
     def fill_chunk_cache(record: Record) -> None:
         try:
-            documents = render.read_documents(record, console)
-            if not render.chunk_caches(record) or settings.blend_engine == "lmcache":
+            documents = chunk_cache.read_documents(record, console)
+            if not chunk_cache.chunk_caches(record) or settings.blend_engine == "lmcache":
                 return
-            warmed.append(render.warm_with_progress(record, documents, console, settings.api_key))
-            render.show_warm_result(warmed[0], record.data_dir, console)
-            filled.append((record, documents))
+            result = chunk_cache.warm_with_progress(record, documents, console, settings.api_key)
+            chunk_cache.show_warm_result(result, record.data_dir, console)
+            filled.append((record, documents, result))
         except StackError as error:
-            render.show_error(error, errors)
+            _show_error(error, errors)
             console.print("The chunk cache is not filled; ./run-server.sh warm tries again.")
 
     lifecycle.up(settings, home, console, when_healthy=fill_chunk_cache)
     current = stack_status(home)
     if as_json:
-        result = {"warm": warmed[0].to_json() if warmed else None}
-        print(json.dumps(current.to_json() | result, indent=1))
+        print(json.dumps(current.to_json() | {"warm": filled[0][2].to_json() if filled else None}, indent=1))
     else:
         console.print()
-        render.show_status(current, console)
-    for record, documents in filled:
+        show_status(current, console)
+    for record, documents, _ in filled:
         try:
-            render.compute_contexts_with_progress(record, documents, console, settings.api_key)
+            chunk_cache.compute_contexts(record, documents, console, settings.api_key)
         except StackError as error:
-            render.show_error(error, errors)
+            _show_error(error, errors)
 
 
 @ai100.command()
@@ -170,7 +169,6 @@ def demo(
     ] = None,
 ) -> None:
     """Start the contender ai100 and the page, whose Conversations compare a chat with and without KV slots."""
-    from kvarena.home import Home
     from kvarena.stack import lifecycle
     from kvarena.stack.settings import load_settings
 
@@ -182,7 +180,6 @@ def demo(
 @app.command("get-model")
 def get_model() -> None:
     """Download and convert the default model of CPU machines now, so that the first start needs no network."""
-    from kvarena.home import Home
     from kvarena.model import DEFAULT_CPU_MODEL, default_model_folder, obtain_default_model
 
     home, console = Home.find(), _consoles()[0]
@@ -198,7 +195,6 @@ def get_model() -> None:
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has, what `up` would start on it, and what can't run and why. Exit status: 1 where `up`
     with the settings of the environment and .env can't work."""
-    from kvarena.home import Home
     from kvarena.stack.doctor import diagnose, show_diagnosis
     from kvarena.stack.settings import load_settings
 
@@ -213,7 +209,6 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def down() -> None:
     """Stop everything."""
-    from kvarena.home import Home
     from kvarena.stack import lifecycle
 
     lifecycle.down(Home.find(), _consoles()[0])
@@ -222,15 +217,13 @@ def down() -> None:
 @app.command()
 def status(as_json: AsJson = False) -> None:
     """Show what is running. Exit status: 0 all healthy, 3 nothing is running, 1 otherwise."""
-    from kvarena.home import Home
-    from kvarena.stack import render
-    from kvarena.stack.status import stack_status
+    from kvarena.stack.status import show_status, stack_status
 
     current = stack_status(Home.find())
     if as_json:
         print(json.dumps(current.to_json(), indent=1))
     else:
-        render.show_status(current, _consoles()[0])
+        show_status(current, _consoles()[0])
     raise typer.Exit(current.exit_code)
 
 
@@ -241,14 +234,13 @@ def logs(
     num_lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many lines.")] = 50,
 ) -> None:
     """Show the last lines of a service's log."""
-    from kvarena.home import Home
-    from kvarena.stack import docker
+    from kvarena.stack import containers
     from kvarena.stack import logs as log_files
     from kvarena.stack.record import read_record
 
     record = read_record(Home.find())
     if record is not None and record.compose:
-        docker.become_logs(record, name, num_lines, follow)
+        containers.become_logs(record, name, num_lines, follow)
     path = log_files.find_log(Home.find(), name)
     if follow:
         log_files.follow(path, num_lines)
@@ -258,8 +250,6 @@ def logs(
 @app.command()
 def restart(name: Name) -> None:
     """Restart one service and wait until it is healthy."""
-    from kvarena.contenders.spec import LMCACHE_SERVER
-    from kvarena.home import Home
     from kvarena.stack import lifecycle
     from kvarena.stack.lmcache_l2 import L2_OPTION
 
@@ -272,36 +262,32 @@ def restart(name: Name) -> None:
 @app.command()
 def warm(as_json: AsJson = False) -> None:
     """Fill the chunk cache of the running stack from its data folder."""
-    from kvarena.home import Home, StackError
-    from kvarena.stack import render
+    from kvarena.stack import chunk_cache
     from kvarena.stack.settings import shown_api_key
-    from kvarena.stack.supervisord import running_supervisor
+    from kvarena.stack.supervisord import required_supervisor
 
     console, _ = _consoles(as_json)
-    record, supervisor = running_supervisor(Home.find())
-    if record is None or supervisor is None:
-        raise StackError("nothing is running; start the stack with ./run-server.sh")
-    documents = render.read_documents(record, console)
-    result = render.warm_with_progress(record, documents, console, shown_api_key())
+    record, _ = required_supervisor(Home.find())
+    documents = chunk_cache.read_documents(record, console)
+    result = chunk_cache.warm_with_progress(record, documents, console, shown_api_key())
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
     else:
-        render.show_warm_result(result, record.data_dir, console)
+        chunk_cache.show_warm_result(result, record.data_dir, console)
     if not result.failures:
-        render.compute_contexts_with_progress(record, documents, console, shown_api_key())
+        chunk_cache.compute_contexts(record, documents, console, shown_api_key())
     raise typer.Exit(1 if result.failures else 0)
 
 
 @app.command()
 def clear(as_json: AsJson = False) -> None:
     """Empty the chunk cache: LMCache's memory and its folder on the disk, whether the stack runs or not."""
-    from kvarena.home import Home
     from kvarena.stack import chunk_cache
 
     console, _ = _consoles(as_json)
     cleared = chunk_cache.clear(Home.find())
     if as_json:
-        print(json.dumps(cleared.to_json(), indent=1))
+        print(json.dumps(dataclasses.asdict(cleared), indent=1))
     else:
         console.print(cleared.as_text(), highlight=False, soft_wrap=True)
 
@@ -343,14 +329,23 @@ def main() -> None:
 
 def run(command: Callable[[], object]) -> None:
     """Runs a command; an error of the stack becomes its message and an exit status."""
-    from kvarena.home import StackError
-
     try:
         command()
     except StackError as error:
-        from kvarena.stack import render
-
-        render.show_error(error, _consoles()[1])
+        _show_error(error, _consoles()[1])
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _show_error(error: StackError, console: Console) -> None:
+    """The message, and for a service that failed the end of its log."""
+    from rich.markup import escape
+
+    from kvarena.stack.service import ServiceFailedError
+
+    if isinstance(error, ServiceFailedError) and error.log_tail:
+        console.print(f"The end of {error.log_path}:", highlight=False, soft_wrap=True, style="dim")
+        console.print(escape(error.log_tail), highlight=False, soft_wrap=True)
+        console.print()
+    console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

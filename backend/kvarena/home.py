@@ -32,6 +32,11 @@ def project_root() -> Path:
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
+def short_path(path: str) -> str:
+    """For a message: relative to the working directory where it is below that."""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
+
+
 class StackError(Exception):
     """The command can't go on. `str(error)` is the whole message, and says what to do."""
 
@@ -94,13 +99,9 @@ class Home:
         return self.path / f"chunks-{_short_hash(model)}.index"
 
     @property
-    def tag(self) -> str:
-        """A short name that only this instance has, for names that the whole machine shares."""
-        return _short_hash(str(self.path))
-
-    @property
     def shm_name(self) -> str:
-        return f"kvarena-{self.tag}"
+        """Of LMCache's memory, which the whole machine sees: only this instance has it."""
+        return f"kvarena-{_short_hash(str(self.path))}"
 
     @property
     def usual_run_folder(self) -> Path:

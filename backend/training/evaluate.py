@@ -14,7 +14,6 @@ from collections import Counter
 from functools import lru_cache
 
 import torch
-from curriculum import Mix, RowShape
 from model import SmallLlama
 from rows import KINDS, Batch, TextCoder, make_batch
 from tokenizer import NOTE_ID
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from kvarena.synthetic_qa.questions import NOTE
 from kvarena.synthetic_qa.town import DEFAULT_LINKS
+from settings import Mix, RowShape
 
 SEED = "evaluation"
 CONTEXTS = {"400": (RowShape(400, 640, 4), 1), "800": (RowShape(800, 768, 4), 1)}

@@ -8,18 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
-import checkpoint
 import torch
-from curriculum import MIDDLE
 from evaluate import MIX
 from rows import make_batch
 from tokenizer import BOS_ID, EOS_ID, PAD_ID
-from train import Training
+from train import CHECKPOINT, Training
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from settings import RUNS, Settings
+from settings import MIDDLE, RUNS, Settings
 
 PROFILE = {"separator": "<note>", "policy": "kv_deviation", "ratio": 0.1, "check_layer": 2, "deviation": "values"}
 TOLERANCE = 2e-3
@@ -39,20 +38,12 @@ def export(training: Training, folder: Path) -> None:
 
 def hugging_face_model(training: Training) -> LlamaForCausalLM:
     """The same weights, in float32."""
-    config = training.model.config
+    config = asdict(training.model.config)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.pop("rope_theta")},
+            **config,
             tie_word_embeddings=True,
-            max_position_embeddings=config.max_position_embeddings,
             bos_token_id=BOS_ID,
             eos_token_id=EOS_ID,
             pad_token_id=PAD_ID,
@@ -80,7 +71,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to (default: the folder export of the run)")
     arguments = parser.parse_args()
     run = RUNS / arguments.name
-    if not (run / checkpoint.NAME).is_file():
+    if not (run / CHECKPOINT).is_file():
         parser.error(f"there is no run at {run}; train it first with train.py --name {arguments.name}")
     training = Training(run, Settings.load(run), torch.device("cpu"))
     output = arguments.output or run / "export"

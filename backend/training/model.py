@@ -19,6 +19,8 @@ WRITTEN_OUT_UP_TO = 900
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Under the names of `transformers.LlamaConfig`."""
+
     vocab_size: int
     hidden_size: int = 256
     intermediate_size: int = 320

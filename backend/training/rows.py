@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from curriculum import STAGES, Mix, RowShape
 from tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, PAD_ID, USER_ID
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -31,6 +30,7 @@ from kvarena.synthetic_qa import questions as chat
 from kvarena.synthetic_qa.facts import Chunk, chunk_text
 from kvarena.synthetic_qa.questions import Question, Quiz
 from kvarena.synthetic_qa.town import TownShape, write_town
+from settings import STAGES, Mix, RowShape
 
 KINDS = (
     "single", "same_person", "same_shop", "same_street", "same_day", "nickname", "unanswerable", "followup", "history"

@@ -13,28 +13,45 @@ import signal
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoint
+import psutil
 import torch
-from curriculum import STAGES
 from evaluate import evaluate
 from model import ModelConfig, SmallLlama
 from muon import Muon
-from progress import Display
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rows import KINDS, Batch, Batches, TextCoder
-from threads import FreeCores
 from tokenizer import EOS_ID, train_tokenizer
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 from wired import wire
 
-from settings import RUNS, Settings
+from kvarena.stack.machine import has_bf16_instructions
+from settings import RUNS, STAGES, Settings
 
 ACCURACY_DECAY = 0.95
 MIN_STAGE_STEPS = 60
 LOG_EVERY = 20
+CHECKPOINT = "checkpoint.pt"
+CORES_CHECKED_EVERY_S = 6.0
+
+
+@dataclass
+class Progress:
+    """`stage_accuracy` is a moving average over the answers of the stage."""
+
+    step: int = 0
+    num_tokens: int = 0
+    elapsed_s: float = 0.0
+    stage: int = 0
+    stage_steps: int = 0
+    stage_accuracy: float = 0.0
+    evaluated_at: int = 0
 
 
 class Training:
@@ -47,7 +64,13 @@ class Training:
         self.tokenizer = load_tokenizer(folder)
         self.coder = TextCoder(self.tokenizer)
         torch.manual_seed(settings.seed)
-        self.model = SmallLlama(model_config(settings, len(self.tokenizer))).to(device)
+        config = ModelConfig(
+            len(self.tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.num_layers,
+        )
+        self.model = SmallLlama(config).to(device)
         wire(self.model, settings.seed)
         matrices = [param for name, param in self.model.named_parameters() if param.ndim == 2 and "embed" not in name]
         others = [param for name, param in self.model.named_parameters() if param.ndim != 2 or "embed" in name]
@@ -57,7 +80,7 @@ class Training:
             torch.optim.Adam(others, settings.other_rate, betas=(0.9, 0.95), eps=1e-9),
         ]
         self.base_rates = (settings.matrix_rate, settings.other_rate)
-        self.progress = checkpoint.load(folder, self.model, self.optimizers, device) or checkpoint.Progress()
+        self.progress = self._load()
         self.autocast = _autocast(device)
         self.kind_weights = torch.tensor([0.0, *map(kind_weight, KINDS)], device=device)
         self.is_stopping = False
@@ -98,7 +121,26 @@ class Training:
         self.save()
 
     def save(self) -> None:
-        checkpoint.save(self.folder, self.model, self.optimizers, self.progress)
+        """Replaces the checkpoint in one step: a run killed at any moment leaves a whole one."""
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "progress": asdict(self.progress),
+        }
+        temporary = self.folder / f"{CHECKPOINT}.new"
+        torch.save(state, temporary)
+        os.replace(temporary, self.folder / CHECKPOINT)
+
+    def _load(self) -> Progress:
+        """Restores model and optimizers where the folder has a checkpoint: the run goes on as if it hadn't stopped."""
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            return Progress()
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return Progress(**state["progress"])
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         stage, progress = STAGES[self.progress.stage], self.progress
@@ -205,20 +247,80 @@ class Tally:
         return entry
 
 
+class Display:
+    """Shows a run's progress: a bar and the last figures on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=1.0, figures="")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._bar.stop()
+
+    def show(self, entry: dict[str, Any]) -> None:
+        """An entry of the log."""
+        if entry["type"] == "eval":
+            for length, exact in entry["exact"].items():
+                self._console.print(f"exact match at {length} tokens: {_figures(exact)}", soft_wrap=True)
+            return
+        figures = (
+            f"{entry['num_tokens'] / 1e6:.2f}M tokens, {entry['tokens_per_s']}/s, "
+            f"loss {entry['answer_loss']:.3f}, right: {_figures(entry['accuracy'])}"
+        )
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=entry["share"], description=entry["stage"], figures=figures)
+        else:
+            self._console.print(f"{entry['elapsed_s']:7.0f} s  {entry['stage']:8} {figures}", soft_wrap=True)
+
+
+def _figures(shares: dict[str, float]) -> str:
+    return " ".join(f"{name} {100 * share:.0f}" for name, share in shares.items())
+
+
+class FreeCores:
+    """As many threads as cores are free: a thread that has to share its core makes all the others wait for it.
+
+    Call `adapt` between steps; it looks at what other processes used since it looked last.
+    """
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._num_cores = len(self._process.cpu_affinity())
+        self._then, self._busy, self._own = self._now()
+
+    def adapt(self) -> None:
+        now, busy, own = self._now()
+        if now - self._then < CORES_CHECKED_EVERY_S:
+            return
+        others = ((busy - self._busy) - (own - self._own)) / (now - self._then)
+        self._then, self._busy, self._own = now, busy, own
+        threads = max(1, min(self._num_cores, round(self._num_cores - others)))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+    def _now(self) -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        return time.monotonic(), times.user + times.nice + times.system, sum(self._process.cpu_times()[:2])
+
+
 def kind_weight(kind: str) -> float:
     """Of a kind's answers in the loss: more for what is learned late."""
     if kind == "nickname":
         return 4.0
     return 2.0 if kind == "unanswerable" or kind.startswith("same_") else 1.0
-
-
-def model_config(settings: Settings, vocab_size: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_layers,
-    )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -231,13 +333,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def _autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 on a GPU and on CPUs that compute in it; elsewhere it would be emulated, and slower than float32."""
-    has_bfloat16 = device.type == "cuda" or _cpu_has("avx512_bf16", "amx_bf16")
+    has_bfloat16 = device.type == "cuda" or has_bf16_instructions()
     return torch.autocast(device.type, torch.bfloat16) if has_bfloat16 else nullcontext()
-
-
-def _cpu_has(*flags: str) -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and any(flag in cpuinfo.read_text() for flag in flags)
 
 
 def main() -> None:

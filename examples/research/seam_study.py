@@ -28,7 +28,6 @@ from kvarena.splitting import Splitter
 from kvarena.stores.memory import MemoryStore
 
 NUM_CHUNKS = 8
-CHECK_LAYER = 3
 SHARES = (0.05, 0.1)
 POLICIES = {"chunk_head": BlendParams("chunk_head"), "values, layer 3": BlendParams(check_layer=3, deviation="values")}
 IsSeam = Callable[[TextChunk, TextChunk], bool]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from kvarena.home import Home
 from kvarena.stack import machine
 from kvarena.stack.processes import processes_of, stop_leftovers
 from kvarena.stack.service import Service
+from support.lmcache_server import free_port
 
 SMALL_SERVICE = Path(__file__).parents[1] / "support" / "small_service.py"
 
@@ -53,12 +53,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
 def console() -> Console:
     """A terminal that is none; `console.file.getvalue()` is what was printed."""
     return Console(file=io.StringIO(), width=200)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ The engine is a stand-in that notes what it is asked (`fake_docker.py`).
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from kvarena.home import Home, StackError, project_root
@@ -30,7 +32,7 @@ from kvarena.stack.containers import (
     plan_deployment,
 )
 from kvarena.stack.doctor import diagnose
-from kvarena.stack.record import read_record
+from kvarena.stack.record import Record, read_record
 from kvarena.stack.service import ServiceFailedError
 from kvarena.stack.settings import Settings, load_settings
 from kvarena.stack.status import stack_status
@@ -101,6 +103,16 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
 
+def enabled(record: Record) -> set[str]:
+    """The services that Compose takes with the record's options: those of their profiles."""
+    parser = argparse.ArgumentParser()
+    for option in ("--project-directory", "--file", "--profile"):
+        parser.add_argument(option, action="append")
+    options = parser.parse_args(record.compose[2:])
+    services = yaml.safe_load(Path(options.file[0]).read_text())["services"]
+    return {name for name, own in services.items() if set(own["profiles"]) & set(options.profile)}
+
+
 def settings(tmp_path: Path, **chosen: object) -> Settings:
     return load_settings(tmp_path / ".env", **chosen)
 
@@ -143,7 +155,7 @@ def test_two_gpus_are_not_shared_and_one_is(home: Home, tmp_path: Path, gpus: li
     shared = str(project_root() / "compose.gpu-share.yaml")
     two = plan_deployment(settings(tmp_path, profile="gpu"), home)
     assert two.compose_services == ("lmcache-server-gpu", "blend-gpu", "plain-gpu", "page")
-    assert two.record.compose[-2:] == ("--profile", "gpu")
+    assert enabled(two.record) == set(two.compose_services), "no contender that is off by default"
     assert shared not in two.record.compose
     assert shared in plan_deployment(settings(tmp_path, profile="gpu", gpu_share=True), home).record.compose
     gpus.pop()
@@ -284,7 +296,9 @@ def test_images_bring_the_default_model(home: Home, tmp_path: Path) -> None:
 def test_the_contender_lmcache_brings_its_profile(home: Home, tmp_path: Path) -> None:
     deployment = plan_deployment(settings(tmp_path, profile="cpu", contenders="plain,lmcache", ui=False), home)
     assert deployment.compose_services == ("lmcache-server", "plain", "lmcache")
-    assert deployment.record.compose[-4:] == ("--profile", "cpu", "--profile", "lmcache")
+    assert set(deployment.compose_services) <= enabled(deployment.record)
+    without = plan_deployment(settings(tmp_path, profile="cpu", contenders="plain"), home)
+    assert "lmcache" not in enabled(without.record)
 
 
 def test_every_setting_reaches_compose_and_secrets_do_not(home: Home, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from kvarena.cli import app
 from kvarena.contenders.servers import GIB
 from kvarena.home import Home
 from kvarena.model import DEFAULT_CPU_MODEL
-from kvarena.stack import doctor, machine, preflight
+from kvarena.stack import containers, machine, preflight
 from kvarena.stack.doctor import Diagnosis, diagnose, show_diagnosis
 from kvarena.stack.plan import Plan
 from kvarena.stack.settings import CONTENDERS, DEFAULT_PORTS, load_settings
@@ -144,7 +144,7 @@ def test_settings_that_cant_be(
 ) -> None:
     """Through the command, whose exit status says it too; and the facts are there all the same."""
     monkeypatch.setattr(machine, "visible_gpus", list)
-    monkeypatch.setattr(doctor, "engine_answers", lambda: False)
+    monkeypatch.setattr(containers, "engine_answers", lambda: False)
     for key, value in ({"RUN_IN": "processes"} | settings).items():
         monkeypatch.setenv(key, value)
     ran = CliRunner().invoke(app, ["doctor", "--json"])

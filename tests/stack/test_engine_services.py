@@ -14,8 +14,7 @@ from kvarena.home import Home, project_root
 from kvarena.model import DEFAULT_CARD_MODEL, DEFAULT_GPU_MODEL
 from kvarena.stack import machine
 from kvarena.stack.preflight import estimate_memory
-from support.command_lines import ENGINES, parsed
-from support.planned_services import extra_config, make, with_gpus
+from support.command_lines import ENGINES, command_of, extra_config, make, parsed, with_gpus
 
 AI100_CHOICES: dict[str, object] = {
     "runtime": "onnx",
@@ -28,6 +27,12 @@ AI100_CHOICES: dict[str, object] = {
     "topics_file": project_root() / "ai100" / "topics.yaml",
     "threshold": 0.5,
 }
+
+
+def default_of(name: str, option: str) -> object:
+    """What the server takes when it isn't told."""
+    (spec,) = (spec for spec in ENGINES if spec.name == name)
+    return next(own.default for own in command_of(spec).params if own.name == option)
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -51,7 +56,6 @@ def test_simllm_is_a_pytorch_server_that_blends_as_blend_does(home: Home, tmp_pa
     assert list(services) == ["lmcache-server", "blend", "simllm", "page"]
     simllm = services["simllm"]
     assert (simllm.port, simllm.cpus, simllm.environment["OMP_NUM_THREADS"]) == (8003, (1,), "1")
-    assert simllm.command[1:3] == ("-m", "kvarena.contenders.simllm")
     options = parsed(simllm)
     assert (options["mode"], options["similarity_threshold"], options["max_cache_size"]) == ("top_layer", 0.9, 7)
     assert options["load_format"] == "dummy"
@@ -59,7 +63,7 @@ def test_simllm_is_a_pytorch_server_that_blends_as_blend_does(home: Home, tmp_pa
     blend = extra_config(services["blend"])
     said = (options["policy"], options["ratio"], options["check_layer"])
     assert said == (blend["policy"], blend["ratio"], blend["check_layer"]) == ("kv_deviation", 0.5, 2)
-    assert "--num-hyperplanes" not in simllm.command, "the server's own default"
+    assert options["num_hyperplanes"] == default_of("simllm", "num_hyperplanes")
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -103,18 +107,17 @@ def test_ai100_serves_the_stacks_model_in_slots_as_long_as_its_context(home: Hom
     assert list(services) == ["plain", "ai100", "page"]
     ai100 = services["ai100"]
     assert (ai100.port, ai100.cpus, ai100.environment["OMP_NUM_THREADS"]) == (8004, (1,), "1")
-    assert ai100.command[1:3] == ("-m", "ai100.server")
     options = parsed(ai100)
     assert (options["runtime"], options["kv_cache_batch_size"], options["ctx_len"]) == ("host", 3, 512)
     assert options["topics_file"] == project_root() / "topics.yaml"
     assert options["data"] == Path(services["page"].environment["KVARENA_DATA_DIR"])
     assert options["load_format"] == "dummy"
     assert [options["served_model_name"]] == parsed(services["plain"])["served_model_name"]
-    assert "--full-batch-size" not in ai100.command, "the server's own default"
+    assert options["full_batch_size"] == default_of("ai100", "full_batch_size")
     _, services = make(home, tmp_path, contenders="ai100", max_model_len=512, ai100_ctx_len=256)
     assert parsed(services["ai100"])["ctx_len"] == 256, "its own key wins"
     _, services = make(home, tmp_path, contenders="ai100")
-    assert "--ctx-len" not in services["ai100"].command
+    assert parsed(services["ai100"])["ctx_len"] == default_of("ai100", "ctx_len")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_a_new_contender_is_a_service_that_the_page_knows(with_echo: Path, tmp_p
     echo = services["echo"]
     assert (echo["title"], echo["port"], echo["health_url"]) == ("The echo", 8090, "http://127.0.0.1:8090/health")
     assert echo["command"][1:3] == ["-m", "kvarena.contenders.echo"]
-    assert echo["command"][echo["command"].index("--num-words") + 1] == "3"
+    assert echo["command"][echo["command"].index("--num-words") + 1] == "3", "it has no program that would read them"
     assert json.loads(services["page"]["environment"]["KVARENA_CONTENDERS"])[1] == {
         "name": "echo",
         "title": "The echo",

@@ -13,8 +13,7 @@ import pytest
 from kvarena.home import Home, StackError, project_root
 from kvarena.stack.lmcache_l2 import bound_bytes, clear_folder, l2_adapter, prune, size_bytes
 from kvarena.stack.services import build_services
-from support.command_lines import parsed, shared_memory
-from support.planned_services import extra_config, make, with_gpus
+from support.command_lines import extra_config, make, parsed, shared_memory, with_gpus
 
 
 def l2_adapters(options: dict[str, Any]) -> list[dict[str, Any]]:

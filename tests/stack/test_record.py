@@ -8,7 +8,7 @@ from pathlib import Path
 from kvarena.home import Home
 from kvarena.splitting import Splitter
 from kvarena.stack.record import Record, differences, read_record
-from support.planned_services import make
+from support.command_lines import make
 
 
 def test_the_record_reads_back(home: Home, tmp_path: Path) -> None:

@@ -1,22 +1,24 @@
-"""The list of services: commands, environments, ports and order, as every plan has them."""
+"""The list of services: what each is told by every plan, as its own program reads it; ports, order, cores and GPUs."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvarena.contenders.servers import WORKER_IN_ENGINE
-from kvarena.home import Home
+from kvarena.contenders.spec import LMCACHE_SERVER, contender_specs
+from kvarena.home import Home, StackError
 from kvarena.splitting import find_splitter
 from kvarena.stack import machine
 from kvarena.stack.record import Record
 from kvarena.stack.services import build_services
 from kvarena.stack.settings import CONTENDERS
-from support.command_lines import listens_on, parsed
-from support.planned_services import extra_config, make
+from support.command_lines import extra_config, listens_on, make, parsed, with_gpus
 
 TOWN = Path(__file__).resolve().parents[2] / "backend" / "models" / "town"
 
@@ -210,3 +212,152 @@ def test_services_are_plain_data(home: Home, tmp_path: Path) -> None:
     _, services = make(home, tmp_path)
     for service in services.values():
         json.dumps(dataclasses.asdict(service))
+
+
+# --- GPUs ---
+
+
+def test_one_gpu_is_shared(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, "0")
+    made, services = make(home, tmp_path, profile="auto")
+    assert made.profile == "gpu"
+    assert made.model.name == "mistralai/Mistral-7B-Instruct-v0.2"
+    for name in ("blend", "plain"):
+        assert services[name].environment["CUDA_VISIBLE_DEVICES"] == "0"
+        assert parsed(services[name])["gpu_memory_utilization"] == 0.45
+        assert services[name].cpus == ()
+    assert services["plain"].depends_on == ("blend",), "vLLM measures free memory while it starts"
+
+
+def test_two_gpus_are_divided(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, "2", "5", "6")
+    _, services = make(home, tmp_path, profile="gpu", kv_cache_gb=10)
+    assert services["blend"].environment["CUDA_VISIBLE_DEVICES"] == "2"
+    assert services["plain"].environment["CUDA_VISIBLE_DEVICES"] == "5"
+    assert services["plain"].depends_on == ()
+    options, unbounded = parsed(services["plain"]), parsed(make(home, tmp_path)[1]["plain"])
+    assert options["kv_cache_memory_bytes"] == 10 << 30
+    assert options["gpu_memory_utilization"] == unbounded["gpu_memory_utilization"], "a share would bound it too"
+
+
+def test_auto_takes_the_cpu_when_vllm_is_built_for_it(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpus(monkeypatch, "0")
+    monkeypatch.setattr(machine, "installed_vllm", lambda: "cpu")
+    assert make(home, tmp_path, profile="auto")[0].profile == "cpu"
+
+
+def test_a_gpu_profile_needs_a_gpu(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch)
+    with pytest.raises(StackError, match="no GPU on this machine"):
+        make(home, tmp_path, profile="gpu")
+
+
+# --- What the blend is told: the settings, before the model's profile, before the defaults ---
+
+
+def test_the_blend_is_set_by_the_models_profile(home: Home, tmp_path: Path) -> None:
+    made, services = make(home, tmp_path, contenders="blend")
+    profile = json.loads((Path(made.model.name) / "kvarena.json").read_text())
+    assert profile.pop("data")
+    config = extra_config(services["blend"])
+    assert {key: config[key] for key in profile} == profile
+    assert config["lmcache_url"] == "tcp://127.0.0.1:5555"
+    assert config["lmcache_http_url"] == "http://127.0.0.1:8080"
+    assert str(config["index_path"]).startswith(str(home.path))
+
+
+def test_settings_win_over_the_models_profile(home: Home, tmp_path: Path) -> None:
+    _, services = make(
+        home, tmp_path, separator="\n\n# ; %", blend_policy="all", blend_ratio=0.5, blend_check_layer=3, port_base=9000
+    )
+    config = extra_config(services["blend"])
+    assert config["separator"] == "\n\n# ; %"
+    assert (config["policy"], config["ratio"], config["check_layer"]) == ("all", 0.5, 3)
+    assert config["lmcache_url"] == "tcp://127.0.0.1:9502"
+
+
+def test_what_happens_with_a_model_that_cant_be_blended(home: Home, tmp_path: Path) -> None:
+    for chosen, expected in ({}, "refuse"), ({"blend_unsupported": "plain"}, "plain"):
+        _, services = make(home, tmp_path, **chosen)
+        assert extra_config(services["blend"])["unsupported"] == expected
+    with pytest.raises(StackError, match="BLEND_UNSUPPORTED must be one of refuse, plain, not 'ignore'"):
+        make(home, tmp_path, blend_unsupported="ignore")
+
+
+@pytest.mark.parametrize(
+    ("config", "keeps_all"),
+    [
+        ({"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}, True),
+        ({"text_config": {"sliding_window": 512, "_sliding_window_pattern": 6}}, True),
+        ({"sliding_window": 512, "layer_types": ["sliding_attention", "sliding_attention"]}, False),
+        ({"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]}, False),
+        ({"sliding_window": 512}, False),
+    ],
+)
+def test_some_layers_with_a_window_keep_all_kv(
+    home: Home, tmp_path: Path, config: dict[str, Any], keeps_all: bool
+) -> None:
+    """vLLM's own option; for layers that are all alike it does nothing. `plain` stays as vLLM has it."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    _, services = make(home, tmp_path, model=str(tmp_path / "m"))
+    assert bool(parsed(services["blend"])["disable_hybrid_kv_cache_manager"]) == keeps_all
+    assert not parsed(services["plain"])["disable_hybrid_kv_cache_manager"]
+
+
+def test_a_policy_that_is_none(home: Home, tmp_path: Path) -> None:
+    with pytest.raises(StackError, match=r"BLEND_POLICY must be one of kv_deviation, .*, not 'magic'"):
+        make(home, tmp_path, blend_policy="magic")
+
+
+def test_a_broken_model_profile(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "kvarena.json").write_text('{"sparator": "x"}')
+    with pytest.raises(StackError, match="sparator"):
+        make(home, tmp_path, model=str(tmp_path / "m"))
+
+
+# --- vLLM's and LMCache's own parsers take every flag, for every contender and profile ---
+
+
+VLLM_CONTENDERS = [name for name, spec in contender_specs().items() if spec.is_vllm]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"profile": "cpu", "max_model_len": 512, "load_format": "dummy", "dtype": "float32"},
+        {"profile": "gpu"},
+        {"profile": "gpu", "kv_cache_gb": 8, "blend_engine": "lmcache", "model": "org/model"},
+    ],
+    ids=["cpu", "gpu", "LMCache's own blender"],
+)
+def test_vllm_takes_its_command_lines(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+) -> None:
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+
+    with_gpus(monkeypatch, "0", "1")
+    _, built = make(home, tmp_path, contenders=",".join(VLLM_CONTENDERS), blend_deviation="keys", **settings)
+    for name in VLLM_CONTENDERS:
+        options = parsed(built[name])
+        validate_parsed_serve_args(argparse.Namespace(**options))
+        assert options["port"] == built[name].port
+        transfer = options["kv_transfer_config"]
+        assert (transfer is None) == (name == "plain")
+        if name == "blend":
+            expected = "LMCacheConnectorV1" if "blend_engine" in settings else "KVArenaConnector"
+            assert transfer.kv_connector == expected
+            assert options["enable_prefix_caching"] == ("blend_engine" not in settings)
+
+
+@pytest.mark.slow
+def test_lmcache_takes_its_command_line(home: Home, tmp_path: Path) -> None:
+    server = make(home, tmp_path)[1][LMCACHE_SERVER]
+    options = parsed(server)
+    assert (options["port"], options["http_port"]) == (server.port, server.other_ports[0])
+    assert options["chunk_size"] == 32

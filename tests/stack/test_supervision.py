@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -24,10 +23,24 @@ from kvarena.stack.record import Record, read_record
 from kvarena.stack.service import Service, ServiceFailedError
 from kvarena.stack.status import stack_status
 from kvarena.stack.supervisord import Supervisor, running_supervisor
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MakeService = Callable[..., Service]
+
+UP = """
+from rich.console import Console
+from kvarena.cli import run
+from kvarena.home import Home
+from kvarena.stack import lifecycle
+from kvarena.stack.record import read_record
+
+home = Home.find()
+wanted = read_record(home)
+run(lambda: lifecycle.bring_up(wanted, home, Console(), check=lambda missing: None, secrets={}))
+"""
+"""Brings up what is written down in the home of the environment."""
 
 
 def record_of(*services: Service) -> Record:
@@ -56,15 +69,6 @@ def assert_nothing_left(home: Home) -> None:
     assert not processes_of(home)
     assert sorted(path.name for path in home.path.iterdir()) == ["cache", "lock", "logs"]
     assert stack_status(home).exit_code == 3
-
-
-def eventually(check: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if check():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_up_status_restart_down(home: Home, console: Console, small_service: MakeService) -> None:
@@ -121,7 +125,7 @@ def test_up_starts_what_is_missing(home: Home, console: Console, small_service: 
     bring_up(home, console, *services)
     before = pids(home)
     supervisor_of(home).stop("second")
-    assert eventually(lambda: states(home)["second"] == "stopped")
+    wait_until(lambda: states(home)["second"] == "stopped")
     assert stack_status(home).exit_code == 1
     bring_up(home, console, *services)
     assert states(home) == {"first": "healthy", "second": "healthy"}
@@ -167,10 +171,10 @@ def test_failing_up_leaves_what_ran_before(home: Home, console: Console, small_s
     bring_up(home, console, good, fragile)
     before = pids(home)
     supervisor_of(home).stop("fragile")
-    assert eventually(lambda: states(home)["fragile"] == "stopped")
+    wait_until(lambda: states(home)["fragile"] == "stopped")
     blocker = subprocess.Popen([sys.executable, "-m", "http.server", str(fragile.port), "--bind", "127.0.0.1"])
     try:
-        assert eventually(lambda: _listens(fragile.port))
+        wait_until(lambda: _listens(fragile.port))
         with pytest.raises(ServiceFailedError, match="fragile died"):
             bring_up(home, console, good, fragile)
     finally:
@@ -188,7 +192,7 @@ def test_a_crashed_service_comes_back(home: Home, console: Console, small_servic
     bring_up(home, console, small_service("only"))
     before = pids(home)["only"]
     os.kill(before, signal.SIGKILL)
-    assert eventually(lambda: states(home)["only"] == "healthy" and pids(home)["only"] != before)
+    wait_until(lambda: states(home)["only"] == "healthy" and pids(home)["only"] != before)
     lifecycle.down(home, console)
     assert_nothing_left(home)
 
@@ -201,7 +205,7 @@ def test_a_killed_service_comes_back_without_its_old_children(
     assert all(old.values())
     before = pids(home)["first"]
     os.kill(before, signal.SIGKILL)
-    assert eventually(lambda: states(home)["first"] == "healthy" and pids(home)["first"] != before)
+    wait_until(lambda: states(home)["first"] == "healthy" and pids(home)["first"] != before)
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in old["first"])
     assert all(child.is_running() for child in old["second"]), "another service's are its own"
     lifecycle.down(home, console)
@@ -220,7 +224,7 @@ def test_up_after_everything_was_stopped(home: Home, console: Console, small_ser
     service = small_service("only")
     bring_up(home, console, service)
     supervisor_of(home).stop("only")
-    assert eventually(lambda: states(home)["only"] == "stopped")
+    wait_until(lambda: states(home)["only"] == "stopped")
     bring_up(home, console, small_service("other"))
     assert states(home) == {"other": "healthy"}
 
@@ -228,7 +232,7 @@ def test_up_after_everything_was_stopped(home: Home, console: Console, small_ser
 def test_down_after_supervisord_was_killed(home: Home, console: Console, small_service: MakeService) -> None:
     bring_up(home, console, small_service("only", "--ignore-sigterm"))
     os.kill(supervisor_of(home).pid, signal.SIGKILL)
-    assert eventually(lambda: len(processes_of(home)) == 2)
+    wait_until(lambda: len(processes_of(home)) == 2)
 
     status = stack_status(home)
     assert status.exit_code == 1
@@ -291,10 +295,10 @@ def test_segments_of_dead_processes_are_removed_and_no_others(
         bring_up(home, console, small_service("first", "--segment"), small_service("second", "--segment"))
         before = pids(home)["first"]
         os.kill(before, signal.SIGKILL)
-        assert eventually(lambda: exist("first") == [False, True]), "its supervisor started it again"
-        assert eventually(lambda: states(home)["first"] == "healthy")
+        wait_until(lambda: exist("first") == [False, True], "its supervisor started it again")
+        wait_until(lambda: states(home)["first"] == "healthy")
         lifecycle.restart("first", home, console)
-        assert eventually(lambda: exist("first") == [False, False, True])
+        wait_until(lambda: exist("first") == [False, False, True])
         assert exist("second") == [True]
         lifecycle.down(home, console)
         assert exist("first") == [False, False, False]
@@ -325,11 +329,10 @@ def test_a_long_home_has_its_sockets_elsewhere(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_up_cleans_up(home: Home, small_service: MakeService, number: signal.Signals) -> None:
-    script = Path(__file__).parents[1] / "support" / "up_small_services.py"
-    service = small_service("slow", "--healthy-after", "3600")
-    command = [sys.executable, str(script), str(service.port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert eventually(lambda: len(processes_of(home)) >= 3)
+    home.create()
+    record_of(small_service("slow", "--healthy-after", "3600")).write(home)
+    with subprocess.Popen([sys.executable, "-c", UP], stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: len(processes_of(home)) >= 3)
         process.send_signal(number)
         assert process.wait(30) == 130
     assert_nothing_left(home)
@@ -351,4 +354,4 @@ def test_the_log_holds_what_a_service_prints(home: Home, console: Console, small
     service = small_service("only")
     bring_up(home, console, service)
     lines = ["kvarena: starting small only", f"listening on {service.port}"]
-    assert eventually(lambda: tail(service.log_path, 10).splitlines() == lines)
+    wait_until(lambda: tail(service.log_path, 10).splitlines() == lines)

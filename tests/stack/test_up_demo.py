@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,23 +18,17 @@ from kvarena.home import Home
 from kvarena.stack.machine import physical_cores, share_cores
 from kvarena.stack.processes import processes_of, stop_leftovers
 from support.request_lines import lines_of
+from support.running_stack import KVARENA, Stack, free_port_base
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 pytest.importorskip("vllm")
 
-FIRST_PORT, LAST_PORT = 21000, 21900
 
-
-def free_port_base() -> int:
-    for base in range(FIRST_PORT, LAST_PORT, 10):
-        try:
-            with socket.socket() as blend, socket.socket() as plain, socket.socket() as lmcache:
-                for probe, port in ((blend, base), (plain, base + 1), (lmcache, base + 502)):
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return base
-    raise AssertionError("no free ports")
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, _own_environment: None) -> None:
+    for key, value in {"KV_CACHE_GB": "1", "LMCACHE_GB": "0.5", "PROFILE": "cpu", "MODEL": "town"}.items():
+        monkeypatch.setenv(key, value)
 
 
 @pytest.fixture(scope="module")
@@ -51,36 +43,25 @@ def port_base() -> int:
     return free_port_base()
 
 
-def kvarena(home: Home, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments),
-        env=environment(home),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from kvarena.cli import main; main()", *arguments]
-
-
-def environment(home: Home) -> dict[str, str]:
-    return {
-        "LMCACHE_L2": "none",
-        "CXX": "none",  # without a compiler vLLM compiles nothing, which takes longer than the rest of its start
-        **os.environ,
-        "KVARENA_HOME": str(home.path),
-        "KV_CACHE_GB": "1",
-        "LMCACHE_GB": "0.5",
-        "PROFILE": "cpu",
-        "MODEL": "town",
-    }
+def kvarena(home: Home, *arguments: str, api_key: str = "") -> subprocess.CompletedProcess[str]:
+    return Stack(home.path, api_key).command(*arguments, timeout_s=600)
 
 
 def up_plain(home: Home, port_base: int, *more: str) -> subprocess.CompletedProcess[str]:
     return kvarena(home, "up", "--contenders", "plain", "--no-ui", "--port-base", str(port_base), *more)
+
+
+@contextmanager
+def alone(home: Home, name: str, port_base: int) -> Iterator[httpx.Client]:
+    """A contender that needs no vLLM, up by itself until the end of the block, and then down with nothing left."""
+    try:
+        up = kvarena(home, "up", "--contenders", name, "--no-ui", "--port-base", str(port_base))
+        assert up.returncode == 0, up.stdout + up.stderr
+        with Stack(home.path).client(name) as http:
+            yield http
+    finally:
+        assert kvarena(home, "down").returncode == 0
+    assert_nothing_left(home)
 
 
 def assert_nothing_left(home: Home) -> None:
@@ -163,32 +144,24 @@ def test_a_vllm_that_cannot_start(module_home: Home, port_base: int) -> None:
 
 
 def test_the_prefix_contender(tmp_path: Path, port_base: int) -> None:
-    """Alone, so without vLLM: up, asked twice, its cache at work, the request in its log, down."""
+    """Asked twice, its cache at work, the request in its log."""
     home = Home(tmp_path / "home")
-    try:
-        up = kvarena(home, "up", "--contenders", "prefix", "--no-ui", "--port-base", str(port_base))
-        assert up.returncode == 0, up.stdout + up.stderr
+    with alone(home, "prefix", port_base) as http:
         chat = {
             "model": "town",
             "messages": [{"role": "user", "content": "Bruno plays the lute . " * 10 + "What does Bruno play ?"}],
             "max_tokens": 4,
         }
-        with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 2}", timeout=60, trust_env=False) as http:
-            answers = [http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json() for _ in range(2)]
-            cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
-            assert cached == [0, answers[0]["usage"]["prompt_tokens"]]
-            assert answers[0]["choices"] == answers[1]["choices"]
-            assert http.get("/cache/stats").json()["hits"] == 1
+        answers = [http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json() for _ in range(2)]
+        cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+        assert cached == [0, answers[0]["usage"]["prompt_tokens"]]
+        assert answers[0]["choices"] == answers[1]["choices"]
+        assert http.get("/cache/stats").json()["hits"] == 1
         lines = lines_of(kvarena(home, "logs", "prefix").stdout)
         assert [line["details"]["prefix_cache_hit"] for line in lines] == [False, True]
-    finally:
-        assert kvarena(home, "down").returncode == 0
-    assert_nothing_left(home)
 
 
-def test_a_running_stack_keeps_the_key_that_it_was_started_with(
-    tmp_path: Path, port_base: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_running_stack_keeps_the_key_that_it_was_started_with(tmp_path: Path, port_base: int) -> None:
     home = Home(tmp_path / "home")
     arguments = ("up", "--contenders", "prefix", "--no-ui", "--port-base", str(port_base))
     try:
@@ -198,8 +171,7 @@ def test_a_running_stack_keeps_the_key_that_it_was_started_with(
             ("", 1, "KVARENA_API_KEY is set for what runs"),
             ("first", 0, ""),
         ):
-            monkeypatch.setenv("KVARENA_API_KEY", key)
-            up = kvarena(home, *arguments)
+            up = kvarena(home, *arguments, api_key=key)
             assert up.returncode == exit_code, up.stdout + up.stderr
             assert message in up.stderr
             assert kvarena(home, "status").returncode == 0, "what runs goes on"
@@ -209,47 +181,38 @@ def test_a_running_stack_keeps_the_key_that_it_was_started_with(
 
 
 def test_the_simllm_contender(tmp_path: Path, port_base: int) -> None:
-    """Alone, so without vLLM: up, two similar questions, the second over the first one's KV, the figures, down."""
+    """Two similar questions, the second over the first one's KV, and the figures."""
     home = Home(tmp_path / "home")
-    try:
-        up = kvarena(home, "up", "--contenders", "simllm", "--no-ui", "--port-base", str(port_base))
-        assert up.returncode == 0, up.stdout + up.stderr
-        notes = "Bruno plays the lute . Mara keeps a goat . " * 10
-        with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 3}", timeout=60, trust_env=False) as http:
-            reports = []
-            for question in ("What does Bruno play ?", "What does Mara keep ?"):
-                chat = {"model": "town", "messages": [{"role": "user", "content": notes + question}], "max_tokens": 4}
-                answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json()
-                reports.append(answer["kv_transfer_params"]["kvarena"])
-            assert http.get("/tasks/stats").json()["num_hits"] == 1
-            assert 'kvarena_store_lookups_total{engine="0",model_name="town",outcome="hits"} 1' in (
-                http.get("/metrics").text.replace('model_name="town",engine="0"', 'engine="0",model_name="town"')
-            )
+    notes = "Bruno plays the lute . Mara keeps a goat . " * 10
+    with alone(home, "simllm", port_base) as http:
+        reports = []
+        for question in ("What does Bruno play ?", "What does Mara keep ?"):
+            chat = {"model": "town", "messages": [{"role": "user", "content": notes + question}], "max_tokens": 4}
+            answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0}).json()
+            reports.append(answer["kv_transfer_params"]["kvarena"])
+        assert http.get("/tasks/stats").json()["num_hits"] == 1
+        assert 'kvarena_store_lookups_total{engine="0",model_name="town",outcome="hits"} 1' in (
+            http.get("/metrics").text.replace('model_name="town",engine="0"', 'engine="0",model_name="town"')
+        )
         assert [report["hit"] for report in reports] == [False, True]
         assert "What does Bruno play ?" in reports[1]["matched_prompt"]
         assert reports[1]["num_layer_passes"] < reports[1]["num_layer_passes_without_reuse"]
         log = kvarena(home, "logs", "simllm").stdout
         assert [line["details"]["hit"] for line in lines_of(log)] == [False, True]
         assert "lute" not in log
-    finally:
-        assert kvarena(home, "down").returncode == 0
-    assert_nothing_left(home)
 
 
 def test_the_ai100_contender(tmp_path: Path, port_base: int) -> None:
-    """Alone, so without vLLM: up, a turn and its follow-up, the slots, down."""
+    """A turn and its follow-up, and the slots."""
     home = Home(tmp_path / "home")
-    try:
-        up = kvarena(home, "up", "--contenders", "ai100", "--no-ui", "--port-base", str(port_base))
-        assert up.returncode == 0, up.stdout + up.stderr
-        notes = "Bruno plays the lute . Mara keeps a goat . " * 10
-        with httpx.Client(base_url=f"http://127.0.0.1:{port_base + 4}", timeout=60, trust_env=False) as http:
-            reports = []
-            for question in (notes + "What does Bruno play ?", "And what does Mara play ?"):
-                chat = {"model": "town", "session_id": "a", "messages": [{"role": "user", "content": question}]}
-                answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0, "max_tokens": 4}).json()
-                reports.append(answer["kv_transfer_params"]["kvarena"])
-            table = http.get("/slots").json()
+    notes = "Bruno plays the lute . Mara keeps a goat . " * 10
+    with alone(home, "ai100", port_base) as http:
+        reports = []
+        for question in (notes + "What does Bruno play ?", "And what does Mara play ?"):
+            chat = {"model": "town", "session_id": "a", "messages": [{"role": "user", "content": question}]}
+            answer = http.post("/v1/chat/completions", json=chat | {"temperature": 0, "max_tokens": 4}).json()
+            reports.append(answer["kv_transfer_params"]["kvarena"])
+        table = http.get("/slots").json()
         first, second = reports
         assert [report["status"] for report in reports] == ["NEW_TOPIC", "INCREMENTAL_PREFILL"]
         assert first["topic"] == second["topic"]
@@ -257,9 +220,6 @@ def test_the_ai100_contender(tmp_path: Path, port_base: int) -> None:
         assert [slot["topic"] for slot in table["slots"]] == [first["topic"], None, None, None]
         lines = lines_of(kvarena(home, "logs", "ai100").stdout)
         assert [line["details"]["status"] for line in lines] == ["NEW_TOPIC", "INCREMENTAL_PREFILL"]
-    finally:
-        assert kvarena(home, "down").returncode == 0
-    assert_nothing_left(home)
 
 
 def test_simllm_refuses_another_kind_of_model_before_anything_starts(tmp_path: Path, port_base: int) -> None:
@@ -287,12 +247,11 @@ def test_a_second_tier_that_cannot_be_written_is_refused_before_anything_starts(
 
 def test_ctrl_c(module_home: Home, port_base: int) -> None:
     arguments = ("up", "--contenders", "plain", "--no-ui", "--port-base", str(port_base))
+    environment = Stack(module_home.path).environment
     with subprocess.Popen(
-        command(*arguments), env=environment(module_home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [KVARENA, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        deadline = time.monotonic() + 60
-        while len(processes_of(module_home)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_until(lambda: len(processes_of(module_home)) >= 3, timeout_s=300)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -321,13 +280,12 @@ def test_lmcache_comes_back_after_it_was_killed(module_home: Home, port_base: in
     before = stack_status(module_home).services[0]
     assert list(Path("/dev/shm").glob(f"*{module_home.shm_name}*"))
     os.kill(before.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def is_back() -> bool:
         now = stack_status(module_home).services[0]
-        if now.state == "healthy" and now.pid != before.pid:
-            break
-        time.sleep(0.5)
-    assert now.state == "healthy"
+        return now.state == "healthy" and now.pid != before.pid
+
+    wait_until(is_back)
     lifecycle.down(module_home, Console())
     assert_nothing_left(module_home)
 
@@ -338,14 +296,11 @@ def test_vllms_own_command_line(module_home: Home) -> None:
     assert "Benchmark the online serving throughput" in bench.stdout
 
 
-def test_ai100s_demo_is_a_page_on_a_port_of_its_own(tmp_path: Path) -> None:
+def test_ai100s_demo_is_a_page_on_a_port_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, base = Home(tmp_path / "home"), free_port_base()
+    monkeypatch.setenv("PORT_BASE", str(base))
     try:
-        settings = environment(home) | {"PORT_BASE": str(base)}
-        options = ["--model", "town", "--port", str(base + 9)]
-        done = subprocess.run(
-            command("ai100", "demo", *options), env=settings, capture_output=True, text=True, timeout=600
-        )
+        done = kvarena(home, "ai100", "demo", "--model", "town", "--port", str(base + 9))
         assert done.returncode == 0, done.stdout + done.stderr
         address = f"http://127.0.0.1:{base + 9}/conversations"
         assert address in done.stdout

@@ -1,4 +1,4 @@
-"""What a service's program makes of its command line, by the program's own parser."""
+"""What settings come to: the services, and what each one's program makes of its command line, by its own parser."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,27 @@ import typer
 
 from kvarena.contenders.servers import EngineServer
 from kvarena.contenders.spec import ContenderSpec, contender_specs
+from kvarena.home import Home
+from kvarena.stack import machine
+from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.service import Service
+from kvarena.stack.services import build_services
+from kvarena.stack.settings import load_settings
 
 VLLM = "vllm.entrypoints.openai.api_server"
 LMCACHE = "lmcache.cli.main"
 PAGE = "streamlit"
 ENGINES = [spec for spec in contender_specs().values() if isinstance(spec.server, EngineServer)]
+
+
+def make(home: Home, tmp_path: Path, **command_line: object) -> tuple[Plan, dict[str, Service]]:
+    made = make_plan(load_settings(tmp_path / ".env", **({"profile": "cpu"} | command_line)), home)
+    return made, {service.name: service for service in build_services(made, home)}
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: str) -> None:
+    monkeypatch.setattr(machine, "visible_gpus", lambda: list(gpus))
+    monkeypatch.setattr(machine, "installed_vllm", lambda: "gpu")
 
 
 def parsed(service: Service) -> dict[str, Any]:
@@ -33,6 +49,11 @@ def parsed(service: Service) -> dict[str, Any]:
     if module == PAGE:
         return _page_options(words[1:])
     return _engine_options(module, words)
+
+
+def extra_config(service: Service) -> dict[str, object]:
+    extra: dict[str, object] = parsed(service)["kv_transfer_config"].kv_connector_extra_config
+    return extra
 
 
 def listens_on(service: Service) -> set[str]:

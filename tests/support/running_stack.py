@@ -39,8 +39,9 @@ class Stack:
     api_key: str = ""
     compiles: bool = False
 
-    def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        environment = {
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
             "LMCACHE_L2": "none",
             "LMCACHE_TIMEOUT_S": "10",
             "KVARENA_RESULTS_DIR": str(self.home / "results"),
@@ -49,7 +50,11 @@ class Stack:
             "KVARENA_HOME": str(self.home),
             "KVARENA_API_KEY": self.api_key,
         }
-        return subprocess.run([KVARENA, *arguments], env=environment, text=True, capture_output=True, timeout=timeout_s)
+
+    def command(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [KVARENA, *arguments], env=self.environment, text=True, capture_output=True, timeout=timeout_s
+        )
 
     def service(self, name: str) -> dict[str, Any]:
         status = json.loads(self.command("status", "--json").stdout)

@@ -58,7 +58,7 @@ def start(folder: Path, tokenizer_folder: Path) -> Any:
 
 
 def run(training: Any, num_steps: int) -> None:
-    from progress import Display
+    from train import Display
 
     with Display() as display:
         training.run(display, num_steps, num_workers=0)
@@ -110,8 +110,9 @@ def test_the_export_computes_what_was_trained(tmp_path: Path, tokenizer_folder: 
 
 def test_branches_do_not_see_each_other(tmp_path: Path, tokenizer_folder: Path) -> None:
     """A branch in a row has the logits of the same question asked alone after the same context."""
-    from curriculum import SHORT, STAGES
     from rows import make_batch
+
+    from settings import SHORT, STAGES
 
     training = start(tmp_path / "run", tokenizer_folder)
     batch = make_batch(training.coder, SHORT, STAGES[2].mix, random.Random(1))
@@ -133,10 +134,11 @@ def test_branches_do_not_see_each_other(tmp_path: Path, tokenizer_folder: Path) 
 
 def test_naive_reuse_in_one_forward_is_moved_chunks(tmp_path: Path, tokenizer_folder: Path) -> None:
     """A chunk's hidden states under the block mask are those of the chunk alone at positions from 0."""
-    from curriculum import SHORT
     from evaluate import MIX, chunks_alone_mask
     from rows import make_batch
     from tokenizer import NOTE_ID
+
+    from settings import SHORT
 
     training = start(tmp_path / "run", tokenizer_folder)
     batch = make_batch(training.coder, SHORT, MIX, random.Random(1))

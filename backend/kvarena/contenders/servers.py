@@ -33,30 +33,18 @@ COMMON_ENVIRONMENT: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What the stack decided for one contender.
+class Shared:
+    """What the stack decided for all contenders.
 
-    `profile` is cpu or gpu; `gpu` is the GPU it has on the one. On the other it has an OpenMP thread for each of
-    `omp_cpus`, and vLLM binds each to its own (`binds_threads`). `model` is a folder (`is_local`) or a name on the hub;
-    `has_some_windows` is `Model.has_some_windows`.
-    `settings` are the contender's own, `prefix_caching` is vLLM's. What is `None` is left to the server. `blend` says
-    where the LMCache server is. Sizes are in GiB.
+    `profile` is cpu or gpu. `blend` also says where the LMCache server is; `blend_engine` is kvarena, or lmcache for
+    LMCache's own blender; `prefix_caching` is vLLM's. What is `None` is left to the server. Sizes are in GiB.
     """
 
-    name: str = ""
-    settings: Any = None
-    host: str = "127.0.0.1"
-    port: int = 0
     profile: str = "cpu"
-    model: str = ""
-    served_model_name: str = ""
-    is_local: bool = True
-    has_some_windows: bool = False
     max_model_len: int | None = None
     load_format: str | None = None
     dtype: str | None = None
     compile: bool = True
-    data_dir: Path | None = None
     hf_home: Path | None = None
     cache_dir: Path = Path()
     vllm_cache_dir: Path = Path()
@@ -65,6 +53,26 @@ class Launch:
     lmcache_gb: float = 1.0
     kv_cache_gb: int | None = None
     prefix_caching: bool = True
+
+
+@dataclass(frozen=True)
+class Launch(Shared):
+    """What the stack decided for one contender.
+
+    `settings` are the contender's own. `model` is a folder (`is_local`) or a name on the hub; `has_some_windows` is
+    `Model.has_some_windows`. `gpu` is the GPU it has with the profile gpu. With the other it has an OpenMP thread for
+    each of `omp_cpus`, and vLLM binds each to its own (`binds_threads`).
+    """
+
+    name: str = ""
+    settings: Any = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    model: str = ""
+    served_model_name: str = ""
+    is_local: bool = True
+    has_some_windows: bool = False
+    data_dir: Path | None = None
     gpu: str = ""
     servers_per_gpu: int = 1
     omp_cpus: tuple[int, ...] = ()

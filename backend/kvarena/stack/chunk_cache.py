@@ -1,7 +1,7 @@
-"""The chunk cache as a whole: filling it, how much of it is on disk, and emptying it.
+"""The chunk cache as a whole: filling it from the data folder, how much of it is on disk, and emptying it.
 
-`warm` asks the blend for each chunk of a folder whether the store has it, sends those that are missing, and looks
-again: what it says is what the store said at the end.
+`warm` asks the blend for each chunk whether the store has it, sends those that are missing, and looks again: what it
+says is what the store said at the end.
 
 Chunks are kept in the LMCache server's memory and in its second tier. That is a folder unless another was chosen;
 others are emptied by their own tools. What vLLM's own prefix caches hold stays until their servers are restarted.
@@ -10,22 +10,72 @@ others are emptied by their own tools. What vLLM's own prefix caches hold stays 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from kvarena.client import API_KEY_VARIABLE, ChunkOutcome, Client, ClientError, Outcome, Refused
 from kvarena.contenders.servers import GIB
 from kvarena.contenders.spec import LMCACHE_SERVER
-from kvarena.documents import Remark, TextChunk
-from kvarena.home import Home, StackError
+from kvarena.documents import Documents, Remark, TextChunk, load_documents
+from kvarena.home import Home, StackError, short_path
 from kvarena.stack import lmcache_l2
 from kvarena.stack.record import Record
+from kvarena.stack.service import Service
+from kvarena.stack.settings import SPECS
 from kvarena.stack.supervisord import running_supervisor
 
 NUM_PARALLEL_WARM_REQUESTS = 4
+CLEAR_TIMEOUT_S = 30.0
+MAX_LINES_SHOWN = 10
+
+
+# --- The data folder ---
+
+
+def read_documents(record: Record, console: Console) -> Documents:
+    """The stack's data folder, split as its page splits it. Files that can't be used are named on the console.
+
+    Raises `StackError` when there is no such folder.
+    """
+    splitter = record.splitter
+    try:
+        with console.status("reading the documents"):
+            documents = load_documents(Path(record.data_dir), splitter)
+    except ValueError as error:
+        raise StackError(str(error)) from error
+    if documents.is_split and splitter.estimates:
+        console.print(
+            "Chunks are of an estimated size, 4 bytes to a token: there is no tokenizer.json of this model here.",
+            highlight=False,
+        )
+    show_problems(documents.problems, console)
+    _show_first([str(note) for note in documents.notes], console)
+    return documents
+
+
+def show_problems(problems: Sequence[Remark], console: Console) -> None:
+    """The files of a folder that can't be used, if any, with the reasons."""
+    if problems:
+        count = len(problems)
+        console.print(f"[yellow]{count} file{'' if count == 1 else 's'} can't be used:[/]", highlight=False)
+        _show_first([str(problem) for problem in problems], console)
+
+
+def _show_first(lines: Sequence[str], console: Console) -> None:
+    for line in lines[:MAX_LINES_SHOWN]:
+        console.print(f"  {escape(line)}", highlight=False)
+    if (more := len(lines) - MAX_LINES_SHOWN) > 0:
+        console.print(f"  and {more} more", highlight=False)
+
+
+# --- Filling ---
 
 
 @dataclass(frozen=True)
@@ -95,26 +145,73 @@ def warm(
         return WarmResult(tuple(outcomes))
 
 
-def compute_contexts(
-    base_url: str,
-    model: str,
-    chunks: Sequence[TextChunk],
-    on_prompt: Callable[[str, int, int], None],
-    api_key: str = "",
-) -> None:
-    """What takes longer than filling the cache: the scores of its chunks where the server's own policy reads them, then
-    their seams where it takes these. `on_prompt` gets what is under way, and how many prompts of how many are done.
+def chunk_caches(record: Record) -> list[Service]:
+    """The running contenders that have one."""
+    return [service for service in record.services if (spec := SPECS.get(service.name)) and spec.has_chunk_cache]
+
+
+def warm_with_progress(record: Record, documents: Documents, console: Console, api_key: str) -> WarmResult:
+    """Fills the first chunk cache, with a bar. Raises `StackError` where there is none, or no answer."""
+    if not (found := chunk_caches(record)):
+        names = ", ".join(name for name, spec in SPECS.items() if spec.has_chunk_cache)
+        raise StackError(f"no running contender has a chunk cache; start one that has: {names}")
+    server = found[0]
+    with _bar(console) as bar:
+        task = bar.add_task("filling the chunk cache", total=len(documents.chunks))
+
+        def advance(outcome: ChunkOutcome) -> None:
+            if not bar.finished:  # a chunk that was lost again comes twice
+                bar.advance(task)
+
+        try:
+            result = warm(server.address, record.served_model, documents.chunks, advance, api_key, documents.system)
+        except ClientError as error:
+            raise StackError(f"{server.name} does not answer: {error}") from error
+    return replace(result, unusable=documents.problems)
+
+
+def compute_contexts(record: Record, documents: Documents, console: Console, api_key: str) -> None:
+    """What takes longer than filling the cache, and goes on while the stack answers: the scores of its chunks where the
+    server's own policy reads them, then their seams where it takes these. Raises `StackError` where there is no answer.
     """
-    with Client(base_url, api_key) as client:
-        offer = client.get("/kvarena")
-        separator = str(offer.get("separator", ""))
-        if offer.get("reads_scores"):
-            client.score(model, chunks, separator, partial(on_prompt, "finding which tokens need their context"))
-        if offer.get("seams"):
-            client.make_seams(model, chunks, separator, partial(on_prompt, "computing chunks after the chunk before"))
+    server, model, chunks = chunk_caches(record)[0], record.served_model, documents.chunks
+    with _bar(console) as bar, Client(server.address, api_key) as client:
+        task = bar.add_task("", total=None, visible=False)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, visible=total > 0)
+
+        try:
+            offer = client.get("/kvarena")
+            separator = str(offer.get("separator", ""))
+            if offer.get("reads_scores"):
+                client.score(model, chunks, separator, partial(show, "finding which tokens need their context"))
+            if offer.get("seams"):
+                client.make_seams(model, chunks, separator, partial(show, "computing chunks after the chunk before"))
+        except ClientError as error:
+            raise StackError(f"{server.name} does not answer: {error}") from error
 
 
-CLEAR_TIMEOUT_S = 30.0
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def show_warm_result(result: WarmResult, data_dir: str, console: Console) -> None:
+    if not result.outcomes:
+        console.print(f"No chunks in {short_path(data_dir)}: the chunk cache is empty.", highlight=False)
+        return
+    counts = [f"{result.count('warmed')} computed", f"{result.count('already_there')} already there"]
+    if too_short := result.chunks("too_short"):
+        counts.append(f"{len(too_short)} too short to be kept")
+    if result.failures:
+        counts.append(f"[red]{len(result.failures)} failed[/]")
+    console.print(f"Chunk cache: {', '.join(counts)}.", highlight=False)
+    _show_first([f"{chunk.name}: too short to be kept" for chunk in too_short], console)
+    _show_first([f"{failed.name}: {failed.reason}" for failed in result.failures], console)
+
+
+# --- What is on disk, and emptying it all ---
 
 
 @dataclass(frozen=True)
@@ -138,9 +235,6 @@ class Cleared:
     folder: str
     folder_bytes: int
     second_tier: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def as_text(self) -> str:
         memory = "LMCache's memory is empty" if self.memory else "No LMCache server is running"
@@ -169,21 +263,15 @@ def clear(home: Home) -> Cleared:
     adapter = lmcache_l2.adapter_of(server.command) if server else None
     folder = lmcache_l2.folder_of(adapter) or home.chunks
     if server:
-        _clear_memory(server.health_url.rsplit("/", 1)[0])
-    other = str(adapter["type"]) if adapter and lmcache_l2.folder_of(adapter) is None else ""
-    return Cleared(server is not None, str(folder), _clear_folder(folder), other)
-
-
-def _clear_memory(url: str) -> None:
+        url = server.health_url.rsplit("/", 1)[0]
+        try:
+            with Client(url, timeout_s=CLEAR_TIMEOUT_S) as client:
+                client.post("/cache/clear", {})
+        except ClientError as error:
+            raise StackError(f"the LMCache server at {url} could not be emptied: {error}") from error
     try:
-        with Client(url, timeout_s=CLEAR_TIMEOUT_S) as client:
-            client.post("/cache/clear", {})
-    except ClientError as error:
-        raise StackError(f"the LMCache server at {url} could not be emptied: {error}") from error
-
-
-def _clear_folder(folder: Path) -> int:
-    try:
-        return lmcache_l2.clear_folder(folder)
+        freed = lmcache_l2.clear_folder(folder)
     except OSError as error:
         raise StackError(f"{folder} could not be emptied: {error.strerror}") from error
+    other = str(adapter["type"]) if adapter and lmcache_l2.folder_of(adapter) is None else ""
+    return Cleared(server is not None, str(folder), freed, other)

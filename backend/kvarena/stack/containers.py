@@ -1,27 +1,32 @@
-"""The stack in containers: whether it is wanted, and what `docker compose` is told of the settings.
+"""The stack in containers: whether it is wanted, what `docker compose` is told of the settings, and what runs them.
 
 `compose.yaml` is the list of containers, each of which takes its command from `services`. Here the settings become the
-variables that it has, and its services the ones of the record, so that status, logs, restart, warm and down go on as
-they do with processes.
+variables that it has, and its services the ones of the record. `Containers` asks, starts and stops them through the
+command `docker`, as `supervisord` does with processes, so status, logs, restart, warm and down are the same for both.
+The engine restarts what crashes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 from pydantic import SecretStr
 
 from kvarena.contenders.servers import GIB
 from kvarena.contenders.spec import STARTED_BY_DEFAULT, ComposeProfile
-from kvarena.home import Home, StackError
+from kvarena.home import Home, StackError, project_root
 from kvarena.model import DEFAULT_CPU_MODEL, cached_snapshot, default_hf_home
 from kvarena.stack import machine
-from kvarena.stack.docker import Containers, create_containers, engine_answers
 from kvarena.stack.plan import Plan, make_plan, uses_card
 from kvarena.stack.preflight import (
     Check,
@@ -32,7 +37,7 @@ from kvarena.stack.preflight import (
     estimate_memory,
 )
 from kvarena.stack.record import Record
-from kvarena.stack.service import Service
+from kvarena.stack.service import ProcessInfo, Service, SupervisorGoneError
 from kvarena.stack.services import build_services, record_of
 from kvarena.stack.settings import SPECS, Settings
 
@@ -41,6 +46,18 @@ CARD_PROFILE = "ai100"
 USER_ID = 1000
 """Of the servers in the images."""
 SPARE_BYTES = 2 * GIB
+CALL_TIMEOUT_S = 120.0
+LOG_LINES = 200
+SUPERVISOR_STATES = {
+    "created": "STOPPED",
+    "running": "RUNNING",
+    "restarting": "BACKOFF",
+    "removing": "STOPPING",
+    "paused": "STOPPED",
+    "exited": "EXITED",
+    "dead": "FATAL",
+}
+"""What supervisord would call the engine's states."""
 
 
 def are_wanted(settings: Settings) -> bool:
@@ -98,12 +115,17 @@ class Deployment:
             yield "folder for downloads", partial(check_download_folder, folder)
 
     def start(self, home: Home, record: Record, secrets: Mapping[str, str]) -> Containers:
-        """Makes the containers. Secrets go into files that only this user can reach, and the containers are given."""
+        """Builds the images, with the engine's own progress on the terminal, and makes the containers without starting
+        them. Secrets go into files that only this user can reach, and that the containers are given. Raises
+        `StackError`.
+        """
         environment = {**self.environment, **_write_secrets(home, secrets)}
         # The engine would make them, for root.
         Path(environment["LOCAL_HF_HOME"]).mkdir(parents=True, exist_ok=True)
         make_results_folder(Path(environment["RESULTS_DIR"]))
-        create_containers(record.compose, self.compose_services, environment)
+        command = [*record.compose, "up", "--build", "--no-start", *self.compose_services]
+        if subprocess.run(command, env={**os.environ, **environment}, check=False).returncode != 0:
+            raise StackError("docker compose could not make the containers; its own message is above")
         return Containers(record)
 
 
@@ -111,7 +133,12 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
     """Raises `StackError` for contenders that the profile doesn't have, and what `make_plan` raises."""
     settings = resolved(settings)
     profile: ComposeProfile = "gpu" if settings.profile == "gpu" else "cpu"
-    _check_contenders(settings.contenders, profile)
+    there_are = contenders_of(profile)
+    if missing := [name for name in settings.contenders if name not in there_are]:
+        raise StackError(
+            f"the profile {profile} has no contender {missing[0]} in containers; choose from {', '.join(there_are)}, "
+            "or take RUN_IN=processes"
+        )
     changed: dict[str, object] = {"local_hf_home": settings.local_hf_home or default_hf_home()}
     if settings.model is None and profile == "cpu" and not uses_card(settings):
         changed["model"] = DEFAULT_CPU_MODEL  # images have it where this machine hasn't
@@ -122,14 +149,16 @@ def plan_deployment(settings: Settings, home: Home) -> Deployment:
     containers = {service.name: f"kvarena-{on_card.get(service.name, service.name)}" for service in listed}
     shares_gpu = profile == "gpu" and len(plan.gpus) < len(plan.sharing)
     files = ["compose.yaml", *(["compose.gpu-share.yaml"] if shares_gpu else [])]
-    compose = ["docker", "compose", "--project-directory", str(plan.root)]
-    compose += [word for name in files for word in ("--file", str(plan.root / name))]
+    compose = ["docker", "compose", "--project-directory", str(project_root())]
+    compose += [word for name in files for word in ("--file", str(project_root() / name))]
+    own = [optional_profile(name, profile) if name in plan.sharing else CARD_PROFILE for name in plan.contenders]
+    compose += [word for name in (profile, *filter(None, own)) for word in ("--profile", name)]
     return Deployment(
         record=record_of(
             plan,
-            (_as_container(service, containers[service.name]) for service in listed),
+            (dataclasses.replace(one, log_path=f"docker logs {containers[one.name]}") for one in listed),
             bool(settings.api_key),
-            compose=(*compose, *_profile_options(profile, plan)),
+            compose=tuple(compose),
             containers=containers,
         ),
         plan=plan,
@@ -172,13 +201,10 @@ def compose_environment(settings: Settings, plan: Plan) -> dict[str, str]:
     if plan.dtype is not None:
         environment["DTYPE"] = plan.dtype
     if settings.container_memory_gb is None and plan.profile == "cpu":
-        environment["CONTAINER_MEMORY_GB"] = str(_memory_gb(plan))
+        # What one server is estimated to need alone, and some more.
+        alone = estimate_memory(dataclasses.replace(plan, contenders=plan.contenders[:1]))
+        environment["CONTAINER_MEMORY_GB"] = str(max(8, -(-(alone.total_bytes + SPARE_BYTES) // GIB)))
     return environment
-
-
-def _profile_options(profile: ComposeProfile, plan: Plan) -> list[str]:
-    own = [optional_profile(name, profile) if name in plan.sharing else CARD_PROFILE for name in plan.contenders]
-    return [word for name in (profile, *filter(None, own)) for word in ("--profile", name)]
 
 
 def _card() -> dict[str, str]:
@@ -187,15 +213,6 @@ def _card() -> dict[str, str]:
     if device is None or "AI100_DEVICE" in os.environ:
         return {}
     return {"AI100_DEVICE": str(device), "AI100_DEVICE_GROUP": str(device.stat().st_gid)}
-
-
-def _check_contenders(names: Sequence[str], profile: ComposeProfile) -> None:
-    there_are = contenders_of(profile)
-    if missing := [name for name in names if name not in there_are]:
-        raise StackError(
-            f"the profile {profile} has no contender {missing[0]} in containers; choose from {', '.join(there_are)}, "
-            "or take RUN_IN=processes"
-        )
 
 
 def check_download_folder(folder: Path) -> None:
@@ -222,10 +239,6 @@ def _can_be_written(folder: Path) -> bool:
     return there.st_mode >> shift & 0o3 == 0o3
 
 
-def _as_container(service: Service, container: str) -> Service:
-    return dataclasses.replace(service, log_path=f"docker logs {container}")
-
-
 def _as_text(value: object) -> str:
     """As an environment has it; empty for what isn't there, and for secrets."""
     if value is None or isinstance(value, SecretStr):
@@ -233,12 +246,6 @@ def _as_text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _memory_gb(plan: Plan) -> int:
-    """What one server may take: as much as it is estimated to need alone, and some more."""
-    alone = estimate_memory(dataclasses.replace(plan, contenders=plan.contenders[:1]))
-    return max(8, -(-(alone.total_bytes + SPARE_BYTES) // GIB))
 
 
 def _write_secrets(home: Home, secrets: Mapping[str, str]) -> dict[str, str]:
@@ -252,3 +259,88 @@ def _write_secrets(home: Home, secrets: Mapping[str, str]) -> dict[str, str]:
         path.chmod(0o644)
         variables[f"{name}_FILE"] = str(path)
     return variables
+
+
+# --- The engine ---
+
+
+def engine_answers() -> bool:
+    """Whether there is a Docker engine to be used, and Compose with it."""
+    if shutil.which("docker") is None:
+        return False
+    questions = (["docker", "info"], ["docker", "compose", "version"])
+    try:
+        return all(subprocess.run(q, capture_output=True, timeout=20, check=False).returncode == 0 for q in questions)
+    except subprocess.TimeoutExpired:
+        return False
+
+
+class Containers:
+    """The containers of a record: its `Runner`."""
+
+    def __init__(self, record: Record) -> None:
+        self._compose = record.compose
+        self._containers = record.containers
+
+    @classmethod
+    def connect(cls, record: Record) -> Containers | None:
+        """`None` where no container of the record is left, or no engine answers."""
+        containers = cls(record)
+        is_there = any(process.state != "UNKNOWN" for process in containers.processes().values())
+        return containers if is_there else None
+
+    def processes(self) -> dict[str, ProcessInfo]:
+        """One that was removed behind our back is in the state UNKNOWN."""
+        inspected = _run(["docker", "inspect", "--type", "container", *self._containers.values()])
+        found = json.loads(inspected.stdout or "[]")
+        states = {entry["Name"].removeprefix("/"): _process_info(entry["State"]) for entry in found}
+        gone = ProcessInfo("UNKNOWN", 0, 0.0)
+        return {name: states.get(container, gone) for name, container in self._containers.items()}
+
+    def start(self, name: str) -> None:
+        started = _run(["docker", "start", self._containers[name]])
+        if started.returncode != 0:
+            raise StackError(f"{name} could not be started: {started.stderr.strip()}")
+
+    def stop(self, name: str) -> None:
+        """Doesn't wait: the container has the grace period of its own before the engine kills it."""
+        command = ["docker", "stop", self._containers[name]]
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def shut_down(self) -> None:
+        """Removes containers and their network; volumes stay."""
+        _run([*self._compose, "down"])
+
+    def log_of_start(self, service: Service, log_size: int) -> list[str]:
+        shown = _run(["docker", "logs", "--tail", str(LOG_LINES), self._containers[service.name]])
+        return (shown.stdout + shown.stderr).splitlines()
+
+
+def become_logs(record: Record, name: str, num_lines: int, follow: bool) -> NoReturn:
+    """Becomes `docker logs` of a service; raises `StackError` naming those there are."""
+    if record.service(name) is None:
+        raise StackError(f"no log of {name!r}; there are {', '.join(service.name for service in record.services)}")
+    options = ["--follow"] if follow else []
+    os.execvp("docker", ["docker", "logs", "--tail", str(num_lines), *options, record.containers[name]])
+
+
+def _process_info(state: Mapping[str, Any]) -> ProcessInfo:
+    is_running = state["Status"] == "running"
+    return ProcessInfo(
+        state=SUPERVISOR_STATES.get(state["Status"], state["Status"].upper()),
+        pid=state["Pid"] if is_running else 0,
+        uptime_s=_seconds_since(state["StartedAt"]) if is_running else 0.0,
+    )
+
+
+def _seconds_since(moment: str) -> float:
+    """Of the engine's time stamps, in UTC with nanoseconds."""
+    began = datetime.datetime.fromisoformat(moment[:19] + "+00:00")
+    return max(0.0, (datetime.datetime.now(datetime.UTC) - began).total_seconds())
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=CALL_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SupervisorGoneError(f"the Docker engine does not answer any more ({type(error).__name__})") from error

@@ -22,7 +22,6 @@ from kvarena.contenders.servers import GIB
 from kvarena.home import Home, StackError
 from kvarena.model import DEFAULT_CPU_MODEL
 from kvarena.stack import containers, machine
-from kvarena.stack.docker import engine_answers
 from kvarena.stack.lifecycle import not_running
 from kvarena.stack.plan import Plan, make_plan
 from kvarena.stack.preflight import (
@@ -53,8 +52,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`facts` and `wanted` are lines by what they are about: of the machine, and of what `up` would start. `checks` are
-    that of `up`, `contenders` says of each whether it could run alone."""
+    """`facts` and `wanted` are lines by what they are about: of the machine, and of what `up` would start. `ports` says
+    who has each, by name and number. `checks` are those of `up`; `contenders` says of each whether it could run alone.
+    """
 
     facts: Mapping[str, str]
     gpus: tuple[machine.GPU, ...]
@@ -87,7 +87,10 @@ def diagnose(load: Callable[[], Settings], home: Home) -> Diagnosis:
         facts=_facts(settings, home),
         gpus=gpus,
         versions=machine.versions(),
-        ports=_ports(settings),
+        ports={
+            f"{name} {port}": "free" if is_free(port) else listener_of(port) or "taken"
+            for name, port in settings.ports.items()
+        },
         wanted=wanted,
         checks=checks,
         contenders=_judge((name, partial(_check_alone, settings, home, name)) for name in SPECS),
@@ -149,14 +152,6 @@ def _problem(check: Callable[[], None]) -> str:
     return ""
 
 
-def _ports(settings: Settings) -> dict[str, str]:
-    """Who has each, by name and number."""
-    return {
-        f"{name} {port}": "free" if is_free(port) else listener_of(port) or "taken"
-        for name, port in settings.ports.items()
-    }
-
-
 def _running(home: Home) -> str:
     """What runs of the instance, as whatever keeps it running sees it."""
     try:
@@ -201,7 +196,7 @@ def _distribution() -> str:
 
 
 def _engine() -> str:
-    if engine_answers():
+    if containers.engine_answers():
         return "an engine answers, with Compose"
     return "the command is there, but no engine with Compose answers" if shutil.which("docker") else "none"
 

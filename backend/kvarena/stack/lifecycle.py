@@ -14,14 +14,15 @@ import dataclasses
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kvarena.client import API_KEY_VARIABLE
 from kvarena.home import Home, StackError
@@ -33,31 +34,24 @@ from kvarena.stack.plan import make_plan, pick_profile, uses_card
 from kvarena.stack.preflight import check_api_key, checks_before_start, run_all
 from kvarena.stack.processes import processes_of, shared_memory_freed, stop_leftovers
 from kvarena.stack.record import Record, differences
-from kvarena.stack.render import Reporter, make_reporter
 from kvarena.stack.service import ProcessInfo, Runner, Service, ServiceFailedError, SupervisorGoneError
 from kvarena.stack.services import build_services, record_of
 from kvarena.stack.settings import Settings
-from kvarena.stack.supervisord import running_supervisor, start_supervisor
+from kvarena.stack.supervisord import required_supervisor, running_supervisor, start_supervisor
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FINAL_STATES = {"healthy": "green", "stopped": "dim", "failed": "red"}
+"""Of services as they start and stop, with their colours."""
 
 
-@contextmanager
-def stop_signals_raise() -> Iterator[None]:
+def stop_signals_raise() -> AbstractContextManager[None]:
     """SIGTERM and SIGHUP end the block as Ctrl-C does."""
-    with _handled_by(_interrupt):
-        yield
+    return _handled_by(signal.default_int_handler)
 
 
-@contextmanager
-def stop_signals_ignored() -> Iterator[None]:
+def stop_signals_ignored() -> AbstractContextManager[None]:
     """The block runs to its end."""
-    with _handled_by(signal.SIG_IGN):
-        yield
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+    return _handled_by(signal.SIG_IGN)
 
 
 @contextmanager
@@ -68,6 +62,52 @@ def _handled_by(handler: Callable[[int, Any], Any] | signal.Handlers) -> Iterato
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+class Reporter:
+    """Shows how services start and stop: on a terminal a line for each that changes in place, elsewhere a line whenever
+    a state changes. It is told each service's state as often as that is looked at.
+    """
+
+    def __init__(self, console: Console, services: Iterable[Service]) -> None:
+        self._console = console
+        self._titles = {service.name: service.title for service in services}
+        self._states = dict.fromkeys(self._titles, "waiting")
+        self._began = time.monotonic()
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks = {
+            name: self._progress.add_task(f"{name:<8} {title}", total=1, start=False, state="waiting")
+            for name, title in self._titles.items()
+        }
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._progress.stop()
+
+    def update(self, name: str, state: str) -> None:
+        if self._states[name] == state:
+            return
+        self._states[name] = state
+        if not self._console.is_terminal:
+            seconds = time.monotonic() - self._began
+            self._console.print(f"{name} ({self._titles[name]}): {state} ({seconds:.0f} s)", highlight=False)
+            return
+        task, is_final = self._tasks[name], state in FINAL_STATES
+        self._progress.start_task(task)
+        shown = f"[{FINAL_STATES[state]}]{state}" if is_final else state
+        self._progress.update(task, state=shown, completed=int(is_final))
+        if is_final:
+            self._progress.stop_task(task)
 
 
 POLL_S = 0.5
@@ -159,27 +199,19 @@ def stop_everything(home: Home, console: Console) -> tuple[list[str], list[int]]
     if record is not None and supervisor is not None:
         with shared_memory_freed(home, processes_of(home)):
             with contextlib.suppress(SupervisorGoneError):  # its services are leftovers now
-                stopped = _stop_services(record, supervisor, console)
+                processes = supervisor.processes()
+                running = [service for service in record.services if not processes[service.name].is_gone]
+                with Reporter(console, running) as reporter:
+                    stop_and_wait(supervisor, running, reporter)
+                stopped = [service.name for service in running]
             supervisor.shut_down()
     leftovers = stop_leftovers(home)
-    _remove_files(home, record)
-    return stopped, leftovers
-
-
-def _stop_services(record: Record, supervisor: Runner, console: Console) -> list[str]:
-    processes = supervisor.processes()
-    running = [service for service in record.services if not processes[service.name].is_gone]
-    with make_reporter(console, running) as reporter:
-        stop_and_wait(supervisor, running, reporter)
-    return [service.name for service in running]
-
-
-def _remove_files(home: Home, record: Record | None) -> None:
-    """Logs and caches stay."""
+    # Logs and caches stay.
     shutil.rmtree(home.secrets, ignore_errors=True)
     home.remove_run_folder(Path(record.run_folder) if record is not None else home.usual_run_folder)
     for path in (home.record, home.daemon_config, home.path / "supervisord.pid"):
         path.unlink(missing_ok=True)
+    return stopped, leftovers
 
 
 def up(
@@ -244,7 +276,7 @@ def bring_up(
                 wanted = dataclasses.replace(wanted, run_folder=str(home.new_run_folder()))
                 wanted.write(home)
                 supervisor = start_runner(home, wanted, secrets)
-            with make_reporter(console, wanted.services) as reporter:
+            with Reporter(console, wanted.services) as reporter:
                 start_and_wait(supervisor, wanted.services, reporter)
             when_healthy(wanted)
         except BaseException:
@@ -256,14 +288,12 @@ def bring_up(
 def restart(name: str, home: Home, console: Console) -> Service:
     """Stops and starts one service and returns when it is healthy; it is stopped when it doesn't get there."""
     with home.lock(), stop_signals_raise():
-        record, supervisor = running_supervisor(home)
-        if record is None or supervisor is None:
-            raise StackError("nothing is running; start the stack with ./run-server.sh")
+        record, supervisor = required_supervisor(home)
         service = record.service(name)
         if service is None:
             names = ", ".join(service.name for service in record.services)
             raise StackError(f"no service {name!r} is running; there are {names}")
-        with make_reporter(console, [service]) as reporter:
+        with Reporter(console, [service]) as reporter:
             with shared_memory_freed(home, processes_of(home, name)):
                 stop_and_wait(supervisor, [service], reporter)
             try:
@@ -326,5 +356,5 @@ def _undo(home: Home, record: Record, started: Sequence[Service], console: Conso
         return
     _, supervisor = running_supervisor(home)
     if supervisor is not None:
-        with contextlib.suppress(SupervisorGoneError), make_reporter(console, started) as reporter:
+        with contextlib.suppress(SupervisorGoneError), Reporter(console, started) as reporter:
             stop_and_wait(supervisor, started, reporter)

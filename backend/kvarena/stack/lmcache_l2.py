@@ -7,7 +7,6 @@ shared by the servers of several machines.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,14 +104,14 @@ def prune(adapter: Mapping[str, Any]) -> int:
     folder, bound = folder_of(adapter), bound_bytes(adapter)
     if folder is None or not bound:
         return 0
-    files = sorted(((path, path.stat()) for path in _chunk_files(folder)), key=lambda one: _last_used_s(one[1]))
-    total = sum(stat.st_size for _, stat in files)
+    files = {path: path.stat() for path in _chunk_files(folder)}
+    excess = sum(stat.st_size for stat in files.values()) - bound // 2
     freed = 0
-    for path, stat in files:
-        if total - freed <= bound // 2:
+    for path in sorted(files, key=lambda path: max(files[path].st_atime, files[path].st_mtime)):
+        if freed >= excess:
             break
         path.unlink(missing_ok=True)
-        freed += stat.st_size
+        freed += files[path].st_size
     return freed
 
 
@@ -127,7 +126,3 @@ def clear_folder(folder: Path) -> int:
 
 def _chunk_files(folder: Path) -> list[Path]:
     return [path for path in folder.glob(CHUNK_FILES) if path.is_file()]
-
-
-def _last_used_s(stat: os.stat_result) -> float:
-    return max(stat.st_atime, stat.st_mtime)

@@ -56,17 +56,13 @@ def size_of(path: str | Path) -> int:
         return 0
 
 
-def log_names(home: Home) -> list[str]:
-    return sorted(path.stem for path in home.logs.glob("*.log"))
-
-
 def find_log(home: Home, name: str) -> Path:
     """The log of a service; raises `StackError` naming the logs there are."""
-    path = home.log(name)
-    if name not in (names := log_names(home)):
+    names = sorted(path.stem for path in home.logs.glob("*.log"))
+    if name not in names:
         there_are = f"there are logs of {', '.join(names)}" if names else "nothing was started yet"
         raise StackError(f"no log of {name!r}; {there_are}")
-    return path
+    return home.log(name)
 
 
 def follow(path: Path, num_lines: int) -> NoReturn:

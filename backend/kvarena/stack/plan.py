@@ -1,7 +1,7 @@
-"""What this run of the stack shall be: the settings, with everything decided that they leave to the machine.
+"""What this run of the stack will be: the settings, with everything that they leave to the machine decided.
 
-`make_plan` picks the profile and the model that goes with it, lets the settings that came with the model fill in
-what nobody set, and divides cores or GPUs between the servers.
+`make_plan` picks the profile and its model, takes what nobody set from the model's own settings, and divides cores or
+GPUs between the servers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvarena.contenders.servers import Launch
+from kvarena.contenders.servers import Launch, Shared
 from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.home import Home, StackError, project_root
@@ -29,38 +29,24 @@ from kvarena.stack.settings import SPECS, Settings
 DEFAULT_CPU_KV_CACHE_GB = 1
 HALF_PRECISION = ("bfloat16", "float16")
 FLOAT32_MEMORY_RATIO = 0.5
-"""Weights are served in float32 of our own accord where they take at most so much of the memory that is free."""
+"""Unasked, weights are served in float32 where they take at most this share of the free memory."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(Shared):
     """`core_shares` has one entry per contender on a CPU and none on a GPU; `gpus` the other way round (fewer when
-    they share); one on a card is in neither. `prefix_caching` is vLLM's own. `blend_engine` is kvarena, or lmcache for
-    LMCache's own blender. `notice` is what a user should know of it, empty where there is nothing."""
+    they share); one on a card is in neither. `notice` is what a user should know of it, empty where there is nothing.
+    """
 
-    root: Path
     contenders: tuple[str, ...]
     page: bool
-    profile: str
     model: Model
-    blend: BlendConfig
-    blend_engine: str
     ports: Mapping[str, int]
     data_dir: Path
     chunk_tokens: int
     results_dir: Path
-    hf_home: Path | None
-    cache_dir: Path
-    vllm_cache_dir: Path
-    lmcache_gb: float
     lmcache_l2: dict[str, Any] | None
     of_contenders: Mapping[str, Any]
-    kv_cache_gb: int | None
-    max_model_len: int | None
-    load_format: str | None
-    dtype: str | None
-    compile: bool
-    prefix_caching: bool
     notice: str
     core_shares: tuple[CoreShare, ...]
     gpus: tuple[str, ...]
@@ -97,35 +83,23 @@ class Plan:
         return self.core_shares[self.sharing.index(name)].cpus if self.core_shares and name in self.sharing else ()
 
     def before_on_a_gpu(self, name: str) -> tuple[str, ...]:
-        """Whom a contender starts after, because one of them is on its GPU: vLLM measures free memory as it starts."""
+        """The contenders that start before one with which it shares a GPU: vLLM measures free memory as it starts."""
         index = self.sharing.index(name) if name in self.sharing else 0
         return self.sharing[:index] if self.gpus and index >= len(self.gpus) else ()
 
     def launch(self, name: str) -> Launch:
         """What a contender is told of the plan, but for its share of the machine."""
         return Launch(
+            **{own.name: getattr(self, own.name) for own in dataclasses.fields(Shared)},
             name=name,
             settings=self.of_contenders[name],
             host=self.network.listen,
             port=self.ports[name],
-            profile=self.profile,
             model=self.model.name,
             served_model_name=self.model.served_name,
             is_local=self.model.is_local,
             has_some_windows=self.model.has_some_windows(self.hf_home),
-            max_model_len=self.max_model_len,
-            load_format=self.load_format,
-            dtype=self.dtype,
-            compile=self.compile,
             data_dir=self.data_dir if self.data_dir.is_dir() else None,
-            hf_home=self.hf_home,
-            cache_dir=self.cache_dir,
-            vllm_cache_dir=self.vllm_cache_dir,
-            blend=self.blend,
-            blend_engine=self.blend_engine,
-            lmcache_gb=self.lmcache_gb,
-            kv_cache_gb=self.kv_cache_gb,
-            prefix_caching=self.prefix_caching,
         )
 
     def launch_on_its_share(self, name: str) -> Launch:
@@ -148,7 +122,6 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
     num_servers = len(settings.contenders) - uses_card(settings)
     shares = machine.share_cores(machine.physical_cores(), num_servers) if on_cpu and num_servers else []
     return Plan(
-        root=project_root(),
         contenders=settings.contenders,
         page=settings.ui,
         profile=profile,
@@ -170,7 +143,6 @@ def make_plan(settings: Settings, home: Home, network: Network = LOOPBACK) -> Pl
         load_format=settings.load_format,
         dtype=_dtype(settings, model, on_cpu),
         compile=not on_cpu or machine.has_compiler(),
-        prefix_caching=True,
         notice=FALLBACK_NOTICE if settings.model is None and on_cpu and model.served_name == TOWN else "",
         core_shares=tuple(shares),
         gpus=tuple(gpus[: 1 if settings.gpu_share else num_servers]),

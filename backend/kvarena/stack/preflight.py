@@ -103,20 +103,17 @@ def check_install_path(prefix: str) -> None:
 def check_api_key(running: Iterable[Service], api_key: str) -> None:
     """What runs keeps the key that it was started with; a service that doesn't answer hasn't refused this one."""
     for service in running:
-        if service.name in CONTENDERS and _refuses(service, api_key):
-            raise StackError(
-                f"{service.name} is running with another KVARENA_API_KEY: set the one that it was started with, or "
-                "stop the stack first (./run-server.sh stop, or kvarena down) and start it with the new one"
-            )
-
-
-def _refuses(service: Service, api_key: str) -> bool:
-    with Client(service.address, api_key, REQUEST_TIMEOUT_S) as client:
+        if service.name not in CONTENDERS:
+            continue
         try:
-            client.get("/v1/models")
+            with Client(service.address, api_key, REQUEST_TIMEOUT_S) as client:
+                client.get("/v1/models")
         except ClientError as error:
-            return isinstance(error, Refused) and error.status == HTTPStatus.UNAUTHORIZED
-    return False
+            if isinstance(error, Refused) and error.status == HTTPStatus.UNAUTHORIZED:
+                raise StackError(
+                    f"{service.name} is running with another KVARENA_API_KEY: set the one that it was started with, or "
+                    "stop the stack first (./run-server.sh stop, or kvarena down) and start it with the new one"
+                ) from error
 
 
 def check_data_folder(folder: Path) -> None:

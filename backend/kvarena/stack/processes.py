@@ -1,12 +1,11 @@
 """The processes of an instance: becoming a service, and finding and ending what services have left behind.
 
-They are found by the marker in their environment and not by what a supervisor remembers: whatever way a supervisor or a
-server ended, `stop_leftovers` finds what it left behind and ends it.
+They are found by a marker in their environment, not by what a supervisor remembers, so `stop_leftovers` finds them
+however their supervisor or server ended.
 
-`python -m kvarena.stack.processes NAME`, run by the supervisor, becomes one service. Commands and environments are
-taken from the record, not from the supervisor's configuration, whose quoting rules can't carry every path and
-separator. What the service's last run left behind is ended first: it would keep memory that the new one needs. The
-process id stays the same, so the supervisor watches the service itself.
+`python -m kvarena.stack.processes NAME`, run by the supervisor, becomes one service under the same process id. Command
+and environment come from the record: the supervisor's configuration can't quote every path and separator. What the
+service's last run left behind is ended first, because it would keep memory that the new one needs.
 """
 
 from __future__ import annotations
@@ -72,7 +71,9 @@ def stop_leftovers(home: Home) -> list[int]:
             break
         stopped |= dict.fromkeys(process.pid for process in found)
         end_processes(home, found)
-    remove_shared_memory(home)
+    for segment in SHARED_MEMORY.glob(f"*{home.shm_name}*"):  # a server that was killed can't remove its own
+        with contextlib.suppress(OSError):
+            segment.unlink()
     return list(stopped)
 
 
@@ -100,13 +101,6 @@ def _shared_memory_of(processes: Iterable[psutil.Process]) -> set[Path]:
     return found
 
 
-def remove_shared_memory(home: Home) -> None:
-    """A server that was killed can't remove its segment."""
-    for segment in SHARED_MEMORY.glob(f"*{home.shm_name}*"):
-        with contextlib.suppress(OSError):
-            segment.unlink()
-
-
 def listener_of(port: int) -> str:
     """Which process listens on a port, for a message; empty when the system doesn't tell."""
     with contextlib.suppress(psutil.Error, OSError):
@@ -119,7 +113,6 @@ def listener_of(port: int) -> str:
 
 
 NICENESS = 5
-GROUP_NICENESS = "5"
 
 
 def main() -> None:
@@ -142,20 +135,14 @@ def become(service: Service) -> NoReturn:
         print(f"removed {freed / 2**20:.0f} MiB of chunks that were used least recently", flush=True)
     if service.cpus:
         os.sched_setaffinity(0, service.cpus)
-        _yield_to_others()
+        # A vLLM server keeps its cores busy for as long as it answers; page and browser must not starve beside it.
+        # Where Linux schedules sessions as groups (autogroup), niceness only counts inside one; the group has its own.
+        os.nice(NICENESS)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(NICENESS))
     os.chdir(service.directory)
     print(f"{START_MARK}{service.title}", flush=True)
     os.execvpe(service.command[0], service.command, {**os.environ, **service.environment})
-
-
-def _yield_to_others() -> None:
-    """A vLLM server keeps its cores busy for as long as it answers; page and browser must not starve beside it.
-
-    Where Linux schedules sessions as groups (autogroup), niceness only counts inside one, and the group has its own.
-    """
-    os.nice(NICENESS)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(GROUP_NICENESS)
 
 
 if __name__ == "__main__":

@@ -60,26 +60,25 @@ def read_record(home: Home) -> Record | None:
     """`None` when nothing was started, or when the file is of another version of this project."""
     try:
         fields = json.loads(home.record.read_text())
-        services = tuple(_service(entry) for entry in fields.pop("services"))
+        services = tuple(
+            Service(**entry | {name: tuple(entry[name]) for name in TUPLE_FIELDS}) for entry in fields.pop("services")
+        )
         return Record(services=services, **fields | {"compose": tuple(fields["compose"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _service(entry: dict[str, Any]) -> Service:
-    tuples = {name: tuple(entry[name]) for name in TUPLE_FIELDS}
-    return Service(**(entry | tuples))
-
-
 def differences(running: Record, wanted: Record) -> list[str]:
     """In words, what a stack that runs has otherwise than one that is asked for; empty when they are the same."""
     lines = []
-    for name in _names(running, wanted):
+    for name in dict.fromkeys(service.name for service in (*running.services, *wanted.services)):
         old, new = running.service(name), wanted.service(name)
         if old is None or new is None:
             lines.append(f"{name} {'is not running' if old is None else 'is running and was not asked for'}")
         elif old != new:
-            lines += [f"{name}: {change}" for change in _changes(old, new)]
+            changes = _changed_values(command_options(old), command_options(new))
+            changes += _changed_values(old.environment, new.environment)
+            lines += [f"{name}: {change}" for change in changes or ["started in another way"]]
     if running.data_dir != wanted.data_dir:
         lines.append(f"data folder {running.data_dir}, not {wanted.data_dir}")
     if running.chunk_tokens != wanted.chunk_tokens:
@@ -87,16 +86,6 @@ def differences(running: Record, wanted: Record) -> list[str]:
     if running.has_api_key != wanted.has_api_key:
         lines.append(f"KVARENA_API_KEY is {'set' if running.has_api_key else 'not set'} for what runs")
     return lines
-
-
-def _names(*records: Record) -> list[str]:
-    return list(dict.fromkeys(service.name for record in records for service in record.services))
-
-
-def _changes(old: Service, new: Service) -> list[str]:
-    changes = _changed_values(command_options(old), command_options(new))
-    changes += _changed_values(old.environment, new.environment)
-    return changes or ["started in another way"]
 
 
 def _changed_values(before: Mapping[str, Any], after: Mapping[str, Any], within: str = "") -> list[str]:

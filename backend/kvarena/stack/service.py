@@ -1,7 +1,7 @@
 """What a service of the stack is, as plain data; the contract of what keeps services running; and how they fail.
 
 `services` makes the list of services. Runners are supervisord for processes (`supervisord`) and a Docker engine for
-containers (`docker`).
+containers (`containers`).
 """
 
 from __future__ import annotations

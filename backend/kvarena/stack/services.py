@@ -15,7 +15,7 @@ from typing import Any
 from kvarena.contenders.lmcache import LMCACHE_CHUNK_TOKENS
 from kvarena.contenders.servers import COMMON_ENVIRONMENT
 from kvarena.contenders.spec import LMCACHE_SERVER, ContenderSpec
-from kvarena.home import Home, StackError
+from kvarena.home import Home, StackError, project_root
 from kvarena.stack.lmcache_l2 import L2_OPTION
 from kvarena.stack.plan import Plan
 from kvarena.stack.record import Record
@@ -114,7 +114,7 @@ def _page(plan: Plan, home: Home) -> Service:
     ]
     lmcache_url = f"http://{plan.network.host(LMCACHE_SERVER)}:{plan.ports['lmcache_http']}"
     lmcache = {"name": LMCACHE_SERVER, "title": TITLES[LMCACHE_SERVER], "url": lmcache_url}
-    script = plan.root / "frontend" / "app.py"
+    script = project_root() / "frontend" / "app.py"
     command = [sys.executable, "-m", "streamlit", "run", str(script)]
     command += ["--server.address", plan.network.listen, "--server.port", str(plan.ports["page"])]
     command += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]

@@ -45,7 +45,7 @@ SECRETS = ("hf_token", "kvarena_api_key", "lmcache_l2_password")
 VLLM_API_KEY_VARIABLE = "VLLM_API_KEY"
 LMCACHE_L2_PASSWORD_VARIABLE = "LMCACHE_RESP_PASSWORD"
 BLEND_PREFIX = "blend_"
-"""Before a parameter's name, it makes the name of its setting."""
+"""With a policy parameter's name after it, it is the name of its setting."""
 VISIBLE_ASCII = re.compile("[!-~]+")
 
 DEFAULT_PORTS: Mapping[str, int] = {
@@ -75,30 +75,21 @@ def _known_contender(name: str) -> str:
 ContenderName = Annotated[str, AfterValidator(_known_contender)]
 
 
-def _contender_keys() -> dict[str, Any]:
-    """The fields that contenders bring along: a port each, and their own settings."""
-    keys: dict[str, Any] = {f"{name}_port": (Port | None, None) for name in SPECS}
-    for own in OWN_SETTINGS.values():
-        keys[own.key] = (own.annotation, own.default)
-    return keys
-
-
-def _policy_keys() -> dict[str, Any]:
-    """The fields of the policy and of the policies' parameters."""
-    return {f"{BLEND_PREFIX}{name}": _policy_setting(own) for name, own in PARAMETERS.items()}
-
-
-def _policy_setting(own: Parameter) -> tuple[Any, None]:
-    """Type and default of the setting that a policy's parameter has."""
-    if own.choices:
-        return Literal[own.choices] | None, None
-    return Annotated[own.type, Field(ge=own.at_least, le=own.at_most)] | None, None
+def _type_of(own: Parameter) -> Any:
+    """Of the setting that a policy's parameter has."""
+    return Literal[own.choices] if own.choices else Annotated[own.type, Field(ge=own.at_least, le=own.at_most)]
 
 
 if TYPE_CHECKING:
     DerivedSettings = BaseSettings
 else:
-    DerivedSettings = create_model("DerivedSettings", __base__=BaseSettings, **_contender_keys(), **_policy_keys())
+    DerivedSettings = create_model(
+        "DerivedSettings",
+        __base__=BaseSettings,
+        **{f"{name}_port": (Port | None, None) for name in SPECS},
+        **{own.key: (own.annotation, own.default) for own in OWN_SETTINGS.values()},
+        **{f"{BLEND_PREFIX}{name}": (_type_of(own) | None, None) for name, own in PARAMETERS.items()},
+    )
 
 
 class Settings(DerivedSettings):

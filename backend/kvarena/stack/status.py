@@ -6,7 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvarena.home import Home
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvarena.home import Home, short_path
 from kvarena.stack.chunk_cache import OnDisk, on_disk
 from kvarena.stack.health import Health, probe
 from kvarena.stack.processes import processes_of
@@ -21,6 +25,7 @@ STATES_OF_SUPERVISOR = {
     "BACKOFF": "restarting",
     "FATAL": "failed",
 }
+STATE_STYLES = {"healthy": "green", "starting": "yellow", "restarting": "yellow", "stopping": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -74,23 +79,21 @@ def stack_status(home: Home) -> StackStatus:
     processes = supervisor.processes()
     with ThreadPoolExecutor(max_workers=len(record.services)) as pool:
         answers = list(pool.map(probe, record.services))
-    services = tuple(
-        _status(service, processes[service.name], health)
-        for service, health in zip(record.services, answers, strict=True)
-    )
-    return StackStatus(str(home.path), services, record.served_model, record.notice, on_disk(record))
-
-
-def _status(service: Service, process: ProcessInfo, health: Health) -> ServiceStatus:
-    return ServiceStatus(
-        name=service.name,
-        title=service.title,
-        state=_state(service, process, health),
-        address=service.address,
-        pid=process.pid,
-        uptime_s=round(process.uptime_s, 1),
-        log=service.log_path,
-    )
+    services = []
+    for service, health in zip(record.services, answers, strict=True):
+        process = processes[service.name]
+        services.append(
+            ServiceStatus(
+                name=service.name,
+                title=service.title,
+                state=_state(service, process, health),
+                address=service.address,
+                pid=process.pid,
+                uptime_s=round(process.uptime_s, 1),
+                log=service.log_path,
+            )
+        )
+    return StackStatus(str(home.path), tuple(services), record.served_model, record.notice, on_disk(record))
 
 
 def _state(service: Service, process: ProcessInfo, health: Health) -> str:
@@ -99,3 +102,44 @@ def _state(service: Service, process: ProcessInfo, health: Health) -> str:
     if health == "not ready" and process.uptime_s < service.start_timeout_s:
         return "starting"
     return "healthy" if health == "healthy" else "not answering"
+
+
+def show_status(status: StackStatus, console: Console) -> None:
+    if status.num_unsupervised:
+        console.print(
+            f"{status.num_unsupervised} processes are running without their supervisor, which was killed; "
+            "./run-server.sh stop ends them."
+        )
+    elif not status.services:
+        console.print("Nothing is running; start the stack with ./run-server.sh.")
+    else:
+        console.print(_table(status))
+        console.print(f"Model: {status.model}", highlight=False)
+        if status.on_disk:
+            console.print(
+                f"{status.on_disk.as_text()}; ./run-server.sh clear empties it", highlight=False, soft_wrap=True
+            )
+        if status.notice:
+            console.print(f"[yellow]{escape(status.notice)}[/]", soft_wrap=True)
+
+
+def _table(status: StackStatus) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("service", "address", "state", "uptime", "log"):
+        table.add_column(column, no_wrap=column != "log", overflow="fold")
+    for service in status.services:
+        table.add_row(
+            service.name,
+            service.address,
+            f"[{STATE_STYLES.get(service.state, 'red')}]{service.state}[/]",
+            _duration(service.uptime_s) if service.pid else "-",
+            escape(short_path(service.log)),
+        )
+    return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s"

@@ -1,8 +1,8 @@
 """supervisord, which keeps the services running: its XML-RPC interface, its configuration, and starting it.
 
 One supervisord per instance, on a socket only this user can open. Its programs start `kvarena.stack.processes`; they
-never start by themselves, are restarted when they crash, and are stopped with all their child processes. Every call to
-a running one returns soon: waiting is the caller's business. `running_supervisor` says what runs an instance, which is
+never start by themselves, are restarted when they crash, and are stopped with all their child processes.
+`running_supervisor` says what runs an instance, which is
 a Docker engine where its services are containers.
 """
 
@@ -27,12 +27,12 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from kvarena.home import INSTANCE_VARIABLE, Home, StackError
 from kvarena.stack import logs
-from kvarena.stack.docker import Containers
+from kvarena.stack.containers import Containers
 from kvarena.stack.record import Record, read_record
 from kvarena.stack.service import ProcessInfo, Runner, Service, SupervisorGoneError
 
 CALL_TIMEOUT_S = 60.0
-"""Long, for it writes the services' logs and may wait for a busy disk; what it is asked takes it no time."""
+"""Long, because it also writes the services' logs, and may wait for a busy disk."""
 EXIT_TIMEOUT_S = 10.0
 
 
@@ -107,6 +107,14 @@ def running_supervisor(home: Home) -> tuple[Record | None, Runner | None]:
     return record, Supervisor.connect(record)
 
 
+def required_supervisor(home: Home) -> tuple[Record, Runner]:
+    """The same; raises `StackError` where nothing runs."""
+    record, supervisor = running_supervisor(home)
+    if record is None or supervisor is None:
+        raise StackError("nothing is running; start the stack with ./run-server.sh")
+    return record, supervisor
+
+
 class _Transport(SupervisorTransport):  # type: ignore[misc]  # the library has no types
     """The library's transport over a Unix socket, with a time limit: a supervisord that hangs is as good as none."""
 
@@ -127,10 +135,6 @@ class _Connection(http.client.HTTPConnection):
 
 
 START_TIMEOUT_S = 20.0
-LOG_BYTES = "20MB"
-SETTLE_S = 60
-"""A service that ends sooner than this after its start is tried three times, then given up; later crashes always
-restart it."""
 
 DAEMON_SECTIONS = """\
 [supervisord]
@@ -146,16 +150,17 @@ chmod=0600
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 """
 
+# A service that ends within `startsecs` is tried three times, then given up; later crashes always restart it.
 PROGRAM_SECTION = """\
 [program:{name}]
 command="%(ENV_KVARENA_PYTHON)s" -m kvarena.stack.processes {name}
 stdout_logfile=logs/{name}.log
-stdout_logfile_maxbytes={log_bytes}
+stdout_logfile_maxbytes=20MB
 stdout_logfile_backups=2
 redirect_stderr=true
 autostart=false
 autorestart=true
-startsecs={settle_s}
+startsecs=60
 startretries=3
 stopwaitsecs={stop_timeout_s:.0f}
 stopasgroup=true
@@ -173,13 +178,7 @@ def daemon_config(home: Home, record: Record) -> str:
     if os.getuid() == 0:  # it warns of running as root unless told to
         sections.append("[supervisord]\nuser=root\n")
     sections += [
-        PROGRAM_SECTION.format(
-            name=service.name,
-            log_bytes=LOG_BYTES,
-            settle_s=SETTLE_S,
-            stop_timeout_s=service.stop_timeout_s,
-        )
-        for service in record.services
+        PROGRAM_SECTION.format(name=service.name, stop_timeout_s=service.stop_timeout_s) for service in record.services
     ]
     return "".join(sections)
 
@@ -211,10 +210,6 @@ def start_supervisor(home: Home, record: Record, secrets: Mapping[str, str]) -> 
     )
     if started.returncode != 0:
         raise StackError(f"supervisord did not start:\n{(started.stdout + started.stderr).strip()}")
-    return _wait_for_socket(home, record)
-
-
-def _wait_for_socket(home: Home, record: Record) -> Supervisor:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if (supervisor := Supervisor.connect(record)) is not None:

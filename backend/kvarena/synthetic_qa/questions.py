@@ -14,7 +14,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -258,15 +258,12 @@ def chunk_names(town: Sequence[Chunk]) -> list[str]:
     return [f"{number:0{width}}-{_first_name(chunk)}" for number, chunk in enumerate(town, 1)]
 
 
-def write_folder(
-    folder: Path, town: Sequence[Chunk], items: Sequence[Item], on_file: Callable[[], None] = lambda: None
-) -> None:
+def write_folder(folder: Path, town: Sequence[Chunk], items: Sequence[Item]) -> None:
     """Writes all files of a town into `folder`, which is made when it isn't there."""
     folder.mkdir(parents=True, exist_ok=True)
     names = chunk_names(town)
     for name, chunk in zip(names, town, strict=True):
         (folder / f"{name}.txt").write_text(chunk_text(chunk) + "\n", encoding="utf-8")
-        on_file()
     (folder / SYSTEM_PROMPT_NAME).write_text(SYSTEM_PROMPT + "\n", encoding="utf-8")
     lines = [json.dumps(_record(item, names), ensure_ascii=False) for item in items]
     (folder / QUESTIONS_NAME).write_text("".join(line + "\n" for line in lines), encoding="utf-8")

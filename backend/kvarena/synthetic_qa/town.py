@@ -69,7 +69,8 @@ def count_words(text: str) -> int:
 
 
 def write_town(rng: random.Random, shape: TownShape) -> list[Chunk]:
-    return _Writer(rng, shape).write()
+    writer = _Writer(rng, shape)
+    return [writer.write_chunk(place) for place in range(shape.num_chunks)]
 
 
 @dataclass
@@ -91,9 +92,6 @@ class _Writer:
         self._relations = rng.sample(PERSON_RELATIONS, shape.num_relations)
         self._kinds = self._weighted_kinds()
 
-    def write(self) -> list[Chunk]:
-        return [self._write_chunk(place) for place in range(self.shape.num_chunks)]
-
     def _weighted_kinds(self) -> tuple[list[Callable[[], Sentence | None]], list[float]]:
         links = self.shape.links
         kinds: list[tuple[Callable[[], Sentence | None], float, bool]] = [
@@ -114,7 +112,7 @@ class _Writer:
         used = [(kind, weight) for kind, weight, wanted in kinds if wanted]
         return [kind for kind, _ in used], [weight for _, weight in used]
 
-    def _write_chunk(self, place: int) -> Chunk:
+    def write_chunk(self, place: int) -> Chunk:
         self._place = place
         wanted = max(8, int(self.shape.chunk_tokens * self.rng.uniform(0.7, 1.3)))
         sentences: list[Sentence] = []

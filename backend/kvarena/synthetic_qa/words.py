@@ -97,8 +97,7 @@ FILLERS = (
 
 
 def pronoun(person: str) -> str:
-    """Every first name belongs to one of the two lists."""
-    return "she" if person in _WOMEN else "he"
+    return "she" if person in WOMEN else "he"
 
 
 def with_article(noun: str) -> str:
@@ -107,6 +106,3 @@ def with_article(noun: str) -> str:
 
 def sentence_case(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-_WOMEN = frozenset(WOMEN)

@@ -115,7 +115,7 @@ def evaluate(
     from kvarena.bench.results import shown_path
     from kvarena.bench.variants import find_reference
     from kvarena.documents import QUESTIONS_NAME
-    from kvarena.stack.render import show_problems
+    from kvarena.stack.chunk_cache import show_problems
 
     console = console_for(as_json)
     wanted = ContenderOptions(engine, contender or [], model, separator, timeout_s, logprobs, store_gb)
@@ -224,7 +224,7 @@ def calibrate(
     from kvarena.bench.variants import Variant, blend_variants, reads_scores
     from kvarena.core.matching import DEFAULT_SINK_TOKENS
     from kvarena.documents import QUESTIONS_NAME
-    from kvarena.stack.render import show_problems
+    from kvarena.stack.chunk_cache import show_problems
 
     console = console_for(as_json)
     with explained(output):

@@ -36,7 +36,7 @@ from kvarena.engines.base import TOKEN_COUNTS
 from kvarena.home import Home, StackError
 from kvarena.model import TOWN, find_model
 from kvarena.panels.panel import REFERENCE
-from kvarena.stack import render
+from kvarena.stack.chunk_cache import read_documents
 from kvarena.stack.health import probe
 from kvarena.stack.processes import processes_of
 from kvarena.stack.record import Record
@@ -87,7 +87,7 @@ def of_stack(has_faults: bool, console: Console) -> tuple[list[SoakServer], Docu
         if (spec := SPECS.get(service.name)) and spec.is_vllm
     ]
     stack = None if record.compose else Stack(home, record, runner)
-    return servers, render.read_documents(record, console), stack
+    return servers, read_documents(record, console), stack
 
 
 @dataclass

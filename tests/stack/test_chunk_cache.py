@@ -1,13 +1,17 @@
-"""Warming: the store is asked for each chunk, what is missing is sent between two separators, and asked for again."""
+"""The chunk cache is filled: the data folder is read, and what can't be used is shown with the reason. The store is
+asked for each chunk; what is missing is sent between two separators, and asked for again.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +21,51 @@ from kvarena import client
 from kvarena.client import ChunkOutcome, Unreachable
 from kvarena.documents import Documents, TextChunk
 from kvarena.home import StackError
-from kvarena.stack.chunk_cache import warm
+from kvarena.stack.chunk_cache import WarmResult, read_documents, show_warm_result, warm, warm_with_progress
 from kvarena.stack.record import Record
-from kvarena.stack.render import show_warm_result, warm_with_progress
+
+# --- Reading the data folder ---
+
+
+def shown(folder: Path) -> tuple[list[str], list[str]]:
+    """The chunks' names, and the lines that were printed."""
+    console = Console(file=io.StringIO(), width=200)
+    documents = read_documents(Record((), "", str(folder), "town", chunk_tokens=64), console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return [chunk.name for chunk in documents.chunks], lines
+
+
+def test_good_files_need_no_word(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Text.")
+    assert shown(tmp_path) == (["a"], [])
+
+
+def test_every_bad_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A sentence. " * 40)
+    (tmp_path / "[b].txt").write_bytes("Über den Fluss".encode("latin-1"))
+    (tmp_path / "c.md").touch()
+    names, lines = shown(tmp_path)
+    assert names == ["a 01", "a 02"]
+    assert lines == [
+        "Chunks are of an estimated size, 4 bytes to a token: there is no tokenizer.json of this model here.",
+        "2 files can't be used:",
+        "  [b].txt: not UTF-8 (byte 0), and no other encoding is certain; save it as UTF-8",
+        "  c.md: empty",
+    ]
+
+
+def test_they_are_in_the_json_too(tmp_path: Path) -> None:
+    (tmp_path / "c.md").touch()
+    documents = read_documents(Record((), "", str(tmp_path), "town"), Console(file=io.StringIO()))
+    assert WarmResult((), documents.problems).to_json()["unusable"] == [{"file": "c.md", "reason": "empty"}]
+
+
+def test_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="no folder of chunk files"):
+        shown(tmp_path / "nowhere")
+
+
+# --- Filling ---
 
 
 class Blend(ThreadingHTTPServer):
