@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from typer.testing import CliRunner
 
+from kvarena.cli import app
 from kvarena.home import project_root
 
 ROOT = project_root()
@@ -66,3 +69,10 @@ def test_every_page_of_docs_is_linked_from_the_readme_or_from_another_page() -> 
 def test_what_github_reads_follows_its_schema(schema: str) -> None:
     tool = Path(sys.executable).with_name("check-jsonschema")
     subprocess.run([str(tool), "--builtin-schema", schema, *SCHEMAS[schema]], cwd=ROOT, check=True)
+
+
+def test_the_command_tells_the_version_that_stands_in_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    told = CliRunner().invoke(app, ["--version"])
+    assert (told.exit_code, told.output.strip()) == (0, project["version"])
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()

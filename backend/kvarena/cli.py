@@ -39,7 +39,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Serve one model with several ways of reusing its KV cache, side by side.",
 )
 
 app.add_typer(bench, name="bench")
@@ -55,6 +54,24 @@ CONTENDER_PORTS = ", ".join(
     f"{name} N+{spec.port - FIRST_PORT}" if spec.port > FIRST_PORT else f"{name} N"
     for name, spec in contender_specs().items()
 )
+
+
+def _print_version(asked: bool) -> None:
+    from kvarena import __version__
+
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def kvarena(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve one model with several ways of reusing its KV cache, side by side."""
+
 
 Name = Annotated[str, typer.Argument(help="lmcache-server, a contender, or page.")]
 
