@@ -21,7 +21,7 @@ from kvarena.core.attention import MAX_WATCHED_TOKENS, MIN_CONTEXT_TOKENS, Chunk
 from kvarena.core.devices import begin_thread, is_device_failure
 from kvarena.core.placement import ChunkSource, KVWriter, groups_of, packed
 from kvarena.core.plan import Chunk, ReusePlan, Span
-from kvarena.core.policy import SelectionPolicy, reused_positions
+from kvarena.core.policy import Selection, SelectionPolicy, reused_positions
 from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, PrefilledModel, Result, TokenFilter
 from kvarena.core.report import BlendCosts, BlendReport, TokenScores
 from kvarena.core.store import BackgroundPuts, Lacking, Missing, ScoredStore, is_finite, one_ahead
@@ -233,6 +233,27 @@ class Blender:
         report.store_entries, report.store_bytes = self._known.num_entries, self._known.num_bytes
 
 
+@dataclass(frozen=True)
+class _Filled:
+    """What is in the cache before anything is recomputed: the spans of `plan`, and nothing at the positions of `gaps`.
+
+    `watched` has the KV of the layers that the policy looks at, and `scores` what the store knows of the chunks.
+    """
+
+    plan: ReusePlan
+    gaps: Sequence[torch.Tensor]
+    watched: Mapping[int, Sequence[LayerKV]]
+    scores: Mapping[Chunk, torch.Tensor]
+
+    @property
+    def num_reused(self) -> int:
+        return self.plan.inexact.num_reused_tokens
+
+    @property
+    def num_computed(self) -> int:
+        return sum(map(len, self.gaps))
+
+
 @dataclass
 class _Run:
     """The run of one task. Its generators yield after about `piece_tokens` each."""
@@ -246,42 +267,37 @@ class _Run:
     def __post_init__(self) -> None:
         task = self.task
         self.deadline_s = None if task.budget_ms is None else time.perf_counter() + task.budget_ms / 1e3
+        self.leaning_ms = 0.0
+        """The part of `select_ms` that only tells the client what tokens lean on."""
 
     def blend(self) -> InPieces[None]:
-        policy, report = self.task.policy, self.report
-        widest = policy if self.deadline_s is None else policy.with_ratio(ANY_RATIO)
+        """Fetch and place the chunks' KV, select tokens, run the model over these and over what no chunk covers."""
+        task, report = self.task, self.report
+        widest = task.policy if self.deadline_s is None else task.policy.with_ratio(ANY_RATIO)
         watched = widest.settled().watched_layers(len(self.model.rotations))
-        plan, reused_kv, scores = yield from self._fill(watched)
-        gaps = [torch.arange(low, high) for low, high in plan.gaps(self.task.start, self.task.end)]
-        inexact = plan.inexact
-        num_tokens = inexact.num_reused_tokens + sum(map(len, gaps))
-        if self.deadline_s is not None:
-            policy = self._within(self.deadline_s, inexact.num_reused_tokens, num_tokens)
+
+        filled = yield from self._fill(watched)
+        policy = task.policy if self.deadline_s is None else self._within(self.deadline_s, filled)
         report.ratio = policy.ratio if policy.goes_by_ratio else None
-        inexact = plan if policy.recomputes_all else inexact
-        with report.timed("select_ms"):
-            context = BlendContext(self.model, inexact, reused_kv, gaps, self.task.end, scores, report)
-            selection = policy.settled().select(inexact, context)
-        if policy.settled().reads_scores:
-            report.unscored_chunks = len(context.unscored_chunks)
-        positions, filters = torch.cat([selection.positions, *gaps]).sort().values, selection.filters
-        select_ms = None
-        is_short = len(self.task.positions) <= MAX_WATCHED_TOKENS
-        if report.wants_scores and watched and len(selection.positions) and is_short:
+        selection = self._select(policy, filled)
+
+        positions, filters = torch.cat([selection.positions, *filled.gaps]).sort().values, selection.filters
+        is_watchable = bool(watched) and len(task.positions) <= MAX_WATCHED_TOKENS
+        if report.wants_scores and is_watchable and len(selection.positions):
             positions, filters = (yield from self._chosen(positions, filters)), ()
-            select_ms = report.select_ms
-            yield from self._note_leaning(plan, reused_kv[watched[-1]], watched[-1], positions)
+            yield from self._note_leaning(filled, watched[-1], positions)
         computed = yield from self.compute(positions, filters)
-        spent_ms = report.select_ms if select_ms is None else select_ms
-        self.blender.costs.note(policy, num_tokens, len(computed), spent_ms, report.recompute_ms)
+
+        select_ms, num_tokens = report.select_ms - self.leaning_ms, filled.num_reused + filled.num_computed
+        self.blender.costs.note(policy, num_tokens, len(computed), select_ms, report.recompute_ms)
 
     def score(self) -> InPieces[None]:
         """Compute the whole prompt, and put what that shows of its chunks into the store."""
-        plan, alone, _ = yield from self._fill(range(len(self.model.rotations)))
-        if not plan.spans:
+        filled = yield from self._fill(range(len(self.model.rotations)))
+        if not filled.plan.spans:
             yield from self.compute(self.task.positions)
             return
-        scorer = ChunkScorer(self.model, plan, alone, self.task.end)
+        scorer = ChunkScorer(self.model, filled.plan, filled.watched, self.task.end)
         for number, piece in enumerate(self.task.positions.split(self.piece_tokens)):
             if number:
                 yield
@@ -317,21 +333,25 @@ class _Run:
         self.report.count(self.task.start, self.task.end, run)
         return run
 
-    def _within(self, deadline_s: float, num_reused: int, num_tokens: int) -> SelectionPolicy:
+    def _within(self, deadline_s: float, filled: _Filled) -> SelectionPolicy:
         """The policy with the ratio that fits into the time left: the mean of the ranks', each by its own clock."""
         policy = self.task.policy
         left_ms = 1e3 * (deadline_s - time.perf_counter())
-        ratio = self.blender.costs.ratio_within(policy, num_reused, num_tokens - num_reused, left_ms)
+        ratio = self.blender.costs.ratio_within(policy, filled.num_reused, filled.num_computed, left_ms)
         total, num_ranks = self.model.ranks.sum(torch.tensor([ratio, 1.0])).tolist()
         return policy.with_ratio(round(total / num_ranks, RATIO_DIGITS))
 
-    def _fill(
-        self, watched: Sequence[int]
-    ) -> InPieces[tuple[ReusePlan, Mapping[int, Sequence[LayerKV]], Mapping[Chunk, torch.Tensor]]]:
-        """Put the spans' KV into the cache: what the store has, and chunks that it doesn't have, computed now.
+    def _select(self, policy: SelectionPolicy, filled: _Filled) -> Selection:
+        plan = filled.plan if policy.recomputes_all else filled.plan.inexact
+        context = BlendContext(self.model, plan, filled.watched, filled.gaps, self.task.end, filled.scores, self.report)
+        with self.report.timed("select_ms"):
+            selection = policy.settled().select(plan, context)
+        if policy.settled().reads_scores:
+            self.report.unscored_chunks = len(context.unscored_chunks)
+        return selection
 
-        Returns the plan of what is there now, the KV of the watched layers, and the scores that the store has.
-        """
+    def _fill(self, watched: Sequence[int]) -> InPieces[_Filled]:
+        """Put the spans' KV into the cache: what the store has, and chunks that it doesn't have, computed now."""
         report = self.report
         seams = {span: seam for span in self.task.wanted if (seam := self.task.seam_of(span))}
         looked_up = list(dict.fromkeys(span.chunk for span in (*self.task.wanted, *seams.values())))
@@ -342,7 +362,6 @@ class _Run:
             used = {s: seam for s, seam in seams.items() if self.task.makes_seams or seam.chunk in source}
             made = {seam.chunk: span.chunk for span, seam in used.items() if seam.chunk not in source}
             wanted = ReusePlan(tuple(used.get(span, span) for span in self.task.wanted))
-            chunks = list(dict.fromkeys(span.chunk for span in wanted))
             yield from self._prefill_missing(wanted, source, made)
             writer = KVWriter(self.model, watched, report)
             written: list[Span] = []
@@ -357,15 +376,23 @@ class _Run:
                 written += [span for span, _ in group]
             writer.finish()  # the store's memory may be another's once its retrieval ends
         self._agree(failure)
-        report.store_hits, report.store_misses = source.num_hits, len(chunks) - len(made) - source.num_hits
+        self._note_filled(wanted, written, source, made)
         report.num_seams = sum(span in used.values() for span in written if span.chunk not in source.added)
+        plan = ReusePlan(tuple(written))
+        gaps = [torch.arange(low, high) for low, high in plan.gaps(self.task.start, self.task.end)]
+        return _Filled(plan, gaps, writer.kept, source.scores)
+
+    def _note_filled(
+        self, wanted: ReusePlan, written: Sequence[Span], source: ChunkSource, made: Mapping[Chunk, Chunk]
+    ) -> None:
+        """Count the store's hits and misses, but for seams that were `made`: nobody expected them in the store."""
+        report, chunks = self.report, {span.chunk for span in wanted}
+        report.store_hits, report.store_misses = source.num_hits, len(chunks) - len(made) - source.num_hits
         report.spans = [(span.start, span.end) for span in written if span.chunk not in source.added]
         report.computed_spans = [(span.start, span.end) for span in written if span.chunk in source.added]
-        firsts = {span.chunk: span for span in reversed(wanted.spans)}
-        given = (span for span in firsts.values() if span.chunk not in made)
-        missed = [(span, reason) for span in given if (reason := source.missing(span.chunk))]
+        firsts = {span.chunk: span for span in reversed(wanted.spans) if span.chunk not in made}
+        missed = [(span, reason) for span in firsts.values() if (reason := source.missing(span.chunk))]
         report.misses = sorted((span.start, span.end, reason) for span, reason in missed)
-        return ReusePlan(tuple(written)), writer.kept, source.scores
 
     def _prefill_missing(self, plan: ReusePlan, source: ChunkSource, made: Mapping[Chunk, Chunk]) -> InPieces[None]:
         """Compute missing chunks that stand whole in the prompt, each after its sink, and keep them. One whose KV isn't
@@ -410,17 +437,17 @@ class _Run:
             yield
         return positions
 
-    def _note_leaning(
-        self, plan: ReusePlan, moved: Sequence[LayerKV], layer: int, positions: torch.Tensor
-    ) -> InPieces[None]:
+    def _note_leaning(self, filled: _Filled, layer: int, positions: torch.Tensor) -> InPieces[None]:
         """Run these tokens up to this layer, to see which chunk each attends to."""
-        observer = LeaningObserver(self.model, plan, moved, layer, self.task.start, self.task.end)
+        before_ms, (start, end) = self.report.select_ms, (self.task.start, self.task.end)
+        observer = LeaningObserver(self.model, filled.plan, filled.watched[layer], layer, start, end)
         for piece in positions.split(self.piece_tokens):
             with self.report.timed("select_ms", until=self.model.wait):
                 self.model.observe(piece, observer.observe)
             yield
         with self.report.timed("select_ms"):
             self.report.leans_on = observer.leans_on()
+        self.leaning_ms = self.report.select_ms - before_ms
 
     def _choose(self, positions: torch.Tensor, first: TokenFilter) -> InPieces[torch.Tensor]:
         """The positions that a filter chooses. Pieces have more tokens here, for only some of the layers are run."""
