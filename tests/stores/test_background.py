@@ -64,7 +64,7 @@ def test_whoever_asks_for_a_chunk_waits_for_its_put_only() -> None:
     assert get(store, chunk_of(5)) is not None
 
 
-def test_a_put_that_fails_harms_nobody_and_closing_loses_nothing() -> None:
+def test_a_put_that_fails_is_told_and_harms_nobody_and_closing_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     store = HeldStore()
     puts = BackgroundPuts(store)
     for num_tokens in (13, 5, 6):
@@ -73,6 +73,9 @@ def test_a_put_that_fails_harms_nobody_and_closing_loses_nothing() -> None:
     puts.wait_for([chunk_of(13)], 60)
     puts.close()
     assert [get(store, chunk_of(n)) is not None for n in (13, 5, 6)] == [False, True, True]
+    assert store.stats.errors == 1
+    assert "failed to keep a chunk" in caplog.text
+    assert "store is down" in caplog.text
 
 
 def test_only_so_much_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ straight from where the store keeps it.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
@@ -19,6 +20,8 @@ import torch
 
 from kvarena.core.devices import begin_thread
 from kvarena.core.plan import Chunk
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -130,7 +133,7 @@ class ScoredStore(ChunkStore, Protocol):
     """A store that keeps scores of a chunk's tokens beside its KV."""
 
     def add_scores(self, chunk: Chunk, scores: torch.Tensor) -> bool:
-        """Keep what one more prompt shows of a chunk's tokens, `(T,)`: the mean stays. False without an entry."""
+        """Keep what one more prompt shows of a chunk's tokens, `(T, 2)`: the mean stays. False without an entry."""
         ...
 
 
@@ -199,7 +202,7 @@ class BackgroundPuts:
 
     def after_puts(self, chunk: Chunk, num_bytes: int, call: Callable[..., bool], *args: object) -> None:
         """Call the store about this chunk, once the puts before have been made."""
-        self._waiting.append((chunk, num_bytes, self._thread.submit(call, *args)))
+        self._waiting.append((chunk, num_bytes, self._thread.submit(self._call, call, *args)))
 
     def wait_for(self, chunks: Iterable[Chunk], timeout_s: float) -> None:
         """Return when none of these waits any more, so that the store can be asked for them, or after the time-out: a
@@ -212,6 +215,14 @@ class BackgroundPuts:
     def close(self) -> None:
         """Puts what waits first."""
         self._thread.shutdown()
+
+    def _call(self, call: Callable[..., bool], *args: object) -> bool:
+        try:
+            return call(*args)
+        except Exception:
+            logger.exception("the chunk store failed to keep a chunk")
+            self._store.stats.errors += 1
+            return False
 
     @property
     def _num_bytes(self) -> int:
