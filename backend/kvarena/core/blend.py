@@ -26,6 +26,11 @@ from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, Prefille
 from kvarena.core.report import BlendCosts, BlendReport, TokenScores
 from kvarena.core.store import BackgroundPuts, Lacking, Missing, ScoredStore, is_finite, one_ahead
 
+logger = logging.getLogger(__name__)
+
+RATIO_DIGITS = 4
+ANY_RATIO = 0.5
+"""Any but 0 and 1, at which a policy isn't asked."""
 PUT_TIMEOUT_S = 2.0
 """For chunks that are on their way to the store; those that don't get there are computed again."""
 MAX_QUESTION_TOKENS = 64
@@ -109,12 +114,6 @@ class BlendContext:
         return after if len(after) else reused_positions(self.plan)[-_TOKENS_WITHOUT_QUESTION:]
 
 
-logger = logging.getLogger(__name__)
-RATIO_DIGITS = 4
-ANY_RATIO = 0.5
-"""Any but 0 and 1, at which a policy isn't asked."""
-
-
 @dataclass(frozen=True)
 class BlendTask:
     """Fill the cache of `[start, end)`; what is before `start` is there already.
@@ -167,11 +166,6 @@ class Blender:
         self.costs = BlendCosts()
         self._known = replace(store.stats)
 
-    def clear(self) -> None:
-        self.puts.close()
-        self.puts = BackgroundPuts(self.store, self.device)
-        self.store.clear()
-
     def missing(self, chunks: Sequence[Chunk], *, scores: bool = False) -> list[Lacking | None]:
         """Why the store lacks each of these, or their `scores` if they are asked for; None where it has them. Waits for
         what is on its way to the store.
@@ -190,6 +184,7 @@ class Blender:
     def close(self) -> None:
         """Puts what was computed into the store first."""
         self.puts.close()
+        self.fetches.shutdown()
         self.store.close()
 
     def blend(self, model: PrefilledModel, task: BlendTask) -> BlendReport:

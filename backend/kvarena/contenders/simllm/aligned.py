@@ -8,7 +8,7 @@ by the model's own forward. A prompt that repeats the earlier one, or its beginn
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -138,7 +138,8 @@ class AlignedReuse:
         with _counted_layer_passes(self._blendable.layers) as passes:
             prompt = HFPrefilledModel(self._blendable, ids[:-1], kv)
             task = BlendTask(plan, 0, len(ids) - 1, make_policy(blend), store_new=False)
-            report = Blender(store).blend(prompt, task)
+            with closing(Blender(store)) as blender:
+                report = blender.blend(prompt, task)
         num_passes = sum(passes) + self._model.kv_shape.num_layers
         is_exact = plan.is_prefix or blend.recomputes_all
         outcome = TaskOutcome(
