@@ -22,6 +22,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.attention import Attention
 
+from kvarena.core import blend
 from kvarena.engines.vllm import model as vllm_model
 from kvarena.engines.vllm.config import BlendConfig, kv_transfer_config
 from kvarena.engines.vllm.messages import report_log
@@ -260,6 +261,30 @@ def run_steps_and_watch_batches(
 
     vllm_model.VllmModel.attention_metadata = watched  # type: ignore[method-assign,assignment]
     return run_steps(model, config, steps, settings), max(sizes)
+
+
+def run_after_a_weight_update(model: str, config: BlendConfig, before: list[Step], after: list[Step]) -> list[Outcome]:
+    """The outcomes of the later steps. In between the weights change, and vLLM is told to reset its caches."""
+    llm = make_engine(model, config)
+    for step in before:
+        _run_step(llm, step)
+    for parameter in loaded_model().parameters():
+        parameter.data.mul_(1.25)
+    assert llm.reset_prefix_cache(reset_connector=True)
+    return [_run_step(llm, step) for step in after]
+
+
+def num_times_noted(model: str, config: BlendConfig, step: Step) -> int:
+    """From how many long blends of a step the server learnt what a request takes beside its blend."""
+    llm = make_engine(model, config)
+    _run_step(llm, step)
+    half = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+    return len(half._ttft_budgets[True]._beside_ms)
+
+
+def watch_few_tokens() -> None:
+    """A longer prompt isn't scored; `damage` of a step."""
+    setattr(blend, "MAX_WATCHED_TOKENS", 64)  # noqa: B010
 
 
 def take_memory() -> None:

@@ -20,12 +20,15 @@ from support.vllm_engine import (
     PIECES,
     Outcome,
     Step,
+    num_times_noted,
     plain_tokens,
     ratios_in_a_queue,
+    run_after_a_weight_update,
     run_in_engine,
     run_session,
     run_steps,
     seeded_tokens,
+    watch_few_tokens,
 )
 
 pytestmark = pytest.mark.slow
@@ -207,6 +210,23 @@ def test_a_long_blend_that_is_aborted_leaves_nothing(model: str, chunks: list[st
     assert aborted.aborted_reports == [None, None], "no token of theirs was ready"
 
 
+def test_a_long_blend_that_is_aborted_teaches_no_time(model: str, chunks: list[str]) -> None:
+    """It would count as one that took no time, and all since its start as what a request takes beside it."""
+    prompts = [prompt_of(chunks[i:] + chunks[:i], "bridge") for i in range(2)]
+    step = Step(prompts, 4, {"ratio": 1}, abort_after=3)
+    assert run_in_engine(num_times_noted, model, replace(MEMORY, step_tokens=64), step) == 1
+
+
+def test_a_prompt_that_is_too_long_to_be_scored_is_computed(model: str, chunks: list[str]) -> None:
+    prompts = [prompt_of(chunks[:5], "paper"), prompt_of(chunks[5::-1], "paper")]
+    scoring = Step(prompts[1:], 16, {"policy": "none", "store": "scores"}, damage=watch_few_tokens)
+    _, outcome = run_in_engine(run_steps, model, MEMORY, [Step(prompts[:1], 1, {"ratio": 0}), scoring], {})
+    assert outcome.tokens == run_in_engine(plain_tokens, model, prompts[1:], 16)
+    (report,) = outcome.reports
+    assert not report["approximate"]
+    assert report["num_reused_tokens"] == 0
+
+
 def test_a_prompt_that_grows_is_blended_as_far_as_it_was_planned(model: str, chunks: list[str]) -> None:
     """A streaming-input session that loses its blocks after its prompt grew."""
     texts = [prompt_of(chunks[:4], "paper"), " tree goat river"]
@@ -338,6 +358,20 @@ def over_lmcache(server: LMCacheServer, index: Path) -> BlendConfig:
         step_tokens=300,
         index_path=str(index / "known.sqlite"),
     )
+
+
+@pytest.mark.parametrize("store", ["memory", "lmcache"])
+def test_what_was_stored_before_a_weight_update_isnt_used(
+    model: str, chunks: list[str], server: LMCacheServer, tmp_path: Path, store: str
+) -> None:
+    prompts = [prompt_of(chunks[:4], "old cat"), prompt_of(chunks[3::-1], "old cat")]
+    steps = [Step([prompt], 16, {"ratio": 0}) for prompt in prompts]
+    config = MEMORY if store == "memory" else over_lmcache(server, tmp_path)
+    updated = run_in_engine(run_after_a_weight_update, model, config, steps, steps)
+    fresh = run_in_engine(run_after_a_weight_update, model, MEMORY, [], steps)
+    assert [outcome.tokens for outcome in updated] == [outcome.tokens for outcome in fresh]
+    found = [(outcome.reports[0]["store_hits"], outcome.reports[0]["store_misses"]) for outcome in updated]
+    assert found == [(0, 4), (4, 0)]
 
 
 def test_lmcache_outlives_vllm_and_its_death_costs_only_speed(

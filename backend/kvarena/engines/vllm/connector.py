@@ -110,17 +110,15 @@ class KVArenaConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         return False, self._scheduler.request_finished(request)
 
+    def reset_cache(self) -> bool:
+        """vLLM asks the scheduler's side only, after new weights, too. Workers hear of it with the next step."""
+        self._scheduler.reset()
+        return True
+
     # Both
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         return self._scheduler.take_stats() if self.role == KVConnectorRole.SCHEDULER else None
-
-    def reset_cache(self) -> bool:
-        if self.role == KVConnectorRole.SCHEDULER:
-            self._scheduler.clear()
-        else:
-            self._worker.clear()
-        return True
 
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.SCHEDULER:

@@ -1,6 +1,6 @@
 """What travels from the scheduler to the workers, back, and on to the API server. All of it pickles.
 
-Jobs and reports of one step; the report of a request (the API's `kvarena` object, docs/architecture.md); and the
+Jobs and reports of one step; the report of a request (the API's `kvarena` object, docs/http.md); and the
 connector's statistics, which vLLM carries to the API server's process with every step. Ours are the request reports
 themselves: there they are counted for `/metrics` and kept for `/kvarena/requests/{id}`.
 """
@@ -46,9 +46,13 @@ class BlendJob:
 
 @dataclass
 class BlendJobs(KVConnectorMetadata):
-    """The jobs of one step, in the order in which their requests were scheduled."""
+    """The jobs of one step, in the order in which their requests were scheduled.
+
+    `epoch` changes with each reset of vLLM's caches: KV that was stored before it isn't used any more.
+    """
 
     jobs: list[BlendJob] = field(default_factory=list)
+    epoch: str = ""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The connector in the scheduler: what of a new prompt can be reused, in which blocks it goes, and its report.
+"""The connector in the scheduler: what of a new prompt can be reused, which blocks it goes into, and its report.
 
 | tokens of a prompt | who fills their KV |
 |---|---|
@@ -18,6 +18,7 @@ import logging
 import math
 import statistics
 import time
+import uuid
 from collections import OrderedDict, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,13 +40,15 @@ from kvarena.engines.vllm.messages import BlendJob, BlendJobs, BlendReports, Ble
 from kvarena.policies.params import BlendParams, make_policy
 from kvarena.stores.sqlite import KnownChunks
 
+logger = logging.getLogger(__name__)
+
 RECENT_STEPS = 8
 
 
 class TTFTBudget:
-    """Knows what a request's time to first token has beside the blend: forwards over the question and other requests'
-    tokens, and vLLM's own work. It is the median of the last blends, and 0 before the first. There is one for blends of
-    a single step, and one for those in pieces, which have other requests' steps in between.
+    """Estimates the part of a request's time to first token that isn't the blend: forwards over the question and other
+    requests' tokens, and vLLM's own work. It is the median of the last blends, and 0 before the first. There is one for
+    blends of a single step, and one for those in pieces, which have other requests' steps in between.
     """
 
     def __init__(self) -> None:
@@ -96,7 +99,6 @@ class BlendBudget:
         self.num_spent_tokens, self.is_spent = 0, False
 
 
-@dataclass
 class Admission:
     """Whether a chunk that no request brought before is kept.
 
@@ -111,9 +113,10 @@ class Admission:
     JUST_USED_CHUNKS = 64
     REMEMBERED_CHUNKS = 65_536
 
-    _lost: deque[bool] = field(default_factory=lambda: deque(maxlen=Admission.RECENT_CHUNKS))
-    _held: OrderedDict[ChunkKey, None] = field(default_factory=OrderedDict)
-    _seen: OrderedDict[ChunkKey, None] = field(default_factory=OrderedDict)
+    def __init__(self) -> None:
+        self._lost: deque[bool] = deque(maxlen=self.RECENT_CHUNKS)
+        self._held: OrderedDict[ChunkKey, None] = OrderedDict()
+        self._seen: OrderedDict[ChunkKey, None] = OrderedDict()
 
     def note(self, known: Collection[Chunk], lost: Collection[Chunk]) -> None:
         """The store had lost some of a prompt's known chunks. It has them again now."""
@@ -126,20 +129,20 @@ class Admission:
             self._remember(self._held, chunk)
 
     def admits(self, chunk: Chunk) -> bool:
-        if sum(self._lost) < self.FULL_RATIO * self.RECENT_CHUNKS or self._seen.pop(chunk.key, chunk) is None:
-            self._remember(self._held, chunk)
-            return True
-        self._remember(self._seen, chunk)
-        return False
+        is_full = sum(self._lost) >= self.FULL_RATIO * self.RECENT_CHUNKS
+        if is_full and chunk.key not in self._seen:
+            self._remember(self._seen, chunk)
+            return False
+        if is_full:
+            del self._seen[chunk.key]
+        self._remember(self._held, chunk)
+        return True
 
     def _remember(self, chunks: OrderedDict[ChunkKey, None], chunk: Chunk) -> None:
         chunks[chunk.key] = None
         chunks.move_to_end(chunk.key)
         if len(chunks) > self.REMEMBERED_CHUNKS:
             chunks.popitem(last=False)
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -193,9 +196,10 @@ class SchedulerConnector:
         self._tracked: dict[str, _TrackedRequest] = {}
         self._jobs: list[BlendJob] = []
         self._budget = BlendBudget(config.step_tokens or max_step_tokens)
-        self._time_left = {is_long: TTFTBudget() for is_long in (False, True)}
+        self._ttft_budgets = {is_long: TTFTBudget() for is_long in (False, True)}
         self._trusts_store = True
         self._admission = Admission()
+        self._epoch = ""
         self._finished: list[_TrackedRequest] = []
 
     def on_new_request(self, request: Request) -> None:
@@ -243,41 +247,48 @@ class SchedulerConnector:
         end = start + num_external_tokens
         if request.num_preemptions == 0:
             tracked.report.num_prefix_tokens = start
-        if tracked.prefill_stats is None:  # the first time
-            tracked.prefill_stats = request.prefill_stats
-            _tell_reused(tracked, 0)
-            waited_ms = 1e3 * (time.time() - request.arrival_time)
-            tracked.report.queue_ms = max(0.0, waited_ms - tracked.report.lookup_ms)
-            tracked.report.misses += self._not_looked_up(tracked, end)
+        if tracked.prefill_stats is None:
+            self._note_first_allocation(tracked, end)
         if num_external_tokens == 0:
             return
-        plan = tracked.plan.clipped(start, end)
+        task = self._task(tracked, start, end)
+        self._budget.spend(tracked)
+        tracked.is_blending = True
+        tracked.allocated_s = time.perf_counter()
+        piece_tokens = self._budget.step_tokens if self._is_long(tracked) else None
+        token_ids, token_scores = tracked.token_ids[:end], tracked.params.token_scores
+        self._jobs.append(
+            BlendJob(request.request_id, token_ids, blocks.get_block_ids(), task, piece_tokens, token_scores)
+        )
+
+    def _note_first_allocation(self, tracked: _TrackedRequest, end: int) -> None:
+        tracked.prefill_stats = tracked.request.prefill_stats
+        _tell_reused(tracked, 0)
+        waited_ms = 1e3 * (time.time() - tracked.request.arrival_time)
+        tracked.report.queue_ms = max(0.0, waited_ms - tracked.report.lookup_ms)
+        tracked.report.misses += self._not_looked_up(tracked, end)
+
+    def _task(self, tracked: _TrackedRequest, start: int, end: int) -> BlendTask:
+        """Of `[start, end)`. Its new chunks are known from now on."""
+        params, plan = tracked.params, tracked.plan.clipped(start, end)
         known = frozenset(span.chunk for span in plan if span.chunk in self._known.index)
         tracked.num_unknown_chunks = len({span.chunk for span in plan} - known)
         if tracked.report.blend is None:
             tracked.wanted, tracked.known = plan, known
             tracked.report.in_pieces = self._is_long(tracked)
-        passing = self._take_in(tracked.params, plan) if tracked.params.store_new else frozenset()
-        self._budget.spend(tracked)
-        tracked.is_blending = True
-        tracked.allocated_s = time.perf_counter()
         blend, budget_ms = self._ratio_or_budget(tracked)
-        task = BlendTask(
+        return BlendTask(
             plan,
             start,
             end,
-            make_policy(blend),
-            store_new=tracked.params.store_new,
-            passing=passing,
+            # A prompt that is scored is computed whole, also where it turns out that it can't be.
+            make_policy(BlendParams("all") if params.store_scores else blend),
+            store_new=params.store_new,
+            passing=self._take_in(params, plan) if params.store_new else frozenset(),
             budget_ms=budget_ms,
-            scores=tracked.params.store_scores,
+            scores=params.store_scores,
             seams=self._seams(tracked),
-            makes_seams=tracked.params.store_seams,
-        )
-        piece_tokens = self._budget.step_tokens if self._is_long(tracked) else None
-        token_ids, token_scores = tracked.token_ids[:end], tracked.params.token_scores
-        self._jobs.append(
-            BlendJob(request.request_id, token_ids, blocks.get_block_ids(), task, piece_tokens, token_scores)
+            makes_seams=params.store_seams,
         )
 
     def _seams(self, tracked: _TrackedRequest) -> dict[int, Span]:
@@ -295,32 +306,26 @@ class SchedulerConnector:
     def take_jobs(self) -> BlendJobs:
         jobs, self._jobs = self._jobs, []
         self._budget.end_step()
-        return BlendJobs(jobs)
+        return BlendJobs(jobs, self._epoch)
 
     def on_reports(self, reports: BlendReports) -> None:
-        """Reports of a step come after the requests that finished in it: their answers are completed here."""
+        """Of the blends that ended in this step. They come after the requests that finished in it: the answers of these
+        are completed here.
+        """
         finished = {tracked.request.request_id: tracked for tracked in self._finished}
-        blended = {self._tracked.get(name) or finished.get(name): blend for name, blend in reports.reports.items()}
-        known = {tracked: blend for tracked, blend in blended.items() if tracked}
-        for tracked, blend in known.items():
-            tracked.is_blending = False
-            self._budget.end_blend(tracked)
-            if blend.store_hits or blend.store_misses:
-                self._trusts_store = blend.store_misses <= tracked.num_unknown_chunks
-            if tracked.report.blend is None:
-                tracked.report.blend = blend
-                misses = self._misses(tracked, blend)
-                tracked.report.misses += misses
-                lost = {miss.start for miss in misses if miss.reason == "evicted"}
-                self._admission.note(tracked.known, {span.chunk for span in tracked.wanted if span.start in lost})
-                _tell_reused(tracked, blend.num_reused_tokens)
-                if tracked.answer:
-                    tracked.answer.update(tracked.report.as_dict())
-        for is_long in (False, True):
-            own = [tracked for tracked in known if self._is_long(tracked) == is_long]
+        ended = {
+            tracked: blend
+            for name, blend in reports.reports.items()
+            if (tracked := self._tracked.get(name) or finished.get(name))
+        }
+        for tracked, blend in ended.items():
+            self._end_blend(tracked, blend)
+        for is_long, budget in self._ttft_budgets.items():
+            # An aborted blend's report is empty, and its time says nothing.
+            own = {t: blend.blend_ms for t, blend in ended.items() if blend.blend_ms and self._is_long(t) == is_long}
             if own:
                 passed_ms = 1e3 * (time.perf_counter() - min(tracked.allocated_s for tracked in own))
-                self._time_left[is_long].note(passed_ms, sum(known[tracked].blend_ms for tracked in own))
+                budget.note(passed_ms, sum(own.values()))
 
     def request_finished(self, request: Request) -> dict[str, Any] | None:
         """What the response carries; the dictionary is completed by `on_reports` before it is sent."""
@@ -346,8 +351,11 @@ class SchedulerConnector:
         reports = [tracked.report.as_dict() for tracked in finished if tracked.report.num_prompt_tokens]
         return BlendStats.of(reports) if reports else None
 
-    def clear(self) -> None:
+    def reset(self) -> None:
+        """Forget what is stored: it may be of weights that have changed."""
         self._known.clear()
+        self._admission = Admission()
+        self._epoch = uuid.uuid4().hex[:12]
 
     def close(self) -> None:
         self._known.close()
@@ -368,7 +376,23 @@ class SchedulerConnector:
             return blend, None
         if before and before.ratio is not None:
             return replace(blend, ratio=before.ratio), None
-        return blend, self._time_left[self._is_long(tracked)].budget_ms(tracked.request, max_ttft_ms)
+        return blend, self._ttft_budgets[self._is_long(tracked)].budget_ms(tracked.request, max_ttft_ms)
+
+    def _end_blend(self, tracked: _TrackedRequest, blend: BlendReport) -> None:
+        tracked.is_blending = False
+        self._budget.end_blend(tracked)
+        if blend.store_hits or blend.store_misses:
+            self._trusts_store = blend.store_misses <= tracked.num_unknown_chunks
+        if tracked.report.blend is not None:  # it was preempted, and blended once more
+            return
+        tracked.report.blend = blend
+        misses = self._misses(tracked, blend)
+        tracked.report.misses += misses
+        lost = {miss.start for miss in misses if miss.reason == "evicted"}
+        self._admission.note(tracked.known, {span.chunk for span in tracked.wanted if span.start in lost})
+        _tell_reused(tracked, blend.num_reused_tokens)
+        if tracked.answer:
+            tracked.answer.update(tracked.report.as_dict())
 
     def _is_long(self, tracked: _TrackedRequest) -> bool:
         return self._budget.is_long(tracked.num_tokens_to_run)

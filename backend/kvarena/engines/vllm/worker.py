@@ -31,6 +31,8 @@ from kvarena.engines.vllm.plugin import loaded_model
 from kvarena.stores.memory import MemoryStore
 from kvarena.stores.tensor_parallel import TensorParallelStore
 
+logger = logging.getLogger(__name__)
+
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 _LAYOUT_VERSION = 2
 
@@ -63,9 +65,6 @@ def _weights(model: str, revision: str | None) -> Any:
     return [model, Path(cached).parent.name if isinstance(cached, str) else revision]
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass
 class _BlendUnderWay:
     """`pieces` have to be closed where they aren't run to the end."""
@@ -92,6 +91,7 @@ class WorkerConnector:
         self._reports = BlendReports({})
         self._under_way: _BlendUnderWay | None = None
         self._filled: set[str] = set()
+        self._epoch = ""
         self.refusal = ""
 
     def attach(self) -> None:
@@ -105,8 +105,7 @@ class WorkerConnector:
                 raise ValueError(f"{self.refusal}; {hint}") from error
             logger.warning("%s; it is served without blending", self.refusal)
             return
-        store = TensorParallelStore(self._make_store(self._engine), self._engine.ranks)
-        self._blender = Blender(store, self._engine.device)
+        self._blender = self._make_blender(self._engine)
         attention = "our own attention" if self._engine.chosen_attention else "vLLM's attention"
         logger.info(
             "blending %d layers over the %s store, with %s", len(self._engine.layers), self._config.store, attention
@@ -127,6 +126,8 @@ class WorkerConnector:
             raise SystemExit(1) from error
 
     def _blend(self, work: BlendJobs) -> None:
+        if work.epoch != self._epoch:
+            self._begin_epoch(work.epoch)
         start_s = time.perf_counter()
         for job in sorted(work.jobs, key=lambda job: job.piece_tokens is not None):
             begun = self._begin(job, start_s)
@@ -186,15 +187,25 @@ class WorkerConnector:
         taken, self._reports = self._reports, BlendReports({})
         return taken if taken.reports else None
 
-    def clear(self) -> None:
-        if self._blender:
-            self._blender.clear()
-
     def close(self) -> None:
         if self._under_way:
             self._under_way.pieces.close()
         if self._blender:
             self._blender.close()
+
+    def _begin_epoch(self, epoch: str) -> None:
+        """KV is kept under another name from now on, which no tier of a store has anything for."""
+        self._epoch = epoch
+        if self._engine is None or self._blender is None:
+            return
+        while self._under_way:
+            if self._under_way.run_piece():
+                self._end_pieces(self._under_way)
+        self._blender.close()
+        self._blender = self._make_blender(self._engine)
+
+    def _make_blender(self, engine: VllmModel) -> Blender:
+        return Blender(TensorParallelStore(self._make_store(engine), engine.ranks), engine.device)
 
     def _make_store(self, engine: VllmModel) -> ScoredStore:
         if self._config.store == "memory":
@@ -202,7 +213,7 @@ class WorkerConnector:
         from kvarena.stores.lmcache import KVGeometry, LMCacheStore
 
         geometry = KVGeometry(
-            f"kvarena-{model_id(self._vllm_config)}{rank_name()}",
+            f"kvarena-{model_id(self._vllm_config)}{self._epoch}{rank_name()}",
             len(engine.layers),
             engine.num_kv_heads,
             engine.head_size,
