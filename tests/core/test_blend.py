@@ -83,7 +83,7 @@ class FakeModel:
     head_size = HEAD_SIZE
     device = torch.device("cpu")
     ranks: Ranks = OneRank()
-    place = None
+    rotate_and_write = None
 
     def __init__(self, num_tokens: int, clock: Clock | None = None) -> None:
         self.cache = torch.full((NUM_LAYERS, 2, num_tokens, NUM_HEADS, HEAD_SIZE), torch.nan)
@@ -418,8 +418,8 @@ def test_what_the_store_loses_on_the_way_is_a_miss(store: FakeStore, model: Fake
     [
         ({}, True),
         ({"store_new": False}, False),
-        ({"passing": frozenset({MISSING})}, False),
-        ({"passing": frozenset({SECOND})}, True),
+        ({"unadmitted": frozenset({MISSING})}, False),
+        ({"unadmitted": frozenset({SECOND})}, True),
     ],
 )
 def test_computed_chunks_are_kept_where_that_is_wanted(

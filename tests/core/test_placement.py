@@ -27,7 +27,7 @@ class Cache:
     attention = [LayerAttention(HEAD_SIZE**-0.5)] * len(ROTATIONS)
     head_size = HEAD_SIZE
     device = torch.device("cpu")
-    place = None
+    rotate_and_write = None
 
     def __init__(self, num_tokens: int) -> None:
         self.kv = torch.full((NUM_LAYERS, 2, num_tokens, NUM_HEADS, HEAD_SIZE), torch.nan)

@@ -44,7 +44,7 @@ class RandomKV:
     def summed(self, scores: torch.Tensor) -> torch.Tensor:
         return scores
 
-    def show(
+    def explain(
         self,
         what: str,
         positions: torch.Tensor,

@@ -24,7 +24,7 @@ from kvarena.core.plan import Chunk, ReusePlan, Span
 from kvarena.core.policy import Selection, SelectionPolicy, reused_positions
 from kvarena.core.prefilled_model import EndForward, InPieces, LayerKV, PrefilledModel, Result, TokenFilter
 from kvarena.core.report import BlendCosts, BlendReport, TokenScores
-from kvarena.core.store import BackgroundPuts, Lacking, Missing, ScoredStore, is_finite, one_ahead
+from kvarena.core.store import BackgroundPuts, ChunkMiss, ScoredStore, StoreMiss, is_finite, one_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class BlendContext:
     def summed(self, scores: torch.Tensor) -> torch.Tensor:
         return self.model.ranks.sum(scores)
 
-    def show(
+    def explain(
         self,
         what: str,
         positions: torch.Tensor,
@@ -118,12 +118,12 @@ class BlendContext:
 class BlendTask:
     """Fill the cache of `[start, end)`; what is before `start` is there already.
 
-    Chunks that are computed here are put into the store, where it is to `store_new` ones, but for those that are
-    `passing`. `budget_ms`: the time for all of it. As many tokens are recomputed as fit, by what earlier blends took;
-    the policy's own ratio counts as long as nothing is known of them. `scores`: the prompt is computed whole, in place
-    of a blend, and its chunks get scores of it; but not one that is longer than `MAX_WATCHED_TOKENS`, or of which
-    something is there already. `seams`: what stands for spans, by their chunks' starts, where the store has it
-    (`Planner.seams`); with `makes_seams` it is computed where the store hasn't.
+    With `store_new`, chunks that are computed here are put into the store, but for `unadmitted` ones. `budget_ms`: the
+    time for all of it. As many tokens are recomputed as fit, by what earlier blends took; the policy's own ratio counts
+    as long as nothing is known of them. `scores`: in place of a blend, the prompt is computed whole, and its chunks get
+    scores of it. A prompt longer than `MAX_WATCHED_TOKENS`, or of which something is there already, is blended all the
+    same. `seams`: what stands for spans, by their chunks' starts, where the store has it (`Planner.seams`); with
+    `makes_seams` it is computed where the store hasn't.
     """
 
     plan: ReusePlan
@@ -131,7 +131,7 @@ class BlendTask:
     end: int
     policy: SelectionPolicy
     store_new: bool = True
-    passing: frozenset[Chunk] = frozenset()
+    unadmitted: frozenset[Chunk] = frozenset()
     budget_ms: float | None = None
     scores: bool = False
     seams: Mapping[int, Span] = field(default_factory=dict)
@@ -166,14 +166,14 @@ class Blender:
         self.costs = BlendCosts()
         self._known = replace(store.stats)
 
-    def missing(self, chunks: Sequence[Chunk], *, scores: bool = False) -> list[Lacking | None]:
+    def missing(self, chunks: Sequence[Chunk], *, scores: bool = False) -> list[ChunkMiss | None]:
         """Why the store lacks each of these, or their `scores` if they are asked for; None where it has them. Waits for
         what is on its way to the store.
         """
         self.puts.wait_for(chunks, PUT_TIMEOUT_S)
         with self.store.retrieval(chunks) as retrieval:
-            reason: Missing = "store_down" if retrieval.failed else "not_stored"
-            lacking: list[Lacking | None] = [None if is_held else reason for is_held in retrieval.held]
+            reason: StoreMiss = "store_down" if retrieval.failed else "not_stored"
+            lacking: list[ChunkMiss | None] = [None if is_held else reason for is_held in retrieval.held]
             if scores:
                 held = [index for index, is_held in enumerate(retrieval.held) if is_held]
                 for index, kv in zip(held, retrieval.take(held), strict=True):
@@ -279,7 +279,7 @@ class _Run:
         positions, filters = torch.cat([selection.positions, *filled.gaps]).sort().values, selection.filters
         is_watchable = bool(watched) and len(task.positions) <= MAX_WATCHED_TOKENS
         if report.wants_scores and is_watchable and len(selection.positions):
-            positions, filters = (yield from self._chosen(positions, filters)), ()
+            positions, filters = (yield from self._apply_filters(positions, filters)), ()
             yield from self._note_leaning(filled, watched[-1], positions)
         computed = yield from self.compute(positions, filters)
 
@@ -314,7 +314,7 @@ class _Run:
         again from the first layer on; before the filter's layer they find the others' fresh KV in the cache.
         """
         while filters and len(positions) > self.piece_tokens:
-            positions = yield from self._choose(positions, filters[0])
+            positions = yield from self._apply_filter(positions, filters[0])
             filters = filters[1:]
             yield
         pieces = [positions] if filters else positions.split(self.piece_tokens)
@@ -403,7 +403,7 @@ class _Run:
                 if kv is None or not usable:
                     continue
                 kept = source.add(chunk, kv)
-                if self.task.store_new and chunk not in self.task.passing:
+                if self.task.store_new and chunk not in self.task.unadmitted:
                     self.blender.puts.put(chunk, kept)
                     if chunk in made and (scores := source.scores_of(made[chunk])) is not None:
                         self._put_scores(chunk, scores)
@@ -425,10 +425,10 @@ class _Run:
                     return result
             yield
 
-    def _chosen(self, positions: torch.Tensor, filters: Sequence[TokenFilter]) -> InPieces[torch.Tensor]:
+    def _apply_filters(self, positions: torch.Tensor, filters: Sequence[TokenFilter]) -> InPieces[torch.Tensor]:
         """What all filters leave of these tokens, before any of them goes through all layers."""
         for token_filter in filters:
-            positions = yield from self._choose(positions, token_filter)
+            positions = yield from self._apply_filter(positions, token_filter)
             yield
         return positions
 
@@ -444,7 +444,7 @@ class _Run:
             self.report.leans_on = observer.leans_on()
         self.leaning_ms = self.report.select_ms - before_ms
 
-    def _choose(self, positions: torch.Tensor, first: TokenFilter) -> InPieces[torch.Tensor]:
+    def _apply_filter(self, positions: torch.Tensor, first: TokenFilter) -> InPieces[torch.Tensor]:
         """The positions that a filter chooses. Pieces have more tokens here, for only some of the layers are run."""
         fresh: list[LayerKV] = []
 

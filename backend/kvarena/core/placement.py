@@ -19,7 +19,7 @@ from kvarena.core.policy import reused_positions
 from kvarena.core.prefilled_model import LayerKV, PrefilledModel
 from kvarena.core.report import Stopwatch
 from kvarena.core.rope import Rerotation, Rotation, Scratch
-from kvarena.core.store import Missing, Piece, Pieces, Retrieval
+from kvarena.core.store import Piece, Pieces, Retrieval, StoreMiss
 
 Item = TypeVar("Item")
 MAX_DEVICE_BYTES = 256 << 20
@@ -52,7 +52,7 @@ class ChunkSource:
         self.added.add(chunk)
         return kv
 
-    def missing(self, chunk: Chunk) -> Missing | None:
+    def missing(self, chunk: Chunk) -> StoreMiss | None:
         """Why the store gave nothing of a chunk; None if it did. To be asked after everything was taken."""
         if chunk in self._kv and chunk not in self.added:
             return None
@@ -106,8 +106,8 @@ class KVWriter:
             ]
             positions, rerotations = reused_positions(spans), self._rerotations(spans)
             moved = None
-            if self.model.place is not None:
-                self.model.place(positions, here, rerotations)
+            if self.model.rotate_and_write is not None:
+                self.model.rotate_and_write(positions, here, rerotations)
             else:
                 moved = self._moved(here, self.model.rotations, rerotations)
         if moved is not None:

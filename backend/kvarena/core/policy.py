@@ -57,7 +57,7 @@ class SelectionContext(Protocol):
         """The sum of all workers' scores, for each has some of the heads; on the CPU."""
         ...
 
-    def show(
+    def explain(
         self,
         what: str,
         positions: torch.Tensor,

@@ -83,7 +83,7 @@ OnLayer = Callable[[int, "torch.Tensor", "torch.Tensor", LayerKV], None]
 rotated; valid only during the call."""
 
 
-Place = Callable[["torch.Tensor", Sequence["torch.Tensor"], Mapping["Rotation", "Rerotation"]], None]
+RotateAndWrite = Callable[["torch.Tensor", Sequence["torch.Tensor"], Mapping["Rotation", "Rerotation"]], None]
 """Called with positions `(T,)`, their KV in parts `(2, L, t, H_kv * D)`, and for each rotation how its keys are to be
 rotated once more; empty where they stay as they are."""
 
@@ -124,7 +124,7 @@ class PrefilledModel(Protocol):
         ...
 
     @property
-    def place(self) -> Place | None:
+    def rotate_and_write(self) -> RotateAndWrite | None:
         """Rotates and writes in one pass; None in an engine without a kernel for that."""
         ...
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from kvarena.core.policy import SelectionPolicy
-from kvarena.core.store import Missing
+from kvarena.core.store import StoreMiss
 
 MAX_TOKEN_SCORES = 4096
 SCORE_DIGITS = 4
@@ -116,7 +116,7 @@ class BlendReport(Stopwatch):
     spans: list[tuple[int, int]] = field(default_factory=list)
     recomputed_spans: list[tuple[int, int]] = field(default_factory=list)
     computed_spans: list[tuple[int, int]] = field(default_factory=list)
-    misses: list[tuple[int, int, Missing]] = field(default_factory=list)
+    misses: list[tuple[int, int, StoreMiss]] = field(default_factory=list)
     wants_scores: bool = False
     token_scores: TokenScores | None = None
     leans_on: TokenScores | None = None

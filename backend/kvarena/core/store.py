@@ -57,9 +57,9 @@ class Scores:
 
 REMEMBERED_PROMPTS = 16
 
-Missing = Literal["not_stored", "store_down"]
+StoreMiss = Literal["not_stored", "store_down"]
 """Why a store gives nothing of a chunk: it doesn't have it, or it failed."""
-Lacking = Literal[Missing, "not_scored"]
+ChunkMiss = Literal[StoreMiss, "not_scored"]
 """Why a chunk isn't there, or that it is there without the scores of its tokens."""
 
 

@@ -75,7 +75,7 @@ class KVDeviation(SelectionPolicy):
             now = getattr(fresh, self.deviation)[candidates.to(rows.device)]
             distance = (now.float() - before.float()).square_().sum(dim=(1, 2))
             scores = context.summed(distance)
-            context.show(f"squared distance of its {self.deviation}, layer {layer}", positions[candidates], scores)
+            context.explain(f"squared distance of its {self.deviation}, layer {layer}", positions[candidates], scores)
             chosen = candidates[best_runs(scores, count, self.run_tokens)]
             return torch.cat([chosen, (~is_reused).nonzero().flatten()]).sort().values
 

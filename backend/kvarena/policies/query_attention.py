@@ -49,7 +49,7 @@ class QueryAttention(SelectionPolicy):
         def seen_from() -> torch.Tensor:
             return context.question_positions()[context.summed(attention).argmax(dim=0)]
 
-        context.show(f"share of the question's attention, layer {layer}", reused, scores, seen_from)
+        context.explain(f"share of the question's attention, layer {layer}", reused, scores, seen_from)
         best = best_runs(scores, share_of(len(reused), self.ratio), self.run_tokens)
         return Selection(reused[best.sort().values])
 

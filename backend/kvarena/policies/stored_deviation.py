@@ -45,7 +45,7 @@ class StoredDeviation(SelectionPolicy):
         deviation, attention = stored.unbind(1)
         scores = deviation * attention**self.attention_weight
         reused = reused_positions(plan)
-        context.show("score that is stored with its chunk", reused, scores)
+        context.explain("score that is stored with its chunk", reused, scores)
         chosen = best_runs(scores, share_of(len(reused), self.ratio), self.run_tokens)
         return Selection(reused[chosen.sort().values])
 

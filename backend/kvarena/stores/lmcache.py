@@ -75,7 +75,7 @@ class LMCacheStore:
         self._is_closed = False
         self._wake = threading.Event()
         self._tried = threading.Event()
-        """Set once the attempt to connect that was asked for last has ended, either way."""
+        """Set once the first attempt to connect has ended, either way."""
         self._keeper = threading.Thread(target=self._keep_connected, name="kvarena-lmcache-keeper", daemon=True)
         self._keeper.start()
 

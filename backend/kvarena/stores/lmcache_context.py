@@ -202,7 +202,6 @@ class LMCacheContext(LMCacheSDKContext):
         """What couldn't be released because the server didn't answer."""
         self.retired_at: float | None = None
         self._answered_at: float | None = None
-        self.is_closed = False
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "kvarena-lmcache", begin_thread, (device,))
         self._engine_driven: Any = None
         self._reading: Counter[Chunk] = Counter()
@@ -222,7 +221,6 @@ class LMCacheContext(LMCacheSDKContext):
 
     def close(self) -> None:
         """Gives back sockets, threads and the server's memory, unless a tensor there is still in use."""
-        self.is_closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         with contextlib.suppress(BufferError):
             if self._engine_driven is not None:

@@ -234,7 +234,7 @@ class HFPrefilledModel:
     `kv` counts as filled up to `len(token_ids)` at once; the caller fills what it didn't hold.
     """
 
-    place = None
+    rotate_and_write = None
 
     def __init__(self, engine: BlendableModel, token_ids: TokenIds, kv: SequenceKV) -> None:
         kv.extend(len(token_ids) - kv.length)

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from kvarena.core.store import Lacking
+from kvarena.core.store import ChunkMiss
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.engines.vllm.messages import BlendJobs, BlendPromMetrics, BlendRefusal, BlendReports, BlendStats
 from kvarena.engines.vllm.scheduler import SchedulerConnector
@@ -57,7 +57,7 @@ class KVArenaConnector(KVConnectorBase_V1, SupportsHMA):
 
     def missing(
         self, texts: Sequence[Sequence[int]], salt: str, sink: Sequence[int], scores: bool
-    ) -> list[Lacking | None]:
+    ) -> list[ChunkMiss | None]:
         """What the API server asks through `Worker.kvarena_missing`."""
         return self._worker.missing(texts, salt, sink, scores)
 

@@ -25,6 +25,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from kvarena.asgi import error_response, json_response, read_body, replayed
 from kvarena.core.matching import Segmenter, encode_alone, prompt_beginning
 from kvarena.core.plan import as_token_ids
+from kvarena.core.store import ChunkMiss
 from kvarena.engines.base import check_in_vocabulary
 from kvarena.engines.vllm.config import (
     KEY,
@@ -47,9 +48,9 @@ _REPORT_PATH = "/kvarena/requests/"
 _CHUNKS_PATH = "/kvarena/chunks"
 _LOOK_UP_KEYS = ("prompt", "cache_salt", "chunks", "scores")
 MAX_CONTEXTS = 4
-"""The named chunks may have so many times the tokens of the model's context, all together."""
+"""All named chunks together may have this many times the context's tokens."""
 MAX_FULL_SEQUENCES = 4
-"""So many answers may be planned with the most chunk tokens, or more with fewer."""
+"""With that many chunk tokens a request may have this many answers; with fewer tokens, more."""
 MAX_BYTES_PER_TOKEN = 4
 """Longer texts aren't tokenised in the first place."""
 
@@ -121,10 +122,15 @@ class KVArenaMiddleware:
         question = (texts, salt, sink, scores)
         workers = await engine.collective_rpc("kvarena_missing", args=question) if texts else [[]]
         for chunk, lacking in zip(long_enough, workers[0], strict=True):
-            is_held = lacking in (None, "not_scored")
-            chunk |= {"held": is_held} | ({"scored": lacking is None} if is_held and scores else {})
-            chunk |= {} if is_held else {"reason": lacking}
+            chunk |= _state(lacking, scores)
         return json_response({"num_prompt_tokens": len(token_ids), "chunks": chunks})
+
+
+def _state(lacking: ChunkMiss | None, scores: bool) -> dict[str, Any]:
+    """Of a chunk: whether the store has it, with its scores where they are asked for, or else why not."""
+    if lacking in ("not_stored", "store_down"):
+        return {"held": False, "reason": lacking}
+    return {"held": True, **({"scored": lacking is None} if scores else {})}
 
 
 class _Chunks:

@@ -38,8 +38,8 @@ from kvarena.core.prefilled_model import (
     LayerKV,
     OneRank,
     OnLayer,
-    Place,
     Ranks,
+    RotateAndWrite,
     TokenFilter,
 )
 from kvarena.core.rope import Rerotation, Rotation, rotations_of
@@ -407,10 +407,10 @@ class PagedPrompt:
             self._engine.write(layer, slots[self._engine.group_of[name]], keys[layer], values[layer])
 
     @property
-    def place(self) -> Place | None:
-        return self._place if self._engine.kernels else None
+    def rotate_and_write(self) -> RotateAndWrite | None:
+        return self._rotate_and_write if self._engine.kernels else None
 
-    def _place(
+    def _rotate_and_write(
         self, positions: torch.Tensor, parts: Sequence[torch.Tensor], rerotations: Mapping[Rotation, Rerotation]
     ) -> None:
         assert self._engine.kernels is not None
@@ -433,34 +433,42 @@ class PagedPrompt:
                 self._engine.forward(batch)
 
     def prefill_chunks(self, chunks: Sequence[Chunk], piece_tokens: int) -> InPieces[list[torch.Tensor | None]]:
-        """Read as it passes. None also for a chunk that some rank has no memory for."""
-        engine, room = self._engine, self._scratch.shape[1]
-        texts = [chunk.after_sink for chunk in chunks]
-        num_blocks = [-(-len(text) // engine.block_size) for text in texts]
-        computed: list[torch.Tensor | None] = [None] * len(texts)
-        is_begun = False
-        fitting = [number for number, num_own in enumerate(num_blocks) if num_own <= room]
-        for side_by_side in packed(fitting, num_blocks.__getitem__, room):
-            memory = {number: _empty_kv(engine, len(texts[number])) for number in side_by_side}
-            found = {number: empty for number, empty in memory.items() if empty is not None}
-            everywhere = engine.ranks.all([number in found for number in side_by_side])
-            numbers = [number for number, is_found in zip(side_by_side, everywhere, strict=True) if is_found]
-            if not numbers:
-                continue
-            own = [torch.from_numpy(texts[number]).long() for number in numbers]
-            kv = [found[number] for number in numbers]
-            starts = accumulate((num_blocks[number] for number in numbers), initial=0)
-            blocks = [self._scratch[:, start:end] for start, end in pairwise(starts)]
-            for batch in Batch.of_whole(own, blocks).split(min(engine.max_batch_tokens, piece_tokens)):
-                if is_begun:
-                    yield
-                is_begun = True
-                pieces = [kv[row.sequence][:, :, row.start : row.end] for row in batch.rows]
-                with reading(engine.layers, range(len(engine.layers)), partial(_keep, pieces)):
-                    engine.forward(batch)
-            for number, whole in zip(numbers, kv, strict=True):
-                computed[number] = whole[:, :, len(chunks[number].sink) :]
-        return computed
+        """KV is copied out as the layers compute it. None for a chunk that is longer than the free blocks, or that some
+        rank has no memory for.
+        """
+        room = self._scratch.shape[1]
+        num_blocks = {chunk: -(-len(chunk.after_sink) // self._engine.block_size) for chunk in chunks}
+        fitting = [chunk for chunk in chunks if num_blocks[chunk] <= room]
+        computed: dict[Chunk, torch.Tensor] = {}
+        for number, group in enumerate(packed(fitting, num_blocks.__getitem__, room)):
+            if number:
+                yield
+            computed |= yield from self._prefill_side_by_side(group, num_blocks, piece_tokens)
+        return [computed.get(chunk) for chunk in chunks]
+
+    def _prefill_side_by_side(
+        self, chunks: Sequence[Chunk], num_blocks: Mapping[Chunk, int], piece_tokens: int
+    ) -> InPieces[dict[Chunk, torch.Tensor]]:
+        """Chunks that fit into the free blocks together, each a sequence of its own."""
+        engine = self._engine
+        memory = [_empty_kv(engine, len(chunk.after_sink)) for chunk in chunks]
+        everywhere = engine.ranks.all([kv is not None for kv in memory])
+        kv_of = {
+            c: kv for c, kv, is_there in zip(chunks, memory, everywhere, strict=True) if is_there and kv is not None
+        }
+        if not kv_of:
+            return {}
+        texts, kv = [torch.from_numpy(chunk.after_sink).long() for chunk in kv_of], list(kv_of.values())
+        starts = accumulate((num_blocks[chunk] for chunk in kv_of), initial=0)
+        blocks = [self._scratch[:, start:end] for start, end in pairwise(starts)]
+        batches = Batch.of_whole(texts, blocks).split(min(engine.max_batch_tokens, piece_tokens))
+        for number, batch in enumerate(batches):
+            if number:
+                yield
+            pieces = [kv[row.sequence][:, :, row.start : row.end] for row in batch.rows]
+            with reading(engine.layers, range(len(engine.layers)), partial(_keep, pieces)):
+                engine.forward(batch)
+        return {chunk: whole[:, :, len(chunk.sink) :] for chunk, whole in kv_of.items()}
 
     def _batches(self, positions: torch.Tensor) -> list[Batch]:
         return self._batch(positions).split(self._engine.max_batch_tokens)

@@ -284,7 +284,7 @@ class SchedulerConnector:
             # A prompt that is scored is computed whole, also where it turns out that it can't be.
             make_policy(BlendParams("all") if params.store_scores else blend),
             store_new=params.store_new,
-            passing=self._take_in(params, plan) if params.store_new else frozenset(),
+            unadmitted=self._admit(params, plan) if params.store_new else frozenset(),
             budget_ms=budget_ms,
             scores=params.store_scores,
             seams=self._seams(tracked),
@@ -296,12 +296,12 @@ class SchedulerConnector:
             return {}
         return self._planner.seams(tracked.plan, tracked.token_ids)
 
-    def _take_in(self, params: RequestParams, plan: ReusePlan) -> frozenset[Chunk]:
+    def _admit(self, params: RequestParams, plan: ReusePlan) -> frozenset[Chunk]:
         """Makes a plan's chunks known; returns those that aren't to be kept."""
         new = [s.chunk for s in plan if s.is_whole_chunk and s.chunk not in self._known.index]
-        passing = frozenset(chunk for chunk in new if not (params.store_all or self._admission.admits(chunk)))
-        self._known.add(*(chunk for chunk in new if chunk not in passing))
-        return passing
+        unadmitted = frozenset(chunk for chunk in new if not (params.store_all or self._admission.admits(chunk)))
+        self._known.add(*(chunk for chunk in new if chunk not in unadmitted))
+        return unadmitted
 
     def take_jobs(self) -> BlendJobs:
         jobs, self._jobs = self._jobs, []

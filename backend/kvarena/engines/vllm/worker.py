@@ -23,7 +23,7 @@ from kvarena.core.matching import sink_of
 from kvarena.core.plan import Chunk, as_token_ids
 from kvarena.core.prefilled_model import InPieces
 from kvarena.core.report import BlendReport
-from kvarena.core.store import Lacking, ScoredStore
+from kvarena.core.store import ChunkMiss, ScoredStore
 from kvarena.engines.vllm.config import BlendConfig
 from kvarena.engines.vllm.messages import BlendJob, BlendJobs, BlendReports
 from kvarena.engines.vllm.model import PagedPrompt, VllmModel, rank_name
@@ -176,7 +176,7 @@ class WorkerConnector:
 
     def missing(
         self, texts: Sequence[Sequence[int]], salt: str, sink: Sequence[int], scores: bool
-    ) -> list[Lacking | None]:
+    ) -> list[ChunkMiss | None]:
         """As `Blender.missing`, of chunks by their token ids and sink."""
         if self._blender is None:
             return ["not_stored"] * len(texts)
