@@ -54,8 +54,8 @@ class RequestMetrics:
 @dataclass
 class BatchedRequest:
     """`prepare` makes the prompt when the topic's earlier turns have ended; it raises `ValueError` for one that can't
-    be served. `on_end` hears of the end before a later turn of the topic begins. `num_taken` counts those of
-    `answer_ids` that were read.
+    be served. `on_end` hears of the end before a later turn of the topic begins. Without `keeps_slot` no later turn can
+    find its topic again. `num_taken` counts those of `answer_ids` that were read.
     """
 
     key: SlotKey
@@ -64,6 +64,7 @@ class BatchedRequest:
     on_end: Callable[[BatchedRequest], None]
     eos_token_ids: frozenset[int] = frozenset()
     use_cache: bool = True
+    keeps_slot: bool = True
 
     preparing: Future[Prompt] | None = None
     prompt: Prompt | None = None
@@ -88,6 +89,11 @@ class BatchedRequest:
             raise self.error
 
     # -- the batcher's -----------------------------------------------------------------------------------------------
+
+    @property
+    def slot_key(self) -> SlotKey | None:
+        """`None`: what it leaves in its slot is of no use to anybody."""
+        return self.key if self.use_cache and self.keeps_slot else None
 
     @property
     def is_being_prepared(self) -> bool:
@@ -245,7 +251,7 @@ class Batcher:
             if turn.key in busy:
                 continue
             busy.add(turn.key)
-            if not self.slots.has_room(turn.key if turn.use_cache else None):
+            if not self.slots.has_room(turn.slot_key, evicts=turn.use_cache):
                 continue
             num_free_rows -= 1
             if turn.preparing is None:
@@ -272,7 +278,7 @@ class Batcher:
             turn.end(None, failure)
             return
         prompt = prepared.result()
-        taken = self.slots.take(turn.key if turn.use_cache else None)
+        taken = self.slots.take(turn.slot_key, evicts=turn.use_cache)
         assert taken is not None, "there is room"
         self._running.append(turn)
         turn.begin(prompt, taken.slot, self.slots.reuse(taken.slot, prompt.token_ids))

@@ -190,6 +190,21 @@ def test_the_oldest_conversations_are_forgotten() -> None:
     assert begin("rain", "a") != first
 
 
+@pytest.mark.parametrize("kind", ["samples", "text"])
+def test_turns_that_nobody_can_find_again_push_out_no_topic(ai100: AI100, kind: str) -> None:
+    """Each took the slot of the topic that was used least recently, and was the last to go."""
+    questions = ("river", "bread", "hill")
+    for question in questions:
+        ai100.ask(question)
+    for index in range(1, 5):
+        messages = (user("goat"),) if kind == "samples" else ()
+        sampling = Sampling(max_tokens=3, seed=index)
+        sample = {"sample": index, "num_samples": 5} if kind == "samples" else {}
+        read(ai100.engine.generate(GenerationRequest("r", "goat", sampling, messages=messages, **sample)), ai100.engine)
+    assert ai100.engine.batcher.slots.num_evictions == 0
+    assert [ai100.ask(question).details["status"] for question in questions] == ["INCREMENTAL_PREFILL"] * 3
+
+
 class SlowTopics(KeywordTopics):
     """While the next topic is found, `meanwhile` happens: the memory is not locked then."""
 
