@@ -34,6 +34,8 @@ from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, Runtime
 from ai100.slots import Slot, SlotKey, SlotTable, Status
 from kvarena.engines.base import EngineUnavailable, FinishReason, GeneratedToken
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class RequestMetrics:
@@ -151,9 +153,6 @@ class BatchedRequest:
     def _lap_ms(self) -> float:
         before, self._stage_s = self._stage_s, perf_counter()
         return (self._stage_s - before) * 1e3
-
-
-logger = logging.getLogger(__name__)
 
 
 class Batcher:
