@@ -101,6 +101,11 @@ class BatchedRequest:
     def is_being_prepared(self) -> bool:
         return self.preparing is not None and not self.preparing.done()
 
+    @property
+    def has_thread(self) -> bool:
+        """One that is being prepared may still wait for the thread."""
+        return self.preparing is not None and self.preparing.running()
+
     def give_up_prompt(self) -> bool:
         """One that waits to be prepared never is. Whether nobody is at it now."""
         return self.preparing is None or self.preparing.cancel() or self.preparing.done()
@@ -226,9 +231,9 @@ class Batcher:
             return not self._closing
 
     def _may_admit(self) -> bool:
-        """Whether one of those that wait has more to wait for than prompts that are being prepared."""
+        """Whether one of those that wait has more to wait for than prompts that are being prepared, or can go."""
         preparing = {turn.key for turn in self._waiting if turn.is_being_prepared}
-        return any(turn.key not in preparing or (turn.closed and turn.give_up_prompt()) for turn in self._waiting)
+        return any(turn.key not in preparing or (turn.closed and not turn.has_thread) for turn in self._waiting)
 
     def _drop_closed(self) -> None:
         """A prompt that is being prepared reads the conversation, which isn't changed meanwhile."""
