@@ -30,7 +30,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
 
-from kvarena.asgi import error_body
+from kvarena.asgi import error_body, route_path
 from kvarena.engines.base import TOKEN_COUNTS
 from kvarena.engines.vllm.config import CONNECTOR, CONTENDER_VARIABLE
 from kvarena.engines.vllm.messages import report_log, wait_for_report
@@ -67,8 +67,9 @@ class AccessLog:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id: str = scope["state"]["request_id"]
-        completes = scope["method"] == "POST" and scope["path"] in ID_PREFIXES
-        answer_id = ID_PREFIXES[scope["path"]] + request_id if completes else ""
+        path = route_path(scope)
+        completes = scope["method"] == "POST" and path in ID_PREFIXES
+        answer_id = ID_PREFIXES[path] + request_id if completes else ""
         if completes:
             report_log.forget(answer_id)  # an earlier request had the same id
         seen = _SeenResponse()
@@ -101,7 +102,7 @@ class AccessLog:
 
 
 class _SeenResponse:
-    """What of an answer has passed. `ttft_ms` is that of a stream."""
+    """The part of a response that has been sent so far. `ttft_ms` is that of a stream."""
 
     def __init__(self) -> None:
         self.usage: Mapping[str, Any] = {}
@@ -136,7 +137,7 @@ class _SeenResponse:
 
     @property
     def finish(self) -> str:
-        """vLLM leaves off where its client has gone: in the middle, or with an answer that holds none."""
+        """When the client disconnects, vLLM stops mid-stream or sends a body without a finish reason."""
         if self.is_refused:
             return "error" if self._answered >= 500 else "refused"
         return self._reason if self._is_whole and self._reason else "abort"
@@ -152,7 +153,7 @@ class _SeenResponse:
 
 
 def _counts(usage: Mapping[str, Any], report: Mapping[str, Any] | None) -> dict[str, object]:
-    """Of the prompt by the report, where there is one; vLLM tells them of streams only where they are asked for."""
+    """Prompt counts come from the report if there is one. vLLM sends usage in a stream only on request."""
     generated = {"num_generated_tokens": usage["completion_tokens"]} if usage else {}
     if report:
         return {name: report[name] for name in _IN_THE_LINE} | generated
@@ -232,7 +233,7 @@ def _register_memory() -> None:
 
 
 def _wrapped(app: ASGIApp, scope: Scope) -> ASGIApp:
-    """What vLLM's server is told stands where its requests can see it, and nowhere before the first one."""
+    """vLLM's settings are on `app.state`, which middleware first sees with a request."""
     state = scope["app"].state
     contender = os.environ.get(CONTENDER_VARIABLE) or "vllm"
     max_bytes = max_body_bytes(state.vllm_config.model_config.max_model_len)

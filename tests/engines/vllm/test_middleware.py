@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -79,13 +79,13 @@ async def fine(_request: Request) -> Response:
     return JSONResponse({})
 
 
-def make_app(*, api_key: list[str] | None = None, connector: str = "") -> Starlette:
+def make_app(*, api_key: list[str] | None = None, connector: str = "", root_path: str = "") -> FastAPI:
     routes = [
         Route(COMPLETIONS, complete, methods=["POST"]),
         Route("/invocations", fine, methods=["POST"]),
         *(Route(path, fine) for path in ("/health", "/metrics", "/kvarena", "/version")),
     ]
-    app = Starlette(routes=routes, middleware=[Middleware(AccessMiddleware)])
+    app = FastAPI(routes=routes, middleware=[Middleware(AccessMiddleware)], root_path=root_path)
     app.state.args = SimpleNamespace(api_key=api_key)
     transfer = SimpleNamespace(kv_connector=connector) if connector else None
     model = SimpleNamespace(max_model_len=2048)
@@ -93,7 +93,7 @@ def make_app(*, api_key: list[str] | None = None, connector: str = "") -> Starle
     return app
 
 
-def send(app: Starlette, method: str, path: str, **request: Any) -> httpx.Response:
+def send(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
     async def sent() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
@@ -195,6 +195,18 @@ def test_the_lines_of_a_request_are_told_to_whoever_has_a_key(logged: pytest.Log
     assert json.loads(line)["id"] == "cmpl-told"
     assert send(app, "GET", "/kvarena/log/other", headers=key).json() == {"lines": []}
     assert send(app, "GET", "/kvarena/log/told").status_code == 401
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_a_proxys_prefix_is_no_part_of_a_path(logged: pytest.LogCaptureFixture, prefix: str) -> None:
+    """Whether the proxy strips it or not: completions had no line, health asked for a key, and no line was found."""
+    app, key = make_app(api_key=["sesame"], root_path="/llm"), {"authorization": "Bearer sesame"}
+    assert send(app, "GET", f"{prefix}/health").status_code == 200
+    assert send(app, "GET", f"{prefix}/version").status_code == 401
+    send(app, "POST", prefix + COMPLETIONS, json={"prompt": "a"}, headers={**key, "x-request-id": f"at{prefix[1:]}"})
+    assert request_lines(logged)[-1]["finish"] == "length"
+    lines = send(app, "GET", f"{prefix}/kvarena/log/at{prefix[1:]}", headers=key).json()["lines"]
+    assert [json.loads(line)["id"] for line in lines] == [f"cmpl-at{prefix[1:]}"]
 
 
 def test_every_refusal_is_an_error_object(logged: pytest.LogCaptureFixture) -> None:
