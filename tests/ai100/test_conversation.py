@@ -199,7 +199,7 @@ def test_turns_that_nobody_can_find_again_push_out_no_topic(ai100: AI100, kind: 
     for index in range(1, 5):
         messages = (user("goat"),) if kind == "samples" else ()
         sampling = Sampling(max_tokens=3, seed=index)
-        sample = {"sample": index, "num_samples": 5} if kind == "samples" else {}
+        sample: dict[str, Any] = {"sample": index, "num_samples": 5} if kind == "samples" else {}
         read(ai100.engine.generate(GenerationRequest("r", "goat", sampling, messages=messages, **sample)), ai100.engine)
     assert ai100.engine.batcher.slots.num_evictions == 0
     assert [ai100.ask(question).details["status"] for question in questions] == ["INCREMENTAL_PREFILL"] * 3
