@@ -34,6 +34,8 @@ from ai100.runtimes.runtime import DecodeRow, DeviceLost, Logits, Runtime
 from ai100.slots import Slot, SlotKey, SlotTable, Status
 from kvarena.engines.base import EngineUnavailable, FinishReason, GeneratedToken
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class RequestMetrics:
@@ -54,8 +56,8 @@ class RequestMetrics:
 @dataclass
 class BatchedRequest:
     """`prepare` makes the prompt when the topic's earlier turns have ended; it raises `ValueError` for one that can't
-    be served. `on_end` hears of the end before a later turn of the topic begins. `num_taken` counts those of
-    `answer_ids` that were read.
+    be served. `on_end` hears of the end before a later turn of the topic begins. Without `keeps_slot` no later turn can
+    find its topic again. `num_taken` counts those of `answer_ids` that were read.
     """
 
     key: SlotKey
@@ -64,6 +66,7 @@ class BatchedRequest:
     on_end: Callable[[BatchedRequest], None]
     eos_token_ids: frozenset[int] = frozenset()
     use_cache: bool = True
+    keeps_slot: bool = True
 
     preparing: Future[Prompt] | None = None
     prompt: Prompt | None = None
@@ -90,8 +93,18 @@ class BatchedRequest:
     # -- the batcher's -----------------------------------------------------------------------------------------------
 
     @property
+    def slot_key(self) -> SlotKey | None:
+        """`None`: what it leaves in its slot is of no use to anybody."""
+        return self.key if self.use_cache and self.keeps_slot else None
+
+    @property
     def is_being_prepared(self) -> bool:
         return self.preparing is not None and not self.preparing.done()
+
+    @property
+    def has_thread(self) -> bool:
+        """One that is being prepared may still wait for the thread."""
+        return self.preparing is not None and self.preparing.running()
 
     def give_up_prompt(self) -> bool:
         """One that waits to be prepared never is. Whether nobody is at it now."""
@@ -145,9 +158,6 @@ class BatchedRequest:
     def _lap_ms(self) -> float:
         before, self._stage_s = self._stage_s, perf_counter()
         return (self._stage_s - before) * 1e3
-
-
-logger = logging.getLogger(__name__)
 
 
 class Batcher:
@@ -221,9 +231,9 @@ class Batcher:
             return not self._closing
 
     def _may_admit(self) -> bool:
-        """Whether one of those that wait has more to wait for than prompts that are being prepared."""
+        """Whether one of those that wait has more to wait for than prompts that are being prepared, or can go."""
         preparing = {turn.key for turn in self._waiting if turn.is_being_prepared}
-        return any(turn.key not in preparing or (turn.closed and turn.give_up_prompt()) for turn in self._waiting)
+        return any(turn.key not in preparing or (turn.closed and not turn.has_thread) for turn in self._waiting)
 
     def _drop_closed(self) -> None:
         """A prompt that is being prepared reads the conversation, which isn't changed meanwhile."""
@@ -245,7 +255,7 @@ class Batcher:
             if turn.key in busy:
                 continue
             busy.add(turn.key)
-            if not self.slots.has_room(turn.key if turn.use_cache else None):
+            if not self.slots.has_room(turn.slot_key, evicts=turn.use_cache):
                 continue
             num_free_rows -= 1
             if turn.preparing is None:
@@ -272,7 +282,7 @@ class Batcher:
             turn.end(None, failure)
             return
         prompt = prepared.result()
-        taken = self.slots.take(turn.key if turn.use_cache else None)
+        taken = self.slots.take(turn.slot_key, evicts=turn.use_cache)
         assert taken is not None, "there is room"
         self._running.append(turn)
         turn.begin(prompt, taken.slot, self.slots.reuse(taken.slot, prompt.token_ids))

@@ -302,6 +302,8 @@ class ConversationMemory:
         turns = self._turns_before(exchange, name, remembered)
         turn = TopicTurn(topic or self._topic_of(exchange.question, turns), exchange.question)
         with self._lock:
+            if keep and conversation.name is not None:  # another request may have begun or evicted it meanwhile
+                conversation = self._named.get(conversation.name, conversation)
             if not _goes_on_alone(exchange, name):
                 conversation.turns = turns
             if exchange.system or not _goes_on_alone(exchange, name):

@@ -232,7 +232,14 @@ class AI100Generation:
             on_end=self._remember,
             eos_token_ids=frozenset() if sampling.ignore_eos else self._engine.runtime.eos_token_ids,
             use_cache=self._use_cache,
+            keeps_slot=self._is_found_again,
         )
+
+    @property
+    def _is_found_again(self) -> bool:
+        """Of a question's samples the first is remembered; text has no history, so only a name leads back to it."""
+        request = self._request
+        return request.sample == 0 and (self._begun is not None or request.conversation_id is not None)
 
     def _prompt(self) -> Prompt:
         """In the batcher's thread for prompts."""

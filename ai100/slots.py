@@ -81,17 +81,19 @@ class SlotTable:
         self.num_misses = 0
         self._clock = 0
 
-    def has_room(self, key: SlotKey | None) -> bool:
+    def has_room(self, key: SlotKey | None, *, evicts: bool = False) -> bool:
         """Whether `take` would give a slot now."""
-        return self._slot_for(key) is not None
+        return self._slot_for(key, evicts) is not None
 
-    def take(self, key: SlotKey | None) -> Taken | None:
+    def take(self, key: SlotKey | None, *, evicts: bool = False) -> Taken | None:
         """The topic's own slot, else an empty one, else the least recently used.
 
-        Without a key one that nothing will be kept in: the slot that is set aside, else an empty one. Where none is set
-        aside, it is as for a new topic. `None`: wait, for the topic's slot is in use, or all are.
+        Without a key one that nothing will be kept in: the slot that is set aside, else an empty one; else, where it
+        `evicts` or none is set aside, the least recently used.
+
+        `None`: wait, for the topic's slot is in use, or all are.
         """
-        slot = self._slot_for(key)
+        slot = self._slot_for(key, evicts)
         if slot is None:
             return None
         is_own = key is not None and slot.key == key
@@ -163,13 +165,14 @@ class SlotTable:
                 assert not slot.token_ids, "nobody's slot holds tokens"
                 assert slot.pending is None, "nobody's slot has a pending token"
 
-    def _slot_for(self, key: SlotKey | None) -> Slot | None:
+    def _slot_for(self, key: SlotKey | None, evicts: bool) -> Slot | None:
         if own := next((slot for slot in self.slots if key and slot.key == key), None):
             return None if own.in_use else own
         idle = [slot for slot in self.slots if not slot.in_use]
         if key is None and self.slots[-1].is_aside:
             empty = [slot for slot in idle if slot.key is None]
-            return min(empty, key=lambda slot: not slot.is_aside, default=None)
+            if empty or not evicts:
+                return min(empty, key=lambda slot: not slot.is_aside, default=None)
         topics = [slot for slot in idle if not slot.is_aside]
         return min(topics, key=lambda slot: (slot.key is not None, slot.last_used), default=None)
 

@@ -1,5 +1,5 @@
-"""What our ASGI middleware has in common, in vLLM's server and in ours: reading a body ahead, JSON answers, errors in
-OpenAI's form.
+"""What our ASGI middleware has in common, in vLLM's server and in ours: a request's path, reading a body ahead, JSON
+answers, errors in OpenAI's form.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope
 
 _TYPES = {
     400: "BadRequestError",
@@ -22,6 +22,13 @@ _TYPES = {
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+
+
+def route_path(scope: Scope) -> str:
+    """As the application's routes see it: without the prefix of a proxy (`--root-path`), if that left it there."""
+    path: str = scope["path"]
+    root = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

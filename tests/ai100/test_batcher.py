@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ import torch
 from ai100.conversation import Chat, Prompt, PromptWriter
 from ai100.engine import AI100Generation
 from ai100.runtimes.runtime import DeviceLost, StaticShapes
+from ai100.slots import SlotKey
 from kvarena.engines.base import EngineUnavailable, Sampling
 from support.ai100_engine import AI100, Answer, at_once, read
 from support.waiting import wait_until
@@ -155,6 +157,21 @@ def test_a_prompt_whose_client_has_gone_is_not_prepared(make: Make, monkeypatch:
     answers = answers_of(join())
     assert asked == [TOPICS[0]]
     assert [len(answer.token_ids) for answer in answers] == [LONG.max_tokens, 0, 0, 0]
+
+
+def test_asking_what_there_is_to_admit_cancels_nothing(ai100: AI100) -> None:
+    """It is asked as the predicate of a wait, as often as somebody wakes the batcher."""
+    batcher, queued = ai100.engine.batcher, Future[Prompt]()
+    generation = started(ai100, "river", "a")
+    turn = generation._batched(SlotKey("", "a", "water"))
+    turn.preparing, turn.closed = queued, True
+    with batcher._wake:
+        batcher._waiting.append(turn)
+        assert batcher._may_admit(), "it can go"
+        assert not queued.cancelled()
+        queued.set_running_or_notify_cancel()
+        assert not batcher._may_admit(), "its prompt is being made"
+        batcher._waiting.remove(turn)
 
 
 def test_turns_of_one_topic_wait_in_order_and_others_pass(make: Make) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ai100 import conversation
-from ai100.conversation import MAX_HISTORIES, MAX_TOPIC_TURNS, MAX_TURNS, ConversationMemory, ParsedMessages
+from ai100.conversation import MAX_HISTORIES, MAX_TOPIC_TURNS, MAX_TURNS, ConversationMemory, OpenTurn, ParsedMessages
 from ai100.runtimes.runtime import StaticShapes
 from ai100.topics import KeywordTopics, PastTurn
 from kvarena.engines.base import GenerationRequest, Sampling
@@ -188,6 +188,77 @@ def test_the_oldest_conversations_are_forgotten() -> None:
     begin("x", "c")
     begin("y", "d")
     assert begin("rain", "a") != first
+
+
+@pytest.mark.parametrize("kind", ["samples", "text"])
+def test_turns_that_nobody_can_find_again_push_out_no_topic(ai100: AI100, kind: str) -> None:
+    """Each took the slot of the topic that was used least recently, and was the last to go."""
+    questions = ("river", "bread", "hill")
+    for question in questions:
+        ai100.ask(question)
+    for index in range(1, 5):
+        messages = (user("goat"),) if kind == "samples" else ()
+        sampling = Sampling(max_tokens=3, seed=index)
+        sample: dict[str, Any] = {"sample": index, "num_samples": 5} if kind == "samples" else {}
+        read(ai100.engine.generate(GenerationRequest("r", "goat", sampling, messages=messages, **sample)), ai100.engine)
+    assert ai100.engine.batcher.slots.num_evictions == 0
+    assert [ai100.ask(question).details["status"] for question in questions] == ["INCREMENTAL_PREFILL"] * 3
+
+
+class SlowTopics(KeywordTopics):
+    """While the next topic is found, `meanwhile` happens: the memory is not locked then."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def topic_of(self, message: str, earlier: Sequence[PastTurn]) -> str:
+        if happens := self.meanwhile:
+            self.meanwhile = None
+            happens()
+        return super().topic_of(message, earlier)
+
+
+def begin_alone(memory: ConversationMemory, question: str, name: str) -> OpenTurn:
+    exchange = ParsedMessages.of([user(question)])
+    assert exchange is not None
+    return memory.begin(exchange, "", name)
+
+
+def test_two_first_messages_under_one_new_name_are_one_conversation() -> None:
+    """They were two, and when the second was evicted, another client's request failed with a `KeyError`."""
+    topics = SlowTopics(LISTS)
+    memory = ConversationMemory(topics, max_conversations=2)
+    others: list[OpenTurn] = []
+    topics.meanwhile = lambda: others.append(begin_alone(memory, "river", "n"))
+    second = begin_alone(memory, "rain", "n")
+    assert [others[0].conversation] == [second.conversation] == list(memory._conversations.values())
+    assert [turn.question["content"] for turn in second.conversation.turns] == ["river", "rain"]
+    assert second.earlier == (others[0].turn,)
+    for name in "abc":
+        begin_alone(memory, "tea", name)
+    assert [conversation.name for conversation in memory._named.values()] == [("", "b"), ("", "c")]
+
+
+def test_a_conversation_that_is_evicted_while_a_topic_is_found_is_found_by_its_name_again() -> None:
+    topics = SlowTopics(LISTS)
+    memory = ConversationMemory(topics, max_conversations=1)
+    first = begin_alone(memory, "river", "n").conversation
+    topics.meanwhile = lambda: begin_alone(memory, "bread", "other")
+    assert begin_alone(memory, "rain", "n").conversation is first
+    assert list(memory._named) == [("", "n")]
+
+
+def test_a_first_message_whose_topic_is_not_found_leaves_no_conversation() -> None:
+    topics = SlowTopics(LISTS)
+    memory = ConversationMemory(topics)
+
+    def fail() -> None:
+        raise RuntimeError("the embedding model is gone")
+
+    topics.meanwhile = fail
+    with pytest.raises(RuntimeError, match="gone"):
+        begin_alone(memory, "river", "n")
+    assert not memory._conversations
+    assert not memory._named
 
 
 class NotedTopics(KeywordTopics):

@@ -76,6 +76,24 @@ class AnyUse(RuleBasedStateMachine):
         assert is_aside_in_use == (found.slot.index != ASIDE)
         self.held.append(found.slot)
 
+    @rule()
+    def take_for_a_turn_that_nobody_finds_again(self) -> None:
+        has_room, is_full = self.table.has_room(None, evicts=True), self.num_full == NUM_SHARED
+        is_aside_in_use = ASIDE in [slot.index for slot in self.held]
+        in_use = [slot for slot in self.held if slot.index != ASIDE]
+        found = self.table.take(None, evicts=True)
+        assert has_room == (found is not None)
+        if is_aside_in_use and len(in_use) == NUM_SHARED:
+            assert found is None
+            return
+        assert found is not None
+        assert found.is_new
+        assert found.slot.token_ids == []
+        assert is_aside_in_use == (found.slot.index != ASIDE)
+        if is_aside_in_use and is_full:
+            self.push_out_the_oldest()
+        self.held.append(found.slot)
+
     @precondition(lambda self: self.held)
     @rule(ids=IDS, at=st.integers(0, 9))
     def run_a_prompt(self, ids: list[int], at: int) -> None:
@@ -170,6 +188,22 @@ def test_the_first_turn_without_a_slot_of_its_own_pushes_out_no_topic_of_a_full_
     assert [row.key for row in table.rows()] == [*KEYS[:2], None]
     assert table.num_evictions == 0
     assert [table.reuse(taken(table, key), [1, 2, 3]) for key in KEYS[:2]] == [2, 2], "nothing of theirs is lost"
+
+
+def test_turns_that_nobody_finds_again_push_out_topics_only_where_nothing_is_empty() -> None:
+    table = SlotTable(3, CTX_LEN)
+    for key in KEYS[:2]:
+        table.give_back(taken(table, key))
+    for _ in range(5):
+        table.give_back(taken(table, None))
+    assert [row.key for row in table.rows()] == [*KEYS[:2], None]
+    table.take(None, evicts=True)
+    second = table.take(None, evicts=True)
+    assert second is not None, "it doesn't wait"
+    assert second.slot.index == 0, "the least recently used topic's"
+    table.give_back(second.slot)
+    assert taken(table, KEYS[2]).index == 0, "it is the first to go"
+    assert table.num_evictions == 1
 
 
 def test_without_a_slot_that_is_set_aside_topics_have_all() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,32 @@ def test_a_folder_of_the_stack_is_the_default_second_tier(home: Home, tmp_path: 
     (adapter,) = l2_adapters(parsed(services["lmcache-server"]))
     assert adapter["base_path"] == str(home.path / "chunks")
     assert bound_bytes(adapter) == 4 << 30
+
+
+def pruned(folder: Path) -> int:
+    return prune(l2_adapter(str(folder), 2 / 2**30, folder))
+
+
+@pytest.mark.parametrize("num_bytes_in", [size_bytes, clear_folder, pruned])
+def test_a_chunk_that_lmcache_evicts_meanwhile_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes_in: Callable[[Path], int]
+) -> None:
+    """`status`, `up` and a start died with `FileNotFoundError`, whichever moment LMCache took the file in."""
+    stat = Path.stat
+    before, after = tmp_path / "model@0x01@0@0.data", tmp_path / "model@0x01@0@1.data"
+    for path in (before, after, tmp_path / "model@0x01@0@2.data"):
+        path.write_bytes(b"1234")
+
+    def stat_and_evict(path: Path, **how: Any) -> os.stat_result:
+        if path == before:
+            path.unlink(missing_ok=True)
+        found = stat(path, **how)
+        if path == after:
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat_and_evict)
+    assert num_bytes_in(tmp_path) == 8
 
 
 def test_what_earlier_runs_left_is_bounded(tmp_path: Path) -> None:

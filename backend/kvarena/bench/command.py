@@ -117,8 +117,10 @@ def ai100(
     history_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each conversation's first message.")] = 1000,
     num_turns: Annotated[int, typer.Option(min=2, help="Turns of a conversation.")] = 10,
     num_repeats: Annotated[int, typer.Option(min=1, help="Conversations for the time to first token.")] = 2,
-    num_conversations: Annotated[int, typer.Option(min=1, help="Conversations at once, for the throughput.")] = 4,
-    num_rounds: Annotated[int, typer.Option(min=1, help="Turns of each, at once and one after the other.")] = 4,
+    num_conversations: Annotated[int, typer.Option(min=1, help="Concurrent conversations (throughput).")] = 4,
+    num_rounds: Annotated[
+        int, typer.Option(min=1, help="Turns per conversation, run concurrently and then one by one.")
+    ] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
     throughput_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer, for the throughput.")] = 48,
     seed: Seed = 0,
@@ -171,7 +173,7 @@ def ttft(
     state: Annotated[
         str, typer.Option(help="Which chunks are known: warm (all), half, cold (none); none: a prompt without chunks.")
     ] = "warm,half,cold,none",
-    concurrency: Annotated[str, typer.Option(help="Requests at once, separated by commas.")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Concurrent requests, separated by commas.")] = "1",
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement, after one warm-up.")] = 3,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens of each chunk.")] = 256,
     question_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the question.")] = 20,
@@ -448,11 +450,11 @@ def decode(
 
 def soak(
     minutes: Annotated[float, typer.Option(min=0.1, help="Minutes under load, after a short rehearsal.")] = 10.0,
-    streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 32,
+    streams: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 32,
     faults: Annotated[
         str,
         typer.Option(
-            help="What happens meanwhile: all, none, or some of kill-server, kill-engine (of a vLLM server), kill, "
+            help="Faults to inject: all, none, or some of kill-server, kill-engine (of a vLLM server), kill, "
             "freeze, restart, clear, fill (of LMCache), separated by commas. With --target it is none."
         ),
     ] = "all",

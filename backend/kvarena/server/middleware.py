@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvarena.asgi import error_response, json_response, read_body, replayed
+from kvarena.asgi import error_response, json_response, read_body, replayed, route_path
 from kvarena.server.log import lines_of_request, log_refusal
 
 _USABLE = re.compile(r"[A-Za-z0-9._:@+=~-]{1,128}")
@@ -58,8 +58,8 @@ class LogLinesMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if scope["type"] == "http" and scope["method"] == "GET" and scope["path"].startswith(LOG_PATH):
-            app = json_response({"lines": lines_of_request(scope["path"].removeprefix(LOG_PATH))})
+        if scope["type"] == "http" and scope["method"] == "GET" and (path := route_path(scope)).startswith(LOG_PATH):
+            app = json_response({"lines": lines_of_request(path.removeprefix(LOG_PATH))})
         await app(scope, receive, send)
 
 
@@ -77,7 +77,7 @@ class ApiKeyMiddleware:
         self._expected = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_known(scope):
+        if scope["type"] != "http" or route_path(scope) in OPEN_PATHS or self._is_known(scope):
             await self._app(scope, receive, send)
             return
         message = "a valid API key is needed: Authorization: Bearer <key>"

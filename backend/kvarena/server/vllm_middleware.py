@@ -22,6 +22,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
 
-from kvarena.asgi import error_body
+from kvarena.asgi import error_body, route_path
 from kvarena.engines.base import TOKEN_COUNTS
 from kvarena.engines.vllm.config import CONNECTOR, CONTENDER_VARIABLE
 from kvarena.engines.vllm.messages import report_log, wait_for_report
@@ -49,10 +50,40 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-ID_PREFIXES = {"/v1/chat/completions": "chatcmpl-", "/v1/completions": "cmpl-"}
-"""What vLLM puts before a request's id to make the answer's."""
+@dataclass(frozen=True)
+class _API:
+    """Where the answers of an API say what a line has.
+
+    `id_prefix`: what vLLM puts before a request's id to make the answer's; `None`: it makes one of its own. `finish`:
+    the last match is the answer's, and `finishes` has the line's word for it where that is another. `first_token`: how
+    the first event of a stream with a token begins.
+    """
+
+    id_prefix: str | None
+    finish: re.Pattern[bytes] = re.compile(rb'"finish_reason":"(\w+)"')
+    finishes: Mapping[str, str] = field(default_factory=dict)
+    first_token: re.Pattern[bytes] = re.compile(b"")
+
+
+_APIS = {
+    "/v1/chat/completions": _API("chatcmpl-"),
+    "/v1/completions": _API("cmpl-"),
+    "/v1/messages": _API(
+        "chatcmpl-",
+        re.compile(rb'"stop_reason":"(\w+)"'),
+        {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"},
+    ),
+    "/v1/responses": _API(
+        None,
+        re.compile(rb'"service_tier":"\w+","status":"(completed|incomplete|failed|cancelled|queued)"'),  # not an item's
+        {"completed": "stop", "incomplete": "length", "failed": "error", "cancelled": "abort"},
+        re.compile(rb"event: response\.\w+\.delta\n"),
+    ),
+}
+"""By path. A response that is to be made in the background is `queued` when its request ends."""
+_OWN_ID = re.compile(rb'(?:event: response\.created\ndata: )?\{(?:"response":\{)?"id":"([A-Za-z0-9._:@+=~-]{1,128})"')
 _USAGE = b'"usage":'
-_FINISH = re.compile(rb'"finish_reason":"(\w+)"')
+_ERRORS = (b'data: {"error"', b"event: error")
 _IN_THE_LINE = ("approximate", "num_prompt_tokens", *TOKEN_COUNTS)
 _NOT_IN_DETAILS = ("request_id", "contender", "misses_by_reason", "token_scores", "leans_on", *_IN_THE_LINE)
 
@@ -67,11 +98,10 @@ class AccessLog:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id: str = scope["state"]["request_id"]
-        completes = scope["method"] == "POST" and scope["path"] in ID_PREFIXES
-        answer_id = ID_PREFIXES[scope["path"]] + request_id if completes else ""
-        if completes:
-            report_log.forget(answer_id)  # an earlier request had the same id
-        seen = _SeenResponse()
+        api = _APIS.get(route_path(scope)) if scope["method"] == "POST" else None
+        seen = _SeenResponse(api, request_id)
+        if seen.answer_id:
+            report_log.forget(seen.answer_id)  # an earlier request had the same id
 
         async def watched(message: Message) -> None:
             seen.note(message)
@@ -83,14 +113,15 @@ class AccessLog:
             seen.fail()
             raise
         finally:
-            if completes:
-                await self._log_completion(request_id, answer_id, seen)
+            if api is not None:
+                await self._log_completion(request_id, seen)
             elif seen.is_refused and (seen.status, scope["method"]) != (404, "GET"):  # clients look what there is
                 log_refusal(self._contender, scope, seen.status)
 
-    async def _log_completion(self, request_id: str, answer_id: str, seen: _SeenResponse) -> None:
-        report = await wait_for_report(answer_id) if self._has_reports and not seen.is_refused else None
-        fields = {"id": answer_id, "finish": seen.finish, **_counts(seen.usage, report)}
+    async def _log_completion(self, request_id: str, seen: _SeenResponse) -> None:
+        has_report = self._has_reports and seen.answer_id and not seen.is_refused
+        report = await wait_for_report(seen.answer_id) if has_report else None
+        fields = {"id": seen.answer_id, "finish": seen.finish, **_counts(seen.usage, report)}
         if seen.ttft_ms is not None:
             fields["ttft_ms"] = seen.ttft_ms
         fields["total_ms"] = seen.total_ms
@@ -101,9 +132,13 @@ class AccessLog:
 
 
 class _SeenResponse:
-    """What of an answer has passed. `ttft_ms` is that of a stream."""
+    """The part of a response that has been sent so far; it is read where it completes, by an `api`. `ttft_ms` is that
+    of a stream.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, api: _API | None, request_id: str) -> None:
+        self._api = api
+        self.answer_id = "" if api is None or api.id_prefix is None else api.id_prefix + request_id
         self.usage: Mapping[str, Any] = {}
         self.ttft_ms: float | None = None
         self.total_ms = 0.0
@@ -118,9 +153,8 @@ class _SeenResponse:
             self._answered = message["status"]
         elif message["type"] == "http.response.body":
             self._is_whole = not message.get("more_body", False)
-            if not self._is_whole and self.ttft_ms is None:
-                self.ttft_ms = self.total_ms
-            self._read(message.get("body", b""))
+            if self._api is not None:
+                self._read(self._api, message.get("body", b""))
 
     def fail(self) -> None:
         """The server failed before it answered, or instead of going on."""
@@ -136,27 +170,33 @@ class _SeenResponse:
 
     @property
     def finish(self) -> str:
-        """vLLM leaves off where its client has gone: in the middle, or with an answer that holds none."""
+        """When the client disconnects, vLLM stops mid-stream or sends a body without a finish reason."""
         if self.is_refused:
             return "error" if self._answered >= 500 else "refused"
         return self._reason if self._is_whole and self._reason else "abort"
 
-    def _read(self, body: bytes) -> None:
+    def _read(self, api: _API, body: bytes) -> None:
         """Usage and finish reason are looked for as bytes: in a JSON string their quotes would be escaped."""
-        if reasons := _FINISH.findall(body):
-            self._reason = reasons[-1].decode()
-        if body.startswith(b'data: {"error"'):
+        if not self._is_whole and self.ttft_ms is None and api.first_token.match(body):
+            self.ttft_ms = self.total_ms
+        if not self.answer_id and (own_id := _OWN_ID.match(body)):
+            self.answer_id = own_id[1].decode()
+        if reasons := api.finish.findall(body):
+            reason = reasons[-1].decode()
+            self._reason = api.finishes.get(reason, reason)
+        if body.startswith(_ERRORS):
             self._reason = "error"
         if (at := body.rfind(_USAGE + b"{")) >= 0:
             self.usage, _ = json.JSONDecoder().raw_decode(body[at + len(_USAGE) :].decode())
 
 
 def _counts(usage: Mapping[str, Any], report: Mapping[str, Any] | None) -> dict[str, object]:
-    """Of the prompt by the report, where there is one; vLLM tells them of streams only where they are asked for."""
-    generated = {"num_generated_tokens": usage["completion_tokens"]} if usage else {}
+    """Prompt counts come from the report if there is one. vLLM sends usage in a stream only on request."""
+    usage = _in_openais_words(usage)
+    generated = {"num_generated_tokens": usage["completion_tokens"]} if "completion_tokens" in usage else {}
     if report:
         return {name: report[name] for name in _IN_THE_LINE} | generated
-    if not usage:
+    if "prompt_tokens" not in usage:
         return {}
     num_prompt_tokens = usage["prompt_tokens"]
     reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
@@ -166,6 +206,20 @@ def _counts(usage: Mapping[str, Any], report: Mapping[str, Any] | None) -> dict[
         "num_computed_tokens": num_prompt_tokens - reused,
     }
     return {"approximate": False, "num_prompt_tokens": num_prompt_tokens, **counts, **generated}
+
+
+def _in_openais_words(usage: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As completions have it. Responses have other names; messages too, and count cached tokens by themselves."""
+    if "output_tokens" not in usage:
+        return usage
+    cached = usage.get("cache_read_input_tokens") or 0
+    num_prompt_tokens = usage["input_tokens"] + cached + (usage.get("cache_creation_input_tokens") or 0)
+    details = usage.get("input_tokens_details") or {"cached_tokens": cached}
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": usage["output_tokens"],
+        "prompt_tokens_details": details,
+    }
 
 
 _TOO_LONG = b"""{"error":{"message":"This model's maximum context length is"""
@@ -232,7 +286,7 @@ def _register_memory() -> None:
 
 
 def _wrapped(app: ASGIApp, scope: Scope) -> ASGIApp:
-    """What vLLM's server is told stands where its requests can see it, and nowhere before the first one."""
+    """vLLM's settings are on `app.state`, which middleware first sees with a request."""
     state = scope["app"].state
     contender = os.environ.get(CONTENDER_VARIABLE) or "vllm"
     max_bytes = max_body_bytes(state.vllm_config.model_config.max_model_len)

@@ -7,8 +7,11 @@ shared by the servers of several machines.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -93,7 +96,7 @@ def bound_bytes(adapter: Mapping[str, Any]) -> int:
 
 
 def size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in _chunk_files(folder))
+    return sum(stat.st_size for stat in _chunk_files(folder).values())
 
 
 def prune(adapter: Mapping[str, Any]) -> int:
@@ -104,7 +107,7 @@ def prune(adapter: Mapping[str, Any]) -> int:
     folder, bound = folder_of(adapter), bound_bytes(adapter)
     if folder is None or not bound:
         return 0
-    files = {path: path.stat() for path in _chunk_files(folder)}
+    files = _chunk_files(folder)
     excess = sum(stat.st_size for stat in files.values()) - bound // 2
     freed = 0
     for path in sorted(files, key=lambda path: max(files[path].st_atime, files[path].st_mtime)):
@@ -118,11 +121,16 @@ def prune(adapter: Mapping[str, Any]) -> int:
 def clear_folder(folder: Path) -> int:
     """Removes all chunks; returns their bytes."""
     freed = 0
-    for path in _chunk_files(folder):
-        freed += path.stat().st_size
+    for path, stat in _chunk_files(folder).items():
         path.unlink(missing_ok=True)
+        freed += stat.st_size
     return freed
 
 
-def _chunk_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(CHUNK_FILES) if path.is_file()]
+def _chunk_files(folder: Path) -> dict[Path, os.stat_result]:
+    """LMCache evicts files while they are listed: one that has gone is left out."""
+    found: dict[Path, os.stat_result] = {}
+    for path in folder.glob(CHUNK_FILES):
+        with suppress(FileNotFoundError):
+            found[path] = path.stat()
+    return {path: stat for path, stat in found.items() if S_ISREG(stat.st_mode)}

@@ -2,8 +2,7 @@
 
 One supervisord per instance, on a socket only this user can open. Its programs start `kvarena.stack.processes`; they
 never start by themselves, are restarted when they crash, and are stopped with all their child processes.
-`running_supervisor` says what runs an instance, which is
-a Docker engine where its services are containers.
+`running_supervisor` says what runs an instance, which is a Docker engine where its services are containers.
 """
 
 from __future__ import annotations
@@ -34,6 +33,38 @@ from kvarena.stack.service import ProcessInfo, Runner, Service, SupervisorGoneEr
 CALL_TIMEOUT_S = 60.0
 """Long, because it also writes the services' logs, and may wait for a busy disk."""
 EXIT_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 20.0
+
+DAEMON_SECTIONS = """\
+[supervisord]
+logfile=logs/supervisord.log
+pidfile=supervisord.pid
+childlogdir=logs
+logfile_maxbytes=5MB
+logfile_backups=1
+[unix_http_server]
+file={socket_path}
+chmod=0600
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+"""
+
+# A service that ends within `startsecs` is tried three times, then given up; later crashes always restart it.
+PROGRAM_SECTION = """\
+[program:{name}]
+command="%(ENV_KVARENA_PYTHON)s" -m kvarena.stack.processes {name}
+stdout_logfile=logs/{name}.log
+stdout_logfile_maxbytes=20MB
+stdout_logfile_backups=2
+redirect_stderr=true
+autostart=false
+autorestart=true
+startsecs=60
+startretries=3
+stopwaitsecs={stop_timeout_s:.0f}
+stopasgroup=true
+killasgroup=true
+"""
 
 
 class Supervisor:
@@ -132,40 +163,6 @@ class _Connection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._socket_path)
-
-
-START_TIMEOUT_S = 20.0
-
-DAEMON_SECTIONS = """\
-[supervisord]
-logfile=logs/supervisord.log
-pidfile=supervisord.pid
-childlogdir=logs
-logfile_maxbytes=5MB
-logfile_backups=1
-[unix_http_server]
-file={socket_path}
-chmod=0600
-[rpcinterface:supervisor]
-supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
-"""
-
-# A service that ends within `startsecs` is tried three times, then given up; later crashes always restart it.
-PROGRAM_SECTION = """\
-[program:{name}]
-command="%(ENV_KVARENA_PYTHON)s" -m kvarena.stack.processes {name}
-stdout_logfile=logs/{name}.log
-stdout_logfile_maxbytes=20MB
-stdout_logfile_backups=2
-redirect_stderr=true
-autostart=false
-autorestart=true
-startsecs=60
-startretries=3
-stopwaitsecs={stop_timeout_s:.0f}
-stopasgroup=true
-killasgroup=true
-"""
 
 
 def daemon_config(home: Home, record: Record) -> str:

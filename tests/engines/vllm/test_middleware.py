@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
+from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from kvarena.engines.vllm.config import CONNECTOR
 from kvarena.engines.vllm.messages import report_log
@@ -23,6 +23,15 @@ from kvarena.server import log as request_log
 from support.request_lines import request_lines
 
 pytest.importorskip("vllm")
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicContentBlock,
+    AnthropicDelta,
+    AnthropicMessagesResponse,
+    AnthropicStreamEvent,
+    AnthropicUsage,
+)
+from vllm.entrypoints.openai.responses.protocol import ResponseCompletedEvent, ResponseCreatedEvent, ResponsesResponse
+
 from kvarena.server.vllm_middleware import AccessMiddleware
 
 COMPLETIONS = "/v1/completions"
@@ -75,17 +84,79 @@ async def complete(request: Request) -> Response:
     return StreamingResponse(events(), media_type="text/event-stream")
 
 
+def response(status: str, **fields: Any) -> ResponsesResponse:
+    """As vLLM makes it for `/v1/responses`, with a tool whose schema has the names that are looked for."""
+    tool = {"type": "function", "name": "f", "strict": False, "parameters": {"properties": {"usage": {"type": "x"}}}}
+    chosen = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [tool], "background": False}
+    sampling = {"temperature": 0.0, "top_p": 1.0, "max_output_tokens": 2}
+    said = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": []}
+    rest = {"model": "tiny", "output": [said], "service_tier": "auto", "truncation": "disabled", "status": status}
+    return ResponsesResponse(**chosen, **sampling, **rest, **fields)
+
+
+async def respond(request: Request) -> Response:
+    body = await request.json()
+    usage: dict[str, Any] = {"input_tokens": 9, "output_tokens": 2, "total_tokens": 11, "output_tokens_details": {}}
+    usage |= {"input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0}}
+    whole = response("queued" if body.get("background") else "incomplete", id="resp_1", usage=usage)
+    if "report" in body:
+        report_log.add({**body["report"], "request_id": "resp_1"})
+    if not body.get("stream"):
+        return JSONResponse(whole.model_dump(mode="json", by_alias=True))
+    started = response("in_progress", id="resp_1")
+
+    async def events() -> Any:
+        yield event(ResponseCreatedEvent(type="response.created", sequence_number=0, response=started))
+        await asyncio.sleep(0.01)
+        yield 'event: response.output_text.delta\ndata: {"delta":"a"}\n\n'
+        if body["input"] != "break":
+            yield event(ResponseCompletedEvent(type="response.completed", sequence_number=2, response=whole))
+
+    def event(of: Any) -> str:
+        return f"event: {of.type}\ndata: {of.model_dump_json(indent=None, by_alias=True)}\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+async def message(request: Request) -> Response:
+    usage = AnthropicUsage(input_tokens=5, output_tokens=2, cache_read_input_tokens=4)
+    whole = AnthropicMessagesResponse(
+        id=f"chatcmpl-{request.headers['x-request-id']}",
+        content=[AnthropicContentBlock(type="tool_use", id="t", name="f", input={"stop_reason": "end_turn"})],
+        model="tiny",
+        stop_reason="max_tokens",
+        usage=usage,
+    )
+    if not (await request.json()).get("stream"):
+        return JSONResponse(whole.model_dump(exclude_none=True))
+
+    async def events() -> Any:
+        await asyncio.sleep(0.01)
+        started = AnthropicStreamEvent(type="message_start", message=whole.model_copy(update={"stop_reason": None}))
+        yield event("message_start", started)
+        end = AnthropicDelta(stop_reason="max_tokens", stop_sequence=None)
+        yield event("message_delta", AnthropicStreamEvent(type="message_delta", delta=end, usage=usage))
+        yield event("message_stop", AnthropicStreamEvent(type="message_stop"))
+
+    def event(name: str, of: AnthropicStreamEvent) -> str:
+        return f"event: {name}\ndata: {of.model_dump_json(exclude_unset=True)}\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
 async def fine(_request: Request) -> Response:
     return JSONResponse({})
 
 
-def make_app(*, api_key: list[str] | None = None, connector: str = "") -> Starlette:
-    routes = [
+def make_app(*, api_key: list[str] | None = None, connector: str = "", root_path: str = "") -> FastAPI:
+    routes: list[BaseRoute] = [
         Route(COMPLETIONS, complete, methods=["POST"]),
+        Route("/v1/responses", respond, methods=["POST"]),
+        Route("/v1/messages", message, methods=["POST"]),
         Route("/invocations", fine, methods=["POST"]),
         *(Route(path, fine) for path in ("/health", "/metrics", "/kvarena", "/version")),
     ]
-    app = Starlette(routes=routes, middleware=[Middleware(AccessMiddleware)])
+    app = FastAPI(routes=routes, middleware=[Middleware(AccessMiddleware)], root_path=root_path)
     app.state.args = SimpleNamespace(api_key=api_key)
     transfer = SimpleNamespace(kv_connector=connector) if connector else None
     model = SimpleNamespace(max_model_len=2048)
@@ -93,7 +164,7 @@ def make_app(*, api_key: list[str] | None = None, connector: str = "") -> Starle
     return app
 
 
-def send(app: Starlette, method: str, path: str, **request: Any) -> httpx.Response:
+def send(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response:
     async def sent() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
@@ -164,6 +235,34 @@ def test_the_line_of_stock_vllm_counts_by_the_answers_usage(logged: pytest.LogCa
     assert "private" not in logged.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "answer_id"), [("/v1/responses", "resp_1"), ("/v1/messages", "chatcmpl-q")])
+def test_responses_and_messages_have_their_line_too(
+    logged: pytest.LogCaptureFixture, path: str, answer_id: str, stream: bool
+) -> None:
+    body = {"input": "a", "stream": stream}
+    send(make_app(), "POST", path, json=body, headers={"x-request-id": "q"})
+    (line,) = request_lines(logged)
+    assert (line["request_id"], line["status"], line["id"], line["finish"]) == ("q", 200, answer_id, "length")
+    names = ("prompt", "reused", "recomputed", "computed", "generated")
+    assert [line[f"num_{name}_tokens"] for name in names] == [9, 4, 0, 5, 2]
+    assert line["approximate"] is False
+    assert line.get("ttft_ms", 10) >= 10, "the first event of a response comes before its first token"
+    assert ("ttft_ms" in line) == stream
+
+
+def test_how_a_response_ends(logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make_app(connector=CONNECTOR)
+    for body in ({"input": "a", "report": REPORT}, {"input": "break", "stream": True}, {"input": "a", "background": 1}):
+        send(app, "POST", "/v1/responses", json=body)
+        report_log.forget("resp_1")
+    reported, broken, queued = request_lines(logged)
+    assert (reported["approximate"], reported["num_reused_tokens"], reported["num_generated_tokens"]) == (True, 5, 2)
+    assert (broken["status"], broken["finish"]) == (499, "abort")
+    assert "num_prompt_tokens" not in broken
+    assert (queued["status"], queued["finish"]) == (200, "queued")
+
+
 def test_the_line_of_a_blend_is_its_report(logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVARENA_CONTENDER", "blend")
     app = make_app(connector=CONNECTOR)
@@ -195,6 +294,18 @@ def test_the_lines_of_a_request_are_told_to_whoever_has_a_key(logged: pytest.Log
     assert json.loads(line)["id"] == "cmpl-told"
     assert send(app, "GET", "/kvarena/log/other", headers=key).json() == {"lines": []}
     assert send(app, "GET", "/kvarena/log/told").status_code == 401
+
+
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_a_proxys_prefix_is_no_part_of_a_path(logged: pytest.LogCaptureFixture, prefix: str) -> None:
+    """Whether the proxy strips it or not: completions had no line, health asked for a key, and no line was found."""
+    app, key = make_app(api_key=["sesame"], root_path="/llm"), {"authorization": "Bearer sesame"}
+    assert send(app, "GET", f"{prefix}/health").status_code == 200
+    assert send(app, "GET", f"{prefix}/version").status_code == 401
+    send(app, "POST", prefix + COMPLETIONS, json={"prompt": "a"}, headers={**key, "x-request-id": f"at{prefix[1:]}"})
+    assert request_lines(logged)[-1]["finish"] == "length"
+    lines = send(app, "GET", f"{prefix}/kvarena/log/at{prefix[1:]}", headers=key).json()["lines"]
+    assert [json.loads(line)["id"] for line in lines] == [f"cmpl-at{prefix[1:]}"]
 
 
 def test_every_refusal_is_an_error_object(logged: pytest.LogCaptureFixture) -> None:

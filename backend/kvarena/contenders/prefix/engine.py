@@ -24,6 +24,8 @@ from kvarena.engines.hf.sequence_kv import SequenceKV, empty_host_tensor
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.store_metrics import StoreFigures
 
+logger = logging.getLogger(__name__)
+
 
 class PrefixOptions(BaseModel):
     """`use_cache` false computes every token's whole context anew; `use_prefix_cache` false keeps nothing between
@@ -73,8 +75,6 @@ class KVSegment(Kept):
 
 
 Cache = PrefixCache[KVSegment, LastLogits]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -33,6 +33,11 @@ from kvarena.engines.hf.model import FIRST_CAPACITY_TOKENS, EngineGeneration, HF
 from kvarena.engines.sampling import Sampler
 from kvarena.engines.store_metrics import StoreFigures
 
+logger = logging.getLogger(__name__)
+
+NUM_FIRST_TOKENS = 200
+NUM_LAST_TOKENS = 150
+MIN_ANSWER_TOKENS = 256
 Similarity = Annotated[float, Field(strict=True, ge=-1, le=1, allow_inf_nan=False)]
 
 
@@ -44,10 +49,6 @@ class SimLLMOptions(BaseModel):
     reuse: StrictBool = True
     mode: Mode | None = None
     similarity_threshold: Similarity | None = None
-
-
-NUM_FIRST_TOKENS = 200
-NUM_LAST_TOKENS = 150
 
 
 def excerpt(token_ids: TokenIds, tokenizer: Tokenizer) -> str:
@@ -144,11 +145,6 @@ class TaskPrefiller:
 
     def _tensor(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(token_ids, dtype=torch.int64, device=self.model.kv_shape.device)
-
-
-MIN_ANSWER_TOKENS = 256
-
-logger = logging.getLogger(__name__)
 
 
 class SimLLMEngine:

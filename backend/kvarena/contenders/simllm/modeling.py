@@ -43,6 +43,8 @@ from kvarena.contenders.simllm.task import KnownTask, LayerKVShape, TaskOutcome
 from kvarena.core.plan import as_token_ids
 from kvarena.engines.hf.sequence_kv import grown
 
+logger = logging.getLogger(__name__)
+
 MIN_FREE_TOKENS = 64
 
 
@@ -197,9 +199,6 @@ class TaskKV(DynamicCache):
         for_all_rows[1, self.running] = value_states
         super().update(for_all_rows[0], for_all_rows[1], layer_idx)
         return key_states, value_states
-
-
-logger = logging.getLogger(__name__)
 
 
 class LlamaModelWithKVReuse(LlamaModel):

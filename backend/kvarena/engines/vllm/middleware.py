@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from kvarena.asgi import error_response, json_response, read_body, replayed
+from kvarena.asgi import error_response, json_response, read_body, replayed, route_path
 from kvarena.core.matching import Segmenter, encode_alone, prompt_beginning
 from kvarena.core.plan import as_token_ids
 from kvarena.core.store import ChunkMiss
@@ -64,7 +64,7 @@ class KVArenaMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = _path(scope)
+        path = route_path(scope)
         if scope["method"] == "GET" and path == "/kvarena":
             await json_response(await _describe(scope))(scope, receive, send)
         elif scope["method"] == "GET" and path.startswith(_REPORT_PATH):
@@ -268,7 +268,7 @@ async def _report(request_id: str) -> Response:
 
 def _check(request: dict[str, Any], scope: Scope) -> None:
     """Raise `ValueError` for parameters of ours that are wrong, or that the engine would never see."""
-    path = _path(scope)
+    path = route_path(scope)
     if path in _WITHOUT_SALT and request.get("cache_salt"):
         raise ValueError(f"{path} takes no cache_salt")
     transfer = request.get("kv_transfer_params")
@@ -312,13 +312,6 @@ def _with_chunks(request: dict[str, Any], chunks: Sequence[NamedChunk]) -> dict[
     transfer = request.get("kv_transfer_params") or {}
     ours = {**given_params(transfer), "chunks": chunks}
     return {**request, "kv_transfer_params": {**transfer, KEY: ours}}
-
-
-def _path(scope: Scope) -> str:
-    """As the application's routes see it: without the prefix of a proxy."""
-    path: str = scope["path"]
-    root = scope.get("root_path", "").rstrip("/")
-    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _is_json(scope: Scope) -> bool:
