@@ -6,10 +6,12 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kvarena.contenders
 from kvarena.contenders import spec as specs
 from kvarena.contenders.spec import ContenderSpec, contender_specs
 from support.command_lines import ENGINES, command_of
@@ -32,7 +34,7 @@ def test_reading_the_specs_imports_no_engine() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"port": 8900}, "two contenders are called plain"),
+        ({"port": 8400}, "two contenders are called plain"),
         ({"name": "other"}, "the contenders (plain and other|other and plain) have one port, 8001"),
     ],
 )
@@ -49,9 +51,38 @@ def test_two_with_one_name_or_port_are_refused(
         contender_specs.__wrapped__()
 
 
-def test_a_name_is_made_of_small_letters_and_digits() -> None:
-    with pytest.raises(ValueError, match="small letters and digits, not 'my server'"):
-        dataclasses.replace(contender_specs()["plain"], name="my server")
+@dataclasses.dataclass(frozen=True)
+class Undeclared:
+    num_words: int = 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "my server"}, "small letters and digits, not 'my server'"),
+        ({"name": "page"}, "can't be called page: that is a service of the stack"),
+        ({"port": 8501}, "plain: its port is from 8000 to 8500, not 8501"),
+        ({"port": 7990}, "from 8000 to 8500, not 7990"),
+        ({"settings": Undeclared}, r"plain: declare num_words with setting\(\.\.\.\)"),
+    ],
+)
+def test_what_a_contender_cant_have_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(contender_specs()["plain"], **changes)
+
+
+def test_a_folder_without_a_spec_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "echo").mkdir()
+    (tmp_path / "echo" / "__init__.py").touch()
+    (tmp_path / "echo" / "spec.py").touch()
+    monkeypatch.setattr(kvarena.contenders, "__path__", [str(tmp_path)])
+    with pytest.raises(ValueError, match=r"kvarena\.contenders\.echo\.spec has no SPEC"):
+        list(specs._specs())
+
+
+def test_without_options_only_memory_bounds_the_prefix_cache() -> None:
+    defaults = {option.name: option.default for option in command_of(contender_specs()["prefix"]).params}
+    assert (defaults["max_entries"], defaults["max_age_s"]) == (None, None)
 
 
 @pytest.mark.parametrize("spec", ENGINES, ids=lambda spec: spec.name)

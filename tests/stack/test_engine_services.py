@@ -142,9 +142,11 @@ def test_engines_take_what_the_stack_gives_them(home: Home, tmp_path: Path, name
 
 @pytest.mark.parametrize("spec", ENGINES, ids=lambda spec: spec.name)
 def test_every_engine_takes_all_of_its_settings(home: Home, tmp_path: Path, spec: ContenderSpec) -> None:
+    """And the longest context, also where its spec gives no options of its own."""
     chosen = {own.key: own.shown for own in spec.own_settings()}
-    _, services = make(home, tmp_path, contenders=spec.name, **chosen)
+    _, services = make(home, tmp_path, contenders=spec.name, max_model_len=512, **chosen)
     options = parsed(services[spec.name])
+    assert options.get("max_model_len", 512) == 512
     for own in spec.own_settings():
         expected = project_root() / str(own.shown) if own.annotation == Path | None else own.shown
         assert options[own.name] == expected, own.key

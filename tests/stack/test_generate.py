@@ -104,7 +104,7 @@ def test_a_new_contender_is_a_container_and_a_prometheus_target(with_echo: Path)
     assert echo["ports"] == ["127.0.0.1:${ECHO_PORT:-8090}:8090"]
     assert echo["healthcheck"]["test"][-1] == "http://127.0.0.1:8090/health"
     assert "ECHO_NUM_WORDS" in echo["environment"]
-    assert echo["environment"]["CONTENDERS"] == "${CONTENDERS:-blend,plain,prefix,simllm,ai100,echo}"
+    assert echo["environment"]["CONTENDERS"].removesuffix("}").split(",")[-1] == "echo"
     for name, host in (("targets.yml", "127.0.0.1"), ("targets.containers.yml", "echo")):
         targets = {group["labels"]["contender"]: group["targets"] for group in read(with_echo / "observability" / name)}
         assert targets["echo"] == [f"{host}:8090"]

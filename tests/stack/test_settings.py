@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvarena.contenders.spec import FIRST_PORT, contender_specs
 from kvarena.home import StackError, project_root
 from kvarena.stack.settings import SPECS, load_settings
 
@@ -132,30 +133,13 @@ def test_contenders_come_once_each_in_one_order(env_file: Path, text: str) -> No
 
 def test_port_rule(env_file: Path) -> None:
     env_file.write_text("PORT_BASE=9000\nPLAIN_PORT=9999\n")
-    in_file = load_settings(env_file)
-    assert in_file.ports == {
-        "blend": 9000,
-        "plain": 9999,
-        "prefix": 9002,
-        "simllm": 9003,
-        "ai100": 9004,
-        "lmcache": 9005,
-        "page": 9501,
-        "lmcache_server": 9502,
-        "lmcache_http": 9503,
-    }
+    services = {"page": 501, "lmcache_server": 502, "lmcache_http": 503}
+    distances = {**{name: spec.port - FIRST_PORT for name, spec in contender_specs().items()}, **services}
+    assert [distances[name] for name in ("blend", "plain", "prefix", "simllm", "ai100", "lmcache")] == list(range(6))
+    moved = {name: 9000 + distance for name, distance in distances.items()}
+    assert load_settings(env_file).ports == {**moved, "plain": 9999}
     on_command_line = load_settings(env_file, port_base=7000)
-    assert on_command_line.ports == {
-        "blend": 7000,
-        "plain": 7001,
-        "prefix": 7002,
-        "simllm": 7003,
-        "ai100": 7004,
-        "lmcache": 7005,
-        "page": 7501,
-        "lmcache_server": 7502,
-        "lmcache_http": 7503,
-    }
+    assert on_command_line.ports == {name: 7000 + distance for name, distance in distances.items()}
 
 
 def test_relative_folders_count_from_the_project(env_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def _options(launch: Launch) -> Options:
     return {
         **own_options(launch),
         "--ctx-len": launch.settings.ctx_len or launch.max_model_len,
+        "--max-model-len": None,
         "--data": launch.data_dir,
         "--separator": launch.blend.separator,
     }

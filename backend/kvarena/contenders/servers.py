@@ -178,7 +178,9 @@ def own_options(launch: Launch) -> Options:
 
 @dataclass(frozen=True)
 class EngineServer:
-    """A server over `kvarena.server`, started as `python -m MODULE`. `options` are its own, after the common ones."""
+    """A server over `kvarena.server`, started as `python -m MODULE`. `options` are its own, after the common ones; one
+    of these that it hasn't is None there.
+    """
 
     module: str
     options: Callable[[Launch], Options] = own_options
@@ -188,8 +190,8 @@ class EngineServer:
         words += ["--model", launch.model, "--served-model-name", launch.served_model_name]
         words += ["--host", launch.host, "--port", str(launch.port)]
         words += ["--device", "cuda" if launch.profile == "gpu" else "cpu"]
-        options = {**self.options(launch), "--load-format": launch.load_format, "--dtype": launch.dtype}
-        return words + option_words(options)
+        common = {"--max-model-len": launch.max_model_len, "--load-format": launch.load_format, "--dtype": launch.dtype}
+        return words + option_words({**common, **self.options(launch)})
 
     def environment(self, launch: Launch) -> dict[str, str]:
         share = {"CUDA_VISIBLE_DEVICES": launch.gpu} if launch.profile == "gpu" else _cpu_environment(launch)

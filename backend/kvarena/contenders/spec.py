@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
@@ -20,7 +20,9 @@ from typing import Any, Literal, get_type_hints
 import kvarena.contenders
 from kvarena.contenders.servers import Launch, Server, VLLMServer
 
-FIRST_PORT = 8000
+FIRST_PORT, LAST_PORT = 8000, 8500
+"""Of contenders; the page and the services come after."""
+PAGE = "page"
 LMCACHE_SERVER = "lmcache-server"
 """The service that keeps chunks; `lmcache` is a contender."""
 STARTED_BY_DEFAULT = ("blend", "plain")
@@ -42,9 +44,9 @@ def setting(
 ) -> Any:
     """A field of a contender's settings: a key of `.env`, and an option of its server's command line.
 
-    `text` explains both, `in_env` goes on in `.env.example`. If the default is `None`, the server's own is `shown`;
-    with a `default_text` that is an example, and the text says what the server takes. `short` is the option's second
-    name. `demand` says what a value must be, where the type's own message doesn't.
+    `text` explains both, `in_env` goes on in `.env.example`. If the default is `None`, the server's own is `shown`,
+    which its program gets; with a `default_text` that is an example, and the program gets `None`. `short` is the
+    option's second name. `demand` says what a value must be, where the type's own message doesn't.
     """
     example = default if default is not None else shown
     told = {"short": short, "default_text": default_text, "in_env": in_env, "demand": demand}
@@ -95,7 +97,7 @@ class ContenderSpec:
     `model_types` are those that it can serve; none: any. `report` says how the page shows its report, `icon` stands
     before its title there.
 
-    Raises `ValueError` for a name that can't be one.
+    Raises `ValueError` for a name, a port or a setting that can't be one.
     """
 
     name: str
@@ -119,6 +121,13 @@ class ContenderSpec:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9]*", self.name):
             raise ValueError(f"a contender's name is made of small letters and digits, not {self.name!r}")
+        if self.name == PAGE:
+            raise ValueError(f"a contender can't be called {PAGE}: that is a service of the stack")
+        if not FIRST_PORT <= self.port <= LAST_PORT:
+            raise ValueError(f"{self.name}: its port is from {FIRST_PORT} to {LAST_PORT}, not {self.port}")
+        for one in fields(self.settings) if self.settings else ():
+            if "text" not in one.metadata:
+                raise ValueError(f"{self.name}: declare {one.name} with setting(...)")
 
     @property
     def is_vllm(self) -> bool:
@@ -135,7 +144,6 @@ class ContenderSpec:
         annotations = get_type_hints(self.settings, include_extras=True)
         own: tuple[Field[Any], ...] = fields(self.settings)
         for one in own:
-            assert one.default is not MISSING, f"{one.name} has no default"
             yield Setting(f"{self.name}_{one.name}", one.name, annotations[one.name], one.default, **one.metadata)
 
     def filled(self, settings: Any) -> Any:
@@ -177,3 +185,5 @@ def _specs() -> Iterator[ContenderSpec]:
             spec = getattr(importlib.import_module(name), "SPEC", None)
             if isinstance(spec, ContenderSpec):
                 yield spec
+            elif module.ispkg:
+                raise ValueError(f"{name} has no SPEC, the ContenderSpec of its contender")

@@ -19,16 +19,21 @@ class PrefixSettings:
     )
     min_tokens: Annotated[int, Ge(1)] = setting(20, "Minimum length of a reused prefix, in tokens.")
     max_entries: Annotated[int, Ge(1)] | None = setting(
-        None, "Maximum number of whole prefixes; without it memory is the only limit.", shown=16
+        None,
+        "Maximum number of whole prefixes; without it memory is the only limit.",
+        shown=16,
+        default_text="default: no limit",
     )
     max_age_s: Annotated[float, Gt(0)] | None = setting(
-        None, "Seconds until a prefix is dropped; without it none is too old, for KV doesn't go stale.", shown=1200
+        None,
+        "Seconds until a prefix is dropped; without it none is too old, for KV doesn't go stale.",
+        shown=1200,
+        default_text="default: no limit",
     )
 
 
 def _options(launch: Launch) -> Options:
-    cache_gb = f"{launch.settings.cache_gb:g}"
-    return {**own_options(launch), "--cache-gb": cache_gb, "--max-model-len": launch.max_model_len}
+    return {**own_options(launch), "--cache-gb": f"{launch.settings.cache_gb:g}"}
 
 
 SPEC = ContenderSpec(

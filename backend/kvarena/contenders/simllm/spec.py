@@ -47,7 +47,6 @@ def _options(launch: Launch) -> Options:
         **own_options(launch),
         "--cache-gb": f"{launch.settings.cache_gb:g}",
         **{f"--{name.replace('_', '-')}": getattr(launch.blend, name) for name in PARAMETERS},
-        "--max-model-len": launch.max_model_len,
     }
 
 
