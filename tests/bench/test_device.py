@@ -66,7 +66,7 @@ def test_all_policies_beside_full_prefill(tmp_path: Path) -> None:
         (("--dtype", "double8"), "it takes one of PyTorch's, such as bfloat16"),
         (("--context-tokens", "50"), "contexts of a chunk or more"),
         (("--shapes", "9b"), "no shape '9b'"),
-        (("--policy", "best"), "kv_deviation, chunk_head"),
+        (("--policy", "best"), ", ".join(POLICIES)),
     ],
 )
 def test_bad_options_say_so(tmp_path: Path, options: tuple[str, ...], said: str) -> None:

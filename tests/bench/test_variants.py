@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvarena.bench.variants import DEFAULT_POLICIES, Variant, is_blend, read_policies, read_policy
+from kvarena.bench.variants import DEFAULT_POLICIES, Variant, blend_variants, is_blend, read_policies, read_policy
 from kvarena.client import ServerInfo
 
 
@@ -54,6 +54,7 @@ def test_a_time_is_sent_named_and_written_down() -> None:
         ("kv_deviation:0ms", "max_ttft_ms must be a number above 0 and at most 86400000, not 0.0"),
         ("kv_deviation:1.2.3ms", "could not convert"),
         ("best:0.1", "policy must be one of kv_deviation"),
+        ("chunk_head:0.1@1", "chunk_head has no check layer"),
         ("kv_deviation:2", "ratio must be a number from 0 to 1, not 2.0"),
         ("kv_deviation:much", "could not convert"),
         ("chunk_head,heads=3", "no option 'heads'; it has head_tokens"),
@@ -65,6 +66,11 @@ def test_a_time_is_sent_named_and_written_down() -> None:
 def test_bad_policies(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         read_policy(text, "blend")
+
+
+def test_a_ratio_has_an_option_of_its_own_where_policies_are_listed() -> None:
+    with pytest.raises(ValueError, match=r"not 'chunk_head:0\.1'; ratios are --ratio, check layers --check-layer"):
+        blend_variants("blend", ["chunk_head:0.1,head_tokens=2"], [0.1], [])
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,22 @@ def test_a_name_that_is_taken_is_refused() -> None:
         policy("mine")(make(store=(str, word)))
 
 
+@pytest.mark.parametrize("name", ["top-k", "My Policy", "2nd"])
+def test_a_name_that_cant_be_typed_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="small letters, digits and _, not"):
+        policy(name)(make())
+
+
+def test_a_field_that_nobody_can_choose_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Mine(SelectionPolicy):
+        tail_share: float
+        select = select_none
+
+    with pytest.raises(ValueError, match="policy mine: declare tail_share with parameter"):
+        policy("mine")(Mine)
+
+
 @pytest.mark.parametrize(
     ("declared", "message"),
     [

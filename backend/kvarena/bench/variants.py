@@ -14,8 +14,8 @@ from typing import Any
 from kvarena.client import ServerInfo
 from kvarena.contenders.spec import contender_specs
 from kvarena.panels.panel import variant_label
-from kvarena.policies.params import OPTIONS, PARAMETERS, BlendParams, check_max_ttft_ms, make_policy
-from kvarena.policies.registry import Value
+from kvarena.policies.params import OPTIONS, PARAMETERS, POLICIES, BlendParams, check_max_ttft_ms, make_policy
+from kvarena.policies.registry import NAME, Value
 
 _IN_SYNTAX = ("ratio", "check_layer")
 """Parameters that have a sign of their own; the others are written as options."""
@@ -127,6 +127,9 @@ def reads_scores(policy: str | None) -> bool:
 def read_policy_options(given: str) -> tuple[str, tuple[tuple[str, Value], ...]]:
     """A policy and its options, such as `chunk_head,head_tokens=12`. Raises `ValueError` for one it hasn't."""
     policy, *parts = (part.strip() for part in given.split(","))
+    if policy not in POLICIES:
+        hint = "; ratios are --ratio, check layers --check-layer" if re.search("[:@]", policy) else ""
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}{hint}")
     options = dict(part.partition("=")[::2] for part in parts)
     known = [name for name in OPTIONS.get(policy, ()) if name not in _IN_SYNTAX]
     if unknown := [name for name in options if name not in known]:
@@ -142,7 +145,7 @@ def find_reference(variants: Sequence[Variant]) -> Variant | None:
 
 DEFAULT_POLICIES = ("kv_deviation:0.15", "chunk_head:0.05", "query_attention:0.05", "none")
 """What `kvarena bench ttft` measures unless it is told others: few, for each is asked at every length."""
-SYNTAX = re.compile(r"(?P<policy>[a-z_]+)(:((?P<ms>[\d.]+)ms|(?P<ratio>[^@]+)))?(@(?P<check_layer>\d+))?")
+SYNTAX = re.compile(rf"(?P<policy>{NAME})(:((?P<ms>[\d.]+)ms|(?P<ratio>[^@]+)))?(@(?P<check_layer>\d+))?")
 
 
 def read_policy(text: str, contender: str) -> Variant:
@@ -166,6 +169,8 @@ def read_policy(text: str, contender: str) -> Variant:
             read_policy_options(match["policy"] + comma + options)[1],
             float(match["ms"]) if match["ms"] else None,
         )
+        if match["check_layer"] and "check_layer" not in OPTIONS[variant.policy or ""]:
+            raise ValueError(f"{variant.policy} has no check layer")
         variant.check()
     except ValueError as error:
         raise ValueError(f"policy {text!r}: {error}") from error

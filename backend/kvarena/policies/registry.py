@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ Value = float | int | str
 PolicyClass = TypeVar("PolicyClass", bound=type[SelectionPolicy])
 
 DEFAULT_POLICY = "kv_deviation"
+NAME = "[a-z][a-z0-9_]*"
+"""The form of a policy's name."""
 REQUEST_KEYS = ("max_ttft_ms", "store", "chunks", "token_scores")
 """What a request says beside a policy and its parameters."""
 _CHUNK_SETTINGS = ("separator", "sink_tokens", "seams", "min_chunk_tokens")
@@ -137,12 +140,18 @@ _registered: dict[str, type[SelectionPolicy]] = {"none": RecomputeNone, "all": R
 def policy(name: str) -> Callable[[PolicyClass], PolicyClass]:
     """Registers a frozen dataclass of `kvarena.policies` under this name.
 
-    Raises `ValueError` for a name that is taken, and for a parameter that another policy declares differently.
+    Raises `ValueError` for a name that is taken or can't be one, for a parameter that another policy declares
+    differently, and for a field that is none and has no default.
     """
 
     def register(cls: PolicyClass) -> PolicyClass:
+        if not re.fullmatch(NAME, name):
+            raise ValueError(f"a policy's name is made of small letters, digits and _, not {name!r}")
         if name in _registered:
             raise ValueError(f"two policies are called {name}: {_registered[name].__name__} and {cls.__name__}")
+        for field in dataclasses.fields(cls):
+            if field.default is field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"policy {name}: declare {field.name} with parameter(...), which has its default")
         for own in parameters_of(cls):
             if own.name in RESERVED:
                 raise ValueError(f"policy {name}: {own.name} is taken, and can't be a parameter")
