@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ InContexts = Literal["scores", "seams"]
 """The scores of chunks' tokens, and each chunk as it is after the one before it."""
 
 
-class Answerer:
+class Answerer(ABC):
     """A contender. `warm`, `compute` and `answer` raise `NoAnswer`. This one keeps nothing of chunks."""
 
     name: str
@@ -96,24 +97,27 @@ class Answerer:
 
     def warm(self, chunks: Sequence[TextChunk], separator: str, on_chunk: Callable[[], None]) -> None:
         """Makes the KV of these chunks ready, where the contender keeps any."""
+        return
 
     def compute(
         self, what: InContexts, chunks: Sequence[TextChunk], separator: str, on_prompt: Callable[[int, int], None]
     ) -> None:
         """Then what needs chunks in contexts. `on_prompt` gets how many of how many contexts are computed."""
+        return
 
+    @abstractmethod
     def answer(
         self, messages: Messages, variant: Variant, asking: Asking, full: GreedyAnswer | None = None
     ) -> GreedyAnswer:
         """`full` is full prefill's answer, to be compared with along its tokens; None where this is to become it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> dict[str, object]:
         """As it goes into the result file's settings."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Gives back what it holds."""
+        return
 
 
 KLMethod = Literal["teacher_forced", "common_prefix_top20"]
